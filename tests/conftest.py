@@ -41,7 +41,7 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder with trained models and real text, $FRACBIT_SHARED or ../shared; without it the test skips."""
+    """The folder with trained models and real text: $FRACBIT_SHARED, else ../shared, else the test skips."""
     named = os.environ.get("FRACBIT_SHARED")
     folder = Path(named) if named else ROOT.parent / "shared"
     if not (folder / "models").is_dir():

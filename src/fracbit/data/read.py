@@ -85,9 +85,9 @@ def _check(documents: Sequence[np.ndarray], source: Source, vocabulary: int) -> 
         outside = np.flatnonzero((document < 0) | (document >= vocabulary))
         if len(outside):
             raise DataError(
-                f"{source}: id {document[outside[0]]} at position {outside[0]} of document {number} "
-                f"is outside the vocabulary 0..{vocabulary - 1}: the file was made with another tokenizer, or "
-                "has another format."
+                f"{source}: id {document[outside[0]]} at position {outside[0]} of document "
+                f"{number} is outside the vocabulary 0..{vocabulary - 1}: the file was made with another "
+                "tokenizer, or has another format."
             )
 
 

@@ -1,6 +1,6 @@
 """Train the bundled model from the Python standard library's source: one command, CPU, seeded, resumable.
 
-    python examples/train_bundled.py                     # writes src/fracbit/bundled; about 75 minutes on two cores
+    python examples/train_bundled.py                     # writes src/fracbit/bundled; about 45 minutes on two free cores
     python examples/train_bundled.py --out /tmp/model    # somewhere else
     python examples/train_bundled.py --work DIR          # where checkpoints go; the same command resumes from there
 

@@ -90,8 +90,8 @@ def skeleton(
             )
     except (ValueError, KeyError, AttributeError) as error:
         raise SourceError(
-            f"no causal language model can be built from a config of type {config.model_type!r}: {error} "
-            "Use a decoder-only model that AutoModelForCausalLM knows (its own code needs trust_remote_code)."
+            f"no causal language model can be built from a config of type {config.model_type!r} "
+            f"({str(error).splitlines()[0]}); use a decoder-only model that AutoModelForCausalLM knows (its own code needs trust_remote_code)."
         ) from error
     split_experts(model)
     _compute_buffers(model)

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fracbit.checkpoint.load import load
+from fracbit.models.blocks import weight_of
 from fracbit.models.quant_linear import QuantLinear
 from fracbit.numerics import decode
 from fracbit.pipeline.run import run
@@ -52,8 +53,7 @@ def test_a_family_end_to_end(model_type: str, tmp_path: Path) -> None:
         exact, found = model(ids).logits, loaded(ids).logits
     assert float((exact - found).abs().max()) < 0.02 * float(exact.abs().max()) + 1e-3
     for name, module in packed.items():
-        weight = model.get_submodule(name).weight.detach()
-        weight = weight if weight.shape == module.shape else weight.T
+        weight = weight_of(model.get_submodule(name)).detach()
         assert float((decode(module.packed) - weight).abs().max()) < 0.01 * float(weight.abs().max())
     assert bool(result.notes) == (model_type == "stablelm")
 

@@ -1,0 +1,302 @@
+"""Data types: tables of numbers in [-1, 1]. An integer grid and a learned codebook are the same thing.
+
+A type is made from (bits, parameter, full range or symmetric) or fitted to a tensor; nobody else branches on its name.
+Values are ascending, `boundaries[j]` separates code j from code j + 1. For every type but `power` the boundaries are
+midpoints, so encoding is rounding to the nearest value; `power` rounds in its transformed space, as its paper does.
+
+Refs: int, float, dynamic, quantile: Dettmers & Zettlemoyer 2022, arXiv:2212.09720, App. A. nf: Dettmers et al. 2023,
+arXiv:2305.14314, App. E. power: Gong et al. 2024, arXiv:2403.06408 (exponent 1/3). kmeans: Lloyd 1982; weighted per row as
+in Kim et al. 2023, arXiv:2306.07629.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from fracbit.errors import SchemeError, near_matches
+from fracbit.records.scheme import Scheme
+
+FIT_SAMPLE = 1 << 20  # a quantile of a million values is known to 0.1 %; sorting more buys nothing
+LLOYD_STEPS = 60
+
+
+@dataclass(frozen=True, eq=False)
+class DataType:
+    """A table of numbers. `values` [rows, levels] fp32 ascending; `boundaries` [rows, levels - 1]; rows is 1 unless fitted per row."""
+
+    values: Tensor
+    boundaries: Tensor
+    step: float | None = None
+
+    @property
+    def levels(self) -> int:
+        """How many values a row of the table holds."""
+        return self.values.shape[-1]
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """Codes uint8 of `x` [rows of the table or any when the table has one row, n], each the table's value for that x."""
+        if self.step is not None:
+            top = self.levels - 1
+            return torch.round((x + 1.0) / self.step).clamp_(0, top).to(torch.uint8)
+        if self.boundaries.shape[0] == 1:
+            return torch.bucketize(x, self.boundaries[0], out_int32=True).to(torch.uint8)
+        return torch.searchsorted(self.boundaries, x.contiguous(), out_int32=True).to(torch.uint8)
+
+    def rows(self, first: int, last: int) -> DataType:
+        """The table of rows `first` to `last`; itself when all rows share one."""
+        if self.values.shape[0] == 1:
+            return self
+        return DataType(self.values[first:last], self.boundaries[first:last])
+
+    def to(self, device: torch.device) -> DataType:
+        """The same table on another device."""
+        if self.values.device == device:
+            return self
+        return DataType(self.values.to(device), self.boundaries.to(device), self.step)
+
+    def look_up(self, codes: Tensor) -> Tensor:
+        """The values fp32 of `codes` [rows, n]."""
+        if self.values.shape[0] == 1:
+            return self.values[0][codes.int()]
+        return self.values.gather(1, codes.long())
+
+
+def nearest_type(values: Tensor) -> DataType:
+    """A data type that rounds to the nearest of `values` [levels] or [rows, levels], ascending."""
+    table = torch.atleast_2d(values)
+    middle = (table[:, 1:] + table[:, :-1]) / 2
+    return DataType(table.float().contiguous(), middle.float().contiguous())
+
+
+@dataclass(frozen=True)
+class DataTypeMaker:
+    """One line of the table: `make(bits, parameter, full)` for fixed types, `fit` for types that look at the tensor."""
+
+    min_bits: int
+    make: Callable[[int, str, bool], DataType] | None = None
+    fit: Callable[[Tensor, Tensor, Tensor, int, str], Tensor] | None = None
+    parameters: str = "none"
+
+
+def make_int(bits: int, parameter: str, full: bool) -> DataType:
+    """Evenly spaced: 2^k - 1 symmetric values, or all 2^k when an offset places the range (`full`)."""
+    _no_parameter("int", parameter)
+    levels = 2**bits if full else 2**bits - 1
+    if levels < 2:
+        raise SchemeError("a symmetric 1-bit int has one value; use an offset (zero or float), or more bits")
+    numerators = torch.arange(levels, dtype=torch.float64) * 2 - (levels - 1)  # linspace would miss an exact 0
+    table = nearest_type(numerators / (levels - 1))
+    return DataType(table.values, table.boundaries, 2.0 / (levels - 1))
+
+
+def make_float(bits: int, parameter: str, full: bool) -> DataType:
+    """Sign, E exponent bits, M mantissa bits, no NaN or Inf; larger exponent fields are smaller numbers.
+
+    Bias 2^(E-1) + 1 (arXiv:2212.09720, App. A), which gives bitsandbytes' FP4 for E2M1. The default E is half of k,
+    rounded up (App. C.4). +0 and -0 are one value, so a table has at most 2^k - 1 of them.
+    """
+    exponent, mantissa = _exponent_split(bits, parameter)
+    bias = 2 ** (exponent - 1) + 1 if exponent else 0
+    fractions = [i / 2**mantissa for i in range(2**mantissa)]
+    magnitudes = {2.0**-bias * f for f in fractions}
+    for field in range(1, 2**exponent):
+        magnitudes |= {2.0 ** (bias + 1 - field) * (1 + f) for f in fractions}
+    largest = max(magnitudes)
+    signed = sorted({sign * m / largest for m in magnitudes for sign in (1, -1)})
+    return nearest_type(torch.tensor(signed, dtype=torch.float64))
+
+
+def make_dynamic(bits: int, parameter: str, full: bool) -> DataType:
+    """Dynamic exponent: a run of zeros is a decimal exponent, the rest a linear fraction of [0.1, 1]; plus 0 and 1."""
+    _no_parameter("dynamic", parameter)
+    n = bits - 1
+    values = [0.0, 1.0]
+    for i in range(n):
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float64)
+        means = ((edges[1:] + edges[:-1]) / 2 * 10.0 ** (i - n + 1)).tolist()
+        values += means + [-m for m in means]
+    return nearest_type(torch.tensor(sorted(values), dtype=torch.float64))
+
+
+def make_nf(bits: int, parameter: str, full: bool) -> DataType:
+    """NormalFloat for any k: quantiles of a normal, 2^(k-1) above zero, 2^(k-1) - 1 below, zero itself, scaled to 1."""
+    _no_parameter("nf", parameter)
+    offset = 1 - (1 / 2**bits + 1 / (2**bits - 1)) / 4
+    half = 2 ** (bits - 1)
+    above = [_normal_quantile(offset, i, half) for i in range(half)]
+    below = [-_normal_quantile(offset, i, half - 1) for i in range(half - 1)]
+    table = torch.tensor(sorted([*above, 0.0, *below]), dtype=torch.float64)
+    return nearest_type(table / table.abs().max())
+
+
+def make_power(bits: int, parameter: str, full: bool) -> DataType:
+    """sign(x)|x|^a rounded to a symmetric integer grid in the transformed space; a = 1/3 unless the parameter says otherwise."""
+    exponent = _power_exponent(parameter)
+    top = 2 ** (bits - 1) - 1
+    grid = torch.arange(-top, top + 1, dtype=torch.float64) / top
+    middle = (grid[1:] + grid[:-1]) / 2
+    values, boundaries = (u.sign() * u.abs() ** (1 / exponent) for u in (grid, middle))
+    return DataType(values[None].float(), boundaries[None].float())
+
+
+def fit_quantile(x: Tensor, weights: Tensor, scales: Tensor, bits: int, parameter: str) -> Tensor:
+    """2^k - 1 quantiles of the whole tensor and a 0, divided by the largest: create_quantile_map, not Eq. 6 taken literally.
+
+    `x` is the normalized tensor; its quantiles are taken in weight space (times `scales`), as the paper does.
+    """
+    _no_parameter("quantile", parameter)
+    raw = _sample(x * scales).double().sort().values
+    count = 2**bits - 1
+    off = 1 / (2 * count)
+    ranks = torch.linspace(off, 1 - off, count, dtype=torch.float64, device=raw.device) * (len(raw) - 1)
+    low = ranks.floor().long()
+    quantiles = torch.lerp(raw[low], raw[(low + 1).clamp(max=len(raw) - 1)], ranks - low)
+    table = torch.cat([quantiles, quantiles.new_zeros(1)]).sort().values
+    return (table / table.abs().max().clamp(min=1e-30))[None]
+
+
+def fit_kmeans(x: Tensor, weights: Tensor, scales: Tensor, bits: int, parameter: str) -> Tensor:
+    """Weighted 1-D k-means of the normalized tensor `x` [out, in], a table for the tensor or (`row`) one per output row."""
+    if parameter not in ("", "tensor", "row"):
+        raise SchemeError(f"kmeans takes the parameter tensor or row, got {parameter!r}")
+    weights = weights * scales**2
+    if parameter != "row":
+        x, weights = _sample(x)[None], _sample(weights.expand_as(x))[None]
+    return torch.cat([_lloyd(a, b, 2**bits) for a, b in zip(x.split(256), weights.expand_as(x).split(256), strict=True)])
+
+
+DATATYPES: dict[str, DataTypeMaker] = {
+    "int": DataTypeMaker(1, make=make_int),
+    "float": DataTypeMaker(2, make=make_float, parameters="ExMy, such as e3m0"),
+    "dynamic": DataTypeMaker(2, make=make_dynamic),
+    "quantile": DataTypeMaker(2, fit=fit_quantile),
+    "nf": DataTypeMaker(2, make=make_nf),
+    "power": DataTypeMaker(2, make=make_power, parameters="an exponent, such as 1/2"),
+    "kmeans": DataTypeMaker(1, fit=fit_kmeans, parameters="tensor or row"),
+}
+
+
+def check_datatype(scheme: Scheme) -> DataTypeMaker:
+    """The maker of the scheme's data type. Raises `SchemeError` with near matches, or when the bits make no sense for it."""
+    name, _, parameter = scheme.dtype.partition(":")
+    maker = DATATYPES.get(name)
+    if maker is None:
+        raise SchemeError(f"unknown data type {name!r}; {near_matches(name, DATATYPES)}")
+    if scheme.bits < maker.min_bits:
+        raise SchemeError(f"data type {name} needs at least {maker.min_bits} bits, got {scheme.bits}")
+    if maker.make is not None:
+        maker.make(scheme.bits, parameter, _full(scheme))
+    elif scheme.offset == "zero":
+        raise SchemeError(f"data type {name} is fitted after the offset is known; use offset float or none, not zero")
+    elif parameter not in ("", "tensor", "row") or (parameter and name != "kmeans"):
+        raise SchemeError(f"data type {name} takes the parameter {maker.parameters}, got {parameter!r}")
+    if isinstance(scheme.scale, Scheme):
+        check_datatype(scheme.scale)
+    return maker
+
+
+def is_fitted(scheme: Scheme) -> bool:
+    """Whether the table is fitted to the tensor and therefore stored with it."""
+    return check_datatype(scheme).fit is not None
+
+
+def fixed_type(scheme: Scheme) -> DataType:
+    """The table of a data type that does not look at the tensor. Raises `SchemeError` for a fitted one."""
+    return _fixed(scheme.dtype, scheme.bits, _full(scheme))
+
+
+def fit_table(scheme: Scheme, x: Tensor, weights: Tensor, scales: Tensor) -> Tensor:
+    """Fit a table fp16 [1 or out, 2^bits] to the normalized `x` [out, in]; `weights` are importances, `scales` those of x."""
+    maker = check_datatype(scheme)
+    if maker.fit is None:
+        raise SchemeError(f"data type {scheme.dtype} is fixed: nothing to fit")
+    return maker.fit(x, weights, scales, scheme.bits, scheme.dtype.partition(":")[2]).half()
+
+
+@lru_cache(maxsize=256)
+def _fixed(dtype: str, bits: int, full: bool) -> DataType:
+    name, _, parameter = dtype.partition(":")
+    maker = DATATYPES[name] if name in DATATYPES else check_datatype(Scheme(dtype, bits))
+    if maker.make is None:
+        raise SchemeError(f"data type {dtype} is fitted to each tensor: it has no table of its own")
+    return maker.make(bits, parameter, full)
+
+
+def _full(scheme: Scheme) -> bool:
+    return scheme.offset in ("zero", "float")
+
+
+def _no_parameter(name: str, parameter: str) -> None:
+    if parameter:
+        raise SchemeError(f"data type {name} takes no parameter, got {parameter!r}")
+
+
+def _exponent_split(bits: int, parameter: str) -> tuple[int, int]:
+    if not parameter:
+        exponent = min((bits + 1) // 2, bits - 1)
+        return exponent, bits - 1 - exponent
+    match = re.fullmatch(r"e(\d)m(\d)", parameter.lower())
+    splits = ", ".join(f"e{e}m{bits - 1 - e}" for e in range(1, bits))
+    if match is None or int(match[1]) + int(match[2]) != bits - 1 or int(match[1]) < 1:
+        raise SchemeError(f"float:{parameter} is not a split of {bits} bits; use one of {splits}")
+    return int(match[1]), int(match[2])
+
+
+def _power_exponent(parameter: str) -> float:
+    try:
+        exponent = float(Fraction(parameter or "1/3"))
+    except (ValueError, ZeroDivisionError):
+        raise SchemeError(f"power:{parameter} has no number after the colon; write power:1/2 or power:0.4") from None
+    if not 0.05 <= exponent <= 4:
+        raise SchemeError(f"the exponent of power must lie in 0.05..4, got {parameter}")
+    return exponent
+
+
+def _normal_quantile(offset: float, i: int, count: int) -> float:
+    """The i-th of `count` steps from `offset` down to (not including) the median, through the normal quantile function."""
+    return NormalDist().inv_cdf(offset + (0.5 - offset) * i / count)
+
+
+def _sample(x: Tensor) -> Tensor:
+    """An evenly spaced sample of at most `FIT_SAMPLE` values: deterministic, and it touches every row."""
+    flat = x.reshape(-1)
+    return flat if flat.numel() <= FIT_SAMPLE else flat[:: -(-flat.numel() // FIT_SAMPLE)]
+
+
+def _lloyd(x: Tensor, weights: Tensor, levels: int) -> Tensor:
+    """Lloyd's iteration for rows of numbers: sorted once, a step is a search for the boundaries in prefix sums.
+
+    `x`, `weights` [rows, n]; returns [rows, levels] ascending, fp64. An empty cell keeps its value.
+    """
+    order = x.sort(dim=1)
+    values, mass = order.values.double(), weights.gather(1, order.indices).double() + 1e-30
+    zero = values.new_zeros(len(values), 1)
+    sums = torch.cat([zero, mass.cumsum(1)], 1)
+    moments = torch.cat([zero, (mass * values).cumsum(1)], 1)
+    centers = _start(values, mass, levels)
+    for _ in range(LLOYD_STEPS):
+        middle = ((centers[:, 1:] + centers[:, :-1]) / 2).contiguous()
+        cut = torch.searchsorted(values, middle)
+        cut = torch.cat([torch.zeros_like(cut[:, :1]), cut, torch.full_like(cut[:, :1], values.shape[1])], 1)
+        cell = sums.gather(1, cut).diff(dim=1)
+        mean = moments.gather(1, cut).diff(dim=1) / cell.clamp(min=1e-300)
+        centers = torch.where(cut.diff(dim=1) > 0, mean, centers)
+    return centers.sort(dim=1).values
+
+
+def _start(values: Tensor, mass: Tensor, levels: int) -> Tensor:
+    """Starting centers by Panter & Dite: density^(1/3), here mass^(1/3) times spacing^(2/3), is shared out evenly."""
+    spacing = torch.nn.functional.pad(values.diff(dim=1), (0, 1)).clamp(min=0)
+    share = mass.pow(1 / 3) * spacing.pow(2 / 3) + 1e-30
+    share = share.cumsum(1) / share.sum(1, keepdim=True)
+    targets = (torch.arange(levels, dtype=torch.float64, device=values.device) + 0.5) / levels
+    index = torch.searchsorted(share.contiguous(), targets.expand(len(values), -1).contiguous())
+    return values.gather(1, index.clamp(max=values.shape[1] - 1))

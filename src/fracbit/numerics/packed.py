@@ -1,0 +1,196 @@
+"""`PackedTensor`: a quantized weight as the bytes that are stored, and `decode`, the one formula that reads it back.
+
+    w[o, i] = scale[b] * T[o, code[o, i]] + shift[b]
+    shift[b] = 0 | offset[b] | -scale[b] * T[zero[b]]            (offset none | float, mean | zero)
+
+T is the table of the data type, b the block of the weight. Everything else in the project is a way to choose the codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fracbit.errors import FormatError
+from fracbit.numerics.bits import row_bytes, unpack_bits
+from fracbit.numerics.blocks import scales_shape, spread
+from fracbit.numerics.datatypes import DataType, fixed_type, is_fitted, nearest_type
+from fracbit.records.scheme import Scheme
+
+DECODE_CHUNK = 1 << 21  # weights decoded at a time: temporaries stay in the cache and off the memory peak
+
+
+@dataclass(frozen=True, eq=False)
+class PackedTensor:
+    """The stored form of a weight `[out, in]`; `kept = in - len(columns)` input columns are quantized.
+
+    - `codes` uint8 [out, ceil(kept * bits / 8)]: row-major over output rows whatever the axis, dense, LSB first.
+    - `scales` [out, blocks], [blocks, kept] (axis out), [1, 1] (tensor) or [blocks] (flat), in the scheme's scale type;
+      or a `PackedTensor` [1, n] when the scales are themselves quantized.
+    - `offsets`: None; as `scales` (float, mean); or uint8 [rows of scales, ceil(columns * bits / 8)], packed zero codes.
+    - `table`: fp16 [1 or out, 2^bits] of a fitted data type, None for a fixed one.
+    - `columns` int32 [p] ascending and `outliers` [out, p] 16-bit: input columns that were not quantized.
+    """
+
+    scheme: Scheme
+    shape: tuple[int, int]
+    codes: Tensor
+    scales: Tensor | PackedTensor
+    offsets: Tensor | PackedTensor | None = None
+    table: Tensor | None = None
+    columns: Tensor | None = None
+    outliers: Tensor | None = None
+
+    @property
+    def kept(self) -> int:
+        """Input columns that are quantized."""
+        return self.shape[1] - (0 if self.columns is None else len(self.columns))
+
+    def to(self, device: torch.device | str) -> PackedTensor:
+        """The same bytes on another device."""
+        parts = {name: getattr(self, name) for name in PARTS}
+        moved = {name: part if part is None else part.to(device) for name, part in parts.items()}
+        return PackedTensor(self.scheme, self.shape, **moved)
+
+
+PARTS = ("codes", "scales", "offsets", "table", "columns", "outliers")
+
+
+def parts_of(packed: PackedTensor, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that is stored, with its name; parts of quantized scales are `scales_codes`, `scales_scales`, ..."""
+    for name in PARTS:
+        part = getattr(packed, name)
+        if isinstance(part, PackedTensor):
+            yield from parts_of(part, f"{prefix}{name}_")
+        elif part is not None:
+            yield prefix + name, part
+
+
+def from_parts(scheme: Scheme, shape: tuple[int, int], parts: dict[str, Tensor]) -> PackedTensor:
+    """Inverse of `parts_of`; checks every shape and type. Raises `FormatError` naming the part that does not fit."""
+    outliers = 0 if "columns" not in parts else len(parts["columns"])
+    expected = part_shapes(scheme, shape, outliers)
+    if set(expected) != set(parts):
+        raise FormatError(f"scheme {scheme} stores {sorted(expected)}, got {sorted(parts)}")
+    for name, (dtypes, size) in expected.items():
+        if tuple(parts[name].shape) != size or parts[name].dtype not in dtypes:
+            got = f"{parts[name].dtype} {tuple(parts[name].shape)}"
+            raise FormatError(f"{name} of scheme {scheme} should be {dtypes[0]} {size}, got {got}")
+    return _assemble(scheme, shape, parts, "")
+
+
+def part_shapes(
+    scheme: Scheme, shape: tuple[int, int], outliers: int = 0
+) -> dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]]:
+    """What a packed tensor of this scheme stores: name -> (types allowed, shape). `outliers` counts 16-bit columns."""
+    kept = (shape[0], shape[1] - outliers)
+    stored = scales_shape(kept, scheme)
+    result = {"codes": ((torch.uint8,), (shape[0], row_bytes(kept[1], scheme.bits)))}
+    result |= _float_part("scales", scheme.scale, stored)
+    if scheme.offset in ("float", "mean"):
+        result |= _float_part("offsets", scheme.scale, stored)
+    if scheme.offset == "zero":
+        rows, columns = zeros_shape(stored)
+        result["offsets"] = ((torch.uint8,), (rows, row_bytes(columns, scheme.bits)))
+    if is_fitted(scheme):
+        rows = shape[0] if scheme.dtype.endswith(":row") else 1
+        result["table"] = ((torch.float16,), (rows, 2**scheme.bits))
+    if outliers:
+        result["columns"] = ((torch.int32,), (outliers,))
+        result["outliers"] = ((torch.bfloat16, torch.float16), (shape[0], outliers))
+    return result
+
+
+def stored_bits(packed: PackedTensor) -> int:
+    """Bits held: codes, scales, offsets, tables, outliers and padding, counted from the bytes and not from a formula."""
+    return 8 * sum(part.numel() * part.element_size() for _, part in parts_of(packed))
+
+
+def decode(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight [out, in] that `packed` stands for, computed in fp32 and rounded once to `dtype`."""
+    kept_shape = (packed.shape[0], packed.kept)
+    kept = packed.codes.new_empty(kept_shape, dtype=dtype)
+    scale, shift = dense_scales(packed)
+    table = table_of(packed)
+    step = max(1, DECODE_CHUNK // max(1, packed.kept))
+    for first in range(0, packed.shape[0], step):
+        last = min(first + step, packed.shape[0])
+        codes = unpack_bits(packed.codes[first:last], packed.scheme.bits, packed.kept)
+        part = table.rows(first, last).look_up(codes)
+        part = part * spread(scale, kept_shape, packed.scheme, first, last)
+        kept[first:last] = part if shift is None else part + spread(shift, kept_shape, packed.scheme, first, last)
+    return kept if packed.columns is None else _with_outliers(packed, kept)
+
+
+def dense_scales(packed: PackedTensor) -> tuple[Tensor, Tensor | None]:
+    """Scale and shift of every block, fp32, in the stored shape; the shift is None for offset `none`."""
+    stored = scales_shape((packed.shape[0], packed.kept), packed.scheme)
+    scale = _dense(packed.scales, stored)
+    if packed.offsets is None:
+        return scale, None
+    if packed.scheme.offset != "zero":
+        return scale, _dense(packed.offsets, stored)
+    assert isinstance(packed.offsets, Tensor)
+    zeros = unpack_bits(packed.offsets, packed.scheme.bits, zeros_shape(stored)[1]).view(stored)
+    return scale, -scale * table_of(packed).look_up(zeros)
+
+
+def table_of(packed: PackedTensor) -> DataType:
+    """The data type's table on the device of the codes: fixed, or the fitted one that is stored."""
+    if packed.table is None:
+        return fixed_type(packed.scheme).to(packed.codes.device)
+    return nearest_type(packed.table.float())
+
+
+def zeros_shape(stored: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns in which zero codes are packed: those of the scales; flat blocks are one row."""
+    return (stored[0], stored[1]) if len(stored) == 2 else (1, stored[0])
+
+
+def _float_part(
+    name: str, scale: str | Scheme, stored: tuple[int, ...]
+) -> dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]]:
+    if isinstance(scale, str):
+        return {name: ((SCALE_DTYPES[scale],), stored)}
+    count = 1
+    for size in stored:
+        count *= size
+    return {f"{name}_{part}": what for part, what in part_shapes(scale, (1, count)).items()}
+
+
+SCALE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def _assemble(scheme: Scheme, shape: tuple[int, int], parts: dict[str, Tensor], prefix: str) -> PackedTensor:
+    def part(name: str) -> Tensor | PackedTensor | None:
+        if prefix + name in parts:
+            return parts[prefix + name]
+        if f"{prefix}{name}_codes" not in parts or isinstance(scheme.scale, str):
+            return None
+        outliers = len(parts[prefix + "columns"]) if prefix + "columns" in parts else 0
+        count = scales_shape((shape[0], shape[1] - outliers), scheme)
+        return _assemble(scheme.scale, (1, int(torch.Size(count).numel())), parts, f"{prefix}{name}_")
+
+    return PackedTensor(scheme, shape, **{name: part(name) for name in PARTS})  # type: ignore[arg-type]
+
+
+def _dense(stored: Tensor | PackedTensor, shape: tuple[int, ...]) -> Tensor:
+    return (decode(stored) if isinstance(stored, PackedTensor) else stored.float()).view(shape)
+
+
+def _with_outliers(packed: PackedTensor, kept: Tensor) -> Tensor:
+    assert packed.columns is not None and packed.outliers is not None
+    weight = kept.new_empty(packed.shape)
+    weight[:, kept_columns(packed.columns, packed.shape[1])] = kept
+    weight[:, packed.columns.long()] = packed.outliers.to(kept.dtype)
+    return weight
+
+
+def kept_columns(columns: Tensor, count: int) -> Tensor:
+    """The input columns, ascending, that are not among the outlier `columns`."""
+    mask = torch.ones(count, dtype=torch.bool, device=columns.device)
+    mask[columns.long()] = False
+    return mask.nonzero().squeeze(1)

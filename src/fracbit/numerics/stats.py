@@ -1,0 +1,43 @@
+"""`Stats`: what is known of the inputs of a linear layer. A commutative sum: batches, ranks and resumes are one fold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fracbit.errors import WeightError
+
+
+@dataclass(frozen=True, eq=False)
+class Stats:
+    """Sums over the tokens a layer saw. `gram` [in, in] is sum x x^T; `absmax` [in] max |x|; `energy` [in] sum x^2; fp32."""
+
+    tokens: int
+    gram: Tensor | None
+    absmax: Tensor
+    energy: Tensor
+
+
+def empty(inputs: int, gram: bool = True, device: torch.device | str = "cpu") -> Stats:
+    """The neutral element for a layer of `inputs` inputs; without `gram` only the diagonal statistics are kept."""
+    zeros = torch.zeros(inputs, device=device)
+    return Stats(0, torch.zeros(inputs, inputs, device=device) if gram else None, zeros, zeros.clone())
+
+
+def observe(stats: Stats, x: Tensor) -> Stats:
+    """Add the inputs `x` [tokens, in]. Raises `WeightError` when they hold NaN or Inf."""
+    x = x.float()
+    energy = x.square().sum(0)
+    if not bool(torch.isfinite(energy).all()):
+        raise WeightError(f"{int((~torch.isfinite(x)).any(1).sum())} of {len(x)} input rows hold NaN or Inf")
+    gram = None if stats.gram is None else torch.addmm(stats.gram, x.T, x)
+    absmax = torch.maximum(stats.absmax, x.abs().amax(0)) if len(x) else stats.absmax
+    return Stats(stats.tokens + len(x), gram, absmax, stats.energy + energy)
+
+
+def merge(a: Stats, b: Stats) -> Stats:
+    """The statistics of both sets of tokens."""
+    gram = None if a.gram is None or b.gram is None else a.gram + b.gram
+    return Stats(a.tokens + b.tokens, gram, torch.maximum(a.absmax, b.absmax), a.energy + b.energy)

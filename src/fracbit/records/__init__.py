@@ -1,0 +1,1 @@
+"""Records: schemes, recipes, allocations, rows. Strings and numbers; importing them never imports torch."""

@@ -1,0 +1,146 @@
+"""`Scheme`: how one weight matrix is stored. Strings and integers only; hashable, JSON, torch-free.
+
+A scheme is a point in the space that the five papers span: a data type (2212.09720, 2403.06408), its bits, the block of
+weights that share a scale (2212.09720), the axis a block runs along (2309.15531), what is stored per block besides the scale
+(a zero point, a shift, a mean) and how the scales themselves are stored (double quantization).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+from fracbit.errors import SchemeError, near_matches
+
+Axis = Literal["in", "out"]
+Offset = Literal["none", "zero", "float", "mean"]
+FLOAT_SCALES = ("fp32", "fp16", "bf16")
+_NAMED_BLOCKS = ("row", "tensor")
+_FLAT = re.compile(r"flat:([1-9]\d*)")
+_SCALE_SHORTHAND = re.compile(r"([a-z]+)([1-8]):([1-9]\d*)")
+_DTYPE = re.compile(r"[a-z]+(:[A-Za-z0-9./]+)?")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a weight `[out, in]` is stored.
+
+    - `dtype`: data type, `"name"` or `"name:parameter"` (`"int"`, `"float:e3m0"`, `"power:1/2"`, `"kmeans:row"`).
+    - `bits`: bits per code, 1..8.
+    - `block`: weights that share a scale: a number, `"row"` (the whole line along `axis`), `"tensor"`, or `"flat:64"`
+      (64 consecutive weights of the row-major tensor, crossing rows; the blocks of 2212.09720).
+    - `axis`: `"in"`, blocks of consecutive input channels inside an output row; `"out"`, blocks of consecutive output
+      channels inside an input column (AdaDim's per-IC groups, 2309.15531).
+    - `offset`: `"none"`, symmetric about zero; `"zero"`, a zero point that is itself a code; `"float"`, the middle of the
+      block's range; `"mean"`, the block's mean (centering, 2212.09720 App. B).
+    - `scale`: `"fp32"`, `"fp16"`, `"bf16"`, or a scheme for the scales themselves (double quantization), also written
+      `"int8:256"`: 8-bit integers in blocks of 256 scales.
+
+    Raises `SchemeError` for anything that cannot exist.
+    """
+
+    dtype: str = "int"
+    bits: int = 4
+    block: int | str = 64
+    axis: Axis = "in"
+    offset: Offset = "none"
+    scale: str | Scheme = "fp16"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot exist, and expand the shorthand of a quantized scale."""
+        _check_dtype(self.dtype)
+        _check_bits(self.bits)
+        _check_block(self.block)
+        _check_choice("axis", self.axis, get_args(Axis))
+        _check_choice("offset", self.offset, get_args(Offset))
+        object.__setattr__(self, "scale", _scale(self.scale))
+
+    def __str__(self) -> str:
+        """A short label, e.g. `nf4/64`, `int3z/128 out`, `kmeans:row4/row`."""
+        mark = {"none": "", "zero": "z", "float": "f", "mean": "m"}[self.offset]
+        axis = " out" if self.axis == "out" else ""
+        scale = "" if self.scale == "fp16" else f" s={scale_label(self.scale)}"
+        return f"{self.dtype}{self.bits}{mark}/{self.block}{axis}{scale}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The scheme as a JSON object; `from_json` reads it back."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Scheme:
+        """Read what `to_json` wrote. Raises `SchemeError` on unknown keys."""
+        known = {field.name for field in fields(Scheme)}
+        for key in data:
+            if key not in known:
+                raise SchemeError(f"a scheme has no key {key!r}; {near_matches(key, known)}")
+        scale = data.get("scale", "fp16")
+        nested = Scheme.from_json(scale) if isinstance(scale, Mapping) else scale
+        return Scheme(**{**data, "scale": nested})
+
+    def with_bits(self, bits: int) -> Scheme:
+        """The same scheme at another width."""
+        return replace(self, bits=bits)
+
+
+def scale_label(scale: str | Scheme) -> str:
+    """How a scale is written on one line: `fp16`, or `int8:256` for a scheme of scales."""
+    if isinstance(scale, str):
+        return scale
+    return f"{scale.dtype}{scale.bits}:{str(scale.block).removeprefix('flat:')}"
+
+
+def flat_block(block: int | str) -> int | None:
+    """The number in `"flat:64"`, or None for a block that stays inside a line."""
+    match = _FLAT.fullmatch(block) if isinstance(block, str) else None
+    return int(match.group(1)) if match else None
+
+
+def _scale(scale: object) -> str | Scheme:
+    if isinstance(scale, Scheme):
+        if isinstance(scale.scale, Scheme):
+            raise SchemeError("scales of scales may not be quantized again: use fp32, fp16 or bf16 for them")
+        if scale.axis != "in":
+            raise SchemeError("scales are one long row: their scheme needs axis 'in'")
+        return scale
+    if isinstance(scale, str) and scale in FLOAT_SCALES:
+        return scale
+    match = _SCALE_SHORTHAND.fullmatch(scale) if isinstance(scale, str) else None
+    if match is None:
+        allowed = ", ".join(FLOAT_SCALES)
+        raise SchemeError(f"scale {scale!r} is not known; use {allowed}, or TYPEBITS:BLOCK such as int8:256")
+    dtype, bits, block = match.groups()
+    return Scheme(dtype, int(bits), int(block), "in", "float", "fp32")
+
+
+def _check_dtype(dtype: object) -> None:
+    if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype):
+        raise SchemeError(f"data type {dtype!r} is not a name, or a name and a parameter such as power:1/2")
+
+
+def _check_bits(bits: object) -> None:
+    if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= 8:
+        raise SchemeError(f"bits must be an integer from 1 to 8, got {bits!r}")
+
+
+def _check_block(block: object) -> None:
+    if isinstance(block, int) and not isinstance(block, bool) and block > 0:
+        return
+    if isinstance(block, str) and (block in _NAMED_BLOCKS or _FLAT.fullmatch(block)):
+        return
+    raise SchemeError(f"block {block!r} is not a block: use a number above 0, row, tensor, or flat:N such as flat:64")
+
+
+def _check_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise SchemeError(f"{field} {value!r} is not known; use {', '.join(allowed)}")
+
+
+def parse_scheme(text: str) -> Scheme:
+    """A scheme written in one word, `TYPEBITS:BLOCK`: `int8:64`, `nf4:row`. Raises `SchemeError`."""
+    match = re.fullmatch(r"([a-z]+)([1-8])(?::(\w+(?::\d+)?))?", text)
+    if match is None:
+        raise SchemeError(f"{text!r} is not a scheme in one word: write TYPEBITS or TYPEBITS:BLOCK, such as int8:64")
+    dtype, bits, block = match.groups()
+    return Scheme(dtype, int(bits), int(block) if block and block.isdigit() else block or 64)

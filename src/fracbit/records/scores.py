@@ -18,8 +18,8 @@ from typing import Any, Literal, get_args
 from fracbit.errors import FormatError, RecipeError
 from fracbit.records.scheme import Scheme
 
-Kind = Literal["order", "sensitivity", "loss"]
-"""What a score's numbers mean: only an order; loss per squared relative error; the loss of one given scheme, in nats."""
+Kind = Literal["order", "sensitivity"]
+"""What a score's numbers mean: only an order, or nats of loss per squared relative error of the weights."""
 
 VERSION = 1
 
@@ -89,7 +89,7 @@ class Losses:
     def scores(self, low: int, high: int) -> Scores:
         """What lifting a layer from scheme number `low` to number `high` is worth: the paper's order from measured losses."""
         values = {name: row[low] - row[high] for name, row in self.rows.items()}
-        return Scores(values, self.method, self.model, "loss", self.protocol)
+        return Scores(values, self.method, self.model, "order", self.protocol)
 
     def to_json(self) -> dict[str, Any]:
         """The record as a JSON object; `from_json` reads it back."""

@@ -71,13 +71,13 @@ def test_data_free_scores_do_not_feel_the_scale_of_a_unit(name: str) -> None:
     [
         (lambda g: torch.randn(1000, 1000, generator=g), 0.1587),
         (lambda g: _laplace(g), 0.1215),
-        (lambda g: _student(g), 0.0895),
+        (lambda g: _student(g), 0.0908),
     ],
     ids=["Gaussian", "Laplace", "Student t3"],
 )
 def test_zd_has_the_shares_of_known_distributions(draw: object, one_sided: float) -> None:
     weights = draw(torch.Generator().manual_seed(0))  # type: ignore[operator]
-    assert share_above([weights]) == pytest.approx(one_sided, abs=2e-3)
+    assert share_above([weights]) == pytest.approx(one_sided, abs=3e-3)
     assert share_above([weights], two_sided=True) == pytest.approx(2 * one_sided, abs=4e-3)
 
 

@@ -3,7 +3,7 @@
     z_i = (w_i - mean) / std over the layer's weights ;    ZD(l) = #{ i : z_i > 1 } / N ;    smaller = more important
 
 Dumitru et al. 2024, arXiv:2406.17415, section 3.1; data-free. The share falls as tails grow heavier (Gaussian 0.1587,
-Laplace 0.1215, Student's t3 0.0895): a small ZD means heavy tails, it is a kurtosis in disguise. Whether the paper counts
+Laplace 0.1215, Student's t3 0.091): a small ZD means heavy tails, it is a kurtosis in disguise. Whether the paper counts
 |z| > 1 and whether it pools the matrices of a block is not settled, so both are offered: `zd` pools all weights of the unit
 and counts one side; `zd-two-sided` both sides; `zd-per-matrix` and `zd-two-sided-per-matrix` average the matrices' own shares.
 The score returned is -ZD, so that larger is more important as for every other score.

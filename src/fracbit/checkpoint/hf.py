@@ -5,18 +5,20 @@ transformers asks the quantizer to swap modules on the empty skeleton, then load
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fracbit.checkpoint.format import QUANT_METHOD, StoredLayer, read_layers
 from fracbit.errors import FormatError
 from fracbit.models.quant_linear import QuantEmbedding, QuantLinear, TiedHead
+
+if TYPE_CHECKING:  # this module is imported while transformers' own modeling_utils still is
+    from transformers import PreTrainedModel
 
 SIXTEEN = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -54,3 +54,10 @@ def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> PreTra
         return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)  # type: ignore[no-any-return]
     except (OSError, ValueError, KeyError) as error:
         raise SourceError(f"{model} has no tokenizer that transformers can read: {error}") from error
+
+
+def tokenizer_or_none(model: str | Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a model when there is one: files of ids do not need it."""
+    folder = open_checkpoint(model).folder
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    return load_tokenizer(model) if any((folder / name).is_file() for name in names) else None

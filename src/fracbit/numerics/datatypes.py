@@ -92,7 +92,8 @@ def make_int(bits: int, parameter: str, full: bool) -> DataType:
     levels = 2**bits if full else 2**bits - 1
     if levels < 2:
         raise SchemeError("a symmetric 1-bit int has one value; use an offset (zero or float), or more bits")
-    table = nearest_type(torch.linspace(-1, 1, levels, dtype=torch.float64))
+    numerators = torch.arange(levels, dtype=torch.float64) * 2 - (levels - 1)  # linspace would miss an exact 0
+    table = nearest_type(numerators / (levels - 1))
     return DataType(table.values, table.boundaries, 2.0 / (levels - 1))
 
 

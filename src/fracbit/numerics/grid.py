@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fracbit.errors import WeightError
+from fracbit.errors import SchemeError, WeightError
 from fracbit.numerics.bits import pack_bits
 from fracbit.numerics.blocks import (
     block_length,
@@ -131,6 +131,8 @@ def _quantize_kept(
 ) -> PackedTensor:
     columns = columns.to(torch.int32).sort().values
     kept = kept_columns(columns, weight.shape[1])
+    if not len(kept):
+        raise SchemeError(f"all {weight.shape[1]} input columns are kept in 16 bits: leave the layer float instead")
     importance = None if importance is None else importance[..., kept]
     packed = quantize_tensor(weight[:, kept], scheme, importance, search)
     outliers = _in_16_bits(_finite(weight[:, columns.long()]))

@@ -170,7 +170,8 @@ def _assemble(scheme: Scheme, shape: tuple[int, int], parts: dict[str, Tensor], 
             return parts[prefix + name]
         if f"{prefix}{name}_codes" not in parts or isinstance(scheme.scale, str):
             return None
-        count = scales_shape(shape, scheme)
+        outliers = len(parts[prefix + "columns"]) if prefix + "columns" in parts else 0
+        count = scales_shape((shape[0], shape[1] - outliers), scheme)
         return _assemble(scheme.scale, (1, int(torch.Size(count).numel())), parts, f"{prefix}{name}_")
 
     return PackedTensor(scheme, shape, **{name: part(name) for name in PARTS})  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from fracbit.records.allocation import (
     save_allocation,
     uniform,
 )
-from fracbit.records.scheme import Scheme
+from fracbit.records.scheme import Scheme, parse_scheme
 from fracbit.records.scores import Losses, Scores, check_scores, fingerprint, load_scores, save_json
 
 NAMES = ("model.layers.0", "model.layers.1", "model.layers.2")
@@ -36,6 +36,11 @@ schemes = st.builds(
 @given(schemes)
 def test_labels_are_read_back(scheme: Scheme) -> None:
     assert read_level(str(scheme)) == scheme
+
+
+def test_a_colon_is_a_slash() -> None:
+    assert read_level("int4:64") == read_level("int4/64") == parse_scheme("int4:64") == INT4
+    assert read_level("kmeans:row3:row") == Scheme("kmeans:row", 3, "row")
 
 
 @pytest.mark.parametrize("label", ["", "nf4", "nf/64", "nf4/", "nf4/64 in", "nf12/64", "4/64", "nf4/64 out out"])

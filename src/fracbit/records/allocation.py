@@ -19,7 +19,7 @@ from fracbit.records.scores import read_json
 VERSION = 1
 _OFFSETS = {"": "none", "z": "zero", "f": "float", "m": "mean"}
 _LABEL = re.compile(
-    r"(?P<dtype>[a-z]+(:[A-Za-z0-9./]+?)?)(?P<bits>\d)(?P<offset>[zfm]?)/(?P<block>row|tensor|flat:\d+|\d+)"
+    r"(?P<dtype>[a-z]+(:[A-Za-z0-9./]+?)?)(?P<bits>\d)(?P<offset>[zfm]?)[/:](?P<block>row|tensor|flat:\d+|\d+)"
     r"(?P<axis> out)?( s=(?P<scale>[a-z0-9:]+))?"
 )
 
@@ -103,7 +103,7 @@ def load_allocation(path: Path) -> Allocation:
 def read_level(label: str) -> Scheme | None:
     """A scheme from its short label, `str(scheme)`: `nf4/64`, `int3z/128 out`, `power:1/24/row s=fp32`; `float` is None.
 
-    Raises `SchemeError` for anything else.
+    A colon may stand for the slash, as in `parse_scheme`. Raises `SchemeError` for anything else.
     """
     text = label.strip()
     if text == "float":

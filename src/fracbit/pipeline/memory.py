@@ -15,6 +15,8 @@ from typing import Any
 
 from fracbit.errors import BudgetError
 
+INNER = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
+
 
 @dataclass(frozen=True)
 class RunningMemory:
@@ -46,7 +48,7 @@ def running_memory(config: Any, context: int, batch: int = 1, bytes_each: int = 
     tokens = sum(min(context, window or context) for window in _windows(text))
     cache = 2 * tokens * kv_heads * head * batch * bytes_each
     width = int(text.hidden_size)
-    inner = int(getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * width)
+    inner = next((int(size) for name in INNER if (size := getattr(text, name, None))), 4 * width)
     experts = int(getattr(text, "num_experts_per_tok", None) or 1)
     widest = max(2 * inner * experts, (2 * heads + 2 * kv_heads) * head)
     activations = batch * (context * (3 * width + widest) * bytes_each + 4 * int(text.vocab_size))

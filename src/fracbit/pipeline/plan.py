@@ -10,13 +10,12 @@ searched allocations have missed their target and lost to uniform in other tools
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor
 
 from fracbit.checkpoint.format import tensor_name
@@ -38,9 +37,9 @@ from fracbit.importance import (
     scheme_bits,
 )
 from fracbit.models.skeleton import skeleton
-from fracbit.numerics.packed import part_shapes
 from fracbit.numerics import quantize_tensor
 from fracbit.numerics.datatypes import check_datatype
+from fracbit.numerics.packed import part_shapes
 from fracbit.pipeline.memory import running_memory
 from fracbit.pipeline.run import model_config
 from fracbit.pipeline.schedule import SHARD_BYTES, Schedule, make_schedule
@@ -112,7 +111,10 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Everything that decides an allocation but the scores: the model on disk, its units, the levels, the budget."""
+    """Everything that decides an allocation but the scores: the model on disk, its units, the levels, the budget.
+
+    `float_bytes` and `float_shapes`: what is written beside the units' layers; `shards`: files it would be spread over.
+    """
 
     recipe: Recipe
     source: Source
@@ -120,7 +122,9 @@ class Problem:
     units: tuple[Unit, ...]
     levels: tuple[Scheme | None, ...]
     budget: Budget
-    other_bytes: int
+    float_bytes: int
+    float_shapes: Mapping[str, Sequence[int]]
+    shards: int
 
     @property
     def weights_count(self) -> int:
@@ -147,7 +151,13 @@ def make_problem(
     weights = weights_on_disk(recipe.model, recipe.trust_remote_code)
     units = weights.units(granularity, fused)
     count = sum(unit.weights for unit in units)
-    other = other_bytes(recipe, source, units, levels)
+    layers = {name for unit in units for name in unit.shapes if name not in unit.shared}
+    schedule = _float_schedule(recipe, source, layers)
+    items = [item for items in schedule.shards.values() for item in items]
+    others = [item for item in items if item.name.removesuffix(".weight") not in layers]
+    shapes = {item.name: source.tensors[item.origin.name].shape for item in others}
+    rest = sum(item.bytes for item in others)
+    other = rest + _most_header_bytes(units, levels, shapes, schedule.bytes, len(schedule.shards))
     if ask.average_bits is not None:
         budget = average_bits(ask.average_bits, count)
     elif ask.size is not None:
@@ -155,7 +165,7 @@ def make_problem(
     else:
         running = running_memory(model_config(source, recipe.trust_remote_code), ask.context, ask.batch)
         budget = device_memory(ask.fits or 0, count, other + running.bytes)
-    return Problem(recipe, source, weights, units, tuple(levels), budget, other)
+    return Problem(recipe, source, weights, units, tuple(levels), budget, rest, shapes, len(schedule.shards))
 
 
 def make_plan(
@@ -164,15 +174,16 @@ def make_plan(
     solver: Solver = "exact",
     subject: Subject | None = None,
     ids: Tensor | None = None,
+    curve: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
     """Solve the problem; `scores` is the name of a score, or scores and losses that were made earlier.
 
-    `subject` and `ids` are for scores that read text. Raises `RecipeError`, `BudgetError`, `WeightError`.
+    `subject` and `ids` are for scores that read text; `curve` solves for the whole reachable range too. Raises `RecipeError`, `BudgetError`, `WeightError`.
     """
     named, losses = _valued(problem, scores, subject, ids, progress)
     chosen = _solve(problem, problem.budget, named, losses, solver)
-    found = {solver: chosen}
+    found: dict[str, Solution] = {solver: chosen}
     other: Solver = "order" if solver == "exact" else "exact"
     found[other] = _solve(problem, problem.budget, named, losses, other)
     level = best_uniform(problem.units, problem.levels, problem.budget.bits, losses)
@@ -181,7 +192,9 @@ def make_plan(
     candidates = tuple(_candidate(problem, name, solution, losses.method) for name, solution in found.items())
     notes = (*chosen.notes, *_left_over(problem, chosen))
     needs = needs_of(problem, candidates[0].allocation)
-    return Plan(problem.budget.figure(problem.budget.bits), losses, candidates, _curves(problem, named, losses), needs, notes)
+    figure = problem.budget.figure(problem.budget.bits)
+    curves = _curves(problem, named, losses) if curve else {}
+    return Plan(figure, losses, candidates, curves, needs, notes)
 
 
 def allocated(recipe: Recipe, allocation: Allocation) -> Recipe:
@@ -193,26 +206,47 @@ def allocated(recipe: Recipe, allocation: Allocation) -> Recipe:
     return recipe.model_copy(update={"overrides": (*recipe.overrides, *mine)})
 
 
-def other_bytes(recipe: Recipe, source: Source, units: Sequence[Unit], levels: Sequence[Scheme | None]) -> int:
-    """Bytes of the weight files that no level changes: float tensors, and headers as long as any choice can make them."""
-    layers = {name: shape for unit in units for name, shape in unit.shapes.items() if name not in unit.shared}
-    schedule = _float_schedule(recipe, source, layers)
-    linears = sum(item.bytes for item in _items(schedule) if item.name.removesuffix(".weight") in layers)
-    names = [item.name for item in _items(schedule)]
-    for layer, shape in layers.items():
-        parts = {part for level in levels if level is not None for part in part_shapes(level, shape)}
-        names += [tensor_name(layer, part) for part in parts - {"codes"}]
-    shards = len(schedule.shards)
-    entry = {"dtype": "BF16", "shape": [10**6, 10**6], "data_offsets": [10 ** len(str(schedule.bytes))] * 2}
-    header = len(json.dumps(dict.fromkeys(names, entry), separators=(",", ":"))) + 80 * shards
-    return schedule.bytes - linears + header
+def written_bytes(problem: Problem, schemes: Mapping[str, Scheme | None]) -> int:
+    """Bytes of the weight files with these schemes: never less than what will be written, and closer than 1 kB a shard."""
+    shapes = {name: shape for unit in problem.units for name, shape in unit.shapes.items() if name not in unit.shared}
+    bits = sum(scheme_bits(schemes[name], shape) for name, shape in shapes.items())
+    names = dict(problem.float_shapes)
+    for name, shape in shapes.items():
+        names |= _stored_shapes(name, shape, schemes[name])
+    size = problem.float_bytes + bits // 8
+    return size + _header_bytes(names, size, problem.shards)
+
+
+def _most_header_bytes(
+    units: Sequence[Unit], levels: Sequence[Scheme | None], names: Mapping[str, Sequence[int]], size: int, shards: int
+) -> int:
+    """Bytes of the headers when every layer has every part that some level stores."""
+    names = dict(names)
+    for unit in units:
+        for name, shape in unit.shapes.items():
+            for level in levels if name not in unit.shared else ():
+                names |= _stored_shapes(name, shape, level)
+    return _header_bytes(names, size, shards)
+
+
+def _stored_shapes(layer: str, shape: tuple[int, int], scheme: Scheme | None) -> dict[str, tuple[int, ...]]:
+    if scheme is None:
+        return {f"{layer}.weight": shape}
+    parts = part_shapes(scheme, shape)
+    return {tensor_name(layer, part): (math.prod(size),) if part == "codes" else size for part, (_, size) in parts.items()}
+
+
+def _header_bytes(names: Mapping[str, Sequence[int]], size: int, shards: int) -> int:
+    """Bytes of safetensors headers that list these tensors, every offset as long as the largest."""
+    entries = {name: {"dtype": "BF16", "shape": list(shape), "data_offsets": [size, size]} for name, shape in names.items()}
+    return len(json.dumps(entries, separators=(",", ":"))) + 64 * shards
 
 
 def needs_of(problem: Problem, allocation: Allocation) -> Needs:
     """Memory, disk and time of quantizing as planned: rates are timed on a piece of each scheme's first layer."""
     shapes = {name: shape for unit in problem.units for name, shape in unit.shapes.items()}
     largest = max(out * width for out, width in shapes.values())
-    file_bytes = problem.other_bytes + sum(scheme_bits(s, shapes[n]) for n, s in allocation.schemes.items()) // 8
+    file_bytes = written_bytes(problem, allocation.schemes)
     seconds = 0.0
     for scheme in dict.fromkeys(allocation.schemes.values()):
         mine = [name for name, given in allocation.schemes.items() if given == scheme]
@@ -242,14 +276,19 @@ class Contest:
 
 
 def contest(
-    subject: Subject, units: Sequence[Unit], allocation: Allocation, held_out: Tensor, levels: Sequence[Scheme | None]
+    subject: Subject,
+    units: Sequence[Unit],
+    allocation: Allocation,
+    held_out: Tensor,
+    levels: Sequence[Scheme | None],
+    budget: int | None = None,
 ) -> Contest:
     """Measure the allocation and the best uniform scheme of no more bytes; the winner carries a note of what happened.
 
-    Uniform rivals are the levels and their kin of every other width, the best by weight error of those that fit.
+    `budget`: bits that the uniform scheme may take, those of the allocation when it is not given. Uniform rivals are the levels and their kin of every other width, the best by weight error of those that fit.
     Raises `BudgetError` when not even one bit everywhere fits into the allocation's bytes.
     """
-    bits = sum(unit.bits(allocation.schemes[next(iter(unit.shapes))]) for unit in units)
+    bits = budget or sum(unit.bits(allocation.schemes[next(iter(unit.shapes))]) for unit in units)
     scheme, cost = _best_rival(subject.weights, units, bits, levels)
     base = measure(subject, held_out)
     with replaced(subject, rounded(subject, allocation.schemes)):
@@ -276,14 +315,14 @@ def _best_rival(
     rivals = [scheme for scheme in _kin(levels) if sum(unit.bits(scheme) for unit in units) <= bits]
     if not rivals:
         raise BudgetError(f"{bits} bits do not hold these layers under any one scheme; offer levels with larger blocks")
-    top = max(-(-sum(unit.bits(scheme) for unit in units) // 1) for scheme in rivals)
+    taken = {scheme: sum(unit.bits(scheme) for unit in units) for scheme in rivals}
     # Only those that use what there is: fewer bits of the same kind are never better.
-    near = [scheme for scheme in rivals if sum(unit.bits(scheme) for unit in units) >= 0.75 * top]
+    near = [scheme for scheme in rivals if taken[scheme] >= 0.75 * max(taken.values())]
     errors = make_losses(weights, units, "weight-error", near)
     size = {unit.name: unit.weights for unit in units}
     total = [sum(size[name] * row[i] for name, row in errors.rows.items()) for i in range(len(near))]
     best = near[total.index(min(total))]
-    return best, sum(unit.bits(best) for unit in units)
+    return best, taken[best]
 
 
 def _kin(levels: Sequence[Scheme | None]) -> list[Scheme | None]:
@@ -344,7 +383,7 @@ def _candidate(problem: Problem, name: str, solution: Solution, method: str) -> 
         problem.units, problem.levels, problem.weights.model, solver=name, score=method,
         budget=problem.budget.figure(problem.budget.bits),
     )  # fmt: skip
-    size = problem.other_bytes + -(-solution.bits // 8)
+    size = written_bytes(problem, allocation.schemes)
     loss = None if solution.loss != solution.loss else solution.loss
     return Candidate(name, allocation, solution.bits / problem.weights_count, size, loss)
 
@@ -375,14 +414,10 @@ def _curves(problem: Problem, scores: Scores, losses: Losses) -> dict[str, tuple
     return curves
 
 
-def _float_schedule(recipe: Recipe, source: Source, layers: Mapping[str, Any]) -> Schedule:
+def _float_schedule(recipe: Recipe, source: Source, layers: Iterable[str]) -> Schedule:
     floats = allocated(recipe, Allocation(dict.fromkeys(layers)))
     shell = skeleton(model_config(source, recipe.trust_remote_code), trust_remote_code=recipe.trust_remote_code)
     return make_schedule(floats, source, shell)
-
-
-def _items(schedule: Schedule) -> list[Any]:
-    return [item for items in schedule.shards.values() for item in items]
 
 
 def _seconds_each(weight: Tensor, scheme: Scheme) -> float:

@@ -23,7 +23,16 @@ from torch import Tensor
 from fracbit.errors import WeightError
 from fracbit.numerics.datatypes import is_fitted
 from fracbit.numerics.grid import Grid, codes_of, fit, in_16_bits, moved, pack, values_of
-from fracbit.numerics.linalg import DAMPING, Coupling, by_energy, damped, descent, eliminate, feedback, gram_errors
+from fracbit.numerics.linalg import (
+    DAMPING,
+    Coupling,
+    by_energy,
+    damped,
+    descent,
+    eliminate,
+    feedback,
+    gram_errors,
+)
 from fracbit.numerics.packed import PackedTensor, decode, kept_columns
 from fracbit.numerics.stats import Stats
 from fracbit.quantizers.quantizer import Quantized

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,6 @@ from fracbit.numerics.stats import Stats
 from fracbit.quantizers.gptq import Gptq, relative_loss
 from fracbit.quantizers.quantizer import Quantized, Quantizer
 from fracbit.records.scheme import Scheme
-
 
 _BY_ROW = ("codes", "scales", "offsets", "outliers")
 
@@ -55,7 +55,7 @@ def split_rows(packed: PackedTensor, sizes: Sequence[int]) -> list[PackedTensor]
     for size in sizes:
         rows = slice(first, first + size)
         first += size
-        cut = {name: _rows(getattr(packed, name), rows) for name in _BY_ROW}
+        cut: dict[str, Any] = {name: _rows(getattr(packed, name), rows) for name in _BY_ROW}
         table = packed.table if packed.table is None or len(packed.table) == 1 else packed.table[rows].clone()
         result.append(replace(packed, shape=(size, packed.shape[1]), table=table, **cut))
     return result

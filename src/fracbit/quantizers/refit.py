@@ -133,7 +133,8 @@ def _solve(left: Tensor, right: Tensor, old: Tensor) -> Tensor:
     prior = PRIOR * left.diagonal(dim1=-2, dim2=-1)
     prior = torch.where(prior > 0, prior, 1.0)
     left = left + torch.diag_embed(prior)
-    return torch.linalg.solve(left, right + prior * old.double()).float()
+    found: Tensor = torch.linalg.solve(left, right + prior * old.double())
+    return found.float()
 
 
 def _block_sums(x: Tensor, block: int) -> Tensor:

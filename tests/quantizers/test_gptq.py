@@ -33,7 +33,9 @@ def cost(weight: torch.Tensor, decoded: torch.Tensor, gram: torch.Tensor) -> flo
     return float(gram_errors(weight - decoded, gram).sum())
 
 
-def by_the_book(weight: torch.Tensor, gram: torch.Tensor, step: float, top: int, damping: float) -> torch.Tensor:
+def by_the_book(
+    weight: torch.Tensor, gram: torch.Tensor, step: float, top: int, damping: float
+) -> torch.Tensor:
     """GPTQ as in its Algorithm 1: inverse, Cholesky of the inverse, columns updated one by one; one scale for all."""
     left = weight.double().clone()
     inverse = torch.linalg.inv(damped(gram, damping).double())
@@ -67,7 +69,10 @@ def test_never_worse_than_nearest_from_three_bits(dtype: str, axis: str):
             scheme = Scheme(dtype, 3, block, axis, offset)
             nearest = cost(weight, decode(quantize_tensor(weight, scheme)), stats.gram)
             found = Gptq()(weight, scheme, stats)
-            assert cost(weight, decode(found.packed), stats.gram) <= nearest * (1 + 1e-5), (scheme, found.notes)
+            assert cost(weight, decode(found.packed), stats.gram) <= nearest * (1 + 1e-5), (
+                scheme,
+                found.notes,
+            )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -147,12 +152,16 @@ def test_causal_coupling_is_the_exact_cost():
     order = by_energy(stats.gram)
     coupling, step = feedback(stats.gram, order), descent(stats.gram, order)
     matrix_ = damped(stats.gram)[order][:, order]
-    assert torch.allclose(step.matrix * matrix_.diagonal(), matrix_ - torch.diag(matrix_.diagonal()), atol=1e-5)
+    assert torch.allclose(
+        step.matrix * matrix_.diagonal(), matrix_ - torch.diag(matrix_.diagonal()), atol=1e-5
+    )
     unit = coupling.matrix + torch.eye(20)
     pivots = torch.linalg.lstsq(unit.double(), matrix_.double()).solution @ torch.linalg.inv(unit.T.double())
     assert torch.allclose(pivots, torch.diag(pivots.diagonal()), atol=1e-4)
     residual = (error[:, order].double() @ unit.double()).square() * pivots.diagonal()
-    assert float(residual.sum()) == pytest.approx(cost(error, 0 * error, matrix_[order.argsort()][:, order.argsort()]), rel=1e-4)
+    assert float(residual.sum()) == pytest.approx(
+        cost(error, 0 * error, matrix_[order.argsort()][:, order.argsort()]), rel=1e-4
+    )
 
 
 def test_columns_in_sixteen_bits_repair_the_others():
@@ -184,7 +193,12 @@ def test_elimination_is_the_optimal_response():
 
 @pytest.mark.parametrize(
     "scheme",
-    [Scheme("int", 4, 16, offset="zero"), Scheme("kmeans:row", 3, "row"), Scheme("nf", 3, 16, "out"), Scheme("kmeans", 3)],
+    [
+        Scheme("int", 4, 16, offset="zero"),
+        Scheme("kmeans:row", 3, "row"),
+        Scheme("nf", 3, 16, "out"),
+        Scheme("kmeans", 3),
+    ],
 )
 def test_a_group_equals_its_parts(scheme: Scheme):
     stats = inputs(48)
@@ -193,13 +207,18 @@ def test_a_group_equals_its_parts(scheme: Scheme):
         together = quantize_group(fill, weights, [scheme] * 3, stats)
         for weight, found in zip(weights, together, strict=True):
             alone = fill(weight, scheme, stats)
-            assert torch.equal(decode(found.packed), decode(alone.packed)) or not rows_stand_alone(scheme) or (
-                found.loss == pytest.approx(alone.loss, rel=0.02)
+            assert (
+                torch.equal(decode(found.packed), decode(alone.packed))
+                or not rows_stand_alone(scheme)
+                or (found.loss == pytest.approx(alone.loss, rel=0.02))
             )
 
 
 def test_mixed_schemes_in_a_group():
     stats = inputs(32)
-    weights, schemes = [matrix(8, 32, 5), matrix(16, 32, 6)], [Scheme("int", 4, 16), Scheme("int", 3, 16, "out")]
+    weights, schemes = (
+        [matrix(8, 32, 5), matrix(16, 32, 6)],
+        [Scheme("int", 4, 16), Scheme("int", 3, 16, "out")],
+    )
     found = quantize_group(Gptq(), weights, schemes, stats)
     assert [q.packed.scheme for q in found] == schemes

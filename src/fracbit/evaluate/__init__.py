@@ -2,6 +2,7 @@
 
 from fracbit.evaluate.logits import Progress, longest_window
 from fracbit.evaluate.perplexity import Perplexity, default_window, perplexity
+from fracbit.evaluate.speed import Speed, generation_speed
 from fracbit.evaluate.windows import Ids, Plan, Protocol, Window, plan_windows
 
 __all__ = [
@@ -10,8 +11,10 @@ __all__ = [
     "Plan",
     "Progress",
     "Protocol",
+    "Speed",
     "Window",
     "default_window",
+    "generation_speed",
     "longest_window",
     "perplexity",
     "plan_windows",

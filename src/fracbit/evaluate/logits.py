@@ -37,7 +37,7 @@ class ScoredRows:
 
 
 def longest_window(model: PreTrainedModel) -> int | None:
-    """How many ids the model's positions reach, or None when the config states no limit (ALiBi, state space)."""
+    """How many ids the model's positions reach; None when the config states no limit (ALiBi, state space)."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return int(limit) if limit else None
 

@@ -46,7 +46,9 @@ def damped(gram: Tensor, damping: float = DAMPING) -> Tensor:
     diagonal = gram.diagonal()
     mean = diagonal.mean()
     if not bool(torch.isfinite(mean)):
-        raise WeightError("the gram matrix holds NaN or Inf; look for overflowing activations in the calibration data")
+        raise WeightError(
+            "the gram matrix holds NaN or Inf; look for overflowing activations in the calibration data"
+        )
     result = gram / mean if float(mean) > 0 else torch.zeros_like(gram)
     result.diagonal().add_(damping)
     result.diagonal()[diagonal <= 0] = 1.0
@@ -70,7 +72,9 @@ def feedback(gram: Tensor, order: Tensor, damping: float = DAMPING) -> Coupling:
             break
         used = max(used * 10, 1e-4)
         if used > LARGEST_DAMPING:
-            raise WeightError("the gram matrix cannot be factored at any damping; the calibration activations are not finite")
+            raise WeightError(
+                "the gram matrix cannot be factored at any damping; the calibration activations are not finite"
+            )
     upper = factor.flip(0, 1)
     coupling = (upper / upper.diagonal()).float().triu_(1)
     return Coupling(order, coupling, used, causal=True)

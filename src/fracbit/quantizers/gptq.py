@@ -86,7 +86,9 @@ class Gptq:
     ) -> tuple[PackedTensor, tuple[str, ...]]:
         notes: tuple[str, ...] = ()
         if coupling.damping > self.damping:
-            notes = (f"damping raised from {self.damping:g} to {coupling.damping:g}: the gram matrix could not be factored",)
+            notes = (
+                f"damping raised from {self.damping:g} to {coupling.damping:g}: the gram matrix could not be factored",
+            )
         energy = gram.diagonal()
         start = fit(weight, scheme, energy, self.search)
         solution = self._solve(weight, start, energy, coupling)
@@ -191,7 +193,9 @@ def relative_loss(weight: Tensor, packed: PackedTensor, gram: Tensor) -> float:
     return float(gram_errors(weight - decode(packed), gram).sum()) / total if total > 0 else 0.0
 
 
-def _not_worse(weight: Tensor, gram: Tensor, start: Grid, solution: Solution) -> tuple[PackedTensor, tuple[str, ...]]:
+def _not_worse(
+    weight: Tensor, gram: Tensor, start: Grid, solution: Solution
+) -> tuple[PackedTensor, tuple[str, ...]]:
     """The solution, or round-to-nearest on the grid it started from where that costs less."""
     codes = codes_of(weight, start)
     nearest = gram_errors(weight - values_of(codes, start), gram).sum()
@@ -202,7 +206,11 @@ def _not_worse(weight: Tensor, gram: Tensor, start: Grid, solution: Solution) ->
 
 def _gram_of(stats: Stats | None, weight: Tensor) -> Tensor:
     if stats is None or stats.gram is None:
-        raise WeightError("gptq reads the gram matrix of the inputs; observe calibration data first, or use rtn")
+        raise WeightError(
+            "gptq reads the gram matrix of the inputs; observe calibration data first, or use rtn"
+        )
     if stats.gram.shape != (weight.shape[1], weight.shape[1]):
-        raise WeightError(f"a gram matrix {tuple(stats.gram.shape)} does not fit a weight {tuple(weight.shape)}")
+        raise WeightError(
+            f"a gram matrix {tuple(stats.gram.shape)} does not fit a weight {tuple(weight.shape)}"
+        )
     return stats.gram

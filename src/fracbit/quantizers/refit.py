@@ -53,7 +53,11 @@ def refit_table(weight: Tensor, gram: Tensor, grid: Grid, codes: Tensor) -> tupl
     index, levels = codes.long(), grid.table.levels
     right = _per_level((wanted @ gram) * scale, index, levels)
     left = torch.stack(
-        [_per_level((torch.where(index == level, scale, 0.0) @ gram) * scale, index, levels) for level in range(levels)], 1
+        [
+            _per_level((torch.where(index == level, scale, 0.0) @ gram) * scale, index, levels)
+            for level in range(levels)
+        ],
+        1,
     )
     if len(grid.stored_table) == 1:
         left, right = left.sum(0, keepdim=True), right.sum(0, keepdim=True)
@@ -118,7 +122,11 @@ def _one_block(
     weight: Tensor, gram: Tensor, units: Tensor, grid: Grid, with_shift: bool
 ) -> tuple[Tensor, Tensor | None]:
     """One scale (and offset) for the tensor."""
-    old = grid.scale.view(1) if grid.shift is None or not with_shift else torch.cat([grid.scale[0], grid.shift[0]])
+    old = (
+        grid.scale.view(1)
+        if grid.shift is None or not with_shift
+        else torch.cat([grid.scale[0], grid.shift[0]])
+    )
     basis = [units, torch.ones_like(units)] if with_shift else [units]
     products = [x @ gram for x in basis]
     left = torch.stack([torch.stack([(p * x).sum() for x in basis]) for p in products])
@@ -154,5 +162,9 @@ def _better(weight: Tensor, gram: Tensor, codes: Tensor, grid: Grid, candidate: 
         return candidate if float(new.sum()) < float(old.sum()) else grid
     take = (new < old)[:, None]
     scale = torch.where(take, candidate.scale, grid.scale)
-    shift = None if grid.shift is None or candidate.shift is None else torch.where(take, candidate.shift, grid.shift)
+    shift = (
+        None
+        if grid.shift is None or candidate.shift is None
+        else torch.where(take, candidate.shift, grid.shift)
+    )
     return moved(grid, scale, shift)

@@ -137,14 +137,18 @@ def closed_form(block: nn.Module, family: Family, evidence: Evidence) -> None:
         known = next((name for name in readers if name in evidence.stats), None)
         if not norm.exclusive or known is None or evidence.stats[known].gram is None:
             continue
-        pairs = [(evidence.weights[name].float(), weight_of(block.get_submodule(name)).float()) for name in readers]
+        pairs = [
+            (evidence.weights[name].float(), weight_of(block.get_submodule(name)).float()) for name in readers
+        ]
         gram = evidence.stats[known].gram
         assert gram is not None
         factor = least_squares_factor(gram, pairs)
         _scale_norm(block, norm.name, factor, family.gain_offset)
 
 
-def least_squares_factor(gram: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], damping: float = CLOSED_DAMPING) -> Tensor:
+def least_squares_factor(
+    gram: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], damping: float = CLOSED_DAMPING
+) -> Tensor:
     """The factor [in] on inputs with `gram` [in, in] under which quantized weights best replace float ones.
 
     `pairs` are (float, quantized) weights [out, in] of all linears that read these inputs.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fracbit.errors import SchemeError, WeightError
-from fracbit.numerics.bits import pack_bits
+from fracbit.numerics.bits import pack_bits, unpack_bits
 from fracbit.numerics.blocks import (
     block_length,
     block_sums,
@@ -35,7 +35,9 @@ from fracbit.numerics.packed import (
     SCALE_DTYPES,
     PackedTensor,
     decode,
+    dense_scales,
     kept_columns,
+    table_of,
     zeros_shape,
 )
 from fracbit.records.scheme import Scheme
@@ -97,6 +99,22 @@ def fit(weight: Tensor, scheme: Scheme, importance: Tensor | None = None, search
             break
         grid = found
     return grid
+
+
+def grid_of(packed: PackedTensor) -> Grid:
+    """The grid that a packed tensor's kept columns lie on, to move it or to choose other codes."""
+    shape = (packed.shape[0], packed.kept)
+    scale, shift = dense_scales(packed)
+    zeros = None
+    if packed.scheme.offset == "zero":
+        assert isinstance(packed.offsets, Tensor)
+        zeros = unpack_bits(packed.offsets, packed.scheme.bits, zeros_shape(tuple(scale.shape))[1]).view(scale.shape)
+    return Grid(packed.scheme, shape, table_of(packed), scale, shift, packed.scales, packed.offsets, zeros, packed.table)
+
+
+def codes_in(packed: PackedTensor) -> Tensor:
+    """The codes uint8 [out, kept] of a packed tensor."""
+    return unpack_bits(packed.codes, packed.scheme.bits, packed.kept)
 
 
 def moved(grid: Grid, scale: Tensor, shift: Tensor | None = None, zeros: Tensor | None = None) -> Grid:

@@ -56,7 +56,7 @@ def damped(gram: Tensor, damping: float = DAMPING) -> Tensor:
 
 
 def by_energy(gram: Tensor) -> Tensor:
-    """Columns by falling input energy: GPTQ's activation order, which rounds the important columns while all others can repair."""
+    """Columns by falling input energy: GPTQ's activation order: the important ones are rounded while all others can repair."""
     return gram.diagonal().argsort(descending=True, stable=True)
 
 
@@ -91,8 +91,8 @@ def descent(gram: Tensor, order: Tensor, damping: float = DAMPING) -> Coupling:
 def eliminate(gram: Tensor, kept: Tensor, free: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
     """The gram matrix of the `kept` columns when the `free` ones follow optimally, and how they follow.
 
-    Returns the Schur complement [kept, kept] and `follow` [kept, free]: the best change of the free columns for an error E of the
-    kept ones is `E @ follow`.
+    Returns the Schur complement [kept, kept] and `follow` [kept, free]: the best change of the free columns for an error E of
+    the kept ones is `E @ follow`.
     """
     matrix = damped(gram, damping)
     cross = matrix[kept][:, free]

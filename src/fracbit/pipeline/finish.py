@@ -37,7 +37,12 @@ NOT_COPIED = (
 
 
 def finish(
-    target: Output, recipe: Recipe, source: Source, schedule: Schedule, model: PreTrainedModel, texts: Sequence[Mapping[str, object]] = ()
+    target: Output,
+    recipe: Recipe,
+    source: Source,
+    schedule: Schedule,
+    model: PreTrainedModel,
+    texts: Sequence[Mapping[str, object]] = (),
 ) -> dict[str, Any]:
     """Write everything but the shards; returns the totals that `Result` shows."""
     records = {shard: target.record(shard) or {} for shard in schedule.shards}
@@ -49,6 +54,8 @@ def finish(
     copy_rest(source, target)
     hashes = {name: digest for record in records.values() for name, digest in record["hashes"].items()}
     manifest = _manifest(recipe, source, schedule, layers, made, hashes, totals, texts)
+    tweaks = [record["tweak"] for record in records.values() if "tweak" in record]
+    manifest |= {"tweaks": tweaks} if tweaks else {}
     write_json(target.folder / MANIFEST, manifest)
     facts = Facts(
         _card_name(source), type(model).__name__, totals, layers, {n: f["loss"] for n, f in made.items()}

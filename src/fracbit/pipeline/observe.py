@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 
+import torch
 from torch import Tensor, nn
 
 from fracbit.errors import WeightError
@@ -28,6 +29,7 @@ class Observer:
 
     label: str
     gram: bool
+    length: int
     stats: dict[str, Stats] = field(default_factory=dict)
 
     def __call__(self, name: str, x: Tensor) -> None:
@@ -36,14 +38,21 @@ class Observer:
         try:
             self.stats[name] = add(held, x)
         except WeightError as error:
-            raise WeightError(f"inputs of {self.label}.{name}, after {held.tokens} good ones: {error}") from error
+            raise WeightError(
+                f"inputs of {self.label}.{name}, after {held.tokens} good ones: {error}"
+            ) from error
 
 
 def observe_all(
-    block: nn.Module, hidden: Hidden, label: str, groups: Sequence[tuple[str, ...]], gram: bool, out: Tensor | None
+    block: nn.Module,
+    hidden: Hidden,
+    label: str,
+    groups: Sequence[tuple[str, ...]],
+    gram: bool,
+    out: Tensor | None,
 ) -> tuple[dict[str, Stats], Hidden]:
     """Statistics by the first name of each group, and the states that the block gives."""
-    observer = Observer(label, gram)
+    observer = Observer(label, gram, hidden.states.shape[1])
     exits = observe(block, hidden, [group[0] for group in groups], observer, out)
     return observer.stats, exits
 
@@ -52,7 +61,7 @@ def observe_some(
     block: nn.Module, hidden: Hidden, label: str, groups: Sequence[tuple[str, ...]], gram: bool
 ) -> dict[str, Stats]:
     """Statistics of some groups only; each batch stops as soon as they were reached."""
-    observer = Observer(label, gram)
+    observer = Observer(label, gram, hidden.states.shape[1])
     peek(block, hidden, [group[0] for group in groups], observer)
     return observer.stats
 

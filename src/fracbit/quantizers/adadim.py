@@ -1,7 +1,7 @@
 """Which way blocks should run, told from the scales of a weight alone: AdaDim without its trials.
 
-Blocks along the output (one input column) win where columns differ more in size than rows do: the scale of a block is then not
-shared between neighbours of different size. So the spread of the logarithm of the columns' largest weights, less that of the
+Blocks along the output (one input column) win where columns differ more in size than rows do: the scale of a block is then
+not shared between neighbours of unlike size. So the spread of the logarithm of the columns' largest weights, less that of the
 rows', decides; columns count by the energy of their inputs, since an error in a dead column costs nothing. AdaDim itself (Heo et
 al. 2023, arXiv:2309.15531, Eq. 1) tries both and compares what the unit around the linear gives: pipeline/axis.py.
 """

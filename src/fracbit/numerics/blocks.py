@@ -78,6 +78,19 @@ def spread(stored: Tensor, shape: tuple[int, int], scheme: Scheme, first: int = 
     return stored[first:last].repeat_interleave(block, 1)[:, : shape[1]]
 
 
+def spread_rows(stored: Tensor, shape: tuple[int, int], scheme: Scheme, rows: Tensor) -> Tensor:
+    """As `spread`, for the rows listed in `rows` [n] in any order: [n, in] or broadcastable to it."""
+    if scheme.block == "tensor":
+        return stored
+    block = block_length(shape, scheme)
+    if flat_block(scheme.block):
+        position = rows[:, None] * shape[1] + torch.arange(shape[1], device=rows.device)
+        return stored[position // block]
+    if scheme.axis == "out":
+        return stored[rows // block]
+    return stored[rows].repeat_interleave(block, 1)[:, : shape[1]]
+
+
 def block_sums(x: Tensor, scheme: Scheme) -> Tensor:
     """Sums of `x` [out, in] over each block, in the shape in which scales are stored."""
     shape = (x.shape[0], x.shape[1])

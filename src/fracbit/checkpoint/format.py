@@ -1,0 +1,136 @@
+"""The saved format: what `quantization_config` in config.json says, and the names of the stored tensors.
+
+docs/format.md is its specification. A layer is found by its module name; everything needed to read its tensors (scheme,
+shape, number of 16-bit columns) is in the config, and so are the tables of the fixed data types, so that another reader needs
+none of our formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from fracbit.errors import FormatError, FracbitError
+from fracbit.numerics.datatypes import fixed_type, is_fitted
+from fracbit.numerics.packed import PackedTensor, from_parts, part_shapes, parts_of
+from fracbit.records.scheme import Scheme
+from fracbit.records.version import __version__
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "fracbit"
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """How a layer is stored: scheme, shape `[out, in]`, 16-bit columns and their type, and what module reads it."""
+
+    scheme: Scheme
+    shape: tuple[int, int]
+    outliers: int = 0
+    outlier_dtype: str = "bf16"
+    kind: Literal["linear", "embedding"] = "linear"
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all stored tensors of the layer's weight."""
+        sizes = part_shapes(self.scheme, self.shape, self.outliers).values()
+        return sum(torch.Size(size).numel() * dtypes[0].itemsize for dtypes, size in sizes)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight, all overhead included."""
+        return 8 * self.bytes / (self.shape[0] * self.shape[1])
+
+
+def stored_layer(packed: PackedTensor, kind: Literal["linear", "embedding"] = "linear") -> StoredLayer:
+    """The record of a packed weight."""
+    count = 0 if packed.columns is None else len(packed.columns)
+    half = packed.outliers is not None and packed.outliers.dtype == torch.float16
+    return StoredLayer(packed.scheme, packed.shape, count, "fp16" if half else "bf16", kind)
+
+
+def tensor_names(layer: str, packed: PackedTensor) -> dict[str, torch.Tensor]:
+    """The tensors of a layer under the names in which they are stored: codes flat, as `<layer>.weight`."""
+    tensors = {}
+    for part, tensor in parts_of(packed):
+        tensors[tensor_name(layer, part)] = tensor.reshape(-1) if part == "codes" else tensor
+    return tensors
+
+
+def tensor_name(layer: str, part: str) -> str:
+    """Stored name of one part of a layer."""
+    return f"{layer}.weight" if part == "codes" else f"{layer}.weight_{part}"
+
+
+def packed_layer(layer: str, stored: StoredLayer, tensors: Mapping[str, torch.Tensor]) -> PackedTensor:
+    """A layer's packed weight from its stored tensors. Raises `FormatError` naming the layer."""
+    shapes = part_shapes(stored.scheme, stored.shape, stored.outliers)
+    missing = [tensor_name(layer, part) for part in shapes if tensor_name(layer, part) not in tensors]
+    if missing:
+        raise FormatError(f"layer {layer}: the checkpoint holds no tensor {missing[0]!r}")
+    parts = {part: tensors[tensor_name(layer, part)] for part in shapes}
+    if parts["codes"].numel() == torch.Size(shapes["codes"][1]).numel():
+        parts["codes"] = parts["codes"].view(shapes["codes"][1])
+    try:
+        return from_parts(stored.scheme, stored.shape, parts)
+    except FormatError as error:
+        raise FormatError(f"layer {layer}: {error}") from error
+
+
+def quantization_config(layers: Mapping[str, StoredLayer]) -> dict[str, Any]:
+    """The JSON object that goes into config.json as `quantization_config`."""
+    schemes = list(dict.fromkeys(layer.scheme for layer in layers.values()))
+    entries = {name: _entry(layer, schemes.index(layer.scheme)) for name, layer in layers.items()}
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "fracbit_version": __version__,
+        "schemes": [scheme.to_json() for scheme in schemes],
+        "tables": _tables(schemes),
+        "layers": entries,
+    }
+
+
+def read_layers(config: Mapping[str, Any]) -> dict[str, StoredLayer]:
+    """The layers of a `quantization_config`. Raises `FormatError` for another version or a broken entry."""
+    version = config.get("format_version")
+    if version != FORMAT_VERSION:
+        raise FormatError(f"format version {version!r}: this fracbit reads version {FORMAT_VERSION}; update fracbit")
+    try:
+        schemes = [Scheme.from_json(scheme) for scheme in config["schemes"]]
+        return {name: _layer(entry, schemes) for name, entry in config["layers"].items()}
+    except (KeyError, TypeError, IndexError, ValueError, FracbitError) as error:
+        raise FormatError(f"quantization_config cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _entry(layer: StoredLayer, scheme: int) -> dict[str, Any]:
+    entry: dict[str, Any] = {"scheme": scheme, "shape": list(layer.shape)}
+    if layer.outliers:
+        entry |= {"outliers": layer.outliers, "outlier_dtype": layer.outlier_dtype}
+    if layer.kind != "linear":
+        entry["kind"] = layer.kind
+    return entry
+
+
+def _layer(entry: Mapping[str, Any], schemes: list[Scheme]) -> StoredLayer:
+    out, inputs = (int(size) for size in entry["shape"])
+    scheme = schemes[entry["scheme"]]
+    kind = entry.get("kind", "linear")
+    if kind not in ("linear", "embedding"):
+        raise FormatError(f"a layer is linear or embedding, got {kind!r}")
+    return StoredLayer(scheme, (out, inputs), entry.get("outliers", 0), entry.get("outlier_dtype", "bf16"), kind)
+
+
+def _tables(schemes: list[Scheme]) -> dict[str, list[float]]:
+    """The values of every fixed data type in use, by `table_key`; readers need no formula."""
+    everything = [*schemes, *(scheme.scale for scheme in schemes if isinstance(scheme.scale, Scheme))]
+    fixed = [scheme for scheme in everything if not is_fitted(scheme)]
+    return {table_key(scheme): fixed_type(scheme).values[0].tolist() for scheme in fixed}
+
+
+def table_key(scheme: Scheme) -> str:
+    """Name of a fixed table in the config: type, bits, and whether it spans the full range (an offset places it)."""
+    return f"{scheme.dtype}/{scheme.bits}{'/full' if scheme.offset in ('zero', 'float') else ''}"

@@ -1,0 +1,94 @@
+"""The bridge to transformers: `import fracbit` registers it, and `from_pretrained` then reads fracbit checkpoints.
+
+transformers asks the quantizer to swap modules on the empty skeleton, then loads tensors by name into the buffers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from fracbit.checkpoint.format import QUANT_METHOD, StoredLayer, read_layers
+from fracbit.errors import FormatError
+from fracbit.models.quant_linear import QuantEmbedding, QuantLinear, TiedHead
+
+SIXTEEN = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class FracbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """`quantization_config` of a fracbit checkpoint, kept as it was read so that it is saved as it was."""
+
+    def __init__(self, **config: Any) -> None:
+        config["quant_method"] = QUANT_METHOD
+        self.__dict__.update(config)
+        self.stored = read_layers(config)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of config.json."""
+        return {name: value for name, value in self.__dict__.items() if name != "stored"}
+
+
+class FracbitQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Swaps linears and embeddings for packed ones before the weights are loaded."""
+
+    def __init__(self, quantization_config: FracbitConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            raise FormatError("transformers cannot quantize with fracbit while loading; run `fracbit quantize` first")
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        for name, stored in self.quantization_config.stored.items():
+            swap(model, name, stored)
+
+    def is_serializable(self) -> bool:
+        """Packed buffers are saved as they are."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Codes have no gradient."""
+        return False
+
+
+def swap(model: PreTrainedModel, name: str, stored: StoredLayer) -> None:
+    """Replace the module `name` of `model` by one that holds `stored`. Raises `FormatError` when it is not there."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise FormatError(f"{type(model).__name__} has no layer {name!r}: wrong model class for this checkpoint") from None
+    if stored.kind == "embedding":
+        _swap_embedding(model, name, module, stored)
+        return
+    bias = getattr(module, "bias", None) is not None
+    with torch.device(_device_of(module)):
+        linear = QuantLinear(stored.scheme, stored.shape, bias, stored.outliers, SIXTEEN[stored.outlier_dtype])
+    model.set_submodule(name, linear)
+
+
+def _swap_embedding(model: PreTrainedModel, name: str, module: nn.Module, stored: StoredLayer) -> None:
+    factor = float(getattr(module, "scalar_embed_scale", 1.0))
+    with torch.device(_device_of(module)):
+        embedding = QuantEmbedding(stored.scheme, stored.shape, torch.get_default_dtype(), factor)
+    model.set_submodule(name, embedding)
+    tied = [head for head, source in model.all_tied_weights_keys.items() if source == f"{name}.weight"]
+    for head in tied:
+        model.all_tied_weights_keys.pop(head)
+        model.set_submodule(head.removesuffix(".weight"), TiedHead(embedding))
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    parameter = next(module.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def register() -> None:
+    """Make transformers know fracbit; safe to call again."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(QUANT_METHOD)(FracbitConfig)
+        register_quantizer(QUANT_METHOD)(FracbitQuantizer)

@@ -1,0 +1,170 @@
+"""A model's files, read lazily: headers first, then one tensor at a time. Only safetensors; nothing is ever unpickled.
+
+A source is a folder or a hub id (fetched by huggingface_hub into its cache). Opening it reads every shard's header, so that a
+truncated or corrupt shard is found before any work starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fracbit.errors import SourceError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
+_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies and what it is, from the header alone."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return torch.Size(self.shape).numel() * _SIZES.get(self.dtype, 1)
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened model: `name` as the user gave it, its folder, its config.json and its tensors in file order."""
+
+    name: str
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.bytes for info in self.tensors.values())
+
+
+def open_source(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Source:
+    """Open a folder or a hub id. Raises `SourceError` for what is missing, pickled, truncated or corrupt."""
+    folder = find_folder(model, revision, trust_remote_code)
+    config = read_config(folder)
+    files = _weight_files(folder)
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        tensors |= _header(folder / file)
+    return Source(model, folder, config, tensors)
+
+
+def find_folder(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Path:
+    """The local folder of a model; a hub id is fetched, or found in the cache when offline."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise SourceError(f"{model} is a file; name the folder that holds config.json and the safetensors files")
+    if not _HUB_ID.fullmatch(model) or model.startswith("."):
+        raise SourceError(f"no such model: {model} is not a folder; name a folder or a hub id such as owner/name")
+    patterns = [*_FETCHED, "*.py"] if trust_remote_code else _FETCHED
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns="*/*"))
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise SourceError(f"no such model: {model} is neither a folder here nor a model on the hub") from error
+    except GatedRepoError as error:
+        raise SourceError(f"{model} is gated: accept its terms on the hub, then run `hf auth login`") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise SourceError(
+            f"no such model: {model} is not a folder here and not in the cache, and the hub is out of reach or offline "
+            "mode is set (HF_HUB_OFFLINE); name a local folder, or fetch it first with `hf download`"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise SourceError(f"{model} could not be fetched from the hub: {error}") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder. Raises `SourceError` when it is missing or not a JSON object."""
+    return _read_json(folder / "config.json", "a model folder holds config.json, safetensors and a tokenizer")
+
+
+def read_tensor(source: Source, name: str) -> Tensor:
+    """One tensor in its own type. The file is opened for this tensor alone, so that its pages do not stay resident."""
+    info = source.tensors[name]
+    try:
+        with safe_open(source.folder / info.file, framework="pt") as file:
+            return file.get_tensor(name)  # type: ignore[no-any-return]
+    except (SafetensorError, OSError) as error:
+        raise SourceError(f"tensor {name} cannot be read from {info.file}: {error}") from error
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, with its type and shape."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def combined_hash(hashes: Mapping[str, str]) -> str:
+    """One SHA-256 for a set of named tensors, whatever their order or files."""
+    lines = "".join(f"{name} {value}\n" for name, value in sorted(hashes.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _weight_files(folder: Path) -> list[str]:
+    if (folder / INDEX).is_file():
+        index = _read_json(folder / INDEX, "the index names the shard of every tensor")
+        files = sorted(set(index.get("weight_map", {}).values()))
+        missing = [file for file in files if not (folder / file).is_file()]
+        if missing or not files:
+            raise SourceError(f"{folder / INDEX} names {missing[:3] or 'no shards'}, which the folder does not hold")
+        return files
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise SourceError(
+            f"{folder} holds only pickled weights ({', '.join(pickles[:3])}), which can run code when they are read; "
+            "convert them to safetensors first (on a machine where you trust them)"
+        )
+    raise SourceError(f"{folder} holds neither {SINGLE} nor {INDEX}")
+
+
+def _header(path: Path) -> dict[str, TensorInfo]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.offset_keys()}
+            return {n: TensorInfo(path.name, s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise SourceError(f"shard {path.name} is truncated or corrupt ({error}); fetch it again: {path}") from error
+
+
+def _read_json(path: Path, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SourceError(f"{path.parent} has no {path.name}: {what}") from None
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise SourceError(f"{path} should hold a JSON object, got {type(value).__name__}")
+    return value

@@ -1,0 +1,121 @@
+"""`QuantLinear`: the only layer of ours. It holds packed bytes as buffers and multiplies through the kernels.
+
+`QuantEmbedding` looks rows of the same bytes up, and `TiedHead` multiplies by an embedding's bytes without a copy of them.
+The codes are the buffer `weight`, flattened to one dimension: a reader that does not know fracbit finds a `weight` of the
+wrong shape and stops, instead of leaving the layer at random.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fracbit.numerics.bits import unpack_bits
+from fracbit.numerics.blocks import spread_rows
+from fracbit.numerics.packed import (
+    PackedTensor,
+    decode,
+    dense_scales,
+    from_parts,
+    kept_columns,
+    part_shapes,
+    parts_of,
+    table_of,
+)
+from fracbit.records.scheme import Scheme
+
+
+class _PackedBuffers(nn.Module):
+    """Holds a `PackedTensor` as buffers: `weight` (codes, flat) and `weight_<part>` for every other part."""
+
+    def __init__(self, scheme: Scheme, shape: tuple[int, int], outliers: int, sixteen: torch.dtype) -> None:
+        super().__init__()
+        self.scheme, self.shape, self._parts = scheme, shape, part_shapes(scheme, shape, outliers)
+        for name, (dtypes, size) in self._parts.items():
+            dtype = sixteen if name == "outliers" else dtypes[0]
+            buffer = torch.empty(torch.Size(size).numel() if name == "codes" else size, dtype=dtype)
+            self.register_buffer(buffer_name(name), buffer)
+
+    @property
+    def packed(self) -> PackedTensor:
+        """The packed weight, sharing the buffers' memory."""
+        parts = {name: getattr(self, buffer_name(name)) for name in self._parts}
+        parts["codes"] = parts["codes"].view(self._parts["codes"][1])
+        return from_parts(self.scheme, self.shape, parts)
+
+    def fill(self, packed: PackedTensor) -> None:
+        """Take over the bytes of `packed`, without a copy."""
+        for name, part in parts_of(packed):
+            setattr(self, buffer_name(name), part.reshape(-1) if name == "codes" else part)
+
+    def extra_repr(self) -> str:
+        """Shape and scheme, as `print(model)` shows them."""
+        return f"in_features={self.shape[1]}, out_features={self.shape[0]}, scheme={self.scheme}"
+
+
+class QuantLinear(_PackedBuffers):
+    """`y = x W^T + bias` with W held packed. `x` [..., in] -> [..., out] in the type of `x`."""
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        shape: tuple[int, int],
+        bias: bool = False,
+        outliers: int = 0,
+        sixteen: torch.dtype = torch.bfloat16,
+    ) -> None:
+        super().__init__(scheme, shape, outliers, sixteen)
+        self.in_features, self.out_features = shape[1], shape[0]
+        self.bias = nn.Parameter(torch.empty(shape[0]), requires_grad=False) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply `x` [..., in] by the packed weight."""
+        return nn.functional.linear(x, decode(self.packed, x.dtype), self.bias)
+
+
+class QuantEmbedding(_PackedBuffers):
+    """Rows of a packed `[vocabulary, width]` matrix, times `factor` (Gemma's scaled embedding; 1 elsewhere)."""
+
+    def __init__(self, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, factor: float = 1.0) -> None:
+        super().__init__(scheme, shape, 0, torch.bfloat16)
+        self.num_embeddings, self.embedding_dim = shape
+        self.dtype, self.factor = dtype, factor
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Embeddings [..., width] of token `ids` [...]; only the rows asked for are decoded."""
+        rows = decode_rows(self.packed, ids.reshape(-1))
+        return (rows * self.factor).to(self.dtype).view(*ids.shape, -1)
+
+
+class TiedHead(nn.Module):
+    """The output head of a model whose embeddings are quantized and tied: multiplies by the embedding's own bytes."""
+
+    def __init__(self, embedding: QuantEmbedding) -> None:
+        super().__init__()
+        self._shared = (embedding,)  # a tuple hides it from the module tree: the bytes are saved once
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [..., vocabulary] of hidden states `x` [..., width]."""
+        return nn.functional.linear(x, decode(self._shared[0].packed, x.dtype))
+
+
+def buffer_name(part: str) -> str:
+    """Name of the buffer, and of the stored tensor after the layer's name, that holds a part of a packed tensor."""
+    return "weight" if part == "codes" else f"weight_{part}"
+
+
+def decode_rows(packed: PackedTensor, rows: Tensor) -> Tensor:
+    """Rows `rows` [n] of the weight, fp32 [n, in]; nothing else is decoded."""
+    kept = (packed.shape[0], packed.kept)
+    scale, shift = dense_scales(packed)
+    codes = unpack_bits(packed.codes[rows], packed.scheme.bits, packed.kept)
+    table = table_of(packed)
+    values = table.look_up(codes) if table.values.shape[0] == 1 else table.values[rows].gather(1, codes.long())
+    values = values * spread_rows(scale, kept, packed.scheme, rows)
+    values = values if shift is None else values + spread_rows(shift, kept, packed.scheme, rows)
+    if packed.columns is None or packed.outliers is None:
+        return values
+    full = values.new_empty(len(rows), packed.shape[1])
+    full[:, kept_columns(packed.columns, packed.shape[1])] = values
+    full[:, packed.columns.long()] = packed.outliers[rows].float()
+    return full

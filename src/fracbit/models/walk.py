@@ -1,0 +1,421 @@
+"""Walking through a causal language model block by block: `embed`, `advance` through each block, `head`.
+
+The whole forward of every architecture is reproduced without knowing it: `embed` runs the model's own forward
+with blocks that only note what they are called with (rotary tables, masks - one per block where sliding and
+full attention alternate -, ALiBi) and stop it before the last one returns; `head` runs it again with blocks
+that hand through the walked states. So only the embeddings, the head and the block at hand need be in memory.
+Law: walk = whole forward.
+
+Nothing stays behind: patched forwards and hooks are taken off on the way out, also when something raises.
+"""
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from fracbit.errors import DataError, OutputError, SourceError, WeightError
+from fracbit.models.blocks import blocks, shape_of
+from fracbit.models.family import Family
+
+Visit = Callable[[str, torch.Tensor], None]
+"""Called with a linear's name and its input `[tokens, in]`, once per batch and use."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a module is called with. For a block the hidden states are left out; they come first."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The samples `start..stop` that go through a block together, and what each block is called with for
+    them.
+    """
+
+    start: int
+    stop: int
+    calls: tuple[Call, ...]
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """The hidden states of all samples at the entrance of a block.
+
+    Attributes:
+        states: [samples, tokens, width], in memory or mapped to a file (`storage`).
+        index: number of the block at whose entrance they stand.
+        batches: how the samples are cut, with the arguments of every block.
+        tupled: whether the last block returned a tuple, which is how the model expects its states.
+
+    """
+
+    states: torch.Tensor
+    index: int
+    batches: tuple[Batch, ...]
+    tupled: bool = False
+
+
+class _Stop(Exception):
+    """Raised inside a forward that has served its purpose."""
+
+
+def embed(
+    model: PreTrainedModel,
+    family: Family,
+    tokens: torch.Tensor,
+    batch: int = 8,
+    out: torch.Tensor | None = None,
+) -> Hidden:
+    """Token ids to the states at the entrance of the first block, `batch` samples at a time.
+
+    tokens: int64 [samples, tokens], every position a real token (no padding). out: where to put the states
+    [samples, tokens, width]. Raises DataError for ids outside the vocabulary, SourceError when the model's
+    tensors outside the blocks are not in memory.
+    """
+    stack = [block for _, block in blocks(model, family)]
+    _check_tokens(model, tokens)
+    _check_present(model, family)
+    batches: list[Batch] = []
+    states = out
+    for start in range(0, len(tokens), batch):
+        stop = min(start + batch, len(tokens))
+        first, calls = _entrance(model, stack, tokens[start:stop])
+        if states is None:
+            states = torch.empty(len(tokens), *first.shape[1:], dtype=first.dtype)
+        states[start:stop].copy_(first)
+        batches.append(Batch(start, stop, _shared(calls, batches)))
+    if states is None:
+        raise DataError("there are no samples to embed; give at least one row of token ids.")
+    return Hidden(states, 0, tuple(batches))
+
+
+def advance(block: nn.Module, hidden: Hidden, out: torch.Tensor | None = None) -> Hidden:
+    """The states at the block's exit. No gradients; `forward` is the differentiable step for one batch.
+
+    out: where to put them, which may be `hidden.states` itself. Raises WeightError naming the sample and the
+    layer when a state is NaN or Inf.
+    """
+    states = torch.empty_like(hidden.states) if out is None else out
+    tupled = False
+    for batch in hidden.batches:
+        rows = hidden.states[batch.start : batch.stop]
+        with torch.no_grad():
+            result = _run(block, rows, batch.calls[hidden.index])
+        tupled = isinstance(result, tuple)
+        exits = _first(result)
+        if not bool(torch.isfinite(exits).all()):
+            _blame(block, hidden, batch)
+        states[batch.start : batch.stop].copy_(exits)
+    return replace(hidden, states=states, index=hidden.index + 1, tupled=tupled)
+
+
+def forward(block: nn.Module, states: torch.Tensor, call: Call) -> torch.Tensor:
+    """One batch through a block, differentiable: states [samples, tokens, width] to the same shape, on the
+    block's device.
+    """
+    return _first(_run(block, states, call))
+
+
+def observe(
+    block: nn.Module, hidden: Hidden, names: Iterable[str], visit: Visit, out: torch.Tensor | None = None
+) -> Hidden:
+    """`advance`, showing the inputs of the linears called `names` (paths inside the block) to `visit` on the
+    way.
+    """
+    with _watching(block, names, visit):
+        return advance(block, hidden, out)
+
+
+def peek(block: nn.Module, hidden: Hidden, names: Sequence[str], visit: Visit) -> None:
+    """Like `observe`, but nothing is kept, and each batch stops as soon as every named linear was reached."""
+    for batch in hidden.batches:
+        left = set(names)
+
+        def seen(name: str, x: torch.Tensor, left: set[str] = left) -> None:
+            visit(name, x)
+            left.discard(name)
+            if not left:
+                raise _Stop
+
+        with _watching(block, names, seen), torch.no_grad(), _until_stopped():
+            _run(block, hidden.states[batch.start : batch.stop], batch.calls[hidden.index])
+
+
+def record(block: nn.Module, hidden: Hidden, unit: Sequence[str]) -> list[Call]:
+    """What a unit's first module is called with, batch by batch, its input included; for `replay`."""
+    calls: list[Call] = []
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(Call(args, kwargs))
+        raise _Stop
+
+    handle = block.get_submodule(unit[0]).register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        for batch in hidden.batches:
+            with torch.no_grad(), _until_stopped():
+                _run(block, hidden.states[batch.start : batch.stop], batch.calls[hidden.index])
+    finally:
+        handle.remove()
+    return calls
+
+
+def replay(block: nn.Module, unit: Sequence[str], call: Call) -> torch.Tensor:
+    """The output of a unit (`blocks.unit_of`): its first module called as recorded, the others on what it
+    gives.
+    """
+    first, *rest = (block.get_submodule(name) for name in unit)
+    result = _first(first(*call.args, **call.kwargs))
+    for module in rest:
+        result = _first(module(result))
+    return result
+
+
+def head_batches(model: PreTrainedModel, family: Family, hidden: Hidden) -> Iterator[torch.Tensor]:
+    """Logits [samples, tokens, vocabulary], one batch of samples after the other, through the model's own
+    last steps.
+    """
+    stack = [block for _, block in blocks(model, family)]
+    for batch in hidden.batches:
+        states = hidden.states[batch.start : batch.stop].to(_device(model.get_input_embeddings()))
+        # Only the shape of the token ids matters: what the embeddings give is dropped by the first patched
+        # block.
+        ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
+        result = (states,) if hidden.tupled else states
+        with torch.no_grad(), _patched(stack, [partial(_hand, result)] * len(stack)):
+            logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        yield logits
+
+
+def head(model: PreTrainedModel, family: Family, hidden: Hidden) -> torch.Tensor:
+    """Logits [samples, tokens, vocabulary] of all samples at once; `head_batches` gives them in parts."""
+    return torch.cat(list(head_batches(model, family, hidden)))
+
+
+def storage(shape: Sequence[int], dtype: torch.dtype, folder: Path | None = None) -> torch.Tensor:
+    """Uninitialized room for hidden states: in memory, or with a folder in an unnamed file there, gone with
+    the tensor.
+
+    Raises OutputError when the folder cannot hold it.
+    """
+    size = int(torch.Size(shape).numel())
+    if folder is None or size == 0:
+        return torch.empty(*shape, dtype=dtype)
+    wanted = size * dtype.itemsize
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="hidden-", suffix=".tmp", dir=folder)
+        try:
+            _reserve(descriptor, wanted)
+            return torch.from_file(path, shared=True, size=size, dtype=dtype).reshape(*shape)
+        finally:
+            os.close(descriptor)
+            os.unlink(path)
+    except OSError as error:
+        raise OutputError(
+            f"cannot set aside {wanted / 1e9:.2f} GB for hidden states in {folder}: {error}; "
+            "free space there, use fewer calibration tokens, or raise the memory limit."
+        ) from error
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Claim the bytes now: on a full disk, a sparse file kills the process at the first write to its memory
+    map.
+    """
+    if sys.platform == "linux":
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        for start in range(0, size, 1 << 24):
+            os.write(descriptor, bytes(min(1 << 24, size - start)))
+
+
+def _hand(result: Any, *args: Any, **kwargs: Any) -> Any:
+    return result
+
+
+def _entrance(
+    model: PreTrainedModel, stack: list[nn.Module], tokens: torch.Tensor
+) -> tuple[torch.Tensor, list[Call]]:
+    """The first block's states and every block's arguments for one batch."""
+    entered: list[torch.Tensor] = []
+    calls: list[Call] = []
+
+    def note(*args: Any, **kwargs: Any) -> torch.Tensor:
+        states, call = _without_states(args, kwargs)
+        entered.append(states)
+        calls.append(call)
+        if len(calls) == len(stack):
+            raise _Stop
+        # Models take either the result or its first element; with one more dimension in front both are a
+        # tensor that the
+        # next block can be called with, and that block looks at its other arguments only.
+        return entered[0].unsqueeze(0)
+
+    ids = tokens.to(_device(model.get_input_embeddings()))
+    with torch.no_grad(), _patched(stack, [note] * len(stack)), _until_stopped():
+        model(input_ids=ids, use_cache=False)
+    if len(calls) != len(stack):
+        raise SourceError(
+            f"{type(model).__name__} called {len(calls)} of its {len(stack)} blocks; "
+            "it cannot be walked block by block."
+        )
+    return entered[0], calls
+
+
+def _without_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, Call]:
+    if args:
+        return args[0], Call(args[1:], kwargs)
+    states = kwargs["hidden_states"]
+    return states, Call((), {name: value for name, value in kwargs.items() if name != "hidden_states"})
+
+
+@contextmanager
+def _patched(stack: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Call these instead of the blocks' forwards; the blocks stay, since models read their attributes."""
+    with ExitStack() as restore:
+        for block, call in zip(stack, forwards, strict=True):
+            own = vars(block).get("forward")  # accelerate, for one, puts a forward on the instance
+            restore.callback(partial(_restore, block, own))
+            vars(block)["forward"] = call
+        yield
+
+
+def _restore(block: nn.Module, own: Any) -> None:
+    del vars(block)["forward"]
+    if own is not None:
+        vars(block)["forward"] = own
+
+
+@contextmanager
+def _watching(block: nn.Module, names: Iterable[str], visit: Visit) -> Iterator[None]:
+    with ExitStack() as remove:
+        for name in names:
+            hook = partial(_show, name, visit)
+            remove.callback(
+                block.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True).remove
+            )
+        yield
+
+
+def _show(name: str, visit: Visit, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    x = args[0] if args else next(iter(kwargs.values()))
+    visit(name, x.detach().reshape(-1, x.shape[-1]))
+
+
+@contextmanager
+def _until_stopped() -> Iterator[None]:
+    with suppress(_Stop):
+        yield
+
+
+def _run(block: nn.Module, states: torch.Tensor, call: Call) -> Any:
+    device = _device(block)
+    args, kwargs = _move(call.args, device), _move(dict(call.kwargs), device)
+    return block(states.to(device), *args, **kwargs)
+
+
+def _first(result: Any) -> torch.Tensor:
+    first: torch.Tensor = result[0] if isinstance(result, tuple) else result
+    return first
+
+
+def _device(module: nn.Module | None) -> torch.device:
+    tensors = [] if module is None else [*module.parameters(), *module.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    """The same arguments with every tensor on the device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_move(item, device) for item in value)
+    if isinstance(value, dict):
+        return {name: _move(item, device) for name, item in value.items()}
+    return value
+
+
+def _shared(calls: list[Call], batches: list[Batch]) -> tuple[Call, ...]:
+    """The calls of an earlier batch if they are equal, so that tables are kept once; batches of one size
+    nearly always are.
+    """
+    for batch in batches:
+        if _equal(
+            [(call.args, call.kwargs) for call in calls], [(call.args, call.kwargs) for call in batch.calls]
+        ):
+            return batch.calls
+    return tuple(calls)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_equal(one[name], other[name]) for name in one)
+    return isinstance(one, (bool, int, float, str)) and one == other
+
+
+def _check_tokens(model: PreTrainedModel, tokens: torch.Tensor) -> None:
+    if tokens.dim() != 2 or tokens.numel() == 0:
+        raise DataError(
+            f"token ids must be [samples, tokens] with at least one of each; "
+            f"got the shape {tuple(tokens.shape)}."
+        )
+    size, _ = shape_of(model.get_input_embeddings())
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= size:
+        raise DataError(
+            f"token ids run from {low} to {high}, the model's vocabulary from 0 to {size - 1}; "
+            "use the model's own tokenizer."
+        )
+
+
+def _check_present(model: PreTrainedModel, family: Family) -> None:
+    """Everything outside the blocks must be in memory, unsaved buffers included."""
+    inside = f"{family.blocks}."
+    both = [*model.named_parameters(), *model.named_buffers()]
+    absent = [name for name, tensor in both if tensor.is_meta and not name.startswith(inside)]
+    if absent:
+        raise SourceError(
+            f"{', '.join(absent[:5])} hold no values (meta device); "
+            "materialize the tensors outside the blocks first."
+        )
+
+
+def _blame(block: nn.Module, hidden: Hidden, batch: Batch) -> None:
+    """Raise, naming the first sample and the first module of the block that gives NaN or Inf."""
+    culprits: list[str] = []
+
+    def look(name: str, _: nn.Module, __: Any, result: Any) -> None:
+        exits = result[0] if isinstance(result, tuple) else result
+        if not culprits and isinstance(exits, torch.Tensor) and not bool(torch.isfinite(exits).all()):
+            culprits.append(name)
+
+    with ExitStack() as remove, torch.no_grad():
+        for name, module in block.named_modules():
+            remove.callback(module.register_forward_hook(partial(look, name)).remove)
+        exits = _first(_run(block, hidden.states[batch.start : batch.stop], batch.calls[hidden.index]))
+    bad = (~torch.isfinite(exits)).flatten(1).any(1).nonzero().flatten()
+    sample = batch.start + int(bad[0])
+    raise WeightError(
+        f"block {hidden.index} gives NaN or Inf for sample {sample}, "
+        f"first in {culprits[0] or 'the block itself'}; "
+        "run it in float32 or bfloat16, or leave this sample out."
+    )

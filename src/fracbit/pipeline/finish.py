@@ -1,0 +1,120 @@
+"""The end of a run: index, tokenizer files, manifest, model card, and config.json last. No time of day is written anywhere,
+so that the same recipe gives the same folder, byte for byte.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from fracbit.checkpoint.card import Facts, model_card
+from fracbit.checkpoint.format import StoredLayer, quantization_config
+from fracbit.checkpoint.output import MANIFEST, Output, copy_file, write_json, write_text
+from fracbit.checkpoint.source import INDEX, PICKLES, Source, combined_hash
+from fracbit.pipeline.schedule import Schedule
+from fracbit.records.recipe import Recipe, key
+from fracbit.records.version import __version__
+
+NOT_COPIED = ("*.safetensors", INDEX, "config.json", "README.md", ".*", "*.index.json", "*.gguf", "*.h5", "*.msgpack", *PICKLES)
+
+
+def finish(
+    target: Output, recipe: Recipe, source: Source, schedule: Schedule, model: PreTrainedModel
+) -> dict[str, Any]:
+    """Write everything but the shards; returns the totals that `Result` shows."""
+    records = {shard: target.record(shard) or {} for shard in schedule.shards}
+    made = {name: facts for record in records.values() for name, facts in record["layers"].items()}
+    layers = stored_layers(schedule)
+    totals = _totals(target, source, schedule, layers)
+    if len(schedule.shards) > 1:
+        write_json(target.folder / INDEX, _index(target, schedule))
+    copy_rest(source, target)
+    hashes = {name: digest for record in records.values() for name, digest in record["hashes"].items()}
+    manifest = _manifest(recipe, source, schedule, layers, made, hashes, totals)
+    write_json(target.folder / MANIFEST, manifest)
+    facts = Facts(source.name, type(model).__name__, totals, layers, {n: f["loss"] for n, f in made.items()})
+    write_text(target.folder / "README.md", model_card(facts))
+    target.finish({**source.config, "quantization_config": quantization_config(layers)} if layers else source.config)
+    return totals
+
+
+def stored_layers(schedule: Schedule) -> dict[str, StoredLayer]:
+    """The quantized layers of a schedule, as config.json lists them."""
+    items = [item for items in schedule.shards.values() for item in items]
+    return {item.name.removesuffix(".weight"): item.stored for item in items if item.stored is not None}
+
+
+def copy_rest(source: Source, target: Output) -> None:
+    """Copy every file beside the weights untouched: tokenizer, chat template, generation config, license."""
+    for path in sorted(source.folder.iterdir()):
+        if path.is_file() and not any(path.match(pattern) for pattern in NOT_COPIED):
+            copy_file(path, target.folder / path.name)
+
+
+def _totals(
+    target: Output, source: Source, schedule: Schedule, layers: Mapping[str, StoredLayer]
+) -> dict[str, Any]:
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
+    items = [item for items in schedule.shards.values() for item in items]
+    parameters = weights + sum(
+        torch.Size(source.tensors[item.origin.name].shape).numel() for item in items if item.stored is None
+    )
+    size = sum((target.folder / shard).stat().st_size for shard in schedule.shards)
+    return {
+        "bits_per_weight": 8 * sum(layer.bytes for layer in layers.values()) / weights if weights else None,
+        "bits_per_parameter": 8 * schedule.bytes / parameters,
+        "bytes": size,
+        "source_bytes": source.bytes,
+        "notes": schedule.notes,
+    }
+
+
+def _index(target: Output, schedule: Schedule) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    weight_map: dict[str, str] = {}
+    for shard in schedule.shards:
+        with safe_open(target.folder / shard, framework="pt") as file:
+            weight_map |= dict.fromkeys(file.keys(), shard)
+    return {"metadata": {"total_size": schedule.bytes}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _manifest(
+    recipe: Recipe,
+    source: Source,
+    schedule: Schedule,
+    layers: Mapping[str, StoredLayer],
+    made: Mapping[str, Mapping[str, Any]],
+    hashes: Mapping[str, str],
+    totals: Mapping[str, Any],
+) -> dict[str, Any]:
+    return {
+        "fracbit": __version__,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "safetensors": safetensors.__version__,
+        },
+        "recipe": recipe.to_json(),
+        "recipe_key": key(recipe),
+        "source": {"name": source.name, "sha256": combined_hash(hashes), "tensors": len(source.tensors)},
+        "texts": [],
+        "seed": recipe.seed,
+        "totals": {name: value for name, value in totals.items() if name != "notes"},
+        "notes": list(totals["notes"]),
+        "layers": {
+            name: {
+                "scheme": decision.scheme.to_json() if decision.scheme else None,
+                "reason": decision.reason,
+                **made.get(name, {}),
+            }
+            for name, decision in schedule.decisions.items()
+        },
+    }

@@ -1,0 +1,159 @@
+"""What a run will write: every tensor of the model, its scheme, and the shard that it goes to, before anything is read.
+
+The schedule depends on the source's headers and the recipe alone. Shards therefore hold the same tensors whenever and however
+often a run is started, which is what makes a resumed result bit-identical to an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from transformers import PreTrainedModel
+
+from fracbit.checkpoint.format import StoredLayer
+from fracbit.checkpoint.source import Source
+from fracbit.errors import RecipeError, SourceError, near_matches
+from fracbit.models.skeleton import Layer, Origin, origins, quantizable
+from fracbit.numerics.datatypes import check_datatype
+from fracbit.records.recipe import Recipe, key
+from fracbit.records.scheme import Scheme
+from fracbit.records.version import __version__
+
+SHARD_BYTES = 512 << 20
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The scheme of a layer and why it has it; None keeps it float."""
+
+    scheme: Scheme | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Item:
+    """One tensor to write: its name in the model, where it lies in the source, and how it is stored when quantized."""
+
+    name: str
+    origin: Origin
+    bytes: int
+    layer: Layer | None = None
+    stored: StoredLayer | None = None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """All shards of a run. `key` names recipe, source and program version; `decisions` has every quantizable layer."""
+
+    key: str
+    shards: dict[str, tuple[Item, ...]]
+    decisions: dict[str, Decision]
+    notes: tuple[str, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors that will be written."""
+        return sum(item.bytes for items in self.shards.values() for item in items)
+
+
+def make_schedule(recipe: Recipe, source: Source, model: PreTrainedModel, shard_bytes: int = SHARD_BYTES) -> Schedule:
+    """Schedule `recipe` over the tensors of `source`; `model` is its skeleton.
+
+    Raises `SourceError` when tensors are missing, `RecipeError` when an override matches nothing.
+    """
+    layers = quantizable(model, include_head=True, include_embeddings=True)
+    decisions, notes = decide(recipe, layers)
+    places = origins(model, source.tensors)
+    if places.missing:
+        raise SourceError(f"{source.name} lacks {len(places.missing)} tensors of its model, such as {places.missing[0]}")
+    items = [_item(name, place, source, layers, decisions) for name, place in places.tensors.items()]
+    items += [Item(name, Origin(name), source.tensors[name].bytes) for name in places.unused]
+    items = _without_tied(items, model)
+    if places.unused:
+        notes = (*notes, f"{len(places.unused)} tensors belong to no module and were copied: {places.unused[0]}, ...")
+    return Schedule(_key(recipe, source, shard_bytes), _shards(items, shard_bytes), decisions, notes)
+
+
+def decide(recipe: Recipe, layers: Mapping[str, Layer]) -> tuple[dict[str, Decision], tuple[str, ...]]:
+    """The scheme of every quantizable layer, and notes. Later overrides win."""
+    matched = {override.layers: False for override in recipe.overrides}
+    decisions, notes = {}, []
+    for name, layer in layers.items():
+        decision = _by_kind(recipe, layer)
+        for override in recipe.overrides:
+            if fnmatchcase(name, override.layers):
+                matched[override.layers] = True
+                scheme = None if override.keep else override.scheme or recipe.scheme
+                decision = Decision(scheme, f"override {override.layers!r}")
+        if decision.scheme is not None:
+            check_datatype(decision.scheme)
+        decisions[name] = decision
+    for pattern, used in matched.items():
+        if not used:
+            raise RecipeError(f"override {pattern!r} matches no layer; {near_matches(pattern, layers)}")
+    return _tie(decisions, layers, notes), tuple(notes)
+
+
+def _by_kind(recipe: Recipe, layer: Layer) -> Decision:
+    if layer.kind == "linear":
+        return Decision(recipe.scheme, "scheme of the recipe")
+    scheme = recipe.embeddings if layer.kind == "embedding" else recipe.head
+    return Decision(scheme, f"{layer.kind} {'of the recipe' if scheme else 'stays float unless asked for'}")
+
+
+def _tie(decisions: dict[str, Decision], layers: Mapping[str, Layer], notes: list[str]) -> dict[str, Decision]:
+    """A head that is its embedding table has one scheme with it."""
+    for name, layer in layers.items():
+        if layer.tied is None:
+            continue
+        table, head = decisions[layer.tied].scheme, decisions[name].scheme
+        if table is not None and head is not None and table != head:
+            raise RecipeError(f"{name} and {layer.tied} are one tensor: give embeddings and head the same scheme, or one")
+        both = Decision(table or head, f"tied: {name} and {layer.tied} are one tensor")
+        if both.scheme is not None:
+            notes.append(both.reason)
+            decisions |= {name: both, layer.tied: both}
+    return decisions
+
+
+def _item(
+    name: str, place: Origin, source: Source, layers: Mapping[str, Layer], decisions: Mapping[str, Decision]
+) -> Item:
+    layer = layers.get(name.removesuffix(".weight"))
+    decision = decisions.get(layer.name) if layer and name.endswith(".weight") else None
+    if layer is None or decision is None or decision.scheme is None:
+        return Item(name, place, source.tensors[place.name].bytes)
+    kind = "embedding" if layer.kind == "embedding" or layer.tied else "linear"
+    stored = StoredLayer(decision.scheme, (layer.out, layer.width), kind=kind)  # type: ignore[arg-type]
+    return Item(name, place, stored.bytes, layer, stored)
+
+
+def _without_tied(items: list[Item], model: PreTrainedModel) -> list[Item]:
+    """Drop the second copy of a tied tensor: it is written once, under the name that owns it."""
+    names = {item.name for item in items}
+    drop = {head for head, table in model.all_tied_weights_keys.items() if head in names and table in names}
+    return [item for item in items if item.name not in drop]
+
+
+def _shards(items: Iterable[Item], limit: int) -> dict[str, tuple[Item, ...]]:
+    groups: list[list[Item]] = [[]]
+    size = 0
+    for item in items:
+        if groups[-1] and size + item.bytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(item)
+        size += item.bytes
+    if len(groups) == 1:
+        return {"model.safetensors": tuple(groups[0])}
+    return {f"model-{n:05}-of-{len(groups):05}.safetensors": tuple(group) for n, group in enumerate(groups, 1)}
+
+
+def _key(recipe: Recipe, source: Source, shard_bytes: int) -> str:
+    headers = [(name, info.dtype, info.shape) for name, info in sorted(source.tensors.items())]
+    text = json.dumps([key(recipe), source.config, headers, shard_bytes, __version__], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -27,7 +27,7 @@ try:
     import sqlalchemy as sa
     from sqlalchemy import exc
 except ImportError as error:  # an extra; everything else of fracbit works without it
-    raise OutputError("a store needs SQLAlchemy 2: pip install 'fracbit[sweep]'") from error
+    raise OutputError("a store needs SQLAlchemy 2: pip install 'fracbit[store]'") from error
 
 SCHEMA_VERSION = 1
 LEASE = 120.0
@@ -216,7 +216,7 @@ def export_parquet(rows: Sequence[Row], path: Path) -> None:
         import pyarrow as pa
         from pyarrow import parquet
     except ImportError as error:
-        raise OutputError("Parquet needs pyarrow: pip install 'fracbit[sweep]'") from error
+        raise OutputError("Parquet needs pyarrow: pip install 'fracbit[store]'") from error
     flat = [_columns(row) | {"window_nll": row.window_nll, "window_tokens": row.window_tokens} for row in rows]
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -239,7 +239,7 @@ def _engine(where: str) -> sa.Engine:
     except exc.ArgumentError as error:
         raise OutputError(f"store {where!r} is neither a path nor a database URL: {error}") from error
     except ImportError as error:
-        raise OutputError(f"store {_hidden(where)}: {error}; pip install 'fracbit[sweep]'") from error
+        raise OutputError(f"store {_hidden(where)}: {error}; pip install 'fracbit[store]'") from error
 
 
 def _tune_sqlite(link: sqlite3.Connection, _: object) -> None:

@@ -282,16 +282,19 @@ def versions() -> dict[str, str]:
     }
 
 
-def _load(source: Source, root: Path, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, int]:
+def _load(source: Source, root: Path, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, int]:
     """The model in fp32 on `device`, its tokenizer if it has one, and the bits of a stored float parameter."""
     beside = root / source.model
     where = str(beside) if beside.exists() else source.model
     options = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
     try:
         model = AutoModelForCausalLM.from_pretrained(where, dtype="auto", **options)
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise SourceError(f"model {source.model} cannot be loaded: {explain(error)}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    except (OSError, ValueError, KeyError):
+        tokenizer = None  # files of token ids need none; for text, the data room says that it is missing
     bits = 8 * next(parameter.element_size() for parameter in model.parameters())
     return model.float().to(device).eval(), tokenizer, bits
 

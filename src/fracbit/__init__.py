@@ -1,3 +1,68 @@
-"""fracbit: compress a language model to any average bit width and see what each bit buys."""
+"""fracbit: compress a language model to any average bit width and see what each bit buys.
 
-__version__ = "0.1.0"
+`import fracbit` is all that transformers needs to load a fracbit checkpoint. The import itself is light: torch and
+transformers are loaded when they are first needed, and transformers is told of fracbit at that moment.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+from fracbit.records.recipe import Recipe
+from fracbit.records.scheme import Scheme
+from fracbit.records.version import __version__
+
+__all__ = ["Recipe", "Scheme", "__version__", "evaluate", "load", "quantize", "run"]
+
+_API = {
+    "quantize": "fracbit.pipeline.api",
+    "evaluate": "fracbit.pipeline.api",
+    "load": "fracbit.checkpoint.load",
+    "run": "fracbit.pipeline.run",
+}
+_HOOKED = "transformers.quantizers.auto"
+
+
+def __getattr__(name: str) -> Any:
+    """Import a function of the interface when it is first used."""
+    if name not in _API:
+        raise AttributeError(f"module 'fracbit' has no attribute {name!r}")
+    return getattr(importlib.import_module(_API[name]), name)
+
+
+class _Registrar(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Registers fracbit right after transformers' table of quantizers has been imported, then leaves."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != _HOOKED:
+            return None
+        sys.meta_path.remove(self)
+        self.found = importlib.machinery.PathFinder.find_spec(fullname, path)
+        return self.found and importlib.machinery.ModuleSpec(fullname, self, origin=self.found.origin)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        assert self.found is not None and self.found.loader is not None
+        spec.has_location = True
+        return self.found.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert self.found is not None and self.found.loader is not None
+        self.found.loader.exec_module(module)
+        _register()
+
+
+def _register() -> None:
+    importlib.import_module("fracbit.checkpoint.hf").register()
+
+
+if _HOOKED in sys.modules:
+    _register()
+else:
+    sys.meta_path.insert(0, _Registrar())

@@ -8,7 +8,6 @@ GB in fp32), so they are never all held in fp32: windows run in batches whose lo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +36,7 @@ class ScoredRows:
 
 
 def longest_window(model: PreTrainedModel) -> int | None:
-    """How many ids the model's positions reach, or None when the config states no limit (ALiBi, state space)."""
+    """How many ids the model's positions reach; None when the config states no limit (ALiBi, state space)."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return int(limit) if limit else None
 
@@ -81,29 +80,37 @@ def scored_rows(
     if batch < 1:
         raise DataError(f"batch {batch} runs no window: it must be at least 1.")
     check_fits(model, plan)
-    # Windows of like length share a batch, so little is spent on padding.
-    order = sorted(
-        range(len(plan.windows)), key=lambda index: plan.windows[index].begin - plan.windows[index].end
-    )
+    order = run_order(plan)
     batch = min(batch, _batch_limit(model, plan.protocol.window))
-    with inference(model):
-        for start in range(0, len(order), batch):
-            indices = order[start : start + batch]
-            yield from _run(model, plan, indices)
-            if progress is not None:
-                progress(start + len(indices), len(order))
+    for start in range(0, len(order), batch):
+        indices = order[start : start + batch]
+        yield from _run(model, plan, indices)
+        if progress is not None:
+            progress(start + len(indices), len(order))
 
 
-@contextmanager
-def inference(model: PreTrainedModel) -> Iterator[None]:
-    """No gradients and no dropout inside; the model's training flag is put back afterwards."""
+def run_order(plan: Plan) -> list[int]:
+    """Indices of the windows, longest first: windows of like length share a batch, and little is padding."""
+    windows = plan.windows
+    return sorted(range(len(windows)), key=lambda index: windows[index].begin - windows[index].end)
+
+
+def predict(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Logits [batch, length, vocabulary] of ids [batch, length], without gradients or dropout.
+
+    The model's training flag is put back afterwards.
+    """
     training = model.training
-    model.train(False)
+    # Set for this call only: between the windows of a generator the caller's own mode must hold.
+    if training:
+        model.train(False)
     try:
         with torch.no_grad():
-            yield
+            logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
+            return logits
     finally:
-        model.train(training)
+        if training:
+            model.train(True)
 
 
 def row_chunks(rows: int, vocabulary: int) -> Iterator[slice]:
@@ -116,8 +123,7 @@ def _run(model: PreTrainedModel, plan: Plan, indices: Sequence[int]) -> Iterator
     windows = [plan.windows[index] for index in indices]
     inputs = [plan.inputs(window) for window in windows]
     # Padding stands on the right: a causal model's predictions for the ids before it do not see it.
-    matrix = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True).to(model.device)
-    logits = model(input_ids=matrix, use_cache=False).logits
+    logits = predict(model, torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True))
     for row, (index, window) in enumerate(zip(indices, windows, strict=True)):
         last = len(inputs[row]) - 1
         scored = logits[row, last - window.scored : last]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -38,10 +39,15 @@ def finish(
     hashes = {name: digest for record in records.values() for name, digest in record["hashes"].items()}
     manifest = _manifest(recipe, source, schedule, layers, made, hashes, totals)
     write_json(target.folder / MANIFEST, manifest)
-    facts = Facts(source.name, type(model).__name__, totals, layers, {n: f["loss"] for n, f in made.items()})
+    facts = Facts(_card_name(source), type(model).__name__, totals, layers, {n: f["loss"] for n, f in made.items()})
     write_text(target.folder / "README.md", model_card(facts))
     target.finish({**source.config, "quantization_config": quantization_config(layers)} if layers else source.config)
     return totals
+
+
+def _card_name(source: Source) -> str:
+    """The hub id, or the folder's own name: a card does not tell where somebody's disk keeps things."""
+    return source.folder.resolve().name if Path(source.name).expanduser().is_dir() else source.name
 
 
 def stored_layers(schedule: Schedule) -> dict[str, StoredLayer]:

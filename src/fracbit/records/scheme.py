@@ -135,3 +135,12 @@ def _check_block(block: object) -> None:
 def _check_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise SchemeError(f"{field} {value!r} is not known; use {', '.join(allowed)}")
+
+
+def parse_scheme(text: str) -> Scheme:
+    """A scheme written in one word, `TYPEBITS:BLOCK`: `int8:64`, `nf4:row`. Raises `SchemeError`."""
+    match = re.fullmatch(r"([a-z]+)([1-8])(?::(\w+(?::\d+)?))?", text)
+    if match is None:
+        raise SchemeError(f"{text!r} is not a scheme in one word: write TYPEBITS or TYPEBITS:BLOCK, such as int8:64")
+    dtype, bits, block = match.groups()
+    return Scheme(dtype, int(bits), int(block) if block and block.isdigit() else block or 64)

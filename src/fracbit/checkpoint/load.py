@@ -1,0 +1,56 @@
+"""Load a checkpoint, float or fracbit, as a transformers model: the same `from_pretrained`, with our errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from fracbit.checkpoint.hf import register
+from fracbit.checkpoint.output import is_unfinished
+from fracbit.checkpoint.source import Source, open_source
+from fracbit.errors import FormatError, SourceError
+
+
+def load(
+    model: str | Path,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """The model in a folder or of a hub id, ready to run on `device`; `dtype` is that of everything not quantized.
+
+    Raises `SourceError` when it cannot be read, `FormatError` when it is unfinished or of another format version.
+    """
+    source = open_checkpoint(model, trust_remote_code, revision)
+    register()
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise SourceError(f"{model} cannot be loaded as a causal language model: {error}") from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    return loaded.to(device).eval()  # type: ignore[no-any-return]
+
+
+def open_checkpoint(model: str | Path, trust_remote_code: bool = False, revision: str | None = None) -> Source:
+    """The files of a finished checkpoint."""
+    if is_unfinished(Path(model)):
+        raise FormatError(f"{model} is the unfinished output of `fracbit quantize`; continue it with --resume")
+    return open_source(str(model), revision, trust_remote_code)
+
+
+def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model. Raises `SourceError` when there is none."""
+    source = open_checkpoint(model, trust_remote_code)
+    try:
+        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)  # type: ignore[no-any-return]
+    except (OSError, ValueError, KeyError) as error:
+        raise SourceError(f"{model} has no tokenizer that transformers can read: {error}") from error

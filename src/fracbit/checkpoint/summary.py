@@ -1,0 +1,80 @@
+"""What a checkpoint holds, from headers, config and manifest; no tensor is read."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from fracbit.checkpoint.format import QUANT_METHOD, StoredLayer, read_layers, tensor_name
+from fracbit.checkpoint.load import open_checkpoint
+from fracbit.checkpoint.output import MANIFEST
+from fracbit.checkpoint.source import Source
+from fracbit.errors import FormatError
+from fracbit.numerics.packed import part_shapes
+
+
+def summarize(model: str) -> dict[str, Any]:
+    """Bits and bytes of every matrix and of the whole; `relative_error` from the manifest, None without one.
+
+    Raises `SourceError` or `FormatError`, the latter also when a stored tensor has not the size its scheme asks for.
+    """
+    source = open_checkpoint(model)
+    quantization = source.config.get("quantization_config") or {}
+    stored = read_layers(quantization) if quantization.get("quant_method") == QUANT_METHOD else {}
+    errors = _errors(source)
+    layers = {name: _quantized(source, name, layer, errors.get(name)) for name, layer in stored.items()}
+    parts = {tensor_name(name, part) for name, layer in stored.items() for part in part_shapes(layer.scheme, layer.shape, layer.outliers)}
+    rest = {name: info for name, info in source.tensors.items() if name not in parts}
+    layers |= {
+        name.removesuffix(".weight"): _float(info.dtype, info.shape, info.bytes)
+        for name, info in rest.items()
+        if len(info.shape) >= 2
+    }
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in stored.values())
+    parameters = weights + sum(torch.Size(info.shape).numel() for info in rest.values())
+    return {
+        "model": model,
+        "bits_per_weight": 8 * sum(layer.bytes for layer in stored.values()) / weights if weights else None,
+        "bits_per_parameter": 8 * source.bytes / max(parameters, 1),
+        "bytes": source.bytes,
+        "layers": layers,
+    }
+
+
+def _quantized(source: Source, name: str, layer: StoredLayer, error: float | None) -> dict[str, Any]:
+    for part, (_, size) in part_shapes(layer.scheme, layer.shape, layer.outliers).items():
+        info = source.tensors.get(tensor_name(name, part))
+        expected = (torch.Size(size).numel(),) if part == "codes" else tuple(size)
+        if info is None or info.shape != expected:
+            got = "nothing" if info is None else str(info.shape)
+            raise FormatError(f"layer {name}: {tensor_name(name, part)} should have shape {expected}, found {got}")
+    return {
+        "scheme": str(layer.scheme),
+        "shape": list(layer.shape),
+        "bits_per_weight": layer.bits_per_weight,
+        "bytes": layer.bytes,
+        "relative_error": error,
+    }
+
+
+def _float(dtype: str, shape: tuple[int, ...], size: int) -> dict[str, Any]:
+    return {
+        "scheme": dtype.lower(),
+        "shape": list(shape),
+        "bits_per_weight": 8 * size / max(torch.Size(shape).numel(), 1),
+        "bytes": size,
+        "relative_error": None,
+    }
+
+
+def _errors(source: Source) -> dict[str, float]:
+    path = source.folder / MANIFEST
+    if not path.is_file():
+        return {}
+    try:
+        layers = json.loads(path.read_text(encoding="utf-8"))["layers"]
+        return {name: layer["loss"] for name, layer in layers.items() if "loss" in layer}
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"{path} cannot be read: {error}") from error

@@ -1,0 +1,42 @@
+"""The command line: parsing and printing only. Every command is one small file; `main` turns our errors into exit code 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from fracbit.cli import demo, evaluate, generate, inspect, quantize
+from fracbit.errors import FracbitError
+
+app = typer.Typer(
+    name="fracbit",
+    help="Compress a language model to any average bit width, and see what each bit buys.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("quantize")(quantize.quantize)
+app.command("eval")(evaluate.evaluate)
+app.command("inspect")(inspect.inspect)
+app.command("generate")(generate.generate)
+app.command("demo")(demo.demo)
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 2 bad input, 130 interrupted."""
+    try:
+        app()
+    except FracbitError as error:
+        print(f"fracbit: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("fracbit: stopped; what is finished stays, continue `quantize` with --resume", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+__all__ = ["app", "main"]

@@ -1,0 +1,36 @@
+"""`fracbit inspect`: what a checkpoint holds, one line a layer, from its headers and its manifest alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fracbit.cli.show import bytes_text, print_json, print_table
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="Folder or hub id, fracbit or float.")],
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show scheme, bits per weight, bytes and relative error of every layer."""
+    from fracbit.checkpoint.summary import summarize
+
+    summary = summarize(model)
+    if json:
+        print_json(summary)
+        return
+    rows = [_row(name, layer) for name, layer in summary["layers"].items()]
+    print_table(["layer", "shape", "scheme", "bits/weight", "bytes", "relative error"], rows, title=str(Path(model).name))
+    weights = summary["bits_per_weight"]
+    print(
+        f"{'not quantized' if weights is None else f'{weights:.4f} bits per weight'}, "
+        f"{summary['bits_per_parameter']:.4f} bits per parameter, {bytes_text(summary['bytes'])} in tensors"
+    )
+
+
+def _row(name: str, layer: dict[str, Any]) -> list[str]:
+    error = "" if layer["relative_error"] is None else f"{layer['relative_error']:.3e}"
+    shape = " x ".join(str(size) for size in layer["shape"])
+    return [name, shape, layer["scheme"], f"{layer['bits_per_weight']:.4f}", f"{layer['bytes']:,}", error]

@@ -1,0 +1,78 @@
+"""Texts and conversations to ids, with a rule for the BOS that is stated rather than guessed.
+
+`bos=auto` asks the tokenizer for what it does by itself (Llama and Gemma put a BOS first, GPT-2 and Qwen
+nothing), which is what transformers' own examples measure with. A conversation is rendered by the
+tokenizer's chat template, which writes its own special tokens; none are added to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jinja2 import TemplateError
+
+from fracbit.data.raw import Message, Piece, RawTexts
+from fracbit.data.source import Source
+from fracbit.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BATCH = 256
+
+
+def encode_texts(raw: RawTexts, source: Source, tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
+    """Ids of every document, int64 [ids] each.
+
+    Raises: DataError for a conversation without a template, for bos=always without a BOS, and for a text
+    that yields no ids.
+    """
+    documents: list[np.ndarray] = []
+    for start in range(0, len(raw.pieces), BATCH):
+        documents.extend(_encode(raw.pieces[start : start + BATCH], raw.names[start:], source, tokenizer))
+    return documents
+
+
+def _encode(
+    pieces: Sequence[Piece], names: Sequence[str], source: Source, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[np.ndarray]:
+    chat = not isinstance(pieces[0], str)
+    texts = [
+        piece if isinstance(piece, str) else render_chat(piece, tokenizer, f"{source.location}, {name}")
+        for piece, name in zip(pieces, names, strict=False)
+    ]
+    special = source.bos == "auto" and not chat
+    # verbose=False: a text longer than the model's window is what is wanted here, no cause for a warning.
+    rows = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+    opening = _opening(source, tokenizer) if not chat else []
+    for name, row in zip(names, rows, strict=False):
+        if not row:
+            raise DataError(f"{source.location}, {name}: the tokenizer makes no ids of this text.")
+        yield np.array(opening + row, dtype=np.int64)
+
+
+def _opening(source: Source, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids put before a text by hand."""
+    if source.bos != "always":
+        return []
+    if tokenizer.bos_token_id is None:
+        raise DataError(f"{source}: bos=always, but the tokenizer has no BOS. Use bos=auto or bos=never.")
+    return [int(tokenizer.bos_token_id)]
+
+
+def render_chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+    """The text of a conversation, as the tokenizer's chat template writes it.
+
+    Raises: DataError when there is no template, or the template refuses the conversation.
+    """
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{where} is a conversation, and the tokenizer has no chat template to write it with: add "
+            "chat_template.jinja to the model's folder, or name a field of plain text with ?field=NAME."
+        )
+    try:
+        return str(tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False))
+    except TemplateError as error:
+        raise DataError(f"{where}: the chat template refuses the conversation: {error}") from error

@@ -1,0 +1,120 @@
+"""What a reader hands over before there are tokens: texts, conversations or ids, and the hash of the bytes
+read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fracbit.data.source import Source
+from fracbit.errors import DataError
+
+Message = Mapping[str, Any]
+Piece = str | Sequence[Message]
+
+BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class RawTexts:
+    """Documents of text.
+
+    pieces: a text or a conversation each. names: where each stands ("line 3"). skipped: empty ones left out.
+    """
+
+    pieces: tuple[Piece, ...]
+    names: tuple[str, ...]
+    sha256: str
+    skipped: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class RawIds:
+    """Documents of ids, as stored (any integer dtype)."""
+
+    documents: tuple[np.ndarray, ...]
+    sha256: str
+
+
+def find_file(source: Source) -> Path:
+    """The file of a source. Raises: DataError when there is none."""
+    path = Path(source.location)
+    if not path.exists():
+        raise DataError(f"{source.location}: no such file (looked from {Path.cwd()}).")
+    if not path.is_file():
+        raise DataError(f"{source.location} is not a file.")
+    return path
+
+
+def read_bytes(source: Source) -> bytes:
+    """All bytes of a source's file. Raises: DataError when it is missing or unreadable."""
+    path = find_file(source)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{source.location} cannot be read: {error.strerror}.") from error
+
+
+def decode_text(data: bytes, where: str, offset: int = 0) -> str:
+    """UTF-8 text without its byte order mark. offset: of data[0] in the file, for the message.
+
+    Raises: DataError naming the byte that is no UTF-8.
+    """
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where} is not UTF-8: byte {data[error.start]:#04x} at offset {offset + error.start} "
+            f"({error.reason}). Convert it, for example with iconv -f LATIN1 -t UTF-8."
+        ) from error
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_texts(texts: Iterable[str]) -> str:
+    """SHA-256 of texts that come from no one file: each as UTF-8 behind its length in bytes."""
+    digest = hashlib.sha256()
+    for text in texts:
+        data = text.encode()
+        digest.update(f"{len(data)}:".encode())
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def keep_first(source: Source, pieces: Iterable[tuple[str, Piece]], digest: Callable[[], str]) -> RawTexts:
+    """Collect the first `first=` of named documents; the rest stays unread. digest: called after the last
+    one.
+
+    Raises: DataError naming an empty document, unless the source skips them.
+    """
+    names: list[str] = []
+    kept: list[Piece] = []
+    skipped = 0
+    for name, piece in pieces:
+        if _empty(piece) and source.empty == "error":
+            raise DataError(f"{source.location}, {name}: an empty document. Remove it, or add ?empty=skip.")
+        if _empty(piece):
+            skipped += 1
+            continue
+        names.append(name)
+        kept.append(piece)
+        if len(kept) == source.first:
+            break
+    return RawTexts(tuple(kept), tuple(names), digest(), skipped)
+
+
+def _empty(piece: Piece) -> bool:
+    return not (piece.strip() if isinstance(piece, str) else piece)

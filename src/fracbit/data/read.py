@@ -1,0 +1,97 @@
+"""One front door to every kind of source: from its string to token ids.
+
+To add a format: a reader in a file of its own, an extension in source.EXTENSIONS, and one line in READERS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fracbit.data.encode import encode_texts
+from fracbit.data.ids import read_ids
+from fracbit.data.raw import RawIds, RawTexts
+from fracbit.data.records import read_jsonl
+from fracbit.data.source import Format, Source, parse_source
+from fracbit.data.tables import read_dataset, read_parquet
+from fracbit.data.text import read_text
+from fracbit.data.tokens import Tokens, join_documents
+from fracbit.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+READERS: Mapping[Format, Callable[[Source], RawTexts | RawIds]] = {
+    "text": read_text,
+    "jsonl": read_jsonl,
+    "parquet": read_parquet,
+    "u16": read_ids,
+    "u32": read_ids,
+    "npy": read_ids,
+    "datasets": read_dataset,
+}
+
+
+def read_documents(
+    source: str | Source, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int
+) -> Tokens:
+    """Read one source (grammar: source.py) into token ids.
+
+    tokenizer: of the model; not needed for files of ids. vocabulary: how many ids the model knows.
+
+    Raises: DataError for everything that is wrong with the source, naming the place in it.
+    """
+    source = parse_source(source) if isinstance(source, str) else source
+    if source.format == "generated":
+        raise DataError("generated: text that the model writes is made by generate_calibration, not read.")
+    raw = READERS[source.format](source)
+    documents = _documents(raw, source, tokenizer)
+    documents = [document[: source.keep] for document in documents]
+    _check(documents, source, vocabulary)
+    ids, starts = join_documents(documents)
+    bos = _common_bos(documents, tokenizer)
+    return Tokens(ids, starts, str(source), raw.sha256, bos, source.weight, _notes(raw, source))
+
+
+def read_sources(
+    sources: Sequence[str | Source], tokenizer: PreTrainedTokenizerBase | None, vocabulary: int
+) -> tuple[Tokens, ...]:
+    """Read the parts of a mixture. Raises: DataError."""
+    return tuple(read_documents(source, tokenizer, vocabulary) for source in sources)
+
+
+def _documents(
+    raw: RawTexts | RawIds, source: Source, tokenizer: PreTrainedTokenizerBase | None
+) -> list[np.ndarray]:
+    if isinstance(raw, RawIds):
+        return list(raw.documents)
+    if tokenizer is None:
+        raise DataError(f"{source} is text, and there is no tokenizer to read it with: use a file of ids.")
+    return encode_texts(raw, source, tokenizer)
+
+
+def _notes(raw: RawTexts | RawIds, source: Source) -> tuple[str, ...]:
+    if isinstance(raw, RawTexts) and raw.skipped:
+        return (f"{source}: {raw.skipped} empty documents left out",)
+    return ()
+
+
+def _check(documents: Sequence[np.ndarray], source: Source, vocabulary: int) -> None:
+    if not documents:
+        raise DataError(f"{source} holds no documents.")
+    for number, document in enumerate(documents):
+        outside = np.flatnonzero((document < 0) | (document >= vocabulary))
+        if len(outside):
+            raise DataError(
+                f"{source}: id {document[outside[0]]} at position {outside[0]} of document "
+                f"{number} is outside the vocabulary 0..{vocabulary - 1}: the file was made with another "
+                "tokenizer, or has another format."
+            )
+
+
+def _common_bos(documents: Sequence[np.ndarray], tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+    """The tokenizer's BOS, when every document opens with it."""
+    bos = None if tokenizer is None else tokenizer.bos_token_id
+    return bos if bos is not None and all(document[0] == bos for document in documents) else None

@@ -1,0 +1,127 @@
+"""Records with named fields, and JSON lines as their plainest form.
+
+A record's document is its field `text`, or, when it has none, the conversation in `messages` (role and
+content) or `conversations` (from and value, as ShareGPT writes them); `field=` names another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fracbit.data.raw import Message, Piece, RawTexts, decode_text, find_file, keep_first
+from fracbit.data.source import Source
+from fracbit.errors import DataError
+
+FIELDS = ("text", "messages", "conversations")
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+
+JOINT = "\n\n"
+"""Between records read as one document, as transformers' page on perplexity joins WikiText."""
+
+Record = Mapping[str, Any]
+
+
+def read_jsonl(source: Source) -> RawTexts:
+    """Read JSON lines; the hash covers the lines that were read.
+
+    Raises: DataError naming the line that is broken, is no object, has no such field or is empty.
+    """
+    digest = hashlib.sha256()
+    records = _json_records(find_file(source), source, digest.update)
+    return collect_records(source, records, digest.hexdigest)
+
+
+def collect_records(
+    source: Source, records: Iterable[tuple[str, Record]], digest: Callable[[], str]
+) -> RawTexts:
+    """Turn named records into documents. digest: called when all records that are wanted have been read.
+
+    Raises: DataError naming the record that has no document, or an empty one.
+    """
+    pieces = ((name, _document(record, source, name)) for name, record in records)
+    if source.documents == "one":
+        return _joined(source, pieces, digest)
+    return keep_first(source, pieces, digest)
+
+
+def pick_field(names: Iterable[str], source: Source, where: str) -> str:
+    """The field that holds the document. Raises: DataError when none of the names is one."""
+    names = list(names)
+    wanted = FIELDS if source.field is None else (source.field,)
+    for field in wanted:
+        if field in names:
+            return field
+    raise DataError(
+        f"{where}: no field {' or '.join(wanted)} among {', '.join(names) or 'none'}. "
+        "Name one with ?field=NAME."
+    )
+
+
+def _joined(source: Source, pieces: Iterable[tuple[str, Piece]], digest: Callable[[], str]) -> RawTexts:
+    texts: list[str] = []
+    for name, piece in pieces:
+        if not isinstance(piece, str):
+            raise DataError(f"{source.location}, {name}: conversations cannot be joined; use documents=each.")
+        texts.append(piece)
+        if len(texts) == source.first:
+            break
+    if not any(text.strip() for text in texts):
+        raise DataError(f"{source.location} holds no text.")
+    return RawTexts((JOINT.join(texts),), ("all records",), digest())
+
+
+def _json_records(
+    path: Path, source: Source, digest: Callable[[bytes], object]
+) -> Iterator[tuple[str, Record]]:
+    offset = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            digest(line)
+            text = decode_text(line, f"{source.location}, line {number},", offset)
+            offset += len(line)
+            if text.strip():
+                yield f"line {number}", _json_record(text, f"{source.location}, line {number}")
+
+
+def _json_record(line: str, where: str) -> Record:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{where}: broken JSON ({error.msg}, column {error.colno}). Each line is one object."
+        ) from error
+    if not isinstance(record, dict):
+        raise DataError(
+            f'{where}: {type(record).__name__} where an object such as {{"text": ...}} was expected.'
+        )
+    return record
+
+
+def _document(record: Record, source: Source, name: str) -> Piece:
+    where = f"{source.location}, {name}"
+    value = record[pick_field(record, source, where)]
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Sequence) and all(isinstance(message, Mapping) for message in value):
+        return tuple(_message(message, where) for message in value)
+    raise DataError(
+        f"{where}: the field holds {type(value).__name__}, neither a text nor a list of messages."
+    )
+
+
+def _message(message: Record, where: str) -> Message:
+    """A message with role and content, whichever of the two spellings it came in."""
+    if "role" in message and "content" in message:
+        return message
+    if "from" in message and "value" in message:
+        return {"role": SHAREGPT_ROLES.get(message["from"], message["from"]), "content": message["value"]}
+    raise DataError(
+        f"{where}: a message has the fields {', '.join(message)}; it needs role and content "
+        "(or from and value)."
+    )

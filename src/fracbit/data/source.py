@@ -1,0 +1,219 @@
+"""Where text comes from, written as one string: the grammar of `--calibration`, `--text` and a recipe's
+data lines.
+
+source    = location [ "?" option { "&" option } ] [ "@" weight ] location  = PATH
+a file; its extension is its format | FOLDER                                  a set saved by datasets'
+save_to_disk | "datasets:" NAME [ ":" [CONFIG] [ ":" SPLIT ] ]    a hub id or such a folder | "bundled" [
+":" ("train" | "held-out") ]           the text of the bundled model | "generated"
+written by the float model itself (generate.py) option    = "format=" ("text" | "jsonl" | "parquet" | "u16"
+| "u32" | "npy")   instead of the extension | "field=" NAME       the field or column to read (default:
+text, else messages, else conversations) | "documents=" ("one" | "each" | "line" | "paragraph")   what
+counts as a document | "length=" N         ids a document: id files are cut into documents of this length |
+"bos=" ("auto" | "always" | "never")   auto: as the tokenizer does by itself | "empty=" ("error" | "skip")
+what an empty document is | "first=" N          only the first N documents | "keep=" N           only the
+first N ids of each document weight    = a number above 0    the share of the samples in a mixture (default
+1)
+
+    notes.txt      chats.jsonl?field=messages@0.3      ids.u16?length=512&first=60&keep=256
+    datasets:wikitext:wikitext-2-raw-v1:test?documents=one
+
+A string that names an existing file exactly is that file, so that "?" and "@" in file names stay usable.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from fracbit.errors import DataError
+
+Kind = Literal["file", "datasets", "bundled", "generated"]
+Format = Literal["text", "jsonl", "parquet", "u16", "u32", "npy", "datasets", "bundled", "generated"]
+Division = Literal["one", "each", "line", "paragraph"]
+Bos = Literal["auto", "always", "never"]
+Empty = Literal["error", "skip"]
+
+EXTENSIONS: Mapping[str, Format] = {
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+    ".rst": "text",
+    ".py": "text",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".u16": "u16",
+    ".u32": "u32",
+    ".npy": "npy",
+}
+
+FILE_FORMATS: tuple[str, ...] = tuple(dict.fromkeys(EXTENSIONS.values()))
+
+_EVERYWHERE = frozenset({"first", "keep", "empty"})
+_RECORDS = _EVERYWHERE | {"bos", "field", "documents"}
+OPTIONS: Mapping[Format, frozenset[str]] = {
+    "text": _EVERYWHERE | {"format", "bos", "documents"},
+    "jsonl": _RECORDS | {"format"},
+    "parquet": _RECORDS | {"format"},
+    "u16": _EVERYWHERE | {"format", "length"},
+    "u32": _EVERYWHERE | {"format", "length"},
+    "npy": _EVERYWHERE | {"format", "length"},
+    "datasets": _RECORDS,
+    "bundled": _EVERYWHERE | {"bos", "documents"},
+    "generated": frozenset(),
+}
+
+DIVISIONS: Mapping[Format, tuple[Division, ...]] = {
+    "text": ("one", "line", "paragraph"),
+    "jsonl": ("each", "one"),
+    "parquet": ("each", "one"),
+    "datasets": ("each", "one"),
+    "bundled": ("each", "one"),
+}
+"""What `documents=` may be for each format; the first is the default."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parsed source (grammar above). text: as it was written. length, first, keep: above 0."""
+
+    text: str
+    format: Format
+    location: str
+    config: str | None = None
+    split: str | None = None
+    field: str | None = None
+    documents: Division = "one"
+    length: int | None = None
+    bos: Bos = "auto"
+    empty: Empty = "error"
+    first: int | None = None
+    keep: int | None = None
+    weight: float = 1.0
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def parse_source(text: str) -> Source:
+    """Parse one source string; files are not opened, but an exact file name wins over the grammar.
+
+    Raises: DataError with what is allowed for an unknown extension, option or value.
+    """
+    if not text.strip():
+        raise DataError("an empty source: write a path, datasets:NAME, bundled or generated.")
+    if Path(text).is_file():
+        return _source(text, text, {}, 1.0)
+    rest, weight = _split_weight(text)
+    location, _, options = rest.partition("?")
+    return _source(text, location, _split_options(text, options), weight)
+
+
+def _split_weight(text: str) -> tuple[str, float]:
+    """The weight is a number behind the last "@"; any other "@" belongs to the name."""
+    head, at, tail = text.rpartition("@")
+    try:
+        weight = float(tail) if at else 1.0
+    except ValueError:
+        return text, 1.0
+    if not (weight > 0 and math.isfinite(weight)):
+        raise DataError(f"{text}: the weight {tail} must be a finite number above 0.")
+    return (head, weight) if at else (text, 1.0)
+
+
+def _split_options(text: str, options: str) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for option in filter(None, options.split("&")):
+        name, equals, value = option.partition("=")
+        if not equals or not value:
+            raise DataError(f"{text}: the option {option!r} has no value: write {name}=VALUE.")
+        if name in pairs:
+            raise DataError(f"{text}: the option {name} is given twice.")
+        pairs[name] = value
+    return pairs
+
+
+def _source(text: str, location: str, options: dict[str, str], weight: float) -> Source:
+    kind, name, config, split = _locate(text, location)
+    form = _format(text, location, options.get("format")) if kind == "file" else cast("Format", kind)
+    _check_names(text, form, options)
+    divisions = DIVISIONS.get(form, ("one",))
+    return Source(
+        text=text,
+        format=form,
+        location=name,
+        config=config,
+        split=split,
+        field=options.get("field"),
+        documents=_choice(text, options, "documents", divisions, divisions[0]),
+        length=_count(text, options, "length"),
+        bos=_choice(text, options, "bos", get_args(Bos), "auto"),
+        empty=_choice(text, options, "empty", get_args(Empty), "error"),
+        first=_count(text, options, "first"),
+        keep=_count(text, options, "keep"),
+        weight=weight,
+    )
+
+
+def _locate(text: str, location: str) -> tuple[Kind, str, str | None, str | None]:
+    """Kind, name, config, split."""
+    head, _, tail = location.partition(":")
+    if head == "datasets":
+        name, _, rest = tail.partition(":")
+        config, _, split = rest.partition(":")
+        if not name:
+            raise DataError(f"{text}: which set? Write datasets:NAME[:CONFIG[:SPLIT]].")
+        return "datasets", name, config or None, split or None
+    if head == "bundled":
+        if tail not in ("", "train", "held-out"):
+            raise DataError(f"{text}: the bundled text has the parts train and held-out, not {tail!r}.")
+        return "bundled", "bundled", None, tail or "held-out"
+    if location == "generated":
+        return "generated", location, None, None
+    if Path(location).is_dir():
+        return "datasets", location, None, None
+    return "file", location, None, None
+
+
+def _format(text: str, location: str, wanted: str | None) -> Format:
+    if wanted is not None:
+        return cast("Format", _allowed(text, "format", wanted, FILE_FORMATS))
+    extension = Path(location).suffix.lower()
+    if extension not in EXTENSIONS:
+        raise DataError(
+            f"{text}: the extension {extension or '(none)'} is none of {', '.join(EXTENSIONS)}. "
+            "Add ?format=text (or jsonl, parquet, u16, u32, npy) to say what the file is."
+        )
+    return EXTENSIONS[extension]
+
+
+def _check_names(text: str, form: Format, options: Mapping[str, str]) -> None:
+    for name in options:
+        if name not in OPTIONS[form]:
+            allowed = ", ".join(sorted(OPTIONS[form])) or "no options"
+            near = difflib.get_close_matches(name, sorted(OPTIONS[form]), n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise DataError(f"{text}: a source of the format {form} takes {allowed}, not {name!r}.{hint}")
+
+
+def _choice(text: str, options: Mapping[str, str], name: str, allowed: tuple[str, ...], default: str) -> Any:
+    return _allowed(text, name, options.get(name, default), allowed)
+
+
+def _allowed(text: str, name: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise DataError(f"{text}: {name}={value} is none of {', '.join(allowed)}.")
+    return value
+
+
+def _count(text: str, options: Mapping[str, str], name: str) -> int | None:
+    value = options.get(name)
+    if value is None:
+        return None
+    if not value.isdecimal() or int(value) < 1:
+        raise DataError(f"{text}: {name}={value} must be a whole number of at least 1.")
+    return int(value)

@@ -1,0 +1,120 @@
+"""Parquet files and sets of the `datasets` library; both libraries are an extra (fracbit[datasets]).
+
+A set has no one file to hash, so its hash is that of the texts in their order (raw.hash_texts), the same
+whatever the library's cache looks like.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from fracbit.data.raw import RawTexts, find_file, hash_file, hash_texts
+from fracbit.data.records import Record, collect_records, pick_field
+from fracbit.data.source import Source
+from fracbit.errors import DataError
+
+_REMEDY = "install it with: pip install 'fracbit[datasets]'"
+
+
+def read_parquet(source: Source) -> RawTexts:
+    """Read a Parquet file row by row.
+
+    Raises: DataError without pyarrow, for a file that is none, and for a missing column.
+    """
+    path = find_file(source)
+    arrow, parquet = _library("pyarrow"), _library("pyarrow.parquet")
+    try:
+        table = parquet.ParquetFile(path)
+        field = pick_field(table.schema_arrow.names, source, source.location)
+        return collect_records(source, _parquet_rows(table, field), lambda: hash_file(path))
+    except arrow.ArrowException as error:
+        raise DataError(f"{source.location} is no Parquet file that can be read: {error}") from error
+
+
+def read_dataset(source: Source) -> RawTexts:
+    """Read a set: a folder that save_to_disk wrote, or a name on the hub.
+
+    Raises: DataError without the library, offline, and when name, config, split or column are not there.
+    """
+    rows = _only_split(_load(source), source)
+    field = pick_field(rows.column_names, source, source.location)
+    seen: list[str] = []
+
+    def records() -> Iterator[tuple[str, Record]]:
+        for number, record in enumerate(rows.select_columns([field]), 1):
+            seen.append(json.dumps(record[field], ensure_ascii=False, sort_keys=True))
+            yield f"row {number}", record
+
+    return collect_records(source, records(), lambda: hash_texts(seen))
+
+
+def _library(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise DataError(
+            f"this source needs {name.partition('.')[0]}, which is not installed: {_REMEDY}."
+        ) from error
+
+
+def _parquet_rows(table: Any, field: str) -> Iterator[tuple[str, Record]]:
+    number = 0
+    for batch in table.iter_batches(columns=[field]):
+        for record in batch.to_pylist():
+            number += 1
+            yield f"row {number}", record
+
+
+def _load(source: Source) -> Any:
+    datasets = _library("datasets")
+    folder = Path(source.location)
+    try:
+        if folder.is_dir() and not _saved(folder):
+            raise DataError(
+                f"{source.location} is a folder that datasets' save_to_disk did not write. Name its files "
+                "instead, as several sources."
+            )
+        if folder.is_dir():
+            return datasets.load_from_disk(str(folder))
+        return datasets.load_dataset(source.location, source.config)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(_explain(source, error)) from error
+
+
+def _saved(folder: Path) -> bool:
+    return (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists()
+
+
+def _explain(source: Source, error: Exception) -> str:
+    """Why a set could not be loaded: libraries below raise OSError for both a missing set and a missing
+    network.
+    """
+    offline = isinstance(error, ConnectionError) or "offline" in str(error).lower()
+    remedy = (
+        "The hub cannot be reached (or HF_HUB_OFFLINE is set) and the set is not in the cache: load it once "
+        "online, or save it elsewhere with save_to_disk and name that folder."
+        if offline
+        else "Check the name and the config."
+    )
+    first_line = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"{source}: the set cannot be loaded ({first_line}). {remedy}"
+
+
+def _only_split(loaded: Any, source: Source) -> Any:
+    """The split asked for; a set with several needs one to be named."""
+    if not isinstance(loaded, dict):
+        if source.split is not None:
+            raise DataError(f"{source}: {source.location} is a single split; leave :{source.split} out.")
+        return loaded
+    names = ", ".join(loaded)
+    if source.split is None and len(loaded) != 1:
+        raise DataError(f"{source}: which split of {names}? Write datasets:{source.location}:CONFIG:SPLIT.")
+    split = next(iter(loaded)) if source.split is None else source.split
+    if split not in loaded:
+        raise DataError(f"{source}: no split {split}; there are {names}.")
+    return loaded[split]

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
+from huggingface_hub import constants
 
 
 def test_tiny_llama_is_the_same_for_the_same_seed(tiny_llama: Callable[..., Any]) -> None:
@@ -27,7 +27,7 @@ def test_tiny_llama_takes_what_its_configuration_takes(tiny_llama: Callable[...,
 
 
 def test_the_hub_is_out_of_reach() -> None:
-    assert huggingface_hub.constants.HF_HUB_OFFLINE
+    assert constants.HF_HUB_OFFLINE
 
 
 def test_the_shared_folder_has_models_and_data(shared: Path) -> None:

@@ -2,8 +2,7 @@
 by accident.
 """
 
-import os
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -150,14 +149,10 @@ def tokens() -> torch.Tensor:
 
 
 @pytest.fixture
+def build_model() -> Callable[[PreTrainedConfig], PreTrainedModel]:
+    return build
+
+
+@pytest.fixture
 def llama() -> PreTrainedModel:
     return build(hf.LlamaConfig(**LLAMA_LIKE))
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder of shared models, or a skip."""
-    folder = Path(os.environ.get("FRACBIT_SHARED", Path(__file__).parents[3] / "shared"))
-    if not (folder / "models").is_dir():
-        pytest.skip(f"no shared models at {folder}; set FRACBIT_SHARED")
-    return folder / "models"

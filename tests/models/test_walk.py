@@ -12,7 +12,8 @@ from fracbit.models.experts import split_experts
 from fracbit.models.find import family_of
 from fracbit.models.install import materialize, release
 from fracbit.models.skeleton import skeleton
-from fracbit.models.walk import Hidden, advance, embed, forward, head, observe, peek, storage
+from fracbit.models.spill import storage
+from fracbit.models.walk import Hidden, advance, embed, forward, head, observe, peek
 
 
 def walk(model: PreTrainedModel, tokens: torch.Tensor, batch: int = 2) -> torch.Tensor:
@@ -146,7 +147,7 @@ def test_embedding_needs_the_tensors_outside_the_blocks(llama: PreTrainedModel, 
 
 @pytest.mark.parametrize("name", ["tales-xs", "tales-s", "tales-m", "tales-l"])
 def test_walk_on_shared_models(shared: Path, name: str) -> None:
-    model = AutoModelForCausalLM.from_pretrained(shared / name, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(shared / "models" / name, dtype=torch.float32).eval()
     tokens = torch.randint(0, 512, (3, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         whole = model(tokens).logits

@@ -4,7 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,19 @@ def rows_of(study: Path) -> list[Row]:
         return store.rows()
 
 
-def start_driver(study: Path) -> "subprocess.Popen[str]":
-    return subprocess.Popen([sys.executable, "-c", DRIVER, str(study)], stdout=subprocess.PIPE, text=True)
+@contextmanager
+def process(code: str, *arguments: str) -> "Iterator[subprocess.Popen[str]]":
+    """A Python process that does not outlive the test."""
+    with subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True) as started:
+        try:
+            yield started
+        finally:
+            started.kill()
+
+
+def line(started: "subprocess.Popen[str]") -> str:
+    assert started.stdout is not None
+    return started.stdout.readline().strip()
 
 
 def test_a_sweep_measures_every_run_once(study: Path) -> None:
@@ -82,13 +94,10 @@ def test_a_model_that_fails_is_a_row_and_the_sweep_goes_on(study: Path) -> None:
 
 
 def test_a_killed_driver_loses_at_most_the_run_in_flight(study: Path) -> None:
-    driver = start_driver(study)
-    assert driver.stdout is not None
-    lines = [driver.stdout.readline() for _ in range(4)]
-    assert lines == ["open\n", "row\n", "row\n", "row\n"]
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait()
-    driver.stdout.close()
+    with process(DRIVER, str(study)) as driver:
+        assert [line(driver) for _ in range(4)] == ["open", "row", "row", "row"]
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.wait()
     before = {row.key: row for row in rows_of(study)}
     assert len(before) >= 3
     outcome = sweep(study)
@@ -100,34 +109,27 @@ def test_a_killed_driver_loses_at_most_the_run_in_flight(study: Path) -> None:
 
 
 def test_two_sweeps_at_once_share_the_work(study: Path) -> None:
-    drivers = [start_driver(study), start_driver(study)]
-    counts = []
-    for driver in drivers:
-        output, _ = driver.communicate(timeout=120)
-        assert driver.returncode == 0
-        counts.append(int(output.split()[-1]))
-    assert sum(counts) == 13
+    with process(DRIVER, str(study)) as one, process(DRIVER, str(study)) as other:
+        outputs = [driver.communicate(timeout=120)[0] for driver in (one, other)]
+        assert [driver.returncode for driver in (one, other)] == [0, 0]
+    assert sum(int(output.split()[-1]) for output in outputs) == 13
     assert len(rows_of(study)) == 13
+
+
+CLAIM = """
+import sys, time
+from fracbit.sweep.store import open_store
+store = open_store(sys.argv[1]); store.join(); store.claim(sys.argv[2]); print("claimed", flush=True); time.sleep(60)
+"""
 
 
 def test_a_sweep_waits_for_the_runs_of_another_and_takes_them_over_when_it_dies(study: Path) -> None:
     key = next(iter(expansion_of(study).runs))
-    code = (
-        "import sys, time; from fracbit.sweep.store import open_store; s = open_store(sys.argv[1]); s.join(); "
-        "s.claim(sys.argv[2]); print('claimed', flush=True); time.sleep(60)"
-    )
-    other = subprocess.Popen(
-        [sys.executable, "-c", code, str(study / "s.db"), key], stdout=subprocess.PIPE, text=True
-    )
-    assert other.stdout is not None
-    assert other.stdout.readline() == "claimed\n"
-    started = time.monotonic()
-    driver = start_driver(study)
-    assert driver.stdout is not None
-    assert [driver.stdout.readline() for _ in range(13)] == ["open\n", *["row\n"] * 12]
-    other.kill()
-    other.wait()
-    other.stdout.close()
-    output, _ = driver.communicate(timeout=60)
+    with process(CLAIM, str(study / "s.db"), key) as other:
+        assert line(other) == "claimed"
+        with process(DRIVER, str(study)) as driver:
+            assert [line(driver) for _ in range(13)] == ["open", *["row"] * 12]
+            other.kill()
+            other.wait()
+            output, _ = driver.communicate(timeout=60)
     assert output.split() == ["row", "13"]
-    assert time.monotonic() - started < 60

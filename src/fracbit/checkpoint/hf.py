@@ -5,23 +5,29 @@ transformers asks the quantizer to swap modules on the empty skeleton, then load
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fracbit.checkpoint.format import QUANT_METHOD, StoredLayer, read_layers
 from fracbit.errors import FormatError
 from fracbit.models.quant_linear import QuantEmbedding, QuantLinear, TiedHead
 
+if TYPE_CHECKING:  # this module is imported while transformers' own modeling_utils still is
+    from transformers import PreTrainedModel
+
 SIXTEEN = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class FracbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class FracbitConfig(QuantizationConfigMixin):
     """`quantization_config` of a fracbit checkpoint, kept as it was read so that it is saved as it was."""
 
     def __init__(self, **config: Any) -> None:
@@ -34,16 +40,19 @@ class FracbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return {name: value for name, value in self.__dict__.items() if name != "stored"}
 
 
-class FracbitQuantizer(HfQuantizer):  # type: ignore[misc]
+class FracbitQuantizer(HfQuantizer):
     """Swaps linears and embeddings for packed ones before the weights are loaded."""
 
     def __init__(self, quantization_config: FracbitConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self.stored = quantization_config.stored
         if not self.pre_quantized:
-            raise FormatError("transformers cannot quantize with fracbit while loading; run `fracbit quantize` first")
+            raise FormatError(
+                "transformers cannot quantize with fracbit while loading; run `fracbit quantize` first"
+            )
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        for name, stored in self.quantization_config.stored.items():
+        for name, stored in self.stored.items():
             swap(model, name, stored)
 
     def is_serializable(self) -> bool:
@@ -61,13 +70,17 @@ def swap(model: PreTrainedModel, name: str, stored: StoredLayer) -> None:
     try:
         module = model.get_submodule(name)
     except AttributeError:
-        raise FormatError(f"{type(model).__name__} has no layer {name!r}: wrong model class for this checkpoint") from None
+        raise FormatError(
+            f"{type(model).__name__} has no layer {name!r}: wrong model class for this checkpoint"
+        ) from None
     if stored.kind == "embedding":
         _swap_embedding(model, name, module, stored)
         return
     bias = getattr(module, "bias", None) is not None
     with torch.device(_device_of(module)):
-        linear = QuantLinear(stored.scheme, stored.shape, bias, stored.outliers, SIXTEEN[stored.outlier_dtype])
+        linear = QuantLinear(
+            stored.scheme, stored.shape, bias, stored.outliers, SIXTEEN[stored.outlier_dtype]
+        )
     model.set_submodule(name, linear)
 
 

@@ -4,6 +4,7 @@ from fracbit.evaluate.divergence import Divergence, compare, divergence
 from fracbit.evaluate.logits import Progress, longest_window
 from fracbit.evaluate.perplexity import Perplexity, default_window, perplexity
 from fracbit.evaluate.reference import FloatLogits, keep_logits, open_logits
+from fracbit.evaluate.speed import Speed, generation_speed
 from fracbit.evaluate.windows import Ids, Plan, Protocol, Window, plan_windows
 
 __all__ = [
@@ -14,11 +15,13 @@ __all__ = [
     "Plan",
     "Progress",
     "Protocol",
+    "Speed",
     "Window",
     "compare",
     "default_window",
     "divergence",
     "keep_logits",
+    "generation_speed",
     "longest_window",
     "open_logits",
     "perplexity",

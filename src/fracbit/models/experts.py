@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.core_model_loading import WeightConverter
 
-from fracbit.errors import SourceError
 from fracbit.models.blocks import fused_experts
+from fracbit.models.install import replace
 
 
 class Expert(nn.Module):
@@ -62,16 +63,30 @@ def _linear(weight: torch.Tensor) -> nn.Linear:
 def split_experts(model: nn.Module) -> list[str]:
     """Replace every fused mixture in the model, in place, by `SplitExperts`; works on the meta device too.
 
-    Returns the paths that were split, empty for a dense model. Raises SourceError for a layout that this
-    rewrite would get wrong (transposed or interleaved tensors, biases, a gate of its own).
+    Returns the paths that were split, empty for a dense model. A mixture that is stored otherwise (transposed
+    or interleaved tensors, biases, a gate of its own: GPT-OSS) is left as it is and stays float; `discover`
+    notes it.
     """
-    found = fused_experts(model)
+    found = [(path, module) for path, module in fused_experts(model) if _is_plain(module)]
     for path, module in found:
-        _check(path, module)
-    for path, module in found:
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, _split(module))
+        replace(model, path, _split(module))
     return [path for path, _ in found]
+
+
+def without_fusing(rules: list[Any]) -> list[Any]:
+    """Transformers' loading rules less those that would fuse the experts of a checkpoint, for a model that is
+    split.
+
+    What transformers calls weight conversions (`HfQuantizer.update_weight_conversions`): the renamings stay.
+    """
+    return [rule for rule in rules if not is_fusing(rule)]
+
+
+def is_fusing(rule: Any) -> bool:
+    """Whether a loading rule gathers the linears of all experts into one tensor."""
+    return isinstance(rule, WeightConverter) and any(
+        target.endswith((".gate_up_proj", ".down_proj")) for target in rule.target_patterns
+    )
 
 
 def _split(module: Any) -> SplitExperts:
@@ -79,16 +94,10 @@ def _split(module: Any) -> SplitExperts:
     return SplitExperts([Expert(gate_up, down, module.act_fn) for gate_up, down in pairs])
 
 
-def _check(path: str, module: nn.Module) -> None:
-    """The flags are set by transformers' `use_experts_implementation`; a class without them is of an unknown
-    layout.
-    """
+def _is_plain(module: nn.Module) -> bool:
+    """Rows of the gate first, then of up, no bias, the usual gate; transformers' decorator sets the flags."""
     wanted = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
-    odd = [name for name, value in wanted.items() if getattr(module, name, None) is not value]
     gate = getattr(type(module), "_apply_gate", None)
-    if odd or getattr(gate, "__name__", "") != "_default_apply_gate":
-        raise SourceError(
-            f"the experts at {path} ({type(module).__name__}) are stored in a layout that cannot be split "
-            f"into gate, up and down ({', '.join(odd) or 'a gate of its own'}); "
-            "quantize a model whose experts transformers keeps as plain gate_up_proj and down_proj."
-        )
+    return all(getattr(module, name, None) is value for name, value in wanted.items()) and (
+        getattr(gate, "__name__", "") == "_default_apply_gate"
+    )

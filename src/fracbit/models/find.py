@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fracbit.errors import SourceError
-from fracbit.models.blocks import find, is_linear, weight_of
+from fracbit.models.blocks import find, fused_experts, is_linear, weight_of
 from fracbit.models.families import FAMILIES
 from fracbit.models.family import Family, Norm, fits
 
@@ -32,9 +32,8 @@ def family_of(model: PreTrainedModel) -> Family:
     nothing repeats.
     """
     family = known_family(model.config)
-    if family is not None and find(model, family.blocks) is not None:
-        return family
-    return discover(model)
+    stack = None if family is None else find(model, family.blocks)
+    return family if family is not None and stack is not None and any(stack.children()) else discover(model)
 
 
 def discover(model: PreTrainedModel) -> Family:
@@ -53,6 +52,8 @@ def discover(model: PreTrainedModel) -> Family:
     table: nn.Module = model.get_input_embeddings()
     head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     names = _union(stack, is_linear)
+    fused = {name for block in stack for name, _ in fused_experts(block)}
+    kept = f" The fused experts ({', '.join(sorted(fused))}) stay float." if fused else ""
     kind = Counter(type(block).__name__ for block in stack).most_common(1)[0][0]
     return Family(
         name=f"{model.config.model_type}, by structure",
@@ -65,7 +66,7 @@ def discover(model: PreTrainedModel) -> Family:
         note=(
             f"model type {model.config.model_type!r} is not in the table of families: took the {len(stack)} "
             f"blocks ({kind}) at {path!r} and {len(names)} linear names in them; "
-            "no norm is folded and no input is shared."
+            f"no norm is folded and no input is shared.{kept}"
         ),
     )
 

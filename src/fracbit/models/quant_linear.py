@@ -76,7 +76,9 @@ class QuantLinear(_PackedBuffers):
 class QuantEmbedding(_PackedBuffers):
     """Rows of a packed `[vocabulary, width]` matrix, times `factor` (Gemma's scaled embedding; 1 elsewhere)."""
 
-    def __init__(self, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, factor: float = 1.0) -> None:
+    def __init__(
+        self, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, factor: float = 1.0
+    ) -> None:
         super().__init__(scheme, shape, 0, torch.bfloat16)
         self.num_embeddings, self.embedding_dim = shape
         self.dtype, self.factor = dtype, factor
@@ -110,7 +112,9 @@ def decode_rows(packed: PackedTensor, rows: Tensor) -> Tensor:
     scale, shift = dense_scales(packed)
     codes = unpack_bits(packed.codes[rows], packed.scheme.bits, packed.kept)
     table = table_of(packed)
-    values = table.look_up(codes) if table.values.shape[0] == 1 else table.values[rows].gather(1, codes.long())
+    values = (
+        table.look_up(codes) if table.values.shape[0] == 1 else table.values[rows].gather(1, codes.long())
+    )
     values = values * spread_rows(scale, kept, packed.scheme, rows)
     values = values if shift is None else values + spread_rows(shift, kept, packed.scheme, rows)
     if packed.columns is None or packed.outliers is None:

@@ -20,7 +20,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from fracbit.errors import SourceError
 from fracbit.models.blocks import blocks, groups, is_transposed, shape_of
-from fracbit.models.experts import split_experts
+from fracbit.models.experts import is_fusing, split_experts
 from fracbit.models.family import Family
 from fracbit.models.find import family_of
 
@@ -187,7 +187,7 @@ def origins(model: PreTrainedModel, disk_names: Iterable[str]) -> Origins:
     state = model.state_dict(keep_vars=True)
     mapping = get_model_conversion_mapping(model)
     renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
-    experts = [rule for rule in mapping if isinstance(rule, WeightConverter)]
+    experts = [rule for rule in mapping if isinstance(rule, WeightConverter) and is_fusing(rule)]
     tensors: dict[str, Origin] = {}
     unused = []
     for disk in disk_names:
@@ -227,7 +227,7 @@ def _split_name(name: str, experts: list[WeightConverter]) -> str:
     """
     for rule in experts:
         stem, _, fused = rule.target_patterns[0].rpartition(".")
-        leaves = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(fused, ())
+        leaves = ("gate_proj", "up_proj") if fused == "gate_up_proj" else ("down_proj",)
         for pattern, leaf in zip(rule.source_patterns, leaves, strict=False):
             found = re.search(re.escape(pattern).replace(r"\*", r"(\d+)") + "$", name)
             if found and found.groups():

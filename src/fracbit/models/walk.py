@@ -9,34 +9,32 @@ Law: walk = whole forward.
 Nothing stays behind: patched forwards and hooks are taken off on the way out, also when something raises.
 """
 
-import os
-import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fracbit.errors import DataError, OutputError, SourceError, WeightError
-from fracbit.models.blocks import blocks, shape_of
+from fracbit.errors import DataError, SourceError, WeightError
+from fracbit.models.blocks import blocks
+from fracbit.models.calls import (
+    Call,
+    Stop,
+    device_of,
+    equal,
+    first_of,
+    run,
+    until_stopped,
+    without_states,
+)
 from fracbit.models.family import Family
 
 Visit = Callable[[str, torch.Tensor], None]
 """Called with a linear's name and its input `[tokens, in]`, once per batch and use."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a module is called with. For a block the hidden states are left out; they come first."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class Hidden:
     """The hidden states of all samples at the entrance of a block.
 
     Attributes:
-        states: [samples, tokens, width], in memory or mapped to a file (`storage`).
+        states: [samples, tokens, width], in memory or mapped to a file (`spill.storage`).
         index: number of the block at whose entrance they stand.
         batches: how the samples are cut, with the arguments of every block.
         tupled: whether the last block returned a tuple, which is how the model expects its states.
@@ -66,10 +64,6 @@ class Hidden:
     index: int
     batches: tuple[Batch, ...]
     tupled: bool = False
-
-
-class _Stop(Exception):
-    """Raised inside a forward that has served its purpose."""
 
 
 def embed(
@@ -93,6 +87,11 @@ def embed(
     for start in range(0, len(tokens), batch):
         stop = min(start + batch, len(tokens))
         first, calls = _entrance(model, stack, tokens[start:stop])
+        if first.dim() != 3 or len(first) != stop - start:
+            raise SourceError(
+                f"the blocks of {type(model).__name__} take states of shape {tuple(first.shape)} instead of "
+                "[samples, tokens, width]; calibrate another model, or quantize this one without data."
+            )
         if states is None:
             states = torch.empty(len(tokens), *first.shape[1:], dtype=first.dtype)
         states[start:stop].copy_(first)
@@ -113,9 +112,9 @@ def advance(block: nn.Module, hidden: Hidden, out: torch.Tensor | None = None) -
     for batch in hidden.batches:
         rows = hidden.states[batch.start : batch.stop]
         with torch.no_grad():
-            result = _run(block, rows, batch.calls[hidden.index])
+            result = run(block, rows, batch.calls[hidden.index])
         tupled = isinstance(result, tuple)
-        exits = _first(result)
+        exits = first_of(result)
         if not bool(torch.isfinite(exits).all()):
             _blame(block, hidden, batch)
         states[batch.start : batch.stop].copy_(exits)
@@ -126,7 +125,7 @@ def forward(block: nn.Module, states: torch.Tensor, call: Call) -> torch.Tensor:
     """One batch through a block, differentiable: states [samples, tokens, width] to the same shape, on the
     block's device.
     """
-    return _first(_run(block, states, call))
+    return first_of(run(block, states, call))
 
 
 def observe(
@@ -148,10 +147,10 @@ def peek(block: nn.Module, hidden: Hidden, names: Sequence[str], visit: Visit) -
             visit(name, x)
             left.discard(name)
             if not left:
-                raise _Stop
+                raise Stop
 
-        with _watching(block, names, seen), torch.no_grad(), _until_stopped():
-            _run(block, hidden.states[batch.start : batch.stop], batch.calls[hidden.index])
+        with _watching(block, names, seen), torch.no_grad(), until_stopped():
+            run(block, hidden.states[batch.start : batch.stop], batch.calls[hidden.index])
 
 
 def record(block: nn.Module, hidden: Hidden, unit: Sequence[str]) -> list[Call]:
@@ -160,13 +159,13 @@ def record(block: nn.Module, hidden: Hidden, unit: Sequence[str]) -> list[Call]:
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append(Call(args, kwargs))
-        raise _Stop
+        raise Stop
 
     handle = block.get_submodule(unit[0]).register_forward_pre_hook(note, with_kwargs=True)
     try:
         for batch in hidden.batches:
-            with torch.no_grad(), _until_stopped():
-                _run(block, hidden.states[batch.start : batch.stop], batch.calls[hidden.index])
+            with torch.no_grad(), until_stopped():
+                run(block, hidden.states[batch.start : batch.stop], batch.calls[hidden.index])
     finally:
         handle.remove()
     return calls
@@ -177,9 +176,9 @@ def replay(block: nn.Module, unit: Sequence[str], call: Call) -> torch.Tensor:
     gives.
     """
     first, *rest = (block.get_submodule(name) for name in unit)
-    result = _first(first(*call.args, **call.kwargs))
+    result = first_of(first(*call.args, **call.kwargs))
     for module in rest:
-        result = _first(module(result))
+        result = first_of(module(result))
     return result
 
 
@@ -189,7 +188,7 @@ def head_batches(model: PreTrainedModel, family: Family, hidden: Hidden) -> Iter
     """
     stack = [block for _, block in blocks(model, family)]
     for batch in hidden.batches:
-        states = hidden.states[batch.start : batch.stop].to(_device(model.get_input_embeddings()))
+        states = hidden.states[batch.start : batch.stop].to(device_of(model.get_input_embeddings()))
         # Only the shape of the token ids matters: what the embeddings give is dropped by the first patched
         # block.
         ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
@@ -204,42 +203,6 @@ def head(model: PreTrainedModel, family: Family, hidden: Hidden) -> torch.Tensor
     return torch.cat(list(head_batches(model, family, hidden)))
 
 
-def storage(shape: Sequence[int], dtype: torch.dtype, folder: Path | None = None) -> torch.Tensor:
-    """Uninitialized room for hidden states: in memory, or with a folder in an unnamed file there, gone with
-    the tensor.
-
-    Raises OutputError when the folder cannot hold it.
-    """
-    size = int(torch.Size(shape).numel())
-    if folder is None or size == 0:
-        return torch.empty(*shape, dtype=dtype)
-    wanted = size * dtype.itemsize
-    try:
-        descriptor, path = tempfile.mkstemp(prefix="hidden-", suffix=".tmp", dir=folder)
-        try:
-            _reserve(descriptor, wanted)
-            return torch.from_file(path, shared=True, size=size, dtype=dtype).reshape(*shape)
-        finally:
-            os.close(descriptor)
-            os.unlink(path)
-    except OSError as error:
-        raise OutputError(
-            f"cannot set aside {wanted / 1e9:.2f} GB for hidden states in {folder}: {error}; "
-            "free space there, use fewer calibration tokens, or raise the memory limit."
-        ) from error
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    """Claim the bytes now: on a full disk, a sparse file kills the process at the first write to its memory
-    map.
-    """
-    if sys.platform == "linux":
-        os.posix_fallocate(descriptor, 0, size)
-    else:
-        for start in range(0, size, 1 << 24):
-            os.write(descriptor, bytes(min(1 << 24, size - start)))
-
-
 def _hand(result: Any, *args: Any, **kwargs: Any) -> Any:
     return result
 
@@ -252,18 +215,18 @@ def _entrance(
     calls: list[Call] = []
 
     def note(*args: Any, **kwargs: Any) -> torch.Tensor:
-        states, call = _without_states(args, kwargs)
+        states, call = without_states(args, kwargs)
         entered.append(states)
         calls.append(call)
         if len(calls) == len(stack):
-            raise _Stop
+            raise Stop
         # Models take either the result or its first element; with one more dimension in front both are a
         # tensor that the
         # next block can be called with, and that block looks at its other arguments only.
         return entered[0].unsqueeze(0)
 
-    ids = tokens.to(_device(model.get_input_embeddings()))
-    with torch.no_grad(), _patched(stack, [note] * len(stack)), _until_stopped():
+    ids = tokens.to(device_of(model.get_input_embeddings()))
+    with torch.no_grad(), _patched(stack, [note] * len(stack)), until_stopped():
         model(input_ids=ids, use_cache=False)
     if len(calls) != len(stack):
         raise SourceError(
@@ -271,13 +234,6 @@ def _entrance(
             "it cannot be walked block by block."
         )
     return entered[0], calls
-
-
-def _without_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, Call]:
-    if args:
-        return args[0], Call(args[1:], kwargs)
-    states = kwargs["hidden_states"]
-    return states, Call((), {name: value for name, value in kwargs.items() if name != "hidden_states"})
 
 
 @contextmanager
@@ -313,63 +269,16 @@ def _show(name: str, visit: Visit, _: nn.Module, args: tuple[Any, ...], kwargs: 
     visit(name, x.detach().reshape(-1, x.shape[-1]))
 
 
-@contextmanager
-def _until_stopped() -> Iterator[None]:
-    with suppress(_Stop):
-        yield
-
-
-def _run(block: nn.Module, states: torch.Tensor, call: Call) -> Any:
-    device = _device(block)
-    args, kwargs = _move(call.args, device), _move(dict(call.kwargs), device)
-    return block(states.to(device), *args, **kwargs)
-
-
-def _first(result: Any) -> torch.Tensor:
-    first: torch.Tensor = result[0] if isinstance(result, tuple) else result
-    return first
-
-
-def _device(module: nn.Module | None) -> torch.device:
-    tensors = [] if module is None else [*module.parameters(), *module.buffers()]
-    return tensors[0].device if tensors else torch.device("cpu")
-
-
-def _move(value: Any, device: torch.device) -> Any:
-    """The same arguments with every tensor on the device."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, tuple):
-        return tuple(_move(item, device) for item in value)
-    if isinstance(value, dict):
-        return {name: _move(item, device) for name, item in value.items()}
-    return value
-
-
 def _shared(calls: list[Call], batches: list[Batch]) -> tuple[Call, ...]:
     """The calls of an earlier batch if they are equal, so that tables are kept once; batches of one size
     nearly always are.
     """
     for batch in batches:
-        if _equal(
+        if equal(
             [(call.args, call.kwargs) for call in calls], [(call.args, call.kwargs) for call in batch.calls]
         ):
             return batch.calls
     return tuple(calls)
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if one is other:
-        return True
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, (tuple, list)):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_equal(one[name], other[name]) for name in one)
-    return isinstance(one, (bool, int, float, str)) and one == other
 
 
 def _check_tokens(model: PreTrainedModel, tokens: torch.Tensor) -> None:
@@ -378,7 +287,7 @@ def _check_tokens(model: PreTrainedModel, tokens: torch.Tensor) -> None:
             f"token ids must be [samples, tokens] with at least one of each; "
             f"got the shape {tuple(tokens.shape)}."
         )
-    size, _ = shape_of(model.get_input_embeddings())
+    size = int(model.config.get_text_config().vocab_size)
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= size:
         raise DataError(
@@ -411,7 +320,7 @@ def _blame(block: nn.Module, hidden: Hidden, batch: Batch) -> None:
     with ExitStack() as remove, torch.no_grad():
         for name, module in block.named_modules():
             remove.callback(module.register_forward_hook(partial(look, name)).remove)
-        exits = _first(_run(block, hidden.states[batch.start : batch.stop], batch.calls[hidden.index]))
+        exits = first_of(run(block, hidden.states[batch.start : batch.stop], batch.calls[hidden.index]))
     bad = (~torch.isfinite(exits)).flatten(1).any(1).nonzero().flatten()
     sample = batch.start + int(bad[0])
     raise WeightError(

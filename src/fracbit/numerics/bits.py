@@ -20,21 +20,26 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     rows, n = codes.shape
     if bits == 8:
         return codes.contiguous()
-    codes = torch.nn.functional.pad(codes, (0, -n % 8)).view(rows, -1, 8)  # [rows, groups, 8]
+    groups = -(-n // 8)
+    codes = torch.nn.functional.pad(codes, (0, -n % 8)).view(rows, groups, 8)
     if bits in (1, 2, 4):
         return _pack_within_bytes(codes, bits)[:, : row_bytes(n, bits)].contiguous()
     word = codes[..., 0].to(torch.int64)
     for i in range(1, 8):
         word = word | (codes[..., i].to(torch.int64) << (i * bits))
-    packed = torch.stack([(word >> (8 * j)) & 255 for j in range(bits)], -1).to(torch.uint8)  # [rows, groups, bits]
-    return packed.view(rows, -1)[:, : row_bytes(n, bits)].contiguous()
+    packed = torch.stack([(word >> (8 * j)) & 255 for j in range(bits)], -1).to(
+        torch.uint8
+    )  # [rows, groups, bits]
+    return packed.view(rows, groups * bits)[:, : row_bytes(n, bits)].contiguous()
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     """Inverse of `pack_bits`: uint8 [rows, count]. Raises `FormatError` when the row length does not fit."""
     rows, width = packed.shape
     if width != row_bytes(count, bits):
-        raise FormatError(f"{count} codes of {bits} bits take {row_bytes(count, bits)} bytes a row, got {width}")
+        raise FormatError(
+            f"{count} codes of {bits} bits take {row_bytes(count, bits)} bytes a row, got {width}"
+        )
     if bits == 8:
         return packed
     groups = -(-count // 8)
@@ -46,12 +51,12 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
         word = word | (packed[..., j].to(torch.int64) << (8 * j))
     mask = (1 << bits) - 1
     codes = torch.stack([(word >> (i * bits)) & mask for i in range(8)], -1).to(torch.uint8)
-    return codes.view(rows, -1)[:, :count]
+    return codes.view(rows, groups * 8)[:, :count]
 
 
 def _pack_within_bytes(codes: Tensor, bits: int) -> Tensor:
     """No code of 1, 2 or 4 bits crosses a byte: shifts on bytes are enough."""
-    slots = codes.view(len(codes), -1, 8 // bits)
+    slots = codes.view(len(codes), codes.shape[1] * bits, 8 // bits)  # [rows, bytes, codes in a byte]
     packed = slots[..., 0].clone()
     for i in range(1, 8 // bits):
         packed |= slots[..., i] << (i * bits)
@@ -61,4 +66,4 @@ def _pack_within_bytes(codes: Tensor, bits: int) -> Tensor:
 def _unpack_within_bytes(packed: Tensor, bits: int) -> Tensor:
     mask = (1 << bits) - 1
     slots = [(packed >> (i * bits)) & mask for i in range(8 // bits)]
-    return torch.stack(slots, -1).view(len(packed), -1)
+    return torch.stack(slots, -1).view(len(packed), packed.shape[1] * packed.shape[2] * (8 // bits))

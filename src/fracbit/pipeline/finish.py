@@ -22,7 +22,18 @@ from fracbit.pipeline.schedule import Schedule
 from fracbit.records.recipe import Recipe, key
 from fracbit.records.version import __version__
 
-NOT_COPIED = ("*.safetensors", INDEX, "config.json", "README.md", ".*", "*.index.json", "*.gguf", "*.h5", "*.msgpack", *PICKLES)
+NOT_COPIED = (
+    "*.safetensors",
+    INDEX,
+    "config.json",
+    "README.md",
+    ".*",
+    "*.index.json",
+    "*.gguf",
+    "*.h5",
+    "*.msgpack",
+    *PICKLES,
+)
 
 
 def finish(
@@ -39,9 +50,13 @@ def finish(
     hashes = {name: digest for record in records.values() for name, digest in record["hashes"].items()}
     manifest = _manifest(recipe, source, schedule, layers, made, hashes, totals)
     write_json(target.folder / MANIFEST, manifest)
-    facts = Facts(_card_name(source), type(model).__name__, totals, layers, {n: f["loss"] for n, f in made.items()})
+    facts = Facts(
+        _card_name(source), type(model).__name__, totals, layers, {n: f["loss"] for n, f in made.items()}
+    )
     write_text(target.folder / "README.md", model_card(facts))
-    target.finish({**source.config, "quantization_config": quantization_config(layers)} if layers else source.config)
+    target.finish(
+        {**source.config, "quantization_config": quantization_config(layers)} if layers else source.config
+    )
     return totals
 
 

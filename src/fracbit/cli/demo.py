@@ -1,0 +1,107 @@
+"""`fracbit demo`: the bundled model through several schemes, and what each costs. `make demo` runs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fracbit.cli.show import Step, bytes_text, print_json, print_table, progress
+from fracbit.records.recipe import Recipe
+from fracbit.records.scheme import Scheme
+
+SCHEMES = {
+    "int8-64": Scheme("int", 8, 64),
+    "nf4-64": Scheme("nf", 4, 64),
+    "int4-64": Scheme("int", 4, 64, offset="zero"),
+    "e2m1-64": Scheme("float:e2m1", 4, 64),
+    "kmeans4-row": Scheme("kmeans:row", 4, "row"),
+    "int3-64": Scheme("int", 3, 64, offset="zero"),
+    "nf3-64-out": Scheme("nf", 3, 64, axis="out"),
+    "int2-64": Scheme("int", 2, 64, offset="zero"),
+}
+
+
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the checkpoints.")] = Path(
+        "demo-output"
+    ),
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Quantize and evaluate the bundled model: bits, size, perplexity on held-out modules, tokens per second."""
+    from fracbit.bundled import bundled_model
+
+    source = str(bundled_model())
+    rows: list[dict[str, Any]] = []
+    with progress(json) as show:
+        rows.append(_measure("float", source, show, 0))
+        for number, (name, scheme) in enumerate(SCHEMES.items(), 1):
+            rows.append(_quantize(name, source, scheme, output / name, show, number))
+    protocol = rows[0]["protocol"]
+    if json:
+        print_json({"rows": rows, "protocol": protocol, "output": str(output)})
+        return
+    columns = ["scheme", "bits/weight", "file", "perplexity", "tokens/s"]
+    print_table(
+        columns,
+        [_row(row) for row in rows],
+        title="The bundled model on standard library modules it never saw",
+    )
+    print(f"protocol: {protocol}")
+    print(
+        f"checkpoints: {output}/; try: fracbit generate {output / 'nf4-64'} 'def main(' --max-new-tokens 64"
+    )
+
+
+def _quantize(
+    name: str, source: str, scheme: Scheme, folder: Path, show: Step, number: int
+) -> dict[str, Any]:
+    from fracbit.pipeline.run import run
+
+    result = run(Recipe(model=source, scheme=scheme), folder, overwrite=True)
+    return _measure(name, str(folder), show, number) | {"bits_per_weight": result.bits_per_weight}
+
+
+def _measure(name: str, folder: str, show: Step, number: int) -> dict[str, Any]:
+    from fracbit.checkpoint.load import load, load_tokenizer
+    from fracbit.checkpoint.source import open_source
+    from fracbit.evaluate import generation_speed, perplexity
+    from fracbit.pipeline.api import read_text
+
+    model, tokenizer = load(folder), load_tokenizer(folder)
+    ids = read_text("bundled:held-out?documents=one&keep=24576", tokenizer, model).stream
+    total = len(SCHEMES) + 1
+
+    def step(done: int, windows: int) -> None:
+        show(f"{name}: perplexity", number * windows + done, total * windows)
+
+    found = perplexity(model, ids, window=512, progress=step)
+    speed = generation_speed(model, ids[:32])
+    size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+    source = open_source(folder)
+    return {
+        "scheme": name,
+        "bits_per_weight": 8 * source.bytes / sum(_count(info.shape) for info in source.tensors.values()),
+        "bytes": size,
+        "perplexity": found.perplexity,
+        "tokens_per_second": speed.decode,
+        "protocol": str(found.protocol),
+    }
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _row(row: dict[str, Any]) -> list[str]:
+    return [
+        row["scheme"],
+        f"{row['bits_per_weight']:.3f}",
+        bytes_text(row["bytes"]),
+        f"{row['perplexity']:.3f}",
+        f"{row['tokens_per_second']:.0f}",
+    ]

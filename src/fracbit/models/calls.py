@@ -1,0 +1,81 @@
+"""Calling a block as its model does: its arguments, kept, moved, compared; and a way out of a forward."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a module is called with. For a block the hidden states are left out; they come first."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+class Stop(Exception):
+    """Raised inside a forward that has served its purpose."""
+
+
+@contextmanager
+def until_stopped() -> Iterator[None]:
+    """Run a forward up to the point where something raises `Stop`."""
+    with suppress(Stop):
+        yield
+
+
+def run(block: nn.Module, states: torch.Tensor, call: Call) -> Any:
+    """The block's own result for states [samples, tokens, width], on the device where the block is."""
+    device = device_of(block)
+    args, kwargs = move(call.args, device), move(dict(call.kwargs), device)
+    return block(states.to(device), *args, **kwargs)
+
+
+def first_of(result: Any) -> torch.Tensor:
+    """The states among what a module returns: the result itself or the first of several."""
+    first: torch.Tensor = result[0] if isinstance(result, tuple) else result
+    return first
+
+
+def device_of(module: nn.Module | None) -> torch.device:
+    """Where a module's tensors are; the CPU for a module without any."""
+    tensors = [] if module is None else [*module.parameters(), *module.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def move(value: Any, device: torch.device) -> Any:
+    """The same arguments with every tensor on the device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(move(item, device) for item in value)
+    if isinstance(value, dict):
+        return {name: move(item, device) for name, item in value.items()}
+    return value
+
+
+def without_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, Call]:
+    """Split what a block is called with into the hidden states and the rest."""
+    if args:
+        return args[0], Call(args[1:], kwargs)
+    states = kwargs["hidden_states"]
+    return states, Call((), {name: value for name, value in kwargs.items() if name != "hidden_states"})
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Whether two sets of arguments are the same; objects of unknown types are only equal to themselves."""
+    if one is other:
+        return True
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[name], other[name]) for name in one)
+    return isinstance(one, (bool, int, float, str)) and one == other

@@ -1,0 +1,1 @@
+"""The pipeline: schedule, the loop, the end of a run. Everything below meets here."""

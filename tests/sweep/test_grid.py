@@ -43,7 +43,8 @@ def test_a_single_value_needs_no_list(tmp_path: Path) -> None:
 
 
 def test_exclusions_match_all_of_their_keys(tmp_path: Path) -> None:
-    text = '[[arm]]\ndtypes = ["int", "nf"]\nbits = [3, 4]\n[[arm.exclude]]\ndtype = "nf"\nbits = [4]\n[[exclude]]\nmodel = "b"\n'
+    text = '[[arm]]\ndtypes = ["int", "nf"]\nbits = [3, 4]\n[[arm.exclude]]\ndtype = "nf"\nbits = [4]\n'
+    text += '[[exclude]]\nmodel = "b"\n'
     found = expanded(tmp_path, text)
     assert {str(run) for run in found.runs.values()} == {"a float", "b float", "a int3/64", "a int4/64", "a nf3/64"}
     assert found.skipped == {"excluded by the grid": 5}
@@ -93,7 +94,7 @@ def test_errors_name_the_line(tmp_path: Path, text: str, expected: str) -> None:
 def test_an_unknown_key_of_a_table_names_its_own_line(tmp_path: Path) -> None:
     path = tmp_path / "grid.toml"
     path.write_text('models = "a"\n[evaluation]\ntext = "x"\nwindows = 4\n[[arm]]\n')
-    with pytest.raises(RecipeError, match="line 4.*no key 'windows'; did you mean 'window'"):
+    with pytest.raises(RecipeError, match=r"line 4.*no key 'windows'; did you mean 'window'"):
         read_grid(path)
 
 

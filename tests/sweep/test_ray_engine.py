@@ -1,5 +1,7 @@
 """The Ray engine: the same rows as in this process; killed workers are replaced; a silent address is an error in time."""
 
+# ruff: noqa: E402 - an extra is asked for before it is imported
+
 import os
 import signal
 import socket
@@ -16,8 +18,9 @@ from fracbit.errors import OutputError, RecipeError
 from fracbit.records.row import Row
 from fracbit.sweep.address import check_address
 from fracbit.sweep.grid import expand, read_grid
+from fracbit.sweep.in_process import InProcess
 from fracbit.sweep.ray_engine import OnRay
-from fracbit.sweep.runner import InProcess, run_sweep
+from fracbit.sweep.runner import run_sweep
 from fracbit.sweep.store import open_store
 
 pytestmark = [
@@ -52,7 +55,7 @@ def worker_pids() -> list[int]:
 
 
 def test_rows_equal_those_of_this_process_though_workers_are_killed(study: Path) -> None:
-    expansion = expand(read_grid(study / "grid.toml"))
+    runs = expand(read_grid(study / "grid.toml")).runs
     killed: list[int] = []
 
     def kill_one(row: Row, done: int, total: int) -> None:
@@ -61,12 +64,12 @@ def test_rows_equal_those_of_this_process_though_workers_are_killed(study: Path)
             os.kill(killed[0], signal.SIGKILL)
 
     with open_store(str(study / "ray.db")) as store:
-        outcome = run_sweep(store, expansion, OnRay(study, workers=2), kill_one)
+        outcome = run_sweep(store, runs, OnRay(study, workers=2), kill_one)
         on_ray = {row.key: row for row in store.rows()}
     assert killed
     assert (outcome.measured, outcome.failed) == (13, ())
     with open_store(str(study / "s.db")) as store:
-        run_sweep(store, expansion, InProcess(study))
+        run_sweep(store, runs, InProcess(study))
         here = {row.key: row for row in store.rows()}
     assert {key: row.nll for key, row in on_ray.items()} == pytest.approx({key: row.nll for key, row in here.items()}, abs=1e-5)
     assert {key: row.stored_bits for key, row in on_ray.items()} == {key: row.stored_bits for key, row in here.items()}
@@ -81,20 +84,19 @@ def test_a_run_whose_worker_always_dies_is_a_failed_row(study: Path) -> None:
         "import os\nfrom transformers import LlamaConfig\nclass Deadly(LlamaConfig):\n"
         "    def __init__(self, **fields):\n        super().__init__(**fields)\n        os._exit(9)\n"
     )
-    model.write_text(
-        model.read_text().replace('"model_type": "llama"', '"model_type": "deadly", "auto_map": {"AutoConfig": "deadly.Deadly"}')
-    )
+    own_code = '"model_type": "deadly", "auto_map": {"AutoConfig": "deadly.Deadly"}'
+    model.write_text(model.read_text().replace('"model_type": "llama"', own_code))
     grid.write_text("trust_remote_code = true\n" + grid.read_text())
     with open_store(str(study / "ray.db")) as store:
-        outcome = run_sweep(store, expand(read_grid(grid)), OnRay(study, workers=1, retries=1))
+        outcome = run_sweep(store, expand(read_grid(grid)).runs, OnRay(study, workers=1, retries=1))
     assert len(outcome.failed) == outcome.total
     assert all("its worker died 2 times" in (row.error or "") for row in outcome.failed)
 
 
 def test_a_task_that_no_node_holds_is_refused(study: Path) -> None:
-    expansion = expand(read_grid(study / "grid.toml"))
+    runs = expand(read_grid(study / "grid.toml")).runs
     with open_store(str(study / "s.db")) as store, pytest.raises(RecipeError, match="no node holds a task of 64 CPUs"):
-        run_sweep(store, expansion, OnRay(study, cpus=64))
+        run_sweep(store, runs, OnRay(study, cpus=64))
 
 
 @pytest.mark.parametrize("scheme", ["", "ray://"])

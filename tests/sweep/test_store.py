@@ -1,5 +1,7 @@
 """The store: one row a key, claims that only one driver gets, drivers that die, disks that fill, files that are foreign."""
 
+
+
 import os
 import platform
 import sqlite3
@@ -155,10 +157,14 @@ def test_a_full_disk_is_an_error_with_a_remedy_and_keeps_what_was_stored(tmp_pat
         store.write(FULL)
         sa.event.listen(store.engine, "begin", lambda link: link.exec_driver_sql("PRAGMA max_page_count=1"))
         with pytest.raises(OutputError, match="free some space"):
-            for index in range(2000):
-                store.write(make_row(f"m{index}", notes=("x" * 4000,)))
+            fill(store)
     with open_store(str(tmp_path / "s.db")) as store:
         assert FULL in store.rows()
+
+
+def fill(store: Store) -> None:
+    for index in range(2000):
+        store.write(make_row(f"m{index}", notes=("x" * 4000,)))
 
 
 def test_another_schema_version_is_refused_with_the_remedy(tmp_path: Path) -> None:
@@ -167,7 +173,7 @@ def test_another_schema_version_is_refused_with_the_remedy(tmp_path: Path) -> No
     with sqlite3.connect(where) as link:
         link.execute("UPDATE fracbit_store SET value = '99'")
     link.close()
-    with pytest.raises(FormatError, match="schema version 99.*reads 1.*open it with"):
+    with pytest.raises(FormatError, match=r"schema version 99.*reads 1.*open it with"):
         open_store(where)
 
 

@@ -15,7 +15,8 @@ from fracbit.numerics import decode, quantize_tensor, stored_bits
 from fracbit.records.recipe import Override, Recipe
 from fracbit.records.row import KEEP_ALL, Calibration, Evaluation, Run, outliers_of
 from fracbit.records.scheme import Scheme
-from fracbit.sweep.workbench import Workbench, collect_stats, source_of
+from fracbit.sweep.schedule import source_of
+from fracbit.sweep.workbench import Workbench, collect_stats
 
 EVALUATION = Evaluation(text="ids.u16?length=32")
 CALIBRATION = Calibration(text="ids.u16?length=32", samples=4, length=16)

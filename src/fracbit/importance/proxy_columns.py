@@ -1,4 +1,4 @@
-"""Proxy (outlier-dependent) quantization: which input columns of a linear stay in 16 bits. Ref: arXiv:2212.09720, Sec. 3, Eq. 2.
+"""Proxy (outlier-dependent) quantization: which input columns of a linear stay in 16 bits (arXiv:2212.09720, Sec. 3, Eq. 2).
 
 The columns that meet outlier activations hurt most when rounded, and they betray themselves without any data: the unit that
 produces such an activation has weights of unusually large standard deviation. So the std of every output unit's weights in the

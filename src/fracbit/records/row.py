@@ -49,7 +49,7 @@ def outliers_of(text: str) -> Outliers | None:
         share = float(match.group(2).removesuffix("%")) / (100 if match.group(2).endswith("%") else 1)
     if match is None or not 0 < share < 1:
         raise RecipeError(f"outliers {text!r}: write none, proxy:0.02, random:0.02 or activation:0.02 (a share below 1)")
-    return Outliers(chosen=match.group(1), share=share)  # type: ignore[arg-type]
+    return Outliers(chosen=match.group(1), share=share)
 
 
 def _outliers(value: object) -> object:

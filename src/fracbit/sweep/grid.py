@@ -1,6 +1,7 @@
 """A grid: a TOML file that spans a study, and its expansion into runs.
 
-    models = ["tales-s", "tales-m"]        # folders beside this file, or hub ids
+    models = ["tales-s", "tales-m"]        # folders below `root`, or hub ids
+    root = "models"                        # where relative paths start: beside this file if it is left out
     baseline = true                        # the float models too
 
     [evaluation]
@@ -98,10 +99,11 @@ class Arm(_Table):
 
 
 class Grid(_Table):
-    """A whole study, as the file states it."""
+    """A whole study, as the file states it. `root`: where relative paths start, from the file's own folder on."""
 
     models: Strings
     evaluation: Evaluation
+    root: str = "."
     calibration: Calibration | None = None
     baseline: bool = True
     embeddings: SchemeField | None = None
@@ -251,16 +253,16 @@ def _check_values(arm: Arm, index: int, path: Path, text: str) -> None:
         *(("blocks", {"block": block}) for block in arm.blocks),
         *(("scales", {"scale": scale}) for scale in arm.scales),
     ]
-    for field, fields in checks:
-        try:
+    key = ""
+    try:
+        for field, fields in checks:
+            key = field
             Scheme(**fields)
-        except SchemeError as error:
-            raise RecipeError(f"{path}{_line_of(('arm', index, field), text)}: {error}") from None
-    for outliers in arm.outliers:
-        try:
+        key = "outliers"
+        for outliers in arm.outliers:
             outliers_of(outliers)
-        except RecipeError as error:
-            raise RecipeError(f"{path}{_line_of(('arm', index, 'outliers'), text)}: {error}") from None
+    except (SchemeError, RecipeError) as error:
+        raise RecipeError(f"{path}{_line_of(('arm', index, key), text)}: {error}") from None
 
 
 _MODELS: dict[str, type[BaseModel]] = {

@@ -1,4 +1,4 @@
-"""Which columns of every linear a run keeps in 16 bits: who produces whose input, and the choice by proxy, chance or activation.
+"""Which columns of every linear a run keeps in 16 bits: who produces whose input; by proxy, chance or activation.
 
 arXiv:2212.09720 speaks of consecutive layers i -> i + 1. In a transformer block that is plain for value -> output and
 up -> down (the family's pairs). What queries, keys and the MLP's first layer read is a sum on the residual stream: there the
@@ -65,7 +65,7 @@ def _paired(model: PreTrainedModel, family: Family, block: torch.nn.Module) -> d
     for pair in pairs(block, family, model.config):
         spread = unit_spread(weight_of(block.get_submodule(pair.source)))
         rows = source_rows(block, pair, model.config)
-        found |= {reader: spread[rows] for reader in pair.readers}
+        found |= dict.fromkeys(pair.readers, spread[rows])
     return found
 
 

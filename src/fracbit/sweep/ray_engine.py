@@ -1,4 +1,4 @@
-"""The engine on Ray: the same `Workbench.measure`, in actors that keep their model loaded. An extra (`pip install 'fracbit[ray]'`).
+"""The engine on Ray: the same `Workbench.measure`, in actors that keep their model loaded (extra: `fracbit[ray]`).
 
 The driver holds the store and the queue; an actor gets one run at a time and gives back a row. An actor that dies (killed,
 out of memory, its node gone) is started anew and its run is tried again, `retries` times; then the run's row says so.
@@ -17,8 +17,8 @@ from fracbit.errors import OutputError, RecipeError
 from fracbit.records.row import Row, Run
 from fracbit.sweep.address import check_address
 from fracbit.sweep.runner import failed_row
-from fracbit.sweep.schedule import Queue
-from fracbit.sweep.workbench import RUN_FAILURES, Source, Workbench, explain, source_of
+from fracbit.sweep.schedule import Queue, Source, source_of
+from fracbit.sweep.workbench import RUN_FAILURES, Workbench, explain
 
 
 class Bench:
@@ -127,7 +127,7 @@ class _Pool:
         if count < 1:
             raise RecipeError(
                 f"no node holds a task of {self.engine.cpus} CPUs, {self.engine.gpus} GPUs, {self.engine.memory or 0} bytes: "
-                f"the cluster has {there.get('CPU', 0):g} CPUs, {there.get('GPU', 0):g} GPUs, {there.get('memory', 0):.3g} bytes"
+                f"there are {there.get('CPU', 0):g} CPUs, {there.get('GPU', 0):g} GPUs, {there.get('memory', 0):.3g} bytes"
             )
         return count
 

@@ -9,9 +9,28 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from fracbit.records.row import Evaluation, Run
+
 S = TypeVar("S", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a workbench is made for. Runs of equal sources share one."""
+
+    model: str
+    revision: str | None
+    trust_remote_code: bool
+    evaluation: Evaluation
+
+
+def source_of(run: Run) -> Source:
+    """The source that a run needs."""
+    recipe = run.recipe
+    return Source(recipe.model, recipe.revision, recipe.trust_remote_code, run.evaluation)
 
 
 class Queue(Generic[S]):

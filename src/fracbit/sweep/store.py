@@ -316,7 +316,7 @@ def _is_alive(owner: dict[str, Any]) -> bool:
         return False
     except PermissionError:
         return True
-    return _born(int(owner["pid"])) == owner["born"]
+    return bool(_born(int(owner["pid"])) == owner["born"])
 
 
 def _born(pid: int) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -43,26 +43,11 @@ from fracbit.records.row import Calibration, Evaluation, Row, Run, run_key
 from fracbit.records.scheme import Scheme
 from fracbit.sweep.corrections import CORRECTIONS
 from fracbit.sweep.outliers import choose_columns, producer_scores
+from fracbit.sweep.schedule import Source
 
 FLOAT_LOGITS_BYTES = 1 << 29
 RUN_FAILURES: Final = (FracbitError, SafetensorError, OSError, RuntimeError, ValueError, KeyError, MemoryError)
 """What a model that cannot be loaded, quantized or evaluated raises. Anything else is a bug of ours and stops the sweep."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a workbench is made for. Runs of equal sources share one."""
-
-    model: str
-    revision: str | None
-    trust_remote_code: bool
-    evaluation: Evaluation
-
-
-def source_of(run: Run) -> Source:
-    """The source that a run needs."""
-    recipe = run.recipe
-    return Source(recipe.model, recipe.revision, recipe.trust_remote_code, run.evaluation)
 
 
 class Workbench:

@@ -55,7 +55,7 @@ def test_equals_a_pass_by_hand(
     found = divergence(model, coarse, ids)
     assert found.kl == pytest.approx(float(wanted.mean()), abs=1e-5)
     assert found.kl_max == pytest.approx(float(wanted.max()), abs=1e-4)
-    assert found.agreement == float((p.argmax(1) == q.argmax(1)).float().mean())
+    assert found.agreement == float((p.argmax(1) == q.argmax(1)).double().mean())
     assert found.tokens == 63
 
 

@@ -1,11 +1,9 @@
-"""The Ray engine: the same rows as in this process; killed workers are replaced; a silent address is an error in time."""
+"""The Ray engine: the same rows as in this process; killed workers are replaced."""
 
 # ruff: noqa: E402 - an extra is asked for before it is imported
 
 import os
 import signal
-import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,9 +12,8 @@ import pytest
 pytest.importorskip("sqlalchemy", reason="the store is an extra: fracbit[store]")
 ray = pytest.importorskip("ray", reason="Ray is an extra: fracbit[ray]")
 
-from fracbit.errors import OutputError, RecipeError
+from fracbit.errors import RecipeError
 from fracbit.records.row import Row
-from fracbit.sweep.address import check_address
 from fracbit.sweep.grid import expand, read_grid
 from fracbit.sweep.in_process import InProcess
 from fracbit.sweep.ray_engine import OnRay
@@ -97,28 +94,3 @@ def test_a_task_that_no_node_holds_is_refused(study: Path) -> None:
     runs = expand(read_grid(study / "grid.toml")).runs
     with open_store(str(study / "s.db")) as store, pytest.raises(RecipeError, match="no node holds a task of 64 CPUs"):
         run_sweep(store, runs, OnRay(study, cpus=64))
-
-
-@pytest.mark.parametrize("scheme", ["", "ray://"])
-def test_an_address_that_does_not_answer_is_an_error_within_15_seconds(scheme: str) -> None:
-    with socket.socket() as silent:  # accepts, and never says a word
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
-        started = time.monotonic()
-        with pytest.raises(OutputError, match="no Ray cluster at"):
-            check_address(f"{scheme}127.0.0.1:{silent.getsockname()[1]}")
-        assert time.monotonic() - started < 15
-
-
-def test_a_closed_port_is_an_error_at_once() -> None:
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        port = closed.getsockname()[1]
-    with pytest.raises(OutputError, match="leave --address out"):
-        check_address(f"127.0.0.1:{port}")
-
-
-@pytest.mark.parametrize("address", ["", "somewhere", "host:port"])
-def test_what_is_no_address(address: str) -> None:
-    with pytest.raises(RecipeError, match="no Ray address"):
-        check_address(address)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fracbit.data.bundled import read_bundled
 from fracbit.data.encode import encode_texts
 from fracbit.data.ids import read_ids
 from fracbit.data.raw import RawIds, RawTexts
@@ -31,6 +32,7 @@ READERS: Mapping[Format, Callable[[Source], RawTexts | RawIds]] = {
     "u32": read_ids,
     "npy": read_ids,
     "datasets": read_dataset,
+    "bundled": read_bundled,
 }
 
 

@@ -157,6 +157,6 @@ def _check_vocabularies(reference: PreTrainedModel | FloatLogits, model: PreTrai
     theirs = reference.vocabulary if isinstance(reference, FloatLogits) else vocabulary_of(reference)
     if theirs != vocabulary_of(model):
         raise DataError(
-            f"the float model has {theirs} words and the quantized one {vocabulary_of(model)}: they are not the "
-            "same model, and their predictions cannot be compared."
+            f"the float model has {theirs} words and the quantized one {vocabulary_of(model)}: they are not "
+            "the same model, and their predictions cannot be compared."
         )

@@ -24,7 +24,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from fracbit.checkpoint.format import stored_layer, tensor_names
 from fracbit.checkpoint.output import Output, open_output
 from fracbit.checkpoint.source import Source, open_source, read_tensor, tensor_hash
-from fracbit.errors import FracbitError, OutputError, SourceError, WeightError
+from fracbit.errors import OutputError, SourceError, WeightError
 from fracbit.models.skeleton import Origin, skeleton
 from fracbit.pipeline.finish import finish
 from fracbit.pipeline.schedule import SHARD_BYTES, Item, make_schedule
@@ -188,4 +188,3 @@ def peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-__all__ = ["FracbitError", "Progress", "Result", "model_config", "peak_rss", "quantize_item", "run"]

@@ -70,6 +70,7 @@ def make_schedule(
     layers = quantizable(model, include_head=True, include_embeddings=True)
     decisions, notes = decide(recipe, layers)
     places = origins(model, source.tensors)
+    _check_causal(source, model, bool(places.missing))
     if places.missing:
         raise SourceError(
             f"{source.name} lacks {len(places.missing)} tensors of its model, such as {places.missing[0]}"
@@ -83,6 +84,18 @@ def make_schedule(
             f"{len(places.unused)} tensors belong to no module and were copied: {places.unused[0]}, ...",
         )
     return Schedule(_key(recipe, source, shard_bytes), _shards(items, shard_bytes), decisions, notes)
+
+
+def _check_causal(source: Source, model: PreTrainedModel, incomplete: bool) -> None:
+    """A base model without a head of its own will do (GPT-2's files are one); an encoder or a classifier will not."""
+    listed = source.config.get("architectures") or [type(model).__name__]
+    heads = any("CausalLM" in name or "LMHead" in name for name in listed)
+    base = any(name.endswith("Model") for name in listed) and not incomplete
+    if type(model).__name__ not in listed and not heads and not base:
+        raise SourceError(
+            f"{source.name} holds a {' or '.join(listed)}, which is not a causal language model; "
+            f"name one, such as a {type(model).__name__}"
+        )
 
 
 def decide(recipe: Recipe, layers: Mapping[str, Layer]) -> tuple[dict[str, Decision], tuple[str, ...]]:

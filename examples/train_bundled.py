@@ -58,7 +58,7 @@ class Plan:
     context: int = 512
     theta: float = 10000.0
     eps: float = 1e-5
-    tokens: int = 55_000_000
+    tokens: int = 80_000_000
     batch_tokens: int = 4096
     windows: tuple[tuple[float, int], ...] = ((0.85, 128), (1.0, 512))  # until this share: window length
     rate: float = 6e-3

@@ -25,7 +25,7 @@ from fracbit.records.recipe import Recipe, key
 from fracbit.records.scheme import Scheme
 from fracbit.records.version import __version__
 
-SHARD_BYTES = 512 << 20
+SHARD_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ model in this folder was trained on it by `examples/train_bundled.py`; the modul
 and are what demos and tests measure perplexity on. This file needs no torch: it deals in paths and strings.
 
 The text is read from the running interpreter. Another Python version has slightly different modules, so its perplexity
-differs by a few percent from the figures in the model card, which name the version they were measured with.
+differs, by some 5 %, from the figures in the model card, which name the version they were measured with.
 """
 
 import sysconfig

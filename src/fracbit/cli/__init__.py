@@ -24,6 +24,9 @@ app.command("generate")(generate.generate)
 app.command("demo")(demo.demo)
 
 
+INTERRUPTED = 130  # what typer exits with after Ctrl-C
+
+
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 2 bad input, 130 interrupted."""
     try:
@@ -31,9 +34,10 @@ def main() -> None:
     except FracbitError as error:
         print(f"fracbit: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("fracbit: stopped; what is finished stays, continue `quantize` with --resume", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print("fracbit: stopped; what is finished stays, continue with --resume", file=sys.stderr)
+        raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

@@ -204,20 +204,19 @@ void with_lanes(RowJob& job, const Lanes& lanes, const float* block_sums) {
     job.block_sums = block_sums;
 }
 
-// y [batch, rows] += outlier columns times their activations.
-void add_outliers(const Weight& w, const Isa& isa, const Activations& x, int64_t batch, int64_t first, int64_t last, float* y,
-                  float* scratch) {
+// y [batch, rows] += outlier columns times their activations, for one row.
+void add_outliers(const Weight& w, const Isa& isa, const Activations& x, int64_t batch, int64_t row, float* y, float* scratch) {
     const auto p = static_cast<int64_t>(w.other_columns.size());
-    if (p == 0) return;
-    for (int64_t row = first; row < last; ++row) {
-        isa.to_float(at(w.outliers, w.outlier_type, row * p), w.outlier_type, p, scratch);
-        for (int64_t n = 0; n < batch; ++n) {
-            float sum = 0.0f;
-            for (int64_t i = 0; i < p; ++i) sum += scratch[i] * x.others[n * p + i];
-            y[n * w.rows + row] += sum;
-        }
+    isa.to_float(at(w.outliers, w.outlier_type, row * p), w.outlier_type, p, scratch);
+    for (int64_t n = 0; n < batch; ++n) {
+        float sum = 0.0f;
+        for (int64_t i = 0; i < p; ++i) sum += scratch[i] * x.others[n * p + i];
+        y[n * w.rows + row] += sum;
     }
 }
+
+// Rows in a band when `rows` rows are cut into kMaxRows bands.
+int64_t band(int64_t rows) { return (rows + kMaxRows - 1) / kMaxRows; }
 
 struct Call {
     const Weight* w;
@@ -244,13 +243,16 @@ void run_rows(const Call& call, RowJob job, int64_t first, int64_t last, float* 
     } else {
         call.isa->multiply_float(job, first, last);
     }
-    add_outliers(*call.w, *call.isa, call.x, call.batch, first, last, call.y, scratch);
+    if (call.w->other_columns.empty()) return;
+    for (int64_t row = first; row < last; ++row)
+        for (int64_t own = row, r = 0; r < kMaxRows && own < job.row_end; ++r, own += job.gap)
+            add_outliers(*call.w, *call.isa, call.x, call.batch, own, call.y, scratch);
 }
 
 void task_along_in(void* context, int64_t index, int worker) {
     const auto& call = *static_cast<Call*>(context);
     const int64_t first = index * call.rows_per_task;
-    run_rows(call, call.job, first, std::min(first + call.rows_per_task, call.w->rows), call.scratch(worker));
+    run_rows(call, call.job, first, std::min(first + call.rows_per_task, call.job.gap), call.scratch(worker));
 }
 
 float dot(const float* a, const float* b, int64_t count) {
@@ -280,9 +282,8 @@ void task_along_out(void* context, int64_t index, int worker) {
     const auto& call = *static_cast<Call*>(context);
     const Weight& w = *call.w;
     const int64_t group = index / call.tasks_per_block, part = index % call.tasks_per_block;
-    const int64_t first = group * w.block + part * call.rows_per_task;
-    const int64_t end = std::min((group + 1) * w.block, w.rows);
-    const int64_t last = std::min(first + call.rows_per_task, end);
+    const int64_t begin = group * w.block, end = std::min(begin + w.block, w.rows), gap = band(end - begin);
+    const int64_t first = begin + part * call.rows_per_task, last = std::min(first + call.rows_per_task, begin + gap);
     if (first >= last) return;
     const int64_t width = call.x.width, chunks = w.chunks();
     float* memory = call.scratch(worker);
@@ -304,9 +305,13 @@ void task_along_out(void* context, int64_t index, int worker) {
     }
     RowJob job = call.job;
     with_lanes(job, lanes, sums);
+    job.gap = gap;
+    job.row_end = end;
     run_rows(call, job, first, last, rest);
+    if (w.offsets == nullptr && w.zeros.empty()) return;
     for (int64_t n = 0; n < call.batch; ++n)
-        for (int64_t row = first; row < last; ++row) call.y[n * w.rows + row] += shift[n];
+        for (int64_t row = first; row < last; ++row)
+            for (int64_t own = row, r = 0; r < kMaxRows && own < end; ++r, own += gap) call.y[n * w.rows + own] += shift[n];
 }
 
 int64_t rows_per_task(const Weight& w, int64_t rows) {
@@ -438,12 +443,15 @@ void multiply_some(const Weight& w, const Isa& isa, const Matrix& x, const Matri
         const int64_t groups = (w.rows + w.block - 1) / w.block;
         // A group shares its folded activations: cut it only when there are too few groups to go round.
         const int64_t parts = groups >= 2 * threads ? 1 : (4 * threads + groups - 1) / groups;
-        call.rows_per_task = std::max<int64_t>((std::min(w.block, w.rows) + parts - 1) / parts, 1);
-        call.tasks_per_block = (std::min(w.block, w.rows) + call.rows_per_task - 1) / call.rows_per_task;
+        const int64_t height = band(std::min(w.block, w.rows));
+        call.rows_per_task = std::max<int64_t>((height + parts - 1) / parts, 1);
+        call.tasks_per_block = (height + call.rows_per_task - 1) / call.rows_per_task;
         run_tasks(threads, groups * call.tasks_per_block, task_along_out, &call);
     } else {
-        call.rows_per_task = rows_per_task(w, w.rows);
-        run_tasks(threads, (w.rows + call.rows_per_task - 1) / call.rows_per_task, task_along_in, &call);
+        call.job.gap = band(w.rows);
+        call.job.row_end = w.rows;
+        call.rows_per_task = rows_per_task(w, call.job.gap);
+        run_tasks(threads, (call.job.gap + call.rows_per_task - 1) / call.rows_per_task, task_along_in, &call);
     }
     if (direct) return;
     for (int64_t n = 0; n < batch; ++n)

@@ -48,12 +48,14 @@ class _Registrar(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return self.found and importlib.machinery.ModuleSpec(fullname, self, origin=self.found.origin)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        assert self.found is not None and self.found.loader is not None
+        assert self.found is not None
+        assert self.found.loader is not None
         spec.has_location = True
         return self.found.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        assert self.found is not None and self.found.loader is not None
+        assert self.found is not None
+        assert self.found.loader is not None
         self.found.loader.exec_module(module)
         _register()
 

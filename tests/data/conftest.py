@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
-
-SHARED = Path(os.environ.get("FRACBIT_SHARED") or Path(__file__).resolve().parents[2].parent / "shared")
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -49,10 +45,3 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def chat_tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer(template=TEMPLATE)
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    if not (SHARED / "data").is_dir():
-        pytest.skip(f"no shared data at {SHARED}: set FRACBIT_SHARED")
-    return SHARED

@@ -278,3 +278,11 @@ def test_shared_texts(shared: Path) -> None:
     assert (len(lambada.documents), lambada.bos) == (2000, 1)
     wikitext = read_documents(f"{shared}/data/wikitext-2-valid.txt", tokenizer, 512)
     assert wikitext.count == 681807
+
+
+def test_the_bundled_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    bundled = pytest.importorskip("fracbit.bundled")
+    held_out = read_documents("bundled", tokenizer, VOCABULARY)
+    assert texts(held_out, tokenizer) == [bundled.held_out_text()]
+    modules = read_documents("bundled:train?documents=each&first=2", tokenizer, VOCABULARY)
+    assert texts(modules, tokenizer) == [bundled.module_text(name) for name in bundled.training_modules()[:2]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +11,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 VOCABULARY = 61
 POSITIONS = 64
-
-SHARED = Path(os.environ.get("FRACBIT_SHARED") or Path(__file__).resolve().parents[2].parent / "shared")
 
 
 def tiny_config() -> LlamaConfig:
@@ -48,13 +45,6 @@ def model(tiny: Callable[[int], LlamaForCausalLM]) -> LlamaForCausalLM:
 @pytest.fixture(scope="session")
 def stream() -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (301,), generator=torch.Generator().manual_seed(7))
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    if not (SHARED / "models").is_dir():
-        pytest.skip(f"no shared models at {SHARED}: set FRACBIT_SHARED")
-    return SHARED
 
 
 @pytest.fixture(scope="session")

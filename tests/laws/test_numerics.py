@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fracbit.errors import FormatError, SchemeError, WeightError
-from fracbit.numerics import DATATYPES, decode, fixed_type, from_parts, part_shapes, parts_of, quantize_tensor, stored_bits
+from fracbit.numerics import (
+    DATATYPES,
+    decode,
+    fixed_type,
+    from_parts,
+    part_shapes,
+    parts_of,
+    quantize_tensor,
+    stored_bits,
+)
 from fracbit.numerics.bits import pack_bits, row_bytes, unpack_bits
 from fracbit.numerics.datatypes import check_datatype, is_fitted
 from fracbit.numerics.grid import codes_of, fit, grid_error, values_of
@@ -72,7 +81,8 @@ def test_a_fixed_table_is_ascending_within_one_and_small_enough(scheme: Scheme) 
     assert bool((values.diff() > 0).all())
     assert float(values.abs().max()) == pytest.approx(1)
     assert 2 <= len(values) <= 2**scheme.bits
-    assert bool((table.boundaries[0] >= values[:-1]).all()) and bool((table.boundaries[0] <= values[1:]).all())
+    assert bool((table.boundaries[0] >= values[:-1]).all())
+    assert bool((table.boundaries[0] <= values[1:]).all())
     if scheme.offset == "none":
         assert 0 in values.tolist()
     assert torch.equal(table.nearest(values[None])[0].long(), torch.arange(len(values)))
@@ -87,11 +97,13 @@ def test_round_trip(scheme: Scheme, rows: int, columns: int, seed: int, outliers
     packed = quantize_tensor(weight, scheme, columns=kept)
     parts = dict(parts_of(packed))
     for name, (allowed, size) in part_shapes(scheme, packed.shape, 0 if kept is None else 2).items():
-        assert parts[name].dtype in allowed and tuple(parts[name].shape) == size
+        assert parts[name].dtype in allowed
+        assert tuple(parts[name].shape) == size
     assert stored_bits(packed) == 8 * sum(part.numel() * part.element_size() for part in parts.values())
     again = from_parts(scheme, packed.shape, parts)
     restored = decode(packed)
-    assert torch.equal(decode(again), restored) and bool(torch.isfinite(restored).all())
+    assert torch.equal(decode(again), restored)
+    assert bool(torch.isfinite(restored).all())
     if kept is not None:
         assert torch.allclose(restored[:, kept], weight[:, kept], rtol=2**-10, atol=1e-6)
 
@@ -146,15 +158,20 @@ def test_importance_moves_the_error_to_where_it_costs_little() -> None:
     for dtype in ("int", "kmeans", "kmeans:row"):
         plain = decode(quantize_tensor(weight, Scheme(dtype, 3, 64), search=True))
         aware = decode(quantize_tensor(weight, Scheme(dtype, 3, 64), importance, search=True))
-        assert float((importance * (aware - weight) ** 2).sum()) < float((importance * (plain - weight) ** 2).sum())
+        assert float((importance * (aware - weight) ** 2).sum()) < float(
+            (importance * (plain - weight) ** 2).sum()
+        )
 
 
 @given(st.integers(1, 8), st.integers(0, 9), st.integers(1, 100), st.integers(0, 99))
 @settings(deadline=None)
 def test_bits_pack_densely(bits: int, rows: int, count: int, seed: int) -> None:
-    codes = torch.randint(0, 2**bits, (rows, count), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    codes = torch.randint(
+        0, 2**bits, (rows, count), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
     packed = pack_bits(codes, bits)
-    assert packed.shape == (rows, row_bytes(count, bits)) and row_bytes(count, bits) == -(-count * bits // 8)
+    assert packed.shape == (rows, row_bytes(count, bits))
+    assert row_bytes(count, bits) == -(-count * bits // 8)
     assert torch.equal(unpack_bits(packed, bits, count), codes)
     for row in range(min(rows, 2)):
         stream = sum(int(code) << (i * bits) for i, code in enumerate(codes[row].tolist()))
@@ -204,7 +221,8 @@ def test_block_64_of_a_width_of_172_has_a_short_block_of_its_own() -> None:
     weight = torch.ones(8, 172)
     weight[:, 128:] = 0.001
     packed = quantize_tensor(weight, Scheme("int", 4, 64))
-    assert isinstance(packed.scales, torch.Tensor) and packed.scales.shape == (8, 3)
+    assert isinstance(packed.scales, torch.Tensor)
+    assert packed.scales.shape == (8, 3)
     assert torch.allclose(decode(packed), weight, rtol=1e-3)
 
 
@@ -212,13 +230,17 @@ def test_out_axis_is_the_transposed_in_axis() -> None:
     weight = weights(100, 60, 3)
     for block in (7, 64, "row"):
         across = decode(quantize_tensor(weight, Scheme("nf", 3, block, "out")))
-        assert torch.equal(across, decode(quantize_tensor(weight.T.contiguous(), Scheme("nf", 3, block, "in"))).T)
+        assert torch.equal(
+            across, decode(quantize_tensor(weight.T.contiguous(), Scheme("nf", 3, block, "in"))).T
+        )
 
 
 def test_flat_blocks_cross_rows() -> None:
     weight = weights(6, 10, 0)
     flat = decode(quantize_tensor(weight, Scheme("int", 4, "flat:15")))
-    assert torch.equal(flat.view(4, 15), decode(quantize_tensor(weight.reshape(4, 15), Scheme("int", 4, "row"))))
+    assert torch.equal(
+        flat.view(4, 15), decode(quantize_tensor(weight.reshape(4, 15), Scheme("int", 4, "row")))
+    )
 
 
 def test_three_bits_cost_three_bits() -> None:
@@ -245,7 +267,8 @@ def test_a_scale_that_does_not_fit_names_the_remedy() -> None:
     with pytest.raises(WeightError, match="--scale bf16 or fp32"):
         quantize_tensor(torch.full((2, 4), 1e6), Scheme(scale="fp16"))
     tiny = torch.full((2, 64), 1e-9)
-    assert isinstance(scales := quantize_tensor(tiny, Scheme("nf", 4, scale="fp16")).scales, torch.Tensor) and bool((scales > 0).all())
+    assert isinstance(scales := quantize_tensor(tiny, Scheme("nf", 4, scale="fp16")).scales, torch.Tensor)
+    assert bool((scales > 0).all())
     assert torch.allclose(decode(quantize_tensor(tiny, Scheme("nf", 4, scale="bf16"))), tiny, rtol=0.01)
 
 
@@ -261,5 +284,7 @@ def test_parts_that_do_not_fit_are_refused() -> None:
 def test_fitted_tables_are_stored_and_used() -> None:
     for dtype, rows in [("kmeans", 1), ("kmeans:row", 8), ("quantile", 1)]:
         packed = quantize_tensor(weights(8, 100, 1), Scheme(dtype, 3, "row"))
-        assert is_fitted(packed.scheme) and packed.table is not None and packed.table.shape == (rows, 8)
+        assert is_fitted(packed.scheme)
+        assert packed.table is not None
+        assert packed.table.shape == (rows, 8)
         assert bool((table_of(packed).values.diff(dim=1) >= 0).all())

@@ -98,7 +98,9 @@ def read_layers(config: Mapping[str, Any]) -> dict[str, StoredLayer]:
     """The layers of a `quantization_config`. Raises `FormatError` for another version or a broken entry."""
     version = config.get("format_version")
     if version != FORMAT_VERSION:
-        raise FormatError(f"format version {version!r}: this fracbit reads version {FORMAT_VERSION}; update fracbit")
+        raise FormatError(
+            f"format version {version!r}: this fracbit reads version {FORMAT_VERSION}; update fracbit"
+        )
     try:
         schemes = [Scheme.from_json(scheme) for scheme in config["schemes"]]
         return {name: _layer(entry, schemes) for name, entry in config["layers"].items()}
@@ -121,7 +123,9 @@ def _layer(entry: Mapping[str, Any], schemes: list[Scheme]) -> StoredLayer:
     kind = entry.get("kind", "linear")
     if kind not in ("linear", "embedding"):
         raise FormatError(f"a layer is linear or embedding, got {kind!r}")
-    return StoredLayer(scheme, (out, inputs), entry.get("outliers", 0), entry.get("outlier_dtype", "bf16"), kind)
+    return StoredLayer(
+        scheme, (out, inputs), entry.get("outliers", 0), entry.get("outlier_dtype", "bf16"), kind
+    )
 
 
 def _tables(schemes: list[Scheme]) -> dict[str, list[float]]:

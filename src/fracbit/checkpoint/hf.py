@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fracbit.checkpoint.format import QUANT_METHOD, StoredLayer, read_layers
 from fracbit.errors import FormatError
+from fracbit.models.experts import split_experts, without_fusing
 from fracbit.models.quant_linear import QuantEmbedding, QuantLinear, TiedHead
 
 if TYPE_CHECKING:  # this module is imported while transformers' own modeling_utils still is
@@ -23,7 +28,7 @@ if TYPE_CHECKING:  # this module is imported while transformers' own modeling_ut
 SIXTEEN = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class FracbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class FracbitConfig(QuantizationConfigMixin):
     """`quantization_config` of a fracbit checkpoint, kept as it was read so that it is saved as it was."""
 
     def __init__(self, **config: Any) -> None:
@@ -36,17 +41,26 @@ class FracbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return {name: value for name, value in self.__dict__.items() if name != "stored"}
 
 
-class FracbitQuantizer(HfQuantizer):  # type: ignore[misc]
+class FracbitQuantizer(HfQuantizer):
     """Swaps linears and embeddings for packed ones before the weights are loaded."""
 
     def __init__(self, quantization_config: FracbitConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self.stored = quantization_config.stored
         if not self.pre_quantized:
-            raise FormatError("transformers cannot quantize with fracbit while loading; run `fracbit quantize` first")
+            raise FormatError(
+                "transformers cannot quantize with fracbit while loading; run `fracbit quantize` first"
+            )
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        for name, stored in self.quantization_config.stored.items():
+        split_experts(model)
+        for name, stored in self.stored.items():
             swap(model, name, stored)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """A checkpoint of ours names every expert by itself, as the split model does: nothing is fused."""
+        rules = super().update_weight_conversions(weight_conversions, model)  # type: ignore[no-untyped-call]
+        return without_fusing(rules)
 
     def is_serializable(self) -> bool:
         """Packed buffers are saved as they are."""
@@ -63,13 +77,17 @@ def swap(model: PreTrainedModel, name: str, stored: StoredLayer) -> None:
     try:
         module = model.get_submodule(name)
     except AttributeError:
-        raise FormatError(f"{type(model).__name__} has no layer {name!r}: wrong model class for this checkpoint") from None
+        raise FormatError(
+            f"{type(model).__name__} has no layer {name!r}: wrong model class for this checkpoint"
+        ) from None
     if stored.kind == "embedding":
         _swap_embedding(model, name, module, stored)
         return
     bias = getattr(module, "bias", None) is not None
     with torch.device(_device_of(module)):
-        linear = QuantLinear(stored.scheme, stored.shape, bias, stored.outliers, SIXTEEN[stored.outlier_dtype])
+        linear = QuantLinear(
+            stored.scheme, stored.shape, bias, stored.outliers, SIXTEEN[stored.outlier_dtype]
+        )
     model.set_submodule(name, linear)
 
 

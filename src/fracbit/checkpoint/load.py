@@ -29,21 +29,27 @@ def load(
     source = open_checkpoint(model, trust_remote_code, revision)
     register()
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, trust_remote_code=trust_remote_code)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype=dtype, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise SourceError(f"{model} cannot be loaded as a causal language model: {error}") from error
     finally:
         if shown:
-            logging.enable_progress_bar()
-    return loaded.to(device).eval()  # type: ignore[no-any-return]
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    return loaded.to(torch.device(device)).eval()  # type: ignore[arg-type,no-any-return]
 
 
-def open_checkpoint(model: str | Path, trust_remote_code: bool = False, revision: str | None = None) -> Source:
+def open_checkpoint(
+    model: str | Path, trust_remote_code: bool = False, revision: str | None = None
+) -> Source:
     """The files of a finished checkpoint."""
     if is_unfinished(Path(model)):
-        raise FormatError(f"{model} is the unfinished output of `fracbit quantize`; continue it with --resume")
+        raise FormatError(
+            f"{model} is the unfinished output of `fracbit quantize`; continue it with --resume"
+        )
     return open_source(str(model), revision, trust_remote_code)
 
 
@@ -51,7 +57,7 @@ def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> PreTra
     """The tokenizer beside a model. Raises `SourceError` when there is none."""
     source = open_checkpoint(model, trust_remote_code)
     try:
-        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)  # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise SourceError(f"{model} has no tokenizer that transformers can read: {error}") from error
 

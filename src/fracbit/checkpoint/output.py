@@ -54,7 +54,9 @@ class Output:
 
 
 @contextmanager
-def open_output(folder: Path, key: str, expected_bytes: int, overwrite: bool, resume: bool) -> Iterator[Output]:
+def open_output(
+    folder: Path, key: str, expected_bytes: int, overwrite: bool, resume: bool
+) -> Iterator[Output]:
     """An output for the plan `key`. Raises `OutputError` when the folder is not empty, is another run's, or cannot hold it."""
     check_output(folder, key, overwrite, resume)
     _check_space(folder, expected_bytes)
@@ -88,8 +90,14 @@ def check_output(folder: Path, key: str, overwrite: bool, resume: bool) -> None:
     if overwrite and (is_unfinished(folder) or (folder / MANIFEST).is_file()):
         return
     if overwrite:
-        raise OutputError(f"{folder} is not empty and was not made by fracbit, so it is not overwritten; name another")
-    remedy = "--resume to continue it or --overwrite to start again" if is_unfinished(folder) else "--overwrite to replace it"
+        raise OutputError(
+            f"{folder} is not empty and was not made by fracbit, so it is not overwritten; name another"
+        )
+    remedy = (
+        "--resume to continue it or --overwrite to start again"
+        if is_unfinished(folder)
+        else "--overwrite to replace it"
+    )
     raise OutputError(f"{folder} is not empty; use {remedy}, or name another folder")
 
 
@@ -136,7 +144,9 @@ def _disk_errors(folder: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         what = "the disk is full" if full else str(error)
-        raise OutputError(f"{folder} cannot be written: {what}; what is finished stays, continue with --resume") from error
+        raise OutputError(
+            f"{folder} cannot be written: {what}; what is finished stays, continue with --resume"
+        ) from error
 
 
 def _check_space(folder: Path, expected: int) -> None:
@@ -144,7 +154,9 @@ def _check_space(folder: Path, expected: int) -> None:
     written = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
     free = shutil.disk_usage(existing).free + written
     if free < expected + SPARE_BYTES:
-        raise OutputError(f"{folder} needs {expected:,} bytes but its disk has {free:,} free; make room or name another disk")
+        raise OutputError(
+            f"{folder} needs {expected:,} bytes but its disk has {free:,} free; make room or name another disk"
+        )
 
 
 def _clear(folder: Path) -> None:

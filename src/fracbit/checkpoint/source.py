@@ -83,16 +83,26 @@ def find_folder(model: str, revision: str | None = None, trust_remote_code: bool
     if path.is_dir():
         return path
     if path.exists():
-        raise SourceError(f"{model} is a file; name the folder that holds config.json and the safetensors files")
+        raise SourceError(
+            f"{model} is a file; name the folder that holds config.json and the safetensors files"
+        )
     if not _HUB_ID.fullmatch(model) or model.startswith("."):
-        raise SourceError(f"no such model: {model} is not a folder; name a folder or a hub id such as owner/name")
+        raise SourceError(
+            f"no such model: {model} is not a folder; name a folder or a hub id such as owner/name"
+        )
     patterns = [*_FETCHED, "*.py"] if trust_remote_code else _FETCHED
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns="*/*"))
+        return Path(
+            snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns="*/*")
+        )
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise SourceError(f"no such model: {model} is neither a folder here nor a model on the hub") from error
+        raise SourceError(
+            f"no such model: {model} is neither a folder here nor a model on the hub"
+        ) from error
     except GatedRepoError as error:
-        raise SourceError(f"{model} is gated: accept its terms on the hub, then run `hf auth login`") from error
+        raise SourceError(
+            f"{model} is gated: accept its terms on the hub, then run `hf auth login`"
+        ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise SourceError(
             f"no such model: {model} is not a folder here and not in the cache, and the hub is out of reach or offline "
@@ -120,7 +130,7 @@ def read_tensor(source: Source, name: str) -> Tensor:
 def tensor_hash(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes, with its type and shape."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -136,7 +146,9 @@ def _weight_files(folder: Path) -> list[str]:
         files = sorted(set(index.get("weight_map", {}).values()))
         missing = [file for file in files if not (folder / file).is_file()]
         if missing or not files:
-            raise SourceError(f"{folder / INDEX} names {missing[:3] or 'no shards'}, which the folder does not hold")
+            raise SourceError(
+                f"{folder / INDEX} names {missing[:3] or 'no shards'}, which the folder does not hold"
+            )
         return files
     if (folder / SINGLE).is_file():
         return [SINGLE]
@@ -155,7 +167,9 @@ def _header(path: Path) -> dict[str, TensorInfo]:
             slices = {name: file.get_slice(name) for name in file.offset_keys()}
             return {n: TensorInfo(path.name, s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
     except (SafetensorError, OSError) as error:
-        raise SourceError(f"shard {path.name} is truncated or corrupt ({error}); fetch it again: {path}") from error
+        raise SourceError(
+            f"shard {path.name} is truncated or corrupt ({error}); fetch it again: {path}"
+        ) from error
 
 
 def _read_json(path: Path, what: str) -> dict[str, Any]:

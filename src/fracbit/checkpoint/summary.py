@@ -25,7 +25,11 @@ def summarize(model: str) -> dict[str, Any]:
     stored = read_layers(quantization) if quantization.get("quant_method") == QUANT_METHOD else {}
     errors = _errors(source)
     layers = {name: _quantized(source, name, layer, errors.get(name)) for name, layer in stored.items()}
-    parts = {tensor_name(name, part) for name, layer in stored.items() for part in part_shapes(layer.scheme, layer.shape, layer.outliers)}
+    parts = {
+        tensor_name(name, part)
+        for name, layer in stored.items()
+        for part in part_shapes(layer.scheme, layer.shape, layer.outliers)
+    }
     rest = {name: info for name, info in source.tensors.items() if name not in parts}
     layers |= {
         name.removesuffix(".weight"): _float(info.dtype, info.shape, info.bytes)
@@ -49,7 +53,9 @@ def _quantized(source: Source, name: str, layer: StoredLayer, error: float | Non
         expected = (torch.Size(size).numel(),) if part == "codes" else tuple(size)
         if info is None or info.shape != expected:
             got = "nothing" if info is None else str(info.shape)
-            raise FormatError(f"layer {name}: {tensor_name(name, part)} should have shape {expected}, found {got}")
+            raise FormatError(
+                f"layer {name}: {tensor_name(name, part)} should have shape {expected}, found {got}"
+            )
     return {
         "scheme": str(layer.scheme),
         "shape": list(layer.shape),

@@ -24,7 +24,9 @@ SCHEMES = {
 
 
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the checkpoints.")] = Path("demo-output"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the checkpoints.")] = Path(
+        "demo-output"
+    ),
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Quantize and evaluate the bundled model: bits, size, perplexity on held-out modules, tokens per second."""
@@ -41,12 +43,20 @@ def demo(
         print_json({"rows": rows, "protocol": protocol, "output": str(output)})
         return
     columns = ["scheme", "bits/weight", "file", "perplexity", "tokens/s"]
-    print_table(columns, [_row(row) for row in rows], title="The bundled model on standard library modules it never saw")
+    print_table(
+        columns,
+        [_row(row) for row in rows],
+        title="The bundled model on standard library modules it never saw",
+    )
     print(f"protocol: {protocol}")
-    print(f"checkpoints: {output}/; try: fracbit generate {output / 'nf4-64'} 'def main(' --max-new-tokens 64")
+    print(
+        f"checkpoints: {output}/; try: fracbit generate {output / 'nf4-64'} 'def main(' --max-new-tokens 64"
+    )
 
 
-def _quantize(name: str, source: str, scheme: Scheme, folder: Path, show: Step, number: int) -> dict[str, Any]:
+def _quantize(
+    name: str, source: str, scheme: Scheme, folder: Path, show: Step, number: int
+) -> dict[str, Any]:
     from fracbit.pipeline.run import run
 
     result = run(Recipe(model=source, scheme=scheme), folder, overwrite=True)
@@ -57,10 +67,10 @@ def _measure(name: str, folder: str, show: Step, number: int) -> dict[str, Any]:
     from fracbit.checkpoint.load import load, load_tokenizer
     from fracbit.checkpoint.source import open_source
     from fracbit.evaluate import generation_speed, perplexity
-    from fracbit.pipeline.api import ids_of, read_text
+    from fracbit.pipeline.api import read_text
 
     model, tokenizer = load(folder), load_tokenizer(folder)
-    ids = ids_of(read_text("bundled:held-out?documents=one&keep=24576", tokenizer, model))
+    ids = read_text("bundled:held-out?documents=one&keep=24576", tokenizer, model).stream
     total = len(SCHEMES) + 1
 
     def step(done: int, windows: int) -> None:

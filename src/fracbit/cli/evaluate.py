@@ -12,16 +12,29 @@ from fracbit.cli.show import print_json, print_notes, progress
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or hub id, fracbit or float.")],
     text: Annotated[
-        str, typer.Option(help="Text, jsonl, parquet or id file, datasets:NAME, or bundled; options after ?, see docs/guide.md.")
+        str,
+        typer.Option(
+            help="Text, jsonl, parquet or id file, datasets:NAME, or bundled; options after ?, see docs/guide.md."
+        ),
     ],
-    window: Annotated[int | None, typer.Option(help="Tokens seen at once; default the model's, at most 2048.")] = None,
-    stride: Annotated[int | None, typer.Option(help="Tokens the window moves by; default the window.")] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens seen at once; default the model's, at most 2048.")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens the window moves by; default the window.")
+    ] = None,
     bos: Annotated[int | None, typer.Option(help="Token id put before every window.")] = None,
-    against: Annotated[str | None, typer.Option(help="Float model: also KL divergence and top-1 agreement.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Float model: also KL divergence and top-1 agreement.")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Windows run together.")] = 8,
-    dtype: Annotated[str, typer.Option(help="Type of what is not quantized: auto, float32, bfloat16, float16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Type of what is not quantized: auto, float32, bfloat16, float16.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the model's own code.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure perplexity on a text, with the protocol beside it."""
@@ -45,7 +58,12 @@ def evaluate(
                 reference, loaded, ids, window=window, stride=stride, bos=bos, batch=batch,
                 progress=lambda done, total: show("divergence", done, total),
             )  # fmt: skip
-    result: dict[str, Any] = {"model": model, "text": str(text), "text_sha256": tokens.sha256, **found.to_json()}
+    result: dict[str, Any] = {
+        "model": model,
+        "text": str(text),
+        "text_sha256": tokens.sha256,
+        **found.to_json(),
+    }
     if apart is not None:
         result["divergence"] = {"against": against, **apart.to_json()}
     result["notes"] = list(tokens.notes)
@@ -53,7 +71,9 @@ def evaluate(
         print_json(result)
         return
     print_notes(tokens.notes)
-    print(f"perplexity {found.perplexity:.4f} ({found.nll:.5f} nats per token), {found.tokens_per_second:.0f} tokens/s")
+    print(
+        f"perplexity {found.perplexity:.4f} ({found.nll:.5f} nats per token), {found.tokens_per_second:.0f} tokens/s"
+    )
     print(f"protocol: {found.protocol}")
     if apart is not None:
         print(f"from {against}: {apart}")

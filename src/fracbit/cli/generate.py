@@ -15,16 +15,24 @@ def generate(
     model: Annotated[str, typer.Argument(help="Folder or hub id, fracbit or float.")],
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token, 1 samples as the model says.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token, 1 samples as the model says.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    dtype: Annotated[str, typer.Option(help="Type of what is not quantized: auto, float32, bfloat16, float16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Type of what is not quantized: auto, float32, bfloat16, float16.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the model's own code.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Stream a continuation of PROMPT, then tokens per second and peak memory on stderr."""
     if max_new_tokens < 1 or temperature < 0:
-        raise DataError(f"--max-new-tokens must be at least 1 and --temperature at least 0, got {max_new_tokens}, {temperature}")
+        raise DataError(
+            f"--max-new-tokens must be at least 1 and --temperature at least 0, got {max_new_tokens}, {temperature}"
+        )
     import torch
     from transformers import TextStreamer
 
@@ -39,12 +47,14 @@ def generate(
     torch.manual_seed(seed)
     how = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     started = time.perf_counter()
-    ids = loaded.generate(
+    ids = loaded.generate(  # type: ignore[operator]
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         max_new_tokens=max_new_tokens,
         streamer=None if json else TextStreamer(tokenizer, skip_special_tokens=True),
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else loaded.config.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id
+        if tokenizer.pad_token_id is not None
+        else loaded.config.eos_token_id,
         **how,
     )
     seconds = time.perf_counter() - started

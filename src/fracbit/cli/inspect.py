@@ -22,7 +22,11 @@ def inspect(
         print_json(summary)
         return
     rows = [_row(name, layer) for name, layer in summary["layers"].items()]
-    print_table(["layer", "shape", "scheme", "bits/weight", "bytes", "relative error"], rows, title=str(Path(model).name))
+    print_table(
+        ["layer", "shape", "scheme", "bits/weight", "bytes", "relative error"],
+        rows,
+        title=str(Path(model).name),
+    )
     weights = summary["bits_per_weight"]
     print(
         f"{'not quantized' if weights is None else f'{weights:.4f} bits per weight'}, "

@@ -15,30 +15,51 @@ from fracbit.records.scheme import parse_scheme
 
 
 def quantize(
-    model: Annotated[str | None, typer.Argument(help="Folder or hub id of the float model; may stand in the recipe.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Folder or hub id of the float model; may stand in the recipe.")
+    ] = None,
     recipe: Annotated[Path | None, typer.Argument(help="Recipe file (TOML); flags override it.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="int, float, nf, dynamic, quantile, power, kmeans; see docs/guide.md.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="int, float, nf, dynamic, quantile, power, kmeans; see docs/guide.md.")
+    ] = None,
     bits: Annotated[int | None, typer.Option(help="Bits per code, 1 to 8.")] = None,
-    block: Annotated[str | None, typer.Option(help="Weights per scale: a number, row, tensor or flat:N.")] = None,
+    block: Annotated[
+        str | None, typer.Option(help="Weights per scale: a number, row, tensor or flat:N.")
+    ] = None,
     axis: Annotated[str | None, typer.Option(help="Blocks along in (input channels) or out.")] = None,
     offset: Annotated[str | None, typer.Option(help="none, zero (zero point), float or mean.")] = None,
-    scale: Annotated[str | None, typer.Option(help="fp32, fp16, bf16, or int8:256 for quantized scales.")] = None,
-    search: Annotated[bool | None, typer.Option("--search/--no-search", help="Search block ranges of least error.")] = None,
+    scale: Annotated[
+        str | None, typer.Option(help="fp32, fp16, bf16, or int8:256 for quantized scales.")
+    ] = None,
+    search: Annotated[
+        bool | None, typer.Option("--search/--no-search", help="Search block ranges of least error.")
+    ] = None,
     quantizer: Annotated[str | None, typer.Option(help="How schemes are filled, such as rtn.")] = None,
     embeddings: Annotated[str | None, typer.Option(help="Scheme of the embeddings, such as int8:64.")] = None,
     head: Annotated[str | None, typer.Option(help="Scheme of the output head, such as int8:64.")] = None,
-    keep: Annotated[list[str] | None, typer.Option(help="Pattern of layer names that stay float; repeatable.")] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Pattern of layer names that stay float; repeatable.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision on the hub.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the model's own code.")
+    ] = False,
     shard_size: Annotated[int, typer.Option(help="Largest weight file in MB; bounds the memory.")] = 512,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted output.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Quantize MODEL into a folder that transformers loads once fracbit is imported."""
-    scheme = {"dtype": dtype, "bits": bits, "block": _block(block), "axis": axis, "offset": offset, "scale": scale}
+    scheme = {
+        "dtype": dtype,
+        "bits": bits,
+        "block": _block(block),
+        "axis": axis,
+        "offset": offset,
+        "scale": scale,
+    }
     flags = {
         "model": model,
         "quantizer": quantizer,
@@ -62,14 +83,20 @@ def quantize(
         print_json(asdict(result))
         return
     print_notes(result.notes)
-    weights = "nothing quantized" if result.bits_per_weight is None else f"{result.bits_per_weight:.4f} bits per weight"
+    weights = (
+        "nothing quantized"
+        if result.bits_per_weight is None
+        else f"{result.bits_per_weight:.4f} bits per weight"
+    )
     print(
         f"{result.output}: {weights}, {result.bits_per_parameter:.4f} bits per parameter, {bytes_text(result.bytes)} "
         f"(source {bytes_text(result.source_bytes)}), {result.seconds:.1f} s, peak {bytes_text(result.peak_rss_bytes)}"
     )
 
 
-def merged_recipe(path: Path | None, flags: dict[str, Any], scheme: dict[str, Any], keep: list[str]) -> Recipe:
+def merged_recipe(
+    path: Path | None, flags: dict[str, Any], scheme: dict[str, Any], keep: list[str]
+) -> Recipe:
     """The recipe of a file with flags laid over it; a flag that was not given is None."""
     data = read_toml(path) if path else {}
     data |= {name: value for name, value in flags.items() if value is not None}
@@ -77,9 +104,14 @@ def merged_recipe(path: Path | None, flags: dict[str, Any], scheme: dict[str, An
     if given:
         data["scheme"] = {**data.get("scheme", {}), **given}
     if keep:
-        data["overrides"] = [*data.get("overrides", []), *({"layers": pattern, "keep": True} for pattern in keep)]
+        data["overrides"] = [
+            *data.get("overrides", []),
+            *({"layers": pattern, "keep": True} for pattern in keep),
+        ]
     if "model" not in data:
-        raise RecipeError("no model; name a folder or a hub id, on the command line or as `model` in the recipe")
+        raise RecipeError(
+            "no model; name a folder or a hub id, on the command line or as `model` in the recipe"
+        )
     return make_recipe(data, path)
 
 

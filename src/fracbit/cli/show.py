@@ -18,7 +18,13 @@ Step = Callable[[str, int, int], None]
 @contextmanager
 def progress(quiet: bool = False) -> Iterator[Step]:
     """A progress bar on stderr, fed by calls of (what is being done, done, total); none when `quiet`."""
-    columns = (TextColumn("{task.description}"), BarColumn(), "{task.percentage:>3.0f}%", TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        "{task.percentage:>3.0f}%",
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
         task = bar.add_task("", total=None)
 

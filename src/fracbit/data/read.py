@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fracbit.data.bundled import read_bundled
 from fracbit.data.encode import encode_texts
 from fracbit.data.ids import read_ids
 from fracbit.data.raw import RawIds, RawTexts
@@ -31,6 +32,7 @@ READERS: Mapping[Format, Callable[[Source], RawTexts | RawIds]] = {
     "u32": read_ids,
     "npy": read_ids,
     "datasets": read_dataset,
+    "bundled": read_bundled,
 }
 
 
@@ -85,9 +87,9 @@ def _check(documents: Sequence[np.ndarray], source: Source, vocabulary: int) -> 
         outside = np.flatnonzero((document < 0) | (document >= vocabulary))
         if len(outside):
             raise DataError(
-                f"{source}: id {document[outside[0]]} at position {outside[0]} of document {number} "
-                f"is outside the vocabulary 0..{vocabulary - 1}: the file was made with another tokenizer, or "
-                "has another format."
+                f"{source}: id {document[outside[0]]} at position {outside[0]} of document "
+                f"{number} is outside the vocabulary 0..{vocabulary - 1}: the file was made with another "
+                "tokenizer, or has another format."
             )
 
 

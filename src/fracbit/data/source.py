@@ -1,23 +1,29 @@
-"""Where text comes from, written as one string: the grammar of `--calibration`, `--text` and a recipe's
-data lines.
+"""Where text comes from, in one string: the grammar of calibration and evaluation sources.
 
-source    = location [ "?" option { "&" option } ] [ "@" weight ] location  = PATH
-a file; its extension is its format | FOLDER                                  a set saved by datasets'
-save_to_disk | "datasets:" NAME [ ":" [CONFIG] [ ":" SPLIT ] ]    a hub id or such a folder | "bundled" [
-":" ("train" | "held-out") ]           the text of the bundled model | "generated"
-written by the float model itself (generate.py) option    = "format=" ("text" | "jsonl" | "parquet" | "u16"
-| "u32" | "npy")   instead of the extension | "field=" NAME       the field or column to read (default:
-text, else messages, else conversations) | "documents=" ("one" | "each" | "line" | "paragraph")   what
-counts as a document | "length=" N         ids a document: id files are cut into documents of this length |
-"bos=" ("auto" | "always" | "never")   auto: as the tokenizer does by itself | "empty=" ("error" | "skip")
-what an empty document is | "first=" N          only the first N documents | "keep=" N           only the
-first N ids of each document weight    = a number above 0    the share of the samples in a mixture (default
-1)
+    source   = location [ "?" option { "&" option } ] [ "@" weight ]
+    location = FILE                                     its extension is its format
+             | FOLDER                                   a set that datasets' save_to_disk wrote
+             | "datasets:" NAME [ ":" [CONFIG] [ ":" SPLIT ] ]          a set on the hub, or such a folder
+             | "bundled" [ ":" ( "held-out" | "train" ) ]               text of the bundled model
+             | "generated"                              written by the float model itself (generate.py)
+    weight   = a number above 0                         share of the samples in a mixture (default 1)
 
-    notes.txt      chats.jsonl?field=messages@0.3      ids.u16?length=512&first=60&keep=256
-    datasets:wikitext:wikitext-2-raw-v1:test?documents=one
+    option             values                           meaning (default first)
+    documents          one, line, paragraph             of a text: what is a document
+                       each, one                        of records: each is one, or all joined by blank lines
+                       one, each                        of the bundled text: all, or each module
+    length             N                                of ids: cut into documents of N ids (default: one)
+    field              NAME                             of records (default text, messages, conversations)
+    bos                auto, always, never              of texts; auto: as the tokenizer does by itself
+    empty              error, skip                      what an empty document or record is
+    first              N                                only the first N documents (or joined records)
+    keep               N                                only the first N ids of each document
+    format             text, jsonl, parquet,            instead of the file's extension
+                       u16, u32, npy
 
-A string that names an existing file exactly is that file, so that "?" and "@" in file names stay usable.
+For example: notes.txt, chats.jsonl?field=messages@0.3, ids.u16?length=512&first=60&keep=256,
+datasets:wikitext:wikitext-2-raw-v1:test?documents=one. A string that names an existing file exactly is that
+file, so that "?" and "@" stay usable in file names.
 """
 
 from __future__ import annotations
@@ -72,7 +78,7 @@ DIVISIONS: Mapping[Format, tuple[Division, ...]] = {
     "jsonl": ("each", "one"),
     "parquet": ("each", "one"),
     "datasets": ("each", "one"),
-    "bundled": ("each", "one"),
+    "bundled": ("one", "each"),
 }
 """What `documents=` may be for each format; the first is the default."""
 

@@ -71,14 +71,14 @@ def _parquet_rows(table: Any, field: str) -> Iterator[tuple[str, Record]]:
 
 
 def _load(source: Source) -> Any:
-    datasets = _library("datasets")
     folder = Path(source.location)
+    if folder.is_dir() and not _saved(folder):
+        raise DataError(
+            f"{source.location} is a folder that datasets' save_to_disk did not write. Name its files "
+            "instead, as several sources."
+        )
+    datasets = _library("datasets")
     try:
-        if folder.is_dir() and not _saved(folder):
-            raise DataError(
-                f"{source.location} is a folder that datasets' save_to_disk did not write. Name its files "
-                "instead, as several sources."
-            )
         if folder.is_dir():
             return datasets.load_from_disk(str(folder))
         return datasets.load_dataset(source.location, source.config)

@@ -89,9 +89,11 @@ def skeleton(
                 dtype=torch.float32,
             )
     except (ValueError, KeyError, AttributeError) as error:
+        reason = str(error).partition("\n")[0]  # transformers goes on to list every config that it knows
         raise SourceError(
-            f"no causal language model can be built from a config of type {config.model_type!r}: {error} "
-            "Use a decoder-only model that AutoModelForCausalLM knows (its own code needs trust_remote_code)."
+            f"no causal language model can be built from a config of type {config.model_type!r} "
+            f"({reason}); "
+            "use a decoder-only model that AutoModelForCausalLM knows (its own code needs trust_remote_code)."
         ) from error
     split_experts(model)
     _compute_buffers(model)

@@ -27,7 +27,9 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     word = codes[..., 0].to(torch.int64)
     for i in range(1, 8):
         word = word | (codes[..., i].to(torch.int64) << (i * bits))
-    packed = torch.stack([(word >> (8 * j)) & 255 for j in range(bits)], -1).to(torch.uint8)  # [rows, groups, bits]
+    packed = torch.stack([(word >> (8 * j)) & 255 for j in range(bits)], -1).to(
+        torch.uint8
+    )  # [rows, groups, bits]
     return packed.view(rows, groups * bits)[:, : row_bytes(n, bits)].contiguous()
 
 
@@ -35,7 +37,9 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     """Inverse of `pack_bits`: uint8 [rows, count]. Raises `FormatError` when the row length does not fit."""
     rows, width = packed.shape
     if width != row_bytes(count, bits):
-        raise FormatError(f"{count} codes of {bits} bits take {row_bytes(count, bits)} bytes a row, got {width}")
+        raise FormatError(
+            f"{count} codes of {bits} bits take {row_bytes(count, bits)} bytes a row, got {width}"
+        )
     if bits == 8:
         return packed
     groups = -(-count // 8)

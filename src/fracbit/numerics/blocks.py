@@ -58,7 +58,9 @@ def stored_order(per_block: Tensor, shape: tuple[int, int], scheme: Scheme) -> T
     return per_block.reshape(stored).contiguous()
 
 
-def spread(stored: Tensor, shape: tuple[int, int], scheme: Scheme, first: int = 0, last: int | None = None) -> Tensor:
+def spread(
+    stored: Tensor, shape: tuple[int, int], scheme: Scheme, first: int = 0, last: int | None = None
+) -> Tensor:
     """Values per block, as stored, repeated over the weights of their block: rows `first` to `last` of [out, in].
 
     Broadcastable rather than full where all weights of a row, of a column or of the tensor share a value.

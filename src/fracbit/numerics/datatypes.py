@@ -30,7 +30,10 @@ LLOYD_STEPS = 60
 
 @dataclass(frozen=True, eq=False)
 class DataType:
-    """A table of numbers. `values` [rows, levels] fp32 ascending; `boundaries` [rows, levels - 1]; rows is 1 unless fitted per row."""
+    """A table of numbers: `values` [rows, levels] fp32 ascending, `boundaries` [rows, levels - 1].
+
+    rows is 1 unless the table is fitted per row; `step` is the spacing of an even table, None for any other.
+    """
 
     values: Tensor
     boundaries: Tensor
@@ -71,7 +74,7 @@ class DataType:
 
 def nearest_type(values: Tensor) -> DataType:
     """A data type that rounds to the nearest of `values` [levels] or [rows, levels], ascending."""
-    table = torch.atleast_2d(values)
+    table = values if values.dim() == 2 else values[None]
     middle = (table[:, 1:] + table[:, :-1]) / 2
     return DataType(table.float().contiguous(), middle.float().contiguous())
 
@@ -92,7 +95,9 @@ def make_int(bits: int, parameter: str, full: bool) -> DataType:
     levels = 2**bits if full else 2**bits - 1
     if levels < 2:
         raise SchemeError("a symmetric 1-bit int has one value; use an offset (zero or float), or more bits")
-    numerators = torch.arange(levels, dtype=torch.float64) * 2 - (levels - 1)  # linspace would miss an exact 0
+    numerators = torch.arange(levels, dtype=torch.float64) * 2 - (
+        levels - 1
+    )  # linspace would miss an exact 0
     table = nearest_type(numerators / (levels - 1))
     return DataType(table.values, table.boundaries, 2.0 / (levels - 1))
 
@@ -138,7 +143,7 @@ def make_nf(bits: int, parameter: str, full: bool) -> DataType:
 
 
 def make_power(bits: int, parameter: str, full: bool) -> DataType:
-    """sign(x)|x|^a rounded to a symmetric integer grid in the transformed space; a = 1/3 unless the parameter says otherwise."""
+    """sign(x)|x|^a rounded to a symmetric integer grid in the transformed space; a is the parameter, 1/3 by default."""
     exponent = _power_exponent(parameter)
     top = 2 ** (bits - 1) - 1
     grid = torch.arange(-top, top + 1, dtype=torch.float64) / top
@@ -170,7 +175,9 @@ def fit_kmeans(x: Tensor, weights: Tensor, scales: Tensor, bits: int, parameter:
     weights = weights * scales**2
     if parameter != "row":
         x, weights = _sample(x)[None], _sample(weights.expand_as(x))[None]
-    return torch.cat([_lloyd(a, b, 2**bits) for a, b in zip(x.split(256), weights.expand_as(x).split(256), strict=True)])
+    weights = weights.expand_as(x)
+    runs = range(0, len(x), 256)  # rows at a time: the prefix sums are fp64
+    return torch.cat([_lloyd(x[i : i + 256], weights[i : i + 256], 2**bits) for i in runs])
 
 
 DATATYPES: dict[str, DataTypeMaker] = {
@@ -195,7 +202,9 @@ def check_datatype(scheme: Scheme) -> DataTypeMaker:
     if maker.make is not None:
         maker.make(scheme.bits, parameter, _full(scheme))
     elif scheme.offset == "zero":
-        raise SchemeError(f"data type {name} is fitted after the offset is known; use offset float or none, not zero")
+        raise SchemeError(
+            f"data type {name} is fitted after the offset is known; use offset float or none, not zero"
+        )
     elif parameter not in ("", "tensor", "row") or (parameter and name != "kmeans"):
         raise SchemeError(f"data type {name} takes the parameter {maker.parameters}, got {parameter!r}")
     if isinstance(scheme.scale, Scheme):
@@ -254,7 +263,9 @@ def _power_exponent(parameter: str) -> float:
     try:
         exponent = float(Fraction(parameter or "1/3"))
     except (ValueError, ZeroDivisionError):
-        raise SchemeError(f"power:{parameter} has no number after the colon; write power:1/2 or power:0.4") from None
+        raise SchemeError(
+            f"power:{parameter} has no number after the colon; write power:1/2 or power:0.4"
+        ) from None
     if not 0.05 <= exponent <= 4:
         raise SchemeError(f"the exponent of power must lie in 0.05..4, got {parameter}")
     return exponent

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fracbit.errors import SchemeError, WeightError
-from fracbit.numerics.bits import pack_bits
+from fracbit.numerics.bits import pack_bits, unpack_bits
 from fracbit.numerics.blocks import (
     block_length,
     block_sums,
@@ -23,12 +23,21 @@ from fracbit.numerics.blocks import (
     stored_order,
     to_blocks,
 )
-from fracbit.numerics.datatypes import DataType, check_datatype, fit_table, fixed_type, is_fitted, nearest_type
+from fracbit.numerics.datatypes import (
+    DataType,
+    check_datatype,
+    fit_table,
+    fixed_type,
+    is_fitted,
+    nearest_type,
+)
 from fracbit.numerics.packed import (
     SCALE_DTYPES,
     PackedTensor,
     decode,
+    dense_scales,
     kept_columns,
+    table_of,
     zeros_shape,
 )
 from fracbit.records.scheme import Scheme
@@ -92,13 +101,63 @@ def fit(weight: Tensor, scheme: Scheme, importance: Tensor | None = None, search
     return grid
 
 
+def grid_of(packed: PackedTensor) -> Grid:
+    """The grid that a packed tensor's kept columns lie on, to move it or to choose other codes."""
+    shape = (packed.shape[0], packed.kept)
+    scale, shift = dense_scales(packed)
+    zeros = None
+    if packed.scheme.offset == "zero":
+        assert isinstance(packed.offsets, Tensor)
+        zeros = unpack_bits(packed.offsets, packed.scheme.bits, zeros_shape(tuple(scale.shape))[1]).view(scale.shape)
+    return Grid(packed.scheme, shape, table_of(packed), scale, shift, packed.scales, packed.offsets, zeros, packed.table)
+
+
+def codes_in(packed: PackedTensor) -> Tensor:
+    """The codes uint8 [out, kept] of a packed tensor."""
+    return unpack_bits(packed.codes, packed.scheme.bits, packed.kept)
+
+
+def moved(grid: Grid, scale: Tensor, shift: Tensor | None = None, zeros: Tensor | None = None) -> Grid:
+    """The grid with other scales, rounded to what is stored: `scale` and `shift` in the stored shape, `zeros` codes uint8.
+
+    For offset `zero` the shift follows from the zero codes and is not read; None leaves shift or zeros as they are.
+    """
+    scheme = grid.scheme
+    scales = _store(scale, scheme, positive=True)
+    scale = _dense(scales, scale)
+    if scheme.offset == "zero":
+        zeros = grid.zeros if zeros is None else zeros
+        assert zeros is not None
+        shift = -scale * grid.table.look_up(zeros).view(scale.shape)
+        return replace(grid, scale=scale, scales=scales, zeros=zeros, shift=shift)
+    if shift is None:
+        return replace(grid, scale=scale, scales=scales)
+    offsets = _store(shift, scheme, positive=False)
+    return replace(grid, scale=scale, scales=scales, offsets=offsets, shift=_dense(offsets, shift))
+
+
+def with_table(grid: Grid, table: Tensor) -> Grid:
+    """The grid of a fitted data type with another `table` fp16 [1 or out, levels], ascending."""
+    return replace(grid, table=nearest_type(table.float()), stored_table=table)
+
+
 def encode(weight: Tensor, grid: Grid) -> PackedTensor:
     """Round `weight` [out, in] to the grid and pack the codes."""
-    packed = [pack_bits(codes_of(weight, grid, a, b), grid.scheme.bits) for a, b in row_chunks(grid.shape, _in_axis(grid))]
+    chunks = row_chunks(grid.shape, _in_axis(grid))
+    return _packed(grid, [pack_bits(codes_of(weight, grid, a, b), grid.scheme.bits) for a, b in chunks])
+
+
+def pack(codes: Tensor, grid: Grid) -> PackedTensor:
+    """`codes` uint8 [out, in], chosen by whatever method, with their grid as a `PackedTensor`."""
+    chunks = row_chunks(grid.shape, _in_axis(grid))
+    return _packed(grid, [pack_bits(codes[a:b], grid.scheme.bits) for a, b in chunks])
+
+
+def _packed(grid: Grid, rows: list[Tensor]) -> PackedTensor:
     offsets = grid.offsets
     if grid.zeros is not None:
         offsets = pack_bits(grid.zeros.view(zeros_shape(tuple(grid.zeros.shape))), grid.scheme.bits)
-    return PackedTensor(grid.scheme, grid.shape, torch.cat(packed), grid.scales, offsets, grid.stored_table)
+    return PackedTensor(grid.scheme, grid.shape, torch.cat(rows), grid.scales, offsets, grid.stored_table)
 
 
 def codes_of(weight: Tensor, grid: Grid, first: int = 0, last: int | None = None) -> Tensor:
@@ -132,17 +191,21 @@ def _quantize_kept(
     columns = columns.to(torch.int32).sort().values
     kept = kept_columns(columns, weight.shape[1])
     if not len(kept):
-        raise SchemeError(f"all {weight.shape[1]} input columns are kept in 16 bits: leave the layer float instead")
+        raise SchemeError(
+            f"all {weight.shape[1]} input columns are kept in 16 bits: leave the layer float instead"
+        )
     importance = None if importance is None else importance[..., kept]
     packed = quantize_tensor(weight[:, kept], scheme, importance, search)
-    outliers = _in_16_bits(_finite(weight[:, columns.long()]))
+    outliers = in_16_bits(_finite(weight[:, columns.long()]))
     return replace(packed, shape=(weight.shape[0], weight.shape[1]), columns=columns, outliers=outliers)
 
 
-def _in_16_bits(values: Tensor) -> Tensor:
+def in_16_bits(values: Tensor) -> Tensor:
     """bf16 where that is exact (bf16 sources) or fp16 would overflow, fp16, which is finer, otherwise."""
     bf16 = values.bfloat16()
-    if torch.equal(bf16.float(), values.float()) or bool((values.abs() > torch.finfo(torch.float16).max).any()):
+    if torch.equal(bf16.float(), values.float()) or bool(
+        (values.abs() > torch.finfo(torch.float16).max).any()
+    ):
         return bf16
     return values.half()
 
@@ -153,7 +216,9 @@ def _finite(weight: Tensor) -> Tensor:
     if not bool(torch.isfinite(low + high)):
         bad = int((~torch.isfinite(weight)).sum())
         if bad:
-            raise WeightError(f"{bad} of {weight.numel()} weights are NaN or Inf; mend the source before quantizing it")
+            raise WeightError(
+                f"{bad} of {weight.numel()} weights are NaN or Inf; mend the source before quantizing it"
+            )
     return weight
 
 
@@ -190,8 +255,13 @@ def _grid(
     offsets: Tensor | PackedTensor | None = None
     shift = None
     if scheme.offset == "zero":
-        assert table is not None and middle is not None
-        zeros = table.nearest((-middle * _inverse(scale)).view(1, -1)).view(scale.shape) if zeros is None else zeros
+        assert table is not None
+        assert middle is not None
+        zeros = (
+            table.nearest((-middle * _inverse(scale)).view(1, -1)).view(scale.shape)
+            if zeros is None
+            else zeros
+        )
         shift = -scale * table.look_up(zeros)
     elif middle is not None:
         offsets = _store(middle, scheme, positive=False)
@@ -204,7 +274,7 @@ def _grid(
 def _fit_table(weight: Tensor, grid: Grid, importance: Tensor | None) -> Grid:
     scale = spread(grid.scale, grid.shape, grid.scheme)
     centered = weight if grid.shift is None else weight - spread(grid.shift, grid.shape, grid.scheme)
-    weights = torch.ones(1, 1, device=weight.device) if importance is None else torch.atleast_2d(importance)
+    weights = torch.ones(1, 1, device=weight.device) if importance is None else importance.expand_as(weight)
     normalized = centered * _inverse(scale)
     table = fit_table(grid.scheme, normalized, weights, scale.expand_as(weight))
     return replace(grid, table=nearest_type(table.float()), stored_table=table)
@@ -215,10 +285,13 @@ def _refit_table(weight: Tensor, grid: Grid, importance: Tensor | None) -> Grid:
     return fitted if grid_error(weight, fitted, importance) < grid_error(weight, grid, importance) else grid
 
 
-def _search(weight: Tensor, grid: Grid, scale: Tensor, middle: Tensor | None, importance: Tensor | None) -> Grid:
+def _search(
+    weight: Tensor, grid: Grid, scale: Tensor, middle: Tensor | None, importance: Tensor | None
+) -> Grid:
     """The range of least error for every block: shrunken ranges first, then least squares on the codes they give."""
     parts = [
-        _search_rows(weight[a:b], grid, a, b, scale, middle, importance) for a, b in row_chunks(grid.shape, grid.scheme)
+        _search_rows(weight[a:b], grid, a, b, scale, middle, importance)
+        for a, b in row_chunks(grid.shape, grid.scheme)
     ]
     best_scale = torch.cat([part[0] for part in parts])
     best_middle = None if middle is None else torch.cat([part[1] for part in parts if part[1] is not None])
@@ -229,7 +302,13 @@ def _search(weight: Tensor, grid: Grid, scale: Tensor, middle: Tensor | None, im
 
 
 def _search_rows(
-    weight: Tensor, grid: Grid, first: int, last: int, scale: Tensor, middle: Tensor | None, importance: Tensor | None
+    weight: Tensor,
+    grid: Grid,
+    first: int,
+    last: int,
+    scale: Tensor,
+    middle: Tensor | None,
+    importance: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Best (scale, middle, zero codes) of the blocks in rows `first` to `last`, which no block crosses."""
     rows = _stored_rows(grid, first, last)
@@ -237,13 +316,23 @@ def _search_rows(
     scheme = grid.scheme if isinstance(grid.scheme.scale, str) else replace(grid.scheme, scale="fp32")
     table = grid.table.rows(first, last)
     start = Grid(
-        scheme, (last - first, grid.shape[1]), table, grid.scale[rows], None if grid.shift is None else grid.shift[rows],
-        grid.scale[rows], None, None if grid.zeros is None else grid.zeros[rows],
+        scheme,
+        (last - first, grid.shape[1]),
+        table,
+        grid.scale[rows],
+        None if grid.shift is None else grid.shift[rows],
+        grid.scale[rows],
+        None,
+        None if grid.zeros is None else grid.zeros[rows],
     )
     best = _Best(weight, importance, start)
     for factor in SHRINK:
         for nudge in (0,) if start.zeros is None else (-1, 0, 1):
-            best.offer(_candidate(start, scale[rows] * factor, None if middle is None else middle[rows], factor, nudge))
+            best.offer(
+                _candidate(
+                    start, scale[rows] * factor, None if middle is None else middle[rows], factor, nudge
+                )
+            )
     for _ in range(REFITS):
         best.offer(_least_squares(weight, best.grid, importance))
     grid = best.grid
@@ -264,8 +353,12 @@ class _Best:
         self.error = torch.where(better, error, self.error)
         old = self.grid
         scale = torch.where(better, grid.scale, old.scale)
-        shift = None if old.shift is None or grid.shift is None else torch.where(better, grid.shift, old.shift)
-        zeros = None if old.zeros is None or grid.zeros is None else torch.where(better, grid.zeros, old.zeros)
+        shift = (
+            None if old.shift is None or grid.shift is None else torch.where(better, grid.shift, old.shift)
+        )
+        zeros = (
+            None if old.zeros is None or grid.zeros is None else torch.where(better, grid.zeros, old.zeros)
+        )
         self.grid = replace(old, scale=scale, shift=shift, zeros=zeros)
 
     def _block_error(self, grid: Grid) -> Tensor:
@@ -287,7 +380,9 @@ def _least_squares(weight: Tensor, grid: Grid, importance: Tensor | None) -> Gri
     """Scale (and float offset) that fit the present codes best, block by block, in closed form."""
     values = grid.table.look_up(codes_of(weight, grid))  # [out, in], in units of the scale
     if grid.zeros is not None:
-        values = values - spread(grid.table.look_up(grid.zeros).view(grid.zeros.shape), grid.shape, grid.scheme)
+        values = values - spread(
+            grid.table.look_up(grid.zeros).view(grid.zeros.shape), grid.shape, grid.scheme
+        )
 
     def total(x: Tensor) -> Tensor:
         return block_sums(_weighted(x, importance, 0, None), grid.scheme)
@@ -354,7 +449,9 @@ def _to_float(values: Tensor, dtype: str, positive: bool) -> Tensor:
     stored = values.to(SCALE_DTYPES[dtype])
     if bool(torch.isinf(stored).any()):
         largest = float(values.abs().max())
-        raise WeightError(f"a scale of {largest:.3g} does not fit {dtype} (at most {info.max:.3g}); use --scale bf16 or fp32")
+        raise WeightError(
+            f"a scale of {largest:.3g} does not fit {dtype} (at most {info.max:.3g}); use --scale bf16 or fp32"
+        )
     if positive:
         stored = torch.where((stored == 0) & (values > 0), info.smallest_normal, stored)
     return stored

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,9 @@ class PackedTensor:
     def to(self, device: torch.device | str) -> PackedTensor:
         """The same bytes on another device."""
         parts = {name: getattr(self, name) for name in PARTS}
-        moved = {name: part if part is None else part.to(device) for name, part in parts.items()}
+        moved: dict[str, Any] = {
+            name: part if part is None else part.to(device) for name, part in parts.items()
+        }
         return PackedTensor(self.scheme, self.shape, **moved)
 
 
@@ -82,13 +85,15 @@ def from_parts(scheme: Scheme, shape: tuple[int, int], parts: dict[str, Tensor])
     return _assemble(scheme, shape, parts, "")
 
 
-def part_shapes(
-    scheme: Scheme, shape: tuple[int, int], outliers: int = 0
-) -> dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]]:
+PartShapes = dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]]
+"""Name of a part -> (types it may have, its shape)."""
+
+
+def part_shapes(scheme: Scheme, shape: tuple[int, int], outliers: int = 0) -> PartShapes:
     """What a packed tensor of this scheme stores: name -> (types allowed, shape). `outliers` counts 16-bit columns."""
     kept = (shape[0], shape[1] - outliers)
     stored = scales_shape(kept, scheme)
-    result = {"codes": ((torch.uint8,), (shape[0], row_bytes(kept[1], scheme.bits)))}
+    result: PartShapes = {"codes": ((torch.uint8,), (shape[0], row_bytes(kept[1], scheme.bits)))}
     result |= _float_part("scales", scheme.scale, stored)
     if scheme.offset in ("float", "mean"):
         result |= _float_part("offsets", scheme.scale, stored)
@@ -121,7 +126,9 @@ def decode(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
         codes = unpack_bits(packed.codes[first:last], packed.scheme.bits, packed.kept)
         part = table.rows(first, last).look_up(codes)
         part = part * spread(scale, kept_shape, packed.scheme, first, last)
-        kept[first:last] = part if shift is None else part + spread(shift, kept_shape, packed.scheme, first, last)
+        kept[first:last] = (
+            part if shift is None else part + spread(shift, kept_shape, packed.scheme, first, last)
+        )
     return kept if packed.columns is None else _with_outliers(packed, kept)
 
 
@@ -150,9 +157,7 @@ def zeros_shape(stored: tuple[int, ...]) -> tuple[int, int]:
     return (stored[0], stored[1]) if len(stored) == 2 else (1, stored[0])
 
 
-def _float_part(
-    name: str, scale: str | Scheme, stored: tuple[int, ...]
-) -> dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]]:
+def _float_part(name: str, scale: str | Scheme, stored: tuple[int, ...]) -> PartShapes:
     if isinstance(scale, str):
         return {name: ((SCALE_DTYPES[scale],), stored)}
     count = 1
@@ -182,7 +187,8 @@ def _dense(stored: Tensor | PackedTensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _with_outliers(packed: PackedTensor, kept: Tensor) -> Tensor:
-    assert packed.columns is not None and packed.outliers is not None
+    assert packed.columns is not None
+    assert packed.outliers is not None
     weight = kept.new_empty(packed.shape)
     weight[:, kept_columns(packed.columns, packed.shape[1])] = kept
     weight[:, packed.columns.long()] = packed.outliers.to(kept.dtype)

@@ -9,14 +9,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fracbit.checkpoint.load import load, load_tokenizer
 from fracbit.data import Tokens, read_documents
 from fracbit.errors import DataError
-from fracbit.evaluate import Perplexity, perplexity
+from fracbit.evaluate import Ids, Perplexity, perplexity
 from fracbit.evaluate.logits import Progress
 from fracbit.pipeline.run import Result, run
 from fracbit.records.recipe import Recipe
 from fracbit.records.scheme import Scheme
 
 
-def quantize(model: str | Path, output: str | Path, scheme: Scheme | None = None, overwrite: bool = False) -> Result:
+def quantize(
+    model: str | Path, output: str | Path, scheme: Scheme | None = None, overwrite: bool = False
+) -> Result:
     """Round `model` (folder or hub id) to `scheme` into the folder `output`; `fracbit.run` takes a whole recipe.
 
     Raises a `FracbitError`, as `run` does.
@@ -39,7 +41,7 @@ def evaluate(
     """
     loaded = model if isinstance(model, PreTrainedModel) else load(model)
     if tokenizer is None:
-        tokenizer = load_tokenizer(model if not isinstance(model, PreTrainedModel) else model.config.name_or_path)
+        tokenizer = load_tokenizer(str(loaded.name_or_path))
     tokens = read_text(text, tokenizer, loaded)
     return perplexity(loaded, ids_of(tokens), window=window, stride=stride, progress=progress)
 
@@ -51,7 +53,7 @@ def read_text(text: str | Path, tokenizer: PreTrainedTokenizerBase | None, model
     return read_documents(str(text), tokenizer, model.config.get_text_config().vocab_size)
 
 
-def ids_of(tokens: Tokens) -> object:
+def ids_of(tokens: Tokens) -> Ids:
     """One stream for a single document, else the documents, each windowed on its own."""
     documents = tokens.documents
     return documents[0] if len(documents) == 1 else documents

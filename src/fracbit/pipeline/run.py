@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from transformers import AutoConfig, PreTrainedConfig
 from fracbit.checkpoint.format import stored_layer, tensor_names
 from fracbit.checkpoint.output import Output, open_output
 from fracbit.checkpoint.source import Source, open_source, read_tensor, tensor_hash
-from fracbit.errors import FracbitError, OutputError, SourceError, WeightError
+from fracbit.errors import OutputError, SourceError, WeightError
 from fracbit.models.skeleton import Origin, skeleton
 from fracbit.pipeline.finish import finish
-from fracbit.pipeline.schedule import SHARD_BYTES, Item, Schedule, make_schedule
+from fracbit.pipeline.schedule import SHARD_BYTES, Item, make_schedule
 from fracbit.quantizers import Quantizer, quantizer
 from fracbit.records.recipe import Recipe
 
@@ -67,19 +68,27 @@ def run(
     folder = Path(output)
     fill = quantizer(recipe.quantizer, recipe.search)
     source = open_source(recipe.model, recipe.revision, recipe.trust_remote_code)
-    _refuse(source, folder)
-    model = skeleton(model_config(source, recipe.trust_remote_code), trust_remote_code=recipe.trust_remote_code)
+    refuse(source, folder)
+    model = skeleton(
+        model_config(source, recipe.trust_remote_code), trust_remote_code=recipe.trust_remote_code
+    )
     schedule = make_schedule(recipe, source, model, shard_bytes)
     show = progress or (lambda what, done, total: None)
     done = 0
     with open_output(folder, schedule.key, schedule.bytes, overwrite, resume) as target:
         for shard, items in schedule.shards.items():
             if target.record(shard) is None:
-                _write_shard(target, shard, items, source, fill, lambda name, size, at=done: show(name, at + size, source.bytes))
+                _write_shard(
+                    target, shard, items, source, fill, partial(_show_from, show, done, source.bytes)
+                )
             done += sum(_source_bytes(source, item) for item in items)
             show(shard, done, source.bytes)
         totals = finish(target, recipe, source, schedule, model)
     return Result(str(folder), **totals, seconds=time.perf_counter() - started, peak_rss_bytes=peak_rss())
+
+
+def _show_from(show: Progress, before: int, total: int, name: str, size: int) -> None:
+    show(name, before + size, total)
 
 
 def _write_shard(
@@ -107,14 +116,19 @@ def _write_shard(
 
 def quantize_item(item: Item, tensor: Tensor, fill: Quantizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The stored tensors of one layer and what is recorded of it. Raises `WeightError` naming the layer."""
-    assert item.layer is not None and item.stored is not None
+    assert item.layer is not None
+    assert item.stored is not None
     weight = (tensor.T if item.layer.transposed else tensor).float()
     try:
         quantized = fill(weight, item.stored.scheme, None)
     except WeightError as error:
         raise WeightError(f"layer {item.layer.name}: {error}") from error
     stored = stored_layer(quantized.packed, item.stored.kind)
-    facts = {"loss": quantized.loss, "bits_per_weight": stored.bits_per_weight, "notes": list(quantized.notes)}
+    facts = {
+        "loss": quantized.loss,
+        "bits_per_weight": stored.bits_per_weight,
+        "notes": list(quantized.notes),
+    }
     return tensor_names(item.layer.name, quantized.packed), facts
 
 
@@ -137,13 +151,15 @@ def _prefetch(source: Source, items: Iterable[Item]) -> Iterator[tuple[Item, Ten
 
 
 def model_config(source: Source, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """transformers' config of a source. Raises `SourceError` when transformers does not know it or is not to trust it."""
+    """Transformers' config of a source. Raises `SourceError` when transformers does not know it or is not to trust it."""
     if not trust_remote_code and "auto_map" in source.config and _unknown(source):
         raise SourceError(f"{source.name} runs code of its own; if you trust it, pass --trust-remote-code")
     try:
-        return AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
         raise SourceError(f"{source.name} is not a model that transformers knows: {error}") from error
+    assert isinstance(config, PreTrainedConfig)
+    return config
 
 
 def _unknown(source: Source) -> bool:
@@ -152,7 +168,8 @@ def _unknown(source: Source) -> bool:
     return source.config.get("model_type") not in CONFIG_MAPPING
 
 
-def _refuse(source: Source, folder: Path) -> None:
+def refuse(source: Source, folder: Path) -> None:
+    """Stop before any work where the output is the model itself, or the model is quantized already."""
     if folder.exists() and folder.resolve() == source.folder.resolve():
         raise OutputError(f"{folder} is the model itself; name another folder for the output")
     method = (source.config.get("quantization_config") or {}).get("quant_method")
@@ -172,4 +189,3 @@ def peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-__all__ = ["FracbitError", "Progress", "Result", "model_config", "peak_rss", "quantize_item", "run"]

@@ -60,7 +60,9 @@ class Schedule:
         return sum(item.bytes for items in self.shards.values() for item in items)
 
 
-def make_schedule(recipe: Recipe, source: Source, model: PreTrainedModel, shard_bytes: int = SHARD_BYTES) -> Schedule:
+def make_schedule(
+    recipe: Recipe, source: Source, model: PreTrainedModel, shard_bytes: int = SHARD_BYTES
+) -> Schedule:
     """Schedule `recipe` over the tensors of `source`; `model` is its skeleton.
 
     Raises `SourceError` when tensors are missing, `RecipeError` when an override matches nothing.
@@ -68,20 +70,39 @@ def make_schedule(recipe: Recipe, source: Source, model: PreTrainedModel, shard_
     layers = quantizable(model, include_head=True, include_embeddings=True)
     decisions, notes = decide(recipe, layers)
     places = origins(model, source.tensors)
+    _check_causal(source, model, bool(places.missing))
     if places.missing:
-        raise SourceError(f"{source.name} lacks {len(places.missing)} tensors of its model, such as {places.missing[0]}")
+        raise SourceError(
+            f"{source.name} lacks {len(places.missing)} tensors of its model, such as {places.missing[0]}"
+        )
     items = [_item(name, place, source, layers, decisions) for name, place in places.tensors.items()]
     items += [Item(name, Origin(name), source.tensors[name].bytes) for name in places.unused]
     items = _without_tied(items, model)
     if places.unused:
-        notes = (*notes, f"{len(places.unused)} tensors belong to no module and were copied: {places.unused[0]}, ...")
+        notes = (
+            *notes,
+            f"{len(places.unused)} tensors belong to no module and were copied: {places.unused[0]}, ...",
+        )
     return Schedule(_key(recipe, source, shard_bytes), _shards(items, shard_bytes), decisions, notes)
+
+
+def _check_causal(source: Source, model: PreTrainedModel, incomplete: bool) -> None:
+    """A base model without a head of its own will do (GPT-2's files are one); an encoder or a classifier will not."""
+    listed = source.config.get("architectures") or [type(model).__name__]
+    heads = any("CausalLM" in name or "LMHead" in name for name in listed)
+    base = any(name.endswith("Model") for name in listed) and not incomplete
+    if type(model).__name__ not in listed and not heads and not base:
+        raise SourceError(
+            f"{source.name} holds a {' or '.join(listed)}, which is not a causal language model; "
+            f"name one, such as a {type(model).__name__}"
+        )
 
 
 def decide(recipe: Recipe, layers: Mapping[str, Layer]) -> tuple[dict[str, Decision], tuple[str, ...]]:
     """The scheme of every quantizable layer, and notes. Later overrides win."""
     matched = {override.layers: False for override in recipe.overrides}
-    decisions, notes = {}, []
+    decisions: dict[str, Decision] = {}
+    notes: list[str] = []
     for name, layer in layers.items():
         decision = _by_kind(recipe, layer)
         for override in recipe.overrides:
@@ -105,14 +126,18 @@ def _by_kind(recipe: Recipe, layer: Layer) -> Decision:
     return Decision(scheme, f"{layer.kind} {'of the recipe' if scheme else 'stays float unless asked for'}")
 
 
-def _tie(decisions: dict[str, Decision], layers: Mapping[str, Layer], notes: list[str]) -> dict[str, Decision]:
+def _tie(
+    decisions: dict[str, Decision], layers: Mapping[str, Layer], notes: list[str]
+) -> dict[str, Decision]:
     """A head that is its embedding table has one scheme with it."""
     for name, layer in layers.items():
         if layer.tied is None:
             continue
         table, head = decisions[layer.tied].scheme, decisions[name].scheme
         if table is not None and head is not None and table != head:
-            raise RecipeError(f"{name} and {layer.tied} are one tensor: give embeddings and head the same scheme, or one")
+            raise RecipeError(
+                f"{name} and {layer.tied} are one tensor: give embeddings and head the same scheme, or one"
+            )
         both = Decision(table or head, f"tied: {name} and {layer.tied} are one tensor")
         if both.scheme is not None:
             notes.append(both.reason)
@@ -150,7 +175,9 @@ def _shards(items: Iterable[Item], limit: int) -> dict[str, tuple[Item, ...]]:
         size += item.bytes
     if len(groups) == 1:
         return {"model.safetensors": tuple(groups[0])}
-    return {f"model-{n:05}-of-{len(groups):05}.safetensors": tuple(group) for n, group in enumerate(groups, 1)}
+    return {
+        f"model-{n:05}-of-{len(groups):05}.safetensors": tuple(group) for n, group in enumerate(groups, 1)
+    }
 
 
 def _key(recipe: Recipe, source: Source, shard_bytes: int) -> str:

@@ -32,7 +32,7 @@ class RoundToNearest:
 
 
 def relative_error(weight: Tensor, decoded: Tensor, importance: Tensor | None = None) -> float:
-    """sum h (w - q)^2 / sum h w^2, the weighted relative squared error; 0 for a weight of zeros."""
+    """Sum h (w - q)^2 / sum h w^2, the weighted relative squared error; 0 for a weight of zeros."""
     error, power = (decoded - weight).square(), weight.float().square()
     if importance is not None:
         error, power = error * importance, power * importance

@@ -129,7 +129,9 @@ def _check_block(block: object) -> None:
         return
     if isinstance(block, str) and (block in _NAMED_BLOCKS or _FLAT.fullmatch(block)):
         return
-    raise SchemeError(f"block {block!r} is not a block: use a number above 0, row, tensor, or flat:N such as flat:64")
+    raise SchemeError(
+        f"block {block!r} is not a block: use a number above 0, row, tensor, or flat:N such as flat:64"
+    )
 
 
 def _check_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -141,6 +143,8 @@ def parse_scheme(text: str) -> Scheme:
     """A scheme written in one word, `TYPEBITS:BLOCK`: `int8:64`, `nf4:row`. Raises `SchemeError`."""
     match = re.fullmatch(r"([a-z]+)([1-8])(?::(\w+(?::\d+)?))?", text)
     if match is None:
-        raise SchemeError(f"{text!r} is not a scheme in one word: write TYPEBITS or TYPEBITS:BLOCK, such as int8:64")
+        raise SchemeError(
+            f"{text!r} is not a scheme in one word: write TYPEBITS or TYPEBITS:BLOCK, such as int8:64"
+        )
     dtype, bits, block = match.groups()
     return Scheme(dtype, int(bits), int(block) if block and block.isdigit() else block or 64)

@@ -60,7 +60,8 @@ struct RowJob {
     const int8_t* a;       // [batch, chunks, 2, 16, 4]
     const float* a_scale;  // [batch, chunks, 16]
     const float* x;        // [batch, chunks, 8, 16]
-    const float* block_sums;  // [batch, blocks]: sums of the activations, rounded where a is used
+    const float* block_sums;  // [batch, sums_stride]: sums of the activations, rounded where a is used; then zeros
+    int64_t sums_stride;
     float bias;            // the constant part of a code's value, in steps
 
     float* y;              // element (n, row) at n * y_stride + row

@@ -158,8 +158,12 @@ void fill(const Lanes& lanes, const Weight& w, const Isa& isa, const float* natu
     }
 }
 
+// Blocks of a row, padded as the kernels read them.
+int64_t sums_stride(const Weight& w) { return aligned(w.along_out ? 1 : w.blocks); }
+
 // Sums of the activations of every block, from those of the lanes.
 void sum_blocks(const Weight& w, const float* lane_sums, float* block_sums) {
+    std::fill(block_sums, block_sums + sums_stride(w), 0.0f);
     if (w.along_out || w.blocks == 1) {
         block_sums[0] = std::accumulate(lane_sums, lane_sums + w.chunks() * kLanes, 0.0f);
         return;
@@ -183,6 +187,7 @@ RowJob job_of(const Weight& w) {
     job.table_stride = w.table_rows == 1 ? 0 : kTable;
     job.scale_type = w.scale_type;
     job.blocks = w.along_out ? 1 : w.blocks;
+    job.sums_stride = sums_stride(w);
     job.block = w.block;
     job.kept = w.kept;
     job.base = w.base.data();
@@ -289,8 +294,8 @@ void task_along_out(void* context, int64_t index, int worker) {
     float* memory = call.scratch(worker);
     float *scale = memory, *offset = scale + width, *scaled = offset + width, *zero = scaled + width, *shift = zero + width;
     float* sums = shift + aligned(call.batch);
-    const Lanes lanes(sums + aligned(call.batch), call.batch, chunks);
-    float* rest = sums + aligned(call.batch) + Lanes::floats(call.batch, chunks);
+    const Lanes lanes(sums + call.batch * sums_stride(w), call.batch, chunks);
+    float* rest = sums + call.batch * sums_stride(w) + Lanes::floats(call.batch, chunks);
     call.isa->to_float(at(w.scales, w.scale_type, group * w.kept), w.scale_type, w.kept, scale);
     offsets_of(w, *call.isa, group, width, offset, zero);
     for (int64_t n = 0; n < call.batch; ++n) {
@@ -298,7 +303,7 @@ void task_along_out(void* context, int64_t index, int worker) {
         for (int64_t i = 0; i < w.kept; ++i) scaled[i] = x[i] * scale[i];
         std::fill(scaled + w.kept, scaled + width, 0.0f);
         fill(lanes, w, *call.isa, scaled, n, call.int8);
-        sum_blocks(w, lanes.x_sum + n * chunks * kLanes, sums + n);
+        sum_blocks(w, lanes.x_sum + n * chunks * kLanes, sums + n * sums_stride(w));
         shift[n] = 0.0f;
         if (w.offsets != nullptr) shift[n] = dot(offset, x, w.kept);
         if (!w.zeros.empty()) shift[n] = dot(zero, lanes.x + n * width, width);
@@ -401,13 +406,13 @@ void multiply_some(const Weight& w, const Isa& isa, const Matrix& x, const Matri
     call.x.width = chunks * kChunk;
     const int64_t row_scratch = aligned(std::max(scratch_floats(w.along_out ? 1 : w.blocks), chunks * kChunk + p));
     call.thread_floats = row_scratch;
-    if (w.along_out) call.thread_floats += 4 * call.x.width + 2 * aligned(batch) + Lanes::floats(batch, chunks);
+    if (w.along_out) call.thread_floats += 4 * call.x.width + aligned(batch) + batch * sums_stride(w) + Lanes::floats(batch, chunks);
 
     const bool direct = y.type == Float::f32 && y.stride == w.rows;
     const int64_t sizes[] = {batch * call.x.width, aligned(batch * p), aligned(w.columns),
                              w.along_out ? 0 : Lanes::floats(batch, chunks), direct ? 0 : aligned(batch * w.rows),
                              call.thread_floats * threads,
-                             w.along_out ? 0 : aligned(batch * w.blocks)};
+                             w.along_out ? 0 : batch * sums_stride(w)};
     int64_t total = 0;
     for (const int64_t size : sizes) total += size;
     static thread_local Workspace workspace;
@@ -435,7 +440,7 @@ void multiply_some(const Weight& w, const Isa& isa, const Matrix& x, const Matri
         load(w, isa, x, n, call.x, row);
         if (w.along_out || !w.whole_lanes) continue;
         fill(lanes, w, isa, call.x.kept + n * call.x.width, n, int8);
-        sum_blocks(w, lanes.x_sum + n * chunks * kLanes, sums + n * w.blocks);
+        sum_blocks(w, lanes.x_sum + n * chunks * kLanes, sums + n * sums_stride(w));
     }
     with_lanes(call.job, lanes, sums);
     if (!w.whole_lanes) call.job.x = call.x.kept;

@@ -188,6 +188,14 @@ inline float dot_floats(const float* a, const float* b, int64_t count) {
     return sum;
 }
 
+// Sum of products; both arrays go on for up to 15 zeros (and finite numbers against them).
+template <class S>
+inline float dot_padded(const float* a, const float* b, int64_t count) {
+    typename S::Floats sum = S::zero_floats();
+    for (int64_t i = 0; i < count; i += kLanes) sum = S::fma(S::load(a + i), S::load(b + i), sum);
+    return S::total(sum);
+}
+
 // Scales of a row into scratch; into `rest` [batch] what constants and offsets, which only see sums of activations, add to y.
 template <class S>
 void prepare_row(const RowJob& job, int64_t row, int slot, float step, const float* values, RowScales& scales, float* rest) {
@@ -198,6 +206,7 @@ void prepare_row(const RowJob& job, int64_t row, int slot, float step, const flo
     } else {
         const int64_t first = row * job.scale_stride, width = job.scale_type == Float::f32 ? 4 : 2;
         S::to_float(static_cast<const char*>(job.scales) + first * width, job.scale_type, job.blocks, scale);
+        for (int64_t i = 0; i < kLanes; ++i) scale[job.blocks + i] = 0.0f;
         float* offset = job.scratch + kMaxRows * scratch_stride(job);
         if (job.offsets != nullptr) {
             S::to_float(static_cast<const char*>(job.offsets) + first * width, job.scale_type, job.blocks, offset);
@@ -205,12 +214,15 @@ void prepare_row(const RowJob& job, int64_t row, int slot, float step, const flo
             const uint8_t* zeros = job.zeros + first;
             for (int64_t b = 0; b < job.blocks; ++b) offset[b] = -scale[b] * values[zeros[b]];
         }
-        if (job.offsets != nullptr || job.zeros != nullptr)
-            for (int64_t n = 0; n < job.batch; ++n) rest[n] = dot_floats(offset, job.block_sums + n * job.blocks, job.blocks);
+        if (job.offsets != nullptr || job.zeros != nullptr) {
+            for (int64_t i = 0; i < kLanes; ++i) offset[job.blocks + i] = 0.0f;
+            for (int64_t n = 0; n < job.batch; ++n)
+                rest[n] = dot_padded<S>(offset, job.block_sums + n * job.sums_stride, job.blocks);
+        }
     }
     if (job.bias != 0.0f)
         for (int64_t n = 0; n < job.batch; ++n)
-            rest[n] += step * job.bias * dot_floats(scale, job.block_sums + n * job.blocks, job.blocks);
+            rest[n] += step * job.bias * dot_padded<S>(scale, job.block_sums + n * job.sums_stride, job.blocks);
 }
 
 // The chunks of some rows: those that can be read where they lie, then a padded copy of the rest. Made before the loop,

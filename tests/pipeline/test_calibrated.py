@@ -190,7 +190,7 @@ def test_bad_input(source: Path, ids: Path, tmp_path: Path, tiny_llama: Maker) -
     with pytest.raises(DataError, match="fewer than"):
         run_calibrated(recipe(source, ids, samples=600), tmp_path / "b")
     outside = tmp_path / "big.u16"
-    np.full(500, 200, dtype=np.uint16).tofile(outside)
+    np.full(480, 200, dtype=np.uint16).tofile(outside)
     with pytest.raises(DataError, match="outside the vocabulary"):
         run_calibrated(recipe(source, outside), tmp_path / "c")
     broken = tiny_llama()

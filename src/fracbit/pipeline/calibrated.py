@@ -87,7 +87,7 @@ def prepare(recipe: Recipe, output: Path, progress: Progress | None) -> Work:
     fill = quantizer(recipe.quantizer, recipe.search)
     dtype = forward_dtype(recipe.calibration.dtype, source)
     show = progress or (lambda what, done, total: None)
-    return Work(recipe, recipe.calibration, source, model, family_of(model), fill, dtype, show)
+    return Work(recipe, recipe.calibration, source, model, family_of(model), fill, dtype, stored_dtype(source), show)
 
 
 def forward_dtype(asked: str, source: Source) -> torch.dtype:
@@ -97,6 +97,12 @@ def forward_dtype(asked: str, source: Source) -> torch.dtype:
     stored = {info.dtype for info in source.tensors.values()}
     native = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if stored == {"BF16"} and native else torch.float32
+
+
+def stored_dtype(source: Source) -> torch.dtype:
+    """The coarsest float type that the source stores tensors in."""
+    stored = {info.dtype for info in source.tensors.values()}
+    return torch.bfloat16 if "BF16" in stored else torch.float16 if "F16" in stored else torch.float32
 
 
 def read_samples(work: Work) -> Samples:

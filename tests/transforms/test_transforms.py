@@ -38,7 +38,9 @@ def some_models() -> dict[str, object]:
 
     small = {"vocab_size": 96, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     configs = {
-        "llama": LlamaConfig(**small, intermediate_size=132, num_key_value_heads=2, tie_word_embeddings=False),
+        "llama": LlamaConfig(
+            **small, intermediate_size=132, num_key_value_heads=2, tie_word_embeddings=False
+        ),
         "qwen2": Qwen2Config(**small, intermediate_size=60, num_key_value_heads=2, tie_word_embeddings=False),
         "opt": OPTConfig(**small, ffn_dim=60, word_embed_proj_dim=48, max_position_embeddings=64),
         "gpt2": GPT2Config(vocab_size=96, n_embd=48, n_layer=2, n_head=4, n_positions=64),

@@ -37,7 +37,9 @@ def fold_norm(block: nn.Module, family: Family, norm: Norm, factors: Tensor) -> 
     Raises `RecipeError` when the residual stream takes the output too.
     """
     if not norm.exclusive:
-        raise RecipeError(f"{norm.name} feeds more than linears in this family: it cannot be folded; leave the transform out")
+        raise RecipeError(
+            f"{norm.name} feeds more than linears in this family: it cannot be folded; leave the transform out"
+        )
     gain = gain_of(block, norm.name)
     assert gain is not None
     bias = bias_of(block.get_submodule(norm.name))
@@ -122,7 +124,12 @@ def check_rotatable(block: nn.Module, family: Family) -> None:
         inside_head = norm.name.rpartition(".")[2] in ("q_norm", "k_norm")
         if inside_head and not norm.readers:
             continue
-        if bias_of(module) is not None or isinstance(module, nn.LayerNorm) or not norm.exclusive or not norm.readers:
+        if (
+            bias_of(module) is not None
+            or isinstance(module, nn.LayerNorm)
+            or not norm.exclusive
+            or not norm.readers
+        ):
             raise RecipeError(
                 f"{norm.name} ({type(module).__name__}) does not commute with a rotation of the residual stream; "
                 "rotation needs RMSNorms that only linears read (Llama, Mistral, Qwen); leave it out for this model"

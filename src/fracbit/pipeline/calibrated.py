@@ -32,6 +32,7 @@ from fracbit.models.skeleton import skeleton
 from fracbit.models.spill import storage
 from fracbit.models.walk import Hidden, embed
 from fracbit.pipeline.block import Work, do_block, facts_of, item_as_stored, read_item, redo_block
+from fracbit.pipeline.distill import distill_shards
 from fracbit.pipeline.finish import finish
 from fracbit.pipeline.run import Progress, Result, model_config, peak_rss, refuse
 from fracbit.pipeline.schedule import Item, Schedule, make_schedule
@@ -70,6 +71,8 @@ def run_calibrated(
                 work, target, shard, items, path, block, hidden
             )
             work.show(f"block {number + 1} of {len(shards) - 1}", number + 1, len(shards) - 1)
+        if work.plan.distill:
+            distill_shards(work, target, schedule, samples)
         schedule = as_stored(schedule, target)
         totals = finish(target, recipe, work.source, schedule, work.model, (samples.to_json(),))
     seconds = time.perf_counter() - started

@@ -119,9 +119,13 @@ def _kl(teacher: PreTrainedModel, student: PreTrainedModel, ids: Tensor) -> Tens
     return (wanted.exp() * (wanted - found)).sum(-1).mean()
 
 
-def _groups(soft: Mapping[str, SoftLinear], norms: Mapping[str, nn.Parameter], rate: float) -> list[dict[str, object]]:
+def _groups(
+    soft: Mapping[str, SoftLinear], norms: Mapping[str, nn.Parameter], rate: float
+) -> list[dict[str, object]]:
     latent = [layer.latent for layer in soft.values()]
-    scales = [p for layer in soft.values() for n, p in layer.named_parameters() if n != "latent" and p.requires_grad]
+    scales = [
+        p for layer in soft.values() for n, p in layer.named_parameters() if n != "latent" and p.requires_grad
+    ]
     return [
         {"params": latent, "lr": rate},
         {"params": scales, "lr": rate * SCALE_RATE},

@@ -24,6 +24,7 @@ from fracbit.records.row import Row, label
 Floats = NDArray[np.float64]
 
 FLOAT_BITS = 16
+OFFSET_WORDS = {"zero": "zero point", "float": "float offset", "mean": "centered"}
 LEVEL = 0.95
 DRAWS = 400
 
@@ -45,7 +46,7 @@ class Slice:
     def __str__(self) -> str:
         parts = [f"{self.dtype}, block {self.block}"]
         parts += ["blocks along out"] if self.axis == "out" else []
-        parts += [{"zero": "zero point", "float": "float offset", "mean": "centered"}[self.offset]] if self.offset != "none" else []
+        parts += [OFFSET_WORDS[self.offset]] if self.offset != "none" else []
         parts += [f"scales {self.scale}"] if self.scale != "fp16" else []
         parts += [self.quantizer] if self.quantizer != "rtn" else []
         parts += ["searched ranges"] if self.search else []
@@ -236,8 +237,9 @@ def advise(rows: Sequence[Row], budget_bits: float) -> Advice | None:
     if not fitting:
         return None
     best = fitting[0]
-    sentence = f"for {size_text(budget_bits)} of memory, use {in_words(best)}: perplexity {_perplexity(best)} in {size_text(best.model_bits)}"
-    other = next((row for row in fitting if (bits_of(row), row.run.recipe.model) != (bits_of(best), best.run.recipe.model)), None)
+    found = f"perplexity {_perplexity(best)} in {size_text(best.model_bits)}"
+    sentence = f"for {size_text(budget_bits)} of memory, use {in_words(best)}: {found}"
+    other = next((row for row in fitting if _choice(row) != _choice(best)), None)
     return Advice(budget_bits, best, sentence, _doubt(best, other) if other else "")
 
 
@@ -254,6 +256,10 @@ def size_text(bits: float) -> str:
         if size >= factor:
             return f"{size / factor:.3g} {unit}"
     return f"{size / 1e3:.3g} kB"
+
+
+def _choice(row: Row) -> tuple[str, int]:
+    return row.run.recipe.model, bits_of(row)
 
 
 def _doubt(best: Row, other: Row) -> str:

@@ -30,13 +30,14 @@ function unique(values) { return [...new Set(values)]; }
 function byKey(key) { return group.rows.find((row) => row.key === key); }
 
 function layout(x, y, more) {
+  const titled = (a) => Object.assign({}, axis, a, { title: { text: a.title || "" } });
   const axis = { gridcolor: color("--line"), zerolinecolor: color("--line"), automargin: true };
   const phone = window.innerWidth < 640;
   return Object.assign({
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: color("--ink"), size: phone ? 11 : 13 },
     margin: { l: 55, r: 10, t: 10, b: 45 }, hovermode: "closest", hoverlabel: { align: "left" },
     legend: phone ? { orientation: "h", y: -0.3 } : { orientation: "v" },
-    xaxis: Object.assign({}, axis, x), yaxis: Object.assign({}, axis, y),
+    xaxis: titled(x), yaxis: titled(y),
   }, more || {});
 }
 function draw(id, traces, shape) {
@@ -73,12 +74,14 @@ function drawCurves() {
   const traces = unique(rows.map((r) => r.bits)).sort((a, b) => a - b).map((bits) => {
     const own = rows.filter((r) => r.bits === bits).sort((a, b) => a.modelBits - b.modelBits);
     return {
+      // Collapsed widths would flatten the others; a click in the legend brings them in.
+      visible: bits < 3 ? "legendonly" : true,
       name: bits === 16 ? "float" : bits + " bits", mode: "lines+markers+text", x: own.map((r) => Math.log2(r.modelBits)), y: own.map((r) => r.nll),
       text: own.map((r) => (bits === 16 ? shortName(r.model) : "")), textposition: "top center", customdata: own.map((r) => r.key),
       hovertext: own.map(hover), hoverinfo: "text", line: { color: BIT_COLORS[bits], dash: bits === 16 ? "dot" : "solid" }, marker: { size: 8 },
     };
   });
-  draw("curves", traces, layout({ title: "log2 of total model bits" }, lossAxis("nats per token", rows.map((r) => r.nll))));
+  draw("curves", traces, layout({ title: "log2 of total model bits" }, lossAxis("nats per token", rows.filter((r) => r.bits > 2).map((r) => r.nll))));
   clickable("curves");
   const law = slice.law;
   at("law").textContent = law === null ? "" : `Bivariate power law (parameters, bits): residual ${digits(law.rms, 3)} nats` +
@@ -91,14 +94,18 @@ function drawOffsets() {
   const slice = group.slices[+at("curve-slice").value];
   const measure = at("offset-measure").value;
   const found = (slice ? slice.offsets : []).filter((o) => o[measure] !== null);
-  const trace = {
-    mode: "markers", x: found.map((o) => (o.bits === 16 ? "float" : o.bits + " bits")), y: found.map((o) => o[measure][0]),
-    error_y: { type: "data", symmetric: false, array: found.map((o) => o[measure][2] - o[measure][0]), arrayminus: found.map((o) => o[measure][0] - o[measure][1]) },
-    marker: { size: 11, color: found.map((o) => BIT_COLORS[o.bits]) },
-    hovertext: found.map((o) => `${o[measure].map((v) => digits(v, 4)).join(" · ")} (estimate · low · high)`), hoverinfo: "text",
-  };
+  const traces = found.map((o) => {
+    const [value, low, high] = o[measure];
+    const name = o.bits === 16 ? "float" : o.bits + " bits";
+    return {
+      name, mode: "markers", x: [name], y: [value], visible: o.bits < 3 ? "legendonly" : true,
+      error_y: { type: "data", symmetric: false, array: [high - value], arrayminus: [value - low] },
+      marker: { size: 11, color: BIT_COLORS[o.bits] },
+      hovertext: `${[value, low, high].map((v) => digits(v, 4)).join(" · ")} (estimate · low · high)`, hoverinfo: "text",
+    };
+  });
   const title = measure === "loss" ? "nats per token above 4 bits" : "log2(total bits) above 4 bits";
-  draw("offsets", [trace], layout({ title: slice ? slice.name : "", type: "category" }, { title, zeroline: true, zerolinewidth: 2 }));
+  draw("offsets", traces, layout({ title: slice ? slice.name : "", type: "category" }, { title, zeroline: true, zerolinewidth: 2 }));
 }
 
 function drawTypes() {

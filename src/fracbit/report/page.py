@@ -55,7 +55,7 @@ def page(rows: Sequence[Row], title: str = "Bits and loss") -> str:
     }
     text = resources.joinpath("page.html").read_text(encoding="utf-8")
     for name, part in parts.items():
-        text = text.replace(f"<!--{name}-->", part, 1)
+        text = text.replace(f"<!--{name}-->", part)
     return text
 
 
@@ -118,7 +118,7 @@ def _kind(part: fit.Slice | None) -> str:
     if part is None:
         return "float"
     special = [part.quantizer if part.quantizer != "rtn" else "", "searched ranges" if part.search else ""]
-    special += ["" if part.offset == "none" else {"zero": "zero point", "mean": "centered"}.get(part.offset, part.offset)]
+    special += [fit.OFFSET_WORDS.get(part.offset, "")]
     special += ["" if part.outliers == "none" else part.outliers.partition(":")[0] + " columns"]
     special += ["" if part.axis == "in" else "blocks along out", "" if part.correction == "none" else part.correction]
     return ", ".join(word for word in special if word) or "round to nearest"
@@ -152,4 +152,8 @@ def _advice(rows: Sequence[Row]) -> list[dict[str, Any]]:
     step = max(1, len(best) // BUDGETS)
     chosen = [*best[::-1][::step]][::-1]
     found = [fit.advise(rows, row.model_bits) for row in chosen]
-    return [{"bits": item.budget_bits, "key": item.row.key, "sentence": item.sentence, "doubt": item.doubt} for item in found if item]
+    return [
+        {"bits": item.budget_bits, "key": item.row.key, "sentence": item.sentence, "doubt": item.doubt}
+        for item in found
+        if item is not None
+    ]

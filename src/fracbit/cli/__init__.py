@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from fracbit.cli import demo, evaluate, generate, inspect, quantize
+from fracbit.cli import demo, evaluate, generate, inspect, quantize, report, sweep
 from fracbit.errors import FracbitError
 
 app = typer.Typer(
@@ -22,6 +22,8 @@ app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
 app.command("generate")(generate.generate)
 app.command("demo")(demo.demo)
+app.command("sweep")(sweep.sweep)
+app.command("report")(report.report)
 
 
 INTERRUPTED = 130  # what typer exits with after Ctrl-C

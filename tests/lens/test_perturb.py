@@ -1,6 +1,7 @@
 """Laws of the lens: every perturbation has the norm that was asked for in every scaling unit, and the character it claims."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from fracbit.errors import RecipeError
 from fracbit.lens import (
     PERTURBATIONS,
     UnitOf,
+    best_exponent,
     clipping,
     error_profile,
     from_units,
@@ -158,3 +160,15 @@ def test_the_profile_of_power_grows_and_that_of_int_does_not() -> None:
     assert profiles["power"] == sorted(profiles["power"])
     assert profiles["power"][-1] > 4 * profiles["power"][0]
     assert max(profiles["int"]) < 1.3 * min(profiles["int"])
+
+
+def test_the_searched_exponent_follows_the_tails() -> None:
+    """methods.md, relative MSE at 4 bits: blocks of 64 of a Gaussian want even steps, heavy tails in long rows a small exponent."""
+    normal = torch.randn(64, 4096, generator=seeded())
+    heavy = normal / torch.randn(64, 4096, generator=seeded(1)).square().add(0.1).sqrt()
+    short = best_exponent(normal, Scheme(bits=4, block=64))
+    long = best_exponent(heavy, Scheme(bits=4, block="row"))
+    assert float(Fraction(short.dtype.removeprefix("power:"))) > float(Fraction(long.dtype.removeprefix("power:")))
+    for x, found in ((normal, short), (heavy, long)):
+        fixed = scheme_error(x, Scheme("power", 4, found.block)).norm()
+        assert scheme_error(x, found).norm() <= fixed

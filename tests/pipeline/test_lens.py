@@ -21,6 +21,7 @@ from fracbit.pipeline.lens import (
     noise_like_clipping,
     per_module,
     perturbed,
+    plant_outliers,
     probe,
     rounding,
     sensitivity_scores,
@@ -129,6 +130,19 @@ def test_modules_gather_over_blocks(subject: Subject) -> None:
     modules = per_module(subject)
     assert list(modules) == [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
     assert all(len(layers) == 3 for layers in modules.values())
+
+
+def test_planted_outliers_change_activations_and_not_the_model(subject: Subject, ids: torch.Tensor) -> None:
+    with torch.no_grad():
+        before = subject.model(ids).logits
+    token8 = Scheme("int", 8, "tensor")
+    clean = probe(subject, ids, rounding(token8), "int8", "activations", seeds=(0,)).intensity
+    assert plant_outliers(subject, 50.0) == 6
+    with torch.no_grad():
+        torch.testing.assert_close(subject.model(ids).logits, before, rtol=1e-4, atol=1e-4)
+    planted = probe(subject, ids, rounding(token8), "int8", "activations", seeds=(0,))
+    assert planted.change > 0
+    assert planted.intensity != clean
 
 
 def test_intervals_are_students() -> None:

@@ -29,7 +29,8 @@ from fracbit.lens import (
     perturbation,
     scheme_error,
 )
-from fracbit.models.blocks import weight_of
+from fracbit.models.blocks import blocks, gain_of, norms, weight_of
+from fracbit.models.install import set_weight
 from fracbit.pipeline.subject import Progress, Subject, measure, replaced
 from fracbit.records.scheme import Scheme
 from fracbit.records.scores import Scores
@@ -285,6 +286,36 @@ def per_module(subject: Subject) -> dict[str, list[str]]:
         inside = name.removeprefix(f"{subject.weights.blocks}.").partition(".")[2]
         units.setdefault(inside, []).append(name)
     return units
+
+
+def plant_outliers(subject: Subject, factor: float = 50.0, channels: int = 2, seed: int = 0) -> int:
+    """Plant activation outliers without changing the model: scale some norm gains up and the columns that read them down.
+
+    `channels` of every norm that only linears read are scaled by `factor`, in place. Returns how many norms were changed.
+    A trained small model has few outliers; this gives it those of a large one.
+    """
+    check_intensity(factor)
+    generator = torch.Generator().manual_seed(seed)
+    changed = 0
+    for _, block in blocks(subject.model, subject.family):
+        for norm in norms(block, subject.family):
+            gain = gain_of(block, norm.name)
+            if not norm.exclusive or not norm.readers or gain is None:
+                continue
+            chosen = torch.randperm(len(gain), generator=generator)[:channels]
+            module = block.get_submodule(norm.name)
+            with torch.no_grad():
+                offset = subject.family.gain_offset
+                gain[chosen] = (gain[chosen] + offset) * factor - offset
+                bias = dict(module.named_parameters(recurse=False)).get("bias")
+                if bias is not None:
+                    bias[chosen] *= factor
+            for reader in norm.readers:
+                weight = weight_of(block.get_submodule(reader)).clone()
+                weight[:, chosen] /= factor
+                set_weight(block.get_submodule(reader), weight)
+            changed += 1
+    return changed
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -2,8 +2,8 @@
 
     python bench/bits.py [-o docs/pictures/bits.png] [--json bench/results/bits.json]
 
-Round-to-nearest in blocks of 64, fp16 scales, all linears in the blocks; the first 49,152 tokens of the held-out modules. Bits are
-counted from stored bytes.
+Round-to-nearest in blocks of 64, fp16 scales, all linears in the blocks; the first 49,152 tokens of the held-out modules. Bits
+are counted from stored bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fracbit.pipeline.api import read_text
 from fracbit.records.scheme import Scheme
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 TYPES = {
     "int": Scheme("int"),

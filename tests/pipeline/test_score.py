@@ -12,7 +12,15 @@ from fracbit.errors import DataError, RecipeError, SourceError
 from fracbit.importance import SCORES
 from fracbit.models.walk import advance, embed
 from fracbit.pipeline.score import make_losses, make_scores
-from fracbit.pipeline.subject import Subject, load_subject, measure, replaced, rounded, subject_of, weights_on_disk
+from fracbit.pipeline.subject import (
+    Subject,
+    load_subject,
+    measure,
+    replaced,
+    rounded,
+    subject_of,
+    weights_on_disk,
+)
 from fracbit.records.scheme import Scheme
 
 INT2, INT8 = Scheme(bits=2), Scheme(bits=8)

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from fracbit.errors import DataError, RecipeError
-from fracbit.importance import LayerView, ScoreMethod, Unit, cosine_sum, error_of, predict_losses, reverse, score_method
+from fracbit.importance import (
+    LayerView,
+    ScoreMethod,
+    Unit,
+    cosine_sum,
+    error_of,
+    predict_losses,
+    reverse,
+    score_method,
+)
 from fracbit.models.blocks import blocks, linears, weight_of
 from fracbit.models.walk import Hidden, advance, embed, observe
 from fracbit.numerics.stats import Stats, empty

@@ -71,7 +71,7 @@ def draw(result: dict[str, object], path: Path) -> None:
     axes.axhline(float(str(result["float_perplexity"])), color="0.4", ls="--", lw=1, label="float")
     axes.set_yscale("log")
     axes.set_ylim(float(str(result["float_perplexity"])) * 0.93, 120)
-    axes.set_yticks([12, 15, 20, 30, 50, 100], ["12", "15", "20", "30", "50", "100"])
+    axes.set_yticks([10, 12, 15, 20, 30, 50, 100], ["10", "12", "15", "20", "30", "50", "100"])
     axes.minorticks_off()
     axes.set_xlabel("stored bits per weight, scales and tables included")
     axes.set_ylabel("perplexity on held-out modules")

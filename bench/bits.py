@@ -68,7 +68,7 @@ def draw(result: dict[str, object], path: Path) -> None:
     for name in TYPES:
         line = [row for row in rows if row["type"] == name]
         axes.plot([r["bits_per_weight"] for r in line], [r["perplexity"] for r in line], marker="o", ms=3.5, label=name)
-    axes.axhline(float(str(result["float_perplexity"])), color="0.4", ls="--", lw=1, label="float")
+    axes.axhline(float(str(result["float_perplexity"])), color="0.4", ls="--", lw=1, label="the float model")
     axes.set_yscale("log")
     axes.set_ylim(float(str(result["float_perplexity"])) * 0.93, 120)
     axes.set_yticks([10, 12, 15, 20, 30, 50, 100], ["10", "12", "15", "20", "30", "50", "100"])

@@ -68,8 +68,10 @@ def schemes(subject: Subject, name: str, ids: torch.Tensor, out: Path) -> None:
         scheme = read_level(label)
         assert scheme is not None
         found = [probe(subject, ids, rounding(scheme), f"{label} itself", seeds=(0,), base=base)]
-        for kind in ("gaussian", "uniform", "rademacher", "growing", "shrinking"):
-            found.append(probe(subject, ids, noise_like(kind, scheme), f"{label} as {kind}", seeds=SEEDS, base=base))
+        found += [
+            probe(subject, ids, noise_like(kind, scheme), f"{label} as {kind}", seeds=SEEDS, base=base)
+            for kind in ("gaussian", "uniform", "rademacher", "growing", "shrinking")
+        ]
         points(out / "schemes.csv", name, found)
 
 
@@ -77,11 +79,16 @@ def clipped(subject: Subject, name: str, ids: torch.Tensor, out: Path) -> None:
     base = measure(subject, ids).nll
     for target in ("weights", "activations"):
         for share in (0.0001, 0.001, 0.01):
-            for kind, error, seeds in (("clip", clip(share), (0,)), ("noise there", noise_like_clipping(share), SEEDS)):
+            for kind, error, seeds in (
+                ("clip", clip(share, "tensor"), (0,)),
+                ("noise there", noise_like_clipping(share, "tensor"), SEEDS),
+            ):
                 found = probe(subject, ids, error, f"{kind} {100 * share:g} %", target, seeds=seeds, base=base)
-                spread = probe(subject, ids, noise("gaussian", found.intensity), f"noise everywhere, as {kind} {100 * share:g} %",
-                               target, seeds=SEEDS, base=base)  # fmt: skip
-                points(out / "clipping.csv", name, [found, spread] if kind == "clip" else [found])
+                points(out / "clipping.csv", name, [found])
+                if kind == "clip":
+                    everywhere = noise("gaussian", found.intensity, "tensor")
+                    label = f"noise everywhere {100 * share:g} %"
+                    points(out / "clipping.csv", name, [probe(subject, ids, everywhere, label, target, seeds=SEEDS, base=base)])
 
 
 def effects(subject: Subject, name: str, ids: torch.Tensor, out: Path) -> None:

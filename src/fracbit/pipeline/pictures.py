@@ -42,11 +42,21 @@ def draw_bits(path: Path, schemes: Mapping[str, Scheme | None], shapes: Mapping[
         rows.append({"block": int(number), "module": module, "scheme": str(scheme or "float"), "bits_per_weight": bits})
     write_csv(path.with_suffix(".csv"), rows)
     table = [(str(row["block"]), str(row["module"]), float(str(row["bits_per_weight"]))) for row in rows]
-    heat_map(path, table, "stored bits per weight", "block", "{:.2f}")
+    heat_map(path, table, "stored bits per weight", "block", "{:.2f}", span=1.0)
 
 
-def heat_map(path: Path, cells: Sequence[tuple[str, str, float]], what: str, down: str, text: str = "{:.3g}") -> None:
-    """Cells (row, column, value) as a map of colours with the values written in; cells that are missing stay white."""
+def heat_map(
+    path: Path,
+    cells: Sequence[tuple[str, str, float]],
+    what: str,
+    down: str,
+    text: str = "{:.3g}",
+    span: float = 1e-9,
+) -> None:
+    """Cells (row, column, value) as a map of colours with the values written in; cells that are missing stay white.
+
+    The colours cover at least `span`: a hundredth of a bit must not look like the difference of night and day.
+    """
     figure_class, colours = _matplotlib()
     rows, columns = (list(dict.fromkeys(cell[i] for cell in cells)) for i in (0, 1))
     grid = [[math.nan] * len(columns) for _ in rows]
@@ -55,7 +65,7 @@ def heat_map(path: Path, cells: Sequence[tuple[str, str, float]], what: str, dow
     figure = figure_class(figsize=(2.2 + 0.75 * len(columns), 1.6 + 0.3 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     finite = [value for _, _, value in cells if math.isfinite(value)]
-    norm = colours.Normalize(min(finite), max(finite) if max(finite) > min(finite) else min(finite) + 1)
+    norm = colours.Normalize(min(finite), max(max(finite), min(finite) + span))
     picture = axes.imshow(grid, aspect="auto", cmap="viridis", norm=norm)
     for y, line in enumerate(grid):
         for x, value in enumerate(line):

@@ -179,7 +179,8 @@ def make_plan(
 ) -> Plan:
     """Solve the problem; `scores` is the name of a score, or scores and losses that were made earlier.
 
-    `subject` and `ids` are for scores that read text; `curve` solves for the whole reachable range too. Raises `RecipeError`, `BudgetError`, `WeightError`.
+    `subject` and `ids` are for scores that read text; `curve` solves for the whole reachable range too.
+    Raises `RecipeError`, `BudgetError`, `WeightError`.
     """
     named, losses = _valued(problem, scores, subject, ids, progress)
     chosen = _solve(problem, problem.budget, named, losses, solver)
@@ -195,6 +196,20 @@ def make_plan(
     figure = problem.budget.figure(problem.budget.bits)
     curves = _curves(problem, named, losses) if curve else {}
     return Plan(figure, losses, candidates, curves, needs, notes)
+
+
+def check_granularity(name: str) -> Granularity:
+    """`name` as a granularity. Raises `RecipeError`."""
+    if name == "block" or name == "linear":
+        return name
+    raise RecipeError(f"granularity {name!r} is not known; use block or linear")
+
+
+def check_solver(name: str) -> Solver:
+    """`name` as a solver. Raises `RecipeError`."""
+    if name == "exact" or name == "order":
+        return name
+    raise RecipeError(f"solver {name!r} is not known; use exact or order")
 
 
 def allocated(recipe: Recipe, allocation: Allocation) -> Recipe:
@@ -285,7 +300,8 @@ def contest(
 ) -> Contest:
     """Measure the allocation and the best uniform scheme of no more bytes; the winner carries a note of what happened.
 
-    `budget`: bits that the uniform scheme may take, those of the allocation when it is not given. Uniform rivals are the levels and their kin of every other width, the best by weight error of those that fit.
+    `budget`: bits that the uniform scheme may take, those of the allocation when it is not given. Uniform rivals are
+    the levels and their kin of every other width, the best by weight error of those that fit.
     Raises `BudgetError` when not even one bit everywhere fits into the allocation's bytes.
     """
     bits = budget or sum(unit.bits(allocation.schemes[next(iter(unit.shapes))]) for unit in units)

@@ -17,18 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fracbit.checkpoint.output import MANIFEST, open_output, write_json
 from fracbit.checkpoint.source import INDEX, SINGLE, Source, open_source, read_tensor
 from fracbit.errors import OutputError, RecipeError, SourceError, near_matches
+from fracbit.importance import Unit
 from fracbit.models.blocks import blocks
 from fracbit.models.find import family_of
 from fracbit.models.skeleton import origins, skeleton
 from fracbit.pipeline.finish import copy_rest
 from fracbit.pipeline.run import model_config
 from fracbit.pipeline.schedule import SHARD_BYTES
-from fracbit.pipeline.subject import Subject
+from fracbit.pipeline.subject import Progress, Subject, measure, replaced, rounded
+from fracbit.records.scheme import Scheme
 from fracbit.records.scores import Scores, check_scores
 
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -105,6 +107,46 @@ def pruned_config(config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, A
         if config.get(name):
             changed[name] = [new for new, index in enumerate(kept) if index in config[name]]
     return changed
+
+
+def compare_with_quantizing(
+    subject: Subject,
+    units: Sequence[Unit],
+    scores: Scores,
+    high: Scheme,
+    low: Scheme,
+    held_out: Tensor,
+    progress: Progress | None = None,
+) -> dict[str, list[tuple[float, float]]]:
+    """Dropping blocks against lowering them from `high` to `low`, by one order: (stored bits per weight, nats per token).
+
+    Bits are over the weights of the whole model, so that what was dropped counts as saved. Both lines start at `high`
+    everywhere; block after block goes, the least important first.
+    """
+    names = [unit.name for unit in units]
+    weights = sum(unit.weights for unit in units)
+    up, down = (rounded(subject, {n: scheme for unit in units for n in unit.shapes}) for scheme in (high, low))
+    lines: dict[str, list[tuple[float, float]]] = {"quantized": [], "pruned": []}
+    for count in range(len(units) + 1):
+        gone = set(scores.order()[len(names) - count :])
+        mixed = {n: (down if unit.name in gone else up)[n] for unit in units for n in unit.shapes}
+        bits = sum(unit.bits(low if unit.name in gone else high) for unit in units) / weights
+        with replaced(subject, mixed):
+            lines["quantized"].append((bits, measure(subject, held_out).nll))
+        if count < len(units):
+            kept = sum(unit.bits(high) for unit in units if unit.name not in gone) / weights
+            lines["pruned"].append((kept, _without_loss(subject, up, [n for n in names if n in gone], held_out)))
+        if progress is not None:
+            progress("pruning", count + 1, len(units) + 1)
+    return lines
+
+
+def _without_loss(subject: Subject, weights: Mapping[str, Tensor], dropped: Sequence[str], ids: Tensor) -> float:
+    with replaced(subject, weights):
+        if not dropped:
+            return measure(subject, ids).nll
+        with without(subject, dropped):
+            return measure(subject, ids).nll
 
 
 def prune(source: str | Path, dropped: Sequence[str], output: str | Path, overwrite: bool = False) -> Pruned:

@@ -42,7 +42,7 @@ def scores_of(rows: list[Row], model: str, low: str, granularity: str) -> dict[s
 def curve(values: dict[str, float], losses: dict[str, float], reverse: bool = False) -> list[float]:
     """Loss by number of low blocks when the least important go first."""
     names = list(values)
-    order = sorted(range(len(names)), key=lambda i: (-values[names[i]] if reverse else values[names[i]]))
+    order = sorted(range(len(names)), key=lambda i: -values[names[i]] if reverse else values[names[i]])
     line = []
     for count in range(len(names) + 1):
         low = set(order[:count])
@@ -57,7 +57,9 @@ def all_curves(scores: dict[str, dict[str, float]], losses: dict[str, float]) ->
     blocks = len(next(iter(losses)))
     by_count = [[loss for mask, loss in losses.items() if mask.count("1") == n] for n in range(blocks + 1)]
     lines["best of all"] = [min(some) for some in by_count]
-    lines["mean of all"] = [statistics.fmean(some) for some in by_count]  # what a random order gives on average, exactly
+    lines["mean of all"] = [
+        statistics.fmean(some) for some in by_count
+    ]  # what a random order gives on average, exactly
     lines["worst of all"] = [max(some) for some in by_count]
     return lines
 
@@ -76,7 +78,9 @@ def main() -> None:
     correlations: list[dict[str, object]] = []
     for model in dict.fromkeys(row["model"] for row in subsets):
         base = next(float(row["nll"]) for row in subsets if row["model"] == model and row["high"] == "float")
-        for high, low in dict.fromkeys((row["high"], row["low"]) for row in subsets if row["mask"] and row["model"] == model):
+        for high, low in dict.fromkeys(
+            (row["high"], row["low"]) for row in subsets if row["mask"] and row["model"] == model
+        ):
             mine = [row for row in subsets if (row["model"], row["high"], row["low"]) == (model, high, low)]
             losses = {row["mask"]: float(row["nll"]) for row in mine}
             bits = {row["mask"]: float(row["bits"]) for row in mine}
@@ -86,7 +90,8 @@ def main() -> None:
             for name, line in lines.items():
                 middle = statistics.fmean(line[1:blocks])
                 gap = (statistics.fmean(lines["mean of all"][1:blocks]) - middle) / (
-                    statistics.fmean(lines["mean of all"][1:blocks]) - statistics.fmean(lines["best of all"][1:blocks])
+                    statistics.fmean(lines["mean of all"][1:blocks])
+                    - statistics.fmean(lines["best of all"][1:blocks])
                 )
                 summary.append(
                     {"model": model, "pair": f"{high} -> {low}", "order": name, "mean loss": f"{middle:.4f}",
@@ -114,7 +119,9 @@ def main() -> None:
 def draw_pruning(folder: Path, model: str, scores: list[Row], subsets: list[Row], pruned: list[Row]) -> None:
     found = scores_of(scores, model, "int2z/64", "block")
     lines = {}
-    dropped = {row["mask"]: (float(row["bits"]), float(row["nll"])) for row in pruned if row["model"] == model}
+    dropped = {
+        row["mask"]: (float(row["bits"]), float(row["nll"])) for row in pruned if row["model"] == model
+    }
     whole = {row["mask"]: (float(row["bits"]), float(row["nll"])) for row in subsets
              if row["model"] == model and row["low"] == "int2z/64"}  # fmt: skip
     blocks = len(next(iter(dropped)))
@@ -130,12 +137,17 @@ def draw_pruning(folder: Path, model: str, scores: list[Row], subsets: list[Row]
                title=f"{model}: dropping blocks against lowering them, the rest int4z/64")  # fmt: skip
 
 
-def path_of(scores: dict[str, dict[str, float]], points: dict[str, tuple[float, float]], name: str) -> list[tuple[float, float]]:
+def path_of(
+    scores: dict[str, dict[str, float]], points: dict[str, tuple[float, float]], name: str
+) -> list[tuple[float, float]]:
     """(bits, loss) by number of blocks: in the order of a score, or the best choice of as many."""
     masks = {mask: loss for mask, (_, loss) in points.items()}
     blocks = len(next(iter(masks)))
     if name == "best":
-        best = [min((m for m in masks if m.count("1") == n), key=lambda m: masks[m], default=None) for n in range(blocks + 1)]
+        best = [
+            min((m for m in masks if m.count("1") == n), key=lambda m: masks[m], default=None)
+            for n in range(blocks + 1)
+        ]
         return [points[mask] for mask in best if mask is not None]
     names = list(scores[name])
     order = sorted(range(len(names)), key=lambda i: scores[name][names[i]])

@@ -140,6 +140,10 @@ def test_infinite_logits_name_the_window(model: LlamaForCausalLM, stream: torch.
         broken.get_output_embeddings().weight[3] = torch.inf
     with pytest.raises(WeightError, match="window 0"):
         compare(model, broken, stream[:20], window=20)
+    with pytest.raises(WeightError, match="window 0"):
+        compare(broken, model, stream[:20], window=20)
+    with pytest.raises(WeightError, match="window 0"):
+        keep_logits(broken, stream[:20], window=20)
 
 
 def test_gradients_work_between_the_windows(

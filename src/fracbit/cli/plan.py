@@ -10,30 +10,46 @@ import typer
 
 from fracbit.cli.show import bytes_text, print_json, print_notes, print_table, progress
 from fracbit.errors import RecipeError
-from fracbit.records.allocation import read_levels, save_allocation
+from fracbit.records.allocation import read_levels, recipe_text, save_allocation
 from fracbit.records.recipe import Recipe
 from fracbit.records.scores import load_scores
 
 
 def plan(
     model: Annotated[str, typer.Argument(help="Folder or hub id of the float model.")],
-    average_bits: Annotated[float | None, typer.Option(help="Stored bits per quantized weight, any fraction.")] = None,
+    average_bits: Annotated[
+        float | None, typer.Option(help="Stored bits per quantized weight, any fraction.")
+    ] = None,
     size: Annotated[str | None, typer.Option(help="Size of all weight files, such as 1.2GB.")] = None,
     fits: Annotated[str | None, typer.Option(help="Memory of a device, such as 8GB; see --context.")] = None,
     context: Annotated[int, typer.Option(help="Tokens of context that must fit beside the weights.")] = 2048,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
-    levels: Annotated[str, typer.Option(help="Schemes to choose from, such as nf4/64,nf2/64.")] = "int4z/64,int3z/64,int2z/64",
-    score: Annotated[str, typer.Option(help="Name of a score, or a JSON file of scores or losses.")] = "weight-error",
-    solver: Annotated[str, typer.Option(help="exact (least predicted loss) or order (the paper's).")] = "exact",
+    levels: Annotated[
+        str, typer.Option(help="Schemes to choose from, such as nf4/64,nf2/64.")
+    ] = "int4z/64,int3z/64,int2z/64",
+    score: Annotated[
+        str, typer.Option(help="Name of a score, or a JSON file of scores or losses.")
+    ] = "weight-error",
+    solver: Annotated[
+        str, typer.Option(help="exact (least predicted loss) or order (the paper's).")
+    ] = "exact",
     granularity: Annotated[str, typer.Option(help="block or linear.")] = "linear",
-    fused: Annotated[bool, typer.Option("--fused", help="Keep linears that read one input together.")] = False,
+    fused: Annotated[
+        bool, typer.Option("--fused", help="Keep linears that read one input together.")
+    ] = False,
     text: Annotated[str | None, typer.Option(help="Text for scores that read some.")] = None,
-    held_out: Annotated[str | None, typer.Option(help="Other text: measure against the best uniform scheme on it.")] = None,
+    held_out: Annotated[
+        str | None, typer.Option(help="Other text: measure against the best uniform scheme on it.")
+    ] = None,
     samples: Annotated[int, typer.Option(help="Samples of each text.")] = 32,
     length: Annotated[int, typer.Option(help="Tokens of a sample.")] = 256,
     seed: Annotated[int, typer.Option(help="Seed of random orders and of the samples.")] = 0,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the allocation as JSON.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Heat map of bits, such as plan.png; the curve goes beside it.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write the allocation: .json, or .toml, a recipe for `fracbit quantize`.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Heat map of bits, such as plan.png; the curve goes beside it.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Plan how MODEL would spend a budget, before anything is written."""
@@ -43,30 +59,44 @@ def plan(
     from fracbit.pipeline.subject import load_subject
     from fracbit.pipeline.texts import samples_of
 
-    ask = Ask(average_bits, read_size(size) if size else None, read_size(fits) if fits else None, context, batch)
+    ask = Ask(
+        average_bits, read_size(size) if size else None, read_size(fits) if fits else None, context, batch
+    )
     if picture is not None:
         check_picture(picture)
     given: Any = load_scores(Path(score)) if Path(score).suffix == ".json" else score
     if text is not None and text == held_out:
-        raise RecipeError("--held-out is the text that scores saw; name another, or the comparison flatters the allocation")
-    problem = make_problem(Recipe(model=model, seed=seed), read_levels(levels), ask, check_granularity(granularity), fused)
+        raise RecipeError(
+            "--held-out is the text that scores saw; name another, or the comparison flatters the allocation"
+        )
+    problem = make_problem(
+        Recipe(model=model, seed=seed), read_levels(levels), ask, check_granularity(granularity), fused
+    )
     with progress(json) as show:
         subject = load_subject(model) if text or held_out else None
         ids = samples_of(text, model, subject, samples, length, seed) if text and subject else None
-        made = make_plan(problem, given, check_solver(solver), subject if text else None, ids, picture is not None, show)
+        made = make_plan(
+            problem, given, check_solver(solver), subject if text else None, ids, picture is not None, show
+        )
         chosen = made.chosen
         allocation, measured = chosen.allocation, None
         if held_out and subject:
             unseen = samples_of(held_out, model, subject, samples, length, seed)
-            measured = contest(subject, problem.units, allocation, unseen, problem.levels, problem.budget.bits)
+            measured = contest(
+                subject, problem.units, allocation, unseen, problem.levels, problem.budget.bits
+            )
             allocation = measured.winner
-    if output is not None:
+    if output is not None and output.suffix == ".toml":
+        output.write_text(recipe_text(allocation, model), encoding="utf-8")
+    elif output is not None:
         save_allocation(allocation, output)
     if picture is not None:
         shapes = {name: shape for unit in problem.units for name, shape in unit.shapes.items()}
         draw_bits(picture, allocation.schemes, shapes, problem.weights.blocks)
         curve = picture.with_name(f"{picture.stem}-curve{picture.suffix}")
-        draw_plan(curve, made.curve, (chosen.bits_per_weight, chosen.predicted_loss or 0.0), made.losses.method)
+        draw_plan(
+            curve, made.curve, (chosen.bits_per_weight, chosen.predicted_loss or 0.0), made.losses.method
+        )
     notes = (*made.notes, *(note for note in allocation.notes if note not in made.notes))
     if json:
         print_json(
@@ -78,14 +108,22 @@ def plan(
                 ],
                 "allocation": allocation.to_json(),
                 "needs": asdict(made.needs),
-                "held_out": None if measured is None else {k: v for k, v in asdict(measured).items() if k != "winner"},
+                "held_out": None
+                if measured is None
+                else {k: v for k, v in asdict(measured).items() if k != "winner"},
                 "notes": list(notes),
             }
         )
         return
     print_notes(notes)
     rows = [
-        [c.name, f"{c.bits_per_weight:.4f}", bytes_text(c.file_bytes), f"{c.predicted_loss or 0:.5g}", _used(c.allocation)]
+        [
+            c.name,
+            f"{c.bits_per_weight:.4f}",
+            bytes_text(c.file_bytes),
+            f"{c.predicted_loss or 0:.5g}",
+            _used(c.allocation),
+        ]
         for c in made.candidates
     ]
     print_table(["solver", "bits per weight", "weight files", f"predicted loss ({made.losses.method})", "layers"], rows,

@@ -21,11 +21,14 @@ def prune(
     score: Annotated[str, typer.Option(help="Name of a score, or a JSON file of scores of blocks.")] = "lim",
     text: Annotated[str | None, typer.Option(help="Text for scores that read some.")] = None,
     held_out: Annotated[
-        str | None, typer.Option(help="Other text: compare with lowering blocks by the same order, at equal size.")
+        str | None,
+        typer.Option(help="Other text: compare with lowering blocks by the same order, at equal size."),
     ] = None,
     high: Annotated[str, typer.Option(help="Scheme of what stays, in the comparison.")] = "int4z/64",
     low: Annotated[str, typer.Option(help="Scheme of lowered blocks, in the comparison.")] = "int2z/64",
-    picture: Annotated[Path | None, typer.Option(help="Picture of the comparison, such as prune.png.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Picture of the comparison, such as prune.png.")
+    ] = None,
     samples: Annotated[int, typer.Option(help="Samples of each text.")] = 32,
     length: Annotated[int, typer.Option(help="Tokens of a sample.")] = 256,
     seed: Annotated[int, typer.Option(help="Seed of random orders and of the samples.")] = 0,
@@ -41,7 +44,9 @@ def prune(
     from fracbit.pipeline.texts import samples_of
 
     if output is None and held_out is None:
-        raise RecipeError("nothing to do; name a folder to write with -o, or a text to compare on with --held-out")
+        raise RecipeError(
+            "nothing to do; name a folder to write with -o, or a text to compare on with --held-out"
+        )
     if picture is not None:
         check_picture(picture)
     subject = load_subject(model)
@@ -63,7 +68,9 @@ def prune(
             schemes = [scheme for scheme in (read_level(high), read_level(low)) if scheme is not None]
             lines = compare_with_quantizing(subject, units, scores, schemes[0], schemes[-1], unseen, show)
     if picture is not None and lines is not None:
-        draw_lines(picture, lines, "stored bits per weight of the whole model", "loss, nats per token", title=score)
+        draw_lines(
+            picture, lines, "stored bits per weight of the whole model", "loss, nats per token", title=score
+        )
     result = write(model, dropped, output, overwrite) if output is not None else None
     notes = [f"dropped by {scores.method}: {', '.join(dropped)}"]
     if json:
@@ -75,4 +82,6 @@ def prune(
         rows = [[name, f"{bits:.3f}", f"{nll:.4f}"] for name, line in lines.items() for bits, nll in line]
         print_table(["way", "bits per weight", "nats per token"], rows, "at equal size")
     if result is not None:
-        print(f"{result.output}: {result.blocks} blocks, {result.parameters:,} parameters, {bytes_text(result.bytes)}")
+        print(
+            f"{result.output}: {result.blocks} blocks, {result.parameters:,} parameters, {bytes_text(result.bytes)}"
+        )

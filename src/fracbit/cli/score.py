@@ -15,12 +15,19 @@ from fracbit.records.scores import save_json
 def score(
     model: Annotated[str, typer.Argument(help="Folder or hub id of the float model.")],
     method: Annotated[
-        str, typer.Option(help="lim, zd, first, weight-error, gram-error, fisher, oracle, ...; reverse:NAME turns one round.")
+        str,
+        typer.Option(
+            help="lim, zd, first, weight-error, gram-error, fisher, oracle, ...; reverse:NAME turns one round."
+        ),
     ] = "weight-error",
     output: Annotated[Path | None, typer.Option("-o", "--output", help="JSON file to write.")] = None,
-    low: Annotated[str, typer.Option(help="Low level, for scores that look at what a scheme does.")] = "int2z/64",
+    low: Annotated[
+        str, typer.Option(help="Low level, for scores that look at what a scheme does.")
+    ] = "int2z/64",
     granularity: Annotated[str, typer.Option(help="block or linear.")] = "block",
-    fused: Annotated[bool, typer.Option("--fused", help="Keep linears that read one input together.")] = False,
+    fused: Annotated[
+        bool, typer.Option("--fused", help="Keep linears that read one input together.")
+    ] = False,
     text: Annotated[str | None, typer.Option(help="Text for scores that read some.")] = None,
     samples: Annotated[int, typer.Option(help="Samples of the text.")] = 32,
     length: Annotated[int, typer.Option(help="Tokens of a sample.")] = 256,
@@ -38,7 +45,9 @@ def score(
     with progress(json) as show:
         if score_method(method).data_free or text is None:
             weights = weights_on_disk(model)
-            found = make_scores(weights, weights.units(unit, fused), method, read_level(low), None, seed, show)
+            found = make_scores(
+                weights, weights.units(unit, fused), method, read_level(low), None, seed, show
+            )
         else:
             subject = load_subject(model)
             ids = samples_of(text, model, subject, samples, length, seed)

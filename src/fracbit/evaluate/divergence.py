@@ -129,7 +129,7 @@ def _window_divergence(theirs: ScoredRows, ours: ScoredRows) -> Tensor:
     if not bool(result.isfinite().all()):
         raise WeightError(
             f"the divergence in window {ours.index} ({ours.window}) is not finite: one of the two models "
-            "has an infinite logit there."
+            "has NaN or infinite logits there."
         )
     return result
 

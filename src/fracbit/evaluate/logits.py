@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fracbit.errors import DataError, WeightError
+from fracbit.errors import DataError
 from fracbit.evaluate.windows import Plan, Window
 
 Progress = Callable[[int, int], None]
 
 LOGIT_BYTES = 1 << 30
-ROW_VALUES = 1 << 24
+
+ROW_VALUES = 1 << 20
+"""4 MiB of fp32. Measured at 152 000 words: 4 times as fast as 64 MiB, which leaves the cache."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,9 @@ def scored_rows(
     """Run the model over all windows, longest first, and yield the logits of each window's scored ids.
 
     batch: windows run together; fewer when their logits would pass LOGIT_BYTES. progress: called with
-    (windows done, windows in all). Raises: DataError when the windows do not fit the model, WeightError
-    when a logit is NaN.
+    (windows done, windows in all). Logits may be NaN: whoever folds them says so.
+
+    Raises: DataError when the windows do not fit the model.
     """
     if batch < 1:
         raise DataError(f"batch {batch} runs no window: it must be at least 1.")
@@ -127,11 +130,6 @@ def _run(model: PreTrainedModel, plan: Plan, indices: Sequence[int]) -> Iterator
     for row, (index, window) in enumerate(zip(indices, windows, strict=True)):
         last = len(inputs[row]) - 1
         scored = logits[row, last - window.scored : last]
-        if bool(scored.isnan().any()):
-            raise WeightError(
-                f"the model's logits are NaN in window {index} ({window}): a weight or an activation has "
-                "overflowed. Look for the layer with `fracbit inspect`, or evaluate with dtype float32."
-            )
         yield ScoredRows(index, window, scored, plan.targets(window).to(logits.device))
 
 

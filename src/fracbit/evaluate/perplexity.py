@@ -93,21 +93,27 @@ def default_window(model: PreTrainedModel) -> int:
 def window_nll(rows: ScoredRows) -> float:
     """Sum of the negative log-likelihoods of a window's scored ids, in nats.
 
-    Raises: WeightError when the sum is infinite.
+    Raises: WeightError when the sum is NaN or infinite.
     """
     total = 0.0
     for chunk in row_chunks(*rows.logits.shape):
         total += float(token_nll(rows.logits[chunk], rows.targets[chunk]).double().sum())
     if not math.isfinite(total):
-        raise WeightError(f"the loss of window {rows.index} ({rows.window}) is {total}: a logit is infinite.")
+        raise WeightError(broken_window(rows, total))
     return total
 
 
+def broken_window(rows: ScoredRows, value: float) -> str:
+    """What to say about a window whose loss or divergence is NaN or infinite."""
+    return (
+        f"the model's predictions in window {rows.index} ({rows.window}) come to {value}: a weight is NaN or "
+        "infinite, or an activation overflows. Evaluate with dtype float32, or quantize again."
+    )
+
+
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """-ln p(target) of each row [tokens], fp32. logits: [tokens, vocabulary], any float dtype."""
-    logits = logits.float()
-    chosen = logits.gather(1, targets.unsqueeze(1)).squeeze(1)
-    return torch.logsumexp(logits, dim=1) - chosen
+    """-ln p(target) of each row, fp32 [tokens]. logits: [tokens, vocabulary], any float dtype."""
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def summarize(plan: Plan, sums: list[float], seconds: float) -> Perplexity:

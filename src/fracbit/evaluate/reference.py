@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fracbit.errors import DataError, FormatError, OutputError
+from fracbit.errors import DataError, FormatError, OutputError, WeightError
 from fracbit.evaluate.logits import Progress, ScoredRows, row_chunks, run_order, scored_rows, vocabulary_of
+from fracbit.evaluate.perplexity import broken_window
 from fracbit.evaluate.windows import Ids, Plan, plan_windows
 
 StoredType = Literal["float16", "float32"]
@@ -134,6 +136,9 @@ def _log_probabilities(
     for rows in scored_rows(model, plan, batch=batch, progress=progress):
         for chunk in row_chunks(*rows.logits.shape):
             values = torch.log_softmax(rows.logits[chunk].float(), dim=1)
+            # One NaN logit makes its whole row NaN.
+            if bool(values[:, 0].isnan().any()):
+                raise WeightError(broken_window(rows, math.nan))
             yield starts[rows.index] + chunk.start, values.to("cpu", dtype)
 
 

@@ -23,7 +23,11 @@ from fracbit.pipeline.pictures import check_picture, draw_intensity, draw_lines,
 from fracbit.pipeline.subject import Progress, Subject, measure
 from fracbit.records.scheme import Scheme
 
-PROFILED = {"int4 a row": Scheme(block="row"), "nf4 a row": Scheme("nf", 4, "row"), "power4 a row": Scheme("power", 4, "row")}
+PROFILED = {
+    "int4 a row": Scheme(block="row"),
+    "nf4 a row": Scheme("nf", 4, "row"),
+    "power4 a row": Scheme("power", 4, "row"),
+}
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,13 @@ def weight_profiles(subject: Subject, bins: int = 12) -> dict[str, tuple[tuple[f
         lines = []
         for layer in subject.weights.layers:
             weight = subject.weights.read(layer)
-            lines.append([point[:2] for point in error_profile(weight, scheme_error(weight, scheme), "row", bins)])
-        means = [tuple(sum(values) / len(values) for values in zip(*column, strict=True)) for column in zip(*lines, strict=True)]
+            lines.append(
+                [point[:2] for point in error_profile(weight, scheme_error(weight, scheme), "row", bins)]
+            )
+        means = [
+            tuple(sum(values) / len(values) for values in zip(*column, strict=True))
+            for column in zip(*lines, strict=True)
+        ]
         profiles[name] = tuple((size, error) for size, error in means)
     return profiles
 
@@ -92,11 +101,20 @@ def draw_report(report: LensReport, folder: Path) -> None:
     draw_intensity(folder / "intensity.png", report.curves)
     write_csv(folder / "effects.csv", [point.row() for point in report.effects])
     cells = [
-        (point.layers, f"{point.target} {point.kind}", point.change) for point in report.effects if point.layers != "all"
+        (point.layers, f"{point.target} {point.kind}", point.change)
+        for point in report.effects
+        if point.layers != "all"
     ]
     heat_map(folder / "effects.png", cells, "loss change, nats per token", "unit")
     write_csv(folder / "fragility.csv", fragility(report.effects))
-    draw_lines(folder / "profile.png", report.profiles, "|w| / rms", "error / rms", (True, True), "rounding error against |w|")
+    draw_lines(
+        folder / "profile.png",
+        report.profiles,
+        "|w| / rms",
+        "error / rms",
+        (True, True),
+        "rounding error against |w|",
+    )
 
 
 def _units(subject: Subject, granularity: str) -> dict[str, list[str]]:
@@ -106,7 +124,9 @@ def _units(subject: Subject, granularity: str) -> dict[str, list[str]]:
         return {unit.name: list(unit.shapes) for unit in subject.weights.units("block")}
     if granularity == "linear":
         return {unit.name: list(unit.shapes) for unit in subject.weights.units("linear")}
-    raise RecipeError(f"granularity {granularity!r}; {near_matches(granularity, ('block', 'linear', 'module'))}")
+    raise RecipeError(
+        f"granularity {granularity!r}; {near_matches(granularity, ('block', 'linear', 'module'))}"
+    )
 
 
 def _targets(target: str) -> tuple[Target, ...]:

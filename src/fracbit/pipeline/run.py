@@ -68,7 +68,7 @@ def run(
     folder = Path(output)
     fill = quantizer(recipe.quantizer, recipe.search)
     source = open_source(recipe.model, recipe.revision, recipe.trust_remote_code)
-    _refuse(source, folder)
+    refuse(source, folder)
     model = skeleton(
         model_config(source, recipe.trust_remote_code), trust_remote_code=recipe.trust_remote_code
     )
@@ -168,7 +168,8 @@ def _unknown(source: Source) -> bool:
     return source.config.get("model_type") not in CONFIG_MAPPING
 
 
-def _refuse(source: Source, folder: Path) -> None:
+def refuse(source: Source, folder: Path) -> None:
+    """Stop before any work where the output is the model itself, or the model is quantized already."""
     if folder.exists() and folder.resolve() == source.folder.resolve():
         raise OutputError(f"{folder} is the model itself; name another folder for the output")
     method = (source.config.get("quantization_config") or {}).get("quant_method")

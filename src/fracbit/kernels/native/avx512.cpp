@@ -52,11 +52,13 @@ struct Avx512 {
     using Ints = __m512i;
     using Bytes = __m512i;
     static constexpr int kOverread = 0;
+    static constexpr int kRows[3] = {4, 2, 2};  // weight rows at a time for 1, 2 and 4 rows of activations
 
     static Floats zero_floats() { return _mm512_setzero_ps(); }
     static Ints zero_ints() { return _mm512_setzero_si512(); }
     static Floats load(const float* p) { return _mm512_loadu_ps(p); }
     static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+    static Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
     static Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
     static float total(Floats v) { return _mm512_reduce_add_ps(v); }
     template <int count>
@@ -209,9 +211,38 @@ void transpose512(const float* natural, int64_t chunks, float* lanes) {
     }
 }
 
+// quantize_lanes of row_kernel.h, which says what it does; here for speed, axis "out" calls it once per group of rows.
+void quantize512(float* x, int64_t chunks, int bits, int8_t* a, float* a_scale, float* x_sum) {
+    const int* order = order_of(bits);
+    const __m512 tiny = _mm512_set1_ps(1e-30f), most = _mm512_set1_ps(127.0f), part = _mm512_set1_ps(1.0f / 127.0f);
+    const __m512i byte = _mm512_set1_epi32(255);
+    for (int64_t c = 0; c < chunks; ++c) {
+        __m512 plane[8], top = _mm512_setzero_ps(), poison = _mm512_setzero_ps();
+        for (int j = 0; j < 8; ++j) {
+            plane[j] = _mm512_loadu_ps(x + c * kChunk + order[j] * kLanes);
+            top = _mm512_max_ps(top, _mm512_abs_ps(plane[j]));
+            poison = _mm512_fmadd_ps(plane[j], _mm512_setzero_ps(), poison);
+        }
+        const __mmask16 usable = _mm512_cmp_ps_mask(top, tiny, _CMP_GE_OQ) & _mm512_cmp_ps_mask(poison, poison, _CMP_ORD_Q);
+        const __m512 inverse = _mm512_maskz_div_ps(usable, most, top);
+        const __m512 scale = _mm512_add_ps(_mm512_maskz_mul_ps(usable, top, part), poison);
+        __m512i sum = _mm512_setzero_si512(), word[2] = {sum, sum};
+        for (int j = 0; j < 8; ++j) {
+            const __m512i q = _mm512_maskz_cvtps_epi32(usable, _mm512_mul_ps(plane[j], inverse));
+            sum = _mm512_add_epi32(sum, q);
+            word[j / 4] = _mm512_or_si512(word[j / 4], _mm512_slli_epi32(_mm512_and_si512(q, byte), 8 * (j % 4)));
+            _mm512_storeu_ps(x + c * kChunk + order[j] * kLanes, _mm512_mul_ps(_mm512_cvtepi32_ps(q), scale));
+        }
+        _mm512_storeu_si512(a + c * kChunk, word[0]);
+        _mm512_storeu_si512(a + c * kChunk + 64, word[1]);
+        _mm512_storeu_ps(a_scale + c * kLanes, scale);
+        _mm512_storeu_ps(x_sum + c * kLanes, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale));
+    }
+}
+
 const Isa kAvx512 = {
-    "avx512", true, transpose512, quantize_lanes, sum_lanes, Avx512::to_float, floats_to, multiply_int8<Avx512>, multiply_float<Avx512>,
-    multiply_weights, weights_of_row, look_up_row,
+    "avx512", true, transpose512, quantize512, sum_lanes, Avx512::to_float, floats_to, multiply_int8<Avx512>, multiply_float<Avx512>,
+    multiply_weights, weights_of_row, read_bytes, look_up_row,
 };
 
 }  // namespace

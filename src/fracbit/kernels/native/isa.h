@@ -14,6 +14,8 @@ constexpr int64_t kLanes = 16;       // sums kept apart inside a chunk
 constexpr int64_t kTable = 256;      // entries of every table, whatever the width: a code can never point outside
 constexpr int64_t kLowBits = 7;      // a table value is 128 * (high - 128) + low in units of a step: 15 bits
 constexpr int64_t kMaxBatch = 4;     // activation rows that share one reading of the codes
+constexpr int kMaxRows = 4;          // weight rows that share one reading of the activations
+constexpr int64_t kBatchRows = 64;   // activation rows of a job
 
 constexpr int kTableBits = 5;        // the float path looks up to here, and converts integers beyond
 
@@ -21,12 +23,15 @@ inline bool uses_numbers(bool affine, int bits) { return affine && bits > kTable
 
 enum class Float : int { f32 = 0, f16 = 1, bf16 = 2 };
 
-// Rows [first, last) of a weight times `batch` rows of activations.
+// Rows of a weight times `batch` rows of activations. The rows up to row_end lie in kMaxRows bands of `gap` rows; a call is for
+// rows [first, last) of the first band and for the rows beside them in the others.
 struct RowJob {
     // Codes: uint8 [rows, stride], dense little-endian bit streams.
     const uint8_t* codes;
     int64_t stride;
     int64_t chunks;
+    int64_t gap;
+    int64_t row_end;
     int bits;
     bool affine;  // value = step * code + constant: no table is needed
 
@@ -45,7 +50,7 @@ struct RowJob {
     int64_t scale_stride;
     int64_t blocks;
     int64_t block;
-    bool flat;             // blocks run on from row to row
+    bool flat;             // blocks run on from row to row (multiply_weights only)
     int64_t kept;
     const int32_t* base;   // [chunks]: first block of a chunk
     const int32_t* lane;   // [chunks, 16]: block of a lane, relative to base
@@ -54,25 +59,26 @@ struct RowJob {
     int64_t batch;
     const int8_t* a;       // [batch, chunks, 2, 16, 4]
     const float* a_scale;  // [batch, chunks, 16]
-    const float* a_term;   // [batch, chunks, 16]: what the constant part of a code's value contributes
     const float* x;        // [batch, chunks, 8, 16]
-    const float* x_sum;    // [batch, chunks, 16]
+    const float* block_sums;  // [batch, sums_stride]: sums of the activations, rounded where a is used; then zeros
+    int64_t sums_stride;
+    float bias;            // the constant part of a code's value, in steps
 
     float* y;              // element (n, row) at n * y_stride + row
     int64_t y_stride;
-    float* scratch;        // scratch_floats(blocks, chunks)
+    float* scratch;        // scratch_floats(blocks)
 };
 
-// Floats of scratch that a thread needs: scales and offsets of a row, and where its lanes find them.
-inline int64_t scratch_floats(int64_t blocks, int64_t chunks) { return 2 * (blocks + 2 * kLanes) + chunks * (kLanes + 1); }
+// Floats of scratch that a thread needs for scales and offsets.
+inline int64_t scratch_floats(int64_t blocks) { return (kMaxRows + 1) * (blocks + 2 * kLanes); }
 
 struct Isa {
     const char* name;
     bool biased;  // the integer dot product takes `high` as unsigned and leaves its bias of 128 in the sum
     // natural [chunks * 128] -> [chunks, 8, 16]
     void (*transpose)(const float* natural, int64_t chunks, float* lanes);
-    // x [chunks, 8, 16] -> x rounded, a, a_scale, x_sum, a_term = bias * x_sum
-    void (*quantize)(float* x, int64_t chunks, int bits, float bias, int8_t* a, float* a_scale, float* a_term, float* x_sum);
+    // x [chunks, 8, 16] -> x rounded, a, a_scale, x_sum [chunks, 16]
+    void (*quantize)(float* x, int64_t chunks, int bits, int8_t* a, float* a_scale, float* x_sum);
     void (*lane_sums)(const float* x, int64_t chunks, float* x_sum);
     void (*to_float)(const void* from, Float type, int64_t count, float* to);
     void (*from_float)(const float* from, Float type, int64_t count, void* to);
@@ -81,6 +87,8 @@ struct Isa {
     void (*multiply_weights)(const RowJob& job, const Isa& isa, int64_t first, int64_t last);
     // Weights of a row in natural order, [kept]; without scales when job.scales is null.
     void (*weights_of_row)(const RowJob& job, const Isa& isa, int64_t row, float* out);
+    // Read bytes and do nothing else: what a kernel can at best reach.
+    uint64_t (*read)(const uint8_t* data, int64_t count);
     // Table values of a row in natural order, [kept].
     void (*look_up)(const uint8_t* codes, int64_t stride, int bits, const float* values, int64_t kept, float* out);
 };

@@ -1,11 +1,13 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <numeric>
 
 #include "pool.h"
 
@@ -81,8 +83,8 @@ void set_lanes(Weight& w) {
     w.lane.assign(static_cast<size_t>(chunks * kLanes), 0);
     if (w.along_out) return;
     w.whole_lanes = w.block % 8 == 0 || w.blocks == 1;
-    if (w.flat) w.whole_lanes = w.block % 8 == 0 && w.kept % 8 == 0;
-    if (w.flat || !w.whole_lanes || w.blocks == 1) return;
+    if (w.flat) w.whole_lanes = false;
+    if (!w.whole_lanes || w.blocks == 1) return;
     for (int64_t c = 0; c < chunks; ++c) {
         const int64_t base = c * kChunk / w.block;
         w.base[static_cast<size_t>(c)] = static_cast<int32_t>(base);
@@ -135,29 +137,40 @@ struct Lanes {
     float* x;        // [batch, chunks, 8, 16]
     float* x_sum;    // [batch, chunks, 16]
     float* a_scale;  // [batch, chunks, 16]
-    float* a_term;   // [batch, chunks, 16]
     int8_t* a;       // [batch, chunks, 128]
-    static int64_t floats(int64_t batch, int64_t chunks) { return batch * chunks * (kChunk + 3 * kLanes + kChunk / 4); }
+    static int64_t floats(int64_t batch, int64_t chunks) { return batch * chunks * (kChunk + 2 * kLanes + kChunk / 4); }
     Lanes(float* memory, int64_t batch, int64_t chunks)
         : x(memory),
           x_sum(x + batch * chunks * kChunk),
           a_scale(x_sum + batch * chunks * kLanes),
-          a_term(a_scale + batch * chunks * kLanes),
-          a(reinterpret_cast<int8_t*>(a_term + batch * chunks * kLanes)) {}
+          a(reinterpret_cast<int8_t*>(a_scale + batch * chunks * kLanes)) {}
 };
 
-void fill(const Lanes& lanes, const Weight& w, const Isa& isa, const float* natural, int64_t n, bool int8, float bias) {
+void fill(const Lanes& lanes, const Weight& w, const Isa& isa, const float* natural, int64_t n, bool int8) {
     const int64_t chunks = w.chunks();
     float* x = lanes.x + n * chunks * kChunk;
-    isa.transpose(natural, chunks, x);
     float* sum = lanes.x_sum + n * chunks * kLanes;
-    float* term = lanes.a_term + n * chunks * kLanes;
+    isa.transpose(natural, chunks, x);
     if (int8) {
-        isa.quantize(x, chunks, w.bits, bias, lanes.a + n * chunks * kChunk, lanes.a_scale + n * chunks * kLanes, term, sum);
+        isa.quantize(x, chunks, w.bits, lanes.a + n * chunks * kChunk, lanes.a_scale + n * chunks * kLanes, sum);
+    } else {
+        isa.lane_sums(x, chunks, sum);
+    }
+}
+
+// Blocks of a row, padded as the kernels read them.
+int64_t sums_stride(const Weight& w) { return aligned(w.along_out ? 1 : w.blocks); }
+
+// Sums of the activations of every block, from those of the lanes.
+void sum_blocks(const Weight& w, const float* lane_sums, float* block_sums) {
+    std::fill(block_sums, block_sums + sums_stride(w), 0.0f);
+    if (w.along_out || w.blocks == 1) {
+        block_sums[0] = std::accumulate(lane_sums, lane_sums + w.chunks() * kLanes, 0.0f);
         return;
     }
-    isa.lane_sums(x, chunks, sum);
-    for (int64_t i = 0; i < chunks * kLanes; ++i) term[i] = bias * sum[i];
+    const int64_t lanes = w.block / 8, all = w.chunks() * kLanes;
+    for (int64_t b = 0; b < w.blocks; ++b)
+        block_sums[b] = std::accumulate(lane_sums + b * lanes, lane_sums + std::min((b + 1) * lanes, all), 0.0f);
 }
 
 RowJob job_of(const Weight& w) {
@@ -174,6 +187,7 @@ RowJob job_of(const Weight& w) {
     job.table_stride = w.table_rows == 1 ? 0 : kTable;
     job.scale_type = w.scale_type;
     job.blocks = w.along_out ? 1 : w.blocks;
+    job.sums_stride = sums_stride(w);
     job.block = w.block;
     job.kept = w.kept;
     job.base = w.base.data();
@@ -188,35 +202,32 @@ RowJob job_of(const Weight& w) {
     return job;
 }
 
-void with_lanes(RowJob& job, const Lanes& lanes) {
+void with_lanes(RowJob& job, const Lanes& lanes, const float* block_sums) {
     job.x = lanes.x;
-    job.x_sum = lanes.x_sum;
     job.a = lanes.a;
     job.a_scale = lanes.a_scale;
-    job.a_term = lanes.a_term;
+    job.block_sums = block_sums;
 }
 
-// y [batch, rows] += outlier columns times their activations.
-void add_outliers(const Weight& w, const Isa& isa, const Activations& x, int64_t batch, int64_t first, int64_t last, float* y,
-                  float* scratch) {
+// y [batch, rows] += outlier columns times their activations, for one row.
+void add_outliers(const Weight& w, const Isa& isa, const Activations& x, int64_t batch, int64_t row, float* y, float* scratch) {
     const auto p = static_cast<int64_t>(w.other_columns.size());
-    if (p == 0) return;
-    for (int64_t row = first; row < last; ++row) {
-        isa.to_float(at(w.outliers, w.outlier_type, row * p), w.outlier_type, p, scratch);
-        for (int64_t n = 0; n < batch; ++n) {
-            float sum = 0.0f;
-            for (int64_t i = 0; i < p; ++i) sum += scratch[i] * x.others[n * p + i];
-            y[n * w.rows + row] += sum;
-        }
+    isa.to_float(at(w.outliers, w.outlier_type, row * p), w.outlier_type, p, scratch);
+    for (int64_t n = 0; n < batch; ++n) {
+        float sum = 0.0f;
+        for (int64_t i = 0; i < p; ++i) sum += scratch[i] * x.others[n * p + i];
+        y[n * w.rows + row] += sum;
     }
 }
+
+// Rows in a band when `rows` rows are cut into kMaxRows bands.
+int64_t band(int64_t rows) { return (rows + kMaxRows - 1) / kMaxRows; }
 
 struct Call {
     const Weight* w;
     const Isa* isa;
     int64_t batch;
     bool int8;
-    float bias;
     Activations x;
     float* y;            // [batch, rows]
     int64_t rows_per_task;
@@ -237,13 +248,16 @@ void run_rows(const Call& call, RowJob job, int64_t first, int64_t last, float* 
     } else {
         call.isa->multiply_float(job, first, last);
     }
-    add_outliers(*call.w, *call.isa, call.x, call.batch, first, last, call.y, scratch);
+    if (call.w->other_columns.empty()) return;
+    for (int64_t row = first; row < last; ++row)
+        for (int64_t own = row, r = 0; r < kMaxRows && own < job.row_end; ++r, own += job.gap)
+            add_outliers(*call.w, *call.isa, call.x, call.batch, own, call.y, scratch);
 }
 
 void task_along_in(void* context, int64_t index, int worker) {
     const auto& call = *static_cast<Call*>(context);
     const int64_t first = index * call.rows_per_task;
-    run_rows(call, call.job, first, std::min(first + call.rows_per_task, call.w->rows), call.scratch(worker));
+    run_rows(call, call.job, first, std::min(first + call.rows_per_task, call.job.gap), call.scratch(worker));
 }
 
 float dot(const float* a, const float* b, int64_t count) {
@@ -273,31 +287,36 @@ void task_along_out(void* context, int64_t index, int worker) {
     const auto& call = *static_cast<Call*>(context);
     const Weight& w = *call.w;
     const int64_t group = index / call.tasks_per_block, part = index % call.tasks_per_block;
-    const int64_t first = group * w.block + part * call.rows_per_task;
-    const int64_t end = std::min((group + 1) * w.block, w.rows);
-    const int64_t last = std::min(first + call.rows_per_task, end);
+    const int64_t begin = group * w.block, end = std::min(begin + w.block, w.rows), gap = band(end - begin);
+    const int64_t first = begin + part * call.rows_per_task, last = std::min(first + call.rows_per_task, begin + gap);
     if (first >= last) return;
     const int64_t width = call.x.width, chunks = w.chunks();
     float* memory = call.scratch(worker);
     float *scale = memory, *offset = scale + width, *scaled = offset + width, *zero = scaled + width, *shift = zero + width;
-    const Lanes lanes(shift + aligned(call.batch), call.batch, chunks);
-    float* rest = shift + aligned(call.batch) + Lanes::floats(call.batch, chunks);
+    float* sums = shift + aligned(call.batch);
+    const Lanes lanes(sums + call.batch * sums_stride(w), call.batch, chunks);
+    float* rest = sums + call.batch * sums_stride(w) + Lanes::floats(call.batch, chunks);
     call.isa->to_float(at(w.scales, w.scale_type, group * w.kept), w.scale_type, w.kept, scale);
     offsets_of(w, *call.isa, group, width, offset, zero);
     for (int64_t n = 0; n < call.batch; ++n) {
         const float* x = call.x.kept + n * width;
         for (int64_t i = 0; i < w.kept; ++i) scaled[i] = x[i] * scale[i];
         std::fill(scaled + w.kept, scaled + width, 0.0f);
-        fill(lanes, w, *call.isa, scaled, n, call.int8, call.bias);
+        fill(lanes, w, *call.isa, scaled, n, call.int8);
+        sum_blocks(w, lanes.x_sum + n * chunks * kLanes, sums + n * sums_stride(w));
         shift[n] = 0.0f;
         if (w.offsets != nullptr) shift[n] = dot(offset, x, w.kept);
         if (!w.zeros.empty()) shift[n] = dot(zero, lanes.x + n * width, width);
     }
     RowJob job = call.job;
-    with_lanes(job, lanes);
+    with_lanes(job, lanes, sums);
+    job.gap = gap;
+    job.row_end = end;
     run_rows(call, job, first, last, rest);
+    if (w.offsets == nullptr && w.zeros.empty()) return;
     for (int64_t n = 0; n < call.batch; ++n)
-        for (int64_t row = first; row < last; ++row) call.y[n * w.rows + row] += shift[n];
+        for (int64_t row = first; row < last; ++row)
+            for (int64_t own = row, r = 0; r < kMaxRows && own < end; ++r, own += gap) call.y[n * w.rows + own] += shift[n];
 }
 
 int64_t rows_per_task(const Weight& w, int64_t rows) {
@@ -372,8 +391,10 @@ void derive(Weight& w, const float* table, int64_t levels, const uint8_t* packed
     }
 }
 
-void multiply(const Weight& w, const Isa& isa, const Matrix& x, const Matrix& y, int64_t batch, bool int8, int threads) {
-    if (batch == 0 || w.rows == 0) return;
+namespace {
+
+// At most kBatchRows rows of activations.
+void multiply_some(const Weight& w, const Isa& isa, const Matrix& x, const Matrix& y, int64_t batch, bool int8, int threads) {
     threads = std::clamp(threads, 1, kMaxThreads);
     const int64_t chunks = w.chunks();
     const auto p = static_cast<int64_t>(w.other_columns.size());
@@ -382,16 +403,16 @@ void multiply(const Weight& w, const Isa& isa, const Matrix& x, const Matrix& y,
     call.isa = &isa;
     call.batch = batch;
     call.int8 = int8;
-    call.bias = bias_of(w, isa, int8);
     call.x.width = chunks * kChunk;
-    const int64_t row_scratch = aligned(std::max(scratch_floats(w.along_out ? 1 : w.blocks + 2, chunks), chunks * kChunk + p));
+    const int64_t row_scratch = aligned(std::max(scratch_floats(w.along_out ? 1 : w.blocks), chunks * kChunk + p));
     call.thread_floats = row_scratch;
-    if (w.along_out) call.thread_floats += 4 * call.x.width + aligned(batch) + Lanes::floats(batch, chunks);
+    if (w.along_out) call.thread_floats += 4 * call.x.width + aligned(batch) + batch * sums_stride(w) + Lanes::floats(batch, chunks);
 
     const bool direct = y.type == Float::f32 && y.stride == w.rows;
     const int64_t sizes[] = {batch * call.x.width, aligned(batch * p), aligned(w.columns),
                              w.along_out ? 0 : Lanes::floats(batch, chunks), direct ? 0 : aligned(batch * w.rows),
-                             call.thread_floats * threads};
+                             call.thread_floats * threads,
+                             w.along_out ? 0 : batch * sums_stride(w)};
     int64_t total = 0;
     for (const int64_t size : sizes) total += size;
     static thread_local Workspace workspace;
@@ -408,31 +429,48 @@ void multiply(const Weight& w, const Isa& isa, const Matrix& x, const Matrix& y,
     float* buffer = take(sizes[4]);
     call.y = direct ? static_cast<float*>(y.data) : buffer;
     call.thread_scratch = take(sizes[5]);
+    float* sums = take(sizes[6]);
 
     call.job = job_of(w);
     call.job.batch = batch;
+    call.job.bias = bias_of(w, isa, int8);
     call.job.y = call.y;
     call.job.y_stride = w.rows;
     for (int64_t n = 0; n < batch; ++n) {
         load(w, isa, x, n, call.x, row);
-        if (!w.along_out && w.whole_lanes) fill(lanes, w, isa, call.x.kept + n * call.x.width, n, int8, call.bias);
+        if (w.along_out || !w.whole_lanes) continue;
+        fill(lanes, w, isa, call.x.kept + n * call.x.width, n, int8);
+        sum_blocks(w, lanes.x_sum + n * chunks * kLanes, sums + n * sums_stride(w));
     }
-    with_lanes(call.job, lanes);
+    with_lanes(call.job, lanes, sums);
     if (!w.whole_lanes) call.job.x = call.x.kept;
     if (w.along_out) {
         const int64_t groups = (w.rows + w.block - 1) / w.block;
         // A group shares its folded activations: cut it only when there are too few groups to go round.
         const int64_t parts = groups >= 2 * threads ? 1 : (4 * threads + groups - 1) / groups;
-        call.rows_per_task = std::max<int64_t>((std::min(w.block, w.rows) + parts - 1) / parts, 1);
-        call.tasks_per_block = (std::min(w.block, w.rows) + call.rows_per_task - 1) / call.rows_per_task;
+        const int64_t height = band(std::min(w.block, w.rows));
+        call.rows_per_task = std::max<int64_t>((height + parts - 1) / parts, 1);
+        call.tasks_per_block = (height + call.rows_per_task - 1) / call.rows_per_task;
         run_tasks(threads, groups * call.tasks_per_block, task_along_out, &call);
     } else {
-        call.rows_per_task = rows_per_task(w, w.rows);
-        run_tasks(threads, (w.rows + call.rows_per_task - 1) / call.rows_per_task, task_along_in, &call);
+        call.job.gap = band(w.rows);
+        call.job.row_end = w.rows;
+        call.rows_per_task = rows_per_task(w, call.job.gap);
+        run_tasks(threads, (call.job.gap + call.rows_per_task - 1) / call.rows_per_task, task_along_in, &call);
     }
     if (direct) return;
     for (int64_t n = 0; n < batch; ++n)
         isa.from_float(call.y + n * w.rows, y.type, w.rows, static_cast<char*>(y.data) + n * y.stride * width(y.type));
+}
+
+}  // namespace
+
+void multiply(const Weight& w, const Isa& isa, const Matrix& x, const Matrix& y, int64_t batch, bool int8, int threads) {
+    for (int64_t n = 0; n < batch; n += kBatchRows) {
+        const Matrix from{static_cast<char*>(x.data) + n * x.stride * width(x.type), x.type, x.stride};
+        const Matrix to{static_cast<char*>(y.data) + n * y.stride * width(y.type), y.type, y.stride};
+        multiply_some(w, isa, from, to, std::min(kBatchRows, batch - n), int8, threads);
+    }
 }
 
 void decode(const Weight& w, const Isa& isa, int64_t first, int64_t last, const Matrix& out, int threads) {
@@ -444,6 +482,22 @@ void decode(const Weight& w, const Isa& isa, int64_t first, int64_t last, const 
     call.thread_scratch = workspace.floats(call.thread_floats * threads);
     const int64_t step = rows_per_task(w, last - first);
     run_tasks(threads, (last - first + step - 1) / step, decode_task, &call);
+}
+
+uint64_t read(const Isa& isa, const uint8_t* data, int64_t count, int threads) {
+    struct Read {
+        const Isa* isa;
+        const uint8_t* data;
+        int64_t count;
+        std::atomic<uint64_t> sum{0};
+    } call{&isa, data, count};
+    const auto task = [](void* context, int64_t index, int) {
+        auto& c = *static_cast<Read*>(context);
+        const int64_t first = index * kTaskBytes;
+        c.sum.fetch_xor(c.isa->read(c.data + first, std::min(kTaskBytes, c.count - first)), std::memory_order_relaxed);
+    };
+    run_tasks(std::clamp(threads, 1, kMaxThreads), (count + kTaskBytes - 1) / kTaskBytes, task, &call);
+    return call.sum.load();
 }
 
 std::vector<const Isa*> instruction_sets() {

@@ -63,6 +63,9 @@ void multiply(const Weight& weight, const Isa& isa, const Matrix& x, const Matri
 // Rows [first, last) of W, [last - first, columns].
 void decode(const Weight& weight, const Isa& isa, int64_t first, int64_t last, const Matrix& out, int threads);
 
+// Read `count` bytes as fast as they come, in the pieces in which codes are read; returns the xor of them.
+uint64_t read(const Isa& isa, const uint8_t* data, int64_t count, int threads);
+
 // The instruction sets this process can run, best first.
 std::vector<const Isa*> instruction_sets();
 

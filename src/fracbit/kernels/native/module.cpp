@@ -208,10 +208,15 @@ class PackedWeight {
             return {1, 1};
         }
         if (kind != "flat") refuse("blocks must be 'in', 'out', 'tensor' or 'flat', got '" + kind + "'");
-        w_.flat = true;
         w_.block = std::min(block, w_.rows * w_.kept);
-        w_.blocks = w_.kept / w_.block + 2;  // the most that a row can touch
-        return {count(w_.rows * w_.kept, w_.block)};
+        const std::vector<int64_t> stored = {count(w_.rows * w_.kept, w_.block)};
+        if (w_.kept % w_.block == 0) {  // no block crosses rows: the scales of a row lie together
+            w_.blocks = w_.scale_stride = w_.kept / w_.block;
+        } else {
+            w_.flat = true;
+            w_.blocks = w_.kept / w_.block + 2;  // the most that a row can touch
+        }
+        return stored;
     }
 
     int64_t set_table(const Array& table, bool zeros) {
@@ -245,6 +250,15 @@ NB_MODULE(_native, m) {
             return names;
         },
         "Instruction sets this process can run, best first.");
+    m.def(
+        "read",
+        [](const Array& bytes, int threads) {
+            if (bytes.ndim() != 1) refuse("bytes must be one-dimensional");
+            check_bytes(bytes, "bytes", {static_cast<int64_t>(bytes.shape(0))});
+            nb::gil_scoped_release release;
+            return fracbit::read(isa_named(""), static_cast<const uint8_t*>(bytes.data()), static_cast<int64_t>(bytes.shape(0)), threads);
+        },
+        nb::arg("bytes"), nb::arg("threads"), "Read bytes and do nothing else: the bandwidth a kernel can at best reach.");
     nb::class_<PackedWeight>(m, "PackedWeight", "A packed weight; arrays are shared with the caller, not copied.")
         .def(nb::init<int64_t, int64_t, int, const std::string&, int64_t, Array, Array, std::optional<Array>, std::optional<Array>,
                       Array, std::optional<Array>, std::optional<Array>, const std::string&>(),

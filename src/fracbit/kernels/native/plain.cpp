@@ -16,6 +16,7 @@ struct Plain {
         uint8_t v[64];
     };
     static constexpr int kOverread = 0;
+    static constexpr int kRows[3] = {1, 1, 1};  // weight rows at a time for 1, 2 and 4 rows of activations
 
     static Floats zero_floats() { return Floats{}; }
     static Ints zero_ints() { return Ints{}; }
@@ -27,6 +28,11 @@ struct Plain {
     static Floats fma(const Floats& a, const Floats& b, const Floats& c) {
         Floats r;
         for (int d = 0; d < kLanes; ++d) r.v[d] = a.v[d] * b.v[d] + c.v[d];
+        return r;
+    }
+    static Floats multiply(const Floats& a, const Floats& b) {
+        Floats r;
+        for (int d = 0; d < kLanes; ++d) r.v[d] = a.v[d] * b.v[d];
         return r;
     }
     static Floats to_floats(const Ints& a) {
@@ -116,7 +122,7 @@ struct Plain {
 
 const Isa kPlain = {
     "plain", true, transpose_lanes, quantize_lanes, sum_lanes, floats_from, floats_to, multiply_int8<Plain>, multiply_float<Plain>,
-    multiply_weights, weights_of_row, look_up_row,
+    multiply_weights, weights_of_row, read_bytes, look_up_row,
 };
 
 }  // namespace

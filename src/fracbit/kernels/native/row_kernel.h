@@ -119,7 +119,7 @@ inline void sum_lanes(const float* x, int64_t chunks, float* x_sum) {
 //
 // `x` is replaced by the rounded activations, so that offsets, which multiply sums of activations, see the same numbers as
 // the codes: otherwise a large offset that codes cancel would leave the rounding error of the activations behind.
-inline void quantize_lanes(float* x, int64_t chunks, int bits, float bias, int8_t* a, float* a_scale, float* a_term, float* x_sum) {
+inline void quantize_lanes(float* x, int64_t chunks, int bits, int8_t* a, float* a_scale, float* x_sum) {
     const int* order = order_of(bits);
     for (int64_t c = 0; c < chunks; ++c) {
         float* chunk = x + c * kChunk;
@@ -158,10 +158,7 @@ inline void quantize_lanes(float* x, int64_t chunks, int bits, float bias, int8_
             }
             std::memcpy(a + c * kChunk + h * 64, word, 64);
         }
-        for (int d = 0; d < kLanes; ++d) {
-            x_sum[c * kLanes + d] = static_cast<float>(sum[d]) * a_scale[c * kLanes + d];
-            a_term[c * kLanes + d] = bias * x_sum[c * kLanes + d];
-        }
+        for (int d = 0; d < kLanes; ++d) x_sum[c * kLanes + d] = static_cast<float>(sum[d]) * a_scale[c * kLanes + d];
     }
 }
 
@@ -173,218 +170,267 @@ inline unsigned code_at(const uint8_t* row, int64_t stride, int bits, int64_t in
     return (word >> (bit & 7)) & ((1u << bits) - 1u);
 }
 
-// A row's scales and offsets as floats, and where its lanes find them.
+// Scratch of a thread: scales of up to kMaxRows rows as floats, and the offsets of one.
 struct RowScales {
-    const float* scale;
-    const float* offset;
-    const int32_t* base;
-    const int32_t* lane;
+    const float* scale[kMaxRows];
 };
 
-struct RowScratch {
-    float* scale;
-    float* offset;
-    int32_t* base;
-    int32_t* lane;
-};
+inline int64_t scratch_stride(const RowJob& job) { return job.blocks + 2 * kLanes; }
 
-inline RowScratch scratch_of(const RowJob& job) {
-    RowScratch s;
-    s.scale = job.scratch;
-    s.offset = s.scale + job.blocks + 2 * kLanes;
-    s.base = reinterpret_cast<int32_t*>(s.offset + job.blocks + 2 * kLanes);
-    s.lane = s.base + job.chunks;
-    return s;
+inline float dot_floats(const float* a, const float* b, int64_t count) {
+    float part[kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes)
+        for (int64_t d = 0; d < kLanes; ++d) part[d] += a[i + d] * b[i + d];
+    for (; i < count; ++i) part[0] += a[i] * b[i];
+    float sum = 0.0f;
+    for (int64_t d = 0; d < kLanes; ++d) sum += part[d];
+    return sum;
 }
 
+// Sum of products; both arrays go on for up to 15 zeros (and finite numbers against them).
 template <class S>
-RowScales scales_of_row(const RowJob& job, const RowScratch& s, int64_t row, float step, const float* values) {
-    RowScales result{s.scale, s.offset, job.base, job.lane};
+inline float dot_padded(const float* a, const float* b, int64_t count) {
+    typename S::Floats sum = S::zero_floats();
+    for (int64_t i = 0; i < count; i += kLanes) sum = S::fma(S::load(a + i), S::load(b + i), sum);
+    return S::total(sum);
+}
+
+// Scales of a row into scratch; into `rest` [batch] what constants and offsets, which only see sums of activations, add to y.
+template <class S>
+void prepare_row(const RowJob& job, int64_t row, int slot, float step, const float* values, RowScales& scales, float* rest) {
+    float* scale = job.scratch + slot * scratch_stride(job);
+    scales.scale[slot] = scale;
     if (job.scales == nullptr) {
-        s.scale[0] = 1.0f;
-        return result;
-    }
-    int64_t first = row * job.scale_stride, count = job.blocks;
-    if (job.flat) {
-        const int64_t begin = row * job.kept;
-        first = begin / job.block;
-        count = (begin + job.kept - 1) / job.block - first + 1;
-        for (int64_t c = 0; c < job.chunks; ++c) {
-            s.base[c] = static_cast<int32_t>((begin + c * kChunk) / job.block - first);
-            for (int64_t d = 0; d < kLanes; ++d) {
-                int64_t block = (begin + c * kChunk + 8 * d) / job.block - first;
-                if (block >= count) block = count - 1;  // padding lanes: their activations are 0
-                s.lane[c * kLanes + d] = static_cast<int32_t>(block) - s.base[c];
-            }
+        for (int64_t i = 0; i < scratch_stride(job); ++i) scale[i] = 1.0f;
+    } else {
+        const int64_t first = row * job.scale_stride, width = job.scale_type == Float::f32 ? 4 : 2;
+        S::to_float(static_cast<const char*>(job.scales) + first * width, job.scale_type, job.blocks, scale);
+        for (int64_t i = 0; i < kLanes; ++i) scale[job.blocks + i] = 0.0f;
+        float* offset = job.scratch + kMaxRows * scratch_stride(job);
+        if (job.offsets != nullptr) {
+            S::to_float(static_cast<const char*>(job.offsets) + first * width, job.scale_type, job.blocks, offset);
+        } else if (job.zeros != nullptr) {
+            const uint8_t* zeros = job.zeros + first;
+            for (int64_t b = 0; b < job.blocks; ++b) offset[b] = -scale[b] * values[zeros[b]];
         }
-        result.base = s.base;
-        result.lane = s.lane;
+        if (job.offsets != nullptr || job.zeros != nullptr) {
+            for (int64_t i = 0; i < kLanes; ++i) offset[job.blocks + i] = 0.0f;
+            for (int64_t n = 0; n < job.batch; ++n)
+                rest[n] = dot_padded<S>(offset, job.block_sums + n * job.sums_stride, job.blocks);
+        }
     }
-    const int64_t width = job.scale_type == Float::f32 ? 4 : 2;
-    S::to_float(static_cast<const char*>(job.scales) + first * width, job.scale_type, count, s.scale);
-    if (job.offsets != nullptr) {
-        S::to_float(static_cast<const char*>(job.offsets) + first * width, job.scale_type, count, s.offset);
-        const float inverse = 1.0f / step;
-        for (int64_t b = 0; b < count; ++b) s.offset[b] *= inverse;
-    } else if (job.zeros != nullptr) {
-        const uint8_t* zeros = job.zeros + first;
-        const float inverse = -1.0f / step;
-        for (int64_t b = 0; b < count; ++b) s.offset[b] = s.scale[b] * values[zeros[b]] * inverse;
-    }
-    return result;
+    if (job.bias != 0.0f)
+        for (int64_t n = 0; n < job.batch; ++n)
+            rest[n] += step * job.bias * dot_padded<S>(scale, job.block_sums + n * job.sums_stride, job.blocks);
 }
 
-template <class S, int bits, bool affine, bool shifted, int batch>
-void int8_row(const RowJob& job, const uint8_t* row, const RowScales& scales, int64_t table, int64_t n0, float* out) {
+// The chunks of some rows: those that can be read where they lie, then a padded copy of the rest. Made before the loop,
+// which must not call anything: a call would spill every vector register.
+template <class S, int bits, int rows>
+struct Chunks {
+    int64_t end[2];
+    const uint8_t* row[2][rows];
+    uint8_t rest[rows][2 * kChunk + S::kOverread];
+
+    Chunks(const RowJob& job, const uint8_t* codes) {
+        constexpr int64_t bytes = 16 * bits;
+        int64_t whole = (job.stride - S::kOverread) / bytes;
+        if (job.stride < S::kOverread) whole = 0;
+        end[0] = whole < job.chunks ? whole : job.chunks;
+        end[1] = job.chunks;
+        const int64_t left = job.stride - end[0] * bytes;
+        for (int r = 0; r < rows; ++r) {
+            row[0][r] = codes + r * job.gap * job.stride;
+            row[1][r] = rest[r];
+            if (end[0] == end[1]) continue;
+            std::memset(rest[r], 0, sizeof rest[r]);
+            std::memcpy(rest[r], row[0][r] + end[0] * bytes, static_cast<size_t>(left));
+        }
+    }
+};
+
+// `rows` rows from `codes` on times `batch` activation rows from n0 on: sums before step, constants and offsets.
+// Reading the activations once for several rows matters: they cost as many loads as the codes. The rows are job.gap apart, so
+// that each is a stream of its own through memory; neighbours would make short streams, which arrive at half the speed.
+template <class S, int bits, bool affine, int batch, int rows>
+void int8_rows(const RowJob& job, const uint8_t* codes, const RowScales& scales, int64_t table, int64_t n0, float* out) {
     using Floats = typename S::Floats;
-    typename S::template ByteTable<bits> high, low;
+    using Ints = typename S::Ints;
+    typename S::template ByteTable<bits> high[rows], low[rows];
     if (!affine) {
-        high.load(job.high + table * kTable);
-        low.load(job.low + table * kTable);
+        for (int r = 0; r < rows; ++r) {
+            const int64_t at = (table + (job.table_stride == 0 ? 0 : r * job.gap)) * kTable;
+            high[r].load(job.high + at);
+            low[r].load(job.low + at);
+        }
     }
-    Floats sum[batch];
-    for (int n = 0; n < batch; ++n) sum[n] = S::zero_floats();
-    uint8_t tail[kChunk + S::kOverread];
-    for (int64_t c = 0; c < job.chunks; ++c) {
-        const uint8_t* p = row + c * 16 * bits;
-        const int64_t left = job.stride - c * 16 * bits;
-        if (left < 16 * bits + S::kOverread) {
-            std::memset(tail, 0, sizeof tail);
-            std::memcpy(tail, p, static_cast<size_t>(left < 16 * bits ? left : 16 * bits));
-            p = tail;
-        }
-        typename S::Bytes u0, u1;
-        S::template unpack<bits>(p, u0, u1);
-        const Floats scale = S::pick_floats(scales.scale + scales.base[c], scales.lane + c * kLanes);
-        Floats offset;
-        if (shifted) offset = S::pick_floats(scales.offset + scales.base[c], scales.lane + c * kLanes);
-        typename S::Bytes h0, h1, l0, l1;
-        if (affine) {
-            h0 = S::template clean<bits>(u0);
-            h1 = S::template clean<bits>(u1);
-        } else {
-            h0 = high.look_up(u0);
-            h1 = high.look_up(u1);
-            l0 = low.look_up(u0);
-            l1 = low.look_up(u1);
-        }
-        for (int n = 0; n < batch; ++n) {
-            const int64_t at = (n0 + n) * job.chunks + c;
-            const int8_t* a = job.a + at * kChunk;
-            typename S::Ints dot = S::zero_ints();
-            if (affine && bits < 8) {
-                dot = S::dot_small(S::dot_small(dot, h0, a), h1, a + 64);
+    Floats sum[rows][batch];
+    for (int r = 0; r < rows; ++r)
+        for (int n = 0; n < batch; ++n) sum[r][n] = S::zero_floats();
+    const Chunks<S, bits, rows> chunks(job, codes);
+    int64_t c = 0;
+    for (int half = 0; half < 2; ++half) {
+      for (const int64_t start = c; c < chunks.end[half]; ++c) {
+        for (int r = 0; r < rows; ++r) {
+            typename S::Bytes u0, u1, h0, h1, l0, l1;
+            S::template unpack<bits>(chunks.row[half][r] + (c - start) * 16 * bits, u0, u1);
+            if (affine) {
+                h0 = S::template clean<bits>(u0);
+                h1 = S::template clean<bits>(u1);
             } else {
-                dot = S::dot(S::dot(dot, h0, a), h1, a + 64);
+                h0 = high[r].look_up(u0);
+                h1 = high[r].look_up(u1);
+                l0 = low[r].look_up(u0);
+                l1 = low[r].look_up(u1);
             }
-            if (!affine) dot = S::dot_small(S::dot_small(S::template shift_left<kLowBits>(dot), l0, a), l1, a + 64);
-            const Floats part = S::fma(S::to_floats(dot), S::load(job.a_scale + at * kLanes), S::load(job.a_term + at * kLanes));
-            sum[n] = S::fma(part, scale, sum[n]);
-            if (shifted) sum[n] = S::fma(offset, S::load(job.x_sum + at * kLanes), sum[n]);
+            const Floats scale = S::pick_floats(scales.scale[r] + job.base[c], job.lane + c * kLanes);
+            for (int n = 0; n < batch; ++n) {
+                const int64_t at = (n0 + n) * job.chunks + c;
+                const int8_t* a = job.a + at * kChunk;
+                Ints dot = S::zero_ints();
+                if (affine && bits < 8) {
+                    dot = S::dot_small(S::dot_small(dot, h0, a), h1, a + 64);
+                } else {
+                    dot = S::dot(S::dot(dot, h0, a), h1, a + 64);
+                }
+                if (!affine) dot = S::dot_small(S::dot_small(S::template shift_left<kLowBits>(dot), l0, a), l1, a + 64);
+                const Floats both = S::multiply(scale, S::load(job.a_scale + at * kLanes));
+                sum[r][n] = S::fma(S::to_floats(dot), both, sum[r][n]);
+            }
         }
+      }
     }
-    for (int n = 0; n < batch; ++n) out[n] = S::total(sum[n]);
+    for (int r = 0; r < rows; ++r)
+        for (int n = 0; n < batch; ++n) out[r * batch + n] = S::total(sum[r][n]);
 }
 
-template <class S, int bits, bool number, int j, int batch>
-inline void float_step(const typename S::template FloatWords<bits>& words, const typename S::template FloatTable<bits>& table,
-                       const float* const (&x)[batch], typename S::Floats (&part)[batch]) {
+template <class S, int bits, bool number, int j, int batch, int rows>
+inline void float_step(const typename S::template FloatWords<bits> (&words)[rows],
+                       const typename S::template FloatTable<bits> (&table)[rows], const float* const (&x)[batch],
+                       typename S::Floats (&part)[rows][batch]) {
     if constexpr (j < 8) {
-        typename S::Floats w;
-        if constexpr (number) {
-            w = words.template number<j>();
-        } else {
-            w = table.template pick<j>(words);
+        typename S::Floats w[rows];
+        for (int r = 0; r < rows; ++r) {
+            if constexpr (number) {
+                w[r] = words[r].template number<j>();
+            } else {
+                w[r] = table[r].template pick<j>(words[r]);
+            }
         }
-        for (int n = 0; n < batch; ++n) part[n] = S::fma(w, S::load(x[n] + j * kLanes), part[n]);
-        float_step<S, bits, number, j + 1, batch>(words, table, x, part);
+        for (int n = 0; n < batch; ++n) {
+            const typename S::Floats a = S::load(x[n] + j * kLanes);
+            for (int r = 0; r < rows; ++r) part[r][n] = S::fma(w[r], a, part[r][n]);
+        }
+        float_step<S, bits, number, j + 1, batch, rows>(words, table, x, part);
     }
 }
 
-// `number`: the value is step * code + constant; a_term then holds constant / step * x_sum.
-template <class S, int bits, bool number, bool shifted, int batch>
-void float_row(const RowJob& job, const uint8_t* row, const RowScales& scales, int64_t table_row, int64_t n0, float* out) {
+// `number`: the value is step * (code + bias), the code is converted.
+template <class S, int bits, bool number, int batch, int rows>
+void float_rows(const RowJob& job, const uint8_t* codes, const RowScales& scales, int64_t table_row, int64_t n0, float* out) {
     using Floats = typename S::Floats;
-    typename S::template FloatTable<bits> table;
-    if (!number) table.load(job.values + table_row * kTable);
-    Floats sum[batch];
-    for (int n = 0; n < batch; ++n) sum[n] = S::zero_floats();
-    uint8_t tail[kChunk + S::kOverread];
-    for (int64_t c = 0; c < job.chunks; ++c) {
-        const uint8_t* p = row + c * 16 * bits;
-        const int64_t left = job.stride - c * 16 * bits;
-        if (left < 16 * bits + S::kOverread) {
-            std::memset(tail, 0, sizeof tail);
-            std::memcpy(tail, p, static_cast<size_t>(left < 16 * bits ? left : 16 * bits));
-            p = tail;
-        }
-        typename S::template FloatWords<bits> words;
-        words.load(p);
+    typename S::template FloatTable<bits> table[rows];
+    if (!number)
+        for (int r = 0; r < rows; ++r) table[r].load(job.values + (table_row + (job.table_stride == 0 ? 0 : r * job.gap)) * kTable);
+    Floats sum[rows][batch];
+    for (int r = 0; r < rows; ++r)
+        for (int n = 0; n < batch; ++n) sum[r][n] = S::zero_floats();
+    const Chunks<S, bits, rows> chunks(job, codes);
+    int64_t c = 0;
+    for (int half = 0; half < 2; ++half) {
+      for (const int64_t start = c; c < chunks.end[half]; ++c) {
+        typename S::template FloatWords<bits> words[rows];
+        Floats part[rows][batch];
         const float* x[batch];
-        Floats part[batch];
-        for (int n = 0; n < batch; ++n) {
-            const int64_t at = (n0 + n) * job.chunks + c;
-            x[n] = job.x + at * kChunk;
-            part[n] = number ? S::load(job.a_term + at * kLanes) : S::zero_floats();
+        for (int r = 0; r < rows; ++r) {
+            words[r].load(chunks.row[half][r] + (c - start) * 16 * bits);
+            for (int n = 0; n < batch; ++n) part[r][n] = S::zero_floats();
         }
-        float_step<S, bits, number, 0, batch>(words, table, x, part);
-        const Floats scale = S::pick_floats(scales.scale + scales.base[c], scales.lane + c * kLanes);
-        for (int n = 0; n < batch; ++n) sum[n] = S::fma(part[n], scale, sum[n]);
-        if (shifted) {
-            const Floats offset = S::pick_floats(scales.offset + scales.base[c], scales.lane + c * kLanes);
-            for (int n = 0; n < batch; ++n)
-                sum[n] = S::fma(offset, S::load(job.x_sum + ((n0 + n) * job.chunks + c) * kLanes), sum[n]);
+        for (int n = 0; n < batch; ++n) x[n] = job.x + ((n0 + n) * job.chunks + c) * kChunk;
+        float_step<S, bits, number, 0, batch, rows>(words, table, x, part);
+        for (int r = 0; r < rows; ++r) {
+            const Floats scale = S::pick_floats(scales.scale[r] + job.base[c], job.lane + c * kLanes);
+            for (int n = 0; n < batch; ++n) sum[r][n] = S::fma(part[r][n], scale, sum[r][n]);
         }
+      }
     }
-    for (int n = 0; n < batch; ++n) out[n] = S::total(sum[n]);
+    for (int r = 0; r < rows; ++r)
+        for (int n = 0; n < batch; ++n) out[r * batch + n] = S::total(sum[r][n]);
 }
 
 using RowFunction = void (*)(const RowJob&, const uint8_t*, const RowScales&, int64_t, int64_t, float*);
+
+// Functions for 1, 2 and 4 activation rows: for as many weight rows as fill the registers, and for one.
 struct RowFunctions {
-    RowFunction one, two, four;
+    RowFunction many[3];
+    RowFunction one[3];
 };
 
-template <class S, int bits, bool affine, bool shifted>
+template <class S, int bits, bool affine>
 constexpr RowFunctions int8_functions() {
-    return {int8_row<S, bits, affine, shifted, 1>, int8_row<S, bits, affine, shifted, 2>, int8_row<S, bits, affine, shifted, 4>};
+    return {{int8_rows<S, bits, affine, 1, S::kRows[0]>, int8_rows<S, bits, affine, 2, S::kRows[1]>,
+             int8_rows<S, bits, affine, 4, S::kRows[2]>},
+            {int8_rows<S, bits, affine, 1, 1>, int8_rows<S, bits, affine, 2, 1>, int8_rows<S, bits, affine, 4, 1>}};
 }
 
-template <class S, int bits, bool number, bool shifted>
+template <class S, int bits, bool number>
 constexpr RowFunctions float_functions() {
-    return {float_row<S, bits, number, shifted, 1>, float_row<S, bits, number, shifted, 2>,
-            float_row<S, bits, number, shifted, 4>};
+    return {{float_rows<S, bits, number, 1, S::kRows[0]>, float_rows<S, bits, number, 2, S::kRows[1]>,
+             float_rows<S, bits, number, 4, S::kRows[2]>},
+            {float_rows<S, bits, number, 1, 1>, float_rows<S, bits, number, 2, 1>, float_rows<S, bits, number, 4, 1>}};
 }
 
 template <class S, int bits>
-RowFunctions choose_int8(bool affine, bool shifted) {
-    if (affine) return shifted ? int8_functions<S, bits, true, true>() : int8_functions<S, bits, true, false>();
-    return shifted ? int8_functions<S, bits, false, true>() : int8_functions<S, bits, false, false>();
+RowFunctions choose_int8(bool affine) {
+    return affine ? int8_functions<S, bits, true>() : int8_functions<S, bits, false>();
 }
 
 template <class S, int bits>
-RowFunctions choose_float(bool number, bool shifted) {
+RowFunctions choose_float(bool affine) {
     if constexpr (bits > kTableBits) {
-        if (number) return shifted ? float_functions<S, bits, true, true>() : float_functions<S, bits, true, false>();
+        if (affine) return float_functions<S, bits, true>();
     }
-    return shifted ? float_functions<S, bits, false, true>() : float_functions<S, bits, false, false>();
+    return float_functions<S, bits, false>();
 }
 
+// Rows row, row + gap, ... of a job.
+template <class S>
+void multiply_rows(const RowJob& job, const RowFunctions& functions, const int (&most)[3], bool steps, int64_t row, int count) {
+    float rest[kMaxRows][kBatchRows], step[kMaxRows], out[kMaxRows * kMaxBatch];
+    RowScales scales;
+    for (int r = 0; r < count; ++r) {
+        const int64_t own = row + r * job.gap, table = job.table_stride == 0 ? 0 : own;
+        step[r] = steps ? job.steps[table] : 1.0f;
+        for (int64_t n = 0; n < job.batch; ++n) rest[r][n] = 0.0f;
+        prepare_row<S>(job, own, r, step[r], job.values + table * kTable, scales, rest[r]);
+    }
+    for (int64_t n = 0; n < job.batch;) {
+        const int64_t left = job.batch - n;
+        const int size = left >= 4 ? 2 : left >= 2 ? 1 : 0, take = 1 << size;
+        for (int r = 0; r < count;) {
+            const int rows = count - r >= most[size] ? most[size] : 1;
+            const int64_t own = row + r * job.gap, table = job.table_stride == 0 ? 0 : own;
+            RowScales from;
+            for (int i = 0; i < rows; ++i) from.scale[i] = scales.scale[r + i];
+            const RowFunction function = (rows > 1 ? functions.many : functions.one)[size];
+            function(job, job.codes + own * job.stride, from, table, n, out);
+            for (int i = 0; i < rows; ++i)
+                for (int b = 0; b < take; ++b)
+                    job.y[(n + b) * job.y_stride + own + i * job.gap] = out[i * take + b] * step[r + i] + rest[r + i][n + b];
+            r += rows;
+        }
+        n += take;
+    }
+}
+
+// Rows [first, last) of the first of kMaxRows bands, and the rows beside them in the others.
 template <class S>
 void multiply(const RowJob& job, const RowFunctions& functions, bool steps, int64_t first, int64_t last) {
-    const RowScratch scratch = scratch_of(job);
     for (int64_t row = first; row < last; ++row) {
-        const int64_t table = job.table_stride == 0 ? 0 : row;
-        const float step = steps ? job.steps[table] : 1.0f;
-        const RowScales scales = scales_of_row<S>(job, scratch, row, step, job.values + table * kTable);
-        const uint8_t* codes = job.codes + row * job.stride;
-        float out[kMaxBatch];
-        for (int64_t n = 0; n < job.batch;) {
-            const int64_t left = job.batch - n;
-            const int64_t take = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-            (take == 4 ? functions.four : take == 2 ? functions.two : functions.one)(job, codes, scales, table, n, out);
-            for (int64_t i = 0; i < take; ++i) job.y[(n + i) * job.y_stride + row] = out[i] * step;
-            n += take;
-        }
+        int count = 1;
+        while (count < kMaxRows && row + count * job.gap < job.row_end) ++count;
+        multiply_rows<S>(job, functions, S::kRows, steps, row, count);
     }
 }
 
@@ -401,32 +447,45 @@ void multiply(const RowJob& job, const RowFunctions& functions, bool steps, int6
     }
 
 template <class S>
-RowFunctions int8_by_bits(const RowJob& job, bool shifted) {
-    FRACBIT_BY_BITS(choose_int8, job.affine, shifted)
+RowFunctions int8_by_bits(const RowJob& job) {
+    FRACBIT_BY_BITS(choose_int8, job.affine)
 }
 
 template <class S>
-RowFunctions float_by_bits(const RowJob& job, bool shifted) {
-    FRACBIT_BY_BITS(choose_float, job.affine, shifted)
+RowFunctions float_by_bits(const RowJob& job) {
+    FRACBIT_BY_BITS(choose_float, job.affine)
 }
-
-inline bool is_shifted(const RowJob& job) { return job.offsets != nullptr || job.zeros != nullptr; }
 
 template <class S>
 void multiply_int8(const RowJob& job, int64_t first, int64_t last) {
-    multiply<S>(job, int8_by_bits<S>(job, is_shifted(job)), true, first, last);
+    multiply<S>(job, int8_by_bits<S>(job), true, first, last);
 }
 
 template <class S>
 void multiply_float(const RowJob& job, int64_t first, int64_t last) {
-    multiply<S>(job, float_by_bits<S>(job, is_shifted(job)), uses_numbers(job.affine, job.bits), first, last);
+    multiply<S>(job, float_by_bits<S>(job), uses_numbers(job.affine, job.bits), first, last);
+}
+
+inline uint64_t read_bytes(const uint8_t* data, int64_t count) {
+    uint64_t part[32] = {};  // enough chains to hide the latency of the sums
+    int64_t i = 0;
+    for (; i + 256 <= count; i += 256)
+        for (int64_t j = 0; j < 32; ++j) {
+            uint64_t word;
+            std::memcpy(&word, data + i + 8 * j, 8);
+            part[j] ^= word;
+        }
+    uint64_t sum = 0;
+    for (; i < count; ++i) sum ^= data[i];
+    for (const uint64_t word : part) sum ^= word;
+    return sum;
 }
 
 // Values of a row in natural order, for tiles of a prefill and for blocks that are not whole lanes.
 inline void look_up_row(const uint8_t* codes, int64_t stride, int bits, const float* values, int64_t kept, float* out) {
     const unsigned mask = (1u << bits) - 1u;
     int64_t i = 0;
-    for (; (i / 8 + 1) * bits + 8 - bits <= stride && i + 8 <= kept; i += 8) {  // eight codes fill `bits` bytes
+    for (; i / 8 * bits + 8 <= stride && i + 8 <= kept; i += 8) {  // eight codes fill `bits` bytes
         uint64_t word;
         std::memcpy(&word, codes + i / 8 * bits, 8);
         for (int j = 0; j < 8; ++j) out[i + j] = values[(word >> (j * bits)) & mask];
@@ -464,20 +523,12 @@ inline void weights_of_row(const RowJob& job, const Isa& isa, int64_t row, float
 // [batch, chunks * 128], and `job.scratch` holds a row of weights.
 inline void multiply_weights(const RowJob& job, const Isa& isa, int64_t first, int64_t last) {
     float* weights = job.scratch;
-    for (int64_t row = first; row < last; ++row) {
-        weights_of_row(job, isa, row, weights);
-        for (int64_t n = 0; n < job.batch; ++n) {
-            const float* x = job.x + n * job.chunks * kChunk;
-            float part[kLanes] = {};
-            int64_t i = 0;
-            for (; i + kLanes <= job.kept; i += kLanes)
-                for (int64_t d = 0; d < kLanes; ++d) part[d] += weights[i + d] * x[i + d];
-            float sum = 0.0f;
-            for (; i < job.kept; ++i) sum += weights[i] * x[i];
-            for (int64_t d = 0; d < kLanes; ++d) sum += part[d];
-            job.y[n * job.y_stride + row] = sum;
+    for (int64_t row = first; row < last; ++row)
+        for (int64_t own = row, r = 0; r < kMaxRows && own < job.row_end; ++r, own += job.gap) {
+            weights_of_row(job, isa, own, weights);
+            for (int64_t n = 0; n < job.batch; ++n)
+                job.y[n * job.y_stride + own] = dot_floats(weights, job.x + n * job.chunks * kChunk, job.kept);
         }
-    }
 }
 
 }  // namespace

@@ -158,3 +158,14 @@ def test_hidden_is_frozen(llama: PreTrainedModel, tokens: torch.Tensor) -> None:
     hidden: Hidden = embed(llama, family_of(llama), tokens)
     with pytest.raises(AttributeError):
         hidden.index = 3  # type: ignore[misc]
+
+
+def test_arguments_that_depend_on_the_tokens_are_not_shared(
+    llama: PreTrainedModel, tokens: torch.Tensor
+) -> None:
+    whole = llama.model.forward
+    llama.model.forward = lambda input_ids, **kwargs: whole(input_ids, seen=input_ids, **kwargs)  # type: ignore[method-assign]
+    hidden = embed(llama, family_of(llama), tokens, batch=1)
+    for batch in hidden.batches:
+        assert torch.equal(batch.calls[0].kwargs["seen"], tokens[batch.start : batch.stop])
+    assert len({id(batch.calls) for batch in hidden.batches}) == len(tokens)

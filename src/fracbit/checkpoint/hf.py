@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fracbit.checkpoint.format import QUANT_METHOD, StoredLayer, read_layers
 from fracbit.errors import FormatError
+from fracbit.models.experts import split_experts, without_fusing
 from fracbit.models.quant_linear import QuantEmbedding, QuantLinear, TiedHead
 
 if TYPE_CHECKING:  # this module is imported while transformers' own modeling_utils still is
@@ -52,8 +53,14 @@ class FracbitQuantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        split_experts(model)
         for name, stored in self.stored.items():
             swap(model, name, stored)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """A checkpoint of ours names every expert by itself, as the split model does: nothing is fused."""
+        rules = super().update_weight_conversions(weight_conversions, model)  # type: ignore[no-untyped-call]
+        return without_fusing(rules)
 
     def is_serializable(self) -> bool:
         """Packed buffers are saved as they are."""

@@ -67,10 +67,10 @@ def split_experts(model: nn.Module) -> list[str]:
     or interleaved tensors, biases, a gate of its own: GPT-OSS) is left as it is and stays float; `discover`
     notes it.
     """
-    found = [(path, module) for path, module in fused_experts(model) if _is_plain(module)]
-    for path, module in found:
-        replace(model, path, _split(module))
-    return [path for path, _ in found]
+    paths = [path for path, module in fused_experts(model) if _is_plain(module)]
+    for path in paths:  # by path: no more than one mixture may be in memory twice
+        replace(model, path, _split(model.get_submodule(path)))
+    return paths
 
 
 def without_fusing(rules: list[Any]) -> list[Any]:

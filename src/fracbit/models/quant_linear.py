@@ -7,14 +7,17 @@ wrong shape and stops, instead of leaving the layer at random.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from fracbit.kernels import Activations, PackedLinear
 from fracbit.numerics.bits import unpack_bits
 from fracbit.numerics.blocks import spread_rows
 from fracbit.numerics.packed import (
     PackedTensor,
-    decode,
     dense_scales,
     from_parts,
     kept_columns,
@@ -31,6 +34,8 @@ class _PackedBuffers(nn.Module):
     def __init__(self, scheme: Scheme, shape: tuple[int, int], outliers: int, sixteen: torch.dtype) -> None:
         super().__init__()
         self.scheme, self.shape, self._parts = scheme, shape, part_shapes(scheme, shape, outliers)
+        self.activations: Activations = "float"
+        self._ready: PackedLinear | None = None
         for name, (dtypes, size) in self._parts.items():
             dtype = sixteen if name == "outliers" else dtypes[0]
             buffer = torch.empty(torch.Size(size).numel() if name == "codes" else size, dtype=dtype)
@@ -43,8 +48,31 @@ class _PackedBuffers(nn.Module):
         parts["codes"] = parts["codes"].view(self._parts["codes"][1])
         return from_parts(self.scheme, self.shape, parts)
 
+    def multiply(self, x: Tensor) -> Tensor:
+        """`x` [..., in] -> [..., out] through the kernel for this scheme and device, prepared at the first call."""
+        if self._ready is None:
+            self._ready = PackedLinear(self.packed, self.activations)
+        return self._ready(x)
+
+    def choose(self, activations: Activations) -> None:
+        """Multiply by exact activations (`"float"`) or by ones rounded to 8 bits (`"int8"`, faster on CPUs)."""
+        self.activations, self._ready = activations, None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _PackedBuffers:
+        self._ready = None  # the buffers move: what was prepared points at the old ones
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._ready = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ready": None}  # made again where the copy lives
+
     def fill(self, packed: PackedTensor) -> None:
         """Take over the bytes of `packed`, without a copy."""
+        self._ready = None
         for name, part in parts_of(packed):
             setattr(self, buffer_name(name), part.reshape(-1) if name == "codes" else part)
 
@@ -70,7 +98,8 @@ class QuantLinear(_PackedBuffers):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply `x` [..., in] by the packed weight."""
-        return nn.functional.linear(x, decode(self.packed, x.dtype), self.bias)
+        y = self.multiply(x)
+        return y if self.bias is None else y + self.bias
 
 
 class QuantEmbedding(_PackedBuffers):
@@ -98,7 +127,7 @@ class TiedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [..., vocabulary] of hidden states `x` [..., width]."""
-        return nn.functional.linear(x, decode(self._shared[0].packed, x.dtype))
+        return self._shared[0].multiply(x)
 
 
 def buffer_name(part: str) -> str:

@@ -82,16 +82,18 @@ def skeleton(
     """
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config,
                 attn_implementation=attention,
                 trust_remote_code=trust_remote_code,
                 dtype=torch.float32,
             )
     except (ValueError, KeyError, AttributeError) as error:
+        reason = str(error).partition("\n")[0]  # transformers goes on to list every config that it knows
         raise SourceError(
-            f"no causal language model can be built from a config of type {config.model_type!r}: {error} "
-            "Use a decoder-only model that AutoModelForCausalLM knows (its own code needs trust_remote_code)."
+            f"no causal language model can be built from a config of type {config.model_type!r} "
+            f"({reason}); "
+            "use a decoder-only model that AutoModelForCausalLM knows (its own code needs trust_remote_code)."
         ) from error
     split_experts(model)
     _compute_buffers(model)
@@ -125,7 +127,7 @@ def _fill(owner: PreTrainedModel, module: nn.Module, names: list[str]) -> None:
         for name, shape in shapes.items():
             setattr(module, name, torch.full_like(shape, content, device="cpu"))
         with torch.no_grad():
-            owner._init_weights(module)  # type: ignore[no-untyped-call]
+            owner._init_weights(module)
         results.append({name: module.get_buffer(name) for name in names})
     for name in names:
         if not torch.equal(results[0][name], results[1][name]):

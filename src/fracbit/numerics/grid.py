@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fracbit.errors import SchemeError, WeightError
-from fracbit.numerics.bits import pack_bits
+from fracbit.numerics.bits import pack_bits, unpack_bits
 from fracbit.numerics.blocks import (
     block_length,
     block_sums,
@@ -35,7 +35,9 @@ from fracbit.numerics.packed import (
     SCALE_DTYPES,
     PackedTensor,
     decode,
+    dense_scales,
     kept_columns,
+    table_of,
     zeros_shape,
 )
 from fracbit.records.scheme import Scheme
@@ -99,25 +101,72 @@ def fit(weight: Tensor, scheme: Scheme, importance: Tensor | None = None, search
     return grid
 
 
+def grid_of(packed: PackedTensor) -> Grid:
+    """The grid that a packed tensor's kept columns lie on, to move it or to choose other codes."""
+    shape = (packed.shape[0], packed.kept)
+    scale, shift = dense_scales(packed)
+    zeros = None
+    if packed.scheme.offset == "zero":
+        assert isinstance(packed.offsets, Tensor)
+        zeros = unpack_bits(packed.offsets, packed.scheme.bits, zeros_shape(tuple(scale.shape))[1]).view(scale.shape)
+    return Grid(packed.scheme, shape, table_of(packed), scale, shift, packed.scales, packed.offsets, zeros, packed.table)
+
+
+def codes_in(packed: PackedTensor) -> Tensor:
+    """The codes uint8 [out, kept] of a packed tensor."""
+    return unpack_bits(packed.codes, packed.scheme.bits, packed.kept)
+
+
+def moved(grid: Grid, scale: Tensor, shift: Tensor | None = None, zeros: Tensor | None = None) -> Grid:
+    """The grid with other scales, rounded to what is stored: `scale` and `shift` in the stored shape, `zeros` codes uint8.
+
+    For offset `zero` the shift follows from the zero codes and is not read; None leaves shift or zeros as they are.
+    """
+    scheme = grid.scheme
+    scales = _store(scale, scheme, positive=True)
+    scale = _dense(scales, scale)
+    if scheme.offset == "zero":
+        zeros = grid.zeros if zeros is None else zeros
+        assert zeros is not None
+        shift = -scale * grid.table.look_up(zeros).view(scale.shape)
+        return replace(grid, scale=scale, scales=scales, zeros=zeros, shift=shift)
+    if shift is None:
+        return replace(grid, scale=scale, scales=scales)
+    offsets = _store(shift, scheme, positive=False)
+    return replace(grid, scale=scale, scales=scales, offsets=offsets, shift=_dense(offsets, shift))
+
+
+def with_table(grid: Grid, table: Tensor) -> Grid:
+    """The grid of a fitted data type with another `table` fp16 [1 or out, levels], ascending."""
+    return replace(grid, table=nearest_type(table.float()), stored_table=table)
+
+
 def encode(weight: Tensor, grid: Grid) -> PackedTensor:
     """Round `weight` [out, in] to the grid and pack the codes."""
-    packed = [
-        pack_bits(codes_of(weight, grid, a, b), grid.scheme.bits)
-        for a, b in row_chunks(grid.shape, _in_axis(grid))
-    ]
+    chunks = row_chunks(grid.shape, _in_axis(grid))
+    return _packed(grid, [pack_bits(codes_of(weight, grid, a, b), grid.scheme.bits) for a, b in chunks])
+
+
+def pack(codes: Tensor, grid: Grid) -> PackedTensor:
+    """`codes` uint8 [out, in], chosen by whatever method, with their grid as a `PackedTensor`."""
+    chunks = row_chunks(grid.shape, _in_axis(grid))
+    return _packed(grid, [pack_bits(codes[a:b], grid.scheme.bits) for a, b in chunks])
+
+
+def _packed(grid: Grid, rows: list[Tensor]) -> PackedTensor:
     offsets = grid.offsets
     if grid.zeros is not None:
         offsets = pack_bits(grid.zeros.view(zeros_shape(tuple(grid.zeros.shape))), grid.scheme.bits)
-    return PackedTensor(grid.scheme, grid.shape, torch.cat(packed), grid.scales, offsets, grid.stored_table)
+    return PackedTensor(grid.scheme, grid.shape, torch.cat(rows), grid.scales, offsets, grid.stored_table)
 
 
 def codes_of(weight: Tensor, grid: Grid, first: int = 0, last: int | None = None) -> Tensor:
     """Codes uint8 of rows `first` to `last` of `weight` [out, in]: each the grid's value for that weight."""
     part = weight[first:last].float()
-    scale = spread(grid.scale, grid.shape, grid.scheme, first, last)
+    inverse = spread(_inverse(grid.scale), grid.shape, grid.scheme, first, last)
     if grid.shift is not None:
         part = part - spread(grid.shift, grid.shape, grid.scheme, first, last)
-    return grid.table.rows(first, first + len(part)).nearest(part * _inverse(scale))
+    return grid.table.rows(first, first + len(part)).nearest(part * inverse)
 
 
 def values_of(codes: Tensor, grid: Grid, first: int = 0, last: int | None = None) -> Tensor:
@@ -147,11 +196,11 @@ def _quantize_kept(
         )
     importance = None if importance is None else importance[..., kept]
     packed = quantize_tensor(weight[:, kept], scheme, importance, search)
-    outliers = _in_16_bits(_finite(weight[:, columns.long()]))
+    outliers = in_16_bits(_finite(weight[:, columns.long()]))
     return replace(packed, shape=(weight.shape[0], weight.shape[1]), columns=columns, outliers=outliers)
 
 
-def _in_16_bits(values: Tensor) -> Tensor:
+def in_16_bits(values: Tensor) -> Tensor:
     """bf16 where that is exact (bf16 sources) or fp16 would overflow, fp16, which is finer, otherwise."""
     bf16 = values.bfloat16()
     if torch.equal(bf16.float(), values.float()) or bool(

@@ -5,7 +5,7 @@ so that the same recipe gives the same folder, byte for byte.
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,12 @@ NOT_COPIED = (
 
 
 def finish(
-    target: Output, recipe: Recipe, source: Source, schedule: Schedule, model: PreTrainedModel
+    target: Output,
+    recipe: Recipe,
+    source: Source,
+    schedule: Schedule,
+    model: PreTrainedModel,
+    texts: Sequence[Mapping[str, object]] = (),
 ) -> dict[str, Any]:
     """Write everything but the shards; returns the totals that `Result` shows."""
     records = {shard: target.record(shard) or {} for shard in schedule.shards}
@@ -48,7 +53,11 @@ def finish(
         write_json(target.folder / INDEX, _index(target, schedule))
     copy_rest(source, target)
     hashes = {name: digest for record in records.values() for name, digest in record["hashes"].items()}
-    manifest = _manifest(recipe, source, schedule, layers, made, hashes, totals)
+    manifest = _manifest(recipe, source, schedule, layers, made, hashes, totals, texts)
+    tweaks = [record["tweak"] for record in records.values() if "tweak" in record]
+    manifest |= {"tweaks": tweaks} if tweaks else {}
+    distilled = [record["distilled"] for record in records.values() if "distilled" in record]
+    manifest |= {"distilled": distilled[0]} if distilled else {}
     write_json(target.folder / MANIFEST, manifest)
     facts = Facts(
         _card_name(source), type(model).__name__, totals, layers, {n: f["loss"] for n, f in made.items()}
@@ -114,6 +123,7 @@ def _manifest(
     made: Mapping[str, Mapping[str, Any]],
     hashes: Mapping[str, str],
     totals: Mapping[str, Any],
+    texts: Sequence[Mapping[str, object]],
 ) -> dict[str, Any]:
     return {
         "fracbit": __version__,
@@ -126,7 +136,7 @@ def _manifest(
         "recipe": recipe.to_json(),
         "recipe_key": key(recipe),
         "source": {"name": source.name, "sha256": combined_hash(hashes), "tensors": len(source.tensors)},
-        "texts": [],
+        "texts": list(texts),
         "seed": recipe.seed,
         "totals": {name: value for name, value in totals.items() if name != "notes"},
         "notes": list(totals["notes"]),

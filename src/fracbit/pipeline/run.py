@@ -24,7 +24,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from fracbit.checkpoint.format import stored_layer, tensor_names
 from fracbit.checkpoint.output import Output, open_output
 from fracbit.checkpoint.source import Source, open_source, read_tensor, tensor_hash
-from fracbit.errors import FracbitError, OutputError, SourceError, WeightError
+from fracbit.errors import OutputError, SourceError, WeightError
 from fracbit.models.skeleton import Origin, skeleton
 from fracbit.pipeline.finish import finish
 from fracbit.pipeline.schedule import SHARD_BYTES, Item, make_schedule
@@ -68,7 +68,7 @@ def run(
     folder = Path(output)
     fill = quantizer(recipe.quantizer, recipe.search)
     source = open_source(recipe.model, recipe.revision, recipe.trust_remote_code)
-    _refuse(source, folder)
+    refuse(source, folder)
     model = skeleton(
         model_config(source, recipe.trust_remote_code), trust_remote_code=recipe.trust_remote_code
     )
@@ -168,7 +168,8 @@ def _unknown(source: Source) -> bool:
     return source.config.get("model_type") not in CONFIG_MAPPING
 
 
-def _refuse(source: Source, folder: Path) -> None:
+def refuse(source: Source, folder: Path) -> None:
+    """Stop before any work where the output is the model itself, or the model is quantized already."""
     if folder.exists() and folder.resolve() == source.folder.resolve():
         raise OutputError(f"{folder} is the model itself; name another folder for the output")
     method = (source.config.get("quantization_config") or {}).get("quant_method")
@@ -188,4 +189,3 @@ def peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-__all__ = ["FracbitError", "Progress", "Result", "model_config", "peak_rss", "quantize_item", "run"]

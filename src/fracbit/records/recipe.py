@@ -16,6 +16,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from fracbit.errors import FracbitError, RecipeError, near_matches
+from fracbit.records.calibration import Calibration
 from fracbit.records.scheme import Scheme
 
 if sys.version_info >= (3, 11):
@@ -47,6 +48,7 @@ class Recipe(BaseModel):
     - `model`: a folder or a hub id; `revision` and `trust_remote_code` belong to it.
     - `scheme`: for every linear of the blocks; `embeddings` and `head` stay float unless they are given one.
     - `quantizer` fills the schemes; `search` looks for block ranges of least error.
+    - `calibration`: the texts that quantizers such as gptq look at; None for data-free ones.
     - `overrides`: later ones win.
     """
 
@@ -60,6 +62,7 @@ class Recipe(BaseModel):
     head: SchemeField | None = None
     quantizer: str = "rtn"
     search: bool = False
+    calibration: Calibration | None = None
     overrides: tuple[Override, ...] = ()
     seed: int = 0
 

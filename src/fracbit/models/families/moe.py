@@ -1,4 +1,4 @@
-"""Mixtures of experts on Llama's attention: Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE's relatives by structure.
+"""Mixtures of experts on Llama's attention: Mixtral, Qwen2-MoE, Qwen3-MoE.
 
 transformers 5 keeps all experts of a block in two tensors, `gate_up_proj [experts, 2 inner, width]` and
 `down_proj [experts, width, inner]`; `experts.split_experts` turns them into the linears named here. The

@@ -1,0 +1,110 @@
+"""`Unit`: the layers that get their scheme together, and what each scheme would cost them in stored bits.
+
+The layer-wise paper (arXiv:2406.17415) chooses for whole blocks; single linears are finer. Linears that are one tensor (tied)
+must be kept together, those that an engine fuses (q, k, v; gate, up) are on request.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from fracbit.errors import RecipeError
+from fracbit.numerics.packed import part_shapes
+from fracbit.records.scheme import Scheme
+
+Granularity: TypeAlias = Literal["block", "linear"]
+Choices: TypeAlias = Sequence[Scheme | None]
+FLOAT_BITS = 16
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A linear as an allocation sees it: `shape` [out, in], the `block` it is in, the `group` of linears that read its input.
+
+    `tied` names the layer that owns the tensor when this one only shares it: it costs nothing, and gets the owner's scheme.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    block: str
+    group: str
+    tied: str | None = None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Layers with one scheme. `shapes`: layer name -> [out, in]; `shared`: those of them that are tied to another."""
+
+    name: str
+    shapes: Mapping[str, tuple[int, int]]
+    shared: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def weights(self) -> int:
+        """Weights stored, tied ones counted once."""
+        return sum(out * width for name, (out, width) in self.shapes.items() if name not in self.shared)
+
+    def bits(self, scheme: Scheme | None) -> int:
+        """Bits that the unit takes on disk under `scheme`: codes, scales, offsets, tables and padding; 16 a weight for None."""
+        return sum(
+            scheme_bits(scheme, shape) for name, shape in self.shapes.items() if name not in self.shared
+        )
+
+
+def scheme_bits(scheme: Scheme | None, shape: tuple[int, int]) -> int:
+    """Stored bits of a weight [out, in] under `scheme`, exactly those that `numerics.stored_bits` will count."""
+    if scheme is None:
+        return FLOAT_BITS * shape[0] * shape[1]
+    return sum(8 * kinds[0].itemsize * math.prod(size) for kinds, size in part_shapes(scheme, shape).values())
+
+
+def make_units(
+    layers: Iterable[LayerShape], granularity: Granularity = "block", fused: bool = False
+) -> tuple[Unit, ...]:
+    """Gather layers into units, in the order of the model; `fused` keeps linears that read one input together.
+
+    Raises `RecipeError` when a layer is tied to one that is not there.
+    """
+    layers = list(layers)
+    by_name = {layer.name: layer for layer in layers}
+    members: dict[str, list[LayerShape]] = {}
+    for layer in layers:
+        if layer.tied is not None and layer.tied not in by_name:
+            raise RecipeError(
+                f"{layer.name} is tied to {layer.tied}, which is not among the layers; quantize both or neither"
+            )
+        owner = by_name[layer.tied] if layer.tied is not None else layer
+        members.setdefault(_key(owner, granularity, fused), []).append(layer)
+    return tuple(_unit(key, some) for key, some in members.items())
+
+
+def cost_table(units: Sequence[Unit], choices: Choices) -> list[list[int]]:
+    """Stored bits [unit][choice]."""
+    known: dict[tuple[Scheme | None, tuple[int, int]], int] = {}
+
+    def bits(scheme: Scheme | None, shape: tuple[int, int]) -> int:
+        if (scheme, shape) not in known:
+            known[scheme, shape] = scheme_bits(scheme, shape)
+        return known[scheme, shape]
+
+    return [
+        [
+            sum(bits(scheme, shape) for name, shape in unit.shapes.items() if name not in unit.shared)
+            for scheme in choices
+        ]
+        for unit in units
+    ]
+
+
+def _unit(name: str, layers: Sequence[LayerShape]) -> Unit:
+    shared = frozenset(layer.name for layer in layers if layer.tied is not None)
+    return Unit(name, {layer.name: layer.shape for layer in layers}, shared)
+
+
+def _key(layer: LayerShape, granularity: Granularity, fused: bool) -> str:
+    if granularity == "block":
+        return layer.block
+    return layer.group if fused else layer.name

@@ -1,0 +1,55 @@
+"""`Kernel`: one way to multiply activations with a packed weight. The table of them is in `fracbit.kernels`.
+
+A kernel is a second opinion on `reference.py`, which is the definition (habit 10 of the design): the same product from the
+same bytes, faster. `prepare` may derive what it needs from the canonical layout at load time; the bytes on disk stay as
+they are (habit 11).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fracbit.errors import KernelError
+from fracbit.numerics.packed import PackedTensor
+from fracbit.records.scheme import Scheme
+
+Activations = Literal["float", "int8"]
+FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A line of the table: the first that `supports` a weight on a device is the one that runs.
+
+    - `supports(scheme, device, shape)`: whether the kernel can run weights `[out, in]` of this scheme there, now.
+    - `prepare(packed, activations)`: whatever `run` needs, made once. It shares memory with `packed`.
+    - `run(prepared, x)`: `x` [n, in] with contiguous rows, of a type in `FLOAT_TYPES` -> [n, out] of the same type.
+    - `explain()`: one sentence for people: what it is, and why it does not run here if it does not.
+    """
+
+    name: str
+    supports: Callable[[Scheme, torch.device, tuple[int, int]], bool]
+    prepare: Callable[[PackedTensor, Activations], Any]
+    run: Callable[[Any, Tensor], Tensor]
+    explain: Callable[[], str]
+
+
+def check_activations(activations: str) -> None:
+    """Raises `KernelError` for anything but the two paths a user can choose."""
+    if activations not in get_args(Activations):
+        raise KernelError(f"activations {activations!r} is not a path; use {' or '.join(get_args(Activations))}")
+
+
+def check_input(x: Tensor, columns: int, device: torch.device) -> None:
+    """Raises `KernelError` when `x` is not [..., columns] of a float type on `device`."""
+    if x.dtype not in FLOAT_TYPES:
+        raise KernelError(f"activations are {x.dtype}; a packed linear takes float32, float16 or bfloat16")
+    if x.dim() == 0 or x.shape[-1] != columns:
+        raise KernelError(f"activations of shape {tuple(x.shape)} do not fit a weight with {columns} input channels")
+    if x.device != device:
+        raise KernelError(f"activations are on {x.device}, the packed weight is on {device}; move one of them")

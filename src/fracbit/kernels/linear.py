@@ -1,0 +1,49 @@
+"""`PackedLinear`: a packed weight made ready for one kernel; calling it is the product. What a layer holds at run time.
+
+A decode step calls a hundred of these for some microseconds each, so the call goes straight to the kernel. Where somebody
+watches (torch.compile, autograd) it goes through the operator, which computes the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fracbit.kernels.kernel import Activations, check_activations, check_input
+from fracbit.kernels.op import linear_op, spec_of
+from fracbit.kernels.table import choose
+from fracbit.numerics.packed import PackedTensor, parts_of
+
+
+class PackedLinear:
+    """`y = x W^T` for `x` [..., in] in fp32, fp16 or bf16; `y` [..., out] in the same type.
+
+    `activations`: `"float"` multiplies exact values, `"int8"` rounds the activations to 8 bits (see `kernels/cpu.py`).
+    The packed tensor must not be written to afterwards: kernels may have derived tables from it.
+    """
+
+    def __init__(self, packed: PackedTensor, activations: Activations = "float") -> None:
+        """Choose a kernel for `packed` and prepare it. Raises `KernelError` when a buffer does not fit the scheme."""
+        check_activations(activations)
+        self.packed = packed
+        self.activations = activations
+        self.kernel = choose(packed.scheme, packed.codes.device, packed.shape)
+        self._prepared: Any = self.kernel.prepare(packed, activations)
+        self._run = self.kernel.run
+        self._rows, self._columns = packed.shape
+        self._device = packed.codes.device
+        self._parts = [part for _, part in parts_of(packed)]
+        self._spec = spec_of(packed)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The product. Raises `KernelError` when `x` does not fit."""
+        if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+            y: Tensor = linear_op(x, self._parts, self._spec, self.activations)
+            return y
+        check_input(x, self._columns, self._device)
+        flat = x.reshape(-1, self._columns)
+        if flat.stride(1) != 1 or flat.stride(0) < self._columns:
+            flat = flat.contiguous()
+        return self._run(self._prepared, flat).view(*x.shape[:-1], self._rows)

@@ -1,0 +1,264 @@
+// AVX-512 with VNNI and VBMI: Ice Lake, Sapphire Rapids, Zen 4 and later.
+//
+// A table of up to 64 entries is one register: vpermb reads 6 bits of an index and ignores the rest, so a table that is
+// repeated to fill 64 entries needs no mask. vpmultishiftqb cuts eight codes of any width out of a 64-bit word.
+#include "isa.h"
+
+#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
+#include <immintrin.h>
+
+#include "row_kernel.h"
+
+namespace fracbit {
+namespace {
+
+// vpermb control that spreads groups of eight codes (`bits` bytes each) to lanes of `width` bytes; what is left of a lane
+// takes a byte that the masked load has cleared.
+template <int bits, int width>
+struct Spread {
+    alignas(64) uint8_t control[64];
+    constexpr Spread() : control() {
+        for (int i = 0; i < 64; ++i) control[i] = static_cast<uint8_t>(i % width < bits ? i / width * bits + i % width : 63);
+    }
+};
+
+// vpmultishiftqb control: byte j of a 64-bit word starts at bit start + bits * j; `width` bytes hold one lane.
+template <int bits, int width, int half>
+struct Cut {
+    alignas(64) uint8_t control[64];
+    constexpr Cut() : control() {
+        for (int i = 0; i < 64; ++i) {
+            const int in_word = i % 8;
+            control[i] = width == 8 ? static_cast<uint8_t>(bits * in_word)
+                                    : static_cast<uint8_t>(32 * (in_word / 4) + bits * (4 * half + in_word % 4));
+        }
+    }
+};
+
+template <int bits, int width>
+inline __m512i spread(__m512i z) {
+    static constexpr Spread<bits, width> table{};
+    return _mm512_permutexvar_epi8(_mm512_load_si512(table.control), z);
+}
+
+template <int bits, int width, int half>
+inline __m512i cut(__m512i z) {
+    static constexpr Cut<bits, width, half> table{};
+    return _mm512_multishift_epi64_epi8(_mm512_load_si512(table.control), z);
+}
+
+struct Avx512 {
+    using Floats = __m512;
+    using Ints = __m512i;
+    using Bytes = __m512i;
+    static constexpr int kOverread = 0;
+    static constexpr int kRows[3] = {4, 2, 2};  // weight rows at a time for 1, 2 and 4 rows of activations
+
+    static Floats zero_floats() { return _mm512_setzero_ps(); }
+    static Ints zero_ints() { return _mm512_setzero_si512(); }
+    static Floats load(const float* p) { return _mm512_loadu_ps(p); }
+    static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+    static Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+    static Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
+    static float total(Floats v) { return _mm512_reduce_add_ps(v); }
+    template <int count>
+    static Ints shift_left(Ints v) { return _mm512_slli_epi32(v, count); }
+    static Floats pick_floats(const float* p, const int32_t* lane) {
+        return _mm512_permutexvar_ps(_mm512_loadu_si512(lane), _mm512_loadu_ps(p));
+    }
+    static Ints dot(Ints sum, Bytes u, const int8_t* a) { return _mm512_dpbusd_epi32(sum, u, _mm512_loadu_si512(a)); }
+    static Ints dot_small(Ints sum, Bytes u, const int8_t* a) { return dot(sum, u, a); }
+
+    // One word of eight codes per lane, for widths up to 4.
+    template <int bits>
+    static __m512i words(const uint8_t* p) {
+        if constexpr (bits == 4) return _mm512_loadu_si512(p);
+        if constexpr (bits == 3) return spread<3, 4>(_mm512_maskz_loadu_epi8(0xffffffffffffull, p));
+        if constexpr (bits == 2) return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+        if constexpr (bits == 1) return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+
+    template <int bits>
+    static void unpack(const uint8_t* p, Bytes& u0, Bytes& u1) {
+        if constexpr (bits == 4) {
+            u0 = _mm512_loadu_si512(p);
+            u1 = _mm512_srli_epi16(u0, 4);
+        } else if constexpr (bits < 4) {
+            const __m512i z = words<bits>(p);
+            u0 = cut<bits, 4, 0>(z);
+            u1 = cut<bits, 4, 1>(z);
+        } else {
+            constexpr __mmask64 half = bits == 8 ? ~0ull : (1ull << (8 * bits % 64)) - 1;
+            __m512i low = _mm512_maskz_loadu_epi8(half, p), high = _mm512_maskz_loadu_epi8(half, p + 8 * bits);
+            if constexpr (bits < 8) {  // eight codes per 64-bit word, in natural order
+                low = cut<bits, 8, 0>(spread<bits, 8>(low));
+                high = cut<bits, 8, 0>(spread<bits, 8>(high));
+            }
+            const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+            u0 = _mm512_permutex2var_epi32(low, even, high);
+            u1 = _mm512_permutex2var_epi32(low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), high);
+        }
+    }
+
+    template <int bits>
+    static Bytes clean(Bytes u) {
+        if constexpr (bits == 8) return u;
+        return _mm512_and_si512(u, _mm512_set1_epi8(static_cast<char>((1 << bits) - 1)));
+    }
+
+    template <int bits>
+    struct ByteTable {
+        static constexpr int kParts = bits <= 6 ? 1 : bits == 7 ? 2 : 4;
+        __m512i part[kParts];
+        void load(const uint8_t* table) {
+            if constexpr (bits <= 4) {
+                __m128i t = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+                if constexpr (bits == 3) t = _mm_unpacklo_epi64(t, t);
+                if constexpr (bits == 2) t = _mm_shuffle_epi32(t, 0);
+                if constexpr (bits == 1) t = _mm_set1_epi16(static_cast<int16_t>(_mm_extract_epi16(t, 0)));
+                part[0] = _mm512_broadcast_i32x4(t);
+            } else if constexpr (bits == 5) {
+                part[0] = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(table)));
+            } else {
+                for (int i = 0; i < kParts; ++i) part[i] = _mm512_loadu_si512(table + 64 * i);
+            }
+        }
+        Bytes look_up(Bytes u) const {
+            if constexpr (bits <= 6) return _mm512_permutexvar_epi8(u, part[0]);
+            if constexpr (bits == 7) return _mm512_permutex2var_epi8(part[0], u, part[1]);
+            if constexpr (bits == 8)
+                return _mm512_mask_mov_epi8(_mm512_permutex2var_epi8(part[0], u, part[1]), _mm512_movepi8_mask(u),
+                                            _mm512_permutex2var_epi8(part[2], u, part[3]));
+        }
+    };
+
+    template <int bits>
+    struct FloatWords {
+        __m512i word[2];
+        void load(const uint8_t* p) {
+            if constexpr (bits <= 4) {
+                word[0] = words<bits>(p);
+            } else {
+                unpack<bits>(p, word[0], word[1]);
+            }
+        }
+        template <int j>
+        __m512i index() const {
+            if constexpr (bits <= 4) return _mm512_srli_epi32(word[0], bits * j);
+            return _mm512_srli_epi32(word[j / 4], 8 * (j % 4));
+        }
+        template <int j>
+        Floats number() const {
+            return _mm512_cvtepi32_ps(_mm512_and_si512(index<j>(), _mm512_set1_epi32((1 << bits) - 1)));
+        }
+    };
+
+    template <int bits>
+    struct FloatTable {
+        __m512 part[2];
+        const float* memory;
+        void load(const float* table) {
+            memory = table;
+            if constexpr (bits == 5) {
+                part[0] = _mm512_loadu_ps(table);
+                part[1] = _mm512_loadu_ps(table + 16);
+            } else if constexpr (bits <= 4) {  // repeated: the instruction reads four bits of the index
+                const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+                const __m512i repeat = _mm512_and_si512(lane, _mm512_set1_epi32((1 << bits) - 1));
+                part[0] = _mm512_permutexvar_ps(repeat, _mm512_loadu_ps(table));
+            }
+        }
+        template <int j>
+        Floats pick(const FloatWords<bits>& words) const {
+            const __m512i index = words.template index<j>();
+            if constexpr (bits <= 4) return _mm512_permutexvar_ps(index, part[0]);
+            if constexpr (bits == 5) return _mm512_permutex2var_ps(part[0], index, part[1]);
+            return _mm512_i32gather_ps(_mm512_and_si512(index, _mm512_set1_epi32((1 << bits) - 1)), memory, 4);
+        }
+    };
+
+    static void to_float(const void* from, Float type, int64_t count, float* to) {
+        const auto* source = static_cast<const uint16_t*>(from);
+        int64_t i = 0;
+        if (type == Float::f16) {
+            for (; i + 16 <= count; i += 16)
+                _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i))));
+            if (i < count) {
+                const auto rest = static_cast<__mmask16>((1u << (count - i)) - 1u);
+                _mm512_mask_storeu_ps(to + i, rest, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(rest, source + i)));
+            }
+            return;
+        }
+        floats_from(from, type, count, to);
+    }
+};
+
+// 16 x 8 transposition: input 8d + j of a chunk to plane j, lane d. Three rounds of two-register permutations.
+void transpose512(const float* natural, int64_t chunks, float* lanes) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    for (int64_t c = 0; c < chunks; ++c) {
+        __m512 v[8], w[8];
+        for (int i = 0; i < 8; ++i) v[i] = _mm512_loadu_ps(natural + c * kChunk + 16 * i);
+        for (int round = 0; round < 3; ++round) {  // each round rotates the seven bits of the index by one
+            for (int i = 0; i < 4; ++i) {
+                w[i] = _mm512_permutex2var_ps(v[2 * i], even, v[2 * i + 1]);
+                w[i + 4] = _mm512_permutex2var_ps(v[2 * i], odd, v[2 * i + 1]);
+            }
+            for (int i = 0; i < 8; ++i) v[i] = w[i];
+        }
+        for (int i = 0; i < 8; ++i) _mm512_storeu_ps(lanes + c * kChunk + i * kLanes, v[i]);
+    }
+}
+
+// quantize_lanes of row_kernel.h, which says what it does; here for speed, axis "out" calls it once per group of rows.
+void quantize512(float* x, int64_t chunks, int bits, int8_t* a, float* a_scale, float* x_sum) {
+    const int* order = order_of(bits);
+    const __m512 tiny = _mm512_set1_ps(1e-30f), most = _mm512_set1_ps(127.0f), part = _mm512_set1_ps(1.0f / 127.0f);
+    const __m512i byte = _mm512_set1_epi32(255);
+    for (int64_t c = 0; c < chunks; ++c) {
+        __m512 plane[8], top = _mm512_setzero_ps(), poison = _mm512_setzero_ps();
+        for (int j = 0; j < 8; ++j) {
+            plane[j] = _mm512_loadu_ps(x + c * kChunk + order[j] * kLanes);
+            top = _mm512_max_ps(top, _mm512_abs_ps(plane[j]));
+            poison = _mm512_fmadd_ps(plane[j], _mm512_setzero_ps(), poison);
+        }
+        const __mmask16 usable = _mm512_cmp_ps_mask(top, tiny, _CMP_GE_OQ) & _mm512_cmp_ps_mask(poison, poison, _CMP_ORD_Q);
+        const __m512 inverse = _mm512_maskz_div_ps(usable, most, top);
+        const __m512 scale = _mm512_add_ps(_mm512_maskz_mul_ps(usable, top, part), poison);
+        __m512i sum = _mm512_setzero_si512(), word[2] = {sum, sum};
+        for (int j = 0; j < 8; ++j) {
+            const __m512i q = _mm512_maskz_cvtps_epi32(usable, _mm512_mul_ps(plane[j], inverse));
+            sum = _mm512_add_epi32(sum, q);
+            word[j / 4] = _mm512_or_si512(word[j / 4], _mm512_slli_epi32(_mm512_and_si512(q, byte), 8 * (j % 4)));
+            _mm512_storeu_ps(x + c * kChunk + order[j] * kLanes, _mm512_mul_ps(_mm512_cvtepi32_ps(q), scale));
+        }
+        _mm512_storeu_si512(a + c * kChunk, word[0]);
+        _mm512_storeu_si512(a + c * kChunk + 64, word[1]);
+        _mm512_storeu_ps(a_scale + c * kLanes, scale);
+        _mm512_storeu_ps(x_sum + c * kLanes, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale));
+    }
+}
+
+const Isa kAvx512 = {
+    "avx512", true, transpose512, quantize512, sum_lanes, Avx512::to_float, floats_to, multiply_int8<Avx512>, multiply_float<Avx512>,
+    multiply_weights, weights_of_row, read_bytes, look_up_row,
+};
+
+}  // namespace
+
+const Isa* isa_avx512() {
+    __builtin_cpu_init();
+    const bool present = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
+                         __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    return present ? &kAvx512 : nullptr;
+}
+
+}  // namespace fracbit
+#else
+namespace fracbit {
+const Isa* isa_avx512() { return nullptr; }
+}  // namespace fracbit
+#endif

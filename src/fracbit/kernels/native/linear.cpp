@@ -1,0 +1,510 @@
+#include "linear.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <numeric>
+
+#include "pool.h"
+
+namespace fracbit {
+namespace {
+
+constexpr int64_t kTaskBytes = 1 << 16;  // codes read per task: enough to hide claiming it, few enough to share evenly
+
+// 64-byte aligned scratch that grows and is kept, one per thread.
+class Workspace {
+  public:
+    float* floats(int64_t count) {
+        if (count > size_) {
+            data_.reset(static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>((count * 4 + 63) / 64 * 64))));
+            if (!data_) throw std::bad_alloc();
+            size_ = count;
+        }
+        return data_.get();
+    }
+
+  private:
+    struct Free {
+        void operator()(float* p) const { std::free(p); }
+    };
+    std::unique_ptr<float, Free> data_;
+    int64_t size_ = 0;
+};
+
+int64_t aligned(int64_t floats) { return (floats + 15) / 16 * 16; }
+
+int64_t width(Float type) { return type == Float::f32 ? 4 : 2; }
+
+const char* at(const void* data, Float type, int64_t index) { return static_cast<const char*>(data) + index * width(type); }
+
+void set_tables(Weight& w, const float* table, int64_t levels) {
+    w.values.assign(static_cast<size_t>(w.table_rows * kTable), 0.0f);
+    w.high.assign(w.values.size(), 128);
+    w.low.assign(w.values.size(), 0);
+    w.steps.assign(static_cast<size_t>(w.table_rows), 1.0f);
+    for (int64_t row = 0; row < w.table_rows; ++row) {
+        float* values = w.values.data() + row * kTable;
+        float top = 0.0f;
+        for (int64_t i = 0; i < kTable; ++i) {
+            values[i] = table[row * levels + std::min(i, levels - 1)];
+            top = std::max(top, std::fabs(values[i]));
+        }
+        const float step = top > 0 && std::isfinite(top) ? top / 16383.0f : 1.0f;
+        w.steps[static_cast<size_t>(row)] = step;
+        for (int64_t i = 0; i < kTable; ++i) {
+            const float scaled = std::isfinite(values[i]) ? values[i] / step : 0.0f;
+            const int q = static_cast<int>(std::lround(std::clamp(scaled, -16384.0f, 16383.0f))) + 16384;
+            w.high[static_cast<size_t>(row * kTable + i)] = static_cast<uint8_t>(q >> kLowBits);
+            w.low[static_cast<size_t>(row * kTable + i)] = static_cast<uint8_t>(q & ((1 << kLowBits) - 1));
+        }
+    }
+}
+
+// Evenly spaced tables need no look-up: the code is the number.
+void detect_affine(Weight& w, const float* table, int64_t levels) {
+    if (w.table_rows != 1 || levels < 2) return;
+    const double first = table[0], step = (static_cast<double>(table[levels - 1]) - first) / static_cast<double>(levels - 1);
+    if (!(step > 0) || !std::isfinite(step)) return;
+    for (int64_t i = 0; i < levels; ++i)
+        if (std::fabs(first + step * static_cast<double>(i) - table[i]) > 2e-7 * std::fabs(static_cast<double>(table[levels - 1]) - first)) return;
+    w.affine = true;
+    w.steps[0] = static_cast<float>(step);
+    w.constant = static_cast<float>(first / step);
+}
+
+void set_lanes(Weight& w) {
+    const int64_t chunks = w.chunks();
+    w.base.assign(static_cast<size_t>(chunks), 0);
+    w.lane.assign(static_cast<size_t>(chunks * kLanes), 0);
+    if (w.along_out) return;
+    w.whole_lanes = w.block % 8 == 0 || w.blocks == 1;
+    if (w.flat) w.whole_lanes = false;
+    if (!w.whole_lanes || w.blocks == 1) return;
+    for (int64_t c = 0; c < chunks; ++c) {
+        const int64_t base = c * kChunk / w.block;
+        w.base[static_cast<size_t>(c)] = static_cast<int32_t>(base);
+        for (int64_t d = 0; d < kLanes; ++d) {
+            const int64_t block = std::min((c * kChunk + 8 * d) / w.block, w.blocks - 1);
+            w.lane[static_cast<size_t>(c * kLanes + d)] = static_cast<int32_t>(block - base);
+        }
+    }
+}
+
+void set_columns(Weight& w, const int32_t* outlier_columns, int64_t outliers) {
+    if (outliers == 0) return;
+    w.other_columns.assign(outlier_columns, outlier_columns + outliers);
+    std::vector<bool> other(static_cast<size_t>(w.columns), false);
+    for (const int32_t column : w.other_columns) other[static_cast<size_t>(column)] = true;
+    for (int64_t i = 0; i < w.columns; ++i)
+        if (!other[static_cast<size_t>(i)]) w.kept_columns.push_back(static_cast<int32_t>(i));
+}
+
+// Activations in fp32, natural order, padded with zeros to whole chunks; and those of the outlier columns.
+struct Activations {
+    int64_t width = 0;
+    float* kept = nullptr;    // [batch, width]
+    float* others = nullptr;  // [batch, outliers]
+};
+
+void load(const Weight& w, const Isa& isa, const Matrix& x, int64_t n, const Activations& to, float* row) {
+    float* kept = to.kept + n * to.width;
+    const char* source = at(x.data, x.type, n * x.stride);
+    if (w.other_columns.empty()) {
+        isa.to_float(source, x.type, w.kept, kept);
+    } else {
+        isa.to_float(source, x.type, w.columns, row);
+        for (int64_t i = 0; i < w.kept; ++i) kept[i] = row[w.kept_columns[static_cast<size_t>(i)]];
+        const auto p = static_cast<int64_t>(w.other_columns.size());
+        for (int64_t i = 0; i < p; ++i) to.others[n * p + i] = row[w.other_columns[static_cast<size_t>(i)]];
+    }
+    std::fill(kept + w.kept, kept + to.width, 0.0f);
+}
+
+// What the constant part of a code's value contributes per unit of activation, in units of a step.
+float bias_of(const Weight& w, const Isa& isa, bool int8) {
+    if (!int8) return uses_numbers(w.affine, w.bits) ? w.constant : 0.0f;
+    if (w.affine) return w.constant + (w.bits == 8 && !isa.biased ? 128.0f : 0.0f);
+    return isa.biased ? -16384.0f : 0.0f;
+}
+
+// Activations in lane order, for one row of scales of a weight.
+struct Lanes {
+    float* x;        // [batch, chunks, 8, 16]
+    float* x_sum;    // [batch, chunks, 16]
+    float* a_scale;  // [batch, chunks, 16]
+    int8_t* a;       // [batch, chunks, 128]
+    static int64_t floats(int64_t batch, int64_t chunks) { return batch * chunks * (kChunk + 2 * kLanes + kChunk / 4); }
+    Lanes(float* memory, int64_t batch, int64_t chunks)
+        : x(memory),
+          x_sum(x + batch * chunks * kChunk),
+          a_scale(x_sum + batch * chunks * kLanes),
+          a(reinterpret_cast<int8_t*>(a_scale + batch * chunks * kLanes)) {}
+};
+
+void fill(const Lanes& lanes, const Weight& w, const Isa& isa, const float* natural, int64_t n, bool int8) {
+    const int64_t chunks = w.chunks();
+    float* x = lanes.x + n * chunks * kChunk;
+    float* sum = lanes.x_sum + n * chunks * kLanes;
+    isa.transpose(natural, chunks, x);
+    if (int8) {
+        isa.quantize(x, chunks, w.bits, lanes.a + n * chunks * kChunk, lanes.a_scale + n * chunks * kLanes, sum);
+    } else {
+        isa.lane_sums(x, chunks, sum);
+    }
+}
+
+// Blocks of a row, padded as the kernels read them.
+int64_t sums_stride(const Weight& w) { return aligned(w.along_out ? 1 : w.blocks); }
+
+// Sums of the activations of every block, from those of the lanes.
+void sum_blocks(const Weight& w, const float* lane_sums, float* block_sums) {
+    std::fill(block_sums, block_sums + sums_stride(w), 0.0f);
+    if (w.along_out || w.blocks == 1) {
+        block_sums[0] = std::accumulate(lane_sums, lane_sums + w.chunks() * kLanes, 0.0f);
+        return;
+    }
+    const int64_t lanes = w.block / 8, all = w.chunks() * kLanes;
+    for (int64_t b = 0; b < w.blocks; ++b)
+        block_sums[b] = std::accumulate(lane_sums + b * lanes, lane_sums + std::min((b + 1) * lanes, all), 0.0f);
+}
+
+RowJob job_of(const Weight& w) {
+    RowJob job{};
+    job.codes = w.codes;
+    job.stride = w.stride();
+    job.chunks = w.chunks();
+    job.bits = w.bits;
+    job.affine = w.affine;
+    job.values = w.values.data();
+    job.high = w.high.data();
+    job.low = w.low.data();
+    job.steps = w.steps.data();
+    job.table_stride = w.table_rows == 1 ? 0 : kTable;
+    job.scale_type = w.scale_type;
+    job.blocks = w.along_out ? 1 : w.blocks;
+    job.sums_stride = sums_stride(w);
+    job.block = w.block;
+    job.kept = w.kept;
+    job.base = w.base.data();
+    job.lane = w.lane.data();
+    if (!w.along_out) {
+        job.scales = w.scales;
+        job.offsets = w.offsets;
+        job.zeros = w.zeros.empty() ? nullptr : w.zeros.data();
+        job.scale_stride = w.scale_stride;
+        job.flat = w.flat;
+    }
+    return job;
+}
+
+void with_lanes(RowJob& job, const Lanes& lanes, const float* block_sums) {
+    job.x = lanes.x;
+    job.a = lanes.a;
+    job.a_scale = lanes.a_scale;
+    job.block_sums = block_sums;
+}
+
+// y [batch, rows] += outlier columns times their activations, for one row.
+void add_outliers(const Weight& w, const Isa& isa, const Activations& x, int64_t batch, int64_t row, float* y, float* scratch) {
+    const auto p = static_cast<int64_t>(w.other_columns.size());
+    isa.to_float(at(w.outliers, w.outlier_type, row * p), w.outlier_type, p, scratch);
+    for (int64_t n = 0; n < batch; ++n) {
+        float sum = 0.0f;
+        for (int64_t i = 0; i < p; ++i) sum += scratch[i] * x.others[n * p + i];
+        y[n * w.rows + row] += sum;
+    }
+}
+
+// Rows in a band when `rows` rows are cut into kMaxRows bands.
+int64_t band(int64_t rows) { return (rows + kMaxRows - 1) / kMaxRows; }
+
+struct Call {
+    const Weight* w;
+    const Isa* isa;
+    int64_t batch;
+    bool int8;
+    Activations x;
+    float* y;            // [batch, rows]
+    int64_t rows_per_task;
+    int64_t tasks_per_block;
+    int64_t thread_floats;
+    float* thread_scratch;
+    RowJob job;
+
+    float* scratch(int worker) const { return thread_scratch + worker * thread_floats; }
+};
+
+void run_rows(const Call& call, RowJob job, int64_t first, int64_t last, float* scratch) {
+    job.scratch = scratch;
+    if (!call.w->along_out && !call.w->whole_lanes) {
+        call.isa->multiply_weights(job, *call.isa, first, last);
+    } else if (call.int8) {
+        call.isa->multiply_int8(job, first, last);
+    } else {
+        call.isa->multiply_float(job, first, last);
+    }
+    if (call.w->other_columns.empty()) return;
+    for (int64_t row = first; row < last; ++row)
+        for (int64_t own = row, r = 0; r < kMaxRows && own < job.row_end; ++r, own += job.gap)
+            add_outliers(*call.w, *call.isa, call.x, call.batch, own, call.y, scratch);
+}
+
+void task_along_in(void* context, int64_t index, int worker) {
+    const auto& call = *static_cast<Call*>(context);
+    const int64_t first = index * call.rows_per_task;
+    run_rows(call, call.job, first, std::min(first + call.rows_per_task, call.job.gap), call.scratch(worker));
+}
+
+float dot(const float* a, const float* b, int64_t count) {
+    float part[kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes)
+        for (int64_t d = 0; d < kLanes; ++d) part[d] += a[i + d] * b[i + d];
+    for (; i < count; ++i) part[0] += a[i] * b[i];
+    float sum = 0.0f;
+    for (const float value : part) sum += value;
+    return sum;
+}
+
+// Offsets of a group of rows, one per input; the same for all its rows. Zero codes come as -T[zero] in lane order, padded,
+// for activations that are folded and rounded already; floats as they are, in natural order.
+void offsets_of(const Weight& w, const Isa& isa, int64_t group, int64_t width, float* offset, float* lane_order) {
+    if (w.offsets != nullptr) isa.to_float(at(w.offsets, w.scale_type, group * w.kept), w.scale_type, w.kept, offset);
+    if (w.zeros.empty()) return;
+    const uint8_t* zeros = w.zeros.data() + group * w.kept;
+    for (int64_t i = 0; i < w.kept; ++i) offset[i] = -w.values[zeros[i]];
+    std::fill(offset + w.kept, offset + width, 0.0f);
+    isa.transpose(offset, width / kChunk, lane_order);
+}
+
+// Blocks of output channels: the scales of the group are folded into its activations, the rest is a plain dot product.
+void task_along_out(void* context, int64_t index, int worker) {
+    const auto& call = *static_cast<Call*>(context);
+    const Weight& w = *call.w;
+    const int64_t group = index / call.tasks_per_block, part = index % call.tasks_per_block;
+    const int64_t begin = group * w.block, end = std::min(begin + w.block, w.rows), gap = band(end - begin);
+    const int64_t first = begin + part * call.rows_per_task, last = std::min(first + call.rows_per_task, begin + gap);
+    if (first >= last) return;
+    const int64_t width = call.x.width, chunks = w.chunks();
+    float* memory = call.scratch(worker);
+    float *scale = memory, *offset = scale + width, *scaled = offset + width, *zero = scaled + width, *shift = zero + width;
+    float* sums = shift + aligned(call.batch);
+    const Lanes lanes(sums + call.batch * sums_stride(w), call.batch, chunks);
+    float* rest = sums + call.batch * sums_stride(w) + Lanes::floats(call.batch, chunks);
+    call.isa->to_float(at(w.scales, w.scale_type, group * w.kept), w.scale_type, w.kept, scale);
+    offsets_of(w, *call.isa, group, width, offset, zero);
+    for (int64_t n = 0; n < call.batch; ++n) {
+        const float* x = call.x.kept + n * width;
+        for (int64_t i = 0; i < w.kept; ++i) scaled[i] = x[i] * scale[i];
+        std::fill(scaled + w.kept, scaled + width, 0.0f);
+        fill(lanes, w, *call.isa, scaled, n, call.int8);
+        sum_blocks(w, lanes.x_sum + n * chunks * kLanes, sums + n * sums_stride(w));
+        shift[n] = 0.0f;
+        if (w.offsets != nullptr) shift[n] = dot(offset, x, w.kept);
+        if (!w.zeros.empty()) shift[n] = dot(zero, lanes.x + n * width, width);
+    }
+    RowJob job = call.job;
+    with_lanes(job, lanes, sums);
+    job.gap = gap;
+    job.row_end = end;
+    run_rows(call, job, first, last, rest);
+    if (w.offsets == nullptr && w.zeros.empty()) return;
+    for (int64_t n = 0; n < call.batch; ++n)
+        for (int64_t row = first; row < last; ++row)
+            for (int64_t own = row, r = 0; r < kMaxRows && own < end; ++r, own += gap) call.y[n * w.rows + own] += shift[n];
+}
+
+int64_t rows_per_task(const Weight& w, int64_t rows) {
+    return std::clamp<int64_t>(kTaskBytes / std::max<int64_t>(w.stride(), 1), 1, std::max<int64_t>(rows, 1));
+}
+
+struct DecodeCall {
+    const Weight* w;
+    const Isa* isa;
+    RowJob job;
+    int64_t first;
+    int64_t last;
+    Matrix out;
+    int64_t thread_floats;
+    float* thread_scratch;
+};
+
+void decode_row(const DecodeCall& call, int64_t row, float* scratch) {
+    const Weight& w = *call.w;
+    float *weights = scratch, *scale = weights + aligned(w.kept), *offset = scale + aligned(w.kept), *full = offset + aligned(w.kept);
+    call.isa->weights_of_row(call.job, *call.isa, row, weights);
+    if (w.along_out) {
+        const int64_t group = row / w.block;
+        call.isa->to_float(at(w.scales, w.scale_type, group * w.kept), w.scale_type, w.kept, scale);
+        std::fill(offset, offset + w.kept, 0.0f);
+        if (w.offsets != nullptr) call.isa->to_float(at(w.offsets, w.scale_type, group * w.kept), w.scale_type, w.kept, offset);
+        if (!w.zeros.empty()) {
+            const float* values = w.values.data() + (w.table_rows == 1 ? 0 : row) * kTable;
+            for (int64_t i = 0; i < w.kept; ++i) offset[i] = -scale[i] * values[w.zeros[static_cast<size_t>(group * w.kept + i)]];
+        }
+        for (int64_t i = 0; i < w.kept; ++i) weights[i] = weights[i] * scale[i] + offset[i];
+    }
+    const float* result = weights;
+    if (!w.other_columns.empty()) {
+        const auto p = static_cast<int64_t>(w.other_columns.size());
+        for (int64_t i = 0; i < w.kept; ++i) full[w.kept_columns[static_cast<size_t>(i)]] = weights[i];
+        call.isa->to_float(at(w.outliers, w.outlier_type, row * p), w.outlier_type, p, scale);
+        for (int64_t i = 0; i < p; ++i) full[w.other_columns[static_cast<size_t>(i)]] = scale[i];
+        result = full;
+    }
+    auto* target = static_cast<char*>(call.out.data) + (row - call.first) * call.out.stride * width(call.out.type);
+    call.isa->from_float(result, call.out.type, w.columns, target);
+}
+
+void decode_task(void* context, int64_t index, int worker) {
+    const auto& call = *static_cast<DecodeCall*>(context);
+    const int64_t step = rows_per_task(*call.w, call.last - call.first);
+    const int64_t begin = call.first + index * step, end = std::min(begin + step, call.last);
+    for (int64_t row = begin; row < end; ++row) decode_row(call, row, call.thread_scratch + worker * call.thread_floats);
+}
+
+}  // namespace
+
+void derive(Weight& w, const float* table, int64_t levels, const uint8_t* packed_zeros, int64_t zero_rows,
+            int64_t zero_columns, const int32_t* outlier_columns, int64_t outliers) {
+    set_tables(w, table, levels);
+    detect_affine(w, table, levels);
+    set_lanes(w);
+    set_columns(w, outlier_columns, outliers);
+    if (packed_zeros == nullptr) return;
+    w.zeros.resize(static_cast<size_t>(zero_rows * zero_columns));
+    const int64_t stride = (zero_columns * w.bits + 7) / 8;
+    for (int64_t row = 0; row < zero_rows; ++row) {
+        for (int64_t i = 0; i < zero_columns; ++i) {
+            const int64_t bit = i * w.bits;
+            const uint8_t* p = packed_zeros + row * stride;
+            unsigned word = p[bit >> 3];
+            if ((bit >> 3) + 1 < stride) word |= static_cast<unsigned>(p[(bit >> 3) + 1]) << 8;
+            w.zeros[static_cast<size_t>(row * zero_columns + i)] =
+                static_cast<uint8_t>((word >> (bit & 7)) & ((1u << w.bits) - 1u));
+        }
+    }
+}
+
+namespace {
+
+// At most kBatchRows rows of activations.
+void multiply_some(const Weight& w, const Isa& isa, const Matrix& x, const Matrix& y, int64_t batch, bool int8, int threads) {
+    threads = std::clamp(threads, 1, kMaxThreads);
+    const int64_t chunks = w.chunks();
+    const auto p = static_cast<int64_t>(w.other_columns.size());
+    Call call{};
+    call.w = &w;
+    call.isa = &isa;
+    call.batch = batch;
+    call.int8 = int8;
+    call.x.width = chunks * kChunk;
+    const int64_t row_scratch = aligned(std::max(scratch_floats(w.along_out ? 1 : w.blocks), chunks * kChunk + p));
+    call.thread_floats = row_scratch;
+    if (w.along_out) call.thread_floats += 4 * call.x.width + aligned(batch) + batch * sums_stride(w) + Lanes::floats(batch, chunks);
+
+    const bool direct = y.type == Float::f32 && y.stride == w.rows;
+    const int64_t sizes[] = {batch * call.x.width, aligned(batch * p), aligned(w.columns),
+                             w.along_out ? 0 : Lanes::floats(batch, chunks), direct ? 0 : aligned(batch * w.rows),
+                             call.thread_floats * threads,
+                             w.along_out ? 0 : batch * sums_stride(w)};
+    int64_t total = 0;
+    for (const int64_t size : sizes) total += size;
+    static thread_local Workspace workspace;
+    float* memory = workspace.floats(total);
+    const auto take = [&memory](int64_t size) {
+        float* result = memory;
+        memory += size;
+        return result;
+    };
+    call.x.kept = take(sizes[0]);
+    call.x.others = take(sizes[1]);
+    float* row = take(sizes[2]);
+    const Lanes lanes(take(sizes[3]), batch, w.along_out ? 0 : chunks);
+    float* buffer = take(sizes[4]);
+    call.y = direct ? static_cast<float*>(y.data) : buffer;
+    call.thread_scratch = take(sizes[5]);
+    float* sums = take(sizes[6]);
+
+    call.job = job_of(w);
+    call.job.batch = batch;
+    call.job.bias = bias_of(w, isa, int8);
+    call.job.y = call.y;
+    call.job.y_stride = w.rows;
+    for (int64_t n = 0; n < batch; ++n) {
+        load(w, isa, x, n, call.x, row);
+        if (w.along_out || !w.whole_lanes) continue;
+        fill(lanes, w, isa, call.x.kept + n * call.x.width, n, int8);
+        sum_blocks(w, lanes.x_sum + n * chunks * kLanes, sums + n * sums_stride(w));
+    }
+    with_lanes(call.job, lanes, sums);
+    if (!w.whole_lanes) call.job.x = call.x.kept;
+    if (w.along_out) {
+        const int64_t groups = (w.rows + w.block - 1) / w.block;
+        // A group shares its folded activations: cut it only when there are too few groups to go round.
+        const int64_t parts = groups >= 2 * threads ? 1 : (4 * threads + groups - 1) / groups;
+        const int64_t height = band(std::min(w.block, w.rows));
+        call.rows_per_task = std::max<int64_t>((height + parts - 1) / parts, 1);
+        call.tasks_per_block = (height + call.rows_per_task - 1) / call.rows_per_task;
+        run_tasks(threads, groups * call.tasks_per_block, task_along_out, &call);
+    } else {
+        call.job.gap = band(w.rows);
+        call.job.row_end = w.rows;
+        call.rows_per_task = rows_per_task(w, call.job.gap);
+        run_tasks(threads, (call.job.gap + call.rows_per_task - 1) / call.rows_per_task, task_along_in, &call);
+    }
+    if (direct) return;
+    for (int64_t n = 0; n < batch; ++n)
+        isa.from_float(call.y + n * w.rows, y.type, w.rows, static_cast<char*>(y.data) + n * y.stride * width(y.type));
+}
+
+}  // namespace
+
+void multiply(const Weight& w, const Isa& isa, const Matrix& x, const Matrix& y, int64_t batch, bool int8, int threads) {
+    for (int64_t n = 0; n < batch; n += kBatchRows) {
+        const Matrix from{static_cast<char*>(x.data) + n * x.stride * width(x.type), x.type, x.stride};
+        const Matrix to{static_cast<char*>(y.data) + n * y.stride * width(y.type), y.type, y.stride};
+        multiply_some(w, isa, from, to, std::min(kBatchRows, batch - n), int8, threads);
+    }
+}
+
+void decode(const Weight& w, const Isa& isa, int64_t first, int64_t last, const Matrix& out, int threads) {
+    if (first >= last) return;
+    threads = std::clamp(threads, 1, kMaxThreads);
+    const auto p = static_cast<int64_t>(w.other_columns.size());
+    DecodeCall call{&w, &isa, job_of(w), first, last, out, 3 * aligned(std::max(w.kept, p)) + aligned(w.columns), nullptr};
+    static thread_local Workspace workspace;
+    call.thread_scratch = workspace.floats(call.thread_floats * threads);
+    const int64_t step = rows_per_task(w, last - first);
+    run_tasks(threads, (last - first + step - 1) / step, decode_task, &call);
+}
+
+uint64_t read(const Isa& isa, const uint8_t* data, int64_t count, int threads) {
+    struct Read {
+        const Isa* isa;
+        const uint8_t* data;
+        int64_t count;
+        std::atomic<uint64_t> sum{0};
+    } call{&isa, data, count};
+    const auto task = [](void* context, int64_t index, int) {
+        auto& c = *static_cast<Read*>(context);
+        const int64_t first = index * kTaskBytes;
+        c.sum.fetch_xor(c.isa->read(c.data + first, std::min(kTaskBytes, c.count - first)), std::memory_order_relaxed);
+    };
+    run_tasks(std::clamp(threads, 1, kMaxThreads), (count + kTaskBytes - 1) / kTaskBytes, task, &call);
+    return call.sum.load();
+}
+
+std::vector<const Isa*> instruction_sets() {
+    std::vector<const Isa*> found;
+    for (const Isa* isa : {isa_avx512(), isa_avx2(), isa_neon(), isa_plain()})
+        if (isa != nullptr) found.push_back(isa);
+    return found;
+}
+
+}  // namespace fracbit

@@ -1,0 +1,2 @@
+#include "isa.h"
+namespace fracbit { const Isa* isa_neon() { return nullptr; } }

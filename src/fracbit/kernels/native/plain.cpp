@@ -1,0 +1,132 @@
+// Plain C++: every processor. The compiler vectorises what it can.
+#include "isa.h"
+#include "row_kernel.h"
+
+namespace fracbit {
+namespace {
+
+struct Plain {
+    struct Floats {
+        float v[kLanes];
+    };
+    struct Ints {
+        int32_t v[kLanes];
+    };
+    struct Bytes {
+        uint8_t v[64];
+    };
+    static constexpr int kOverread = 0;
+    static constexpr int kRows[3] = {1, 1, 1};  // weight rows at a time for 1, 2 and 4 rows of activations
+
+    static Floats zero_floats() { return Floats{}; }
+    static Ints zero_ints() { return Ints{}; }
+    static Floats load(const float* p) {
+        Floats r;
+        std::memcpy(r.v, p, sizeof r.v);
+        return r;
+    }
+    static Floats fma(const Floats& a, const Floats& b, const Floats& c) {
+        Floats r;
+        for (int d = 0; d < kLanes; ++d) r.v[d] = a.v[d] * b.v[d] + c.v[d];
+        return r;
+    }
+    static Floats multiply(const Floats& a, const Floats& b) {
+        Floats r;
+        for (int d = 0; d < kLanes; ++d) r.v[d] = a.v[d] * b.v[d];
+        return r;
+    }
+    static Floats to_floats(const Ints& a) {
+        Floats r;
+        for (int d = 0; d < kLanes; ++d) r.v[d] = static_cast<float>(a.v[d]);
+        return r;
+    }
+    static float total(const Floats& a) {
+        float sum = 0;
+        for (int d = 0; d < kLanes; ++d) sum += a.v[d];
+        return sum;
+    }
+    template <int count>
+    static Ints shift_left(const Ints& a) {
+        Ints r;
+        for (int d = 0; d < kLanes; ++d) r.v[d] = a.v[d] * (1 << count);
+        return r;
+    }
+    static Floats pick_floats(const float* p, const int32_t* lane) {
+        Floats r;
+        for (int d = 0; d < kLanes; ++d) r.v[d] = p[lane[d]];
+        return r;
+    }
+    static Ints dot(Ints sum, const Bytes& u, const int8_t* a) {
+        for (int d = 0; d < kLanes; ++d)
+            for (int j = 0; j < 4; ++j) sum.v[d] += static_cast<int32_t>(u.v[4 * d + j]) * a[4 * d + j];
+        return sum;
+    }
+    static Ints dot_small(const Ints& sum, const Bytes& u, const int8_t* a) { return dot(sum, u, a); }
+
+    template <int bits>
+    static void unpack(const uint8_t* p, Bytes& u0, Bytes& u1) {
+        for (int d = 0; d < kLanes; ++d) {
+            uint64_t word = 0;
+            for (int b = 0; b < bits; ++b) word |= static_cast<uint64_t>(p[d * bits + b]) << (8 * b);
+            for (int j = 0; j < 4; ++j) {
+                const int first = bits == 4 ? 2 * j : j, second = bits == 4 ? 2 * j + 1 : 4 + j;
+                u0.v[4 * d + j] = static_cast<uint8_t>((word >> (bits * first)) & ((1 << bits) - 1));
+                u1.v[4 * d + j] = static_cast<uint8_t>((word >> (bits * second)) & ((1 << bits) - 1));
+            }
+        }
+    }
+    template <int bits>
+    static Bytes clean(const Bytes& u) { return u; }
+
+    template <int bits>
+    struct ByteTable {
+        const uint8_t* memory;
+        void load(const uint8_t* table) { memory = table; }
+        Bytes look_up(const Bytes& u) const {
+            Bytes r;
+            for (int i = 0; i < 64; ++i) r.v[i] = memory[u.v[i]];
+            return r;
+        }
+    };
+
+    template <int bits>
+    struct FloatWords {
+        Bytes half[2];
+        void load(const uint8_t* p) { unpack<bits>(p, half[0], half[1]); }
+        template <int j>
+        uint8_t code(int d) const {
+            return bits == 4 ? half[j % 2].v[4 * d + j / 2] : half[j / 4].v[4 * d + j % 4];
+        }
+        template <int j>
+        Floats number() const {
+            Floats r;
+            for (int d = 0; d < kLanes; ++d) r.v[d] = code<j>(d);
+            return r;
+        }
+    };
+
+    template <int bits>
+    struct FloatTable {
+        const float* memory;
+        void load(const float* table) { memory = table; }
+        template <int j>
+        Floats pick(const FloatWords<bits>& words) const {
+            Floats r;
+            for (int d = 0; d < kLanes; ++d) r.v[d] = memory[words.template code<j>(d)];
+            return r;
+        }
+    };
+
+    static void to_float(const void* from, Float type, int64_t count, float* to) { floats_from(from, type, count, to); }
+};
+
+const Isa kPlain = {
+    "plain", true, transpose_lanes, quantize_lanes, sum_lanes, floats_from, floats_to, multiply_int8<Plain>, multiply_float<Plain>,
+    multiply_weights, weights_of_row, read_bytes, look_up_row,
+};
+
+}  // namespace
+
+const Isa* isa_plain() { return &kPlain; }
+
+}  // namespace fracbit

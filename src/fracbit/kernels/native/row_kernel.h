@@ -1,0 +1,535 @@
+// The one kernel family, written once over a set of vector operations `S` and compiled once per instruction set.
+//
+// Everything is in an unnamed namespace on purpose: the same template compiled with other instruction flags must never be
+// merged by the linker. For the same reason no function of the standard library is called from here.
+//
+// S offers: types Bytes (64 codes), Floats and Ints (16 lanes); loads; and
+//   unpack<bits>(p, u0, u1)   128 codes as bytes, lane order; bits above the code may be anything
+//   clean<bits>(u)            those bits cleared
+//   look_up<bits>(u, table)   table bytes of codes
+//   dot(sum, u, a)            sum += u * a over the four bytes of a lane; u as the kernel's `high` (see Isa::biased)
+//   dot_small(sum, u, a)      the same for u < 128
+//   words<bits>(p), pick<bits, j>(words, table)   table floats of the j-th code of every lane
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "isa.h"
+
+namespace fracbit {
+namespace {
+
+// Order of the eight inputs of a lane in the two byte vectors that `unpack` yields. Nibbles come as even and odd codes.
+constexpr int kNatural[8] = {0, 1, 2, 3, 4, 5, 6, 7};
+constexpr int kNibbles[8] = {0, 2, 4, 6, 1, 3, 5, 7};
+inline const int* order_of(int bits) { return bits == 4 ? kNibbles : kNatural; }
+
+inline float half_to_float(uint16_t h) {
+    const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
+    const uint32_t magnitude = h & 0x7fffu;
+    uint32_t bits;
+    if (magnitude >= 0x7c00u) {
+        bits = 0x7f800000u | ((magnitude & 0x3ffu) << 13);
+    } else if (magnitude >= 0x400u) {
+        bits = (magnitude << 13) + 0x38000000u;
+    } else {  // subnormal: an integer multiple of 2^-24, exact in fp32
+        const float value = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
+        std::memcpy(&bits, &value, 4);
+    }
+    bits |= sign;
+    float result;
+    std::memcpy(&result, &bits, 4);
+    return result;
+}
+
+inline float bfloat_to_float(uint16_t b) {
+    const uint32_t bits = static_cast<uint32_t>(b) << 16;
+    float result;
+    std::memcpy(&result, &bits, 4);
+    return result;
+}
+
+inline uint16_t float_to_bfloat(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);  // NaN stays NaN
+    return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+inline uint16_t float_to_half(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+    bits &= 0x7fffffffu;
+    if (bits > 0x7f800000u) return sign | 0x7e00u;
+    if (bits >= 0x477ff000u) return sign | 0x7c00u;  // rounds to 65536 and beyond
+    if (bits < 0x38800000u) {                        // subnormal half: let fp32 addition round to multiples of 2^-24
+        float magnitude;
+        std::memcpy(&magnitude, &bits, 4);
+        magnitude += 0.5f;
+        std::memcpy(&bits, &magnitude, 4);
+        return static_cast<uint16_t>(sign | (bits - 0x3f000000u));
+    }
+    return static_cast<uint16_t>(sign | ((bits - 0x38000000u + 0xfffu + ((bits >> 13) & 1u)) >> 13));
+}
+
+inline void floats_from(const void* from, Float type, int64_t count, float* to) {
+    if (type == Float::f32) {
+        std::memcpy(to, from, static_cast<size_t>(count) * 4);
+        return;
+    }
+    const auto* source = static_cast<const uint16_t*>(from);
+    if (type == Float::bf16) {
+        for (int64_t i = 0; i < count; ++i) to[i] = bfloat_to_float(source[i]);
+    } else {
+        for (int64_t i = 0; i < count; ++i) to[i] = half_to_float(source[i]);
+    }
+}
+
+inline void floats_to(const float* from, Float type, int64_t count, void* to) {
+    if (type == Float::f32) {
+        std::memcpy(to, from, static_cast<size_t>(count) * 4);
+        return;
+    }
+    auto* target = static_cast<uint16_t*>(to);
+    if (type == Float::bf16) {
+        for (int64_t i = 0; i < count; ++i) target[i] = float_to_bfloat(from[i]);
+    } else {
+        for (int64_t i = 0; i < count; ++i) target[i] = float_to_half(from[i]);
+    }
+}
+
+inline void transpose_lanes(const float* natural, int64_t chunks, float* lanes) {
+    for (int64_t c = 0; c < chunks; ++c)
+        for (int64_t j = 0; j < 8; ++j)
+            for (int64_t d = 0; d < kLanes; ++d) lanes[c * kChunk + j * kLanes + d] = natural[c * kChunk + 8 * d + j];
+}
+
+inline void sum_lanes(const float* x, int64_t chunks, float* x_sum) {
+    for (int64_t c = 0; c < chunks; ++c) {
+        for (int64_t d = 0; d < kLanes; ++d) x_sum[c * kLanes + d] = 0.0f;
+        for (int64_t j = 0; j < 8; ++j)
+            for (int64_t d = 0; d < kLanes; ++d) x_sum[c * kLanes + d] += x[c * kChunk + j * kLanes + d];
+    }
+}
+
+// Eight activations of a lane share a scale. All-zero lanes get scale 0; a lane with NaN or Inf gets a NaN scale, so that
+// the result says so instead of hiding it.
+//
+// `x` is replaced by the rounded activations, so that offsets, which multiply sums of activations, see the same numbers as
+// the codes: otherwise a large offset that codes cancel would leave the rounding error of the activations behind.
+inline void quantize_lanes(float* x, int64_t chunks, int bits, int8_t* a, float* a_scale, float* x_sum) {
+    const int* order = order_of(bits);
+    for (int64_t c = 0; c < chunks; ++c) {
+        float* chunk = x + c * kChunk;
+        float top[kLanes], inverse[kLanes];
+        int32_t sum[kLanes], word[kLanes];
+        for (int d = 0; d < kLanes; ++d) top[d] = 0.0f;
+        float poison[kLanes];
+        for (int d = 0; d < kLanes; ++d) poison[d] = 0.0f;
+        for (int j = 0; j < 8; ++j)
+            for (int d = 0; d < kLanes; ++d) {
+                const float value = chunk[j * kLanes + d];
+                const float magnitude = value < 0 ? -value : value;
+                top[d] = magnitude > top[d] ? magnitude : top[d];
+                poison[d] += value * 0.0f;  // 0, or NaN when value is NaN or Inf
+            }
+        for (int d = 0; d < kLanes; ++d) {
+            inverse[d] = top[d] >= 1e-30f && poison[d] == 0.0f ? 127.0f / top[d] : 0.0f;
+            a_scale[c * kLanes + d] = top[d] >= 1e-30f ? top[d] * (1.0f / 127.0f) : 0.0f;
+            a_scale[c * kLanes + d] += poison[d];
+            sum[d] = 0;
+        }
+        for (int h = 0; h < 2; ++h) {
+            for (int d = 0; d < kLanes; ++d) word[d] = 0;
+            for (int j = 0; j < 4; ++j) {
+                float* plane = chunk + order[4 * h + j] * kLanes;
+                for (int d = 0; d < kLanes; ++d) {
+                    // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
+                    const float shifted = (inverse[d] != 0.0f ? plane[d] * inverse[d] : 0.0f) + 12582912.0f;
+                    int32_t q;
+                    std::memcpy(&q, &shifted, 4);
+                    q -= 0x4b400000;
+                    plane[d] = static_cast<float>(q) * a_scale[c * kLanes + d];
+                    sum[d] += q;
+                    word[d] |= static_cast<int32_t>(static_cast<uint32_t>(q & 255) << (8 * j));
+                }
+            }
+            std::memcpy(a + c * kChunk + h * 64, word, 64);
+        }
+        for (int d = 0; d < kLanes; ++d) x_sum[c * kLanes + d] = static_cast<float>(sum[d]) * a_scale[c * kLanes + d];
+    }
+}
+
+// The code at `index` of a bit stream of `stride` bytes.
+inline unsigned code_at(const uint8_t* row, int64_t stride, int bits, int64_t index) {
+    const int64_t bit = index * bits;
+    unsigned word = row[bit >> 3];
+    if ((bit >> 3) + 1 < stride) word |= static_cast<unsigned>(row[(bit >> 3) + 1]) << 8;
+    return (word >> (bit & 7)) & ((1u << bits) - 1u);
+}
+
+// Scratch of a thread: scales of up to kMaxRows rows as floats, and the offsets of one.
+struct RowScales {
+    const float* scale[kMaxRows];
+};
+
+inline int64_t scratch_stride(const RowJob& job) { return job.blocks + 2 * kLanes; }
+
+inline float dot_floats(const float* a, const float* b, int64_t count) {
+    float part[kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes)
+        for (int64_t d = 0; d < kLanes; ++d) part[d] += a[i + d] * b[i + d];
+    for (; i < count; ++i) part[0] += a[i] * b[i];
+    float sum = 0.0f;
+    for (int64_t d = 0; d < kLanes; ++d) sum += part[d];
+    return sum;
+}
+
+// Sum of products; both arrays go on for up to 15 zeros (and finite numbers against them).
+template <class S>
+inline float dot_padded(const float* a, const float* b, int64_t count) {
+    typename S::Floats sum = S::zero_floats();
+    for (int64_t i = 0; i < count; i += kLanes) sum = S::fma(S::load(a + i), S::load(b + i), sum);
+    return S::total(sum);
+}
+
+// Scales of a row into scratch; into `rest` [batch] what constants and offsets, which only see sums of activations, add to y.
+template <class S>
+void prepare_row(const RowJob& job, int64_t row, int slot, float step, const float* values, RowScales& scales, float* rest) {
+    float* scale = job.scratch + slot * scratch_stride(job);
+    scales.scale[slot] = scale;
+    if (job.scales == nullptr) {
+        for (int64_t i = 0; i < scratch_stride(job); ++i) scale[i] = 1.0f;
+    } else {
+        const int64_t first = row * job.scale_stride, width = job.scale_type == Float::f32 ? 4 : 2;
+        S::to_float(static_cast<const char*>(job.scales) + first * width, job.scale_type, job.blocks, scale);
+        for (int64_t i = 0; i < kLanes; ++i) scale[job.blocks + i] = 0.0f;
+        float* offset = job.scratch + kMaxRows * scratch_stride(job);
+        if (job.offsets != nullptr) {
+            S::to_float(static_cast<const char*>(job.offsets) + first * width, job.scale_type, job.blocks, offset);
+        } else if (job.zeros != nullptr) {
+            const uint8_t* zeros = job.zeros + first;
+            for (int64_t b = 0; b < job.blocks; ++b) offset[b] = -scale[b] * values[zeros[b]];
+        }
+        if (job.offsets != nullptr || job.zeros != nullptr) {
+            for (int64_t i = 0; i < kLanes; ++i) offset[job.blocks + i] = 0.0f;
+            for (int64_t n = 0; n < job.batch; ++n)
+                rest[n] = dot_padded<S>(offset, job.block_sums + n * job.sums_stride, job.blocks);
+        }
+    }
+    if (job.bias != 0.0f)
+        for (int64_t n = 0; n < job.batch; ++n)
+            rest[n] += step * job.bias * dot_padded<S>(scale, job.block_sums + n * job.sums_stride, job.blocks);
+}
+
+// The chunks of some rows: those that can be read where they lie, then a padded copy of the rest. Made before the loop,
+// which must not call anything: a call would spill every vector register.
+template <class S, int bits, int rows>
+struct Chunks {
+    int64_t end[2];
+    const uint8_t* row[2][rows];
+    uint8_t rest[rows][2 * kChunk + S::kOverread];
+
+    Chunks(const RowJob& job, const uint8_t* codes) {
+        constexpr int64_t bytes = 16 * bits;
+        int64_t whole = (job.stride - S::kOverread) / bytes;
+        if (job.stride < S::kOverread) whole = 0;
+        end[0] = whole < job.chunks ? whole : job.chunks;
+        end[1] = job.chunks;
+        const int64_t left = job.stride - end[0] * bytes;
+        for (int r = 0; r < rows; ++r) {
+            row[0][r] = codes + r * job.gap * job.stride;
+            row[1][r] = rest[r];
+            if (end[0] == end[1]) continue;
+            std::memset(rest[r], 0, sizeof rest[r]);
+            std::memcpy(rest[r], row[0][r] + end[0] * bytes, static_cast<size_t>(left));
+        }
+    }
+};
+
+// `rows` rows from `codes` on times `batch` activation rows from n0 on: sums before step, constants and offsets.
+// Reading the activations once for several rows matters: they cost as many loads as the codes. The rows are job.gap apart, so
+// that each is a stream of its own through memory; neighbours would make short streams, which arrive at half the speed.
+template <class S, int bits, bool affine, int batch, int rows>
+void int8_rows(const RowJob& job, const uint8_t* codes, const RowScales& scales, int64_t table, int64_t n0, float* out) {
+    using Floats = typename S::Floats;
+    using Ints = typename S::Ints;
+    typename S::template ByteTable<bits> high[rows], low[rows];
+    if (!affine) {
+        for (int r = 0; r < rows; ++r) {
+            const int64_t at = (table + (job.table_stride == 0 ? 0 : r * job.gap)) * kTable;
+            high[r].load(job.high + at);
+            low[r].load(job.low + at);
+        }
+    }
+    Floats sum[rows][batch];
+    for (int r = 0; r < rows; ++r)
+        for (int n = 0; n < batch; ++n) sum[r][n] = S::zero_floats();
+    const Chunks<S, bits, rows> chunks(job, codes);
+    int64_t c = 0;
+    for (int half = 0; half < 2; ++half) {
+      for (const int64_t start = c; c < chunks.end[half]; ++c) {
+        for (int r = 0; r < rows; ++r) {
+            typename S::Bytes u0, u1, h0, h1, l0, l1;
+            S::template unpack<bits>(chunks.row[half][r] + (c - start) * 16 * bits, u0, u1);
+            if (affine) {
+                h0 = S::template clean<bits>(u0);
+                h1 = S::template clean<bits>(u1);
+            } else {
+                h0 = high[r].look_up(u0);
+                h1 = high[r].look_up(u1);
+                l0 = low[r].look_up(u0);
+                l1 = low[r].look_up(u1);
+            }
+            const Floats scale = S::pick_floats(scales.scale[r] + job.base[c], job.lane + c * kLanes);
+            for (int n = 0; n < batch; ++n) {
+                const int64_t at = (n0 + n) * job.chunks + c;
+                const int8_t* a = job.a + at * kChunk;
+                Ints dot = S::zero_ints();
+                if (affine && bits < 8) {
+                    dot = S::dot_small(S::dot_small(dot, h0, a), h1, a + 64);
+                } else {
+                    dot = S::dot(S::dot(dot, h0, a), h1, a + 64);
+                }
+                if (!affine) dot = S::dot_small(S::dot_small(S::template shift_left<kLowBits>(dot), l0, a), l1, a + 64);
+                const Floats both = S::multiply(scale, S::load(job.a_scale + at * kLanes));
+                sum[r][n] = S::fma(S::to_floats(dot), both, sum[r][n]);
+            }
+        }
+      }
+    }
+    for (int r = 0; r < rows; ++r)
+        for (int n = 0; n < batch; ++n) out[r * batch + n] = S::total(sum[r][n]);
+}
+
+template <class S, int bits, bool number, int j, int batch, int rows>
+inline void float_step(const typename S::template FloatWords<bits> (&words)[rows],
+                       const typename S::template FloatTable<bits> (&table)[rows], const float* const (&x)[batch],
+                       typename S::Floats (&part)[rows][batch]) {
+    if constexpr (j < 8) {
+        typename S::Floats w[rows];
+        for (int r = 0; r < rows; ++r) {
+            if constexpr (number) {
+                w[r] = words[r].template number<j>();
+            } else {
+                w[r] = table[r].template pick<j>(words[r]);
+            }
+        }
+        for (int n = 0; n < batch; ++n) {
+            const typename S::Floats a = S::load(x[n] + j * kLanes);
+            for (int r = 0; r < rows; ++r) part[r][n] = S::fma(w[r], a, part[r][n]);
+        }
+        float_step<S, bits, number, j + 1, batch, rows>(words, table, x, part);
+    }
+}
+
+// `number`: the value is step * (code + bias), the code is converted.
+template <class S, int bits, bool number, int batch, int rows>
+void float_rows(const RowJob& job, const uint8_t* codes, const RowScales& scales, int64_t table_row, int64_t n0, float* out) {
+    using Floats = typename S::Floats;
+    typename S::template FloatTable<bits> table[rows];
+    if (!number)
+        for (int r = 0; r < rows; ++r) table[r].load(job.values + (table_row + (job.table_stride == 0 ? 0 : r * job.gap)) * kTable);
+    Floats sum[rows][batch];
+    for (int r = 0; r < rows; ++r)
+        for (int n = 0; n < batch; ++n) sum[r][n] = S::zero_floats();
+    const Chunks<S, bits, rows> chunks(job, codes);
+    int64_t c = 0;
+    for (int half = 0; half < 2; ++half) {
+      for (const int64_t start = c; c < chunks.end[half]; ++c) {
+        typename S::template FloatWords<bits> words[rows];
+        Floats part[rows][batch];
+        const float* x[batch];
+        for (int r = 0; r < rows; ++r) {
+            words[r].load(chunks.row[half][r] + (c - start) * 16 * bits);
+            for (int n = 0; n < batch; ++n) part[r][n] = S::zero_floats();
+        }
+        for (int n = 0; n < batch; ++n) x[n] = job.x + ((n0 + n) * job.chunks + c) * kChunk;
+        float_step<S, bits, number, 0, batch, rows>(words, table, x, part);
+        for (int r = 0; r < rows; ++r) {
+            const Floats scale = S::pick_floats(scales.scale[r] + job.base[c], job.lane + c * kLanes);
+            for (int n = 0; n < batch; ++n) sum[r][n] = S::fma(part[r][n], scale, sum[r][n]);
+        }
+      }
+    }
+    for (int r = 0; r < rows; ++r)
+        for (int n = 0; n < batch; ++n) out[r * batch + n] = S::total(sum[r][n]);
+}
+
+using RowFunction = void (*)(const RowJob&, const uint8_t*, const RowScales&, int64_t, int64_t, float*);
+
+// Functions for 1, 2 and 4 activation rows: for as many weight rows as fill the registers, and for one.
+struct RowFunctions {
+    RowFunction many[3];
+    RowFunction one[3];
+};
+
+template <class S, int bits, bool affine>
+constexpr RowFunctions int8_functions() {
+    return {{int8_rows<S, bits, affine, 1, S::kRows[0]>, int8_rows<S, bits, affine, 2, S::kRows[1]>,
+             int8_rows<S, bits, affine, 4, S::kRows[2]>},
+            {int8_rows<S, bits, affine, 1, 1>, int8_rows<S, bits, affine, 2, 1>, int8_rows<S, bits, affine, 4, 1>}};
+}
+
+template <class S, int bits, bool number>
+constexpr RowFunctions float_functions() {
+    return {{float_rows<S, bits, number, 1, S::kRows[0]>, float_rows<S, bits, number, 2, S::kRows[1]>,
+             float_rows<S, bits, number, 4, S::kRows[2]>},
+            {float_rows<S, bits, number, 1, 1>, float_rows<S, bits, number, 2, 1>, float_rows<S, bits, number, 4, 1>}};
+}
+
+template <class S, int bits>
+RowFunctions choose_int8(bool affine) {
+    return affine ? int8_functions<S, bits, true>() : int8_functions<S, bits, false>();
+}
+
+template <class S, int bits>
+RowFunctions choose_float(bool affine) {
+    if constexpr (bits > kTableBits) {
+        if (affine) return float_functions<S, bits, true>();
+    }
+    return float_functions<S, bits, false>();
+}
+
+// Rows row, row + gap, ... of a job.
+template <class S>
+void multiply_rows(const RowJob& job, const RowFunctions& functions, const int (&most)[3], bool steps, int64_t row, int count) {
+    float rest[kMaxRows][kBatchRows], step[kMaxRows], out[kMaxRows * kMaxBatch];
+    RowScales scales;
+    for (int r = 0; r < count; ++r) {
+        const int64_t own = row + r * job.gap, table = job.table_stride == 0 ? 0 : own;
+        step[r] = steps ? job.steps[table] : 1.0f;
+        for (int64_t n = 0; n < job.batch; ++n) rest[r][n] = 0.0f;
+        prepare_row<S>(job, own, r, step[r], job.values + table * kTable, scales, rest[r]);
+    }
+    for (int64_t n = 0; n < job.batch;) {
+        const int64_t left = job.batch - n;
+        const int size = left >= 4 ? 2 : left >= 2 ? 1 : 0, take = 1 << size;
+        for (int r = 0; r < count;) {
+            const int rows = count - r >= most[size] ? most[size] : 1;
+            const int64_t own = row + r * job.gap, table = job.table_stride == 0 ? 0 : own;
+            RowScales from;
+            for (int i = 0; i < rows; ++i) from.scale[i] = scales.scale[r + i];
+            const RowFunction function = (rows > 1 ? functions.many : functions.one)[size];
+            function(job, job.codes + own * job.stride, from, table, n, out);
+            for (int i = 0; i < rows; ++i)
+                for (int b = 0; b < take; ++b)
+                    job.y[(n + b) * job.y_stride + own + i * job.gap] = out[i * take + b] * step[r + i] + rest[r + i][n + b];
+            r += rows;
+        }
+        n += take;
+    }
+}
+
+// Rows [first, last) of the first of kMaxRows bands, and the rows beside them in the others.
+template <class S>
+void multiply(const RowJob& job, const RowFunctions& functions, bool steps, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+        int count = 1;
+        while (count < kMaxRows && row + count * job.gap < job.row_end) ++count;
+        multiply_rows<S>(job, functions, S::kRows, steps, row, count);
+    }
+}
+
+#define FRACBIT_BY_BITS(function, ...)              \
+    switch (job.bits) {                             \
+        case 1: return function<S, 1>(__VA_ARGS__); \
+        case 2: return function<S, 2>(__VA_ARGS__); \
+        case 3: return function<S, 3>(__VA_ARGS__); \
+        case 4: return function<S, 4>(__VA_ARGS__); \
+        case 5: return function<S, 5>(__VA_ARGS__); \
+        case 6: return function<S, 6>(__VA_ARGS__); \
+        case 7: return function<S, 7>(__VA_ARGS__); \
+        default: return function<S, 8>(__VA_ARGS__); \
+    }
+
+template <class S>
+RowFunctions int8_by_bits(const RowJob& job) {
+    FRACBIT_BY_BITS(choose_int8, job.affine)
+}
+
+template <class S>
+RowFunctions float_by_bits(const RowJob& job) {
+    FRACBIT_BY_BITS(choose_float, job.affine)
+}
+
+template <class S>
+void multiply_int8(const RowJob& job, int64_t first, int64_t last) {
+    multiply<S>(job, int8_by_bits<S>(job), true, first, last);
+}
+
+template <class S>
+void multiply_float(const RowJob& job, int64_t first, int64_t last) {
+    multiply<S>(job, float_by_bits<S>(job), uses_numbers(job.affine, job.bits), first, last);
+}
+
+inline uint64_t read_bytes(const uint8_t* data, int64_t count) {
+    uint64_t part[32] = {};  // enough chains to hide the latency of the sums
+    int64_t i = 0;
+    for (; i + 256 <= count; i += 256)
+        for (int64_t j = 0; j < 32; ++j) {
+            uint64_t word;
+            std::memcpy(&word, data + i + 8 * j, 8);
+            part[j] ^= word;
+        }
+    uint64_t sum = 0;
+    for (; i < count; ++i) sum ^= data[i];
+    for (const uint64_t word : part) sum ^= word;
+    return sum;
+}
+
+// Values of a row in natural order, for tiles of a prefill and for blocks that are not whole lanes.
+inline void look_up_row(const uint8_t* codes, int64_t stride, int bits, const float* values, int64_t kept, float* out) {
+    const unsigned mask = (1u << bits) - 1u;
+    int64_t i = 0;
+    for (; i / 8 * bits + 8 <= stride && i + 8 <= kept; i += 8) {  // eight codes fill `bits` bytes
+        uint64_t word;
+        std::memcpy(&word, codes + i / 8 * bits, 8);
+        for (int j = 0; j < 8; ++j) out[i + j] = values[(word >> (j * bits)) & mask];
+    }
+    for (; i < kept; ++i) out[i] = values[code_at(codes, stride, bits, i)];
+}
+
+inline float scale_at(const RowJob& job, const void* values, int64_t index) {
+    float result;
+    const int64_t width = job.scale_type == Float::f32 ? 4 : 2;
+    floats_from(static_cast<const char*>(values) + index * width, job.scale_type, 1, &result);
+    return result;
+}
+
+// Weights of a row in natural order: scale * value + offset, for every kind of block along the row.
+inline void weights_of_row(const RowJob& job, const Isa& isa, int64_t row, float* out) {
+    const float* values = job.values + (job.table_stride == 0 ? 0 : row) * kTable;
+    isa.look_up(job.codes + row * job.stride, job.stride, job.bits, values, job.kept, out);
+    if (job.scales == nullptr) return;
+    const int64_t begin = job.flat ? row * job.kept : 0;
+    const int64_t start = job.flat ? 0 : row * job.scale_stride;
+    for (int64_t i = 0; i < job.kept;) {  // block by block
+        const int64_t block = (begin + i) / job.block;
+        int64_t end = (block + 1) * job.block - begin;
+        if (end > job.kept) end = job.kept;
+        const float scale = scale_at(job, job.scales, start + block);
+        float offset = 0.0f;
+        if (job.offsets != nullptr) offset = scale_at(job, job.offsets, start + block);
+        if (job.zeros != nullptr) offset = -scale * values[job.zeros[start + block]];
+        for (; i < end; ++i) out[i] = out[i] * scale + offset;
+    }
+}
+
+// Blocks that are not whole lanes: decode the row, then multiply in floating point. `job.x` is in natural order here,
+// [batch, chunks * 128], and `job.scratch` holds a row of weights.
+inline void multiply_weights(const RowJob& job, const Isa& isa, int64_t first, int64_t last) {
+    float* weights = job.scratch;
+    for (int64_t row = first; row < last; ++row)
+        for (int64_t own = row, r = 0; r < kMaxRows && own < job.row_end; ++r, own += job.gap) {
+            weights_of_row(job, isa, own, weights);
+            for (int64_t n = 0; n < job.batch; ++n)
+                job.y[n * job.y_stride + own] = dot_floats(weights, job.x + n * job.chunks * kChunk, job.kept);
+        }
+}
+
+}  // namespace
+}  // namespace fracbit

@@ -1,0 +1,103 @@
+"""`torch.ops.fracbit.linear`: the packed product as an operator that torch.compile, export and autograd understand.
+
+    fracbit::linear(Tensor x, Tensor[] parts, str spec, str activations) -> Tensor
+
+`parts` are the stored tensors of the weight in the order of `parts_of`, `spec` is the rest of it as JSON (`spec_of`): scheme,
+shape, names of the parts. A graph thus holds the packed buffers and nothing else. Kernels derive small tables from a weight
+when they first see it; these are kept for as long as the tensor of codes lives, and made again when a part was written to.
+
+The gradient with respect to `x` is grad @ W; the packed weight itself is not trained.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fracbit.kernels.kernel import Kernel, check_activations, check_input
+from fracbit.kernels.table import choose
+from fracbit.numerics.packed import PackedTensor, decode, from_parts, parts_of
+from fracbit.records.scheme import Scheme
+
+_Entry = tuple[tuple[int, ...], tuple[int, ...], str, Kernel, Any]
+_prepared = WeakIdKeyDictionary()  # codes: Tensor -> _Entry
+
+
+def spec_of(packed: PackedTensor) -> str:
+    """Everything about `packed` that is not a tensor, as JSON: the `spec` of the operator."""
+    names = [name for name, _ in parts_of(packed)]
+    return json.dumps({"scheme": packed.scheme.to_json(), "shape": list(packed.shape), "parts": names})
+
+
+def packed_of(parts: list[Tensor], spec: str) -> PackedTensor:
+    """Inverse of `spec_of` and `parts_of`. Raises `FormatError` when a part does not fit."""
+    scheme, shape, names = _read(spec)
+    return from_parts(scheme, shape, dict(zip(names, parts, strict=True)))
+
+
+@torch.library.custom_op("fracbit::linear", mutates_args=())
+def linear_op(x: Tensor, parts: list[Tensor], spec: str, activations: str) -> Tensor:
+    """`x` [..., in] times the packed weight: [..., out] in the type of `x`."""
+    kernel, prepared = _kernel_for(parts, spec, activations)
+    rows, columns = _read(spec)[1]
+    check_input(x, columns, parts[0].device)
+    flat = x.reshape(-1, columns)
+    flat = flat if flat.stride(1) == 1 and flat.stride(0) >= columns else flat.contiguous()
+    return kernel.run(prepared, flat).view(*x.shape[:-1], rows)
+
+
+@linear_op.register_fake
+def _(x: Tensor, parts: list[Tensor], spec: str, activations: str) -> Tensor:
+    check_activations(activations)
+    rows, columns = _read(spec)[1]
+    check_input(x, columns, parts[0].device)
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+@torch.library.custom_op("fracbit::linear_gradient", mutates_args=())
+def gradient_op(grad: Tensor, parts: list[Tensor], spec: str) -> Tensor:
+    """`grad` [..., out] times the packed weight: [..., in], the gradient of `linear` with respect to its input."""
+    return grad @ decode(packed_of(parts, spec), grad.dtype)
+
+
+@gradient_op.register_fake
+def _(grad: Tensor, parts: list[Tensor], spec: str) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], _read(spec)[1][1]))
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, list[Tensor], str, str], output: Tensor) -> None:
+    _, parts, ctx.spec, _ = inputs
+    ctx.save_for_backward(*parts)
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, list[None], None, None]:
+    parts = list(ctx.saved_tensors)
+    return gradient_op(grad, parts, ctx.spec), [None] * len(parts), None, None
+
+
+linear_op.register_autograd(_gradient, setup_context=_keep)
+
+
+def _kernel_for(parts: list[Tensor], spec: str, activations: str) -> tuple[Kernel, Any]:
+    names = tuple(id(part) for part in parts)
+    versions = tuple(0 if part.is_inference() else part._version for part in parts)
+    entry = _prepared.get(parts[0])
+    if entry is not None and entry[:3] == (names, versions, spec + activations):
+        return entry[3], entry[4]
+    packed = packed_of(parts, spec)
+    kernel = choose(packed.scheme, parts[0].device, packed.shape)
+    check_activations(activations)
+    prepared = kernel.prepare(packed, activations)  # type: ignore[arg-type]
+    _prepared[parts[0]] = (names, versions, spec + activations, kernel, prepared)
+    return kernel, prepared
+
+
+@lru_cache(maxsize=4096)
+def _read(spec: str) -> tuple[Scheme, tuple[int, int], tuple[str, ...]]:
+    data = json.loads(spec)
+    return Scheme.from_json(data["scheme"]), (data["shape"][0], data["shape"][1]), tuple(data["parts"])

@@ -1,0 +1,22 @@
+"""The lens of perturbation: errors of one strength and different character, and those that schemes really make."""
+
+from fracbit.lens.exponent import EXPONENTS, best_exponent
+from fracbit.lens.perturb import (
+    PERTURBATIONS,
+    Perturbation,
+    check_intensity,
+    clipping,
+    error_profile,
+    noise_on,
+    perturb,
+    perturb_like,
+    perturbation,
+    relative_intensity,
+    scheme_error,
+)
+from fracbit.lens.units import UnitOf, from_units, to_units
+
+__all__ = [
+    "EXPONENTS", "PERTURBATIONS", "Perturbation", "UnitOf", "best_exponent", "check_intensity", "clipping", "error_profile", "from_units", "noise_on",
+    "perturb", "perturb_like", "perturbation", "relative_intensity", "scheme_error", "to_units",
+] 

@@ -1,0 +1,155 @@
+"""Self-distillation: a quantized model, as a whole, is moved until its next-token distribution is the float model's again.
+
+Everything that the format stores is learned at once: codes (through latent weights), scales, offsets, tables, 16-bit columns
+and norms, by the divergence KL(float || quantized) on calibration tokens. No labels are needed, so text that the float model
+wrote itself serves as well as any. The whole model must fit into memory three times over; block-wise corrections need less.
+
+Ref: learned rounding and scales, arXiv:1902.08153; distillation for quantization without data, arXiv:2305.17888 (LLM-QAT); as a
+last stage after GPTQ-like fitting, arXiv:2401.06118 (AQLM), arXiv:2405.14852 (PV-tuning).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fracbit.models.blocks import bias_of
+from fracbit.models.install import replace
+from fracbit.models.soft import SoftLinear
+from fracbit.numerics.packed import PackedTensor
+
+SCALE_RATE = 0.3  # of the latent rate: a scale moves every weight of its block
+NORM_RATE = 0.3
+WARM_UP = 0.05  # of all steps
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How long and how fast. `rate` is Adam's, for latent weights in units of their block's scale."""
+
+    epochs: int = 10
+    rate: float = 2e-3
+    batch: int = 4
+    held_out: float = 0.1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """Divergence from the float model in nats per token on held-out samples, before and after; epochs kept (0: none helped)."""
+
+    before: float
+    after: float
+    epochs: int
+
+
+def soften(model: PreTrainedModel, packed: Mapping[str, PackedTensor]) -> dict[str, SoftLinear]:
+    """Swap the named linears of a float `model` for trainable stand-ins of their packed forms; everything else is frozen.
+
+    The float weight of each places the latent weights inside the cells of the codes that were chosen.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    soft: dict[str, SoftLinear] = {}
+    for name, tensor in packed.items():
+        module = model.get_submodule(name)
+        weight = module.get_parameter("weight").detach()
+        weight = weight if tuple(weight.shape) == tensor.shape else weight.T
+        soft[name] = SoftLinear(tensor, weight, bias_of(module))
+        replace(model, name, soft[name])
+    return soft
+
+
+def distill(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    soft: Mapping[str, SoftLinear],
+    norms: Mapping[str, nn.Parameter],
+    ids: Tensor,
+    plan: Distillation,
+    show: Callable[[int, float], None] | None = None,
+) -> Distilled:
+    """Train the `soft` linears and `norms` of `student`, in place, on `ids` [samples, tokens]; the best epoch stays.
+
+    `show` is called with each epoch and its held-out divergence.
+    """
+    held = max(1, int(len(ids) * plan.held_out)) if len(ids) > 1 else 0
+    train, judge = ids[: len(ids) - held], ids[len(ids) - held :] if held else ids
+    for parameter in norms.values():
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.Adam(_groups(soft, norms, plan.rate), betas=(0.9, 0.95))
+    steps = plan.epochs * -(-len(train) // plan.batch)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate_at(step / max(steps, 1)))
+    generator = torch.Generator().manual_seed(plan.seed)
+    before = best = divergence(teacher, student, judge, plan.batch)
+    kept, state = 0, _state(soft, norms)
+    for epoch in range(1, plan.epochs + 1):
+        for rows in torch.randperm(len(train), generator=generator).split(plan.batch):
+            loss = _kl(teacher, student, train[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+            optimizer.step()
+            schedule.step()
+        found = divergence(teacher, student, judge, plan.batch)
+        if show is not None:
+            show(epoch, found)
+        if found < best:
+            best, kept, state = found, epoch, _state(soft, norms)
+    _restore(soft, norms, state)
+    return Distilled(before, best, kept)
+
+
+def divergence(teacher: PreTrainedModel, student: PreTrainedModel, ids: Tensor, batch: int) -> float:
+    """Mean KL(teacher || student) in nats per token over `ids` [samples, tokens]."""
+    with torch.no_grad():
+        parts = [(float(_kl(teacher, student, part)), len(part)) for part in ids.split(batch)]
+    return sum(loss * count for loss, count in parts) / len(ids)
+
+
+def _kl(teacher: PreTrainedModel, student: PreTrainedModel, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        wanted = teacher(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+    found = student(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+    divergence: Tensor = (wanted.exp() * (wanted - found)).sum(-1).mean()
+    return divergence
+
+
+def _groups(
+    soft: Mapping[str, SoftLinear], norms: Mapping[str, nn.Parameter], rate: float
+) -> list[dict[str, object]]:
+    latent = [layer.latent for layer in soft.values()]
+    scales = [
+        p for layer in soft.values() for n, p in layer.named_parameters() if n != "latent" and p.requires_grad
+    ]
+    return [
+        {"params": latent, "lr": rate},
+        {"params": scales, "lr": rate * SCALE_RATE},
+        {"params": list(norms.values()), "lr": rate * NORM_RATE},
+    ]
+
+
+def _rate_at(share: float) -> float:
+    """A short rise, then half a cosine down to a twentieth."""
+    if share < WARM_UP:
+        return 0.05 + 0.95 * share / WARM_UP
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (share - WARM_UP) / (1 - WARM_UP)))
+
+
+def _state(soft: Mapping[str, SoftLinear], norms: Mapping[str, nn.Parameter]) -> list[Tensor]:
+    return [p.detach().clone() for p in _all(soft, norms)]
+
+
+def _restore(soft: Mapping[str, SoftLinear], norms: Mapping[str, nn.Parameter], state: list[Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, tensor in zip(_all(soft, norms), state, strict=True):
+            parameter.copy_(tensor)
+
+
+def _all(soft: Mapping[str, SoftLinear], norms: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:
+    return [p for layer in soft.values() for p in layer.parameters()] + list(norms.values())

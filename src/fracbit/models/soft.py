@@ -1,0 +1,118 @@
+"""`SoftLinear`: a quantized linear that can be trained; what it gives is exactly what its packed form will give.
+
+    W = scale * T[nearest(u)] + shift         u: latent weights in units of the scale
+
+Scale, shift and a fitted table are learned as they are; the gradient of the rounding is taken as that of the identity inside
+the table's range and 0 outside (straight-through, Bengio et al. 2013, arXiv:1308.3432; learned step sizes: Esser et al. 2019,
+arXiv:1902.08153). It lives only while a correction runs: `packed` turns it back into bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from fracbit.numerics.blocks import spread
+from fracbit.numerics.datatypes import is_fitted, nearest_type
+from fracbit.numerics.grid import Grid, codes_in, grid_of, moved, pack, with_table
+from fracbit.numerics.packed import PackedTensor, kept_columns
+
+
+class SoftLinear(nn.Module):
+    """Trainable stand-in for a `PackedTensor` [out, in]; fp32 inside, output in the type of `x`."""
+
+    def __init__(self, packed: PackedTensor, weight: Tensor | None, bias: Tensor | None) -> None:
+        """`weight` [out, in] float places the latent weights between codes; None: on them."""
+        super().__init__()
+        self.base, self.packed_like = grid_of(packed), packed
+        self.log_scale = nn.Parameter(self.base.scale.clamp(min=1e-12).log())
+        shift = self.base.shift
+        self.free_shift = self.base.scheme.offset in ("float", "mean")
+        self.shift = nn.Parameter(torch.zeros(0) if shift is None or not self.free_shift else shift.clone())
+        self.table = nn.Parameter(self.base.table.values.clone(), requires_grad=is_fitted(self.base.scheme))
+        self.latent = nn.Parameter(self._start(packed, weight))
+        self.bias = None if bias is None else nn.Parameter(bias.float().clone(), requires_grad=False)
+        self.outliers = None if packed.outliers is None else nn.Parameter(packed.outliers.float())
+
+    def _start(self, packed: PackedTensor, weight: Tensor | None) -> Tensor:
+        """Latent weights: the float ones where they round to the code that was chosen, else the nearest edge that does."""
+        codes = codes_in(packed)
+        values = self.base.table.look_up(codes)
+        if weight is None:
+            return values
+        kept = (
+            weight.float()
+            if packed.columns is None
+            else weight.float()[:, kept_columns(packed.columns, packed.shape[1])]
+        )
+        wanted = (kept - self._spread_shift(self.base.scale)) / self._spread(self.base.scale.clamp(min=1e-12))
+        low, high = cell_of(self.base.table.values, self.base.table.boundaries, codes)
+        return torch.minimum(torch.maximum(wanted, low), high)
+
+    def _spread(self, stored: Tensor) -> Tensor:
+        return spread(stored, self.base.shape, self.base.scheme)
+
+    def _spread_shift(self, scale: Tensor) -> Tensor:
+        if self.free_shift:
+            return self._spread(self.shift)
+        if self.base.zeros is None:
+            return torch.zeros(1, 1)
+        zero = self.base.table.look_up(self.base.zeros).view(scale.shape)
+        return self._spread(-scale * zero)
+
+    def weight(self) -> Tensor:
+        """The decoded weight [out, in], differentiable."""
+        scale = self.log_scale.exp()
+        table = (
+            self.base.table
+            if not self.table.requires_grad
+            else nearest_type(self.table.detach().sort(dim=1).values)
+        )
+        codes = table.nearest(self.latent.detach())
+        values = look_up(self.table if self.table.requires_grad else table.values, codes)
+        low, high = table.values[:, :1], table.values[:, -1:]
+        inside = (self.latent.detach() >= low) & (self.latent.detach() <= high)
+        values = values + torch.where(inside, self.latent - self.latent.detach(), 0.0)
+        kept = values * self._spread(scale) + self._spread_shift(scale)
+        if self.outliers is None:
+            return kept
+        assert self.packed_like.columns is not None
+        full = kept.new_empty(self.packed_like.shape)
+        full = full.index_copy(1, kept_columns(self.packed_like.columns, full.shape[1]), kept)
+        return full.index_copy(1, self.packed_like.columns.long(), self.outliers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [..., in] -> [..., out]."""
+        return nn.functional.linear(x.float(), self.weight(), self.bias).to(x.dtype)
+
+    def packed(self) -> PackedTensor:
+        """The bytes that it stands for now."""
+        with torch.no_grad():
+            table = self.table.detach().sort(dim=1).values
+            grid: Grid = with_table(self.base, table.half()) if self.table.requires_grad else self.base
+            codes = grid.table.nearest(self.latent.detach())
+            grid = moved(
+                grid, self.log_scale.detach().exp(), self.shift.detach() if self.free_shift else None
+            )
+            result = pack(codes, grid)
+            if self.outliers is None:
+                return result
+            like = self.packed_like
+            assert like.outliers is not None
+            outliers = self.outliers.detach().to(like.outliers.dtype)
+            return replace(result, shape=like.shape, columns=like.columns, outliers=outliers)
+
+
+def look_up(table: Tensor, codes: Tensor) -> Tensor:
+    """Values of `codes` [rows, n] in `table` [1 or rows, levels], differentiable in the table."""
+    return table[0][codes.long()] if len(table) == 1 else table.gather(1, codes.long())
+
+
+def cell_of(values: Tensor, boundaries: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """The numbers that round to each code: lower and upper end, a hair inside; open cells end at the outer values."""
+    low = torch.cat([values[:, :1], boundaries], 1)
+    high = torch.cat([boundaries, values[:, -1:]], 1)
+    hair = 1e-3 * (high - low)
+    return look_up(low + hair, codes), look_up(high - hair, codes)

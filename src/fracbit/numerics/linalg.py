@@ -1,0 +1,109 @@
+"""The linear algebra of error feedback: how an error made in one input column should move the others.
+
+With H the (damped) Gram matrix of the inputs, a weight W quantized to Q costs tr((W - Q) H (W - Q)^T). Factor H = A A^T with A
+upper triangular: the cost is ||(W - Q) A||^2, whose column i is A_ii (q_i - t_i) with
+
+    t_i = w_i + sum_{j<i} (w_j - q_j) A_ji / A_ii.                                                      (1)
+
+Rounding t_i in order is GPTQ (Frantar et al. 2022, arXiv:2210.17323; this form is Babai's nearest plane, Chen et al. 2025,
+arXiv:2507.18553): one Cholesky factorization and no inverse. With all other columns held, the best value of column i is
+
+    t_i = w_i + sum_{j!=i} (w_j - q_j) H_ji / H_ii,                                                    (2)
+
+which is coordinate descent. Both are "target = weight + error @ coupling", so one sweep serves both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fracbit.errors import WeightError
+
+DAMPING = 0.01  # of the mean diagonal, as GPTQ
+LARGEST_DAMPING = 10.0
+
+
+@dataclass(frozen=True, eq=False)
+class Coupling:
+    """How errors feed back, in the order in which columns are visited.
+
+    - `order` int64 [in]: the column visited first, second, ...
+    - `matrix` fp32 [in, in] in visiting order: (1) is strictly upper triangular, (2) has a zero diagonal.
+    - `damping` in units of the mean diagonal; more than was asked for when the factorization needed it.
+    """
+
+    order: Tensor
+    matrix: Tensor
+    damping: float
+    causal: bool
+
+
+def damped(gram: Tensor, damping: float = DAMPING) -> Tensor:
+    """`gram` [in, in] divided by its mean diagonal, plus `damping` on the diagonal; dead inputs (a zero there) get 1."""
+    diagonal = gram.diagonal()
+    mean = diagonal.mean()
+    if not bool(torch.isfinite(mean)):
+        raise WeightError(
+            "the gram matrix holds NaN or Inf; look for overflowing activations in the calibration data"
+        )
+    result = gram / mean if float(mean) > 0 else torch.zeros_like(gram)
+    result.diagonal().add_(damping)
+    result.diagonal()[diagonal <= 0] = 1.0
+    return result
+
+
+def by_energy(gram: Tensor) -> Tensor:
+    """Columns by falling input energy: GPTQ's activation order: the important ones are rounded while all others can repair."""
+    return gram.diagonal().argsort(descending=True, stable=True)
+
+
+def feedback(gram: Tensor, order: Tensor, damping: float = DAMPING) -> Coupling:
+    """Coupling (1) of GPTQ. Where the damped matrix is not positive definite, the damping is raised until it is."""
+    used = damping
+    while True:
+        matrix = damped(gram, used)[order][:, order].flip(0, 1)
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if int(failed):
+            factor, failed = torch.linalg.cholesky_ex(matrix.double())
+        if not int(failed):
+            break
+        used = max(used * 10, 1e-4)
+        if used > LARGEST_DAMPING:
+            raise WeightError(
+                "the gram matrix cannot be factored at any damping; the calibration activations are not finite"
+            )
+    upper = factor.flip(0, 1)
+    coupling = (upper / upper.diagonal()).float().triu_(1)
+    return Coupling(order, coupling, used, causal=True)
+
+
+def descent(gram: Tensor, order: Tensor, damping: float = DAMPING) -> Coupling:
+    """Coupling (2) of coordinate descent, in the same order as GPTQ's."""
+    matrix = damped(gram, damping)[order][:, order]
+    matrix = matrix / matrix.diagonal()
+    matrix.fill_diagonal_(0)
+    return Coupling(order, matrix, damping, causal=False)
+
+
+def eliminate(gram: Tensor, kept: Tensor, free: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
+    """The gram matrix of the `kept` columns when the `free` ones follow optimally, and how they follow.
+
+    Returns the Schur complement [kept, kept] and `follow` [kept, free]: the best change of the free columns for an error E of
+    the kept ones is `E @ follow`.
+    """
+    matrix = damped(gram, damping)
+    cross = matrix[kept][:, free]
+    follow = torch.linalg.solve(matrix[free][:, free].double(), cross.T.double()).T.float()
+    return gram[kept][:, kept] - _scale_of(gram) * (follow @ cross.T), follow
+
+
+def gram_errors(error: Tensor, gram: Tensor) -> Tensor:
+    """Each row's part of tr(E G E^T): [out] for `error` [out, in]."""
+    return ((error @ gram) * error).sum(1)
+
+
+def _scale_of(gram: Tensor) -> Tensor:
+    return gram.diagonal().mean()

@@ -1,0 +1,482 @@
+"""Plan before anything is written: what a budget buys, who gets what, and what the run itself will need.
+
+    weights on disk -> units, costs -> losses (a score's) -> order, exact, uniform -> Plan
+
+Data-free scores read one weight at a time; a score that reads text loads the float model once. `contest` then measures the
+chosen allocation and the best uniform scheme of no more bytes on held-out tokens, and takes the uniform one when it wins:
+searched allocations have missed their target and lost to uniform in other tools.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+
+from fracbit.checkpoint.format import tensor_name
+from fracbit.checkpoint.source import Source, open_source
+from fracbit.errors import BudgetError, RecipeError, SchemeError
+from fracbit.importance import (
+    Budget,
+    Granularity,
+    Solution,
+    Unit,
+    average_bits,
+    best_uniform,
+    by_order,
+    cost_table,
+    device_memory,
+    exact,
+    file_size,
+    predict_losses,
+    scheme_bits,
+)
+from fracbit.models.skeleton import skeleton
+from fracbit.numerics import quantize_tensor
+from fracbit.numerics.datatypes import check_datatype
+from fracbit.numerics.packed import part_shapes
+from fracbit.pipeline.memory import running_memory
+from fracbit.pipeline.run import model_config
+from fracbit.pipeline.schedule import SHARD_BYTES, Schedule, make_schedule
+from fracbit.pipeline.score import make_losses, make_scores
+from fracbit.pipeline.subject import Progress, Subject, Weights, measure, replaced, rounded, weights_on_disk
+from fracbit.records.allocation import Allocation, uniform
+from fracbit.records.recipe import Override, Recipe
+from fracbit.records.scheme import Scheme
+from fracbit.records.scores import Losses, Scores, check_scores
+
+Solver = Literal["exact", "order"]
+PROCESS_BYTES = 450 << 20  # Python, torch and transformers, resident before any tensor
+TIMED = 1 << 20
+STEPS = 17
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What may be spent: exactly one of `average_bits`, `size` and `fits` (bytes); `context` and `batch` go with `fits`."""
+
+    average_bits: float | None = None
+    size: int | None = None
+    fits: int | None = None
+    context: int = 2048
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse none and several. Raises `BudgetError`."""
+        if sum(value is not None for value in (self.average_bits, self.size, self.fits)) != 1:
+            raise BudgetError(
+                "ask for exactly one of --average-bits 3.5, --size 1.2GB and --fits 8GB --context 4096"
+            )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to spend the budget: what it takes, and what it is predicted to lose in the units of its losses."""
+
+    name: str
+    allocation: Allocation
+    bits_per_weight: float
+    file_bytes: int
+    predicted_loss: float | None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the run itself will take: resident memory, disk and time."""
+
+    memory_bytes: int
+    disk_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Candidates, the chosen one first; `curve` has (stored bits per weight, predicted loss) by solver, for the picture."""
+
+    budget: str
+    losses: Losses
+    candidates: tuple[Candidate, ...]
+    curve: Mapping[str, tuple[tuple[float, float], ...]]
+    needs: Needs
+    notes: tuple[str, ...] = ()
+
+    @property
+    def chosen(self) -> Candidate:
+        """The allocation to write."""
+        return self.candidates[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Everything that decides an allocation but the scores: the model on disk, its units, the levels, the budget.
+
+    `float_bytes` and `float_shapes`: what is written beside the units' layers; `shards`: files it would be spread over.
+    """
+
+    recipe: Recipe
+    source: Source
+    weights: Weights
+    units: tuple[Unit, ...]
+    levels: tuple[Scheme | None, ...]
+    budget: Budget
+    float_bytes: int
+    float_shapes: Mapping[str, Sequence[int]]
+    shards: int
+
+    @property
+    def weights_count(self) -> int:
+        """Weights that share the budget."""
+        return sum(unit.weights for unit in self.units)
+
+
+def make_problem(
+    recipe: Recipe,
+    levels: Sequence[Scheme | None],
+    ask: Ask,
+    granularity: Granularity = "block",
+    fused: bool = False,
+) -> Problem:
+    """Read a model's headers and work out how many bits its linears may take.
+
+    Embeddings and head follow the recipe; its `scheme` and `overrides` of linears are replaced by the levels.
+    Raises `SourceError`, `BudgetError`, `SchemeError`.
+    """
+    for level in levels:
+        if level is not None:
+            check_datatype(level)
+    source = open_source(recipe.model, recipe.revision, recipe.trust_remote_code)
+    weights = weights_on_disk(recipe.model, recipe.trust_remote_code)
+    units = weights.units(granularity, fused)
+    count = sum(unit.weights for unit in units)
+    layers = {name for unit in units for name in unit.shapes if name not in unit.shared}
+    schedule = _float_schedule(recipe, source, layers)
+    items = [item for items in schedule.shards.values() for item in items]
+    others = [item for item in items if item.name.removesuffix(".weight") not in layers]
+    shapes = {item.name: source.tensors[item.origin.name].shape for item in others}
+    rest = sum(item.bytes for item in others)
+    other = rest + _most_header_bytes(units, levels, shapes, schedule.bytes, len(schedule.shards))
+    if ask.average_bits is not None:
+        budget = average_bits(ask.average_bits, count)
+    elif ask.size is not None:
+        budget = file_size(ask.size, count, other)
+    else:
+        running = running_memory(model_config(source, recipe.trust_remote_code), ask.context, ask.batch)
+        budget = device_memory(ask.fits or 0, count, other + running.bytes)
+    return Problem(recipe, source, weights, units, tuple(levels), budget, rest, shapes, len(schedule.shards))
+
+
+def make_plan(
+    problem: Problem,
+    scores: str | Scores | Losses = "weight-error",
+    solver: Solver = "exact",
+    subject: Subject | None = None,
+    ids: Tensor | None = None,
+    curve: bool = False,
+    progress: Progress | None = None,
+) -> Plan:
+    """Solve the problem; `scores` is the name of a score, or scores and losses that were made earlier.
+
+    `subject` and `ids` are for scores that read text; `curve` solves for the whole reachable range too.
+    Raises `RecipeError`, `BudgetError`, `WeightError`.
+    """
+    named, losses = _valued(problem, scores, subject, ids, progress)
+    chosen = _solve(problem, problem.budget, named, losses, solver)
+    found: dict[str, Solution] = {solver: chosen}
+    other: Solver = "order" if solver == "exact" else "exact"
+    found[other] = _solve(problem, problem.budget, named, losses, other)
+    level = best_uniform(problem.units, problem.levels, problem.budget.bits, losses)
+    if level is not None:
+        found["uniform"] = level
+    candidates = tuple(_candidate(problem, name, solution, losses.method) for name, solution in found.items())
+    notes = (*chosen.notes, *_left_over(problem, chosen))
+    needs = needs_of(problem, candidates[0].allocation)
+    figure = problem.budget.figure(problem.budget.bits)
+    curves = _curves(problem, named, losses) if curve else {}
+    return Plan(figure, losses, candidates, curves, needs, notes)
+
+
+def check_granularity(name: str) -> Granularity:
+    """`name` as a granularity. Raises `RecipeError`."""
+    if name == "block" or name == "linear":
+        return name
+    raise RecipeError(f"granularity {name!r} is not known; use block or linear")
+
+
+def check_solver(name: str) -> Solver:
+    """`name` as a solver. Raises `RecipeError`."""
+    if name == "exact" or name == "order":
+        return name
+    raise RecipeError(f"solver {name!r} is not known; use exact or order")
+
+
+def allocated(recipe: Recipe, allocation: Allocation) -> Recipe:
+    """The recipe with the allocation as overrides, one a layer, after those it had: later ones win."""
+    mine = tuple(
+        Override(layers=name, keep=True) if scheme is None else Override(layers=name, scheme=scheme)
+        for name, scheme in allocation.schemes.items()
+    )
+    return recipe.model_copy(update={"overrides": (*recipe.overrides, *mine)})
+
+
+def written_bytes(problem: Problem, schemes: Mapping[str, Scheme | None]) -> int:
+    """Bytes of the weight files with these schemes: never less than what will be written, and closer than 1 kB a shard."""
+    shapes = {
+        name: shape
+        for unit in problem.units
+        for name, shape in unit.shapes.items()
+        if name not in unit.shared
+    }
+    bits = sum(scheme_bits(schemes[name], shape) for name, shape in shapes.items())
+    names = dict(problem.float_shapes)
+    for name, shape in shapes.items():
+        names |= _stored_shapes(name, shape, schemes[name])
+    size = problem.float_bytes + bits // 8
+    return size + _header_bytes(names, size, problem.shards)
+
+
+def _most_header_bytes(
+    units: Sequence[Unit],
+    levels: Sequence[Scheme | None],
+    names: Mapping[str, Sequence[int]],
+    size: int,
+    shards: int,
+) -> int:
+    """Bytes of the headers when every layer has every part that some level stores."""
+    names = dict(names)
+    for unit in units:
+        for name, shape in unit.shapes.items():
+            for level in levels if name not in unit.shared else ():
+                names |= _stored_shapes(name, shape, level)
+    return _header_bytes(names, size, shards)
+
+
+def _stored_shapes(layer: str, shape: tuple[int, int], scheme: Scheme | None) -> dict[str, tuple[int, ...]]:
+    if scheme is None:
+        return {f"{layer}.weight": shape}
+    parts = part_shapes(scheme, shape)
+    return {
+        tensor_name(layer, part): (math.prod(size),) if part == "codes" else size
+        for part, (_, size) in parts.items()
+    }
+
+
+def _header_bytes(names: Mapping[str, Sequence[int]], size: int, shards: int) -> int:
+    """Bytes of safetensors headers that list these tensors, every offset as long as the largest."""
+    entries = {
+        name: {"dtype": "BF16", "shape": list(shape), "data_offsets": [size, size]}
+        for name, shape in names.items()
+    }
+    return len(json.dumps(entries, separators=(",", ":"))) + 64 * shards
+
+
+def needs_of(problem: Problem, allocation: Allocation) -> Needs:
+    """Memory, disk and time of quantizing as planned: rates are timed on a piece of each scheme's first layer."""
+    shapes = {name: shape for unit in problem.units for name, shape in unit.shapes.items()}
+    largest = max(out * width for out, width in shapes.values())
+    file_bytes = written_bytes(problem, allocation.schemes)
+    seconds = 0.0
+    for scheme in dict.fromkeys(allocation.schemes.values()):
+        mine = [name for name, given in allocation.schemes.items() if given == scheme]
+        if scheme is not None:
+            seconds += _seconds_each(problem.weights.read(mine[0]), scheme) * sum(
+                shapes[n][0] * shapes[n][1] for n in mine
+            )
+    # A tensor as read, as fp32, its codes before packing and their temporaries; beside them the shard that is being filled.
+    memory = PROCESS_BYTES + 16 * largest + min(SHARD_BYTES, file_bytes)
+    return Needs(memory, file_bytes, seconds)
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What held-out tokens say: nats per token of the float model, of the searched allocation and of the uniform one."""
+
+    float_nll: float
+    searched_nll: float
+    uniform_nll: float
+    uniform_scheme: str
+    uniform_bits_per_weight: float
+    tokens: int
+    winner: Allocation
+
+    @property
+    def kept(self) -> bool:
+        """Whether the searched allocation won."""
+        return self.searched_nll < self.uniform_nll
+
+
+def contest(
+    subject: Subject,
+    units: Sequence[Unit],
+    allocation: Allocation,
+    held_out: Tensor,
+    levels: Sequence[Scheme | None],
+    budget: int | None = None,
+) -> Contest:
+    """Measure the allocation and the best uniform scheme of no more bytes; the winner carries a note of what happened.
+
+    `budget`: bits that the uniform scheme may take, those of the allocation when it is not given. Uniform rivals are
+    the levels and their kin of every other width, the best by weight error of those that fit.
+    Raises `BudgetError` when not even one bit everywhere fits into the allocation's bytes.
+    """
+    bits = budget or sum(unit.bits(allocation.schemes[next(iter(unit.shapes))]) for unit in units)
+    scheme, cost = _best_rival(subject.weights, units, bits, levels)
+    base = measure(subject, held_out)
+    with replaced(subject, rounded(subject, allocation.schemes)):
+        searched = measure(subject, held_out).nll
+    names = [name for unit in units for name in unit.shapes]
+    with replaced(subject, rounded(subject, dict.fromkeys(names, scheme))):
+        plain = measure(subject, held_out).nll
+    each = cost / sum(unit.weights for unit in units)
+    facts = (
+        f"on {base.tokens} held-out tokens: allocated {searched:.4f} nats, uniform {scheme} ({each:.4f} bits per weight) "
+        f"{plain:.4f}, float {base.nll:.4f}"
+    )
+    if searched < plain:
+        winner = replace(allocation, notes=(*allocation.notes, facts))
+    else:
+        note = f"the uniform scheme won and is used: {facts}"
+        winner = replace(uniform(names, scheme, allocation.model), notes=(*allocation.notes, note))
+    return Contest(base.nll, searched, plain, str(scheme), each, base.tokens, winner)
+
+
+def _best_rival(
+    weights: Weights, units: Sequence[Unit], bits: int, levels: Sequence[Scheme | None]
+) -> tuple[Scheme | None, int]:
+    rivals = [scheme for scheme in _kin(levels) if sum(unit.bits(scheme) for unit in units) <= bits]
+    if not rivals:
+        raise BudgetError(
+            f"{bits} bits do not hold these layers under any one scheme; offer levels with larger blocks"
+        )
+    taken = {scheme: sum(unit.bits(scheme) for unit in units) for scheme in rivals}
+    # Only those that use what there is: fewer bits of the same kind are never better.
+    near = [scheme for scheme in rivals if taken[scheme] >= 0.75 * max(taken.values())]
+    errors = make_losses(weights, units, "weight-error", near)
+    size = {unit.name: unit.weights for unit in units}
+    total = [sum(size[name] * row[i] for name, row in errors.rows.items()) for i in range(len(near))]
+    best = near[total.index(min(total))]
+    return best, taken[best]
+
+
+def _kin(levels: Sequence[Scheme | None]) -> list[Scheme | None]:
+    """The levels, and each at every other width that its data type has."""
+    found: dict[Scheme | None, None] = dict.fromkeys(levels)
+    for level in levels:
+        for bits in range(1, 9) if level is not None else ():
+            assert level is not None
+            try:
+                check_datatype(level.with_bits(bits))
+            except SchemeError:
+                continue
+            found[level.with_bits(bits)] = None
+    return list(found)
+
+
+def _valued(
+    problem: Problem,
+    scores: str | Scores | Losses,
+    subject: Subject | None,
+    ids: Tensor | None,
+    progress: Progress | None,
+) -> tuple[Scores, Losses]:
+    """Scores for the order and losses for the optimum, from whatever was given."""
+    names = [unit.name for unit in problem.units]
+    where = subject or problem.weights
+    if isinstance(scores, Losses):
+        check_scores(scores, names, problem.weights.model)
+        missing = [str(level) for level in problem.levels if level not in scores.schemes]
+        if missing:
+            raise RecipeError(f"these losses do not cover {', '.join(missing)}; measure them for all levels")
+        return _lift(problem, scores), scores
+    if isinstance(scores, Scores):
+        check_scores(scores, names, problem.weights.model)
+        errors = make_losses(
+            problem.weights, problem.units, "weight-error", problem.levels, progress=progress
+        )
+        return scores, predict_losses(scores, errors)
+    losses = make_losses(where, problem.units, scores, problem.levels, ids, problem.recipe.seed, progress)
+    if losses.method == scores:
+        return _lift(problem, losses), losses
+    return make_scores(where, problem.units, scores, None, ids, problem.recipe.seed, progress), losses
+
+
+def _lift(problem: Problem, losses: Losses) -> Scores:
+    """What lifting a unit from the cheapest level to the dearest is worth, per bit it costs."""
+    costs = cost_table(problem.units, problem.levels)
+    total = [sum(cost[i] for cost in costs) for i in range(len(problem.levels))]
+    low, high = total.index(min(total)), total.index(max(total))
+    column = [losses.schemes.index(problem.levels[i]) for i in (low, high)]
+    worth = losses.scores(*column)
+    price = {
+        unit.name: max(1, cost[high] - cost[low]) for unit, cost in zip(problem.units, costs, strict=True)
+    }
+    return replace(worth, values={name: value / price[name] for name, value in worth.values.items()})
+
+
+def _solve(problem: Problem, budget: Budget, scores: Scores, losses: Losses, solver: Solver) -> Solution:
+    if solver == "exact":
+        return exact(problem.units, problem.levels, budget, losses)
+    return by_order(problem.units, problem.levels, budget, scores, losses)
+
+
+def _candidate(problem: Problem, name: str, solution: Solution, method: str) -> Candidate:
+    allocation = solution.allocation(
+        problem.units, problem.levels, problem.weights.model, solver=name, score=method,
+        budget=problem.budget.figure(problem.budget.bits),
+    )  # fmt: skip
+    size = written_bytes(problem, allocation.schemes)
+    loss = None if solution.loss != solution.loss else solution.loss
+    return Candidate(name, allocation, solution.bits / problem.weights_count, size, loss)
+
+
+def _left_over(problem: Problem, solution: Solution) -> tuple[str, ...]:
+    left = problem.budget.bits - solution.bits
+    if left < 0.02 * problem.budget.bits:
+        return ()
+    return (
+        f"{100 * left / problem.budget.bits:.1f} % of the budget is left: nothing it could buy is expected to help",
+    )
+
+
+def _curves(problem: Problem, scores: Scores, losses: Losses) -> dict[str, tuple[tuple[float, float], ...]]:
+    """Predicted loss over the whole reachable range, by both solvers, and the uniform schemes as points."""
+    costs = cost_table(problem.units, problem.levels)
+    least, most = sum(map(min, costs)), sum(map(max, costs))
+    budgets = [
+        Budget(least + (most - least) * i // (STEPS - 1), problem.weights_count, "average bits")
+        for i in range(STEPS)
+    ]
+    curves: dict[str, tuple[tuple[float, float], ...]] = {}
+    solvers: tuple[Solver, ...] = ("exact", "order")
+    for solver in solvers:
+        solved = [_solve(problem, budget, scores, losses, solver) for budget in budgets]
+        curves[solver] = tuple((s.bits / problem.weights_count, s.loss) for s in solved)
+    points = []
+    for i, level in enumerate(problem.levels):
+        column = losses.schemes.index(level)
+        total = sum(cost[i] for cost in costs)
+        points.append((total / problem.weights_count, sum(row[column] for row in losses.rows.values())))
+    curves["uniform"] = tuple(sorted(points))
+    return curves
+
+
+def _float_schedule(recipe: Recipe, source: Source, layers: Iterable[str]) -> Schedule:
+    floats = allocated(recipe, Allocation(dict.fromkeys(layers)))
+    shell = skeleton(
+        model_config(source, recipe.trust_remote_code), trust_remote_code=recipe.trust_remote_code
+    )
+    return make_schedule(floats, source, shell)
+
+
+def _seconds_each(weight: Tensor, scheme: Scheme) -> float:
+    """Seconds per weight of rounding to `scheme`, timed on at most `TIMED` weights."""
+    rows = max(1, min(weight.shape[0], TIMED // weight.shape[1]))
+    piece = weight[:rows]
+    quantize_tensor(piece, scheme)
+    started = time.perf_counter()
+    quantize_tensor(piece, scheme)
+    return (time.perf_counter() - started) / piece.numel()

@@ -1,0 +1,266 @@
+"""Pruning by the same orders: whole blocks are dropped instead of getting fewer bits, and a real checkpoint is written.
+
+The comparison of arXiv:2406.17415, section 5: at equal size, quantizing the less important layers should beat removing them,
+except where they would fall to 2 bits. The written folder is an ordinary float checkpoint with fewer blocks: transformers
+loads it, fracbit quantizes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fracbit.checkpoint.output import MANIFEST, open_output, write_json
+from fracbit.checkpoint.source import INDEX, SINGLE, Source, open_source, read_tensor
+from fracbit.errors import OutputError, RecipeError, SourceError, near_matches
+from fracbit.importance import Unit
+from fracbit.models.blocks import blocks
+from fracbit.models.find import family_of
+from fracbit.models.skeleton import origins, skeleton
+from fracbit.pipeline.finish import copy_rest
+from fracbit.pipeline.run import model_config
+from fracbit.pipeline.schedule import SHARD_BYTES
+from fracbit.pipeline.subject import Progress, Subject, measure, replaced, rounded
+from fracbit.records.scheme import Scheme
+from fracbit.records.scores import Scores, check_scores
+
+COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+PER_BLOCK = ("layer_types", "no_rope_layers", "mlp_layer_types", "attention_types", "attention_layers")
+INDICES = ("mlp_only_layers",)
+BY_NUMBER = ("layer_idx", "layer_id", "layer_number")
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned model: what is left of it and where it was written."""
+
+    output: str
+    dropped: tuple[str, ...]
+    blocks: int
+    parameters: int
+    bytes: int
+
+
+def least_important(scores: Scores, count: int, names: Sequence[str]) -> tuple[str, ...]:
+    """The `count` blocks of lowest score, in the order of the model.
+
+    Raises `RecipeError` for scores of another model and when less than one or every block would go.
+    """
+    check_scores(scores, names)
+    if not 0 < count < len(names):
+        raise RecipeError(
+            f"dropping {count} of {len(names)} blocks leaves no pruned model; drop 1 to {len(names) - 1}"
+        )
+    gone = set(scores.order()[-count:])
+    return tuple(name for name in names if name in gone)
+
+
+@contextmanager
+def without(subject: Subject, dropped: Sequence[str]) -> Iterator[None]:
+    """The model without these blocks, in place; blocks, their numbers and the config come back afterwards."""
+    named = blocks(subject.model, subject.family)
+    stack, kept = [block for _, block in named], _kept([name for name, _ in named], dropped)
+    modules = [module for block in stack for module in block.modules()]
+    numbered = [
+        (module, name, getattr(module, name))
+        for module in modules
+        for name in BY_NUMBER
+        if hasattr(module, name)
+    ]
+    owner, _, leaf = subject.family.blocks.rpartition(".")
+    holder = subject.model.get_submodule(owner)
+    whole = subject.model.get_submodule(subject.family.blocks)
+    config = subject.model.config.get_text_config()
+    before = {
+        name: getattr(config, name)
+        for name in (*COUNTS, *PER_BLOCK, *INDICES)
+        if getattr(config, name, None) is not None
+    }
+    try:
+        setattr(holder, leaf, nn.ModuleList([stack[index] for index in kept]))
+        for number, index in enumerate(kept):
+            for module in stack[index].modules():
+                for name in BY_NUMBER:
+                    if hasattr(module, name):
+                        setattr(module, name, number)
+        for name, value in pruned_config(before, kept).items():
+            setattr(config, name, value)
+        yield
+    finally:
+        setattr(holder, leaf, whole)
+        for module, name, value in numbered:
+            setattr(module, name, value)
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def pruned_config(config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    """The entries of a config that change when only the blocks numbered `kept` stay: counts, and lists with one entry a block.
+
+    Aliases of a count change together; an entry that is no list of the old length is left alone. Lists of block numbers
+    (Qwen-MoE's dense blocks) are renumbered.
+    """
+    old = max((int(config[name]) for name in COUNTS if name in config), default=0)
+    changed: dict[str, Any] = {name: len(kept) for name in COUNTS if config.get(name) == old}
+    for name in PER_BLOCK:
+        if isinstance(config.get(name), list) and len(config[name]) == old:
+            changed[name] = [config[name][index] for index in kept]
+    for name in INDICES:
+        if config.get(name):
+            changed[name] = [new for new, index in enumerate(kept) if index in config[name]]
+    return changed
+
+
+def compare_with_quantizing(
+    subject: Subject,
+    units: Sequence[Unit],
+    scores: Scores,
+    high: Scheme,
+    low: Scheme,
+    held_out: Tensor,
+    progress: Progress | None = None,
+) -> dict[str, list[tuple[float, float]]]:
+    """Dropping blocks against lowering them from `high` to `low`, by one order: (stored bits per weight, nats per token).
+
+    Bits are over the weights of the whole model, so that what was dropped counts as saved. Both lines start at `high`
+    everywhere; block after block goes, the least important first.
+    """
+    names = [unit.name for unit in units]
+    weights = sum(unit.weights for unit in units)
+    up, down = (
+        rounded(subject, {n: scheme for unit in units for n in unit.shapes}) for scheme in (high, low)
+    )
+    lines: dict[str, list[tuple[float, float]]] = {"quantized": [], "pruned": []}
+    for count in range(len(units) + 1):
+        gone = set(scores.order()[len(names) - count :])
+        mixed = {n: (down if unit.name in gone else up)[n] for unit in units for n in unit.shapes}
+        bits = sum(unit.bits(low if unit.name in gone else high) for unit in units) / weights
+        with replaced(subject, mixed):
+            lines["quantized"].append((bits, measure(subject, held_out).nll))
+        if count < len(units):
+            kept = sum(unit.bits(high) for unit in units if unit.name not in gone) / weights
+            lines["pruned"].append(
+                (kept, _without_loss(subject, up, [n for n in names if n in gone], held_out))
+            )
+        if progress is not None:
+            progress("pruning", count + 1, len(units) + 1)
+    return lines
+
+
+def _without_loss(
+    subject: Subject, weights: Mapping[str, Tensor], dropped: Sequence[str], ids: Tensor
+) -> float:
+    with replaced(subject, weights):
+        if not dropped:
+            return measure(subject, ids).nll
+        with without(subject, dropped):
+            return measure(subject, ids).nll
+
+
+def prune(source: str | Path, dropped: Sequence[str], output: str | Path, overwrite: bool = False) -> Pruned:
+    """Write a model without the blocks `dropped` as an ordinary float checkpoint: tensors bit for bit, blocks renumbered.
+
+    One shard is in memory at a time; tokenizer, generation config and licenses are copied. Raises `RecipeError` for names
+    that are no blocks or all of them, `SourceError` when the config has no count of blocks, `OutputError`.
+    """
+    folder, opened = Path(output), open_source(str(source))
+    if folder.exists() and folder.resolve() == opened.folder.resolve():
+        raise OutputError(f"{folder} is the model itself; name another folder for the output")
+    shell = skeleton(model_config(opened))
+    family = family_of(shell)
+    kept = _kept([name for name, _ in blocks(shell, family)], dropped)
+    config = {**opened.config, **pruned_config(opened.config, kept)}
+    if config == dict(opened.config):
+        raise SourceError(
+            f"{source} has no entry that counts its blocks ({', '.join(COUNTS)}); it cannot be pruned"
+        )
+    shards = _renamed(opened, family.blocks, kept)
+    _check(opened, config, [new for names in shards.values() for new in names])
+    total = sum(opened.tensors[old].bytes for names in shards.values() for old in names.values())
+    key = hashlib.sha256(json.dumps([str(source), list(dropped)]).encode()).hexdigest()[:16]
+    with open_output(folder, key, total, overwrite, resume=False) as target:
+        for shard, names in shards.items():
+            target.write_shard(shard, {new: read_tensor(opened, old) for new, old in names.items()}, {})
+        if list(shards) != [SINGLE]:
+            write_json(folder / INDEX, _index(shards, total))
+        copy_rest(opened, target)
+        write_json(folder / MANIFEST, {"pruned": {"source": str(source), "dropped": list(dropped)}})
+        target.finish(config)
+    parameters = sum(
+        math.prod(opened.tensors[old].shape) for names in shards.values() for old in names.values()
+    )
+    size = sum((folder / shard).stat().st_size for shard in shards)
+    return Pruned(str(folder), tuple(dropped), len(kept), parameters, size)
+
+
+def _check(source: Source, config: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuse a model whose config builds other blocks when they are renumbered (every second one a mixture, say)."""
+    smaller = type(model_config(source)).from_dict(dict(config))
+    found = origins(skeleton(smaller), names)
+    if found.missing or len(found.unused) > len(
+        origins(skeleton(model_config(source)), source.tensors).unused
+    ):
+        raise SourceError(
+            f"{source.name} cannot be pruned at these blocks: its config decides by a block's number what is in it, and "
+            f"{(*found.missing, *found.unused)[0]} no longer fits; drop other blocks"
+        )
+
+
+def _kept(names: Sequence[str], dropped: Sequence[str]) -> list[int]:
+    """Numbers of the blocks that stay."""
+    unknown = [name for name in dropped if name not in names]
+    if unknown:
+        raise RecipeError(f"{unknown[0]} is no block of this model; {near_matches(unknown[0], names)}")
+    kept = [index for index, name in enumerate(names) if name not in set(dropped)]
+    if not kept or not dropped:
+        raise RecipeError(
+            f"dropping {len(dropped)} of {len(names)} blocks leaves no pruned model; drop 1 to {len(names) - 1}"
+        )
+    return kept
+
+
+def _renamed(source: Source, stack: str, kept: Sequence[int]) -> dict[str, dict[str, str]]:
+    """Shard -> new name -> name on disk. A checkpoint may leave out the base model's prefix, GPT-2's and BLOOM's do."""
+    base, _, leaf = stack.rpartition(".")
+    pattern = re.compile(rf"((?:{re.escape(base)}\.|)(?:{re.escape(leaf)})\.)(\d+)(\..+)")
+    number = {old: new for new, old in enumerate(kept)}
+    names: dict[str, str] = {}
+    for old in source.tensors:
+        match = pattern.fullmatch(old)
+        if match is None:
+            names[old] = old
+        elif int(match[2]) in number:
+            names[f"{match[1]}{number[int(match[2])]}{match[3]}"] = old
+    if len(names) == len(source.tensors):
+        raise SourceError(
+            f"{source.name} holds no tensors of single blocks below {stack!r}; it cannot be pruned"
+        )
+    return _shards(source, names)
+
+
+def _shards(source: Source, names: dict[str, str]) -> dict[str, dict[str, str]]:
+    groups: list[dict[str, str]] = [{}]
+    size = 0
+    for new, old in names.items():
+        if groups[-1] and size + source.tensors[old].bytes > SHARD_BYTES:
+            groups.append({})
+            size = 0
+        groups[-1][new] = old
+        size += source.tensors[old].bytes
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{n:05}-of-{len(groups):05}.safetensors": group for n, group in enumerate(groups, 1)}
+
+
+def _index(shards: dict[str, dict[str, str]], total: int) -> dict[str, Any]:
+    places = {name: shard for shard, names in shards.items() for name in names}
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}

@@ -1,0 +1,148 @@
+"""`Subject`: a float model to experiment on, and `replaced`, which tries other weights in it and puts the old ones back.
+
+What-if questions (what would 2 bits in this block cost? what does this noise do?) need no packed checkpoint: dequantized
+weights go into the float model in place, the kept copies come back afterwards, also when something raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fracbit.checkpoint.load import load
+from fracbit.checkpoint.source import open_source, read_tensor
+from fracbit.errors import SourceError
+from fracbit.evaluate import Perplexity, perplexity
+from fracbit.importance import Granularity, LayerShape, Unit, make_units
+from fracbit.models.blocks import weight_of
+from fracbit.models.experts import split_experts
+from fracbit.models.family import Family
+from fracbit.models.find import family_of
+from fracbit.models.install import set_weight
+from fracbit.models.skeleton import Layer, origins, quantizable, skeleton
+from fracbit.numerics import decode, quantize_tensor
+from fracbit.pipeline.run import model_config
+from fracbit.records.scheme import Scheme
+from fracbit.records.scores import fingerprint
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, steps done, and steps in all."""
+
+SAMPLED = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """The linears of a model by name, and `read`, which gives a weight as fp32 [out, in], from memory or from the disk."""
+
+    layers: Mapping[str, Layer]
+    blocks: str
+    read: Callable[[str], Tensor]
+
+    @property
+    def model(self) -> str:
+        """Fingerprint: names, shapes, and some weights of the first, middle and last linear."""
+        names = list(self.layers)
+        some = [self.read(names[i]).flatten() for i in sorted({0, len(names) // 2, len(names) - 1})]
+        sample = b"".join(w[:: max(1, len(w) // SAMPLED)].numpy().tobytes() for w in some)
+        return fingerprint(((name, (layer.out, layer.width)) for name, layer in self.layers.items()), sample)
+
+    def units(self, granularity: Granularity = "block", fused: bool = False) -> tuple[Unit, ...]:
+        """The linears gathered into units that get their scheme together."""
+        shapes = [
+            LayerShape(
+                layer.name, (layer.out, layer.width), f"{self.blocks}.{layer.block}", layer.group, layer.tied
+            )
+            for layer in self.layers.values()
+        ]
+        return make_units(shapes, granularity, fused)
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A float model in memory, in fp32, with its family and its linears."""
+
+    model: PreTrainedModel
+    family: Family
+    weights: Weights
+
+    def module(self, layer: str) -> nn.Module:
+        """The linear called `layer`."""
+        return self.model.get_submodule(layer)
+
+
+def weights_on_disk(model: str | Path, trust_remote_code: bool = False) -> Weights:
+    """The linears of a checkpoint, each read when it is asked for; the model is never in memory. Raises `SourceError`."""
+    source = open_source(str(model), None, trust_remote_code)
+    if "quantization_config" in source.config:
+        raise SourceError(f"{model} is quantized already; score the float model that it was made from")
+    shell = skeleton(model_config(source, trust_remote_code), trust_remote_code=trust_remote_code)
+    family = family_of(shell)
+    layers = quantizable(shell, family)
+    places = origins(shell, source.tensors).tensors
+
+    def read(name: str) -> Tensor:
+        place = places.get(f"{name}.weight")
+        if place is None:
+            raise SourceError(f"{model} holds no weight for {name}")
+        tensor = place.read(read_tensor(source, place.name))
+        return (tensor.T if layers[name].transposed else tensor).float().contiguous()
+
+    return Weights(layers, family.blocks, read)
+
+
+def load_subject(model: str | Path, device: str = "cpu", trust_remote_code: bool = False) -> Subject:
+    """Load a float model to experiment on. Raises `SourceError` when it is quantized already or cannot be read."""
+    if "quantization_config" in open_source(str(model), None, trust_remote_code).config:
+        raise SourceError(
+            f"{model} is quantized already; experiment on the float model that it was made from"
+        )
+    return subject_of(load(model, torch.float32, device, trust_remote_code))
+
+
+def subject_of(model: PreTrainedModel) -> Subject:
+    """A loaded float model as a subject; mixtures of experts are split into linears, in place."""
+    split_experts(model)
+    family = family_of(model)
+    layers = quantizable(model, family)
+    return Subject(
+        model,
+        family,
+        Weights(layers, family.blocks, lambda name: weight_of(model.get_submodule(name)).float()),
+    )
+
+
+@contextmanager
+def replaced(subject: Subject, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model with these weights [out, in] in these layers; on leaving, the ones it had, bit for bit."""
+    kept = {name: weight_of(subject.module(name)).clone() for name in weights}
+    try:
+        for name, weight in weights.items():
+            set_weight(subject.module(name), weight)
+        yield
+    finally:
+        for name, weight in kept.items():
+            set_weight(subject.module(name), weight)
+
+
+def rounded(subject: Subject, schemes: Mapping[str, Scheme | None]) -> dict[str, Tensor]:
+    """What round-to-nearest leaves of the weights under these schemes; layers that stay float (None) are left out."""
+    return {
+        name: decode(quantize_tensor(subject.weights.read(name), scheme))
+        for name, scheme in schemes.items()
+        if scheme is not None
+    }
+
+
+def measure(
+    subject: Subject, ids: Tensor | Sequence[Tensor], window: int | None = None, batch: int = 8
+) -> Perplexity:
+    """Perplexity of the model as it stands; `ids` are documents or rows of a matrix, each seen on its own."""
+    documents = list(ids) if isinstance(ids, Tensor) and ids.dim() == 2 else ids
+    return perplexity(subject.model, documents, window=window, batch=batch)

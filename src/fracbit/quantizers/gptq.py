@@ -1,0 +1,216 @@
+"""GPTQ for every data type, axis, block and offset, and its refinement by coordinate descent and closed-form scales.
+
+A weight is rounded column by column; the error of a column moves the targets of the columns that follow, by the Cholesky
+factor of the inputs' gram matrix, so that tr((W - Q) G (W - Q)^T) grows least (Frantar et al. 2022, arXiv:2210.17323).
+
+- Blocks along the input share scales between columns: the grid is placed on the original weight, up front (static groups),
+  and columns go in order of energy. Blocks along the output (AdaDim, Heo et al. 2023, arXiv:2309.15531): a column carries
+  its own scales, so its grid is placed when it is reached, on the error-compensated column, in any order.
+- With `rounds`, scales, offsets and tables are refitted to the codes in closed form (quantizers/refit.py) and the codes to
+  the grid by coordinate descent, in turn, until nothing is gained. That is also how learned codebooks are refined.
+- Never worse than round-to-nearest: where it is, which needs a grid too coarse to feed errors into, the round-to-nearest
+  codes are kept and a note says so. A gram matrix that cannot be factored raises the damping, with a note.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fracbit.errors import WeightError
+from fracbit.numerics.datatypes import is_fitted
+from fracbit.numerics.grid import Grid, codes_of, fit, in_16_bits, moved, pack, values_of
+from fracbit.numerics.linalg import (
+    DAMPING,
+    Coupling,
+    by_energy,
+    damped,
+    descent,
+    eliminate,
+    feedback,
+    gram_errors,
+)
+from fracbit.numerics.packed import PackedTensor, decode, kept_columns
+from fracbit.numerics.stats import Stats
+from fracbit.quantizers.quantizer import Quantized
+from fracbit.quantizers.refit import refit_scales, refit_table
+from fracbit.quantizers.sweep import Lattice, spread_grid, sweep
+from fracbit.records.scheme import Scheme
+
+ENOUGH = 1e-3  # relative gain of a round below which refinement stops
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """GPTQ. `search` places block ranges by least weighted error; `damping` is in units of the gram's mean diagonal.
+
+    `rounds` of closed-form refits and coordinate descent follow (0: plain GPTQ).
+    """
+
+    search: bool = False
+    damping: float = DAMPING
+    rounds: int = 0
+    needs: frozenset[str] = frozenset({"gram"})
+
+    def __call__(
+        self,
+        weight: Tensor,
+        scheme: Scheme,
+        stats: Stats | None,
+        columns: Tensor | None = None,
+        coupling: Coupling | None = None,
+    ) -> Quantized:
+        """Quantize `weight` [out, in]; the loss is tr((W - Q) G (W - Q)^T) relative to that of Q = 0.
+
+        `columns` int [p] stay in 16 bits and are moved to where they best repair the error of the others. `coupling` is
+        `self.couple(stats.gram)` when several linears share their inputs. Raises `WeightError` without a gram matrix or
+        when it does not fit.
+        """
+        weight = weight.float()
+        gram = _gram_of(stats, weight)
+        if columns is not None and len(columns):
+            return self._with_columns(weight, scheme, gram, columns)
+        coupling = self.couple(gram) if coupling is None else coupling
+        packed, notes = self._quantize(weight, scheme, gram, coupling)
+        return Quantized(packed, relative_loss(weight, packed, gram), notes)
+
+    def couple(self, gram: Tensor) -> Coupling:
+        """How errors feed back: one factorization for all linears that read the same inputs."""
+        return feedback(gram, by_energy(gram), self.damping)
+
+    def _quantize(
+        self, weight: Tensor, scheme: Scheme, gram: Tensor, coupling: Coupling
+    ) -> tuple[PackedTensor, tuple[str, ...]]:
+        notes: tuple[str, ...] = ()
+        if coupling.damping > self.damping:
+            notes = (
+                f"damping raised from {self.damping:g} to {coupling.damping:g}: the gram matrix could not be factored",
+            )
+        energy = gram.diagonal()
+        start = fit(weight, scheme, energy, self.search)
+        solution = self._solve(weight, start, energy, coupling)
+        if self.rounds:
+            solution = refine(weight, gram, solution, coupling, self.damping, self.rounds)
+        packed, kept = _not_worse(weight, gram, start, solution)
+        return packed, notes + kept
+
+    def _solve(self, weight: Tensor, grid: Grid, energy: Tensor, coupling: Coupling) -> Solution:
+        """GPTQ itself: one causal sweep, with the grid fitted on the way where columns carry their own scales."""
+        transposed = weight.T.contiguous()
+        if own_scales(grid.scheme):
+            fits = _ColumnFits(grid.scheme, energy, self.search)
+            codes, error = sweep(transposed, coupling, fits)
+            grid = fits.assembled(grid)
+            if isinstance(grid.scheme.scale, str):
+                return Solution(grid, codes.T.contiguous(), error)
+        codes, error = sweep(transposed, coupling, spread_grid(grid))
+        return Solution(grid, codes.T.contiguous(), error)
+
+    def _with_columns(self, weight: Tensor, scheme: Scheme, gram: Tensor, columns: Tensor) -> Quantized:
+        columns = columns.to(torch.int32).sort().values
+        free, kept = columns.long(), kept_columns(columns, weight.shape[1])
+        if not len(kept):
+            raise WeightError(f"all {len(free)} columns are to stay in 16 bits: nothing is left to quantize")
+        reduced, follow = eliminate(gram, kept, free, self.damping)
+        packed, notes = self._quantize(weight[:, kept], scheme, reduced, self.couple(reduced))
+        moved_columns = weight[:, free] + (weight[:, kept] - decode(packed)) @ follow
+        shape = (weight.shape[0], weight.shape[1])
+        packed = replace(packed, shape=shape, columns=columns, outliers=in_16_bits(moved_columns))
+        return Quantized(packed, relative_loss(weight, packed, gram), notes)
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """Codes [out, in] on a grid, and `error` [in, out] = (weight - decoded)^T."""
+
+    grid: Grid
+    codes: Tensor
+    error: Tensor
+
+
+def refine(
+    weight: Tensor, gram: Tensor, solution: Solution, coupling: Coupling, damping: float, rounds: int
+) -> Solution:
+    """Refit grid to codes and codes to grid in turn, at most `rounds` times; the cost never rises."""
+    matrix = damped(gram, damping)
+    step = descent(gram, coupling.order, damping)
+    transposed = weight.T.contiguous()
+    cost = float(gram_errors(solution.error.T, matrix).sum())
+    for _ in range(rounds):
+        grid = refit_scales(weight, matrix, solution.grid, solution.codes)
+        grid, codes = refit_table(weight, matrix, grid, solution.codes)
+        error = (weight - values_of(codes, grid)).T
+        codes, error = sweep(transposed, step, spread_grid(grid), error)
+        new = float(gram_errors(error.T, matrix).sum())
+        if new < cost:
+            solution = Solution(grid, codes.T.contiguous(), error)
+        if not new < cost * (1 - ENOUGH):
+            break
+        cost = new
+    return solution
+
+
+def own_scales(scheme: Scheme) -> bool:
+    """Whether every input column has scales of its own, so that its grid can wait until the column is reached."""
+    inside = isinstance(scheme.block, int) or scheme.block == "row"
+    return scheme.axis == "out" and inside and not is_fitted(scheme)
+
+
+class _ColumnFits:
+    """Grids of columns with scales of their own, fitted batch by batch during a sweep and put together afterwards."""
+
+    def __init__(self, scheme: Scheme, energy: Tensor, search: bool) -> None:
+        self.scheme = scheme if isinstance(scheme.scale, str) else replace(scheme, scale="fp32")
+        self.energy, self.search = energy, search
+        self.columns: list[Tensor] = []
+        self.grids: list[Grid] = []
+
+    def __call__(self, target: Tensor, columns: Tensor) -> Lattice:
+        grid = fit(target.T.contiguous(), self.scheme, self.energy[columns], self.search)
+        self.columns.append(columns)
+        self.grids.append(grid)
+        return spread_grid(grid)
+
+    def assembled(self, like: Grid) -> Grid:
+        """One grid in the stored order of columns, its scales rounded to what `like` stores."""
+        place = torch.cat(self.columns).argsort()
+
+        def joined(part: Callable[[Grid], Tensor | None]) -> Tensor | None:
+            parts = [x for x in map(part, self.grids) if x is not None]
+            return torch.cat(parts, 1)[:, place] if parts else None
+
+        scale = joined(lambda grid: grid.scale)
+        assert scale is not None
+        return moved(like, scale, joined(lambda grid: grid.shift), joined(lambda grid: grid.zeros))
+
+
+def relative_loss(weight: Tensor, packed: PackedTensor, gram: Tensor) -> float:
+    """tr((W - Q) G (W - Q)^T) / tr(W G W^T); 0 for a weight or inputs of zeros."""
+    total = float(gram_errors(weight, gram).sum())
+    return float(gram_errors(weight - decode(packed), gram).sum()) / total if total > 0 else 0.0
+
+
+def _not_worse(
+    weight: Tensor, gram: Tensor, start: Grid, solution: Solution
+) -> tuple[PackedTensor, tuple[str, ...]]:
+    """The solution, or round-to-nearest on the grid it started from where that costs less."""
+    codes = codes_of(weight, start)
+    nearest = gram_errors(weight - values_of(codes, start), gram).sum()
+    if float(nearest) < float(gram_errors(solution.error.T, gram).sum()):
+        return pack(codes, start), ("round-to-nearest kept: feeding errors back cost more",)
+    return pack(solution.codes, solution.grid), ()
+
+
+def _gram_of(stats: Stats | None, weight: Tensor) -> Tensor:
+    if stats is None or stats.gram is None:
+        raise WeightError(
+            "gptq reads the gram matrix of the inputs; observe calibration data first, or use rtn"
+        )
+    if stats.gram.shape != (weight.shape[1], weight.shape[1]):
+        raise WeightError(
+            f"a gram matrix {tuple(stats.gram.shape)} does not fit a weight {tuple(weight.shape)}"
+        )
+    return stats.gram

@@ -1,0 +1,170 @@
+"""After the codes are chosen: the scales, offsets and tables that serve them best, in closed form against the gram matrix.
+
+With the codes fixed, the decoded weight is linear in its scales (and float offsets), and linear in its table: the least
+tr((W - Q) H (W - Q)^T) is a small linear system per row (blocks along the input, tables per row), per band of rows (blocks
+along the output) or for the tensor. Every answer is rounded to what is stored and taken only where it lowers the cost.
+
+Ref: least squares for scales given codes, e.g. arXiv:2401.06118 (AQLM, Sec. 3.3) for codebooks; here in 1-D, exact.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fracbit.numerics.blocks import block_length, spread
+from fracbit.numerics.grid import Grid, moved, values_of, with_table
+from fracbit.numerics.linalg import gram_errors
+from fracbit.records.scheme import flat_block
+
+PRIOR = 1e-4  # of the diagonal, pulls towards the present values: keeps nearly empty blocks where they are
+
+
+def refit_scales(weight: Tensor, gram: Tensor, grid: Grid, codes: Tensor) -> Grid:
+    """The grid with the scales (and float offsets) of least cost for `codes` [out, in] of `weight` [out, in]."""
+    scheme = grid.scheme
+    units = grid.table.look_up(codes)
+    if grid.zeros is not None:
+        zeros = grid.table.look_up(grid.zeros).view(grid.zeros.shape)
+        units = units - spread(zeros, grid.shape, scheme)
+    with_shift = grid.shift is not None and grid.zeros is None
+    if scheme.block == "tensor":
+        found = _one_block(weight, gram, units, grid, with_shift)
+    elif flat_block(scheme.block) and grid.shape[1] % block_length(grid.shape, scheme):
+        return grid  # blocks that cross rows couple all rows: no small system
+    elif scheme.axis == "in" or flat_block(scheme.block):
+        found = _row_systems(weight, gram, units, grid, with_shift)
+    else:
+        found = _band_systems(weight, gram, units, grid, with_shift)
+    scale, shift = found
+    scale = torch.where(scale > 0, scale.view(grid.scale.shape), grid.scale)
+    if with_shift:
+        assert shift is not None
+        shift = shift.view(grid.scale.shape)
+    return _better(weight, gram, codes, grid, moved(grid, scale, shift))
+
+
+def refit_table(weight: Tensor, gram: Tensor, grid: Grid, codes: Tensor) -> tuple[Grid, Tensor]:
+    """The grid with the fitted table of least cost for `codes`, and the codes renumbered where values changed places."""
+    if grid.stored_table is None:
+        return grid, codes
+    scale = spread(grid.scale, grid.shape, grid.scheme).expand(grid.shape)
+    wanted = weight if grid.shift is None else weight - spread(grid.shift, grid.shape, grid.scheme)
+    index, levels = codes.long(), grid.table.levels
+    right = _per_level((wanted @ gram) * scale, index, levels)
+    left = torch.stack(
+        [
+            _per_level((torch.where(index == level, scale, 0.0) @ gram) * scale, index, levels)
+            for level in range(levels)
+        ],
+        1,
+    )
+    if len(grid.stored_table) == 1:
+        left, right = left.sum(0, keepdim=True), right.sum(0, keepdim=True)
+    table = _solve(left, right, grid.table.values).half()
+    table, places = table.sort(dim=1, stable=True)
+    renumber = places.argsort(dim=1).expand(len(codes), -1)
+    renamed = renumber.gather(1, index).to(torch.uint8)
+    candidate = with_table(grid, table)
+    old, new = (gram_errors(weight - values_of(c, g), gram) for c, g in ((codes, grid), (renamed, candidate)))
+    if len(table) == 1:
+        return (candidate, renamed) if float(new.sum()) < float(old.sum()) else (grid, codes)
+    take = (new < old)[:, None]
+    table = torch.where(take, table, grid.stored_table)
+    return with_table(grid, table), torch.where(take, renamed, codes)
+
+
+def _row_systems(
+    weight: Tensor, gram: Tensor, units: Tensor, grid: Grid, with_shift: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Blocks along the input: one system of [blocks] (or twice that, with offsets) unknowns per output row."""
+    block = block_length(grid.shape, grid.scheme)
+    rows, width = units.shape
+    starts = range(0, width, block)
+    products = [units[:, a : a + block] @ gram[a : a + block] for a in starts]  # [out, in] each
+    left = torch.stack([_block_sums(p * units, block) for p in products], 1)  # [out, blocks, blocks]
+    desired = weight @ gram
+    right = _block_sums(desired * units, block)
+    old = grid.scale.view(rows, -1)
+    if not with_shift:
+        return _solve(left, right, old), None
+    assert grid.shift is not None
+    across = torch.stack([_block_sums(p, block) for p in products], 1)
+    ones = _block_sums(_block_sums(gram, block).T, block).T.expand(rows, -1, -1)
+    left = torch.cat([torch.cat([left, across], 2), torch.cat([across.mT, ones], 2)], 1)
+    right = torch.cat([right, _block_sums(desired, block)], 1)
+    found = _solve(left, right, torch.cat([old, grid.shift.view(rows, -1)], 1))
+    return found[:, : old.shape[1]], found[:, old.shape[1] :]
+
+
+def _band_systems(
+    weight: Tensor, gram: Tensor, units: Tensor, grid: Grid, with_shift: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Blocks along the output: one system of [in] (or twice that) unknowns per band of rows that share their scales."""
+    block = block_length(grid.shape, grid.scheme)
+    scales, shifts = [], []
+    for band, first in enumerate(range(0, len(units), block)):
+        part, desired = units[first : first + block], weight[first : first + block] @ gram
+        left, right = gram * (part.T @ part), (part * desired).sum(0)
+        old = grid.scale[band]
+        if with_shift:
+            assert grid.shift is not None
+            across = gram * part.sum(0)[:, None]
+            left = torch.cat([torch.cat([left, across], 1), torch.cat([across.T, gram * len(part)], 1)])
+            right, old = torch.cat([right, desired.sum(0)]), torch.cat([old, grid.shift[band]])
+        found = _solve(left[None], right[None], old[None])[0]
+        scales.append(found[: units.shape[1]])
+        shifts.append(found[units.shape[1] :])
+    return torch.stack(scales), torch.stack(shifts) if with_shift else None
+
+
+def _one_block(
+    weight: Tensor, gram: Tensor, units: Tensor, grid: Grid, with_shift: bool
+) -> tuple[Tensor, Tensor | None]:
+    """One scale (and offset) for the tensor."""
+    old = (
+        grid.scale.view(1)
+        if grid.shift is None or not with_shift
+        else torch.cat([grid.scale[0], grid.shift[0]])
+    )
+    basis = [units, torch.ones_like(units)] if with_shift else [units]
+    products = [x @ gram for x in basis]
+    left = torch.stack([torch.stack([(p * x).sum() for x in basis]) for p in products])
+    right = torch.stack([(p * weight).sum() for p in products])
+    found = _solve(left[None], right[None], old[None])[0]
+    return found[:1], found[1:] if with_shift else None
+
+
+def _solve(left: Tensor, right: Tensor, old: Tensor) -> Tensor:
+    """`left` x = `right` for a stack of symmetric systems, pulled slightly towards `old`; unused unknowns stay as they are."""
+    left, right = left.double(), right.double()
+    prior = PRIOR * left.diagonal(dim1=-2, dim2=-1)
+    prior = torch.where(prior > 0, prior, 1.0)
+    left = left + torch.diag_embed(prior)
+    found: Tensor = torch.linalg.solve(left, right + prior * old.double())
+    return found.float()
+
+
+def _block_sums(x: Tensor, block: int) -> Tensor:
+    """Sums over runs of `block` columns: [rows, blocks]; the last run may be short."""
+    x = torch.nn.functional.pad(x, (0, -x.shape[1] % block))
+    return x.view(len(x), -1, block).sum(-1)
+
+
+def _per_level(x: Tensor, index: Tensor, levels: int) -> Tensor:
+    return x.new_zeros(len(x), levels).scatter_add_(1, index, x)
+
+
+def _better(weight: Tensor, gram: Tensor, codes: Tensor, grid: Grid, candidate: Grid) -> Grid:
+    """The candidate in the rows where it costs less; as a whole where rows share scales or the scales are quantized."""
+    old, new = (gram_errors(weight - values_of(codes, g), gram) for g in (grid, candidate))
+    if grid.scheme.axis == "out" or grid.scale.shape[0] != len(old) or not isinstance(grid.scheme.scale, str):
+        return candidate if float(new.sum()) < float(old.sum()) else grid
+    take = (new < old)[:, None]
+    scale = torch.where(take, candidate.scale, grid.scale)
+    shift = (
+        None
+        if grid.shift is None or candidate.shift is None
+        else torch.where(take, candidate.shift, grid.shift)
+    )
+    return moved(grid, scale, shift)

@@ -1,0 +1,157 @@
+"""`Allocation`: which scheme each layer gets, as JSON, and `read_level`, which reads a scheme's short label back. Torch-free.
+
+What a score and a budget end in (arXiv:2406.17415 and everything finer); the quantizing loop reads nothing else of them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fracbit.errors import FormatError, RecipeError, SchemeError
+from fracbit.records.scheme import Scheme
+from fracbit.records.scores import read_json
+
+VERSION = 1
+_OFFSETS = {"": "none", "z": "zero", "f": "float", "m": "mean"}
+_LABEL = re.compile(
+    r"(?P<dtype>[a-z]+(:[A-Za-z0-9./]+?)?)(?P<bits>\d)(?P<offset>[zfm]?)[/:](?P<block>row|tensor|flat:\d+|\d+)"
+    r"(?P<axis> out)?( s=(?P<scale>[a-z0-9:]+))?"
+)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The scheme of every layer; None keeps it float.
+
+    - `schemes`: full name of a linear -> scheme.
+    - `model`: fingerprint of the model it was made for; `origin`: budget, score, solver, predicted loss: why it looks so.
+    - `notes`: what the user should know, such as that the uniform choice won.
+    """
+
+    schemes: Mapping[str, Scheme | None]
+    model: str = ""
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def used(self) -> dict[Scheme | None, int]:
+        """How many layers got each scheme."""
+        counts: dict[Scheme | None, int] = {}
+        for scheme in self.schemes.values():
+            counts[scheme] = counts.get(scheme, 0) + 1
+        return counts
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as a JSON object: the schemes once each, the layers by their number."""
+        used = list(self.used())
+        number = {scheme: index for index, scheme in enumerate(used)}
+        return {
+            "allocation": VERSION,
+            "model": self.model,
+            "origin": dict(self.origin),
+            "notes": list(self.notes),
+            "schemes": [
+                None if scheme is None else {"label": str(scheme), **scheme.to_json()} for scheme in used
+            ],
+            "layers": {name: number[scheme] for name, scheme in self.schemes.items()},
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Allocation:
+        """Read what `to_json` wrote. Raises `FormatError` for another version, missing keys or a number without scheme."""
+        if data.get("allocation") != VERSION:
+            raise FormatError(f"expected an allocation of version {VERSION}, got {data.get('allocation')!r}")
+        missing = [key for key in ("schemes", "layers") if key not in data]
+        if missing:
+            raise FormatError(f"the allocation lacks the keys {', '.join(missing)}")
+        schemes = [_scheme(item) for item in data["schemes"]]
+        layers = {name: _numbered(name, number, schemes) for name, number in data["layers"].items()}
+        return Allocation(layers, data.get("model", ""), data.get("origin", {}), tuple(data.get("notes", ())))
+
+
+def uniform(names: Iterable[str], scheme: Scheme | None, model: str = "") -> Allocation:
+    """The allocation that gives every layer the same scheme."""
+    return Allocation(dict.fromkeys(names, scheme), model, {"solver": "uniform"})
+
+
+def check_allocation(allocation: Allocation, names: Sequence[str]) -> None:
+    """Refuse an allocation that does not name exactly these layers. Raises `RecipeError`."""
+    missing = [name for name in names if name not in allocation.schemes]
+    unknown = [name for name in allocation.schemes if name not in set(names)]
+    if missing or unknown:
+        some = ", ".join((missing or unknown)[:3])
+        raise RecipeError(
+            f"this allocation belongs to another model: it {'lacks' if missing else 'names the unknown'} {some}; "
+            f"the model has {len(names)} layers"
+        )
+
+
+def save_allocation(allocation: Allocation, path: Path) -> None:
+    """Write as readable JSON, under a temporary name first."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(allocation.to_json(), indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def load_allocation(path: Path) -> Allocation:
+    """Read what `save_allocation` wrote. Raises `FormatError`."""
+    return Allocation.from_json(read_json(path))
+
+
+def recipe_text(allocation: Allocation, model: str) -> str:
+    """The allocation as a recipe in TOML, one override a layer, for `fracbit quantize recipe.toml -o OUT`."""
+    lines = [f"# {note}" for note in allocation.notes] + [f"model = {json.dumps(model)}"]
+    for name, scheme in allocation.schemes.items():
+        chosen = "keep = true" if scheme is None else f"scheme = {_inline(scheme.to_json())}"
+        lines += ["", "[[overrides]]", f"layers = {json.dumps(name)}", chosen]
+    return "\n".join(lines) + "\n"
+
+
+def _inline(value: object) -> str:
+    """A value as TOML: strings and numbers are written as in JSON, tables inline."""
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {_inline(item)}" for key, item in value.items()) + " }"
+    return json.dumps(value)
+
+
+def read_level(label: str) -> Scheme | None:
+    """A scheme from its short label, `str(scheme)`: `nf4/64`, `int3z/128 out`, `power:1/24/row s=fp32`; `float` is None.
+
+    A colon may stand for the slash, as in `parse_scheme`. Raises `SchemeError` for anything else.
+    """
+    text = label.strip()
+    if text == "float":
+        return None
+    match = _LABEL.fullmatch(text)
+    if match is None:
+        raise SchemeError(
+            f"{label!r} is no scheme; write TYPE BITS / BLOCK without spaces, such as nf4/64, int3z/128 or kmeans:row2/row, "
+            "then ' out' for the other axis; z, f, m after the bits is the offset; 'float' keeps a layer as it is"
+        )
+    block: int | str = int(match["block"]) if match["block"].isdecimal() else match["block"]
+    offset = _OFFSETS[match["offset"]]
+    axis = "out" if match["axis"] else "in"
+    return Scheme(match["dtype"], int(match["bits"]), block, axis, offset, match["scale"] or "fp16")  # type: ignore[arg-type]
+
+
+def read_levels(text: str) -> tuple[Scheme | None, ...]:
+    """Schemes from labels with commas between them: `nf4/64,nf3/64,int2z/32`."""
+    return tuple(read_level(label) for label in text.split(",") if label.strip())
+
+
+def _scheme(item: object) -> Scheme | None:
+    if item is None:
+        return None
+    if not isinstance(item, Mapping):
+        raise FormatError(f"a scheme of an allocation is {item!r}, expected an object or null")
+    return Scheme.from_json({key: value for key, value in item.items() if key != "label"})
+
+
+def _numbered(name: str, number: object, schemes: list[Scheme | None]) -> Scheme | None:
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(schemes):
+        raise FormatError(f"layer {name} points to scheme {number!r}; the allocation holds {len(schemes)}")
+    return schemes[number]

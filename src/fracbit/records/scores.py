@@ -1,0 +1,196 @@
+"""`Scores` and `Losses`: what each layer is worth, as JSON that can be saved, edited by hand and used again. Torch-free.
+
+`Scores` is one float a layer, larger means more important: all that the layer-wise paper (Dumitru et al. 2024,
+arXiv:2406.17415) needs to sort layers. `Losses` is one float a layer and scheme: what an exact allocation minimizes the sum
+of. Both carry the fingerprint of the model they were measured on and are refused for any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from fracbit.errors import FormatError, RecipeError
+from fracbit.records.scheme import Scheme
+
+Kind = Literal["order", "sensitivity"]
+"""What a score's numbers mean: only an order, or nats of loss per squared relative error of the weights."""
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One float for each layer of one model; larger is more important.
+
+    - `values`: layer name (a block's or a linear's) -> score.
+    - `method`: how they were made, such as `lim`; `kind`: what the numbers mean.
+    - `model`: fingerprint of the model (`fingerprint`); `protocol`: tokens, seeds, schemes: whatever decided the numbers.
+
+    Raises `RecipeError` when a value is NaN or infinite, or there is none.
+    """
+
+    values: Mapping[str, float]
+    method: str
+    model: str
+    kind: Kind = "order"
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that cannot be sorted or summed."""
+        if not self.values:
+            raise RecipeError("scores name no layer; give every layer of the model a number")
+        _check_finite(self.values.items())
+        if self.kind not in get_args(Kind):
+            raise RecipeError(f"scores of kind {self.kind!r} are not known; use {', '.join(get_args(Kind))}")
+
+    def order(self) -> tuple[str, ...]:
+        """Layers, the most important first; equal scores keep the order of the model."""
+        return tuple(sorted(self.values, key=lambda name: -self.values[name]))
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as a JSON object; `from_json` reads it back."""
+        return {"scores": VERSION, **_head(self), "kind": self.kind, "values": dict(self.values)}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Scores:
+        """Read what `to_json` wrote. Raises `FormatError` for another version or missing keys."""
+        _check_version(data, "scores", ("method", "model", "kind", "values"))
+        values = {name: _number(name, value) for name, value in data["values"].items()}
+        return Scores(values, data["method"], data["model"], data["kind"], data.get("protocol", {}))
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The predicted loss of each layer under each of several schemes; sums over layers are what an allocation minimizes.
+
+    `rows`: layer name -> one float for each of `schemes` (None: kept float). The rest as in `Scores`.
+    Raises `RecipeError` for NaN, infinity, or a row of another length.
+    """
+
+    schemes: tuple[Scheme | None, ...]
+    rows: Mapping[str, tuple[float, ...]]
+    method: str
+    model: str
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse ragged rows and numbers that cannot be summed."""
+        for name, row in self.rows.items():
+            if len(row) != len(self.schemes):
+                raise RecipeError(f"losses of {name} are {len(row)} numbers for {len(self.schemes)} schemes")
+            _check_finite((name, value) for value in row)
+
+    def scores(self, low: int, high: int) -> Scores:
+        """What lifting a layer from scheme number `low` to number `high` is worth: the paper's order from measured losses."""
+        values = {name: row[low] - row[high] for name, row in self.rows.items()}
+        return Scores(values, self.method, self.model, "order", self.protocol)
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as a JSON object; `from_json` reads it back."""
+        schemes = [None if scheme is None else scheme.to_json() for scheme in self.schemes]
+        rows = {name: list(row) for name, row in self.rows.items()}
+        return {"losses": VERSION, **_head(self), "schemes": schemes, "rows": rows}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Losses:
+        """Read what `to_json` wrote. Raises `FormatError` for another version or missing keys."""
+        _check_version(data, "losses", ("method", "model", "schemes", "rows"))
+        schemes = tuple(None if scheme is None else Scheme.from_json(scheme) for scheme in data["schemes"])
+        rows = {name: tuple(_number(name, value) for value in row) for name, row in data["rows"].items()}
+        return Losses(schemes, rows, data["method"], data["model"], data.get("protocol", {}))
+
+
+def fingerprint(layers: Iterable[tuple[str, tuple[int, int]]], sample: bytes = b"") -> str:
+    """16 hex digits of a model: its layers' names and shapes [out, in], and `sample`, bytes of its weights.
+
+    Scores measured on a base model say little about its fine-tuned sibling: with `sample` the two differ.
+    """
+    digest = hashlib.sha256(json.dumps([[name, list(shape)] for name, shape in layers]).encode())
+    digest.update(sample)
+    return digest.hexdigest()[:16]
+
+
+def check_scores(record: Scores | Losses, layers: Sequence[str], model: str | None = None) -> None:
+    """Refuse scores that do not name exactly `layers`, or that were measured on another `model`.
+
+    Raises `RecipeError` that lists the first names that differ.
+    """
+    names = record.values if isinstance(record, Scores) else record.rows
+    missing = [name for name in layers if name not in names]
+    unknown = [name for name in names if name not in set(layers)]
+    if missing or unknown:
+        raise RecipeError(
+            f"these {record.method} scores belong to another model: "
+            + "; ".join(
+                _named(what, some) for what, some in (("without", missing), ("unknown", unknown)) if some
+            )
+            + f". Expected {len(layers)} layers; make new scores for this model"
+        )
+    if model is not None and record.model != model:
+        raise RecipeError(
+            f"these {record.method} scores were measured on model {record.model}, this one is {model}: the layers have the "
+            "same names but other weights. Make new scores, or put this fingerprint into the file to use them anyway"
+        )
+
+
+def save_json(record: Scores | Losses, path: Path) -> None:
+    """Write a record as readable JSON, under a temporary name first."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(record.to_json(), indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises `FormatError` when it cannot be read or is something else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise FormatError(f"{path} holds a {type(data).__name__}, expected an object")
+    return data
+
+
+def load_scores(path: Path) -> Scores | Losses:
+    """Scores or losses from a file, whichever it holds. Raises `FormatError`, `RecipeError`."""
+    data = read_json(path)
+    if "losses" in data:
+        return Losses.from_json(data)
+    return Scores.from_json(data)
+
+
+def _head(record: Scores | Losses) -> dict[str, Any]:
+    return {"method": record.method, "model": record.model, "protocol": dict(record.protocol)}
+
+
+def _check_version(data: Mapping[str, Any], what: str, keys: Sequence[str]) -> None:
+    if data.get(what) != VERSION:
+        raise FormatError(f"expected {what} of version {VERSION}, got {data.get(what)!r}; make them anew")
+    missing = [key for key in keys if key not in data]
+    if missing:
+        raise FormatError(f"{what} lack the keys {', '.join(missing)}; make them anew")
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise FormatError(f"the score of {name} is {value!r}, expected a number")
+    return float(value)
+
+
+def _check_finite(items: Iterable[tuple[str, float]]) -> None:
+    for name, value in items:
+        if not math.isfinite(value):
+            raise RecipeError(f"the score of {name} is {value}; every layer needs a finite number")
+
+
+def _named(what: str, names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{what} {', '.join(names[:3])}{more}"

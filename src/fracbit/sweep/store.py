@@ -1,0 +1,368 @@
+"""The store: rows under their keys, in one SQLite file or a PostgreSQL database with the same schema.
+
+A row is written once. Who measures what is settled by claims: a driver inserts the run's key into `claims`, whose primary key
+lets one of them through, measures, and exchanges the claim for the row in one transaction. A driver that was killed leaves
+claims behind; they are void when its process is gone (same host) or its heartbeat is older than `LEASE` seconds (elsewhere).
+A row is unique whatever happens to claims: a driver that was given up too early finds its key taken and lets the row be.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sqlite3
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from fracbit.errors import FormatError, OutputError
+from fracbit.records.row import Row, label
+
+try:
+    import sqlalchemy as sa
+    from sqlalchemy import exc
+except ImportError as error:  # an extra; everything else of fracbit works without it
+    raise OutputError("a store needs SQLAlchemy 2: pip install 'fracbit[store]'") from error
+
+SCHEMA_VERSION = 1
+LEASE = 120.0
+HEARTBEAT = 15.0
+
+METADATA = sa.MetaData()
+ABOUT = sa.Table(
+    "fracbit_store", METADATA, sa.Column("name", sa.String(32), primary_key=True), sa.Column("value", sa.Text)
+)
+ROWS = sa.Table(
+    "rows",
+    METADATA,
+    sa.Column("key", sa.String(16), primary_key=True),
+    sa.Column("status", sa.String(8), nullable=False),
+    sa.Column("label", sa.Text, nullable=False),
+    sa.Column("model", sa.Text, nullable=False),
+    sa.Column("dtype", sa.String(32)),
+    sa.Column("bits", sa.Integer),
+    sa.Column("block", sa.String(32)),
+    sa.Column("axis", sa.String(4)),
+    sa.Column("offset_kind", sa.String(8)),
+    sa.Column("quantizer", sa.String(32)),
+    sa.Column("correction", sa.String(32)),
+    sa.Column("outliers", sa.String(32)),
+    sa.Column("seed", sa.BigInteger),
+    sa.Column("parameters", sa.BigInteger),
+    sa.Column("stored_bits", sa.BigInteger),
+    sa.Column("model_bits", sa.BigInteger),
+    sa.Column("bits_per_weight", sa.Float),
+    sa.Column("bits_per_parameter", sa.Float),
+    sa.Column("nll", sa.Float),
+    sa.Column("perplexity", sa.Float),
+    sa.Column("divergence", sa.Float),
+    sa.Column("agreement", sa.Float),
+    sa.Column("weight_error", sa.Float),
+    sa.Column("accuracies", sa.Text),
+    sa.Column("seconds", sa.Float),
+    sa.Column("device", sa.Text),
+    sa.Column("versions", sa.Text),
+    sa.Column("notes", sa.Text),
+    sa.Column("error", sa.Text),
+    sa.Column("created", sa.String(32)),
+    sa.Column("record", sa.Text, nullable=False),  # the whole row as JSON: what `rows` reads back
+)
+CLAIMS = sa.Table(
+    "claims", METADATA,
+    sa.Column("key", sa.String(16), primary_key=True),
+    sa.Column("owner", sa.String(32), nullable=False, index=True),
+)  # fmt: skip
+OWNERS = sa.Table(
+    "owners", METADATA,
+    sa.Column("owner", sa.String(32), primary_key=True),
+    sa.Column("host", sa.Text, nullable=False),
+    sa.Column("pid", sa.BigInteger, nullable=False),
+    sa.Column("born", sa.Text, nullable=False),
+    sa.Column("heartbeat", sa.Float, nullable=False),
+)  # fmt: skip
+
+
+class Store:
+    """An open store. Use `open_store`; `close` it, or use it in a `with` statement."""
+
+    def __init__(self, engine: sa.Engine, where: str) -> None:
+        """Wrap an engine whose schema was checked."""
+        self.engine, self.where = engine, where
+        self.owner: str | None = None
+        self._stop = threading.Event()
+        self._pulse: threading.Thread | None = None
+
+    def __enter__(self) -> Store:
+        """The store itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give back claims and close."""
+        self.close()
+
+    def keys(self) -> set[str]:
+        """Keys of all rows, failed ones included."""
+        with self._begin() as link:
+            return set(link.scalars(sa.select(ROWS.c.key)))
+
+    def rows(self, status: Literal["done", "failed"] | None = None) -> list[Row]:
+        """All rows, in order of their time; only those of a status when one is given."""
+        query = sa.select(ROWS.c.record).order_by(ROWS.c.created, ROWS.c.key)
+        if status is not None:
+            query = query.where(ROWS.c.status == status)
+        with self._begin() as link:
+            return [Row.model_validate_json(record) for record in link.scalars(query)]
+
+    def forget_failed(self, keys: Iterable[str]) -> int:
+        """Delete the failed rows among `keys`, so that they are tried again; how many there were."""
+        with self._begin() as link:
+            gone = 0
+            for batch in _batches(sorted(keys)):
+                query = sa.delete(ROWS).where(ROWS.c.status == "failed", ROWS.c.key.in_(batch))
+                gone += link.execute(query).rowcount
+            return gone
+
+    def join(self) -> None:
+        """Become an owner of claims, with a heartbeat of its own until `close`."""
+        self.owner = uuid.uuid4().hex
+        with self._begin() as link:
+            link.execute(sa.insert(OWNERS).values(owner=self.owner, heartbeat=time.time(), **_this_process()))
+        self._pulse = threading.Thread(target=self._beat, name="fracbit-heartbeat", daemon=True)
+        self._pulse.start()
+
+    def claim(self, key: str) -> bool:
+        """Whether this driver may measure `key`: nobody else holds it and no row is there. Atomic over all drivers."""
+        try:
+            with self._begin() as link:
+                link.execute(sa.insert(CLAIMS).values(key=key, owner=self.owner))
+        except exc.IntegrityError:
+            return False
+        # The last holder may have written the row and dropped its claim before ours went in.
+        with self._begin() as link:
+            if link.scalar(sa.select(ROWS.c.key).where(ROWS.c.key == key)) is None:
+                return True
+            link.execute(sa.delete(CLAIMS).where(CLAIMS.c.key == key, CLAIMS.c.owner == self.owner))
+        return False
+
+    def write(self, row: Row) -> bool:
+        """Store a row and drop its claim, in one transaction. False when the key was there already: the first one stays."""
+        try:
+            with self._begin() as link:
+                link.execute(sa.insert(ROWS).values(**_columns(row)))
+                link.execute(sa.delete(CLAIMS).where(CLAIMS.c.key == row.key))
+        except exc.IntegrityError:
+            return False
+        return True
+
+    def recover(self) -> int:
+        """Drop the claims of drivers that are gone; how many there were."""
+        with self._begin() as link:
+            owners = link.execute(sa.select(OWNERS)).mappings().all()
+            dead = [owner["owner"] for owner in owners if not _is_alive(dict(owner))]
+            dropped = link.execute(sa.delete(CLAIMS).where(CLAIMS.c.owner.in_(dead))).rowcount
+            link.execute(sa.delete(OWNERS).where(OWNERS.c.owner.in_(dead)))
+        return int(dropped)
+
+    def claimed(self) -> set[str]:
+        """Keys that some driver is at."""
+        with self._begin() as link:
+            return set(link.scalars(sa.select(CLAIMS.c.key)))
+
+    def close(self) -> None:
+        """Give back what this driver claimed and close the connection."""
+        self._stop.set()
+        if self._pulse is not None:
+            self._pulse.join()
+        if self.owner is not None:
+            with self._begin() as link:
+                link.execute(sa.delete(CLAIMS).where(CLAIMS.c.owner == self.owner))
+                link.execute(sa.delete(OWNERS).where(OWNERS.c.owner == self.owner))
+            self.owner = None
+        self.engine.dispose()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT):
+            with self._begin() as link:
+                link.execute(sa.update(OWNERS).where(OWNERS.c.owner == self.owner).values(heartbeat=time.time()))
+
+    @contextmanager
+    def _begin(self) -> Iterator[sa.Connection]:
+        with _explained(self.where), self.engine.begin() as link:
+            yield link
+
+
+def open_store(where: str) -> Store:
+    """Open or create a store: a path of an SQLite file, or a URL such as `postgresql://user@host/name`.
+
+    Raises `OutputError` when it cannot be opened or written, `FormatError` when it is something else or of another version.
+    """
+    engine = _engine(where)
+    with _explained(where):
+        _check_schema(engine, where)
+    return Store(engine, where)
+
+
+def export_parquet(rows: Sequence[Row], path: Path) -> None:
+    """Write rows as one Parquet file: plain columns, lists for the windows, JSON for nested records.
+
+    Raises `OutputError` when pyarrow is missing or the file cannot be written.
+    """
+    try:
+        import pyarrow as pa
+        from pyarrow import parquet
+    except ImportError as error:
+        raise OutputError("Parquet needs pyarrow: pip install 'fracbit[store]'") from error
+    flat = [_columns(row) | {"window_nll": row.window_nll, "window_tokens": row.window_tokens} for row in rows]
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        parquet.write_table(pa.Table.from_pylist(flat), temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"{path} cannot be written: {error}") from error
+
+
+def _engine(where: str) -> sa.Engine:
+    if "://" not in where:
+        engine = sa.create_engine(f"sqlite:///{where}", connect_args={"timeout": 60})
+        sa.event.listen(engine, "connect", _tune_sqlite)
+        sa.event.listen(engine, "begin", _begin_immediate)
+        return engine
+    url = where.replace("postgres://", "postgresql://", 1).replace("postgresql://", "postgresql+psycopg://", 1)
+    try:
+        return sa.create_engine(url, pool_pre_ping=True)
+    except exc.ArgumentError as error:
+        raise OutputError(f"store {where!r} is neither a path nor a database URL: {error}") from error
+    except ImportError as error:
+        raise OutputError(f"store {_hidden(where)}: {error}; pip install 'fracbit[store]'") from error
+
+
+def _tune_sqlite(link: sqlite3.Connection, _: object) -> None:
+    link.isolation_level = None  # SQLAlchemy's begin event opens transactions, not the driver
+    link.execute("PRAGMA journal_mode=WAL")
+    link.execute("PRAGMA synchronous=FULL")  # a stored row survives a power cut; a run takes longer than an fsync
+
+
+def _begin_immediate(link: sa.Connection) -> None:
+    """Take the write lock at once: two drivers that both read and then write would otherwise deadlock."""
+    link.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _check_schema(engine: sa.Engine, where: str) -> None:
+    tables = set(sa.inspect(engine).get_table_names())
+    if ABOUT.name not in tables:
+        foreign = tables & {table.name for table in METADATA.sorted_tables}
+        if foreign:
+            raise FormatError(f"{_hidden(where)} has tables {sorted(foreign)} but is no fracbit store: name another file")
+        METADATA.create_all(engine)
+        with engine.begin() as link:
+            if link.scalar(sa.select(ABOUT.c.value)) is None:
+                _insert_version(link)
+        return
+    with engine.begin() as link:
+        version = link.scalar(sa.select(ABOUT.c.value).where(ABOUT.c.name == "schema"))
+    if version != str(SCHEMA_VERSION):
+        raise FormatError(
+            f"{_hidden(where)} has schema version {version}, this fracbit reads {SCHEMA_VERSION}: open it with the fracbit "
+            "that wrote it (`fracbit sweep --export rows.parquet` there keeps the figures), or name another file"
+        )
+
+
+def _insert_version(link: sa.Connection) -> None:
+    nested = link.begin_nested()
+    try:
+        link.execute(sa.insert(ABOUT).values(name="schema", value=str(SCHEMA_VERSION)))
+        nested.commit()
+    except exc.IntegrityError:  # another driver created the store in the same moment
+        nested.rollback()
+
+
+@contextmanager
+def _explained(where: str) -> Iterator[None]:
+    """Database errors in words: a full disk, a file that is no database, a server that does not answer."""
+    try:
+        yield
+    except exc.IntegrityError:
+        raise
+    except exc.DBAPIError as error:
+        reason = " ".join(str(error.orig).split())
+        if "full" in reason:
+            raise OutputError(f"{_hidden(where)}: {reason}; free some space and start again: stored rows are kept") from error
+        if "not a database" in reason or "malformed" in reason:
+            raise FormatError(f"{_hidden(where)} is not an SQLite file: name another one") from error
+        raise OutputError(f"store {_hidden(where)} cannot be used: {reason}") from error
+
+
+def _hidden(where: str) -> str:
+    """A URL without its password."""
+    return sa.make_url(where).render_as_string(hide_password=True) if "://" in where else where
+
+
+def _this_process() -> dict[str, object]:
+    return {"host": platform.node(), "pid": os.getpid(), "born": _born(os.getpid())}
+
+
+def _is_alive(owner: dict[str, Any]) -> bool:
+    if owner["host"] != platform.node():
+        return time.time() - float(owner["heartbeat"]) < LEASE
+    try:
+        os.kill(int(owner["pid"]), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return bool(_born(int(owner["pid"])) == owner["born"])
+
+
+def _born(pid: int) -> str:
+    """When a process started, in ticks since boot, so that a reused id is not mistaken; "" where /proc does not tell.
+
+    A zombie counts as gone.
+    """
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "gone" if after_name[0] in "ZX" else after_name[19]
+
+
+def _columns(row: Row) -> dict[str, Any]:
+    scheme = row.run.recipe.scheme if row.run.quantized else None
+    return {
+        "key": row.key,
+        "status": row.status,
+        "label": label(row.run),
+        "model": row.run.recipe.model,
+        "dtype": scheme.dtype if scheme else None,
+        "bits": scheme.bits if scheme else None,
+        "block": str(scheme.block) if scheme else None,
+        "axis": scheme.axis if scheme else None,
+        "offset_kind": scheme.offset if scheme else None,
+        "quantizer": row.run.recipe.quantizer if scheme else None,
+        "correction": row.run.correction,
+        "outliers": str(row.run.outliers) if row.run.outliers else None,
+        "seed": row.run.recipe.seed,
+        "parameters": row.parameters,
+        "stored_bits": row.stored_bits,
+        "model_bits": row.model_bits,
+        "bits_per_weight": row.bits_per_weight,
+        "bits_per_parameter": row.bits_per_parameter,
+        **{name: getattr(row, name) for name in ("nll", "perplexity", "divergence", "agreement", "weight_error")},
+        "accuracies": json.dumps(row.accuracies),
+        "seconds": row.seconds,
+        "device": row.device,
+        "versions": json.dumps(row.versions),
+        "notes": json.dumps(row.notes),
+        "error": row.error,
+        "created": row.created,
+        "record": row.model_dump_json(),
+    }
+
+
+def _batches(keys: Sequence[str], size: int = 500) -> Iterator[Sequence[str]]:
+    return (keys[start : start + size] for start in range(0, len(keys), size))

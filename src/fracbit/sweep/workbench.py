@@ -1,0 +1,308 @@
+"""`Workbench`: one float model in memory, and everything that its runs share.
+
+A run costs little more than its evaluation because nothing that runs have in common is done twice: the model is loaded once;
+weights are quantized in place from a kept copy; the float model's log-probabilities, the calibration statistics, the proxy
+scores and the block ranges (the same for every fixed data type of a block) are computed at first use and kept.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from dataclasses import replace
+from datetime import datetime, timezone
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Final
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from fracbit.data import Tokens, read_documents, sample
+from fracbit.errors import FracbitError, RecipeError, SourceError
+from fracbit.evaluate.logits import ScoredRows, scored_rows, vocabulary_of
+from fracbit.evaluate.perplexity import Perplexity, default_window, summarize, window_nll
+from fracbit.evaluate.windows import Plan, plan_windows
+from fracbit.models.blocks import blocks, groups, linears, weight_of
+from fracbit.models.family import Family
+from fracbit.models.find import family_of
+from fracbit.models.install import set_weight
+from fracbit.models.walk import embed, observe
+from fracbit.numerics import PackedTensor, decode, encode, fit, fixed_type, quantize_tensor, stored_bits
+from fracbit.numerics.datatypes import is_fitted
+from fracbit.numerics.grid import Grid as WeightGrid
+from fracbit.numerics.stats import Stats, empty
+from fracbit.numerics.stats import observe as add
+from fracbit.quantizers import QUANTIZERS
+from fracbit.records.row import Calibration, Evaluation, Row, Run, run_key
+from fracbit.records.scheme import Scheme
+from fracbit.sweep.corrections import CORRECTIONS
+from fracbit.sweep.outliers import choose_columns, producer_scores
+from fracbit.sweep.schedule import Source
+
+FLOAT_LOGITS_BYTES = 1 << 29
+RUN_FAILURES: Final = (FracbitError, SafetensorError, OSError, RuntimeError, ValueError, KeyError, MemoryError)
+"""What a model that cannot be loaded, quantized or evaluated raises. Anything else is a bug of ours and stops the sweep."""
+
+
+class Workbench:
+    """Measures runs of one model. Its only state is the model's weights, which every run writes anew, and what is kept."""
+
+    def __init__(self, source: Source, root: Path, device: str = "cpu") -> None:
+        """Load the model and the text. `root`: folder that relative paths of the grid start from. Raises `SourceError`."""
+        self.source, self.root, self.device = source, root, device
+        self.model, self.tokenizer, self.source_bits = _load(source, root, device)
+        self.family = family_of(self.model)
+        self.layers = _layers(self.model, self.family)
+        self.kept = {name: weight_of(module).clone() for name, module in self.layers.items()}
+        self.text = self._read(source.evaluation.text)
+        self.plan = _plan(self.model, self.text, source.evaluation)
+        self.dirty: set[str] = set()
+        self.ranges: dict[tuple[str, Scheme], WeightGrid] = {}
+        self.statistics: dict[tuple[Calibration, bool], dict[str, Stats]] = {}
+
+    def measure(self, run: Run) -> Row:
+        """Quantize, evaluate, and say what came out. A run that cannot be done gives a row that says why."""
+        started = time.perf_counter()
+        row = Row(
+            key=run_key(run), run=run, status="done", family=self.family.name, device=device_name(self.device),
+            versions=versions(), text_sha256=self.text.sha256, notes=self.text.notes,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )  # fmt: skip
+        try:
+            figures = {**self._quantize(run), **self._evaluate(run)}
+        except RUN_FAILURES as error:
+            return row.model_copy(update={"status": "failed", "error": explain(error), "seconds": _since(started)})
+        return row.model_copy(update={**figures, "seconds": _since(started)})
+
+    def _quantize(self, run: Run) -> dict[str, object]:
+        """Install the run's weights; bits and the relative squared error of what was quantized."""
+        chosen = self._schemes(run)
+        columns = self._columns(run, chosen)
+        stats = self._stats(run, chosen)
+        self._restore(chosen)
+        bits = weights = 0
+        error = power = 0.0
+        for name, scheme in chosen.items():
+            packed = self._pack(name, scheme, run, stats.get(name), columns.get(name))
+            weight, decoded = self.kept[name], decode(packed)
+            set_weight(self.layers[name], decoded)
+            self.dirty.add(name)
+            bits, weights = bits + stored_bits(packed), weights + weight.numel()
+            error += float((decoded - weight).square().sum())
+            power += float(weight.square().sum())
+        CORRECTIONS[run.correction].apply(self.model, self.family, run)
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        model_bits = bits + (parameters - weights) * self.source_bits
+        return {
+            "parameters": parameters, "weights": weights, "stored_bits": bits, "model_bits": model_bits,
+            "weight_error": error / power if power else None,
+        }  # fmt: skip
+
+    def _evaluate(self, run: Run) -> dict[str, object]:
+        found, divergence, agreement = self._pass(self._float_logprobs)
+        return {
+            "nll": found.nll,
+            "perplexity": found.perplexity if math.isfinite(found.perplexity) else None,
+            "divergence": divergence,
+            "agreement": agreement,
+            "window_nll": tuple(round(nats, 4) for nats in found.window_nll),
+            "window_tokens": found.window_tokens,
+            "evaluation_seconds": found.seconds,
+        }
+
+    def _pass(self, reference: dict[int, Tensor]) -> tuple[Perplexity, float | None, float | None]:
+        """One pass over the text gives the loss and, where the float model's are kept, what moved."""
+        started = time.perf_counter()
+        sums = [0.0] * len(self.plan.windows)
+        divergence = agreed = 0.0
+        compared = 0
+        for rows in scored_rows(self.model, self.plan):
+            sums[rows.index] = window_nll(rows)
+            if rows.index in reference:
+                expected = reference[rows.index]
+                found = logprobs(rows)
+                divergence += float((expected.exp() * (expected - found)).sum())
+                agreed += int((expected.argmax(1) == found.argmax(1)).sum())
+                compared += len(found)
+        result = summarize(self.plan, sums, _since(started))
+        return result, divergence / compared if compared else None, agreed / compared if compared else None
+
+    @cached_property
+    def _float_logprobs(self) -> dict[int, Tensor]:
+        """Log-probabilities [scored, vocabulary] of the float model, window by window while they fit."""
+        now = {name: weight_of(self.layers[name]).clone() for name in self.dirty}
+        self._restore({})
+        room = FLOAT_LOGITS_BYTES
+        kept = {}
+        for rows in scored_rows(self.model, self.plan):
+            size = 4 * rows.logits.numel()
+            if size <= room:
+                kept[rows.index] = logprobs(rows)
+                room -= size
+        for name, weight in now.items():
+            set_weight(self.layers[name], weight)
+            self.dirty.add(name)
+        return kept
+
+    def _restore(self, chosen: dict[str, Scheme]) -> None:
+        for name in self.dirty - chosen.keys():
+            set_weight(self.layers[name], self.kept[name])
+        self.dirty &= chosen.keys()
+
+    def _schemes(self, run: Run) -> dict[str, Scheme]:
+        """The scheme of every layer that the run quantizes."""
+        recipe = run.recipe
+        inside = {name for name in self.layers if name.startswith(self.family.blocks + ".")}
+        chosen: dict[str, Scheme] = {}
+        for name in self.layers:
+            scheme = recipe.scheme if name in inside else recipe.head if name == self.family.head else recipe.embeddings
+            for override in recipe.overrides:
+                if fnmatchcase(name, override.layers):
+                    scheme = None if override.keep else override.scheme or scheme
+            if scheme is not None:
+                chosen[name] = scheme
+        if recipe.head is not None and self.family.head not in self.layers:
+            raise RecipeError("the head of this model is its embedding table: quantize the embeddings, not the head")
+        return chosen
+
+    def _columns(self, run: Run, chosen: dict[str, Scheme]) -> dict[str, Tensor]:
+        if run.outliers is None:
+            return {}
+        if run.recipe.quantizer != "rtn":
+            raise RecipeError(f"16-bit columns go with quantizer rtn, not {run.recipe.quantizer}")
+        widths = {name: self.kept[name].shape[1] for name in chosen if name in self._proxy_scores}
+        stats = self._stats_of(run, gram=False) if run.outliers.chosen == "activation" else {}
+        scores = self._proxy_scores if run.outliers.chosen == "proxy" else {}
+        return choose_columns(run.outliers, widths, scores, stats, run.recipe.seed)
+
+    @cached_property
+    def _proxy_scores(self) -> dict[str, Tensor]:
+        self._restore({})
+        return producer_scores(self.model, self.family)
+
+    def _stats(self, run: Run, chosen: dict[str, Scheme]) -> dict[str, Stats]:
+        needs = QUANTIZERS[run.recipe.quantizer]().needs
+        return self._stats_of(run, gram="gram" in needs) if needs and chosen else {}
+
+    def _stats_of(self, run: Run, gram: bool) -> dict[str, Stats]:
+        """Statistics of the float model's inputs, by layer; once per calibration text."""
+        if run.calibration is None:
+            raise RecipeError(f"{run}: calibration text is needed: add a [calibration] table to the grid")
+        found = self.statistics.get((run.calibration, gram))
+        if found is None:
+            self._restore({})
+            tokens = self._read(run.calibration.text)
+            drawn = sample(tokens, samples=run.calibration.samples, length=run.calibration.length, seed=0)
+            found = collect_stats(self.model, self.family, drawn.ids, gram)
+            self.statistics[run.calibration, gram] = found
+        return found
+
+    def _read(self, text: str) -> Tokens:
+        """A source of the data room; a path is looked for beside the grid first."""
+        beside = self.root / text.partition("?")[0]
+        source = str(self.root / text) if beside.exists() else text
+        return read_documents(source, self.tokenizer, vocabulary_of(self.model))
+
+    def _pack(
+        self, name: str, scheme: Scheme, run: Run, stats: Stats | None, columns: Tensor | None
+    ) -> PackedTensor:
+        weight, search = self.kept[name], run.recipe.search
+        if run.recipe.quantizer != "rtn":
+            return QUANTIZERS[run.recipe.quantizer](search=search)(weight, scheme, stats).packed
+        if columns is not None or search or is_fitted(scheme) or scheme.offset == "zero":
+            return quantize_tensor(weight, scheme, None, search, columns)
+        shared = replace(scheme, dtype="int", bits=8)
+        if (name, shared) not in self.ranges:
+            self.ranges[name, shared] = fit(weight, shared)
+        grid = replace(self.ranges[name, shared], scheme=scheme, table=fixed_type(scheme).to(weight.device))
+        return encode(weight, grid)
+
+
+def collect_stats(model: PreTrainedModel, family: Family, ids: Tensor, gram: bool) -> dict[str, Stats]:
+    """Statistics of every linear's inputs in the float model. `ids` int64 [samples, tokens]; by full name."""
+    hidden = embed(model, family, ids)
+    found: dict[str, Stats] = {}
+    for prefix, block in blocks(model, family):
+        first = {group[0]: group for group in groups(block, family)}
+        sums = {name: empty(weight_of(block.get_submodule(name)).shape[1], gram, hidden.states.device) for name in first}
+
+        def visit(name: str, x: Tensor, sums: dict[str, Stats] = sums) -> None:
+            sums[name] = add(sums[name], x)
+
+        hidden = observe(block, hidden, list(first), visit, hidden.states)
+        found |= {f"{prefix}.{name}": sums[head] for head, group in first.items() for name in group}
+    return found
+
+
+def logprobs(rows: ScoredRows) -> Tensor:
+    """Log-probabilities fp32 [scored, vocabulary] of a window."""
+    return torch.log_softmax(rows.logits.float(), dim=1)
+
+
+def explain(error: BaseException) -> str:
+    """An error on one line, with its kind when it is not one of ours."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, FracbitError) else f"{type(error).__name__}: {text}"
+
+
+def device_name(device: str) -> str:
+    """What a row says of where it was measured: `cpu x86_64, 2 threads`, or the GPU's name."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(torch.device(device))
+    return f"{device} {platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    """The versions that a figure depends on."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+    }
+
+
+def _load(source: Source, root: Path, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, int]:
+    """The model in fp32 on `device`, its tokenizer if it has one, and the bits of a stored float parameter."""
+    beside = root / source.model
+    where = str(beside) if beside.exists() else source.model
+    options = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(where, dtype="auto", **options)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise SourceError(f"model {source.model} cannot be loaded: {explain(error)}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    except (OSError, ValueError, KeyError):
+        tokenizer = None  # files of token ids need none; for text, the data room says that it is missing
+    bits = 8 * next(parameter.element_size() for parameter in model.parameters())
+    return model.float().to(device).eval(), tokenizer, bits
+
+
+def _layers(model: PreTrainedModel, family: Family) -> dict[str, nn.Module]:
+    """Every linear of the blocks, then the embedding table, then a head that has a weight of its own; by full name."""
+    found = {
+        f"{prefix}.{name}": module
+        for prefix, block in blocks(model, family)
+        for name, module in linears(block, family).items()
+    }
+    table = model.get_input_embeddings()
+    found[family.embeddings[0]] = table
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not table.weight:
+        found[family.head] = head
+    return found
+
+
+def _plan(model: PreTrainedModel, tokens: Tokens, evaluation: Evaluation) -> Plan:
+    window = evaluation.window or default_window(model)
+    return plan_windows(tokens.documents, window=window, stride=evaluation.stride)
+
+
+def _since(started: float) -> float:
+    return round(time.perf_counter() - started, 4)

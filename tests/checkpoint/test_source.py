@@ -1,0 +1,102 @@
+"""Sources: every way in which a folder is not a model is said by name; nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from fracbit.checkpoint.source import combined_hash, open_source, read_tensor, tensor_hash
+from fracbit.errors import SourceError
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+
+@pytest.fixture
+def folder(tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path) -> Path:
+    tiny_llama().save_pretrained(tmp_path / "m", max_shard_size="100KB")
+    return tmp_path / "m"
+
+
+def test_every_tensor_is_listed_and_read(folder: Path, tiny_llama: Callable[..., LlamaForCausalLM]) -> None:
+    source = open_source(str(folder))
+    state = tiny_llama().state_dict()
+    assert set(source.tensors) == set(state)
+    assert len({info.file for info in source.tensors.values()}) > 1
+    for name, tensor in state.items():
+        assert torch.equal(read_tensor(source, name), tensor)
+    assert source.bytes == sum(tensor.nbytes for tensor in state.values())
+
+
+def test_the_hash_sees_contents_and_not_files(folder: Path, tmp_path: Path, tiny_llama: Callable[..., LlamaForCausalLM]) -> None:
+    def whole(path: Path) -> str:
+        source = open_source(str(path))
+        return combined_hash({name: tensor_hash(read_tensor(source, name)) for name in source.tensors})
+
+    tiny_llama().save_pretrained(tmp_path / "one")
+    tiny_llama(seed=1).save_pretrained(tmp_path / "other")
+    assert whole(folder) == whole(tmp_path / "one") != whole(tmp_path / "other")
+
+
+def refuses(path: Path | str, says: str) -> None:
+    with pytest.raises(SourceError, match=says):
+        open_source(str(path))
+
+
+def test_no_such_model(tmp_path: Path) -> None:
+    refuses(tmp_path / "none", "no such model")
+    refuses("no-such-owner/no-such-model", "no such model.*offline")
+    (tmp_path / "file").write_text("x")
+    refuses(tmp_path / "file", "is a file")
+
+
+def test_pickles_are_never_opened(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+            return open, (str(tmp_path / "exploded"), "w")  # type: ignore[return-value]
+
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    refuses(tmp_path, "only pickled weights.*pytorch_model.bin")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_folder_without_parts(folder: Path) -> None:
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").unlink()
+    refuses(folder, "no config.json")
+    (folder / "config.json").write_text("[1]")
+    refuses(folder, "should hold a JSON object")
+    (folder / "config.json").write_text("{")
+    refuses(folder, "cannot be read")
+    (folder / "config.json").write_text(config)
+    shards = sorted(folder.glob("*.safetensors"))
+    shards[0].unlink()
+    refuses(folder, shards[0].name)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 200, -1])
+def test_a_truncated_shard_is_named(folder: Path, kept: int) -> None:
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    content = shard.read_bytes()
+    shard.write_bytes(content[: kept if kept >= 0 else len(content) - 1])
+    refuses(folder, f"shard {shard.name} is truncated or corrupt")
+
+
+def test_a_corrupt_header_is_named(folder: Path) -> None:
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    content = bytearray(shard.read_bytes())
+    content[8:12] = b"\xff\xfe\x00\x01"
+    shard.write_bytes(bytes(content))
+    refuses(folder, f"shard {shard.name} is truncated or corrupt")
+
+
+def test_an_index_that_is_not_one(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
+    refuses(folder, "names no shards")

@@ -1,0 +1,177 @@
+"""The command line end to end, in processes of its own: outputs, JSON alone on stdout, exit codes, interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+
+def fracbit(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fracbit", *(str(word) for word in words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def good(*words: object) -> dict[str, Any]:
+    """The one JSON object on stdout of a command that succeeds."""
+    done = fracbit(*words, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert isinstance(found, dict)
+    return found
+
+
+def bad(*words: object) -> str:
+    """The message of a command that exits with 2, without a traceback and without output."""
+    done = fracbit(*words)
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    assert "Traceback" not in done.stderr
+    assert not done.stdout
+    return " ".join(done.stderr.split())
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama: Callable[..., LlamaForCausalLM], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with a byte tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("cli") / "float"
+    vocabulary = {byte: number for number, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    tiny_llama(vocab_size=256).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog, and over it again. " * 8, encoding="utf-8")
+    return path
+
+
+def test_from_a_model_to_a_smaller_one(model: Path, text: Path, tmp_path: Path) -> None:
+    made = good("quantize", model, "-o", tmp_path / "q", "--dtype", "nf", "--bits", 4, "--block", 64)
+    assert set(made) == {
+        "output", "bits_per_weight", "bits_per_parameter", "bytes", "source_bytes", "seconds", "peak_rss_bytes", "notes",
+    }  # fmt: skip
+    assert 4 < made["bits_per_weight"] < 4.6
+    assert made["bytes"] == (tmp_path / "q" / "model.safetensors").stat().st_size
+    seen = good("inspect", tmp_path / "q")
+    assert seen["bits_per_weight"] == made["bits_per_weight"]
+    assert seen["layers"]["model.layers.0.mlp.up_proj"]["scheme"] == "nf4/64"
+    assert 0 < seen["layers"]["model.layers.0.mlp.up_proj"]["relative_error"] < 0.02
+    lines = fracbit("inspect", tmp_path / "q").stdout
+    assert all(name in lines for name in seen["layers"])
+    found = good("eval", tmp_path / "q", "--text", text, "--window", 64, "--against", model)
+    assert {"perplexity", "nll", "tokens", "protocol"} <= set(found)
+    assert found["protocol"]["window"] == 64
+    assert found["divergence"]["against"] == str(model)
+    written = good("generate", tmp_path / "q", "def main(", "--max-new-tokens", 8)
+    assert written["new_tokens"] == 8
+    assert written["text"].startswith("def main(")
+
+
+def test_perplexity_is_transformers_own(model: Path, text: Path) -> None:
+    import torch
+
+    from fracbit.checkpoint.load import load, load_tokenizer
+
+    ids = load_tokenizer(model)(text.read_text(), return_tensors="pt").input_ids[:, :100]
+    loaded = load(model)
+    with torch.no_grad():
+        loss = float(loaded(ids, labels=ids).loss)
+    assert good("eval", model, "--text", f"{text}?keep=100", "--window", 100)["nll"] == pytest.approx(loss, abs=1e-4)
+
+
+def test_a_recipe_and_flags_over_it(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text('[scheme]\ndtype = "nf"\nbits = 3\nblock = 32\n[embeddings]\nbits = 8\n')
+    made = good("quantize", model, tmp_path / "recipe.toml", "-o", tmp_path / "q", "--bits", 2, "--keep", "*.layers.1.*")
+    layers = good("inspect", tmp_path / "q")["layers"]
+    assert layers["model.layers.0.mlp.up_proj"]["scheme"] == "nf2/32"
+    assert layers["model.layers.1.mlp.up_proj"]["scheme"] == "f32"
+    assert layers["model.embed_tokens"]["scheme"] == "int8/64"
+    assert made["output"] == str(tmp_path / "q")
+
+
+def test_bad_input(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "q"
+    assert "no such model" in bad("quantize", tmp_path / "none", "-o", out)
+    assert "name one with -o" in bad("quantize", model)
+    assert "no model" in bad("quantize", "-o", out)
+    assert "from 1 to 8, got 9" in bad("quantize", model, "-o", out, "--bits", 9)
+    assert "did you mean 'kmeans'" in bad("quantize", model, "-o", out, "--dtype", "kmean")
+    assert "flat:N" in bad("quantize", model, "-o", out, "--block", "sixty")
+    (tmp_path / "r.toml").write_text("sede = 3\n")
+    assert "line 1: a recipe has no key 'sede'" in bad("quantize", model, tmp_path / "r.toml", "-o", out)
+    assert "matches no layer" in bad("quantize", model, "-o", out, "--keep", "nothing")
+    assert not out.exists()
+    out.mkdir()
+    (out / "mine").write_text("")
+    assert "not empty" in bad("quantize", model, "-o", out)
+    assert "no tokens" in bad("generate", model, "")
+    assert "none.txt" in bad("eval", model, "--text", tmp_path / "none.txt")
+    assert "window" in bad("eval", model, "--text", text, "--window", 1)
+    assert "window" in bad("eval", model, "--text", text, "--window", 100_000)
+    assert bad("eval", model, "--text", text, "--stride", 0)
+    (tmp_path / "empty.txt").write_text("")
+    assert "empty" in bad("eval", model, "--text", tmp_path / "empty.txt").lower()
+
+
+@pytest.mark.slow
+def test_interrupted_it_stops_cleanly_and_resumes(model: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fracbit", "quantize", str(model), "-o", str(tmp_path / "q"), "--dtype", "kmeans:row",
+               "--search", "--shard-size", "1"]  # fmt: skip
+    for _ in range(5):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "q" / ".fracbit" / "plan.json").exists() and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate()
+        if process.returncode == 130:
+            assert "Traceback" not in said
+            assert "--resume" in said
+            break
+        for path in sorted((tmp_path / "q").rglob("*"), reverse=True):
+            path.unlink() if path.is_file() else path.rmdir()
+    else:
+        pytest.fail("the run was never caught while it worked")
+    assert fracbit(*command[3:], "--resume").returncode == 0
+    assert good("inspect", tmp_path / "q")["bits_per_weight"] > 4
+
+
+def test_the_bundled_demo(tmp_path: Path) -> None:
+    rows = {row["scheme"]: row for row in good("demo", "-o", tmp_path / "demo")["rows"]}
+    assert len(rows) >= 7
+    float_perplexity = rows["float"]["perplexity"]
+    assert rows["int3-64"]["perplexity"] > 1.1 * float_perplexity
+    assert rows["int2-64"]["perplexity"] > 2 * float_perplexity
+    assert rows["int8-64"]["perplexity"] < 1.01 * float_perplexity
+    assert (tmp_path / "demo" / "nf4-64" / "config.json").exists()
+
+
+def test_on_a_model_nobody_here_trained(shared: Path, tmp_path: Path) -> None:
+    """../shared's README: int with zero point, block 64, fp32 scales, first 256 ids of 60 documents; as ratios to float."""
+    source, text = shared / "models" / "tales-s", shared / "data" / "tales-evaluation.u16"
+    float_perplexity = good("eval", source, "--text", f"{text}?length=512&first=60&keep=256")["perplexity"]
+    for bits, expected in [(4, 5.00 / 4.88), (3, 5.65 / 4.88), (2, 21.5 / 4.88)]:
+        out = tmp_path / str(bits)
+        good("quantize", source, "-o", out, "--bits", bits, "--offset", "zero", "--scale", "fp32")
+        found = good("eval", out, "--text", f"{text}?length=512&first=60&keep=256")
+        assert found["perplexity"] / float_perplexity == pytest.approx(expected, rel=0.03)

@@ -1,0 +1,296 @@
+"""Calibrated runs: what is saved is what the quantizer gave, resume is bit-identical, every choice is recorded, bad input."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+from fracbit.checkpoint.load import load
+from fracbit.errors import DataError, RecipeError, WeightError
+from fracbit.models.blocks import blocks
+from fracbit.models.find import family_of
+from fracbit.models.walk import embed, observe
+from fracbit.numerics import decode
+from fracbit.numerics import stats as statistics
+from fracbit.pipeline.calibrated import run_calibrated
+from fracbit.quantizers.gptq import Gptq
+from fracbit.quantizers.group import quantize_group
+from fracbit.records.calibration import Calibration
+from fracbit.records.recipe import Recipe
+from fracbit.records.scheme import Scheme
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+Maker = Callable[..., "LlamaForCausalLM"]
+SCHEME = Scheme("int", 3, 20, offset="zero")
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of ours may catch it."""
+
+
+@pytest.fixture(scope="module")
+def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "ids.u16"
+    random = np.random.default_rng(0)
+    random.integers(3, 96, 32 * 24, dtype=np.uint16).tofile(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def source(tiny_llama: Maker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("float")
+    tiny_llama().save_pretrained(folder)
+    return folder
+
+
+def recipe(source: Path, ids: Path, quantizer: str = "gptq", scheme: Scheme = SCHEME, **plan: Any) -> Recipe:
+    calibration = Calibration(texts=(f"{ids}?length=24",), **{"samples": 16, "length": 24, "batch": 4} | plan)
+    return Recipe(model=str(source), scheme=scheme, quantizer=quantizer, calibration=calibration)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.is_file()
+    }
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "fracbit.json").read_text())  # type: ignore[no-any-return]
+
+
+def test_first_block_is_what_the_quantizer_gives(source: Path, ids: Path, tmp_path: Path) -> None:
+    seen: list[str] = []
+    run_calibrated(recipe(source, ids), tmp_path / "q", progress=lambda what, done, total: seen.append(what))
+    assert len(seen) == 3
+    facts = manifest(tmp_path / "q")
+    assert facts["texts"][0]["samples"] == 16
+    made, model = load(tmp_path / "q"), load(source)
+    family = family_of(model)
+    from fracbit.data import read_calibration
+
+    samples = read_calibration([f"{ids}?length=24"], None, 96, samples=16, length=24, seed=0)
+    assert facts["texts"][0]["sha256"] == samples.sha256
+    hidden = embed(model, family, samples.ids, 4)
+    held = {"stats": statistics.empty(48)}
+
+    def add(name: str, x: torch.Tensor) -> None:
+        held["stats"] = statistics.observe(held["stats"], x)
+
+    block = blocks(model, family)[0][1]
+    observe(block, hidden, ["self_attn.q_proj"], add)
+    names = ("q_proj", "k_proj", "v_proj")
+    weights = [getattr(block.self_attn, name).weight.detach() for name in names]
+    expected = quantize_group(Gptq(), weights, [SCHEME] * 3, held["stats"])
+    for name, found in zip(names, expected, strict=True):
+        layer = getattr(made.model.layers[0].self_attn, name)
+        assert torch.equal(decode(layer.packed), decode(found.packed))
+        assert facts["layers"][f"model.layers.0.self_attn.{name}"]["loss"] == pytest.approx(found.loss)
+
+
+@pytest.mark.parametrize("chain", ["quantized", "float"])
+def test_resume_is_bit_identical(source: Path, ids: Path, tmp_path: Path, chain: str) -> None:
+    asked = recipe(source, ids, chain=chain, tweak="closed", axis="predicted")
+    run_calibrated(asked, tmp_path / "whole")
+
+    def die(what: str, done: int, total: int) -> None:
+        if done == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_calibrated(asked, tmp_path / "parts", progress=die)
+    assert not (tmp_path / "parts" / "config.json").exists()
+    run_calibrated(asked, tmp_path / "parts", resume=True)
+    assert hashes(tmp_path / "parts") == hashes(tmp_path / "whole")
+
+
+def test_spilled_states_change_nothing(source: Path, ids: Path, tmp_path: Path) -> None:
+    run_calibrated(recipe(source, ids), tmp_path / "memory")
+    run_calibrated(recipe(source, ids), tmp_path / "disk", spill_bytes=0)
+    assert hashes(tmp_path / "memory") == hashes(tmp_path / "disk")
+
+
+@pytest.mark.parametrize("axis", ["nearest", "gptq", "predicted"])
+def test_chosen_axes_are_saved_and_loaded(source: Path, ids: Path, tmp_path: Path, axis: str) -> None:
+    """Some columns of one weight, and rows of another, are made large: the trials must see it."""
+    model = load(source)
+    with torch.no_grad():
+        block = model.model.layers[0]
+        block.self_attn.o_proj.weight[:, ::8] *= 8
+        block.mlp.down_proj.weight[::8] *= 8
+    model.save_pretrained(tmp_path / "float")
+    run_calibrated(recipe(tmp_path / "float", ids, axis=axis), tmp_path / "q")
+    layers = manifest(tmp_path / "q")["layers"]
+    assert layers["model.layers.0.self_attn.o_proj"]["scheme"]["axis"] == "out"
+    assert layers["model.layers.0.mlp.down_proj"]["scheme"]["axis"] == "in"
+    assert load(tmp_path / "q").model.layers[0].self_attn.o_proj.packed.scheme.axis == "out"
+
+
+def test_chosen_axes_lose_less_than_either(source: Path, ids: Path, tmp_path: Path) -> None:
+    losses = {}
+    for name, axis, scheme in (
+        ("in", "scheme", SCHEME),
+        ("out", "scheme", Scheme("int", 3, 20, "out", "zero")),
+        ("both", "gptq", SCHEME),
+    ):
+        run_calibrated(recipe(source, ids, scheme=scheme, axis=axis, chain="float"), tmp_path / name)
+        rows = manifest(tmp_path / name)["layers"]
+        losses[name] = [
+            rows[layer]["loss"] for layer in sorted(rows) if layer.endswith(("o_proj", "down_proj"))
+        ]
+    assert all(
+        both <= min(a, b) * 1.0001
+        for a, b, both in zip(losses["in"], losses["out"], losses["both"], strict=True)
+    )
+
+
+@pytest.mark.parametrize("tweak", ["adam", "closed", "auto"])
+def test_tweak_is_reported_and_saved(source: Path, ids: Path, tmp_path: Path, tweak: str) -> None:
+    run_calibrated(recipe(source, ids, scheme=Scheme("int", 2, 24), tweak=tweak), tmp_path / "q")
+    rows = manifest(tmp_path / "q")["tweaks"]
+    assert [row["block"] for row in rows] == [0, 1, 2]
+    if tweak == "auto":
+        assert all(row["after"] <= row["before"] for row in rows)
+    gains, before = load(tmp_path / "q").model.layers[0].input_layernorm.weight, torch.ones(48)
+    assert torch.equal(gains, before) == (rows[0]["kept"] == "none")
+
+
+def test_sequential_observes_behind_what_is_quantized(source: Path, ids: Path, tmp_path: Path) -> None:
+    run_calibrated(recipe(source, ids), tmp_path / "at once")
+    run_calibrated(recipe(source, ids, sequential=True), tmp_path / "in order")
+    one, two = (load(tmp_path / name).model.layers[0] for name in ("at once", "in order"))
+    assert torch.equal(decode(one.self_attn.q_proj.packed), decode(two.self_attn.q_proj.packed))
+    assert not torch.equal(decode(one.mlp.down_proj.packed), decode(two.mlp.down_proj.packed))
+
+
+def test_experts_without_tokens_are_named(tmp_path: Path, ids: Path) -> None:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=96,
+            hidden_size=32,
+            intermediate_size=48,
+            moe_intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            num_experts=6,
+            num_experts_per_tok=1,
+        )  # fmt: skip
+    )
+    model.save_pretrained(tmp_path / "float")
+    run_calibrated(recipe(tmp_path / "float", ids), tmp_path / "q")
+    notes = [note for row in manifest(tmp_path / "q")["layers"].values() for note in row.get("notes", [])]
+    assert any("expert saw" in note for note in notes)
+    made, reference = load(tmp_path / "q"), model
+    x = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert float((made(x).logits - reference(x).logits).abs().mean()) < float(
+            reference(x).logits.abs().mean()
+        )
+
+
+def test_bad_input(source: Path, ids: Path, tmp_path: Path, tiny_llama: Maker) -> None:
+    with pytest.raises(RecipeError, match="--calibration"):
+        run_calibrated(Recipe(model=str(source), quantizer="gptq"), tmp_path / "a")
+    with pytest.raises(DataError, match="fewer than"):
+        run_calibrated(recipe(source, ids, samples=600), tmp_path / "b")
+    outside = tmp_path / "big.u16"
+    np.full(480, 200, dtype=np.uint16).tofile(outside)
+    with pytest.raises(DataError, match="outside the vocabulary"):
+        run_calibrated(recipe(source, outside), tmp_path / "c")
+    broken = tiny_llama()
+    with torch.no_grad():
+        broken.model.layers[1].post_attention_layernorm.weight[3] = float("nan")
+    broken.save_pretrained(tmp_path / "nan")
+    with pytest.raises(WeightError, match=r"layers\.1\.mlp\.gate_proj.*sample 0"):
+        run_calibrated(recipe(tmp_path / "nan", ids), tmp_path / "d")
+
+
+def test_distillation_lowers_the_divergence_and_is_saved(source: Path, ids: Path, tmp_path: Path) -> None:
+    asked = recipe(source, ids, scheme=Scheme("kmeans", 2, 24, scale="int8:64"), distill=3, samples=24)
+    plain = asked.model_copy(update={"calibration": asked.calibration.model_copy(update={"distill": 0})})
+    run_calibrated(plain, tmp_path / "plain")
+    run_calibrated(asked, tmp_path / "distilled")
+    facts = manifest(tmp_path / "distilled")["distilled"]
+    assert 0 < facts["after"] < facts["before"]
+    assert facts["epochs"] >= 1
+    x = torch.from_numpy(np.fromfile(ids, dtype=np.uint16).astype(np.int64)).view(-1, 24)
+    wanted = load(source)(x).logits.log_softmax(-1)
+    losses = [
+        float((wanted.exp() * (wanted - load(tmp_path / name)(x).logits.log_softmax(-1))).sum(-1).mean())
+        for name in ("plain", "distilled")
+    ]
+    assert losses[1] < 0.9 * losses[0]
+    assert (
+        manifest(tmp_path / "plain")["totals"]["bytes"] == manifest(tmp_path / "distilled")["totals"]["bytes"]
+    )
+
+
+def test_a_kill_while_distilled_shards_are_moved(
+    source: Path, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fracbit.pipeline import distill as stage
+
+    asked = recipe(source, ids, distill=1)
+    run_calibrated(asked, tmp_path / "whole")
+    moved = stage.load_file
+    calls = []
+
+    def die(path: Path) -> object:
+        calls.append(path)
+        if "tuned" in str(path) and len([p for p in calls if "tuned" in str(p)]) == 2:
+            raise Killed
+        return moved(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stage, "load_file", die)
+        with pytest.raises(Killed):
+            run_calibrated(asked, tmp_path / "parts")
+    run_calibrated(asked, tmp_path / "parts", resume=True)
+    assert hashes(tmp_path / "parts") == hashes(tmp_path / "whole")
+
+
+def test_transforms_and_outliers_in_one_model(source: Path, ids: Path, tmp_path: Path) -> None:
+    """Planted activation outliers: gains up, columns down, the same function; AWQ and blocks along the output must mend it."""
+    model = load(source)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for norm, readers in (
+                (
+                    layer.input_layernorm,
+                    (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+                ),
+                (layer.post_attention_layernorm, (layer.mlp.gate_proj, layer.mlp.up_proj)),
+            ):
+                norm.weight[[5, 17, 40]] *= 60
+                for reader in readers:
+                    reader.weight[:, [5, 17, 40]] /= 60
+    model.save_pretrained(tmp_path / "float")
+    wanted = load(tmp_path / "float")(torch.arange(3, 43)[None]).logits
+    assert torch.allclose(wanted, load(source)(torch.arange(3, 43)[None]).logits, atol=1e-4)
+    lost = {}
+    for name, axis, plan in (
+        ("in", "in", {}),
+        ("out", "out", {}),
+        ("awq", "in", {"transforms": ("awq",)}),
+        ("smooth", "in", {"transforms": ("smooth",)}),
+    ):
+        scheme = Scheme("int", 3, 24, axis, "zero")
+        run_calibrated(recipe(tmp_path / "float", ids, "rtn", scheme, chain="float", **plan), tmp_path / name)
+        found = load(tmp_path / name)(torch.arange(3, 43)[None]).logits
+        lost[name] = float((found - wanted).square().mean())
+    assert lost["out"] < 0.6 * lost["in"], lost
+    assert lost["awq"] < 0.6 * lost["in"], lost
+    assert lost["smooth"] < 0.9 * lost["in"], lost

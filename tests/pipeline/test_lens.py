@@ -1,0 +1,159 @@
+"""The lens over a model: intensities as asked, hooks removed, intervals and sums right, fresh noise in every forward."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from fracbit.errors import RecipeError
+from fracbit.lens import PERTURBATIONS
+from fracbit.pipeline.lens import (
+    LensPoint,
+    additivity,
+    clip,
+    fragility,
+    intensity_curves,
+    interval,
+    noise,
+    noise_like,
+    noise_like_clipping,
+    per_module,
+    perturbed,
+    plant_outliers,
+    probe,
+    rounding,
+    sensitivity_scores,
+    unit_effects,
+)
+from fracbit.pipeline.subject import Subject, measure, subject_of
+from fracbit.records.scheme import Scheme
+
+
+@pytest.fixture
+def subject(tiny_llama: Callable[..., LlamaForCausalLM]) -> Subject:
+    return subject_of(tiny_llama(initializer_range=0.3))
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(0, 96, (2, 32), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("target", ["weights", "activations", "both"])
+@pytest.mark.parametrize("kind", PERTURBATIONS)
+def test_the_intensity_over_the_model_is_the_one_asked_for(
+    subject: Subject, ids: torch.Tensor, kind: str, target: str
+) -> None:
+    before = {name: tensor.clone() for name, tensor in subject.model.state_dict().items()}
+    point = probe(subject, ids, noise(kind, 0.1), kind, target, seeds=(0, 1))  # type: ignore[arg-type]
+    assert point.intensity == pytest.approx(0.1, rel=1e-3)
+    assert point.low <= point.change <= point.high
+    assert len(point.changes) == 2
+    assert all(torch.equal(tensor, before[name]) for name, tensor in subject.model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in subject.model.modules())
+
+
+def test_hooks_and_weights_are_as_before_when_something_raises(subject: Subject, ids: torch.Tensor) -> None:
+    def broken(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    base = measure(subject, ids).nll
+    for target in ("weights", "activations", "both"):
+        with pytest.raises(KeyboardInterrupt):
+            probe(subject, ids, broken, "broken", target)  # type: ignore[arg-type]
+    assert not any(module._forward_pre_hooks for module in subject.model.modules())
+    assert measure(subject, ids).nll == base
+
+
+def test_activation_noise_is_fresh_and_seeded(subject: Subject, ids: torch.Tensor) -> None:
+    layers = list(subject.weights.layers)
+    with perturbed(subject, noise("gaussian", 0.2), "activations", layers, seed=1):
+        one, two = measure(subject, ids).nll, measure(subject, ids).nll
+    with perturbed(subject, noise("gaussian", 0.2), "activations", layers, seed=1):
+        again = measure(subject, ids).nll
+    assert one != two
+    assert one == again
+
+
+def test_noise_has_the_strength_of_a_scheme(subject: Subject, ids: torch.Tensor) -> None:
+    for target, scheme in (("weights", Scheme("nf", 3, 32)), ("activations", Scheme(bits=4, block="row"))):
+        real = probe(subject, ids, rounding(scheme), "rounding", target, seeds=(0,))  # type: ignore[arg-type]
+        like = probe(subject, ids, noise_like("rademacher", scheme), "like", target, seeds=(0,))  # type: ignore[arg-type]
+        assert real.intensity > 0.01
+        # The noise changes what later layers see, so activations agree less closely than weights.
+        assert like.intensity == pytest.approx(real.intensity, rel=1e-3 if target == "weights" else 0.2)
+
+
+def test_clipping_and_its_control_have_one_strength(subject: Subject, ids: torch.Tensor) -> None:
+    real = probe(subject, ids, clip(0.01), "clip", "weights", seeds=(0,))
+    like = probe(subject, ids, noise_like_clipping(0.01), "control", "weights", seeds=(0, 1))
+    assert like.intensity == pytest.approx(real.intensity, rel=1e-3)
+
+
+def test_curves_rise(subject: Subject, ids: torch.Tensor) -> None:
+    points = intensity_curves(subject, ids, ["gaussian", "uniform"], [0.01, 0.3], seeds=(0, 1, 2))
+    assert [(p.kind, round(p.intensity, 2)) for p in points] == [
+        ("gaussian", 0.01), ("gaussian", 0.3), ("uniform", 0.01), ("uniform", 0.3)
+    ]  # fmt: skip
+    assert abs(points[1].change) > abs(points[0].change)
+
+
+@pytest.mark.parametrize("intensity", [0.0, math.nan])
+def test_bad_arguments_are_refused_before_any_work(
+    subject: Subject, ids: torch.Tensor, intensity: float
+) -> None:
+    with pytest.raises(RecipeError, match="is none"):
+        intensity_curves(subject, ids, ["gaussian"], [0.1, intensity])
+    with pytest.raises(RecipeError, match="unknown perturbation"):
+        noise("gausian", 0.1)
+    with pytest.raises(RecipeError, match="at least one seed"):
+        probe(subject, ids, noise("gaussian", 0.1), "gaussian", seeds=())
+
+
+def test_units_alone_and_together(subject: Subject, ids: torch.Tensor) -> None:
+    units = {unit.name: list(unit.shapes) for unit in subject.weights.units()}
+    points = unit_effects(subject, ids, units, {"int4": rounding(Scheme(bits=4))}, seeds=(0,))
+    assert [point.layers for point in points] == [*units, "all"]
+    (check,) = additivity(points)
+    assert check.parts == pytest.approx(sum(point.change for point in points[:-1]))
+    assert check.whole == points[-1].change
+    scores = sensitivity_scores(subject, points, "int4", {})
+    assert list(scores.values) == list(units)
+    assert scores.kind == "sensitivity"
+    assert [line["unit"] for line in fragility(points)] == sorted(
+        units, key=lambda u: -fragility_of(points, u)
+    )
+
+
+def fragility_of(points: list[LensPoint], unit: str) -> float:
+    (point,) = (point for point in points if point.layers == unit)
+    return point.change / point.intensity**2
+
+
+def test_modules_gather_over_blocks(subject: Subject) -> None:
+    modules = per_module(subject)
+    assert list(modules) == [f"self_attn.{n}_proj" for n in "qkvo"] + [
+        f"mlp.{n}_proj" for n in ("gate", "up", "down")
+    ]
+    assert all(len(layers) == 3 for layers in modules.values())
+
+
+def test_planted_outliers_change_activations_and_not_the_model(subject: Subject, ids: torch.Tensor) -> None:
+    with torch.no_grad():
+        before = subject.model(ids).logits
+    token8 = Scheme("int", 8, "tensor")
+    clean = probe(subject, ids, rounding(token8), "int8", "activations", seeds=(0,)).intensity
+    assert plant_outliers(subject, 50.0) == 6
+    with torch.no_grad():
+        torch.testing.assert_close(subject.model(ids).logits, before, rtol=1e-4, atol=1e-4)
+    planted = probe(subject, ids, rounding(token8), "int8", "activations", seeds=(0,))
+    assert planted.change > 0
+    assert planted.intensity != clean
+
+
+def test_intervals_are_students() -> None:
+    low, high = interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (low, high) == (pytest.approx(3 - 1.9634, abs=1e-3), pytest.approx(3 + 1.9634, abs=1e-3))
+    assert interval([2.0]) == (2.0, 2.0)

@@ -1,0 +1,321 @@
+"""A run end to end: every family, tied and quantized embeddings, resume after SIGKILL, and each bad input."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fracbit
+from fracbit.checkpoint import output as output_module
+from fracbit.checkpoint.load import load
+from fracbit.checkpoint.summary import summarize
+from fracbit.errors import FormatError, OutputError, RecipeError, SchemeError, SourceError, WeightError
+from fracbit.models.quant_linear import QuantEmbedding, QuantLinear, TiedHead
+from fracbit.numerics import decode, quantize_tensor
+from fracbit.pipeline.run import run
+from fracbit.records.recipe import Override, Recipe
+from fracbit.records.scheme import Scheme
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+Maker = Callable[..., "LlamaForCausalLM"]
+
+
+@pytest.fixture
+def source(tiny_llama: Maker, tmp_path: Path) -> Path:
+    tiny_llama().save_pretrained(tmp_path / "float")
+    (tmp_path / "float" / "chat_template.jinja").write_text("{{ messages }}")
+    return tmp_path / "float"
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(3, 40)[None]).logits  # type: ignore[no-any-return]
+
+
+def test_the_layers_hold_what_quantize_tensor_gives(source: Path, tmp_path: Path) -> None:
+    scheme = Scheme("nf", 3, 32, "out", scale="int8:16")
+    result = run(Recipe(model=str(source), scheme=scheme), tmp_path / "q")
+    model, reference = load(tmp_path / "q"), load(source)
+    for name, module in reference.named_modules():
+        if isinstance(module, torch.nn.Linear) and "layers" in name:
+            packed = quantize_tensor(module.weight.detach(), scheme)
+            layer = model.get_submodule(name)
+            assert isinstance(layer, QuantLinear)
+            assert torch.equal(decode(layer.packed), decode(packed))
+            module.weight.data = decode(packed)
+    assert torch.allclose(logits(model), logits(reference), atol=1e-5)
+    summary = summarize(str(tmp_path / "q"))
+    assert summary["bits_per_weight"] == result.bits_per_weight
+    assert (tmp_path / "q" / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+def test_bytes_are_those_of_the_files(source: Path, tmp_path: Path) -> None:
+    result = run(Recipe(model=str(source)), tmp_path / "q", shard_bytes=20_000)
+    shards = sorted((tmp_path / "q").glob("*.safetensors"))
+    assert len(shards) > 2
+    assert result.bytes == sum(path.stat().st_size for path in shards)
+    tensors = {name: tensor for path in shards for name, tensor in load_file(path).items()}
+    assert result.bits_per_parameter == pytest.approx(
+        8 * sum(t.nbytes for t in tensors.values()) / sum(p.numel() for p in load(source).parameters())
+    )
+    manifest = json.loads((tmp_path / "q" / "fracbit.json").read_text())
+    assert len(manifest["layers"]) == 7 * 3 + 2
+    assert all(layer["reason"] for layer in manifest["layers"].values())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("axis", ["in", "out"])
+def test_embeddings_and_head(tiny_llama: Maker, tmp_path: Path, tied: bool, axis: str) -> None:
+    tiny_llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "float")
+    scheme = Scheme("int", 8, 32, axis)  # type: ignore[arg-type]
+    recipe = Recipe(model=str(tmp_path / "float"), embeddings=scheme, head=None if tied else scheme)
+    result = run(recipe, tmp_path / "q")
+    model = load(tmp_path / "q")
+    assert isinstance(model.get_input_embeddings(), QuantEmbedding)
+    assert isinstance(model.lm_head, TiedHead if tied else QuantLinear)
+    assert any("one tensor" in note for note in result.notes) == tied
+    assert torch.allclose(logits(model), logits(_decoded(model, tiny_llama(tie_word_embeddings=tied))), atol=1e-5)
+    model.save_pretrained(tmp_path / "again")
+    assert load_file(tmp_path / "again" / "model.safetensors").keys() == load_file(tmp_path / "q" / "model.safetensors").keys()
+    assert torch.equal(logits(load(tmp_path / "again")), logits(model))
+
+
+def _decoded(model: torch.nn.Module, like: LlamaForCausalLM) -> LlamaForCausalLM:
+    """`like` with every packed weight of `model` decoded into it."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear | QuantEmbedding):
+            like.get_submodule(name).weight.data = decode(module.packed)
+    return like
+
+
+def test_overrides(source: Path, tmp_path: Path) -> None:
+    overrides = (
+        Override(layers="*.down_proj", scheme=Scheme("int", 8, "row")),
+        Override(layers="model.layers.2.*", keep=True),
+    )
+    run(Recipe(model=str(source), scheme=Scheme("nf", 4), overrides=overrides), tmp_path / "q")
+    model = load(tmp_path / "q")
+    assert str(model.model.layers[0].mlp.down_proj.scheme) == "int8/row"
+    assert str(model.model.layers[0].mlp.up_proj.scheme) == "nf4/64"
+    assert isinstance(model.model.layers[2].mlp.down_proj, torch.nn.Linear)
+    with pytest.raises(RecipeError, match="matches no layer"):
+        run(Recipe(model=str(source), overrides=(Override(layers="*.dwn_proj", keep=True),)), tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+def test_everything_kept_is_a_copy(source: Path, tmp_path: Path) -> None:
+    result = run(Recipe(model=str(source), overrides=(Override(layers="*", keep=True),)), tmp_path / "q")
+    assert result.bits_per_weight is None
+    assert torch.equal(logits(load(tmp_path / "q")), logits(load(source)))
+
+
+# ---- faults --------------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys, time
+from fracbit.pipeline.run import run
+from fracbit.records.recipe import Recipe
+from fracbit.records.scheme import Scheme
+print("ready", flush=True)
+slow = lambda what, done, total: time.sleep(float(sys.argv[4]))
+run(Recipe(model=sys.argv[1], scheme=Scheme("nf", 3, 32)), sys.argv[2], resume=sys.argv[3] == "resume", shard_bytes=20_000,
+    progress=slow)
+"""
+
+
+def child(source: Path, target: Path, how: str, pause: float) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", SCRIPT, str(source), str(target), how, str(pause)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_killed_anywhere_it_resumes_to_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(Recipe(model=str(source), scheme=Scheme("nf", 3, 32)), whole, shard_bytes=20_000)
+    kills = 0
+    for attempt in range(40):
+        process = child(source, cut, "resume", 0.02)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.15 + 0.13 * attempt)
+        if process.poll() is not None:
+            process.communicate()
+            break
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += 1
+        if (cut / "config.json").exists() and not (cut / ".fracbit").exists():
+            break
+        with pytest.raises((FormatError, SourceError)):
+            load(cut)
+    assert kills >= 3
+    if not (cut / "config.json").exists():
+        process = child(source, cut, "resume", 0)
+        process.communicate()
+        assert process.returncode == 0
+    assert contents(cut) == contents(whole)
+
+
+def test_a_kill_between_any_two_writes_is_resumable(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rename in turn is the last thing that happens; what is found then is resumable or complete."""
+    recipe = Recipe(model=str(source), scheme=Scheme("nf", 3, 32))
+    run(recipe, tmp_path / "whole", shard_bytes=20_000)
+    real = os.replace
+
+    class Killed(BaseException):
+        pass
+
+    for limit in range(100):
+        folder, calls = tmp_path / f"cut{limit}", 0
+
+        def replace(a: str, b: str, limit: int = limit) -> None:
+            nonlocal calls
+            if calls == limit:
+                raise Killed
+            calls += 1
+            real(a, b)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(output_module.os, "replace", replace)
+            try:
+                run(recipe, folder, shard_bytes=20_000)
+                break
+            except Killed:
+                pass
+        assert not (folder / "config.json").exists()
+        run(recipe, folder, shard_bytes=20_000, resume=True)
+        assert contents(folder) == contents(tmp_path / "whole")
+    assert limit > 10
+
+
+def test_a_full_disk_is_said_and_resumed(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe(model=str(source))
+    with monkeypatch.context() as patch:
+        def full(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        patch.setattr(output_module, "save_file", full)
+        with pytest.raises(OutputError, match=r"disk is full.*--resume"):
+            run(recipe, tmp_path / "q")
+    run(recipe, tmp_path / "q", resume=True)
+    load(tmp_path / "q")
+
+
+def test_a_disk_that_cannot_hold_it_is_refused_first(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    with pytest.raises(OutputError, match="free"):
+        run(Recipe(model=str(source)), tmp_path / "q")
+    assert not (tmp_path / "q").exists()
+
+
+def test_what_is_in_the_way(source: Path, tmp_path: Path) -> None:
+    recipe, folder = Recipe(model=str(source)), tmp_path / "q"
+    folder.mkdir()
+    (folder / "letter.txt").write_text("mine")
+    for how in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(OutputError, match="not empty"):
+            run(recipe, folder, **how)
+    assert [path.name for path in folder.iterdir()] == ["letter.txt"]
+    run(recipe, tmp_path / "r")
+    with pytest.raises(OutputError, match="--overwrite"):
+        run(recipe, tmp_path / "r")
+    with pytest.raises(OutputError, match="--overwrite"):
+        run(recipe, tmp_path / "r", resume=True)
+    run(recipe.model_copy(update={"scheme": Scheme(bits=3)}), tmp_path / "r", overwrite=True)
+    with pytest.raises(OutputError, match="model itself"):
+        run(recipe, source, overwrite=True)
+    with pytest.raises(OutputError, match="is a file"):
+        run(recipe, folder / "letter.txt")
+
+
+def test_another_runs_journal_is_not_continued(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("fracbit.pipeline.run.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(Recipe(model=str(source)), tmp_path / "q")
+    with pytest.raises(OutputError, match="another recipe"):
+        run(Recipe(model=str(source), scheme=Scheme(bits=3)), tmp_path / "q", resume=True)
+    with pytest.raises(FormatError, match="unfinished"):
+        load(tmp_path / "q")
+    run(Recipe(model=str(source), scheme=Scheme(bits=3)), tmp_path / "q", overwrite=True)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_a_number_names_its_layer(source: Path, tmp_path: Path, bad: float) -> None:
+    state = load_file(source / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"][3, 4] = bad
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightError, match=r"layer model\.layers\.1\.mlp\.up_proj: 1 of .* NaN or Inf"):
+        run(Recipe(model=str(source)), tmp_path / "q")
+    assert not (tmp_path / "q" / "config.json").exists()
+
+
+def test_models_that_cannot_be_quantized(source: Path, tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)).save_pretrained(
+        tmp_path / "bert"
+    )
+    with pytest.raises(SourceError, match="holds a BertModel, which is not a causal language model"):
+        run(Recipe(model=str(tmp_path / "bert")), tmp_path / "q")
+    run(Recipe(model=str(source)), tmp_path / "once")
+    with pytest.raises(SourceError, match="already quantized"):
+        run(Recipe(model=str(tmp_path / "once")), tmp_path / "twice")
+    state = load_file(source / "model.safetensors")
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SourceError, match=r"lacks 1 tensors.*model\.layers\.1\.mlp\.up_proj\.weight"):
+        run(Recipe(model=str(source)), tmp_path / "q")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
+    with pytest.raises(SourceError, match="not a model that transformers knows"):
+        run(Recipe(model=str(source)), tmp_path / "q")
+    (source / "config.json").write_text(
+        json.dumps(config | {"model_type": "unheard_of", "auto_map": {"AutoConfig": "code.Config"}})
+    )
+    with pytest.raises(SourceError, match="--trust-remote-code"):
+        run(Recipe(model=str(source)), tmp_path / "q")
+    assert not (tmp_path / "q").exists()
+
+
+def test_bad_schemes_touch_nothing(source: Path, tmp_path: Path) -> None:
+    for scheme, says in [
+        (Scheme("nff", 4), "did you mean 'nf'"),
+        (Scheme("int", 1), "1-bit int"),
+        (Scheme("kmeans", 4, offset="zero"), "offset float or none"),
+        (Scheme("float:e9m9", 4), "not a split of 4 bits"),
+        (Scheme("power:x", 4), "no number"),
+    ]:
+        with pytest.raises(SchemeError, match=says):
+            run(Recipe(model=str(source), scheme=scheme), tmp_path / "q")
+    with pytest.raises(RecipeError, match="unknown quantizer"):
+        run(Recipe(model=str(source), quantizer="gptk"), tmp_path / "q")
+    assert not (tmp_path / "q").exists()
+
+
+def test_the_api(source: Path, tmp_path: Path) -> None:
+    result = fracbit.quantize(source, tmp_path / "q", Scheme("nf", 4, 64))
+    assert result.bits_per_weight == pytest.approx(4.25, abs=0.2)
+    assert isinstance(fracbit.load(tmp_path / "q").model.layers[0].mlp.up_proj, QuantLinear)

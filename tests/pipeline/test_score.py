@@ -1,0 +1,142 @@
+"""The passes that feed scores: every score on a tiny model, the model left as it was, and the oracle on trained ones."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from fracbit.errors import DataError, RecipeError, SourceError
+from fracbit.importance import SCORES
+from fracbit.models.walk import advance, embed
+from fracbit.pipeline.score import make_losses, make_scores
+from fracbit.pipeline.subject import (
+    Subject,
+    load_subject,
+    measure,
+    replaced,
+    rounded,
+    subject_of,
+    weights_on_disk,
+)
+from fracbit.records.scheme import Scheme
+
+INT2, INT8 = Scheme(bits=2), Scheme(bits=8)
+
+
+@pytest.fixture
+def subject(tiny_llama: Callable[..., LlamaForCausalLM]) -> Subject:
+    return subject_of(tiny_llama())
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(0, 96, (3, 24), generator=torch.Generator().manual_seed(0))
+
+
+def state(subject: Subject) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in subject.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("granularity", ["block", "linear"])
+@pytest.mark.parametrize("name", SCORES)
+def test_every_score_names_every_unit_and_leaves_the_model_alone(
+    subject: Subject, ids: torch.Tensor, name: str, granularity: str
+) -> None:
+    before = state(subject)
+    units = subject.weights.units(granularity)  # type: ignore[arg-type]
+    scores = make_scores(subject, units, name, INT2, ids, seed=3)
+    assert list(scores.values) == [unit.name for unit in units]
+    assert len(units) == (3 if granularity == "block" else 21)
+    assert scores.values == make_scores(subject, units, name, INT2, ids, seed=3).values
+    assert all(torch.equal(tensor, before[key]) for key, tensor in subject.model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in subject.model.parameters())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in subject.model.modules())
+
+
+@pytest.mark.parametrize("name", ["lim", "weight-error", "gram-error", "fisher", "oracle"])
+def test_losses_cover_every_scheme_and_float_costs_nothing(
+    subject: Subject, ids: torch.Tensor, name: str
+) -> None:
+    losses = make_losses(subject, subject.weights.units(), name, (INT2, INT8, None), ids)
+    for row in losses.rows.values():
+        assert row[2] == 0
+        assert abs(row[1]) < abs(row[0])
+
+
+def test_lim_is_the_cosine_of_raw_states(subject: Subject, ids: torch.Tensor) -> None:
+    hidden = embed(subject.model, subject.family, ids)
+    scores = make_scores(subject, subject.weights.units(), "lim", ids=ids)
+    normed = make_scores(subject, subject.weights.units(), "lim-final-norm", ids=ids)
+    for index, (name, value) in enumerate(scores.values.items()):
+        after = advance(subject.model.model.layers[index], hidden)
+        x, y = hidden.states[:, 1:], after.states[:, 1:]
+        assert value == pytest.approx(-float(torch.cosine_similarity(x, y, dim=-1).mean()), abs=1e-6)
+        if index == 2:
+            y = subject.model.model.norm(y).detach()
+        assert normed.values[name] == pytest.approx(
+            -float(torch.cosine_similarity(x, y, dim=-1).mean()), abs=1e-6
+        )
+        hidden = after
+
+
+def test_what_needs_text_or_a_scheme_says_so(subject: Subject, ids: torch.Tensor) -> None:
+    units = subject.weights.units()
+    with pytest.raises(RecipeError, match="reads text"):
+        make_scores(subject, units, "lim")
+    with pytest.raises(RecipeError, match="name the low level"):
+        make_scores(subject, units, "weight-error")
+    with pytest.raises(DataError, match=r"\[samples, tokens\]"):
+        make_scores(subject, units, "lim", ids=ids[0])
+
+
+def test_replaced_weights_come_back_when_something_raises(subject: Subject) -> None:
+    before = state(subject)
+    names = list(subject.weights.layers)
+    stack = ExitStack()
+    stack.enter_context(replaced(subject, rounded(subject, dict.fromkeys(names, INT2))))
+    assert not torch.equal(subject.model.state_dict()[f"{names[0]}.weight"], before[f"{names[0]}.weight"])
+    with pytest.raises(KeyboardInterrupt), stack:
+        raise KeyboardInterrupt
+    assert all(torch.equal(tensor, before[key]) for key, tensor in subject.model.state_dict().items())
+
+
+def test_a_model_on_disk_gives_the_scores_of_the_one_in_memory(
+    tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path
+) -> None:
+    tiny_llama(seed=4).save_pretrained(tmp_path)
+    disk, memory = weights_on_disk(tmp_path), load_subject(tmp_path)
+    for name in ("zd", "weight-error", "reverse:first"):
+        one = make_scores(disk, disk.units(), name, INT2)
+        assert one == make_scores(memory, memory.weights.units(), name, INT2)
+    with pytest.raises(RecipeError, match="reads text"):
+        make_scores(disk, disk.units(), "lim", ids=torch.ones(1, 4, dtype=torch.long))
+    assert subject_of(tiny_llama(seed=5)).weights.model != memory.weights.model
+
+
+def test_a_quantized_model_is_refused(tmp_path: Path, tiny_llama: Callable[..., LlamaForCausalLM]) -> None:
+    tiny_llama().save_pretrained(tmp_path / "float")
+    from fracbit import quantize
+
+    quantize(tmp_path / "float", tmp_path / "small")
+    for opened in (weights_on_disk, load_subject):
+        with pytest.raises(SourceError, match="quantized already"):
+            opened(tmp_path / "small")
+
+
+@pytest.mark.slow
+def test_the_oracle_is_the_loss_of_one_quantized_block(shared: Path) -> None:
+    subject = load_subject(shared / "models" / "tales-xs")
+    import numpy as np
+
+    tokens = np.fromfile(shared / "data" / "tales-evaluation.u16", dtype="<u2").reshape(-1, 512)[:8, :256]
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    units = subject.weights.units()
+    scheme = Scheme("int", 2, 64, "in", "zero")
+    oracle = make_scores(subject, units, "oracle", scheme, ids)
+    base = measure(subject, ids).nll
+    with replaced(subject, rounded(subject, dict.fromkeys(units[0].shapes, scheme))):
+        assert oracle.values[units[0].name] == pytest.approx(measure(subject, ids).nll - base, abs=1e-9)
+    assert all(value > 0.01 for value in oracle.values.values())

@@ -1,0 +1,96 @@
+"""The Ray engine: the same rows as in this process; killed workers are replaced."""
+
+# ruff: noqa: E402 - an extra is asked for before it is imported
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("sqlalchemy", reason="the store is an extra: fracbit[store]")
+ray = pytest.importorskip("ray", reason="Ray is an extra: fracbit[ray]")
+
+from fracbit.errors import RecipeError
+from fracbit.records.row import Row
+from fracbit.sweep.grid import expand, read_grid
+from fracbit.sweep.in_process import InProcess
+from fracbit.sweep.ray_engine import OnRay
+from fracbit.sweep.runner import run_sweep
+from fracbit.sweep.store import open_store
+
+pytestmark = [
+    pytest.mark.slow,
+    # Ray leaves sockets and processes to the interpreter's end.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    """One local cluster for all tests; an engine joins what is there."""
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+def worker_pids() -> list[int]:
+    """Processes of this machine that are actors of ours."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            name = (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if name.startswith(b"ray::Bench"):
+            found.append(int(folder.name))
+    return found
+
+
+def test_rows_equal_those_of_this_process_though_workers_are_killed(study: Path) -> None:
+    runs = expand(read_grid(study / "grid.toml")).runs
+    killed: list[int] = []
+
+    def kill_one(row: Row, done: int, total: int) -> None:
+        if not killed:
+            killed.append(worker_pids()[0])
+            os.kill(killed[0], signal.SIGKILL)
+
+    with open_store(str(study / "ray.db")) as store:
+        outcome = run_sweep(store, runs, OnRay(study, workers=2), kill_one)
+        on_ray = {row.key: row for row in store.rows()}
+    assert killed
+    assert (outcome.measured, outcome.failed) == (13, ())
+    with open_store(str(study / "s.db")) as store:
+        run_sweep(store, runs, InProcess(study))
+        here = {row.key: row for row in store.rows()}
+    assert {key: row.nll for key, row in on_ray.items()} == pytest.approx({key: row.nll for key, row in here.items()}, abs=1e-5)
+    assert {key: row.stored_bits for key, row in on_ray.items()} == {key: row.stored_bits for key, row in here.items()}
+
+
+def test_a_run_whose_worker_always_dies_is_a_failed_row(study: Path) -> None:
+    grid = study / "grid.toml"
+    grid.write_text(grid.read_text().replace("[2, 3, 4]", "[2]").replace('["int", "nf"]', '["int"]'))
+    model = study / "tiny" / "config.json"
+    # A model whose own code ends the process, as the kernel's killer does to one that is too large.
+    (study / "tiny" / "deadly.py").write_text(
+        "import os\nfrom transformers import LlamaConfig\nclass Deadly(LlamaConfig):\n"
+        "    def __init__(self, **fields):\n        super().__init__(**fields)\n        os._exit(9)\n"
+    )
+    own_code = '"model_type": "deadly", "auto_map": {"AutoConfig": "deadly.Deadly"}'
+    model.write_text(model.read_text().replace('"model_type": "llama"', own_code))
+    grid.write_text("trust_remote_code = true\n" + grid.read_text())
+    with open_store(str(study / "ray.db")) as store:
+        outcome = run_sweep(store, expand(read_grid(grid)).runs, OnRay(study, workers=1, retries=1))
+    assert len(outcome.failed) == outcome.total
+    assert all("its worker died 2 times" in (row.error or "") for row in outcome.failed)
+
+
+def test_a_task_that_no_node_holds_is_refused(study: Path) -> None:
+    runs = expand(read_grid(study / "grid.toml")).runs
+    with open_store(str(study / "s.db")) as store, pytest.raises(RecipeError, match="no node holds a task of 64 CPUs"):
+        run_sweep(store, runs, OnRay(study, cpus=64))

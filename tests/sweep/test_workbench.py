@@ -1,0 +1,145 @@
+"""A workbench measures what a fresh model would: sharing changes nothing, and runs leave no trace on each other."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fracbit.data import read_documents
+from fracbit.evaluate import perplexity
+from fracbit.models.blocks import blocks, linears, weight_of
+from fracbit.models.find import family_of
+from fracbit.models.install import set_weight
+from fracbit.numerics import decode, quantize_tensor, stored_bits
+from fracbit.records.recipe import Override, Recipe
+from fracbit.records.row import KEEP_ALL, Calibration, Evaluation, Run, outliers_of
+from fracbit.records.scheme import Scheme
+from fracbit.sweep.schedule import source_of
+from fracbit.sweep.workbench import Workbench, collect_stats
+
+EVALUATION = Evaluation(text="ids.u16?length=32")
+CALIBRATION = Calibration(text="ids.u16?length=32", samples=4, length=16)
+
+
+def make_run(scheme: Scheme | None = None, **fields: object) -> Run:
+    recipe_fields = {name: fields.pop(name) for name in list(fields) if name in Recipe.model_fields}
+    recipe = Recipe(model="tiny", scheme=scheme or Scheme(block=16), **recipe_fields)  # type: ignore[arg-type]
+    return Run(recipe=recipe, evaluation=EVALUATION, **fields)  # type: ignore[arg-type]
+
+
+FLOAT = make_run(overrides=(KEEP_ALL,))
+
+
+@pytest.fixture
+def bench(study: Path) -> Workbench:
+    return Workbench(source_of(FLOAT), study)
+
+
+def plain_nll(study: Path, scheme: Scheme) -> tuple[float, int]:
+    """Load, quantize and evaluate with nothing shared."""
+    model = AutoModelForCausalLM.from_pretrained(study / "tiny", dtype=torch.float32)
+    family, bits = family_of(model), 0
+    for _, block in blocks(model, family):
+        for linear in linears(block, family).values():
+            packed = quantize_tensor(weight_of(linear), scheme)
+            bits += stored_bits(packed)
+            set_weight(linear, decode(packed))
+    tokens = read_documents(str(study / EVALUATION.text), None, 64)
+    return perplexity(model, tokens.documents).nll, bits
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme("int", 3, 16),
+        Scheme("nf", 4, 16),
+        Scheme("int", 4, 16, "out"),
+        Scheme("int", 3, 16, offset="zero"),
+        Scheme("float", 4, 16, offset="float"),
+        Scheme("nf", 3, 16, offset="mean"),
+        Scheme("kmeans", 3, "row"),
+        Scheme("quantile", 3, "flat:24"),
+        Scheme("power", 4, "tensor"),
+        Scheme("int", 4, 16, scale="int8:32"),
+    ],
+    ids=str,
+)
+def test_a_run_equals_the_plain_loop(study: Path, bench: Workbench, scheme: Scheme) -> None:
+    bench.measure(make_run(Scheme("int", 2, 16)))
+    bench.measure(make_run(Scheme("dynamic", 5, 16)))
+    row = bench.measure(make_run(scheme))
+    nll, bits = plain_nll(study, scheme)
+    assert row.error is None
+    assert row.nll == pytest.approx(nll, abs=1e-6)
+    assert row.stored_bits == bits
+
+
+def test_the_float_model_comes_back(bench: Workbench) -> None:
+    first = bench.measure(FLOAT)
+    bench.measure(make_run(Scheme("int", 2, 16), embeddings=Scheme("int", 2, 16)))
+    again = bench.measure(FLOAT)
+    assert first.nll == again.nll
+    assert again.divergence == pytest.approx(0, abs=1e-6)
+    assert again.agreement == 1
+    assert again.weights == 0
+    assert again.model_bits == 16 * again.parameters
+
+
+def test_model_bits_count_everything(bench: Workbench) -> None:
+    row = bench.measure(make_run())
+    assert row.parameters == sum(p.numel() for p in bench.model.parameters())
+    assert row.model_bits == row.stored_bits + 16 * (row.parameters - row.weights)
+    assert row.bits_per_weight == pytest.approx(4 + 16 / 16)
+    assert len(row.window_nll) == len(row.window_tokens) == 6
+    assert row.nll == pytest.approx(sum(row.window_nll) / sum(row.window_tokens), abs=1e-4)
+    assert row.divergence is not None
+    assert row.divergence > 0
+
+
+def test_more_bits_are_closer_to_the_float_model(bench: Workbench) -> None:
+    found = [bench.measure(make_run(Scheme("int", bits, 16))).divergence or 0 for bits in (2, 4, 8)]
+    assert found[0] > found[1] > found[2] > 0
+
+
+def test_overrides_and_embeddings(bench: Workbench) -> None:
+    everything = bench.measure(make_run(embeddings=Scheme(block=16)))
+    less = bench.measure(make_run(overrides=(Override(layers="*.mlp.*", keep=True),)))
+    assert everything.weights > less.weights > 0
+
+
+def test_a_tied_head_cannot_be_quantized_alone(bench: Workbench) -> None:
+    row = bench.measure(make_run(head=Scheme()))
+    assert row.status == "failed"
+    assert "quantize the embeddings" in (row.error or "")
+
+
+@pytest.mark.parametrize("chosen", ["proxy:0.1", "random:0.1", "activation:0.1"])
+def test_kept_columns_are_counted(bench: Workbench, chosen: str) -> None:
+    row = bench.measure(make_run(outliers=outliers_of(chosen), calibration=CALIBRATION))
+    plain = bench.measure(make_run())
+    assert row.error is None
+    assert row.stored_bits > plain.stored_bits
+    assert (row.weight_error or 1) < (plain.weight_error or 0)
+
+
+def test_random_columns_follow_the_seed(bench: Workbench) -> None:
+    rows = [bench.measure(make_run(outliers=outliers_of("random:0.1"), seed=seed)).nll for seed in (0, 0, 1)]
+    assert rows[0] == rows[1] != rows[2]
+
+
+def test_what_a_run_cannot_do_is_its_row(bench: Workbench) -> None:
+    without = bench.measure(make_run(outliers=outliers_of("activation:0.1")))
+    assert (without.status, without.nll) == ("failed", None)
+    assert "calibration" in (without.error or "")
+
+
+def test_statistics_are_those_of_the_float_model(bench: Workbench) -> None:
+    ids = torch.arange(32).view(2, 16)
+    found = collect_stats(bench.model, bench.family, ids, gram=True)
+    assert set(found) == {name for name in bench.layers if name != "model.embed_tokens"}
+    query, key = (found[f"model.layers.0.self_attn.{name}_proj"] for name in "qk")
+    assert query is key
+    assert query.tokens == 32
+    assert query.gram is not None
+    torch.testing.assert_close(query.gram.diagonal(), query.energy, rtol=1e-4, atol=1e-5)

@@ -58,7 +58,7 @@ def quantize(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the model's own code.")
     ] = False,
-    shard_size: Annotated[int, typer.Option(help="Largest weight file in MB; bounds the memory.")] = 512,
+    shard_size: Annotated[int, typer.Option(help="Largest weight file in MB; bounds the memory.")] = 256,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted output.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

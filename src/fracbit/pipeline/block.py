@@ -245,7 +245,7 @@ def shard_tensors(
 def stored_float(item: Item, work: Work, block: nn.Module, inside: str) -> Tensor:
     """A float tensor to write: the source's own bytes, unless a correction changed it."""
     original = item.origin.read(read_tensor(work.source, item.origin.name))
-    held = block.state_dict()[inside]
+    held: Tensor = block.state_dict()[inside]
     if torch.equal(held, original.to(held.dtype)):
         return original
     return held.to(original.dtype)

@@ -100,8 +100,11 @@ KEEP_ALL = Override(layers="*", keep=True)
 
 
 def run_key(run: Run) -> str:
-    """16 hex digits that name the run: equal runs, and only they, have equal keys."""
-    text = json.dumps(run.model_dump(mode="json"), sort_keys=True)
+    """16 hex digits that name the run: equal runs, and only they, have equal keys.
+
+    What has its default value is left out, so that a field that recipes gain later does not rename the rows of old stores.
+    """
+    text = json.dumps(run.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

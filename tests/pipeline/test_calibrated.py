@@ -58,7 +58,9 @@ def recipe(source: Path, ids: Path, quantizer: str = "gptq", scheme: Scheme = SC
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.is_file()}
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.is_file()
+    }
 
 
 def manifest(folder: Path) -> dict[str, Any]:
@@ -141,8 +143,13 @@ def test_chosen_axes_lose_less_than_either(source: Path, ids: Path, tmp_path: Pa
     ):
         run_calibrated(recipe(source, ids, scheme=scheme, axis=axis, chain="float"), tmp_path / name)
         rows = manifest(tmp_path / name)["layers"]
-        losses[name] = [rows[layer]["loss"] for layer in sorted(rows) if layer.endswith(("o_proj", "down_proj"))]
-    assert all(both <= min(a, b) * 1.0001 for a, b, both in zip(losses["in"], losses["out"], losses["both"], strict=True))
+        losses[name] = [
+            rows[layer]["loss"] for layer in sorted(rows) if layer.endswith(("o_proj", "down_proj"))
+        ]
+    assert all(
+        both <= min(a, b) * 1.0001
+        for a, b, both in zip(losses["in"], losses["out"], losses["both"], strict=True)
+    )
 
 
 @pytest.mark.parametrize("tweak", ["adam", "closed", "auto"])
@@ -170,8 +177,16 @@ def test_experts_without_tokens_are_named(tmp_path: Path, ids: Path) -> None:
     torch.manual_seed(0)
     model = Qwen3MoeForCausalLM(
         Qwen3MoeConfig(
-            vocab_size=96, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=1,
-            num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=6, num_experts_per_tok=1,
+            vocab_size=96,
+            hidden_size=32,
+            intermediate_size=48,
+            moe_intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            num_experts=6,
+            num_experts_per_tok=1,
         )  # fmt: skip
     )
     model.save_pretrained(tmp_path / "float")
@@ -181,7 +196,9 @@ def test_experts_without_tokens_are_named(tmp_path: Path, ids: Path) -> None:
     made, reference = load(tmp_path / "q"), model
     x = torch.arange(3, 40)[None]
     with torch.no_grad():
-        assert float((made(x).logits - reference(x).logits).abs().mean()) < float(reference(x).logits.abs().mean())
+        assert float((made(x).logits - reference(x).logits).abs().mean()) < float(
+            reference(x).logits.abs().mean()
+        )
 
 
 def test_bad_input(source: Path, ids: Path, tmp_path: Path, tiny_llama: Maker) -> None:
@@ -190,7 +207,7 @@ def test_bad_input(source: Path, ids: Path, tmp_path: Path, tiny_llama: Maker) -
     with pytest.raises(DataError, match="fewer than"):
         run_calibrated(recipe(source, ids, samples=600), tmp_path / "b")
     outside = tmp_path / "big.u16"
-    np.full(500, 200, dtype=np.uint16).tofile(outside)
+    np.full(480, 200, dtype=np.uint16).tofile(outside)
     with pytest.raises(DataError, match="outside the vocabulary"):
         run_calibrated(recipe(source, outside), tmp_path / "c")
     broken = tiny_llama()
@@ -199,3 +216,81 @@ def test_bad_input(source: Path, ids: Path, tmp_path: Path, tiny_llama: Maker) -
     broken.save_pretrained(tmp_path / "nan")
     with pytest.raises(WeightError, match=r"layers\.1\.mlp\.gate_proj.*sample 0"):
         run_calibrated(recipe(tmp_path / "nan", ids), tmp_path / "d")
+
+
+def test_distillation_lowers_the_divergence_and_is_saved(source: Path, ids: Path, tmp_path: Path) -> None:
+    asked = recipe(source, ids, scheme=Scheme("kmeans", 2, 24, scale="int8:64"), distill=3, samples=24)
+    plain = asked.model_copy(update={"calibration": asked.calibration.model_copy(update={"distill": 0})})
+    run_calibrated(plain, tmp_path / "plain")
+    run_calibrated(asked, tmp_path / "distilled")
+    facts = manifest(tmp_path / "distilled")["distilled"]
+    assert 0 < facts["after"] < facts["before"]
+    assert facts["epochs"] >= 1
+    x = torch.from_numpy(np.fromfile(ids, dtype=np.uint16).astype(np.int64)).view(-1, 24)
+    wanted = load(source)(x).logits.log_softmax(-1)
+    losses = [
+        float((wanted.exp() * (wanted - load(tmp_path / name)(x).logits.log_softmax(-1))).sum(-1).mean())
+        for name in ("plain", "distilled")
+    ]
+    assert losses[1] < 0.9 * losses[0]
+    assert (
+        manifest(tmp_path / "plain")["totals"]["bytes"] == manifest(tmp_path / "distilled")["totals"]["bytes"]
+    )
+
+
+def test_a_kill_while_distilled_shards_are_moved(
+    source: Path, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fracbit.pipeline import distill as stage
+
+    asked = recipe(source, ids, distill=1)
+    run_calibrated(asked, tmp_path / "whole")
+    moved = stage.load_file
+    calls = []
+
+    def die(path: Path) -> object:
+        calls.append(path)
+        if "tuned" in str(path) and len([p for p in calls if "tuned" in str(p)]) == 2:
+            raise Killed
+        return moved(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stage, "load_file", die)
+        with pytest.raises(Killed):
+            run_calibrated(asked, tmp_path / "parts")
+    run_calibrated(asked, tmp_path / "parts", resume=True)
+    assert hashes(tmp_path / "parts") == hashes(tmp_path / "whole")
+
+
+def test_transforms_and_outliers_in_one_model(source: Path, ids: Path, tmp_path: Path) -> None:
+    """Planted activation outliers: gains up, columns down, the same function; AWQ and blocks along the output must mend it."""
+    model = load(source)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for norm, readers in (
+                (
+                    layer.input_layernorm,
+                    (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+                ),
+                (layer.post_attention_layernorm, (layer.mlp.gate_proj, layer.mlp.up_proj)),
+            ):
+                norm.weight[[5, 17, 40]] *= 60
+                for reader in readers:
+                    reader.weight[:, [5, 17, 40]] /= 60
+    model.save_pretrained(tmp_path / "float")
+    wanted = load(tmp_path / "float")(torch.arange(3, 43)[None]).logits
+    assert torch.allclose(wanted, load(source)(torch.arange(3, 43)[None]).logits, atol=1e-4)
+    lost = {}
+    for name, axis, plan in (
+        ("in", "in", {}),
+        ("out", "out", {}),
+        ("awq", "in", {"transforms": ("awq",)}),
+        ("smooth", "in", {"transforms": ("smooth",)}),
+    ):
+        scheme = Scheme("int", 3, 24, axis, "zero")
+        run_calibrated(recipe(tmp_path / "float", ids, "rtn", scheme, chain="float", **plan), tmp_path / name)
+        found = load(tmp_path / name)(torch.arange(3, 43)[None]).logits
+        lost[name] = float((found - wanted).square().mean())
+    assert lost["out"] < 0.6 * lost["in"], lost
+    assert lost["awq"] < 0.6 * lost["in"], lost
+    assert lost["smooth"] < 0.9 * lost["in"], lost

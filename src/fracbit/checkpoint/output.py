@@ -61,7 +61,7 @@ def open_output(
     check_output(folder, key, overwrite, resume)
     _check_space(folder, expected_bytes)
     with _disk_errors(folder):
-        if overwrite and not (resume and is_unfinished(folder)):
+        if overwrite and not (resume and is_unfinished(folder) and _plan_key(folder) == key):
             _clear(folder)
         (folder / JOURNAL).mkdir(parents=True, exist_ok=True)
         write_json(folder / JOURNAL / "plan.json", {"key": key})
@@ -70,7 +70,7 @@ def open_output(
 
 def is_unfinished(folder: Path) -> bool:
     """Whether the folder is the output of a run that did not end."""
-    return (folder / JOURNAL / "plan.json").is_file()
+    return (folder / JOURNAL).is_dir()
 
 
 def check_output(folder: Path, key: str, overwrite: bool, resume: bool) -> None:
@@ -80,8 +80,8 @@ def check_output(folder: Path, key: str, overwrite: bool, resume: bool) -> None:
     if not folder.exists() or not any(folder.iterdir()):
         return
     if resume and is_unfinished(folder):
-        found = json.loads((folder / JOURNAL / "plan.json").read_text())["key"]
-        if found != key and not overwrite:
+        found = _plan_key(folder)
+        if found not in (None, key) and not overwrite:
             raise OutputError(
                 f"{folder} was begun with another recipe or source (plan {found}, now {key}); "
                 "resume with the same ones, or start again with --overwrite"
@@ -91,14 +91,17 @@ def check_output(folder: Path, key: str, overwrite: bool, resume: bool) -> None:
         return
     if overwrite:
         raise OutputError(
-            f"{folder} is not empty and was not made by fracbit, so it is not overwritten; name another"
+            f"{folder} is not empty and was not made by fracbit, so it is not overwritten; name another folder"
         )
-    remedy = (
-        "--resume to continue it or --overwrite to start again"
-        if is_unfinished(folder)
-        else "--overwrite to replace it"
-    )
+    begun = "--resume to continue it or --overwrite to start again"
+    remedy = begun if is_unfinished(folder) else "--overwrite to replace it, if fracbit made it"
     raise OutputError(f"{folder} is not empty; use {remedy}, or name another folder")
+
+
+def _plan_key(folder: Path) -> str | None:
+    """The key of the plan that the folder was begun with; None when the run was killed before it wrote one."""
+    path = folder / JOURNAL / "plan.json"
+    return str(json.loads(path.read_text())["key"]) if path.is_file() else None
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -7,7 +7,19 @@ import sys
 
 import typer
 
-from fracbit.cli import demo, evaluate, generate, inspect, quantize, report, sweep
+from fracbit.cli import (
+    demo,
+    evaluate,
+    generate,
+    inspect,
+    lens,
+    plan,
+    prune,
+    quantize,
+    report,
+    score,
+    sweep,
+)
 from fracbit.errors import FracbitError
 
 app = typer.Typer(
@@ -22,8 +34,15 @@ app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
 app.command("generate")(generate.generate)
 app.command("demo")(demo.demo)
+app.command("score")(score.score)
+app.command("plan")(plan.plan)
+app.command("prune")(prune.prune)
+app.command("lens")(lens.lens)
 app.command("sweep")(sweep.sweep)
 app.command("report")(report.report)
+
+
+INTERRUPTED = 130  # what typer exits with after Ctrl-C
 
 
 def main() -> None:
@@ -33,9 +52,10 @@ def main() -> None:
     except FracbitError as error:
         print(f"fracbit: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("fracbit: stopped; what is finished stays, continue `quantize` with --resume", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print("fracbit: stopped; what is finished stays, continue with --resume", file=sys.stderr)
+        raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

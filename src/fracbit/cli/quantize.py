@@ -27,7 +27,7 @@ def quantize(
     block: Annotated[
         str | None, typer.Option(help="Weights per scale: a number, row, tensor or flat:N.")
     ] = None,
-    axis: Annotated[str | None, typer.Option(help="Blocks along in (input channels) or out.")] = None,
+    axis: Annotated[str | None, typer.Option(help="Blocks along in (input channels), out, or auto (per layer).")] = None,
     offset: Annotated[str | None, typer.Option(help="none, zero (zero point), float or mean.")] = None,
     scale: Annotated[
         str | None, typer.Option(help="fp32, fp16, bf16, or int8:256 for quantized scales.")
@@ -36,6 +36,15 @@ def quantize(
         bool | None, typer.Option("--search/--no-search", help="Search block ranges of least error.")
     ] = None,
     quantizer: Annotated[str | None, typer.Option(help="How schemes are filled, such as rtn.")] = None,
+    calibration: Annotated[
+        list[str] | None, typer.Option(help="Text, ids or `generated`, for quantizers that look at data; repeatable.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration samples.")] = None,
+    length: Annotated[int | None, typer.Option(help="Ids of a calibration sample.")] = None,
+    chain: Annotated[str | None, typer.Option(help="A block sees the quantized or the float ones before it.")] = None,
+    transform: Annotated[list[str] | None, typer.Option(help="Rewrites before quantizing: smooth, awq; repeatable.")] = None,
+    tweak: Annotated[str | None, typer.Option(help="Norm tweaking: none, adam, closed, auto.")] = None,
+    distill: Annotated[int | None, typer.Option(help="Epochs of self-distillation after the last block.")] = None,
     embeddings: Annotated[str | None, typer.Option(help="Scheme of the embeddings, such as int8:64.")] = None,
     head: Annotated[str | None, typer.Option(help="Scheme of the output head, such as int8:64.")] = None,
     keep: Annotated[
@@ -46,7 +55,7 @@ def quantize(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the model's own code.")
     ] = False,
-    shard_size: Annotated[int, typer.Option(help="Largest weight file in MB; bounds the memory.")] = 512,
+    shard_size: Annotated[int, typer.Option(help="Largest weight file in MB; bounds the memory.")] = 256,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted output.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -56,7 +65,7 @@ def quantize(
         "dtype": dtype,
         "bits": bits,
         "block": _block(block),
-        "axis": axis,
+        "axis": None if axis == "auto" else axis,
         "offset": offset,
         "scale": scale,
     }
@@ -70,15 +79,30 @@ def quantize(
         "embeddings": parse_scheme(embeddings) if embeddings else None,
         "head": parse_scheme(head) if head else None,
     }
-    made = merged_recipe(recipe, flags, scheme, keep or [])
+    plan = {
+        "texts": calibration,
+        "samples": samples,
+        "length": length,
+        "chain": chain,
+        "transforms": transform,
+        "tweak": tweak,
+        "distill": distill,
+        "axis": "gptq" if axis == "auto" else None,
+    }
+    made = merged_recipe(recipe, flags, scheme, keep or [], plan)
     if output is None:
         raise RecipeError("no output folder; name one with -o OUT")
     if shard_size < 1:
         raise RecipeError(f"--shard-size must be at least 1 (MB), got {shard_size}")
-    from fracbit.pipeline.run import run
-
     with progress(json) as show:
-        result = run(made, output, overwrite, resume, shard_size << 20, show)
+        if made.calibration is not None:
+            from fracbit.pipeline.calibrated import run_calibrated
+
+            result = run_calibrated(made, output, overwrite, resume, show)
+        else:
+            from fracbit.pipeline.run import run
+
+            result = run(made, output, overwrite, resume, shard_size << 20, show)
     if json:
         print_json(asdict(result))
         return
@@ -95,7 +119,11 @@ def quantize(
 
 
 def merged_recipe(
-    path: Path | None, flags: dict[str, Any], scheme: dict[str, Any], keep: list[str]
+    path: Path | None,
+    flags: dict[str, Any],
+    scheme: dict[str, Any],
+    keep: list[str],
+    calibration: dict[str, Any] | None = None,
 ) -> Recipe:
     """The recipe of a file with flags laid over it; a flag that was not given is None."""
     data = read_toml(path) if path else {}
@@ -103,6 +131,9 @@ def merged_recipe(
     given = {name: value for name, value in scheme.items() if value is not None}
     if given:
         data["scheme"] = {**data.get("scheme", {}), **given}
+    plan = {name: value for name, value in (calibration or {}).items() if value}
+    if plan:
+        data["calibration"] = {**data.get("calibration", {}), **plan}
     if keep:
         data["overrides"] = [
             *data.get("overrides", []),

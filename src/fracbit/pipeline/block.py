@@ -27,6 +27,7 @@ from fracbit.numerics.packed import decode
 from fracbit.numerics.stats import Stats
 from fracbit.pipeline.axis import choose_axes
 from fracbit.pipeline.observe import borrow, observe_all, observe_some
+from fracbit.pipeline.rewrite import rewrite_block
 from fracbit.pipeline.run import Progress
 from fracbit.pipeline.schedule import Item
 from fracbit.quantizers import Quantizer, RoundToNearest
@@ -50,6 +51,7 @@ class Work:
     family: Family
     fill: Quantizer
     dtype: torch.dtype
+    stored: torch.dtype
     show: Progress
 
 
@@ -121,8 +123,9 @@ def quantize_block(
     """Quantize, install and tweak a block; returns what was made and, where they are needed, the float block's states."""
     order = [tuple(name for name in group if name in schemes) for group in groups(block, work.family)]
     order = [group for group in order if group]
-    gram = "gram" in work.fill.needs or work.plan.axis != "scheme" or work.plan.tweak != "none"
+    gram = "gram" in work.fill.needs or work.plan.axis != "scheme" or work.plan.tweak != "none" or bool(work.plan.transforms)
     stats, floats = observe_block(work, path, block, hidden, order, gram)
+    rewrite_block(work.plan.transforms, block, work.family, work.model.config, schemes, stats, work.stored)
     weights = {name: weight_of(block.get_submodule(name)).clone() for group in order for name in group}
     made: dict[str, Quantized] = {}
     for number, group in enumerate(order):
@@ -190,7 +193,7 @@ def shard_tensors(
 def stored_float(item: Item, work: Work, block: nn.Module, inside: str) -> Tensor:
     """A float tensor to write: the source's own bytes, unless a correction changed it."""
     original = item.origin.read(read_tensor(work.source, item.origin.name))
-    held = block.state_dict()[inside]
+    held: Tensor = block.state_dict()[inside]
     if torch.equal(held, original.to(held.dtype)):
         return original
     return held.to(original.dtype)

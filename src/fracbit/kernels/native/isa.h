@@ -14,7 +14,7 @@ constexpr int64_t kLanes = 16;       // sums kept apart inside a chunk
 constexpr int64_t kTable = 256;      // entries of every table, whatever the width: a code can never point outside
 constexpr int64_t kLowBits = 7;      // a table value is 128 * (high - 128) + low in units of a step: 15 bits
 constexpr int64_t kMaxBatch = 4;     // activation rows that share one reading of the codes
-constexpr int64_t kMaxRows = 4;      // weight rows that share one reading of the activations
+constexpr int kMaxRows = 4;          // weight rows that share one reading of the activations
 constexpr int64_t kBatchRows = 64;   // activation rows of a job
 
 constexpr int kTableBits = 5;        // the float path looks up to here, and converts integers beyond
@@ -23,12 +23,15 @@ inline bool uses_numbers(bool affine, int bits) { return affine && bits > kTable
 
 enum class Float : int { f32 = 0, f16 = 1, bf16 = 2 };
 
-// Rows [first, last) of a weight times `batch` rows of activations.
+// Rows of a weight times `batch` rows of activations. The rows up to row_end lie in kMaxRows bands of `gap` rows; a call is for
+// rows [first, last) of the first band and for the rows beside them in the others.
 struct RowJob {
     // Codes: uint8 [rows, stride], dense little-endian bit streams.
     const uint8_t* codes;
     int64_t stride;
     int64_t chunks;
+    int64_t gap;
+    int64_t row_end;
     int bits;
     bool affine;  // value = step * code + constant: no table is needed
 
@@ -57,7 +60,8 @@ struct RowJob {
     const int8_t* a;       // [batch, chunks, 2, 16, 4]
     const float* a_scale;  // [batch, chunks, 16]
     const float* x;        // [batch, chunks, 8, 16]
-    const float* block_sums;  // [batch, blocks]: sums of the activations, rounded where a is used
+    const float* block_sums;  // [batch, sums_stride]: sums of the activations, rounded where a is used; then zeros
+    int64_t sums_stride;
     float bias;            // the constant part of a code's value, in steps
 
     float* y;              // element (n, row) at n * y_stride + row

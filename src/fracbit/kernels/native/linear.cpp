@@ -158,8 +158,12 @@ void fill(const Lanes& lanes, const Weight& w, const Isa& isa, const float* natu
     }
 }
 
+// Blocks of a row, padded as the kernels read them.
+int64_t sums_stride(const Weight& w) { return aligned(w.along_out ? 1 : w.blocks); }
+
 // Sums of the activations of every block, from those of the lanes.
 void sum_blocks(const Weight& w, const float* lane_sums, float* block_sums) {
+    std::fill(block_sums, block_sums + sums_stride(w), 0.0f);
     if (w.along_out || w.blocks == 1) {
         block_sums[0] = std::accumulate(lane_sums, lane_sums + w.chunks() * kLanes, 0.0f);
         return;
@@ -183,6 +187,7 @@ RowJob job_of(const Weight& w) {
     job.table_stride = w.table_rows == 1 ? 0 : kTable;
     job.scale_type = w.scale_type;
     job.blocks = w.along_out ? 1 : w.blocks;
+    job.sums_stride = sums_stride(w);
     job.block = w.block;
     job.kept = w.kept;
     job.base = w.base.data();
@@ -204,20 +209,19 @@ void with_lanes(RowJob& job, const Lanes& lanes, const float* block_sums) {
     job.block_sums = block_sums;
 }
 
-// y [batch, rows] += outlier columns times their activations.
-void add_outliers(const Weight& w, const Isa& isa, const Activations& x, int64_t batch, int64_t first, int64_t last, float* y,
-                  float* scratch) {
+// y [batch, rows] += outlier columns times their activations, for one row.
+void add_outliers(const Weight& w, const Isa& isa, const Activations& x, int64_t batch, int64_t row, float* y, float* scratch) {
     const auto p = static_cast<int64_t>(w.other_columns.size());
-    if (p == 0) return;
-    for (int64_t row = first; row < last; ++row) {
-        isa.to_float(at(w.outliers, w.outlier_type, row * p), w.outlier_type, p, scratch);
-        for (int64_t n = 0; n < batch; ++n) {
-            float sum = 0.0f;
-            for (int64_t i = 0; i < p; ++i) sum += scratch[i] * x.others[n * p + i];
-            y[n * w.rows + row] += sum;
-        }
+    isa.to_float(at(w.outliers, w.outlier_type, row * p), w.outlier_type, p, scratch);
+    for (int64_t n = 0; n < batch; ++n) {
+        float sum = 0.0f;
+        for (int64_t i = 0; i < p; ++i) sum += scratch[i] * x.others[n * p + i];
+        y[n * w.rows + row] += sum;
     }
 }
+
+// Rows in a band when `rows` rows are cut into kMaxRows bands.
+int64_t band(int64_t rows) { return (rows + kMaxRows - 1) / kMaxRows; }
 
 struct Call {
     const Weight* w;
@@ -244,13 +248,16 @@ void run_rows(const Call& call, RowJob job, int64_t first, int64_t last, float* 
     } else {
         call.isa->multiply_float(job, first, last);
     }
-    add_outliers(*call.w, *call.isa, call.x, call.batch, first, last, call.y, scratch);
+    if (call.w->other_columns.empty()) return;
+    for (int64_t row = first; row < last; ++row)
+        for (int64_t own = row, r = 0; r < kMaxRows && own < job.row_end; ++r, own += job.gap)
+            add_outliers(*call.w, *call.isa, call.x, call.batch, own, call.y, scratch);
 }
 
 void task_along_in(void* context, int64_t index, int worker) {
     const auto& call = *static_cast<Call*>(context);
     const int64_t first = index * call.rows_per_task;
-    run_rows(call, call.job, first, std::min(first + call.rows_per_task, call.w->rows), call.scratch(worker));
+    run_rows(call, call.job, first, std::min(first + call.rows_per_task, call.job.gap), call.scratch(worker));
 }
 
 float dot(const float* a, const float* b, int64_t count) {
@@ -280,16 +287,15 @@ void task_along_out(void* context, int64_t index, int worker) {
     const auto& call = *static_cast<Call*>(context);
     const Weight& w = *call.w;
     const int64_t group = index / call.tasks_per_block, part = index % call.tasks_per_block;
-    const int64_t first = group * w.block + part * call.rows_per_task;
-    const int64_t end = std::min((group + 1) * w.block, w.rows);
-    const int64_t last = std::min(first + call.rows_per_task, end);
+    const int64_t begin = group * w.block, end = std::min(begin + w.block, w.rows), gap = band(end - begin);
+    const int64_t first = begin + part * call.rows_per_task, last = std::min(first + call.rows_per_task, begin + gap);
     if (first >= last) return;
     const int64_t width = call.x.width, chunks = w.chunks();
     float* memory = call.scratch(worker);
     float *scale = memory, *offset = scale + width, *scaled = offset + width, *zero = scaled + width, *shift = zero + width;
     float* sums = shift + aligned(call.batch);
-    const Lanes lanes(sums + aligned(call.batch), call.batch, chunks);
-    float* rest = sums + aligned(call.batch) + Lanes::floats(call.batch, chunks);
+    const Lanes lanes(sums + call.batch * sums_stride(w), call.batch, chunks);
+    float* rest = sums + call.batch * sums_stride(w) + Lanes::floats(call.batch, chunks);
     call.isa->to_float(at(w.scales, w.scale_type, group * w.kept), w.scale_type, w.kept, scale);
     offsets_of(w, *call.isa, group, width, offset, zero);
     for (int64_t n = 0; n < call.batch; ++n) {
@@ -297,16 +303,20 @@ void task_along_out(void* context, int64_t index, int worker) {
         for (int64_t i = 0; i < w.kept; ++i) scaled[i] = x[i] * scale[i];
         std::fill(scaled + w.kept, scaled + width, 0.0f);
         fill(lanes, w, *call.isa, scaled, n, call.int8);
-        sum_blocks(w, lanes.x_sum + n * chunks * kLanes, sums + n);
+        sum_blocks(w, lanes.x_sum + n * chunks * kLanes, sums + n * sums_stride(w));
         shift[n] = 0.0f;
         if (w.offsets != nullptr) shift[n] = dot(offset, x, w.kept);
         if (!w.zeros.empty()) shift[n] = dot(zero, lanes.x + n * width, width);
     }
     RowJob job = call.job;
     with_lanes(job, lanes, sums);
+    job.gap = gap;
+    job.row_end = end;
     run_rows(call, job, first, last, rest);
+    if (w.offsets == nullptr && w.zeros.empty()) return;
     for (int64_t n = 0; n < call.batch; ++n)
-        for (int64_t row = first; row < last; ++row) call.y[n * w.rows + row] += shift[n];
+        for (int64_t row = first; row < last; ++row)
+            for (int64_t own = row, r = 0; r < kMaxRows && own < end; ++r, own += gap) call.y[n * w.rows + own] += shift[n];
 }
 
 int64_t rows_per_task(const Weight& w, int64_t rows) {
@@ -396,13 +406,13 @@ void multiply_some(const Weight& w, const Isa& isa, const Matrix& x, const Matri
     call.x.width = chunks * kChunk;
     const int64_t row_scratch = aligned(std::max(scratch_floats(w.along_out ? 1 : w.blocks), chunks * kChunk + p));
     call.thread_floats = row_scratch;
-    if (w.along_out) call.thread_floats += 4 * call.x.width + 2 * aligned(batch) + Lanes::floats(batch, chunks);
+    if (w.along_out) call.thread_floats += 4 * call.x.width + aligned(batch) + batch * sums_stride(w) + Lanes::floats(batch, chunks);
 
     const bool direct = y.type == Float::f32 && y.stride == w.rows;
     const int64_t sizes[] = {batch * call.x.width, aligned(batch * p), aligned(w.columns),
                              w.along_out ? 0 : Lanes::floats(batch, chunks), direct ? 0 : aligned(batch * w.rows),
                              call.thread_floats * threads,
-                             w.along_out ? 0 : aligned(batch * w.blocks)};
+                             w.along_out ? 0 : batch * sums_stride(w)};
     int64_t total = 0;
     for (const int64_t size : sizes) total += size;
     static thread_local Workspace workspace;
@@ -430,7 +440,7 @@ void multiply_some(const Weight& w, const Isa& isa, const Matrix& x, const Matri
         load(w, isa, x, n, call.x, row);
         if (w.along_out || !w.whole_lanes) continue;
         fill(lanes, w, isa, call.x.kept + n * call.x.width, n, int8);
-        sum_blocks(w, lanes.x_sum + n * chunks * kLanes, sums + n * w.blocks);
+        sum_blocks(w, lanes.x_sum + n * chunks * kLanes, sums + n * sums_stride(w));
     }
     with_lanes(call.job, lanes, sums);
     if (!w.whole_lanes) call.job.x = call.x.kept;
@@ -438,12 +448,15 @@ void multiply_some(const Weight& w, const Isa& isa, const Matrix& x, const Matri
         const int64_t groups = (w.rows + w.block - 1) / w.block;
         // A group shares its folded activations: cut it only when there are too few groups to go round.
         const int64_t parts = groups >= 2 * threads ? 1 : (4 * threads + groups - 1) / groups;
-        call.rows_per_task = std::max<int64_t>((std::min(w.block, w.rows) + parts - 1) / parts, 1);
-        call.tasks_per_block = (std::min(w.block, w.rows) + call.rows_per_task - 1) / call.rows_per_task;
+        const int64_t height = band(std::min(w.block, w.rows));
+        call.rows_per_task = std::max<int64_t>((height + parts - 1) / parts, 1);
+        call.tasks_per_block = (height + call.rows_per_task - 1) / call.rows_per_task;
         run_tasks(threads, groups * call.tasks_per_block, task_along_out, &call);
     } else {
-        call.rows_per_task = rows_per_task(w, w.rows);
-        run_tasks(threads, (w.rows + call.rows_per_task - 1) / call.rows_per_task, task_along_in, &call);
+        call.job.gap = band(w.rows);
+        call.job.row_end = w.rows;
+        call.rows_per_task = rows_per_task(w, call.job.gap);
+        run_tasks(threads, (call.job.gap + call.rows_per_task - 1) / call.rows_per_task, task_along_in, &call);
     }
     if (direct) return;
     for (int64_t n = 0; n < batch; ++n)

@@ -188,6 +188,14 @@ inline float dot_floats(const float* a, const float* b, int64_t count) {
     return sum;
 }
 
+// Sum of products; both arrays go on for up to 15 zeros (and finite numbers against them).
+template <class S>
+inline float dot_padded(const float* a, const float* b, int64_t count) {
+    typename S::Floats sum = S::zero_floats();
+    for (int64_t i = 0; i < count; i += kLanes) sum = S::fma(S::load(a + i), S::load(b + i), sum);
+    return S::total(sum);
+}
+
 // Scales of a row into scratch; into `rest` [batch] what constants and offsets, which only see sums of activations, add to y.
 template <class S>
 void prepare_row(const RowJob& job, int64_t row, int slot, float step, const float* values, RowScales& scales, float* rest) {
@@ -198,6 +206,7 @@ void prepare_row(const RowJob& job, int64_t row, int slot, float step, const flo
     } else {
         const int64_t first = row * job.scale_stride, width = job.scale_type == Float::f32 ? 4 : 2;
         S::to_float(static_cast<const char*>(job.scales) + first * width, job.scale_type, job.blocks, scale);
+        for (int64_t i = 0; i < kLanes; ++i) scale[job.blocks + i] = 0.0f;
         float* offset = job.scratch + kMaxRows * scratch_stride(job);
         if (job.offsets != nullptr) {
             S::to_float(static_cast<const char*>(job.offsets) + first * width, job.scale_type, job.blocks, offset);
@@ -205,12 +214,15 @@ void prepare_row(const RowJob& job, int64_t row, int slot, float step, const flo
             const uint8_t* zeros = job.zeros + first;
             for (int64_t b = 0; b < job.blocks; ++b) offset[b] = -scale[b] * values[zeros[b]];
         }
-        if (job.offsets != nullptr || job.zeros != nullptr)
-            for (int64_t n = 0; n < job.batch; ++n) rest[n] = dot_floats(offset, job.block_sums + n * job.blocks, job.blocks);
+        if (job.offsets != nullptr || job.zeros != nullptr) {
+            for (int64_t i = 0; i < kLanes; ++i) offset[job.blocks + i] = 0.0f;
+            for (int64_t n = 0; n < job.batch; ++n)
+                rest[n] = dot_padded<S>(offset, job.block_sums + n * job.sums_stride, job.blocks);
+        }
     }
     if (job.bias != 0.0f)
         for (int64_t n = 0; n < job.batch; ++n)
-            rest[n] += step * job.bias * dot_floats(scale, job.block_sums + n * job.blocks, job.blocks);
+            rest[n] += step * job.bias * dot_padded<S>(scale, job.block_sums + n * job.sums_stride, job.blocks);
 }
 
 // The chunks of some rows: those that can be read where they lie, then a padded copy of the rest. Made before the loop,
@@ -229,7 +241,7 @@ struct Chunks {
         end[1] = job.chunks;
         const int64_t left = job.stride - end[0] * bytes;
         for (int r = 0; r < rows; ++r) {
-            row[0][r] = codes + r * job.stride;
+            row[0][r] = codes + r * job.gap * job.stride;
             row[1][r] = rest[r];
             if (end[0] == end[1]) continue;
             std::memset(rest[r], 0, sizeof rest[r]);
@@ -238,16 +250,9 @@ struct Chunks {
     }
 };
 
-// Rows are shorter than what a hardware prefetcher needs to find its pace: ask for the same place in the rows that come next.
-// The address is only a hint; it may lie behind the end.
-template <int bits>
-inline void prefetch(uintptr_t address) {
-    __builtin_prefetch(reinterpret_cast<const void*>(address));
-    if (bits > 4) __builtin_prefetch(reinterpret_cast<const void*>(address + 64));
-}
-
 // `rows` rows from `codes` on times `batch` activation rows from n0 on: sums before step, constants and offsets.
-// Reading the activations once for several rows matters: they cost as many loads as the codes.
+// Reading the activations once for several rows matters: they cost as many loads as the codes. The rows are job.gap apart, so
+// that each is a stream of its own through memory; neighbours would make short streams, which arrive at half the speed.
 template <class S, int bits, bool affine, int batch, int rows>
 void int8_rows(const RowJob& job, const uint8_t* codes, const RowScales& scales, int64_t table, int64_t n0, float* out) {
     using Floats = typename S::Floats;
@@ -255,7 +260,7 @@ void int8_rows(const RowJob& job, const uint8_t* codes, const RowScales& scales,
     typename S::template ByteTable<bits> high[rows], low[rows];
     if (!affine) {
         for (int r = 0; r < rows; ++r) {
-            const int64_t at = (table + (job.table_stride == 0 ? 0 : r)) * kTable;
+            const int64_t at = (table + (job.table_stride == 0 ? 0 : r * job.gap)) * kTable;
             high[r].load(job.high + at);
             low[r].load(job.low + at);
         }
@@ -269,9 +274,7 @@ void int8_rows(const RowJob& job, const uint8_t* codes, const RowScales& scales,
       for (const int64_t start = c; c < chunks.end[half]; ++c) {
         for (int r = 0; r < rows; ++r) {
             typename S::Bytes u0, u1, h0, h1, l0, l1;
-            const uint8_t* p = chunks.row[half][r] + (c - start) * 16 * bits;
-            prefetch<bits>(reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(rows * job.stride));
-            S::template unpack<bits>(p, u0, u1);
+            S::template unpack<bits>(chunks.row[half][r] + (c - start) * 16 * bits, u0, u1);
             if (affine) {
                 h0 = S::template clean<bits>(u0);
                 h1 = S::template clean<bits>(u1);
@@ -329,7 +332,7 @@ void float_rows(const RowJob& job, const uint8_t* codes, const RowScales& scales
     using Floats = typename S::Floats;
     typename S::template FloatTable<bits> table[rows];
     if (!number)
-        for (int r = 0; r < rows; ++r) table[r].load(job.values + (table_row + (job.table_stride == 0 ? 0 : r)) * kTable);
+        for (int r = 0; r < rows; ++r) table[r].load(job.values + (table_row + (job.table_stride == 0 ? 0 : r * job.gap)) * kTable);
     Floats sum[rows][batch];
     for (int r = 0; r < rows; ++r)
         for (int n = 0; n < batch; ++n) sum[r][n] = S::zero_floats();
@@ -341,9 +344,7 @@ void float_rows(const RowJob& job, const uint8_t* codes, const RowScales& scales
         Floats part[rows][batch];
         const float* x[batch];
         for (int r = 0; r < rows; ++r) {
-            const uint8_t* p = chunks.row[half][r] + (c - start) * 16 * bits;
-            prefetch<bits>(reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(rows * job.stride));
-            words[r].load(p);
+            words[r].load(chunks.row[half][r] + (c - start) * 16 * bits);
             for (int n = 0; n < batch; ++n) part[r][n] = S::zero_floats();
         }
         for (int n = 0; n < batch; ++n) x[n] = job.x + ((n0 + n) * job.chunks + c) * kChunk;
@@ -393,39 +394,44 @@ RowFunctions choose_float(bool affine) {
     return float_functions<S, bits, false>();
 }
 
+// Rows row, row + gap, ... of a job.
 template <class S>
-void multiply_rows(const RowJob& job, const RowFunctions& functions, const int (&most)[3], bool steps, int64_t row, int64_t count) {
+void multiply_rows(const RowJob& job, const RowFunctions& functions, const int (&most)[3], bool steps, int64_t row, int count) {
     float rest[kMaxRows][kBatchRows], step[kMaxRows], out[kMaxRows * kMaxBatch];
-    const int64_t table = job.table_stride == 0 ? 0 : row;
     RowScales scales;
     for (int r = 0; r < count; ++r) {
-        const int64_t own = job.table_stride == 0 ? 0 : row + r;
-        step[r] = steps ? job.steps[own] : 1.0f;
+        const int64_t own = row + r * job.gap, table = job.table_stride == 0 ? 0 : own;
+        step[r] = steps ? job.steps[table] : 1.0f;
         for (int64_t n = 0; n < job.batch; ++n) rest[r][n] = 0.0f;
-        prepare_row<S>(job, row + r, r, step[r], job.values + own * kTable, scales, rest[r]);
+        prepare_row<S>(job, own, r, step[r], job.values + table * kTable, scales, rest[r]);
     }
     for (int64_t n = 0; n < job.batch;) {
         const int64_t left = job.batch - n;
         const int size = left >= 4 ? 2 : left >= 2 ? 1 : 0, take = 1 << size;
         for (int r = 0; r < count;) {
             const int rows = count - r >= most[size] ? most[size] : 1;
+            const int64_t own = row + r * job.gap, table = job.table_stride == 0 ? 0 : own;
             RowScales from;
             for (int i = 0; i < rows; ++i) from.scale[i] = scales.scale[r + i];
-            const uint8_t* codes = job.codes + (row + r) * job.stride;
-            (rows > 1 ? functions.many : functions.one)[size](job, codes, from, table + (job.table_stride == 0 ? 0 : r), n, out);
+            const RowFunction function = (rows > 1 ? functions.many : functions.one)[size];
+            function(job, job.codes + own * job.stride, from, table, n, out);
             for (int i = 0; i < rows; ++i)
                 for (int b = 0; b < take; ++b)
-                    job.y[(n + b) * job.y_stride + row + r + i] = out[i * take + b] * step[r + i] + rest[r + i][n + b];
+                    job.y[(n + b) * job.y_stride + own + i * job.gap] = out[i * take + b] * step[r + i] + rest[r + i][n + b];
             r += rows;
         }
         n += take;
     }
 }
 
+// Rows [first, last) of the first of kMaxRows bands, and the rows beside them in the others.
 template <class S>
 void multiply(const RowJob& job, const RowFunctions& functions, bool steps, int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; row += kMaxRows)
-        multiply_rows<S>(job, functions, S::kRows, steps, row, last - row < kMaxRows ? last - row : kMaxRows);
+    for (int64_t row = first; row < last; ++row) {
+        int count = 1;
+        while (count < kMaxRows && row + count * job.gap < job.row_end) ++count;
+        multiply_rows<S>(job, functions, S::kRows, steps, row, count);
+    }
 }
 
 #define FRACBIT_BY_BITS(function, ...)              \
@@ -517,20 +523,12 @@ inline void weights_of_row(const RowJob& job, const Isa& isa, int64_t row, float
 // [batch, chunks * 128], and `job.scratch` holds a row of weights.
 inline void multiply_weights(const RowJob& job, const Isa& isa, int64_t first, int64_t last) {
     float* weights = job.scratch;
-    for (int64_t row = first; row < last; ++row) {
-        weights_of_row(job, isa, row, weights);
-        for (int64_t n = 0; n < job.batch; ++n) {
-            const float* x = job.x + n * job.chunks * kChunk;
-            float part[kLanes] = {};
-            int64_t i = 0;
-            for (; i + kLanes <= job.kept; i += kLanes)
-                for (int64_t d = 0; d < kLanes; ++d) part[d] += weights[i + d] * x[i + d];
-            float sum = 0.0f;
-            for (; i < job.kept; ++i) sum += weights[i] * x[i];
-            for (int64_t d = 0; d < kLanes; ++d) sum += part[d];
-            job.y[n * job.y_stride + row] = sum;
+    for (int64_t row = first; row < last; ++row)
+        for (int64_t own = row, r = 0; r < kMaxRows && own < job.row_end; ++r, own += job.gap) {
+            weights_of_row(job, isa, own, weights);
+            for (int64_t n = 0; n < job.batch; ++n)
+                job.y[n * job.y_stride + own] = dot_floats(weights, job.x + n * job.chunks * kChunk, job.kept);
         }
-    }
 }
 
 }  // namespace

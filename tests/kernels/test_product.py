@@ -1,0 +1,245 @@
+"""Law: every kernel computes what the reference computes, for every scheme, shape, batch, type and layout of activations."""
+
+import multiprocessing
+import sys
+import threading
+
+import pytest
+import torch
+
+from fracbit.errors import KernelError
+from fracbit.kernels import KERNELS, PackedLinear, choose, kernel_report, reference
+from fracbit.kernels.cpu import CPU, NATIVE, PREFILL_ROWS, prepare, run
+from fracbit.numerics import PackedTensor, quantize_tensor
+from fracbit.records.scheme import Scheme
+
+native = pytest.mark.skipif(NATIVE is None, reason="the native module is not built")
+SETS = NATIVE.instruction_sets() if NATIVE is not None else []
+TOLERANCE = {"float": 1e-5, "int8": 5e-3}
+
+DTYPES = ["int", "float", "dynamic", "nf", "power", "kmeans", "kmeans:row", "quantile"]
+BLOCKS = [8, 20, 64, "row", "tensor", "flat:43", "flat:64"]
+
+
+def packed(scheme: Scheme, shape: tuple[int, int], outliers: int = 0) -> PackedTensor:
+    generator = torch.Generator().manual_seed(7)
+    weight = torch.randn(shape, generator=generator) * 0.02 + 0.003
+    if not outliers:
+        return quantize_tensor(weight, scheme)
+    columns = torch.randperm(shape[1], generator=generator)[:outliers].sort().values
+    mask = torch.ones(shape[1], dtype=torch.bool)
+    mask[columns] = False
+    kept = quantize_tensor(weight[:, mask].contiguous(), scheme)
+    fields = {name: getattr(kept, name) for name in ("codes", "scales", "offsets", "table")}
+    return PackedTensor(scheme, shape, **fields, columns=columns.int(), outliers=weight[:, columns].bfloat16())
+
+
+def batch_of(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(dtype)
+
+
+def distance(y: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((y.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))
+
+
+def legal(dtype: str, bits: int, offset: str) -> bool:
+    fitted = dtype.startswith(("kmeans", "quantile"))
+    if fitted and offset == "zero":
+        return False
+    if bits == 1:
+        return dtype.startswith("kmeans") or (dtype == "int" and offset in ("zero", "float"))
+    return dtype != "power" or bits > 1
+
+
+GRID = [
+    Scheme(dtype, bits, block, axis, offset)
+    for dtype in DTYPES
+    for bits in range(1, 9)
+    for block in BLOCKS
+    for axis in ("in", "out")
+    for offset in ("none", "zero", "float", "mean")
+    if legal(dtype, bits, offset) and not (axis == "out" and str(block) in ("tensor", "flat:43", "flat:64"))
+]
+
+
+@native
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_every_scheme(isa: str, bits: int) -> None:
+    """All data types, blocks, axes and offsets of one width; every fourth scheme for the slower instruction sets."""
+    schemes = [scheme for scheme in GRID if scheme.bits == bits]
+    for scheme in schemes if isa == SETS[0] else schemes[::4]:
+        weight = packed(scheme, (9, 172))
+        x = batch_of(3, 172)
+        expected = reference.linear(x, weight)
+        for path, tolerance in TOLERANCE.items():
+            error = distance(run(prepare(weight, path, isa), x), expected)
+            # One bit with a zero point is mostly zeros: what is left is smaller than the rounding of its activations.
+            allowed = tolerance if bits > 1 or path == "float" else 4 * tolerance
+            assert error < allowed, f"{scheme} axis {scheme.axis}, {path}: {error:.2e}"
+
+
+@native
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 8), (5, 7), (172, 64), (64, 172), (3, 3669), (33, 129), (130, 1)])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_odd_shapes(isa: str, shape: tuple[int, int], bits: int) -> None:
+    for axis in ("in", "out"):
+        for offset in ("none", "zero"):
+            weight = packed(Scheme("int", bits, 64, axis, offset), shape)
+            x = batch_of(2, shape[1])
+            expected = reference.linear(x, weight)
+            assert distance(run(prepare(weight, "float", isa), x), expected) < 1e-5
+            assert distance(run(prepare(weight, "int8", isa), x), expected) < 2e-2  # few sums: errors do not average out
+
+
+@native
+@pytest.mark.parametrize("axis", ["in", "out"])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 5, 8, PREFILL_ROWS, 70])
+def test_batches(axis: str, rows: int) -> None:
+    weight = packed(Scheme("nf", 4, 32, axis), (96, 200), outliers=3)
+    x = batch_of(rows, 200)
+    for path, tolerance in TOLERANCE.items():
+        y = PackedLinear(weight, path)(x)
+        assert y.shape == (rows, 96)
+        assert distance(y, reference.linear(x, weight)) < tolerance
+
+
+@native
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_types_of_activations(dtype: torch.dtype) -> None:
+    weight = packed(Scheme("int", 4, 64, offset="float"), (96, 256))
+    for rows in (2, PREFILL_ROWS):
+        x = batch_of(rows, 256, dtype)
+        y = PackedLinear(weight)(x)
+        assert y.dtype == dtype
+        assert distance(y, reference.linear(x.float(), weight)) < 2 * torch.finfo(dtype).eps
+
+
+@native
+def test_quantized_scales_and_scale_types() -> None:
+    for scale in ("fp32", "fp16", "bf16", "int8:256", "dynamic8:64"):
+        for offset in ("none", "zero", "float"):
+            weight = packed(Scheme("int", 3, 16, offset=offset, scale=scale), (40, 96))
+            x = batch_of(2, 96)
+            assert distance(PackedLinear(weight)(x), reference.linear(x, weight)) < 1e-5
+
+
+@native
+def test_strided_unaligned_and_leading_dimensions() -> None:
+    weight = packed(Scheme("int", 5, 64), (24, 136))
+    expected = reference.linear(batch_of(6, 136), weight)
+    storage = torch.zeros(6 * 300 + 1)
+    view = storage[1:].view(6, 300)[:, 3:139]  # rows apart, start at no multiple of anything
+    view.copy_(batch_of(6, 136))
+    linear = PackedLinear(weight)
+    assert distance(linear(view), expected) < 1e-5
+    assert distance(linear(view.T.contiguous().T), expected) < 1e-5
+    assert distance(linear(batch_of(6, 136).view(2, 3, 136)).view(6, 24), expected) < 1e-5
+    assert distance(linear(batch_of(1, 136).expand(4, 136)), reference.linear(batch_of(1, 136).expand(4, 136), weight)) < 1e-5
+    bytes_at_1 = torch.zeros(weight.codes.numel() + 1, dtype=torch.uint8)[1:].view(weight.codes.shape)
+    bytes_at_1.copy_(weight.codes)
+    moved = PackedTensor(weight.scheme, weight.shape, bytes_at_1, weight.scales)
+    assert distance(PackedLinear(moved)(view), expected) < 1e-5
+
+
+@native
+def test_not_a_number_is_not_hidden() -> None:
+    weight = packed(Scheme("int", 4, 64), (8, 128))
+    for bad in (float("nan"), float("inf")):
+        x = batch_of(2, 128)
+        x[1, 5] = bad
+        for path in TOLERANCE:
+            y = PackedLinear(weight, path)(x)
+            assert torch.isfinite(y[0]).all()
+            assert not torch.isfinite(y[1]).any()
+
+
+@native
+def test_threads_and_concurrent_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    weight = packed(Scheme("nf", 4, 64, "out"), (512, 1024))
+    linear, x = PackedLinear(weight), batch_of(1, 1024)
+    expected = reference.linear(x, weight)
+    errors: list[float] = []
+
+    def work() -> None:
+        errors.extend(distance(linear(x), expected) for _ in range(50))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors) == 200
+    assert max(errors) < 1e-5
+
+
+def _in_child(results: "multiprocessing.Queue[float]") -> None:
+    weight = packed(Scheme("int", 4, 64), (256, 512))
+    results.put(distance(PackedLinear(weight)(batch_of(1, 512)), reference.linear(batch_of(1, 512), weight)))
+
+
+@native
+@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork on this platform")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_forked_child_has_a_pool_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    weight = packed(Scheme("int", 4, 64), (256, 512))
+    prepared, x = prepare(weight, "float"), batch_of(1, 512)
+    y = x.new_empty((1, 256))
+    for _ in range(20):
+        prepared.weight.multiply(x, y, False, 2)  # type: ignore[attr-defined]
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    child = context.Process(target=_forked, args=(results, prepared.weight, x))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert torch.equal(torch.tensor(results.get(timeout=10)), y[0])
+
+
+def _forked(results: "multiprocessing.Queue[list[float]]", weight: object, x: torch.Tensor) -> None:
+    y = x.new_empty((1, 256))
+    for _ in range(20):
+        weight.multiply(x, y, False, 2)  # type: ignore[attr-defined]
+    results.put(y[0].tolist())
+
+
+@native
+def test_packed_memory_is_shared_not_copied() -> None:
+    weight = packed(Scheme("nf", 4, 64), (256, 4096))
+    prepared = prepare(weight, "int8")
+    assert prepared.weight.derived_bytes < 20_000  # type: ignore[attr-defined]
+
+
+def test_the_table_always_has_an_answer() -> None:
+    scheme = Scheme()
+    for device in ("cpu", "meta"):
+        assert choose(scheme, torch.device(device), (8, 8)) in KERNELS
+    assert choose(scheme, torch.device("meta"), (8, 8)).name == "reference"
+    assert [line.split(":")[0] for line in kernel_report().splitlines()] == [kernel.name for kernel in KERNELS]
+
+
+def test_without_the_native_module_the_reference_runs_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["fracbit.kernels.cpu"]
+    monkeypatch.setattr(module, "NATIVE", None)
+    weight = packed(Scheme("int", 4, 64), (16, 64))
+    linear = PackedLinear(weight)
+    assert linear.kernel.name == "reference"
+    assert torch.equal(linear(batch_of(2, 64)), reference.linear(batch_of(2, 64), weight))
+    with pytest.raises(KernelError):
+        CPU.prepare(weight, "float")
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    weight = packed(Scheme("int", 4, 64), (16, 64))
+    with pytest.raises(KernelError, match="not a path"):
+        PackedLinear(weight, "int4")  # type: ignore[arg-type]
+    linear = PackedLinear(weight)
+    with pytest.raises(KernelError, match="64 input channels"):
+        linear(batch_of(2, 63))
+    with pytest.raises(KernelError, match="float32, float16 or bfloat16"):
+        linear(torch.zeros(2, 64, dtype=torch.float64))
+    with pytest.raises(KernelError, match="meta"):
+        linear(torch.zeros(2, 64, device="meta"))

@@ -7,7 +7,19 @@ import sys
 
 import typer
 
-from fracbit.cli import demo, evaluate, generate, inspect, quantize, report, sweep
+from fracbit.cli import (
+    demo,
+    evaluate,
+    generate,
+    inspect,
+    lens,
+    plan,
+    prune,
+    quantize,
+    report,
+    score,
+    sweep,
+)
 from fracbit.errors import FracbitError
 
 app = typer.Typer(
@@ -22,6 +34,10 @@ app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
 app.command("generate")(generate.generate)
 app.command("demo")(demo.demo)
+app.command("score")(score.score)
+app.command("plan")(plan.plan)
+app.command("prune")(prune.prune)
+app.command("lens")(lens.lens)
 app.command("sweep")(sweep.sweep)
 app.command("report")(report.report)
 

@@ -44,6 +44,9 @@ def quantize(
     chain: Annotated[str | None, typer.Option(help="A block sees the quantized or the float ones before it.")] = None,
     transform: Annotated[list[str] | None, typer.Option(help="Rewrites before quantizing: smooth, awq; repeatable.")] = None,
     tweak: Annotated[str | None, typer.Option(help="Norm tweaking: none, adam, closed, auto.")] = None,
+    inputs: Annotated[
+        str | None, typer.Option(help="Round activations too: int8, int8/tensor, power8/token; needs calibration.")
+    ] = None,
     distill: Annotated[int | None, typer.Option(help="Epochs of self-distillation after the last block.")] = None,
     embeddings: Annotated[str | None, typer.Option(help="Scheme of the embeddings, such as int8:64.")] = None,
     head: Annotated[str | None, typer.Option(help="Scheme of the output head, such as int8:64.")] = None,
@@ -87,6 +90,7 @@ def quantize(
         "transforms": transform,
         "tweak": tweak,
         "distill": distill,
+        "inputs": inputs,
         "axis": "gptq" if axis == "auto" else None,
     }
     made = merged_recipe(recipe, flags, scheme, keep or [], plan)

@@ -19,4 +19,4 @@ from fracbit.lens.units import UnitOf, from_units, to_units
 __all__ = [
     "EXPONENTS", "PERTURBATIONS", "Perturbation", "UnitOf", "best_exponent", "check_intensity", "clipping", "error_profile", "from_units", "noise_on",
     "perturb", "perturb_like", "perturbation", "relative_intensity", "scheme_error", "to_units",
-]  # fmt: skip
+] 

@@ -44,6 +44,12 @@ def generate(
     inputs = tokenizer(prompt, return_tensors="pt").to(device)
     if inputs["input_ids"].shape[1] == 0:
         raise DataError("the prompt has no tokens; give at least one character")
+    positions = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
+    if positions and inputs["input_ids"].shape[1] + max_new_tokens > positions:
+        raise DataError(
+            f"{inputs['input_ids'].shape[1]} tokens of prompt and {max_new_tokens} new ones pass the model's {positions} "
+            "positions; ask for fewer"
+        )
     torch.manual_seed(seed)
     how = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     started = time.perf_counter()

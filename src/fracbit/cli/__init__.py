@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from fracbit.cli import demo, evaluate, generate, inspect, quantize, report, sweep
+from fracbit.cli import bench, chat, demo, evaluate, generate, inspect, quantize, report, sweep
 from fracbit.errors import FracbitError
 
 app = typer.Typer(
@@ -21,6 +21,8 @@ app.command("quantize")(quantize.quantize)
 app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
 app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
+app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)
 app.command("sweep")(sweep.sweep)
 app.command("report")(report.report)

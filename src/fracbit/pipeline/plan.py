@@ -202,15 +202,17 @@ def make_plan(
 
 def check_granularity(name: str) -> Granularity:
     """`name` as a granularity. Raises `RecipeError`."""
-    if name == "block" or name == "linear":
-        return name
+    known: dict[str, Granularity] = {"block": "block", "linear": "linear"}
+    if name in known:
+        return known[name]
     raise RecipeError(f"granularity {name!r} is not known; use block or linear")
 
 
 def check_solver(name: str) -> Solver:
     """`name` as a solver. Raises `RecipeError`."""
-    if name == "exact" or name == "order":
-        return name
+    known: dict[str, Solver] = {"exact": "exact", "order": "order"}
+    if name in known:
+        return known[name]
     raise RecipeError(f"solver {name!r} is not known; use exact or order")
 
 

@@ -1,4 +1,4 @@
-"""The commands of budgets and lenses, end to end on a tiny model: one JSON object each, files as asked, exit code 2 for bad input."""
+"""The commands of budgets and lenses, end to end on a tiny model: one JSON object each, files as asked, clear errors."""
 
 import json
 from collections.abc import Callable

@@ -2,8 +2,8 @@
 
     python bench/bits.py [-o docs/pictures/bits.png] [--json bench/results/bits.json]
 
-Round-to-nearest in blocks of 64, fp16 scales, all linears in the blocks; the first 49,152 tokens of the held-out modules. Bits are
-counted from stored bytes.
+Round-to-nearest in blocks of 64, fp16 scales, all linears in the blocks; the first 49,152 tokens of the held-out modules. Bits
+are counted from stored bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fracbit.pipeline.api import read_text
 from fracbit.records.scheme import Scheme
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 TYPES = {
     "int": Scheme("int"),
@@ -68,10 +68,10 @@ def draw(result: dict[str, object], path: Path) -> None:
     for name in TYPES:
         line = [row for row in rows if row["type"] == name]
         axes.plot([r["bits_per_weight"] for r in line], [r["perplexity"] for r in line], marker="o", ms=3.5, label=name)
-    axes.axhline(float(str(result["float_perplexity"])), color="0.4", ls="--", lw=1, label="float")
+    axes.axhline(float(str(result["float_perplexity"])), color="0.4", ls="--", lw=1, label="the float model")
     axes.set_yscale("log")
     axes.set_ylim(float(str(result["float_perplexity"])) * 0.93, 120)
-    axes.set_yticks([12, 15, 20, 30, 50, 100], ["12", "15", "20", "30", "50", "100"])
+    axes.set_yticks([10, 12, 15, 20, 30, 50, 100], ["10", "12", "15", "20", "30", "50", "100"])
     axes.minorticks_off()
     axes.set_xlabel("stored bits per weight, scales and tables included")
     axes.set_ylabel("perplexity on held-out modules")

@@ -217,7 +217,7 @@ def test_a_full_disk_is_said_and_resumed(source: Path, tmp_path: Path, monkeypat
             raise OSError(errno.ENOSPC, "No space left on device")
 
         patch.setattr(output_module, "save_file", full)
-        with pytest.raises(OutputError, match="disk is full.*--resume"):
+        with pytest.raises(OutputError, match=r"disk is full.*--resume"):
             run(recipe, tmp_path / "q")
     run(recipe, tmp_path / "q", resume=True)
     load(tmp_path / "q")

@@ -3,12 +3,12 @@
 import math
 import re
 import shutil
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomllib
 
 from fracbit.errors import DataError, OutputError
 from fracbit.records.recipe import Recipe

@@ -29,7 +29,7 @@ def load(
     source = open_checkpoint(model, trust_remote_code, revision)
     register()
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             source.folder, dtype=dtype, trust_remote_code=trust_remote_code
@@ -38,7 +38,7 @@ def load(
         raise SourceError(f"{model} cannot be loaded as a causal language model: {error}") from error
     finally:
         if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            logging.enable_progress_bar()
     return loaded.to(torch.device(device)).eval()  # type: ignore[arg-type,no-any-return]
 
 

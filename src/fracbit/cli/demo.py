@@ -50,7 +50,7 @@ def demo(
     )
     print(f"protocol: {protocol}")
     print(
-        f"checkpoints: {output}/; try: fracbit generate {output / 'nf4-64'} 'def main(' --max-new-tokens 64"
+        f"checkpoints: {output}/; try: fracbit generate {output / 'nf4-64'} 'def main(' --max-new-tokens 64 --temperature 0.6"
     )
 
 

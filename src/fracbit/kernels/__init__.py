@@ -1,4 +1,4 @@
-"""Kernels: y = x W^T for packed weights. The slow torch reference is the definition; native CPU code and Triton stand beside it."""
+"""Kernels: y = x W^T for packed weights. The slow torch reference is the definition; fast ones stand beside it."""
 
 from fracbit.kernels.kernel import Activations, Kernel
 from fracbit.kernels.linear import PackedLinear

@@ -13,6 +13,7 @@ decoded rows that stay in the cache, multiplied by torch's own matrix product.
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,12 +36,12 @@ TILE_BYTES = 1 << 20  # of decoded weights: about a core's second-level cache
 
 def _load() -> tuple[ModuleType | None, str]:
     try:
-        from fracbit.kernels import _native
+        native = importlib.import_module("fracbit.kernels._native")
     except ImportError as error:
         return None, f"the native module was not built ({error}); install with a C++17 compiler to have it"
-    if _native.abi() != ABI:
-        return None, f"the native module is of another version ({_native.abi()}, needed {ABI}); build it again"
-    return _native, f"native, instruction sets {', '.join(_native.instruction_sets())}"
+    if native.abi() != ABI:
+        return None, f"the native module is of another version ({native.abi()}, needed {ABI}); build it again"
+    return native, f"native, instruction sets {', '.join(native.instruction_sets())}"
 
 
 NATIVE, NOTE = _load()

@@ -25,7 +25,7 @@ from fracbit.numerics.packed import PackedTensor, decode, from_parts, parts_of
 from fracbit.records.scheme import Scheme
 
 _Entry = tuple[tuple[int, ...], tuple[int, ...], str, Kernel, Any]
-_prepared: WeakIdKeyDictionary[Tensor, _Entry] = WeakIdKeyDictionary()
+_prepared = WeakIdKeyDictionary()  # codes: Tensor -> _Entry
 
 
 def spec_of(packed: PackedTensor) -> str:

@@ -139,7 +139,8 @@ def check_rotatable(block: nn.Module, family: Family) -> None:
 def scaling_sites(block: nn.Module, family: Family, config: Any) -> list[tuple[tuple[str, ...], Norm | Pair]]:
     """Where factors can be folded: (readers of one input, what produces it), in order of use."""
     folding = [norm for norm in norms(block, family) if norm.exclusive and norm.readers]
-    return [(producer.readers, producer) for producer in (*folding, *pairs(block, family, config))]
+    producers: list[Norm | Pair] = [*folding, *pairs(block, family, config)]
+    return [(producer.readers, producer) for producer in producers]
 
 
 def _turn_rows(module: nn.Module, matrix: Tensor) -> None:

@@ -114,7 +114,20 @@ class Workbench:
             "window_nll": tuple(round(nats, 4) for nats in found.window_nll),
             "window_tokens": found.window_tokens,
             "evaluation_seconds": found.seconds,
+            "accuracies": self._ask(run.evaluation) if run.evaluation.tasks else {},
         }
+
+    def _ask(self, evaluation: Evaluation) -> dict[str, float]:
+        """Zero-shot accuracies by lm-eval; `mean_of_four` when all of the scaling paper's tasks are asked."""
+        from fracbit.evaluate.local_tasks import LocalTask
+        from fracbit.evaluate.zero_shot import zero_shot
+
+        if self.tokenizer is None:
+            raise SourceError(f"model {self.source.model} has no tokenizer: zero-shot tasks are text")
+        tasks = [LocalTask(Path(task).stem, self.root / task) if task.endswith(".yaml") else task for task in evaluation.tasks]
+        found = zero_shot(self.model, self.tokenizer, tasks, limit=evaluation.limit)
+        scores = {score.task: score.accuracy for score in found.scores if score.accuracy is not None}
+        return scores if found.paper_mean is None else {**scores, "mean_of_four": found.paper_mean}
 
     def _pass(self, reference: dict[int, Tensor]) -> tuple[Perplexity, float | None, float | None]:
         """One pass over the text gives the loss and, where the float model's are kept, what moved."""

@@ -77,7 +77,7 @@ def quantize(
 ) -> None:
     """Quantize MODEL into a folder that transformers loads once fracbit is imported."""
     if recipe is None and model is not None and model.endswith(".toml"):
-        model, recipe = None, Path(model)
+        recipe, model = Path(model), None
     scheme = {
         "dtype": dtype,
         "bits": bits,

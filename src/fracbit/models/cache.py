@@ -73,7 +73,7 @@ class PackedLayer(DynamicLayer):
     values: Tensor
 
     def __init__(self, bits: int, window: int, group: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bits, self.window, self.group = bits, window, group
         self.rounded: tuple[Rounded, Rounded] | None = None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,6 +49,17 @@ def quantize(
         str | None, typer.Option(help="Round activations too: int8, int8/tensor, power8/token; needs calibration.")
     ] = None,
     distill: Annotated[int | None, typer.Option(help="Epochs of self-distillation after the last block.")] = None,
+    preset: Annotated[str | None, typer.Option(help="best: what loses least at --average-bits, with --calibration.")] = None,
+    average_bits: Annotated[
+        float | None, typer.Option(help="Stored bits per quantized weight, any fraction, divided over the layers.")
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="Size of all weight files, such as 1.2GB.")] = None,
+    fits: Annotated[str | None, typer.Option(help="Memory of a device, such as 8GB; see --context.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens of context that must fit beside the weights.")] = 2048,
+    levels: Annotated[str | None, typer.Option(help="Schemes a budget chooses from, such as nf4/64,nf2/64.")] = None,
+    held_out: Annotated[
+        str | None, typer.Option(help="Text: the divided budget must beat the best uniform scheme on it.")
+    ] = None,
     embeddings: Annotated[str | None, typer.Option(help="Scheme of the embeddings, such as int8:64.")] = None,
     head: Annotated[str | None, typer.Option(help="Scheme of the output head, such as int8:64.")] = None,
     keep: Annotated[
@@ -66,7 +77,7 @@ def quantize(
 ) -> None:
     """Quantize MODEL into a folder that transformers loads once fracbit is imported."""
     if recipe is None and model is not None and model.endswith(".toml"):
-        model, recipe = None, Path(model)
+        recipe, model = Path(model), None
     scheme = {
         "dtype": dtype,
         "bits": bits,
@@ -97,11 +108,15 @@ def quantize(
         "axis": "gptq" if axis == "auto" else None,
     }
     made = merged_recipe(recipe, flags, scheme, keep or [], plan)
+    from fracbit.pipeline.budget import Spending, budgeted
+
     if output is None:
         raise RecipeError("no output folder; name one with -o OUT")
     if shard_size < 1:
         raise RecipeError(f"--shard-size must be at least 1 (MB), got {shard_size}")
+    spending = Spending(preset, average_bits, size, fits, context, levels, held_out=held_out)
     with progress(json) as show:
+        made, notes = budgeted(made, spending, show)
         if made.calibration is not None:
             from fracbit.pipeline.calibrated import run_calibrated
 
@@ -110,6 +125,7 @@ def quantize(
             from fracbit.pipeline.run import run
 
             result = run(made, output, overwrite, resume, shard_size << 20, show)
+    result = replace(result, notes=(*notes, *result.notes))
     if json:
         print_json(asdict(result))
         return

@@ -134,7 +134,7 @@ def test_bad_input(model: Path, text: Path, tmp_path: Path) -> None:
     (out / "mine").write_text("")
     assert "not empty" in bad("quantize", model, "-o", out)
     assert "no tokens" in bad("generate", model, "")
-    assert "128 positions" in bad("generate", model, "def", "--max-new-tokens", 1000)
+    assert "128 positions" in bad("generate", model, "def", "--max-new-tokens", 1000, "--json")
     assert "dtype 'float12' is not known" in bad("eval", model, "--text", text, "--dtype", "float12")
     assert "device 'nonsense' cannot be used" in bad("generate", model, "x", "--device", "nonsense")
     assert "no id of this model" in bad("eval", model, "--text", text, "--bos", 256)

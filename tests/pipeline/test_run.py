@@ -100,6 +100,31 @@ def test_embeddings_and_head(tiny_llama: Maker, tmp_path: Path, tied: bool, axis
     assert torch.equal(logits(load(tmp_path / "again")), logits(model))
 
 
+def test_a_tied_table_under_the_heads_name_only(tiny_llama: Maker, tmp_path: Path) -> None:
+    tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "float")
+    state = load_file(tmp_path / "float" / "model.safetensors")
+    state["lm_head.weight"] = state.pop("model.embed_tokens.weight")
+    save_file(state, tmp_path / "float" / "model.safetensors", metadata={"format": "pt"})
+    run(Recipe(model=str(tmp_path / "float"), embeddings=Scheme("int", 8, 32)), tmp_path / "q")
+    model = load(tmp_path / "q")
+    assert isinstance(model.get_input_embeddings(), QuantEmbedding)
+    assert isinstance(model.lm_head, TiedHead)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_cast_leaves_the_stored_bytes_alone(tiny_llama: Maker, tmp_path: Path, tied: bool) -> None:
+    tiny_llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "float")
+    run(Recipe(model=str(tmp_path / "float"), embeddings=Scheme("int", 8, 32), scheme=Scheme("nf", 4, 32)), tmp_path / "q")
+    model = load(tmp_path / "q")
+    before = logits(model)
+    scales = model.model.layers[0].mlp.up_proj.weight_scales.clone()
+    model.to(torch.bfloat16)
+    found = logits(model)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight_scales, scales)
+    assert torch.allclose(found.float(), before, atol=0.05)
+
+
 def _decoded(model: torch.nn.Module, like: LlamaForCausalLM) -> LlamaForCausalLM:
     """`like` with every packed weight of `model` decoded into it."""
     for name, module in model.named_modules():

@@ -81,7 +81,7 @@ def make_schedule(
         raise SourceError(
             f"{source.name} lacks {len(places.missing)} tensors of its model, such as {places.missing[0]}"
         )
-    items = [_item(name, place, source, layers, decisions) for name, place in places.tensors.items()]
+    items = [_item(name, place, source, layers, decisions) for name, place in _owned(places.tensors, model).items()]
     items += [Item(name, Origin(name), source.tensors[name].bytes, unused=True) for name in places.unused]
     items = _without_tied(items, source, model)
     family = family_of(model)
@@ -163,6 +163,12 @@ def _item(
     kind = "embedding" if layer.kind == "embedding" or layer.tied else "linear"
     stored = StoredLayer(decision.scheme, (layer.out, layer.width), kind=kind)  # type: ignore[arg-type]
     return Item(name, place, stored.bytes, layer, stored)
+
+
+def _owned(tensors: Mapping[str, Origin], model: PreTrainedModel) -> dict[str, Origin]:
+    """A tied tensor that the source holds only under its borrower's name (a head without a table) gets its owner's."""
+    owners = {name: owner for name, owner in model.all_tied_weights_keys.items() if owner not in tensors}
+    return {owners.get(name, name): place for name, place in tensors.items()}
 
 
 def _without_tied(items: list[Item], source: Source, model: PreTrainedModel) -> list[Item]:

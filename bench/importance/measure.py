@@ -58,13 +58,21 @@ def measure_scores(subject: Subject, name: str, calibration: torch.Tensor, out: 
         units = subject.weights.units(granularity)
         for score in BLIND:
             for seed in range(8 if score == "random" else 1):
-                for unit, value in make_scores(subject, units, score, ids=calibration, seed=seed).values.items():
+                for unit, value in make_scores(
+                    subject, units, score, ids=calibration, seed=seed
+                ).values.items():
                     label = f"random {seed}" if score == "random" else score
-                    table.add(model=name, granularity=granularity, score=label, low="", unit=unit, value=value)
+                    table.add(
+                        model=name, granularity=granularity, score=label, low="", unit=unit, value=value
+                    )
         for low in dict.fromkeys(pair[1] for pair in pairs):
             for score in SEEING:
-                for unit, value in make_scores(subject, units, score, read_level(low), calibration).values.items():
-                    table.add(model=name, granularity=granularity, score=score, low=low, unit=unit, value=value)
+                for unit, value in make_scores(
+                    subject, units, score, read_level(low), calibration
+                ).values.items():
+                    table.add(
+                        model=name, granularity=granularity, score=score, low=low, unit=unit, value=value
+                    )
 
 
 def measure_subsets(subject: Subject, name: str, evaluation: torch.Tensor, out: Path, pairs: tuple) -> None:
@@ -74,12 +82,16 @@ def measure_subsets(subject: Subject, name: str, evaluation: torch.Tensor, out: 
     table.add(model=name, high="float", low="float", mask="", bits=16.0, nll=measure(subject, evaluation).nll)
     for high, low in pairs:
         schemes = {"0": read_level(high), "1": read_level(low)}
-        done = {label: rounded(subject, {n: s for u in units for n in u.shapes}) for label, s in schemes.items()}
+        done = {
+            label: rounded(subject, {n: s for u in units for n in u.shapes}) for label, s in schemes.items()
+        }
         for mask in map("".join, itertools.product("01", repeat=len(units))):
             chosen = {n: done[flag][n] for flag, unit in zip(mask, units, strict=True) for n in unit.shapes}
             bits = sum(unit.bits(schemes[flag]) for flag, unit in zip(mask, units, strict=True)) / weights
             with replaced(subject, chosen):
-                table.add(model=name, high=high, low=low, mask=mask, bits=bits, nll=measure(subject, evaluation).nll)
+                table.add(
+                    model=name, high=high, low=low, mask=mask, bits=bits, nll=measure(subject, evaluation).nll
+                )
 
 
 def measure_pruning(subject: Subject, name: str, evaluation: torch.Tensor, out: Path) -> None:

@@ -58,7 +58,11 @@ def points(path: Path, model: str, some: list[LensPoint]) -> None:
 def curves(subject: Subject, name: str, ids: torch.Tensor, out: Path) -> None:
     for target in ("weights", "activations"):
         for kind in PERTURBATIONS:
-            points(out / "intensity.csv", name, intensity_curves(subject, ids, [kind], INTENSITIES, target, seeds=SEEDS))
+            points(
+                out / "intensity.csv",
+                name,
+                intensity_curves(subject, ids, [kind], INTENSITIES, target, seeds=SEEDS),
+            )
 
 
 def schemes(subject: Subject, name: str, ids: torch.Tensor, out: Path) -> None:
@@ -68,8 +72,10 @@ def schemes(subject: Subject, name: str, ids: torch.Tensor, out: Path) -> None:
         scheme = read_level(label)
         assert scheme is not None
         found = [probe(subject, ids, rounding(scheme), f"{label} itself", seeds=(0,), base=base)]
-        for kind in ("gaussian", "uniform", "rademacher", "growing", "shrinking"):
-            found.append(probe(subject, ids, noise_like(kind, scheme), f"{label} as {kind}", seeds=SEEDS, base=base))
+        found += [
+            probe(subject, ids, noise_like(kind, scheme), f"{label} as {kind}", seeds=SEEDS, base=base)
+            for kind in ("gaussian", "uniform", "rademacher", "growing", "shrinking")
+        ]
         points(out / "schemes.csv", name, found)
 
 
@@ -77,11 +83,22 @@ def clipped(subject: Subject, name: str, ids: torch.Tensor, out: Path) -> None:
     base = measure(subject, ids).nll
     for target in ("weights", "activations"):
         for share in (0.0001, 0.001, 0.01):
-            for kind, error, seeds in (("clip", clip(share), (0,)), ("noise there", noise_like_clipping(share), SEEDS)):
-                found = probe(subject, ids, error, f"{kind} {100 * share:g} %", target, seeds=seeds, base=base)
-                spread = probe(subject, ids, noise("gaussian", found.intensity), f"noise everywhere, as {kind} {100 * share:g} %",
-                               target, seeds=SEEDS, base=base)  # fmt: skip
-                points(out / "clipping.csv", name, [found, spread] if kind == "clip" else [found])
+            for kind, error, seeds in (
+                ("clip", clip(share, "tensor"), (0,)),
+                ("noise there", noise_like_clipping(share, "tensor"), SEEDS),
+            ):
+                found = probe(
+                    subject, ids, error, f"{kind} {100 * share:g} %", target, seeds=seeds, base=base
+                )
+                points(out / "clipping.csv", name, [found])
+                if kind == "clip":
+                    everywhere = noise("gaussian", found.intensity, "tensor")
+                    label = f"noise everywhere {100 * share:g} %"
+                    points(
+                        out / "clipping.csv",
+                        name,
+                        [probe(subject, ids, everywhere, label, target, seeds=SEEDS, base=base)],
+                    )
 
 
 def effects(subject: Subject, name: str, ids: torch.Tensor, out: Path) -> None:
@@ -90,7 +107,9 @@ def effects(subject: Subject, name: str, ids: torch.Tensor, out: Path) -> None:
     for target in ("weights", "activations"):
         points(out / "linears.csv", name, unit_effects(subject, ids, linears, errors, target, SEEDS))
         many = {kind: noise(kind, 0.15) for kind in ("gaussian", "growing", "shrinking")}
-        points(out / "modules.csv", name, unit_effects(subject, ids, per_module(subject), many, target, SEEDS))
+        points(
+            out / "modules.csv", name, unit_effects(subject, ids, per_module(subject), many, target, SEEDS)
+        )
     real = {label: rounding(read_level(label)) for label in ("int4z/64", "int3z/64", "int2z/64")}  # type: ignore[arg-type]
     points(out / "linears.csv", name, unit_effects(subject, ids, linears, real, "weights", (0,)))
     blocks = {unit.name: list(unit.shapes) for unit in subject.weights.units()}
@@ -113,7 +132,16 @@ def nonuniform(subject: Subject, name: str, ids: torch.Tensor, out: Path) -> Non
             with replaced(subject, noisy):
                 change = measure(subject, ids).nll - base
             exponents = " ".join(sorted(set(used))) if dtype == "searched" else ""
-            rows.append({"model": name, "setting": "W4", "granularity": str(block), "type": dtype, "change": change, "used": exponents})
+            rows.append(
+                {
+                    "model": name,
+                    "setting": "W4",
+                    "granularity": str(block),
+                    "type": dtype,
+                    "change": change,
+                    "used": exponents,
+                }
+            )
     append(out / "nonuniform.csv", rows)
     rows = []
     for setting, weight_bits, bits in (("W8A8", 8, 8), ("W4A8", 4, 8), ("W8A4", 8, 4)):
@@ -121,11 +149,18 @@ def nonuniform(subject: Subject, name: str, ids: torch.Tensor, out: Path) -> Non
             for dtype in ("int", "power:1/3", "power:1/2", "nf"):
                 everything = list(subject.weights.layers)
                 with ExitStack() as stack:
-                    stack.enter_context(perturbed(subject, rounding(Scheme(dtype, weight_bits, "row")), "weights", everything, 0))
-                    stack.enter_context(perturbed(subject, rounding(Scheme(dtype, bits, block)), "activations", everything, 0))
+                    stack.enter_context(
+                        perturbed(
+                            subject, rounding(Scheme(dtype, weight_bits, "row")), "weights", everything, 0
+                        )
+                    )
+                    stack.enter_context(
+                        perturbed(subject, rounding(Scheme(dtype, bits, block)), "activations", everything, 0)
+                    )
                     change = measure(subject, ids).nll - base
-                rows.append({"model": name, "setting": setting, "granularity": f"activations per {'token' if block == 'row' else 'tensor'}",
-                             "type": dtype, "change": change, "used": ""})  # fmt: skip
+                shared = f"activations per {'token' if block == 'row' else 'tensor'}"
+                rows.append({"model": name, "setting": setting, "granularity": shared, "type": dtype,
+                             "change": change, "used": ""})  # fmt: skip
     append(out / "nonuniform.csv", rows)
 
 
@@ -136,10 +171,20 @@ def profiles(subject: Subject, name: str, out: Path) -> None:
         sums: dict[int, list[float]] = {}
         for layer in subject.weights.layers:
             weight = subject.weights.read(layer)
-            for index, (size, error, _) in enumerate(error_profile(weight, scheme_error(weight, Scheme(dtype, 4, "row")), "row", 12)):
+            for index, (size, error, _) in enumerate(
+                error_profile(weight, scheme_error(weight, Scheme(dtype, 4, "row")), "row", 12)
+            ):
                 sums.setdefault(index, []).append(size)
                 sums.setdefault(100 + index, []).append(error)
-        rows += [{"model": name, "type": dtype, "size": float(np.mean(sums[i])), "error": float(np.mean(sums[100 + i]))} for i in range(12)]
+        rows += [
+            {
+                "model": name,
+                "type": dtype,
+                "size": float(np.mean(sums[i])),
+                "error": float(np.mean(sums[100 + i])),
+            }
+            for i in range(12)
+        ]
     append(out / "profiles.csv", rows)
 
 

@@ -57,7 +57,9 @@ def test_every_score_names_every_unit_and_leaves_the_model_alone(
 
 
 @pytest.mark.parametrize("name", ["lim", "weight-error", "gram-error", "fisher", "oracle"])
-def test_losses_cover_every_scheme_and_float_costs_nothing(subject: Subject, ids: torch.Tensor, name: str) -> None:
+def test_losses_cover_every_scheme_and_float_costs_nothing(
+    subject: Subject, ids: torch.Tensor, name: str
+) -> None:
     losses = make_losses(subject, subject.weights.units(), name, (INT2, INT8, None), ids)
     for row in losses.rows.values():
         assert row[2] == 0
@@ -74,7 +76,9 @@ def test_lim_is_the_cosine_of_raw_states(subject: Subject, ids: torch.Tensor) ->
         assert value == pytest.approx(-float(torch.cosine_similarity(x, y, dim=-1).mean()), abs=1e-6)
         if index == 2:
             y = subject.model.model.norm(y).detach()
-        assert normed.values[name] == pytest.approx(-float(torch.cosine_similarity(x, y, dim=-1).mean()), abs=1e-6)
+        assert normed.values[name] == pytest.approx(
+            -float(torch.cosine_similarity(x, y, dim=-1).mean()), abs=1e-6
+        )
         hidden = after
 
 

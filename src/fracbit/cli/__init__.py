@@ -7,7 +7,21 @@ import sys
 
 import typer
 
-from fracbit.cli import bench, chat, demo, evaluate, generate, inspect, quantize, report, sweep
+from fracbit.cli import (
+    bench,
+    chat,
+    demo,
+    evaluate,
+    generate,
+    inspect,
+    lens,
+    plan,
+    prune,
+    quantize,
+    report,
+    score,
+    sweep,
+)
 from fracbit.errors import FracbitError
 
 app = typer.Typer(
@@ -24,6 +38,10 @@ app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)
+app.command("score")(score.score)
+app.command("plan")(plan.plan)
+app.command("prune")(prune.prune)
+app.command("lens")(lens.lens)
 app.command("sweep")(sweep.sweep)
 app.command("report")(report.report)
 

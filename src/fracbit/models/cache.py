@@ -69,9 +69,11 @@ class PackedLayer(DynamicLayer):
     """One layer's cache: `keys` and `values` are the window in full precision, older tokens are codes."""
 
     is_croppable = False
+    keys: Tensor  # set by lazy_initialization, before anything reads them
+    values: Tensor
 
     def __init__(self, bits: int, window: int, group: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bits, self.window, self.group = bits, window, group
         self.rounded: tuple[Rounded, Rounded] | None = None
 

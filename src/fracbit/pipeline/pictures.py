@@ -33,20 +33,39 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
         raise OutputError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def draw_bits(path: Path, schemes: Mapping[str, Scheme | None], shapes: Mapping[str, tuple[int, int]], blocks: str) -> None:
+def draw_bits(
+    path: Path, schemes: Mapping[str, Scheme | None], shapes: Mapping[str, tuple[int, int]], blocks: str
+) -> None:
     """Heat map of stored bits per weight, blocks down and modules across; `blocks` is the path of the list of blocks."""
     rows = []
     for name, scheme in schemes.items():
         number, _, module = name.removeprefix(f"{blocks}.").partition(".")
         bits = scheme_bits(scheme, shapes[name]) / (shapes[name][0] * shapes[name][1])
-        rows.append({"block": int(number), "module": module, "scheme": str(scheme or "float"), "bits_per_weight": bits})
+        rows.append(
+            {
+                "block": int(number),
+                "module": module,
+                "scheme": str(scheme or "float"),
+                "bits_per_weight": bits,
+            }
+        )
     write_csv(path.with_suffix(".csv"), rows)
     table = [(str(row["block"]), str(row["module"]), float(str(row["bits_per_weight"]))) for row in rows]
-    heat_map(path, table, "stored bits per weight", "block", "{:.2f}")
+    heat_map(path, table, "stored bits per weight", "block", "{:.2f}", span=1.0)
 
 
-def heat_map(path: Path, cells: Sequence[tuple[str, str, float]], what: str, down: str, text: str = "{:.3g}") -> None:
-    """Cells (row, column, value) as a map of colours with the values written in; cells that are missing stay white."""
+def heat_map(
+    path: Path,
+    cells: Sequence[tuple[str, str, float]],
+    what: str,
+    down: str,
+    text: str = "{:.3g}",
+    span: float = 1e-9,
+) -> None:
+    """Cells (row, column, value) as a map of colours with the values written in; cells that are missing stay white.
+
+    The colours cover at least `span`: a hundredth of a bit must not look like the difference of night and day.
+    """
     figure_class, colours = _matplotlib()
     rows, columns = (list(dict.fromkeys(cell[i] for cell in cells)) for i in (0, 1))
     grid = [[math.nan] * len(columns) for _ in rows]
@@ -55,7 +74,7 @@ def heat_map(path: Path, cells: Sequence[tuple[str, str, float]], what: str, dow
     figure = figure_class(figsize=(2.2 + 0.75 * len(columns), 1.6 + 0.3 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     finite = [value for _, _, value in cells if math.isfinite(value)]
-    norm = colours.Normalize(min(finite), max(finite) if max(finite) > min(finite) else min(finite) + 1)
+    norm = colours.Normalize(min(finite), max(max(finite), min(finite) + span))
     picture = axes.imshow(grid, aspect="auto", cmap="viridis", norm=norm)
     for y, line in enumerate(grid):
         for x, value in enumerate(line):
@@ -69,9 +88,15 @@ def heat_map(path: Path, cells: Sequence[tuple[str, str, float]], what: str, dow
     _save(figure, path)
 
 
-def draw_plan(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], chosen: tuple[float, float], loss: str) -> None:
+def draw_plan(
+    path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], chosen: tuple[float, float], loss: str
+) -> None:
     """Predicted loss against stored bits per weight for each solver; the uniform schemes are points, the chosen one a ring."""
-    rows = [{"solver": name, "bits_per_weight": x, "predicted_loss": y} for name, line in curves.items() for x, y in line]
+    rows = [
+        {"solver": name, "bits_per_weight": x, "predicted_loss": y}
+        for name, line in curves.items()
+        for x, y in line
+    ]
     write_csv(path.with_suffix(".csv"), rows)
     figure_class, _ = _matplotlib()
     figure = figure_class(figsize=(6.4, 4.2), layout="constrained")
@@ -80,7 +105,9 @@ def draw_plan(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], c
         xs, ys = [x for x, _ in line], [y for _, y in line]
         style = "none" if name == "uniform" else "-"
         axes.plot(xs, ys, MARKS[index], linestyle=style, color=COLOURS[index], label=name, markersize=4)
-    axes.plot([chosen[0]], [chosen[1]], "o", markersize=12, markerfacecolor="none", color="black", label="chosen")
+    axes.plot(
+        [chosen[0]], [chosen[1]], "o", markersize=12, markerfacecolor="none", color="black", label="chosen"
+    )
     if all(y > 0 for line in curves.values() for _, y in line):
         axes.set_yscale("log")
     axes.set_xlabel("stored bits per weight")
@@ -99,14 +126,33 @@ def draw_intensity(path: Path, points: Sequence[LensPoint]) -> None:
     for column, target in enumerate(targets):
         axes = figure.add_subplot(1, len(targets), column + 1)
         for index, kind in enumerate(kinds):
-            line = sorted((p for p in points if (p.kind, p.target) == (kind, target)), key=lambda p: p.intensity)
+            line = sorted(
+                (p for p in points if (p.kind, p.target) == (kind, target)), key=lambda p: p.intensity
+            )
             xs = [p.intensity for p in line]
-            style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKS[index % len(MARKS)], "markersize": 4}
+            style = {
+                "color": COLOURS[index % len(COLOURS)],
+                "marker": MARKS[index % len(MARKS)],
+                "markersize": 4,
+            }
             axes.plot(xs, [p.change for p in line], label=kind, linewidth=1.2, **style)
-            axes.fill_between(xs, [p.low for p in line], [p.high for p in line], color=style["color"], alpha=0.15, linewidth=0)
+            axes.fill_between(
+                xs,
+                [p.low for p in line],
+                [p.high for p in line],
+                color=style["color"],
+                alpha=0.15,
+                linewidth=0,
+            )
         axes.set_xscale("log")
-        # Symmetric: small intensities may help by chance, and a plain logarithm would hide them.
-        axes.set_yscale("symlog", linthresh=0.01)
+        ticks = sorted({float(f"{point.intensity:.2g}") for point in points})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        if all(point.change > 0 for point in points if point.target == target):
+            axes.set_yscale("log", nonpositive="clip")
+        else:
+            # Small errors may help by chance, and a plain logarithm would hide them.
+            axes.set_yscale("symlog", linthresh=0.01)
         axes.set_title(f"noise in {target}", fontsize=10)
         axes.set_xlabel("relative intensity |delta| / |x|")
         axes.set_ylabel("loss change, nats per token")
@@ -123,7 +169,10 @@ def draw_lines(
     title: str = "",
 ) -> None:
     """Named lines of (x, y) with a marker at each point; their data goes beside the picture."""
-    write_csv(path.with_suffix(".csv"), [{"line": name, across: x, up: y} for name, line in lines.items() for x, y in line])
+    write_csv(
+        path.with_suffix(".csv"),
+        [{"line": name, across: x, up: y} for name, line in lines.items() for x, y in line],
+    )
     figure_class, _ = _matplotlib()
     figure = figure_class(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()

@@ -77,7 +77,7 @@ class _Shown(TextStreamer):
     """A `TextStreamer` that hands text to a function instead of printing it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Show) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.show = show
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -116,7 +116,7 @@ def padding(tokenizer: PreTrainedTokenizerBase) -> int:
     """Id that fills short rows; it is masked, so any will do where the tokenizer names none."""
     for name in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if name is not None:
-            return int(name)  # type: ignore[arg-type]
+            return int(name)
     return 0
 
 
@@ -204,7 +204,7 @@ class Chat:
         """Answer the user's `text`; both stay in the history."""
         messages = [*self.messages, {"role": "user", "content": text}]
         words = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids: list[int] = list(self.tokenizer(words, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+        ids: list[int] = list(self.tokenizer(words, add_special_tokens=False)["input_ids"])
         held = self.cache.get_seq_length()
         if ids[:held] != self.read[:held] or held >= len(ids):
             self.cache = new_cache(self.model, self.settings.kv_bits)

@@ -107,7 +107,7 @@ def test_a_format_of_the_future_is_refused(folder: Path, tmp_path: Path) -> None
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["format_version"] = 2
     (tmp_path / "new" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(FormatError, match="format version 2.*update fracbit"):
+    with pytest.raises(FormatError, match=r"format version 2.*update fracbit"):
         load(tmp_path / "new")
 
 

@@ -49,7 +49,12 @@ def problems(draw: st.DrawFn) -> tuple[tuple[Unit, ...], list[Scheme | None], Bu
     bits = draw(st.integers(sum(map(min, costs)), sum(map(max, costs))))
     budget = Budget(bits, sum(unit.weights for unit in units), "average bits")
     row = st.tuples(*[st.floats(-1, 10).map(lambda x: round(x, 3)) for _ in choices])
-    return units, choices, budget, Losses(tuple(choices), {unit.name: draw(row) for unit in units}, "drawn", "")
+    return (
+        units,
+        choices,
+        budget,
+        Losses(tuple(choices), {unit.name: draw(row) for unit in units}, "drawn", ""),
+    )
 
 
 def total(units: tuple[Unit, ...], choices: list[Scheme | None], picks: dict[str, int]) -> int:
@@ -71,8 +76,12 @@ def test_the_order_keeps_the_budget_and_uses_it_up(problem: tuple) -> None:
     found = by_order(units, choices, budget, scores, losses)
     assert found.bits == total(units, choices, found.picks) <= budget.bits
     for unit in units:
-        dearer = [cost for cost in map(unit.bits, choices) if cost > unit.bits(choices[found.picks[unit.name]])]
-        assert not dearer or found.bits - unit.bits(choices[found.picks[unit.name]]) + min(dearer) > budget.bits
+        dearer = [
+            cost for cost in map(unit.bits, choices) if cost > unit.bits(choices[found.picks[unit.name]])
+        ]
+        assert (
+            not dearer or found.bits - unit.bits(choices[found.picks[unit.name]]) + min(dearer) > budget.bits
+        )
 
 
 @settings(max_examples=60, deadline=None)
@@ -101,7 +110,9 @@ def test_the_exact_solver_beats_the_order_and_leaves_no_useful_step(problem: tup
     for unit in units:
         pick, row = found.picks[unit.name], losses.rows[unit.name]
         room = budget.bits - found.bits + unit.bits(choices[pick])
-        assert not [i for i, loss in enumerate(row) if loss < row[pick] - 1e-6 and unit.bits(choices[i]) <= room]
+        assert not [
+            i for i, loss in enumerate(row) if loss < row[pick] - 1e-6 and unit.bits(choices[i]) <= room
+        ]
 
 
 def test_a_large_model_is_solved_exactly_and_within_a_step() -> None:
@@ -111,7 +122,7 @@ def test_a_large_model_is_solved_exactly_and_within_a_step() -> None:
     choices = [Scheme("nf", bits, block) for bits in (2, 3, 4, 5, 6) for block in (32, 128)]
     generator = torch.Generator().manual_seed(0)
     rows = {
-        unit.name: tuple(w * 4.0 ** -scheme.bits * (1 + scheme.block / 256) for scheme in choices)
+        unit.name: tuple(w * 4.0**-scheme.bits * (1 + scheme.block / 256) for scheme in choices)
         for unit, w in zip(units, torch.rand(len(units), generator=generator).tolist(), strict=True)
     }
     losses = Losses(tuple(choices), rows, "drawn", "")
@@ -147,7 +158,11 @@ def test_units_of_blocks_of_linears_and_of_fused_linears() -> None:
 
 
 def test_tied_layers_stay_together_and_cost_once() -> None:
-    layers = [LayerShape("a", (8, 8), "0", "a"), LayerShape("b", (8, 8), "1", "b", tied="a"), LayerShape("c", (8, 8), "1", "c")]
+    layers = [
+        LayerShape("a", (8, 8), "0", "a"),
+        LayerShape("b", (8, 8), "1", "b", tied="a"),
+        LayerShape("c", (8, 8), "1", "c"),
+    ]
     for units in (make_units(layers), make_units(layers, "linear")):
         assert units[0].shapes.keys() == {"a", "b"}
         assert units[0].bits(INT[0]) == scheme_bits(INT[0], (8, 8))
@@ -190,14 +205,23 @@ def test_budgets_in_bytes() -> None:
     with pytest.raises(BudgetError, match="take 1 kB already"):
         file_size(1000, 100, 1000)
     plenty = device_memory(10**9, 4096, 10**6)
-    assert by_order(UNITS, [INT[0], INT[2]], plenty, SCORES).picks == dict.fromkeys((u.name for u in UNITS), 1)
+    assert by_order(UNITS, [INT[0], INT[2]], plenty, SCORES).picks == dict.fromkeys(
+        (u.name for u in UNITS), 1
+    )
     with pytest.raises(BudgetError, match="above the highest"):
         by_order(UNITS, [INT[0], INT[2]], file_size(10**9, 4096, 10**6), SCORES)
 
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("1.2GB", 1_200_000_000), ("800 MiB", 800 * 2**20), ("5kb", 5000), ("7", 7), ("6GiB", 6 * 2**30), (".5m", 500_000)],
+    [
+        ("1.2GB", 1_200_000_000),
+        ("800 MiB", 800 * 2**20),
+        ("5kb", 5000),
+        ("7", 7),
+        ("6GiB", 6 * 2**30),
+        (".5m", 500_000),
+    ],
 )
 def test_sizes_are_read(text: str, size: int) -> None:
     assert read_size(text) == size

@@ -21,16 +21,22 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def slope(weights: dict[str, Tensor], scheme: Scheme, seed: int) -> Tensor:
-    return torch.stack([(normal(*w.shape, seed=seed) * error_of(w, scheme)).sum() for w in weights.values()]).sum()
+    return torch.stack(
+        [(normal(*w.shape, seed=seed) * error_of(w, scheme)).sum() for w in weights.values()]
+    ).sum()
 
 
 def view(seed: int = 0, index: int = 0, scale: float = 1.0) -> LayerView:
     """A unit of two linears with everything that any score asks for."""
     weights = {"a": normal(24, 64, seed=seed) * scale, "b": normal(64, 24, seed=seed + 1) * scale}
-    stats = {name: observe(empty(w.shape[1]), normal(50, w.shape[1], seed=seed + 2)) for name, w in weights.items()}
+    stats = {
+        name: observe(empty(w.shape[1]), normal(50, w.shape[1], seed=seed + 2)) for name, w in weights.items()
+    }
     gradients = {name: normal(*w.shape, seed=seed + 3) for name, w in weights.items()}
     slopes = {scheme: torch.stack([slope(weights, scheme, s) for s in range(4)]) for scheme in (INT2, INT4)}
-    return LayerView(f"l{index}", index, 3, weights, stats, gradients, slopes, 16, 0.9, {INT2: 0.5, INT4: 0.01}, 7)
+    return LayerView(
+        f"l{index}", index, 3, weights, stats, gradients, slopes, 16, 0.9, {INT2: 0.5, INT4: 0.01}, 7
+    )
 
 
 def compute(name: str, unit: LayerView, scheme: Scheme = INT2) -> float:
@@ -100,7 +106,9 @@ def test_zd_pools_matrices_or_not() -> None:
     assert -compute("zd", unit) < 0.13
 
 
-@pytest.mark.parametrize("bad", [torch.ones(4, 4), torch.full((4, 4), math.nan), torch.full((4, 4), math.inf)])
+@pytest.mark.parametrize(
+    "bad", [torch.ones(4, 4), torch.full((4, 4), math.nan), torch.full((4, 4), math.inf)]
+)
 def test_weights_without_z_scores_are_refused(bad: Tensor) -> None:
     with pytest.raises(WeightError, match="no z-scores"):
         share_above([bad])

@@ -1,6 +1,7 @@
 """Laws of the lens: every perturbation has the norm that was asked for in every scaling unit, and the character it claims."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from fracbit.errors import RecipeError
 from fracbit.lens import (
     PERTURBATIONS,
     UnitOf,
+    best_exponent,
     clipping,
     error_profile,
     from_units,
@@ -55,7 +57,9 @@ names = st.sampled_from(sorted(PERTURBATIONS))
 
 
 @given(st.sampled_from(UNITS), names, st.floats(1e-4, 2), st.integers(2, 20), st.integers(2, 90))
-def test_every_unit_has_the_intensity(unit: UnitOf, name: str, intensity: float, out: int, width: int) -> None:
+def test_every_unit_has_the_intensity(
+    unit: UnitOf, name: str, intensity: float, out: int, width: int
+) -> None:
     x = tensor(out, width)
     delta = perturb(x, name, intensity, unit, seeded())
     got = to_units(delta, unit)[0].double().norm(dim=1) / to_units(x, unit)[0].double().norm(dim=1)
@@ -149,7 +153,10 @@ def test_unknown_kinds_are_named() -> None:
 
 def test_the_profile_of_power_grows_and_that_of_int_does_not() -> None:
     """The step of sign(x)|x|^(1/3) grows as |x|^(2/3); methods.md measured .018 .040 .071 .119 by |x| on heavy tails."""
-    x = torch.randn(64, 4096, generator=seeded()) / torch.randn(64, 4096, generator=seeded(1)).square().add(0.3).sqrt()
+    x = (
+        torch.randn(64, 4096, generator=seeded())
+        / torch.randn(64, 4096, generator=seeded(1)).square().add(0.3).sqrt()
+    )
     profiles = {}
     for dtype in ("int", "power"):
         profile = error_profile(x, scheme_error(x, Scheme(dtype, 8, "row")), "row", bins=8)
@@ -158,3 +165,17 @@ def test_the_profile_of_power_grows_and_that_of_int_does_not() -> None:
     assert profiles["power"] == sorted(profiles["power"])
     assert profiles["power"][-1] > 4 * profiles["power"][0]
     assert max(profiles["int"]) < 1.3 * min(profiles["int"])
+
+
+def test_the_searched_exponent_follows_the_tails() -> None:
+    """Short blocks of a Gaussian want nearly even steps, heavy tails in long rows a small exponent."""
+    normal = torch.randn(64, 4096, generator=seeded())
+    heavy = normal / torch.randn(64, 4096, generator=seeded(1)).square().add(0.1).sqrt()
+    short = best_exponent(normal, Scheme(bits=4, block=64))
+    long = best_exponent(heavy, Scheme(bits=4, block="row"))
+    assert float(Fraction(short.dtype.removeprefix("power:"))) > float(
+        Fraction(long.dtype.removeprefix("power:"))
+    )
+    for x, found in ((normal, short), (heavy, long)):
+        fixed = scheme_error(x, Scheme("power", 4, found.block)).norm()
+        assert scheme_error(x, found).norm() <= fixed

@@ -23,7 +23,7 @@ from fracbit.pipeline.calibrated import run_calibrated
 from fracbit.quantizers.gptq import Gptq
 from fracbit.quantizers.group import quantize_group
 from fracbit.records.calibration import Calibration
-from fracbit.records.recipe import Recipe
+from fracbit.records.recipe import Override, Recipe
 from fracbit.records.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -58,11 +58,18 @@ def recipe(source: Path, ids: Path, quantizer: str = "gptq", scheme: Scheme = SC
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.is_file()}
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.is_file()
+    }
 
 
 def manifest(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "fracbit.json").read_text())  # type: ignore[no-any-return]
+
+
+def logits(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=x).logits  # type: ignore[no-any-return]
 
 
 def test_first_block_is_what_the_quantizer_gives(source: Path, ids: Path, tmp_path: Path) -> None:
@@ -141,8 +148,13 @@ def test_chosen_axes_lose_less_than_either(source: Path, ids: Path, tmp_path: Pa
     ):
         run_calibrated(recipe(source, ids, scheme=scheme, axis=axis, chain="float"), tmp_path / name)
         rows = manifest(tmp_path / name)["layers"]
-        losses[name] = [rows[layer]["loss"] for layer in sorted(rows) if layer.endswith(("o_proj", "down_proj"))]
-    assert all(both <= min(a, b) * 1.0001 for a, b, both in zip(losses["in"], losses["out"], losses["both"], strict=True))
+        losses[name] = [
+            rows[layer]["loss"] for layer in sorted(rows) if layer.endswith(("o_proj", "down_proj"))
+        ]
+    assert all(
+        both <= min(a, b) * 1.0001
+        for a, b, both in zip(losses["in"], losses["out"], losses["both"], strict=True)
+    )
 
 
 @pytest.mark.parametrize("tweak", ["adam", "closed", "auto"])
@@ -170,9 +182,17 @@ def test_experts_without_tokens_are_named(tmp_path: Path, ids: Path) -> None:
     torch.manual_seed(0)
     model = Qwen3MoeForCausalLM(
         Qwen3MoeConfig(
-            vocab_size=96, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=1,
-            num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=6, num_experts_per_tok=1,
-        )  # fmt: skip
+            vocab_size=96,
+            hidden_size=32,
+            intermediate_size=48,
+            moe_intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            num_experts=6,
+            num_experts_per_tok=1,
+        )
     )
     model.save_pretrained(tmp_path / "float")
     run_calibrated(recipe(tmp_path / "float", ids), tmp_path / "q")
@@ -181,7 +201,9 @@ def test_experts_without_tokens_are_named(tmp_path: Path, ids: Path) -> None:
     made, reference = load(tmp_path / "q"), model
     x = torch.arange(3, 40)[None]
     with torch.no_grad():
-        assert float((made(x).logits - reference(x).logits).abs().mean()) < float(reference(x).logits.abs().mean())
+        assert float((made(x).logits - reference(x).logits).abs().mean()) < float(
+            reference(x).logits.abs().mean()
+        )
 
 
 def test_bad_input(source: Path, ids: Path, tmp_path: Path, tiny_llama: Maker) -> None:
@@ -190,7 +212,7 @@ def test_bad_input(source: Path, ids: Path, tmp_path: Path, tiny_llama: Maker) -
     with pytest.raises(DataError, match="fewer than"):
         run_calibrated(recipe(source, ids, samples=600), tmp_path / "b")
     outside = tmp_path / "big.u16"
-    np.full(500, 200, dtype=np.uint16).tofile(outside)
+    np.full(480, 200, dtype=np.uint16).tofile(outside)
     with pytest.raises(DataError, match="outside the vocabulary"):
         run_calibrated(recipe(source, outside), tmp_path / "c")
     broken = tiny_llama()
@@ -199,3 +221,115 @@ def test_bad_input(source: Path, ids: Path, tmp_path: Path, tiny_llama: Maker) -
     broken.save_pretrained(tmp_path / "nan")
     with pytest.raises(WeightError, match=r"layers\.1\.mlp\.gate_proj.*sample 0"):
         run_calibrated(recipe(tmp_path / "nan", ids), tmp_path / "d")
+
+
+def test_distillation_lowers_the_divergence_and_is_saved(source: Path, tmp_path: Path) -> None:
+    model, ids = load(source), tmp_path / "more.u16"
+    with torch.no_grad():
+        model.lm_head.weight *= 30  # a model that knows what it wants
+    model.save_pretrained(tmp_path / "float")
+    np.random.default_rng(1).integers(3, 96, 256 * 24, dtype=np.uint16).tofile(ids)
+    scheme = Scheme("kmeans", 2, 24, scale="int8:64")
+    for name, epochs in (("plain", 0), ("distilled", 2)):
+        asked = recipe(tmp_path / "float", ids, scheme=scheme, distill=epochs, samples=256, batch=32, rate=1e-3)
+        run_calibrated(asked, tmp_path / name)
+    facts = manifest(tmp_path / "distilled")["distilled"]
+    assert 0 < facts["after"] < 0.95 * facts["before"]
+    x = torch.from_numpy(np.fromfile(ids, dtype=np.uint16).astype(np.int64)).view(-1, 24)
+    wanted = logits(model, x).log_softmax(-1)
+    losses = [
+        float((wanted.exp() * (wanted - logits(load(tmp_path / name), x).log_softmax(-1))).sum(-1).mean())
+        for name in ("plain", "distilled")
+    ]
+    assert losses[1] < 0.9 * losses[0]
+    assert manifest(tmp_path / "plain")["totals"] == manifest(tmp_path / "distilled")["totals"]
+
+
+def test_a_kill_while_distilled_shards_are_moved(
+    source: Path, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fracbit.pipeline import distill as stage
+
+    asked = recipe(source, ids, distill=1)
+    run_calibrated(asked, tmp_path / "whole")
+    moved = stage.load_file
+    calls = []
+
+    def die(path: Path) -> object:
+        calls.append(path)
+        if "tuned" in str(path) and len([p for p in calls if "tuned" in str(p)]) == 2:
+            raise Killed
+        return moved(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stage, "load_file", die)
+        with pytest.raises(Killed):
+            run_calibrated(asked, tmp_path / "parts")
+    run_calibrated(asked, tmp_path / "parts", resume=True)
+    assert hashes(tmp_path / "parts") == hashes(tmp_path / "whole")
+
+
+def test_transforms_and_outliers_in_one_model(source: Path, ids: Path, tmp_path: Path) -> None:
+    """Planted activation outliers: gains up, columns down, the same function; AWQ and blocks along the output must mend it."""
+    model = load(source)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for norm, readers in (
+                (
+                    layer.input_layernorm,
+                    (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+                ),
+                (layer.post_attention_layernorm, (layer.mlp.gate_proj, layer.mlp.up_proj)),
+            ):
+                norm.weight[[5, 17, 40]] *= 60
+                for reader in readers:
+                    reader.weight[:, [5, 17, 40]] /= 60
+    model.save_pretrained(tmp_path / "float")
+    x = torch.arange(3, 43)[None]
+    wanted = logits(load(tmp_path / "float"), x)
+    assert torch.allclose(wanted, logits(load(source), x), atol=1e-4)
+    lost = {}
+    for name, axis, plan in (
+        ("in", "in", {}),
+        ("out", "out", {}),
+        ("awq", "in", {"transforms": ("awq",)}),
+        ("smooth", "in", {"transforms": ("smooth",)}),
+    ):
+        scheme = Scheme("int", 3, 24, axis, "zero")
+        asked = recipe(tmp_path / "float", ids, "rtn", scheme, chain="float", **plan)
+        untouched = tuple(Override(layers=f"*{layer}_proj", keep=True) for layer in ("o", "down"))
+        run_calibrated(asked.model_copy(update={"overrides": untouched}), tmp_path / name)
+        lost[name] = float((logits(load(tmp_path / name), x) - wanted).square().mean())
+    assert lost["out"] < 0.6 * lost["in"], lost
+    assert lost["awq"] < 0.6 * lost["in"], lost
+    assert lost["smooth"] < 0.9 * lost["in"], lost
+
+
+def test_rounded_activations_break_on_outliers_and_hold_with_the_remedies(
+    source: Path, ids: Path, tmp_path: Path
+) -> None:
+    """W8A8 on planted outliers: per tensor it breaks; per token, cube roots and smoothing hold. Saved and applied on load."""
+    model = load(source)
+    x = torch.arange(3, 43)[None]
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.post_attention_layernorm.weight[[5, 17, 40]] *= 100
+            for reader in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                reader.weight[:, [5, 17, 40]] /= 100
+    model.save_pretrained(tmp_path / "float")
+    wanted = logits(load(tmp_path / "float"), x)
+    lost = {}
+    for name, inputs, plan in (
+        ("tensor", "int8/tensor", {}),
+        ("token", "int8/token", {}),
+        ("power", "power8/tensor", {}),
+        ("smooth", "int8/tensor", {"transforms": ("smooth",)}),
+    ):
+        asked = recipe(tmp_path / "float", ids, "rtn", Scheme("int", 8, "row"), inputs=inputs, **plan)
+        run_calibrated(asked, tmp_path / name)
+        made = load(tmp_path / name)
+        assert made.model.layers[0].mlp.up_proj.inputs is not None
+        lost[name] = float((logits(made, x) - wanted).square().mean())
+    assert lost["smooth"] < 0.1 * lost["tensor"], lost
+    assert lost["power"] < 0.5 * lost["tensor"], lost
+    assert lost["token"] < lost["tensor"], lost

@@ -21,6 +21,7 @@ from fracbit.pipeline.lens import (
     noise_like_clipping,
     per_module,
     perturbed,
+    plant_outliers,
     probe,
     rounding,
     sensitivity_scores,
@@ -42,7 +43,9 @@ def ids() -> torch.Tensor:
 
 @pytest.mark.parametrize("target", ["weights", "activations", "both"])
 @pytest.mark.parametrize("kind", PERTURBATIONS)
-def test_the_intensity_over_the_model_is_the_one_asked_for(subject: Subject, ids: torch.Tensor, kind: str, target: str) -> None:
+def test_the_intensity_over_the_model_is_the_one_asked_for(
+    subject: Subject, ids: torch.Tensor, kind: str, target: str
+) -> None:
     before = {name: tensor.clone() for name, tensor in subject.model.state_dict().items()}
     point = probe(subject, ids, noise(kind, 0.1), kind, target, seeds=(0, 1))  # type: ignore[arg-type]
     assert point.intensity == pytest.approx(0.1, rel=1e-3)
@@ -98,7 +101,9 @@ def test_curves_rise(subject: Subject, ids: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("intensity", [0.0, math.nan])
-def test_bad_arguments_are_refused_before_any_work(subject: Subject, ids: torch.Tensor, intensity: float) -> None:
+def test_bad_arguments_are_refused_before_any_work(
+    subject: Subject, ids: torch.Tensor, intensity: float
+) -> None:
     with pytest.raises(RecipeError, match="is none"):
         intensity_curves(subject, ids, ["gaussian"], [0.1, intensity])
     with pytest.raises(RecipeError, match="unknown perturbation"):
@@ -117,7 +122,9 @@ def test_units_alone_and_together(subject: Subject, ids: torch.Tensor) -> None:
     scores = sensitivity_scores(subject, points, "int4", {})
     assert list(scores.values) == list(units)
     assert scores.kind == "sensitivity"
-    assert [line["unit"] for line in fragility(points)] == sorted(units, key=lambda u: -fragility_of(points, u))
+    assert [line["unit"] for line in fragility(points)] == sorted(
+        units, key=lambda u: -fragility_of(points, u)
+    )
 
 
 def fragility_of(points: list[LensPoint], unit: str) -> float:
@@ -127,8 +134,22 @@ def fragility_of(points: list[LensPoint], unit: str) -> float:
 
 def test_modules_gather_over_blocks(subject: Subject) -> None:
     modules = per_module(subject)
-    assert list(modules) == [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
+    assert list(modules) == [f"self_attn.{n}_proj" for n in "qkvo"] + [
+        f"mlp.{n}_proj" for n in ("gate", "up", "down")
+    ]
     assert all(len(layers) == 3 for layers in modules.values())
+
+
+def test_planted_outliers_change_activations_and_not_the_model(subject: Subject, ids: torch.Tensor) -> None:
+    with torch.no_grad():
+        before = subject.model(ids).logits
+    token8 = Scheme("int", 8, "tensor")
+    clean = probe(subject, ids, rounding(token8), "int8", "activations", seeds=(0,)).intensity
+    assert plant_outliers(subject, 50.0) == 6
+    with torch.no_grad():
+        torch.testing.assert_close(subject.model(ids).logits, before, rtol=1e-4, atol=1e-4)
+    planted = probe(subject, ids, rounding(token8), "int8", "activations", seeds=(0,)).intensity
+    assert planted > 1.3 * clean
 
 
 def test_intervals_are_students() -> None:

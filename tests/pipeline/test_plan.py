@@ -14,8 +14,8 @@ from fracbit.pipeline.plan import Ask, allocated, contest, make_plan, make_probl
 from fracbit.pipeline.run import run
 from fracbit.pipeline.score import make_losses, make_scores
 from fracbit.pipeline.subject import load_subject
-from fracbit.records.allocation import read_levels, uniform
-from fracbit.records.recipe import Recipe
+from fracbit.records.allocation import read_levels, recipe_text, uniform
+from fracbit.records.recipe import Recipe, make_recipe, read_toml
 from fracbit.records.scheme import Scheme
 from fracbit.records.scores import Losses, Scores
 
@@ -70,7 +70,9 @@ def test_a_device_must_also_hold_the_cache(folder: Path) -> None:
 
 
 def test_the_candidates_are_ordered_and_the_curve_falls(folder: Path) -> None:
-    plan = make_plan(make_problem(Recipe(model=str(folder)), LEVELS, Ask(average_bits=4.0), "linear"), curve=True)
+    plan = make_plan(
+        make_problem(Recipe(model=str(folder)), LEVELS, Ask(average_bits=4.0), "linear"), curve=True
+    )
     assert [candidate.name for candidate in plan.candidates] == ["exact", "order", "uniform"]
     losses = [candidate.predicted_loss for candidate in plan.candidates]
     assert losses[0] is not None
@@ -98,13 +100,24 @@ def test_scores_and_losses_can_be_brought_along(folder: Path) -> None:
         make_plan(problem, "lim")
 
 
+def test_a_plan_becomes_a_recipe_file(folder: Path, tmp_path: Path) -> None:
+    levels = read_levels("int2z/32,nf4/16 out s=int8:64,float")
+    plan = make_plan(make_problem(Recipe(model=str(folder)), levels, Ask(average_bits=7.0), "linear"))
+    (tmp_path / "plan.toml").write_text(recipe_text(plan.chosen.allocation, str(folder)))
+    recipe = make_recipe(read_toml(tmp_path / "plan.toml"))
+    assert recipe.overrides == allocated(Recipe(model=str(folder)), plan.chosen.allocation).overrides
+    assert {override.keep for override in recipe.overrides} == {True, False}
+
+
 @pytest.mark.parametrize("asked", [{}, {"average_bits": 3.0, "size": 5}])
 def test_ask_for_one_thing(asked: dict[str, float]) -> None:
     with pytest.raises(BudgetError, match="exactly one"):
         Ask(**asked)  # type: ignore[arg-type]
 
 
-def test_a_model_of_one_block_needs_linears(tmp_path: Path, tiny_llama: Callable[..., LlamaForCausalLM]) -> None:
+def test_a_model_of_one_block_needs_linears(
+    tmp_path: Path, tiny_llama: Callable[..., LlamaForCausalLM]
+) -> None:
     tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path)
     recipe = Recipe(model=str(tmp_path))
     with pytest.raises(BudgetError, match="granularity linear"):

@@ -16,7 +16,9 @@ from fracbit.pipeline.prune import least_important, prune, pruned_config, withou
 from fracbit.pipeline.subject import load_subject, measure, subject_of
 from fracbit.records.scores import Scores
 
-_spec = importlib.util.spec_from_file_location("family_configs", Path(__file__).parents[1] / "models" / "conftest.py")
+_spec = importlib.util.spec_from_file_location(
+    "family_configs", Path(__file__).parents[1] / "models" / "conftest.py"
+)
 assert _spec is not None
 assert _spec.loader is not None
 families = importlib.util.module_from_spec(_spec)
@@ -44,7 +46,9 @@ def test_every_family_loses_a_block(name: str, tmp_path: Path) -> None:
     assert inside != base
 
 
-def test_a_pruned_model_generates_and_quantizes(tmp_path: Path, tiny_llama: Callable[..., LlamaForCausalLM]) -> None:
+def test_a_pruned_model_generates_and_quantizes(
+    tmp_path: Path, tiny_llama: Callable[..., LlamaForCausalLM]
+) -> None:
     from fracbit import quantize
 
     tiny_llama().bfloat16().save_pretrained(tmp_path / "whole")
@@ -52,9 +56,14 @@ def test_a_pruned_model_generates_and_quantizes(tmp_path: Path, tiny_llama: Call
     prune(tmp_path / "whole", ["model.layers.0"], tmp_path / "pruned")
     loaded = load(tmp_path / "pruned")
     assert loaded.dtype == torch.bfloat16
-    assert loaded.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=4, do_sample=False).shape == (1, 7)
+    assert loaded.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=4, do_sample=False).shape == (
+        1,
+        7,
+    )
     assert (tmp_path / "pruned" / "tokenizer.json").read_text() == "{}"
-    assert json.loads((tmp_path / "pruned" / "fracbit.json").read_text())["pruned"]["dropped"] == ["model.layers.0"]
+    assert json.loads((tmp_path / "pruned" / "fracbit.json").read_text())["pruned"]["dropped"] == [
+        "model.layers.0"
+    ]
     assert quantize(tmp_path / "pruned", tmp_path / "small").bits_per_weight is not None
 
 
@@ -68,7 +77,12 @@ def test_the_least_important_go() -> None:
 
 
 def test_config_entries_follow_the_blocks() -> None:
-    config = {"num_hidden_layers": 3, "layer_types": ["a", "b", "c"], "hidden_size": 3, "no_rope_layers": None}
+    config = {
+        "num_hidden_layers": 3,
+        "layer_types": ["a", "b", "c"],
+        "hidden_size": 3,
+        "no_rope_layers": None,
+    }
     assert pruned_config(config, [0, 2]) == {"num_hidden_layers": 2, "layer_types": ["a", "c"]}
 
 

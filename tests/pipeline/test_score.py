@@ -12,7 +12,15 @@ from fracbit.errors import DataError, RecipeError, SourceError
 from fracbit.importance import SCORES
 from fracbit.models.walk import advance, embed
 from fracbit.pipeline.score import make_losses, make_scores
-from fracbit.pipeline.subject import Subject, load_subject, measure, replaced, rounded, subject_of, weights_on_disk
+from fracbit.pipeline.subject import (
+    Subject,
+    load_subject,
+    measure,
+    replaced,
+    rounded,
+    subject_of,
+    weights_on_disk,
+)
 from fracbit.records.scheme import Scheme
 
 INT2, INT8 = Scheme(bits=2), Scheme(bits=8)
@@ -49,7 +57,9 @@ def test_every_score_names_every_unit_and_leaves_the_model_alone(
 
 
 @pytest.mark.parametrize("name", ["lim", "weight-error", "gram-error", "fisher", "oracle"])
-def test_losses_cover_every_scheme_and_float_costs_nothing(subject: Subject, ids: torch.Tensor, name: str) -> None:
+def test_losses_cover_every_scheme_and_float_costs_nothing(
+    subject: Subject, ids: torch.Tensor, name: str
+) -> None:
     losses = make_losses(subject, subject.weights.units(), name, (INT2, INT8, None), ids)
     for row in losses.rows.values():
         assert row[2] == 0
@@ -66,7 +76,9 @@ def test_lim_is_the_cosine_of_raw_states(subject: Subject, ids: torch.Tensor) ->
         assert value == pytest.approx(-float(torch.cosine_similarity(x, y, dim=-1).mean()), abs=1e-6)
         if index == 2:
             y = subject.model.model.norm(y).detach()
-        assert normed.values[name] == pytest.approx(-float(torch.cosine_similarity(x, y, dim=-1).mean()), abs=1e-6)
+        assert normed.values[name] == pytest.approx(
+            -float(torch.cosine_similarity(x, y, dim=-1).mean()), abs=1e-6
+        )
         hidden = after
 
 

@@ -43,7 +43,9 @@ def test_a_colon_is_a_slash() -> None:
     assert read_level("kmeans:row3:row") == Scheme("kmeans:row", 3, "row")
 
 
-@pytest.mark.parametrize("label", ["", "nf4", "nf/64", "nf4/", "nf4/64 in", "nf12/64", "4/64", "nf4/64 out out"])
+@pytest.mark.parametrize(
+    "label", ["", "nf4", "nf/64", "nf4/", "nf4/64 in", "nf12/64", "4/64", "nf4/64 out out"]
+)
 def test_other_text_is_no_label(label: str) -> None:
     with pytest.raises(SchemeError, match="no scheme"):
         read_level(label)
@@ -110,7 +112,12 @@ def test_scores_of_another_model_are_refused() -> None:
 
 def test_fingerprints_tell_models_apart() -> None:
     layers = [("a", (4, 8)), ("b", (8, 4))]
-    marks = {fingerprint(layers), fingerprint(layers[:1]), fingerprint(layers, b"x"), fingerprint([("a", (8, 4)), layers[1]])}
+    marks = {
+        fingerprint(layers),
+        fingerprint(layers[:1]),
+        fingerprint(layers, b"x"),
+        fingerprint([("a", (8, 4)), layers[1]]),
+    }
     assert len(marks) == 4
     assert fingerprint(layers) == fingerprint(list(layers))
 
@@ -122,7 +129,10 @@ def test_fingerprints_tell_models_apart() -> None:
         ("{", "not JSON"),
         ('{"scores": 9}', "version"),
         ('{"scores": 1}', "lack the keys"),
-        ('{"scores": 1, "method": "m", "model": "", "kind": "order", "values": {"a": "x"}}', "expected a number"),
+        (
+            '{"scores": 1, "method": "m", "model": "", "kind": "order", "values": {"a": "x"}}',
+            "expected a number",
+        ),
     ],
 )
 def test_broken_files_say_what_is_wrong(tmp_path: Path, text: str, says: str) -> None:

@@ -16,6 +16,7 @@ import torch
 from fracbit.errors import FormatError, FracbitError
 from fracbit.numerics.datatypes import fixed_type, is_fitted
 from fracbit.numerics.packed import PackedTensor, from_parts, part_shapes, parts_of
+from fracbit.records.inputs import Inputs
 from fracbit.records.scheme import Scheme
 from fracbit.records.version import __version__
 
@@ -25,13 +26,17 @@ QUANT_METHOD = "fracbit"
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """How a layer is stored: scheme, shape `[out, in]`, 16-bit columns and their type, and what module reads it."""
+    """How a layer is stored: scheme, shape `[out, in]`, 16-bit columns and their type, what module reads it.
+
+    `inputs`: how its activations are rounded.
+    """
 
     scheme: Scheme
     shape: tuple[int, int]
     outliers: int = 0
     outlier_dtype: str = "bf16"
     kind: Literal["linear", "embedding"] = "linear"
+    inputs: Inputs | None = None
 
     @property
     def bytes(self) -> int:
@@ -114,6 +119,8 @@ def _entry(layer: StoredLayer, scheme: int) -> dict[str, Any]:
         entry |= {"outliers": layer.outliers, "outlier_dtype": layer.outlier_dtype}
     if layer.kind != "linear":
         entry["kind"] = layer.kind
+    if layer.inputs is not None:
+        entry["inputs"] = layer.inputs.to_json()
     return entry
 
 
@@ -123,9 +130,9 @@ def _layer(entry: Mapping[str, Any], schemes: list[Scheme]) -> StoredLayer:
     kind = entry.get("kind", "linear")
     if kind not in ("linear", "embedding"):
         raise FormatError(f"a layer is linear or embedding, got {kind!r}")
-    return StoredLayer(
-        scheme, (out, inputs), entry.get("outliers", 0), entry.get("outlier_dtype", "bf16"), kind
-    )
+    rounding = Inputs.from_json(entry["inputs"]) if "inputs" in entry else None
+    outliers, sixteen = entry.get("outliers", 0), entry.get("outlier_dtype", "bf16")
+    return StoredLayer(scheme, (out, inputs), outliers, sixteen, kind, rounding)
 
 
 def _tables(schemes: list[Scheme]) -> dict[str, list[float]]:

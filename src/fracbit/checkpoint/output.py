@@ -24,6 +24,7 @@ from torch import Tensor
 from fracbit.errors import OutputError
 
 JOURNAL = ".fracbit"
+PLAN = "plan.json"
 MANIFEST = "fracbit.json"
 SPARE_BYTES = 16 << 20  # for the tokenizer, the card and the file system's own blocks
 
@@ -50,7 +51,8 @@ class Output:
     def finish(self, config: Mapping[str, Any]) -> None:
         """config.json makes the checkpoint loadable; the journal goes last."""
         write_json(self.folder / "config.json", config)
-        shutil.rmtree(self.folder / JOURNAL)
+        _empty(self.folder / JOURNAL)
+        (self.folder / JOURNAL).rmdir()
 
 
 @contextmanager
@@ -61,16 +63,16 @@ def open_output(
     check_output(folder, key, overwrite, resume)
     _check_space(folder, expected_bytes)
     with _disk_errors(folder):
-        if overwrite and not (resume and is_unfinished(folder)):
+        if overwrite and not (resume and is_unfinished(folder) and _plan_key(folder) == key):
             _clear(folder)
         (folder / JOURNAL).mkdir(parents=True, exist_ok=True)
-        write_json(folder / JOURNAL / "plan.json", {"key": key})
+        write_json(folder / JOURNAL / PLAN, {"key": key})
         yield Output(folder)
 
 
 def is_unfinished(folder: Path) -> bool:
     """Whether the folder is the output of a run that did not end."""
-    return (folder / JOURNAL / "plan.json").is_file()
+    return (folder / JOURNAL).is_dir()
 
 
 def check_output(folder: Path, key: str, overwrite: bool, resume: bool) -> None:
@@ -80,8 +82,8 @@ def check_output(folder: Path, key: str, overwrite: bool, resume: bool) -> None:
     if not folder.exists() or not any(folder.iterdir()):
         return
     if resume and is_unfinished(folder):
-        found = json.loads((folder / JOURNAL / "plan.json").read_text())["key"]
-        if found != key and not overwrite:
+        found = _plan_key(folder)
+        if found not in (None, key) and not overwrite:
             raise OutputError(
                 f"{folder} was begun with another recipe or source (plan {found}, now {key}); "
                 "resume with the same ones, or start again with --overwrite"
@@ -91,14 +93,17 @@ def check_output(folder: Path, key: str, overwrite: bool, resume: bool) -> None:
         return
     if overwrite:
         raise OutputError(
-            f"{folder} is not empty and was not made by fracbit, so it is not overwritten; name another"
+            f"{folder} is not empty and was not made by fracbit, so it is not overwritten; name another folder"
         )
-    remedy = (
-        "--resume to continue it or --overwrite to start again"
-        if is_unfinished(folder)
-        else "--overwrite to replace it"
-    )
+    begun = "--resume to continue it or --overwrite to start again"
+    remedy = begun if is_unfinished(folder) else "--overwrite to replace it, if fracbit made it"
     raise OutputError(f"{folder} is not empty; use {remedy}, or name another folder")
+
+
+def _plan_key(folder: Path) -> str | None:
+    """The key of the plan that the folder was begun with; None when the run was killed before it wrote one."""
+    path = folder / JOURNAL / PLAN
+    return str(json.loads(path.read_text())["key"]) if path.is_file() else None
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -160,10 +165,24 @@ def _check_space(folder: Path, expected: int) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Remove the files of an earlier fracbit output; folders other than the journal are left alone."""
-    if folder.is_dir():
-        for path in folder.iterdir():
-            if path.name == JOURNAL:
-                shutil.rmtree(path)
-            elif path.is_file():
-                path.unlink()
+    """Remove the files of an earlier fracbit output; folders other than the journal are left alone.
+
+    The journal is there from before the first removal to after the last: killed in between, the folder is unfinished.
+    """
+    if not folder.is_dir():
+        return
+    journal = folder / JOURNAL
+    journal.mkdir(exist_ok=True)
+    _empty(journal)
+    for path in folder.iterdir():
+        if path.is_file() or path.is_symlink():
+            path.unlink()
+
+
+def _empty(journal: Path) -> None:
+    """Remove what is in the journal, the plan last: records without a plan would pass for those of any other one."""
+    for path in sorted(journal.iterdir(), key=lambda path: path.name == PLAN):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

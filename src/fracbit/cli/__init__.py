@@ -7,7 +7,21 @@ import sys
 
 import typer
 
-from fracbit.cli import demo, evaluate, generate, inspect, quantize
+from fracbit.cli import (
+    bench,
+    chat,
+    demo,
+    evaluate,
+    generate,
+    inspect,
+    lens,
+    plan,
+    prune,
+    quantize,
+    report,
+    score,
+    sweep,
+)
 from fracbit.errors import FracbitError
 
 app = typer.Typer(
@@ -21,7 +35,18 @@ app.command("quantize")(quantize.quantize)
 app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
 app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
+app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)
+app.command("score")(score.score)
+app.command("plan")(plan.plan)
+app.command("prune")(prune.prune)
+app.command("lens")(lens.lens)
+app.command("sweep")(sweep.sweep)
+app.command("report")(report.report)
+
+
+INTERRUPTED = 130  # what typer exits with after Ctrl-C
 
 
 def main() -> None:
@@ -31,9 +56,10 @@ def main() -> None:
     except FracbitError as error:
         print(f"fracbit: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("fracbit: stopped; what is finished stays, continue `quantize` with --resume", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print("fracbit: stopped; what is finished stays, continue with --resume", file=sys.stderr)
+        raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

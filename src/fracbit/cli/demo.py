@@ -16,9 +16,9 @@ SCHEMES = {
     "nf4-64": Scheme("nf", 4, 64),
     "int4-64": Scheme("int", 4, 64, offset="zero"),
     "e2m1-64": Scheme("float:e2m1", 4, 64),
-    "kmeans4-row": Scheme("kmeans:row", 4, "row"),
+    "kmeans4-64": Scheme("kmeans", 4, 64),
     "int3-64": Scheme("int", 3, 64, offset="zero"),
-    "nf3-64-out": Scheme("nf", 3, 64, axis="out"),
+    "int3-64-out": Scheme("int", 3, 64, axis="out", offset="zero"),
     "int2-64": Scheme("int", 2, 64, offset="zero"),
 }
 
@@ -50,7 +50,7 @@ def demo(
     )
     print(f"protocol: {protocol}")
     print(
-        f"checkpoints: {output}/; try: fracbit generate {output / 'nf4-64'} 'def main(' --max-new-tokens 64"
+        f"checkpoints: {output}/; try: fracbit generate {output / 'nf4-64'} 'def main(' --max-new-tokens 64 --temperature 0.6"
     )
 
 
@@ -70,7 +70,7 @@ def _measure(name: str, folder: str, show: Step, number: int) -> dict[str, Any]:
     from fracbit.pipeline.api import read_text
 
     model, tokenizer = load(folder), load_tokenizer(folder)
-    ids = read_text("bundled:held-out?documents=one&keep=24576", tokenizer, model).stream
+    ids = read_text("bundled:held-out?keep=49152", tokenizer, model).stream
     total = len(SCHEMES) + 1
 
     def step(done: int, windows: int) -> None:

@@ -33,10 +33,14 @@ class Solution:
     loss: float
     notes: tuple[str, ...] = ()
 
-    def allocation(self, units: Sequence[Unit], choices: Choices, model: str = "", **origin: object) -> Allocation:
+    def allocation(
+        self, units: Sequence[Unit], choices: Choices, model: str = "", **origin: object
+    ) -> Allocation:
         """The solution spelled out for every layer."""
         schemes = {layer: choices[self.picks[unit.name]] for unit in units for layer in unit.shapes}
-        return Allocation(schemes, model, {"bits": self.bits, "predicted_loss": _json(self.loss), **origin}, self.notes)
+        return Allocation(
+            schemes, model, {"bits": self.bits, "predicted_loss": _json(self.loss), **origin}, self.notes
+        )
 
 
 def by_order(
@@ -81,7 +85,9 @@ def exact(units: Sequence[Unit], choices: Choices, budget: Budget, losses: Losse
     return Solution(picks, bits, sum(rows[u][picks[unit.name]] for u, unit in enumerate(units)), notes)
 
 
-def best_uniform(units: Sequence[Unit], choices: Choices, bits: int, losses: Losses | None = None) -> Solution | None:
+def best_uniform(
+    units: Sequence[Unit], choices: Choices, bits: int, losses: Losses | None = None
+) -> Solution | None:
     """The best choice that can be given to every unit within `bits`; None when even the cheapest takes more.
 
     Best is the least summed loss when losses are given, the most bits otherwise.
@@ -118,7 +124,9 @@ def predict_losses(scores: Scores, errors: Losses) -> Losses:
 
 def _checked_costs(units: Sequence[Unit], choices: Choices, budget: Budget) -> list[list[int]]:
     if len(set(choices)) < 2:
-        raise BudgetError(f"{len(set(choices))} level leaves nothing to choose; give at least two, such as nf4/64,nf2/64")
+        raise BudgetError(
+            f"{len(set(choices))} level leaves nothing to choose; give at least two, such as nf4/64,nf2/64"
+        )
     if len(units) < 2:
         raise BudgetError(
             f"{len(units)} unit leaves nothing to divide a budget over; choose for single linears (granularity linear), "
@@ -173,7 +181,9 @@ def _climb(
 def _columns(losses: Losses, choices: Choices) -> list[int]:
     missing = [str(scheme) for scheme in choices if scheme not in losses.schemes]
     if missing:
-        raise RecipeError(f"these {losses.method} losses do not cover {', '.join(missing)}; measure them for all levels")
+        raise RecipeError(
+            f"these {losses.method} losses do not cover {', '.join(missing)}; measure them for all levels"
+        )
     return [losses.schemes.index(scheme) for scheme in choices]
 
 
@@ -184,7 +194,9 @@ def _sum(losses: Losses | None, picks: Mapping[str, int], choices: Choices) -> f
     return sum(losses.rows[name][column[pick]] for name, pick in picks.items())
 
 
-def _knapsack(costs: list[list[int]], losses: list[list[float]], budget: int) -> tuple[list[int], tuple[str, ...]]:
+def _knapsack(
+    costs: list[list[int]], losses: list[list[float]], budget: int
+) -> tuple[list[int], tuple[str, ...]]:
     """One entry of each row, least summed loss within the budget; rows are frontiers (cost rises, loss falls).
 
     HiGHS works in floating point with tolerances: costs are counted from the cheapest choice in units of their common
@@ -217,7 +229,9 @@ def _solve(extra: list[list[int]], losses: list[list[float]], room: int) -> tupl
     flat_cost = np.array([cost for row in extra for cost in row], dtype=float)
     flat_loss = flat_loss / max(float(flat_loss.max()), 1e-300)
     owner = np.repeat(np.arange(len(sizes)), sizes)
-    one_each = csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))), shape=(len(sizes), len(owner)))
+    one_each = csr_array(
+        (np.ones(len(owner)), (owner, np.arange(len(owner)))), shape=(len(sizes), len(owner))
+    )
     result = milp(
         flat_loss,
         integrality=np.ones(len(owner)),
@@ -228,10 +242,13 @@ def _solve(extra: list[list[int]], losses: list[list[float]], room: int) -> tupl
     if result.x is None:
         raise BudgetError(f"the solver found no allocation: {result.message}")
     taken = [int(np.argmax(part)) for part in np.split(result.x, np.cumsum(sizes)[:-1])]
-    notes = () if result.status == 0 else (f"the solver stopped after {SECONDS:.0f} s within {result.mip_gap:.2g} of the best",)
+    notes = (
+        ()
+        if result.status == 0
+        else (f"the solver stopped after {SECONDS:.0f} s within {result.mip_gap:.2g} of the best",)
+    )
     return taken, notes
 
 
 def _json(value: float) -> float | None:
     return value if math.isfinite(value) else None
-

@@ -14,7 +14,17 @@ from typing import Literal, TypeAlias
 from fracbit.errors import BudgetError
 
 Question: TypeAlias = Literal["average bits", "file size", "device memory"]
-_SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_SIZES = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([kmgt]i?)?b?\s*", re.IGNORECASE)
 
 
@@ -43,13 +53,17 @@ class Budget:
 def average_bits(bits: float, weights: int) -> Budget:
     """At most `bits` stored bits per quantized weight, any fraction. Raises `BudgetError` for NaN, 0 and below."""
     if not (math.isfinite(bits) and bits > 0):
-        raise BudgetError(f"an average of {bits} bits per weight is no budget; ask for a number above 0, such as 3.5")
+        raise BudgetError(
+            f"an average of {bits} bits per weight is no budget; ask for a number above 0, such as 3.5"
+        )
     return Budget(math.floor(bits * weights), weights, "average bits")
 
 
 def file_size(size: int, weights: int, other_bytes: int) -> Budget:
     """At most `size` bytes of weight files, of which `other_bytes` are float tensors and headers."""
-    return _sized(size, weights, other_bytes, "file size", "embeddings, norms and headers, which stay as they are,")
+    return _sized(
+        size, weights, other_bytes, "file size", "embeddings, norms and headers, which stay as they are,"
+    )
 
 
 def device_memory(size: int, weights: int, other_bytes: int) -> Budget:

@@ -18,7 +18,9 @@ def gram_error(view: LayerView, scheme: Scheme | None) -> float:
     for name, weight in view.weights.items():
         gram = view.stats[name].gram
         if gram is None or view.stats[name].tokens == 0:
-            raise DataError(f"the Gram-weighted error of {name} needs inputs; it saw {view.stats[name].tokens} tokens")
+            raise DataError(
+                f"the Gram-weighted error of {name} needs inputs; it saw {view.stats[name].tokens} tokens"
+            )
         power = output_energy(weight, gram)
         relative = output_energy(error_of(weight, scheme), gram) / power if power > 0 else 0.0
         total += relative * weight.numel()

@@ -46,4 +46,6 @@ class LayerView:
 def error_of(weight: Tensor, scheme: Scheme | None) -> Tensor:
     """What round-to-nearest under `scheme` adds to `weight` [out, in], fp32."""
     weight = weight.float()
-    return weight.new_zeros(weight.shape) if scheme is None else decode(quantize_tensor(weight, scheme)) - weight
+    return (
+        weight.new_zeros(weight.shape) if scheme is None else decode(quantize_tensor(weight, scheme)) - weight
+    )

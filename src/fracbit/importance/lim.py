@@ -22,7 +22,9 @@ def cosine_sum(entering: Tensor, leaving: Tensor, skip: int = 1) -> tuple[float,
     A token whose state is zero on either side counts as cosine 0. Raises `DataError` when no position is left.
     """
     if entering.shape[1] <= skip:
-        raise DataError(f"samples of {entering.shape[1]} tokens leave none when the first {skip} are dropped; use longer ones")
+        raise DataError(
+            f"samples of {entering.shape[1]} tokens leave none when the first {skip} are dropped; use longer ones"
+        )
     x, y = entering[:, skip:].double(), leaving[:, skip:].double()  # [samples, tokens, width]
     norms = x.norm(dim=-1) * y.norm(dim=-1)
     cosines = (x * y).sum(-1) / norms.clamp(min=1e-300)

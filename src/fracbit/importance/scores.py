@@ -22,7 +22,9 @@ from fracbit.importance.zd import z_score_distribution
 from fracbit.records.scheme import Scheme
 from fracbit.records.scores import Scores
 
-Need: TypeAlias = Literal["weights", "cosine", "cosine behind the final norm", "gram", "gradients", "slopes", "loss"]
+Need: TypeAlias = Literal[
+    "weights", "cosine", "cosine behind the final norm", "gram", "gradients", "slopes", "loss"
+]
 DATA_FREE: frozenset[Need] = frozenset({"weights"})
 
 
@@ -49,7 +51,9 @@ def _zd(about: str, two_sided: bool, per_matrix: bool) -> ScoreMethod:
 
 
 SCORES: dict[str, ScoreMethod] = {
-    "lim": ScoreMethod("negative cosine of block input and output", layer_input_modification, needs=frozenset({"cosine"})),
+    "lim": ScoreMethod(
+        "negative cosine of block input and output", layer_input_modification, needs=frozenset({"cosine"})
+    ),
     "lim-final-norm": ScoreMethod(
         "lim, the last block read behind the final norm",
         layer_input_modification,

@@ -49,7 +49,9 @@ class Unit:
 
     def bits(self, scheme: Scheme | None) -> int:
         """Bits that the unit takes on disk under `scheme`: codes, scales, offsets, tables and padding; 16 a weight for None."""
-        return sum(scheme_bits(scheme, shape) for name, shape in self.shapes.items() if name not in self.shared)
+        return sum(
+            scheme_bits(scheme, shape) for name, shape in self.shapes.items() if name not in self.shared
+        )
 
 
 def scheme_bits(scheme: Scheme | None, shape: tuple[int, int]) -> int:
@@ -59,7 +61,9 @@ def scheme_bits(scheme: Scheme | None, shape: tuple[int, int]) -> int:
     return sum(8 * kinds[0].itemsize * math.prod(size) for kinds, size in part_shapes(scheme, shape).values())
 
 
-def make_units(layers: Iterable[LayerShape], granularity: Granularity = "block", fused: bool = False) -> tuple[Unit, ...]:
+def make_units(
+    layers: Iterable[LayerShape], granularity: Granularity = "block", fused: bool = False
+) -> tuple[Unit, ...]:
     """Gather layers into units, in the order of the model; `fused` keeps linears that read one input together.
 
     Raises `RecipeError` when a layer is tied to one that is not there.
@@ -69,7 +73,9 @@ def make_units(layers: Iterable[LayerShape], granularity: Granularity = "block",
     members: dict[str, list[LayerShape]] = {}
     for layer in layers:
         if layer.tied is not None and layer.tied not in by_name:
-            raise RecipeError(f"{layer.name} is tied to {layer.tied}, which is not among the layers; quantize both or neither")
+            raise RecipeError(
+                f"{layer.name} is tied to {layer.tied}, which is not among the layers; quantize both or neither"
+            )
         owner = by_name[layer.tied] if layer.tied is not None else layer
         members.setdefault(_key(owner, granularity, fused), []).append(layer)
     return tuple(_unit(key, some) for key, some in members.items())
@@ -85,7 +91,10 @@ def cost_table(units: Sequence[Unit], choices: Choices) -> list[list[int]]:
         return known[scheme, shape]
 
     return [
-        [sum(bits(scheme, shape) for name, shape in unit.shapes.items() if name not in unit.shared) for scheme in choices]
+        [
+            sum(bits(scheme, shape) for name, shape in unit.shapes.items() if name not in unit.shared)
+            for scheme in choices
+        ]
         for unit in units
     ]
 

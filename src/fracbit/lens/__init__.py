@@ -1,5 +1,6 @@
 """The lens of perturbation: errors of one strength and different character, and those that schemes really make."""
 
+from fracbit.lens.exponent import EXPONENTS, best_exponent
 from fracbit.lens.perturb import (
     PERTURBATIONS,
     Perturbation,
@@ -16,6 +17,20 @@ from fracbit.lens.perturb import (
 from fracbit.lens.units import UnitOf, from_units, to_units
 
 __all__ = [
-    "PERTURBATIONS", "Perturbation", "UnitOf", "check_intensity", "clipping", "error_profile", "from_units", "noise_on",
-    "perturb", "perturb_like", "perturbation", "relative_intensity", "scheme_error", "to_units",
-]  # fmt: skip
+    "EXPONENTS",
+    "PERTURBATIONS",
+    "Perturbation",
+    "UnitOf",
+    "best_exponent",
+    "check_intensity",
+    "clipping",
+    "error_profile",
+    "from_units",
+    "noise_on",
+    "perturb",
+    "perturb_like",
+    "perturbation",
+    "relative_intensity",
+    "scheme_error",
+    "to_units",
+]

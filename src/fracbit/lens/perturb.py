@@ -39,7 +39,9 @@ PERTURBATIONS: dict[str, Perturbation] = {
     "growing": Perturbation(noise.growing_sorted, "largest where |x| is largest; magnitudes sorted"),
     "growing-scaled": Perturbation(noise.growing_scaled, "largest where |x| is largest; normal times |x|"),
     "shrinking": Perturbation(noise.shrinking_sorted, "largest where |x| is smallest; magnitudes sorted"),
-    "shrinking-scaled": Perturbation(noise.shrinking_scaled, "largest where |x| is smallest; normal over |x|, capped"),
+    "shrinking-scaled": Perturbation(
+        noise.shrinking_scaled, "largest where |x| is smallest; normal over |x|, capped"
+    ),
 }
 
 
@@ -80,7 +82,9 @@ def clipping(x: Tensor, share: float, unit: UnitOf) -> Tensor:
     0..1, both excluded.
     """
     if not 0 < share < 1:
-        raise RecipeError(f"a share of {share} clips nothing that makes sense; give one between 0 and 1, such as 0.001")
+        raise RecipeError(
+            f"a share of {share} clips nothing that makes sense; give one between 0 and 1, such as 0.001"
+        )
     rows, mask = to_units(x.float(), unit)
     counts = (mask.sum(1) * share).ceil().long().clamp(min=1)  # clipped in each unit
     ordered = (rows.abs() * mask).sort(dim=1, descending=True).values
@@ -120,11 +124,19 @@ def error_profile(x: Tensor, delta: Tensor, unit: UnitOf, bins: int = 16) -> lis
 def check_intensity(intensity: float) -> None:
     """Refuse an intensity that perturbs nothing or everything. Raises `RecipeError`."""
     if not (math.isfinite(intensity) and intensity > 0):
-        raise RecipeError(f"a relative intensity of {intensity} is none; give |delta| / |x| above 0, such as 0.01")
+        raise RecipeError(
+            f"a relative intensity of {intensity} is none; give |delta| / |x| above 0, such as 0.01"
+        )
 
 
 def _matched(
-    x: Tensor, rows: Tensor, mask: Tensor, target: Tensor, draw: Draw, unit: UnitOf, generator: torch.Generator
+    x: Tensor,
+    rows: Tensor,
+    mask: Tensor,
+    target: Tensor,
+    draw: Draw,
+    unit: UnitOf,
+    generator: torch.Generator,
 ) -> Tensor:
     drawn = draw(rows, mask, generator) * mask
     norm = drawn.norm(dim=1)

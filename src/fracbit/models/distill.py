@@ -92,7 +92,7 @@ def distill(
         for rows in torch.randperm(len(train), generator=generator).split(plan.batch):
             loss = _kl(teacher, student, train[rows])
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
             optimizer.step()
             schedule.step()
@@ -116,12 +116,17 @@ def _kl(teacher: PreTrainedModel, student: PreTrainedModel, ids: Tensor) -> Tens
     with torch.no_grad():
         wanted = teacher(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
     found = student(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-    return (wanted.exp() * (wanted - found)).sum(-1).mean()
+    divergence: Tensor = (wanted.exp() * (wanted - found)).sum(-1).mean()
+    return divergence
 
 
-def _groups(soft: Mapping[str, SoftLinear], norms: Mapping[str, nn.Parameter], rate: float) -> list[dict[str, object]]:
+def _groups(
+    soft: Mapping[str, SoftLinear], norms: Mapping[str, nn.Parameter], rate: float
+) -> list[dict[str, object]]:
     latent = [layer.latent for layer in soft.values()]
-    scales = [p for layer in soft.values() for n, p in layer.named_parameters() if n != "latent" and p.requires_grad]
+    scales = [
+        p for layer in soft.values() for n, p in layer.named_parameters() if n != "latent" and p.requires_grad
+    ]
     return [
         {"params": latent, "lr": rate},
         {"params": scales, "lr": rate * SCALE_RATE},

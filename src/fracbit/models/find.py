@@ -50,7 +50,7 @@ def discover(model: PreTrainedModel) -> Family:
         )
     stack = list(model.get_submodule(path).children())
     table: nn.Module = model.get_input_embeddings()
-    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head: nn.Module | None = model.get_output_embeddings()
     names = _union(stack, is_linear)
     fused = {name for block in stack for name, _ in fused_experts(block)}
     kept = f" The fused experts ({', '.join(sorted(fused))}) stay float." if fused else ""

@@ -101,7 +101,9 @@ def _sharing(state: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tens
     """
     given = tensors[name]
     return [
-        other for other in _aliases(state, name) if other not in tensors or torch.equal(tensors[other], given)
+        other
+        for other in _aliases(state, name)
+        if other == name or other not in tensors or torch.equal(tensors[other], given)
     ]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fracbit.kernels import Activations, PackedLinear
 from fracbit.numerics.bits import unpack_bits
 from fracbit.numerics.blocks import spread_rows
+from fracbit.numerics.inputs import int8_product, is_int8, round_inputs
 from fracbit.numerics.packed import (
     PackedTensor,
     dense_scales,
@@ -25,6 +26,7 @@ from fracbit.numerics.packed import (
     parts_of,
     table_of,
 )
+from fracbit.records.inputs import Inputs
 from fracbit.records.scheme import Scheme
 
 
@@ -60,7 +62,7 @@ class _PackedBuffers(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _PackedBuffers:
         self._ready = None  # the buffers move: what was prepared points at the old ones
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -91,15 +93,22 @@ class QuantLinear(_PackedBuffers):
         bias: bool = False,
         outliers: int = 0,
         sixteen: torch.dtype = torch.bfloat16,
+        inputs: Inputs | None = None,
     ) -> None:
         super().__init__(scheme, shape, outliers, sixteen)
+        self.inputs = inputs
         self.in_features, self.out_features = shape[1], shape[0]
         self.bias = nn.Parameter(torch.empty(shape[0]), requires_grad=False) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply `x` [..., in] by the packed weight."""
-        y = self.multiply(x)
+        """Multiply `x` [..., in], rounded as `inputs` says, by the packed weight."""
+        y = self.multiply(x) if self.inputs is None else self._multiply_rounded(x, self.inputs)
         return y if self.bias is None else y + self.bias
+
+
+    def _multiply_rounded(self, x: Tensor, inputs: Inputs) -> Tensor:
+        packed = self.packed
+        return int8_product(x, packed, inputs) if is_int8(packed, inputs) else self.multiply(round_inputs(x, inputs))
 
 
 class QuantEmbedding(_PackedBuffers):

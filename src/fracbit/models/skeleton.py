@@ -82,7 +82,7 @@ def skeleton(
     """
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config,
                 attn_implementation=attention,
                 trust_remote_code=trust_remote_code,
@@ -127,7 +127,7 @@ def _fill(owner: PreTrainedModel, module: nn.Module, names: list[str]) -> None:
         for name, shape in shapes.items():
             setattr(module, name, torch.full_like(shape, content, device="cpu"))
         with torch.no_grad():
-            owner._init_weights(module)  # type: ignore[no-untyped-call]
+            owner._init_weights(module)
         results.append({name: module.get_buffer(name) for name in names})
     for name in names:
         if not torch.equal(results[0][name], results[1][name]):

@@ -42,7 +42,11 @@ class SoftLinear(nn.Module):
         values = self.base.table.look_up(codes)
         if weight is None:
             return values
-        kept = weight.float() if packed.columns is None else weight.float()[:, kept_columns(packed.columns, packed.shape[1])]
+        kept = (
+            weight.float()
+            if packed.columns is None
+            else weight.float()[:, kept_columns(packed.columns, packed.shape[1])]
+        )
         wanted = (kept - self._spread_shift(self.base.scale)) / self._spread(self.base.scale.clamp(min=1e-12))
         low, high = cell_of(self.base.table.values, self.base.table.boundaries, codes)
         return torch.minimum(torch.maximum(wanted, low), high)
@@ -61,7 +65,11 @@ class SoftLinear(nn.Module):
     def weight(self) -> Tensor:
         """The decoded weight [out, in], differentiable."""
         scale = self.log_scale.exp()
-        table = self.base.table if not self.table.requires_grad else nearest_type(self.table.detach().sort(dim=1).values)
+        table = (
+            self.base.table
+            if not self.table.requires_grad
+            else nearest_type(self.table.detach().sort(dim=1).values)
+        )
         codes = table.nearest(self.latent.detach())
         values = look_up(self.table if self.table.requires_grad else table.values, codes)
         low, high = table.values[:, :1], table.values[:, -1:]
@@ -85,7 +93,9 @@ class SoftLinear(nn.Module):
             table = self.table.detach().sort(dim=1).values
             grid: Grid = with_table(self.base, table.half()) if self.table.requires_grad else self.base
             codes = grid.table.nearest(self.latent.detach())
-            grid = moved(grid, self.log_scale.detach().exp(), self.shift.detach() if self.free_shift else None)
+            grid = moved(
+                grid, self.log_scale.detach().exp(), self.shift.detach() if self.free_shift else None
+            )
             result = pack(codes, grid)
             if self.outliers is None:
                 return result

@@ -116,7 +116,7 @@ def adam(block: nn.Module, family: Family, evidence: Evidence, rate: float) -> N
         overrides = {id(one.parameter): one.value() for one in tuned}
         found = _run_with(block, evidence, number, overrides)
         optimizer.zero_grad()
-        distance(found.float(), wanted.float()).backward()  # type: ignore[no-untyped-call]
+        distance(found.float(), wanted.float()).backward()
         optimizer.step()
     with torch.no_grad():
         for one in tuned:

@@ -77,7 +77,12 @@ def spread(
         return stored[torch.arange(first, last, device=stored.device) // block]
     if stored.shape[1] == 1:
         return stored[first:last]
-    return stored[first:last].repeat_interleave(block, 1)[:, : shape[1]]
+    return _stretch(stored[first:last], block)[:, : shape[1]]
+
+
+def _stretch(values: Tensor, block: int) -> Tensor:
+    """Each value [rows, blocks] repeated `block` times; several times faster than repeat_interleave."""
+    return values.unsqueeze(-1).expand(-1, -1, block).reshape(len(values), -1)
 
 
 def spread_rows(stored: Tensor, shape: tuple[int, int], scheme: Scheme, rows: Tensor) -> Tensor:
@@ -90,7 +95,7 @@ def spread_rows(stored: Tensor, shape: tuple[int, int], scheme: Scheme, rows: Te
         return stored[position // block]
     if scheme.axis == "out":
         return stored[rows // block]
-    return stored[rows].repeat_interleave(block, 1)[:, : shape[1]]
+    return _stretch(stored[rows], block)[:, : shape[1]]
 
 
 def block_sums(x: Tensor, scheme: Scheme) -> Tensor:

@@ -48,7 +48,7 @@ class DataType:
         """Codes uint8 of `x` [rows of the table or any when the table has one row, n], each the table's value for that x."""
         if self.step is not None:
             top = self.levels - 1
-            return torch.round((x + 1.0) / self.step).clamp_(0, top).to(torch.uint8)
+            return torch.add(x, 1.0).div_(self.step).round_().clamp_(0, top).to(torch.uint8)
         if self.boundaries.shape[0] == 1:
             return torch.bucketize(x, self.boundaries[0], out_int32=True).to(torch.uint8)
         return torch.searchsorted(self.boundaries, x.contiguous(), out_int32=True).to(torch.uint8)
@@ -68,7 +68,7 @@ class DataType:
     def look_up(self, codes: Tensor) -> Tensor:
         """The values fp32 of `codes` [rows, n]."""
         if self.values.shape[0] == 1:
-            return self.values[0][codes.int()]
+            return torch.take(self.values[0], codes.long())
         return self.values.gather(1, codes.long())
 
 

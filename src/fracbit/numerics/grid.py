@@ -163,10 +163,10 @@ def _packed(grid: Grid, rows: list[Tensor]) -> PackedTensor:
 def codes_of(weight: Tensor, grid: Grid, first: int = 0, last: int | None = None) -> Tensor:
     """Codes uint8 of rows `first` to `last` of `weight` [out, in]: each the grid's value for that weight."""
     part = weight[first:last].float()
-    scale = spread(grid.scale, grid.shape, grid.scheme, first, last)
+    inverse = spread(_inverse(grid.scale), grid.shape, grid.scheme, first, last)
     if grid.shift is not None:
         part = part - spread(grid.shift, grid.shape, grid.scheme, first, last)
-    return grid.table.rows(first, first + len(part)).nearest(part * _inverse(scale))
+    return grid.table.rows(first, first + len(part)).nearest(part * inverse)
 
 
 def values_of(codes: Tensor, grid: Grid, first: int = 0, last: int | None = None) -> Tensor:

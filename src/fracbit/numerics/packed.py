@@ -116,8 +116,15 @@ def stored_bits(packed: PackedTensor) -> int:
 
 def decode(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight [out, in] that `packed` stands for, computed in fp32 and rounded once to `dtype`."""
+    kept = packed.codes.new_empty((packed.shape[0], packed.kept), dtype=dtype)
+    for first, part in decoded_parts(packed):
+        kept[first : first + len(part)] = part
+    return kept if packed.columns is None else _with_outliers(packed, kept)
+
+
+def decoded_parts(packed: PackedTensor) -> Iterator[tuple[int, Tensor]]:
+    """The quantized columns in runs of rows, fp32: (first row, [rows, kept]); never more than a run in memory."""
     kept_shape = (packed.shape[0], packed.kept)
-    kept = packed.codes.new_empty(kept_shape, dtype=dtype)
     scale, shift = dense_scales(packed)
     table = table_of(packed)
     step = max(1, DECODE_CHUNK // max(1, packed.kept))
@@ -125,11 +132,10 @@ def decode(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
         last = min(first + step, packed.shape[0])
         codes = unpack_bits(packed.codes[first:last], packed.scheme.bits, packed.kept)
         part = table.rows(first, last).look_up(codes)
-        part = part * spread(scale, kept_shape, packed.scheme, first, last)
-        kept[first:last] = (
-            part if shift is None else part + spread(shift, kept_shape, packed.scheme, first, last)
-        )
-    return kept if packed.columns is None else _with_outliers(packed, kept)
+        part *= spread(scale, kept_shape, packed.scheme, first, last)
+        if shift is not None:
+            part += spread(shift, kept_shape, packed.scheme, first, last)
+        yield first, part
 
 
 def dense_scales(packed: PackedTensor) -> tuple[Tensor, Tensor | None]:

@@ -3,8 +3,8 @@
     axis* = argmin_{in, out} || unit(W) - unit(Q_axis(W)) ||^2          (Heo et al. 2023, arXiv:2309.15531, Eq. 1)
 
 The unit is the attention for q, k, v, the MLP for gate and up, the linear itself for o and down (`Family.units`); for a
-linear by itself the gram matrix gives the error exactly and nothing is run. All samples count (the released GPTQ variant compares o and
-down on the first sample only). Each linear is judged alone, all others float; `in` wins ties.
+linear by itself the gram matrix gives the error exactly and nothing is run. All samples count (the released GPTQ variant
+compares o and down on the first sample only). Each linear is judged alone, all others float; `in` wins ties.
 """
 
 from __future__ import annotations

@@ -5,8 +5,10 @@ A block leaves here exactly as it will be read back, so that a run that is resum
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,16 +25,19 @@ from fracbit.models.family import Family
 from fracbit.models.install import materialize, release, set_weight
 from fracbit.models.tweak import Evidence, tweak_block
 from fracbit.models.walk import Hidden, advance
+from fracbit.numerics.inputs import round_inputs
 from fracbit.numerics.packed import decode
 from fracbit.numerics.stats import Stats
 from fracbit.pipeline.axis import choose_axes
 from fracbit.pipeline.observe import borrow, observe_all, observe_some
+from fracbit.pipeline.rewrite import rewrite_block
 from fracbit.pipeline.run import Progress
 from fracbit.pipeline.schedule import Item
 from fracbit.quantizers import Quantizer, RoundToNearest
 from fracbit.quantizers.group import quantize_group
 from fracbit.quantizers.quantizer import Quantized
 from fracbit.records.calibration import Calibration
+from fracbit.records.inputs import Inputs, parse_inputs
 from fracbit.records.recipe import Recipe
 from fracbit.records.scheme import Scheme
 
@@ -50,6 +55,7 @@ class Work:
     family: Family
     fill: Quantizer
     dtype: torch.dtype
+    stored: torch.dtype
     show: Progress
 
 
@@ -68,8 +74,9 @@ def do_block(
     record = load_block(work, items, path, block)
     stored = {i.layer.name.removeprefix(f"{path}."): i.stored for i in items if i.layer and i.stored}
     schemes = {name: layer.scheme for name, layer in stored.items()}
-    made, floats = quantize_block(work, path, block, hidden, schemes, record)
-    record["layers"] = {f"{path}.{name}": facts_of(found, stored[name].kind) for name, found in made.items()}
+    made, floats, rounding = quantize_block(work, path, block, hidden, schemes, record)
+    for name, found in made.items():
+        record["layers"][f"{path}.{name}"] = facts_of(found, stored[name].kind, rounding.get(name))
     tensors = shard_tensors(
         work, items, path, block, {f"{path}.{name}": found for name, found in made.items()}
     )
@@ -83,7 +90,8 @@ def do_block(
         assert floats is not None
         release(block)
         return floats
-    hidden = advance(block, hidden, hidden.states)
+    with rounded_inputs(block, rounding):
+        hidden = advance(block, hidden, hidden.states)
     release(block)
     return hidden
 
@@ -93,6 +101,7 @@ def redo_block(
 ) -> Hidden:
     """Walk through a block that an earlier run finished: float, or as it was stored."""
     load_block(work, items, path, block)
+    rounding: dict[str, Inputs] = {}
     if work.plan.chain == "quantized":
         record, tensors = target.record(shard), load_file(target.folder / shard)
         assert record is not None
@@ -104,8 +113,11 @@ def redo_block(
             stored = item_as_stored(item, record["layers"]).stored
             assert stored is not None
             packed = packed_layer(item.layer.name, stored, tensors)
-            set_weight(block.get_submodule(inside.removesuffix(".weight")), decode(packed))
-    hidden = advance(block, hidden, hidden.states)
+            name = inside.removesuffix(".weight")
+            set_weight(block.get_submodule(name), decode(packed))
+            rounding |= {} if stored.inputs is None else {name: stored.inputs}
+    with rounded_inputs(block, rounding):
+        hidden = advance(block, hidden, hidden.states)
     release(block)
     return hidden
 
@@ -117,12 +129,22 @@ def quantize_block(
     hidden: Hidden,
     schemes: Mapping[str, Scheme],
     record: dict[str, Any],
-) -> tuple[dict[str, Quantized], Hidden | None]:
-    """Quantize, install and tweak a block; returns what was made and, where they are needed, the float block's states."""
+) -> tuple[dict[str, Quantized], Hidden | None, dict[str, Inputs]]:
+    """Quantize, install and tweak a block.
+
+    Returns what was made, the float block's states where they are needed, and how inputs are rounded.
+    """
     order = [tuple(name for name in group if name in schemes) for group in groups(block, work.family)]
     order = [group for group in order if group]
-    gram = "gram" in work.fill.needs or work.plan.axis != "scheme" or work.plan.tweak != "none"
+    gram = (
+        "gram" in work.fill.needs
+        or work.plan.axis != "scheme"
+        or work.plan.tweak != "none"
+        or bool(work.plan.transforms)
+    )
     stats, floats = observe_block(work, path, block, hidden, order, gram)
+    rewrite_block(work.plan.transforms, block, work.family, work.model.config, schemes, stats, work.stored)
+    rounding = roundings(work.plan.inputs, order, stats)
     weights = {name: weight_of(block.get_submodule(name)).clone() for group in order for name in group}
     made: dict[str, Quantized] = {}
     for number, group in enumerate(order):
@@ -142,9 +164,42 @@ def quantize_block(
     if work.plan.tweak != "none" and floats is not None:
         evidence = Evidence(hidden, floats.states, *split_batches(hidden), weights, stats)
         depth = hidden.index / len(blocks(work.model, work.family))
-        tweaked = tweak_block(block, work.family, evidence, work.plan.tweak, depth)
+        with rounded_inputs(block, rounding):
+            tweaked = tweak_block(block, work.family, evidence, work.plan.tweak, depth)
         record["tweak"] = {"block": hidden.index, **tweaked.to_json()}
-    return made, floats
+    return made, floats, rounding
+
+
+def roundings(
+    asked: str | None, order: Sequence[tuple[str, ...]], stats: Mapping[str, Stats]
+) -> dict[str, Inputs]:
+    """How the inputs of each linear are rounded; a static scale is the largest magnitude that calibration met."""
+    if asked is None:
+        return {}
+    inputs = parse_inputs(asked)
+    if inputs.scope == "token":
+        return {name: inputs for group in order for name in group}
+    missing = [group[0] for group in order if group[0] not in stats]
+    if missing:
+        raise WeightError(
+            f"{missing[0]} saw no calibration token: it has no static scale; use scope token or more samples"
+        )
+    scales = {name: float(stats[group[0]].absmax.max()) for group in order for name in group}
+    return {name: replace(inputs, scale=scale) for name, scale in scales.items()}
+
+
+@contextmanager
+def rounded_inputs(block: nn.Module, rounding: Mapping[str, Inputs]) -> Iterator[None]:
+    """Round what the named linears are fed while the context is open; no hook stays behind."""
+
+    def before(inputs: Inputs, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (round_inputs(args[0], inputs), *args[1:])
+
+    with ExitStack() as handles:
+        for name, inputs in rounding.items():
+            handle = block.get_submodule(name).register_forward_pre_hook(partial(before, inputs))
+            handles.callback(handle.remove)
+        yield
 
 
 def observe_block(
@@ -190,17 +245,18 @@ def shard_tensors(
 def stored_float(item: Item, work: Work, block: nn.Module, inside: str) -> Tensor:
     """A float tensor to write: the source's own bytes, unless a correction changed it."""
     original = item.origin.read(read_tensor(work.source, item.origin.name))
-    held = block.state_dict()[inside]
+    held: Tensor = block.state_dict()[inside]
     if torch.equal(held, original.to(held.dtype)):
         return original
     return held.to(original.dtype)
 
 
-def facts_of(found: Quantized, kind: Any) -> dict[str, Any]:
+def facts_of(found: Quantized, kind: Any, inputs: Inputs | None = None) -> dict[str, Any]:
     """What the record of a shard says of a layer."""
     stored: StoredLayer = stored_layer(found.packed, kind)
     facts = {"loss": found.loss, "bits_per_weight": stored.bits_per_weight, "notes": list(found.notes)}
-    return facts | {"scheme": stored.scheme.to_json(), "outliers": stored.outliers}
+    facts |= {"scheme": stored.scheme.to_json(), "outliers": stored.outliers}
+    return facts if inputs is None else facts | {"inputs": inputs.to_json()}
 
 
 def split_batches(hidden: Hidden) -> tuple[list[int], list[int]]:
@@ -229,5 +285,7 @@ def item_as_stored(item: Item, layers: Mapping[str, Any]) -> Item:
     facts = layers.get(item.layer.name, {}) if item.layer else {}
     if item.stored is None or "scheme" not in facts:
         return item
-    stored = replace(item.stored, scheme=Scheme.from_json(facts["scheme"]), outliers=facts.get("outliers", 0))
+    scheme, inputs = Scheme.from_json(facts["scheme"]), facts.get("inputs")
+    rounding = None if inputs is None else Inputs.from_json(inputs)
+    stored = replace(item.stored, scheme=scheme, outliers=facts.get("outliers", 0), inputs=rounding)
     return replace(item, stored=stored, bytes=stored.bytes)

@@ -32,6 +32,7 @@ from fracbit.models.skeleton import skeleton
 from fracbit.models.spill import storage
 from fracbit.models.walk import Hidden, embed
 from fracbit.pipeline.block import Work, do_block, facts_of, item_as_stored, read_item, redo_block
+from fracbit.pipeline.distill import distill_shards
 from fracbit.pipeline.finish import finish
 from fracbit.pipeline.run import Progress, Result, model_config, peak_rss, refuse
 from fracbit.pipeline.schedule import Item, Schedule, make_schedule
@@ -70,6 +71,8 @@ def run_calibrated(
                 work, target, shard, items, path, block, hidden
             )
             work.show(f"block {number + 1} of {len(shards) - 1}", number + 1, len(shards) - 1)
+        if work.plan.distill:
+            distill_shards(work, target, schedule, samples)
         schedule = as_stored(schedule, target)
         totals = finish(target, recipe, work.source, schedule, work.model, (samples.to_json(),))
     seconds = time.perf_counter() - started
@@ -87,7 +90,7 @@ def prepare(recipe: Recipe, output: Path, progress: Progress | None) -> Work:
     fill = quantizer(recipe.quantizer, recipe.search)
     dtype = forward_dtype(recipe.calibration.dtype, source)
     show = progress or (lambda what, done, total: None)
-    return Work(recipe, recipe.calibration, source, model, family_of(model), fill, dtype, show)
+    return Work(recipe, recipe.calibration, source, model, family_of(model), fill, dtype, stored_dtype(source), show)
 
 
 def forward_dtype(asked: str, source: Source) -> torch.dtype:
@@ -97,6 +100,12 @@ def forward_dtype(asked: str, source: Source) -> torch.dtype:
     stored = {info.dtype for info in source.tensors.values()}
     native = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if stored == {"BF16"} and native else torch.float32
+
+
+def stored_dtype(source: Source) -> torch.dtype:
+    """The coarsest float type that the source stores tensors in."""
+    stored = {info.dtype for info in source.tensors.values()}
+    return torch.bfloat16 if "BF16" in stored else torch.float16 if "F16" in stored else torch.float32
 
 
 def read_samples(work: Work) -> Samples:

@@ -56,6 +56,8 @@ def finish(
     manifest = _manifest(recipe, source, schedule, layers, made, hashes, totals, texts)
     tweaks = [record["tweak"] for record in records.values() if "tweak" in record]
     manifest |= {"tweaks": tweaks} if tweaks else {}
+    distilled = [record["distilled"] for record in records.values() if "distilled" in record]
+    manifest |= {"distilled": distilled[0]} if distilled else {}
     write_json(target.folder / MANIFEST, manifest)
     facts = Facts(
         _card_name(source), type(model).__name__, totals, layers, {n: f["loss"] for n, f in made.items()}

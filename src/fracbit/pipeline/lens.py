@@ -29,7 +29,8 @@ from fracbit.lens import (
     perturbation,
     scheme_error,
 )
-from fracbit.models.blocks import weight_of
+from fracbit.models.blocks import blocks, gain_of, norms, weight_of
+from fracbit.models.install import set_weight
 from fracbit.pipeline.subject import Progress, Subject, measure, replaced
 from fracbit.records.scheme import Scheme
 from fracbit.records.scores import Scores
@@ -39,7 +40,19 @@ Error: TypeAlias = Callable[[Tensor, torch.Generator], Tensor]
 """What to add to a tensor: x and a generator in, delta of the same shape out."""
 
 SEEDS = 5
-_T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 14: 2.145, 19: 2.093}
+_T95 = {
+    1: 12.706,
+    2: 4.303,
+    3: 3.182,
+    4: 2.776,
+    5: 2.571,
+    6: 2.447,
+    7: 2.365,
+    8: 2.306,
+    9: 2.262,
+    14: 2.145,
+    19: 2.093,
+}
 
 
 @dataclass(frozen=True)
@@ -109,12 +122,19 @@ def probe(
         with perturbed(subject, error, target, layers, seed, meter):
             changes.append(measure(subject, ids).nll - base)
     low, high = interval(changes)
-    return LensPoint(kind, target, name, meter.intensity, statistics.fmean(changes), low, high, tuple(changes))
+    return LensPoint(
+        kind, target, name, meter.intensity, statistics.fmean(changes), low, high, tuple(changes)
+    )
 
 
 @contextmanager
 def perturbed(
-    subject: Subject, error: Error, target: Target, layers: Sequence[str], seed: int, meter: _Meter | None = None
+    subject: Subject,
+    error: Error,
+    target: Target,
+    layers: Sequence[str],
+    seed: int,
+    meter: _Meter | None = None,
 ) -> Iterator[None]:
     """The model with errors in the weights of `layers`, in their inputs (fresh in every forward), or in both.
 
@@ -124,7 +144,9 @@ def perturbed(
     generator = torch.Generator(subject.model.device).manual_seed(seed)
     with ExitStack() as stack:
         if target in ("weights", "both"):
-            stack.enter_context(replaced(subject, dict(_noisy_weights(subject, layers, error, generator, meter))))
+            stack.enter_context(
+                replaced(subject, dict(_noisy_weights(subject, layers, error, generator, meter)))
+            )
         if target in ("activations", "both"):
             for name in layers:
                 hook = partial(_perturb_input, error, generator, meter)
@@ -166,7 +188,9 @@ def rounding(scheme: Scheme) -> Error:
 def noise_like(kind: str, scheme: Scheme, unit: UnitOf | None = None) -> Error:
     """Noise that has, in every scaling unit, the L2 norm of the error that `scheme` makes there."""
     perturbation(kind)
-    return lambda x, generator: perturb_like(x, scheme_error(x, scheme), kind, unit or _unit(scheme, x), generator)
+    return lambda x, generator: perturb_like(
+        x, scheme_error(x, scheme), kind, unit or _unit(scheme, x), generator
+    )
 
 
 def clip(share: float, unit: UnitOf = "row") -> Error:
@@ -197,7 +221,9 @@ def intensity_curves(
     """Loss against relative intensity for each kind: the paper's findings 1 (shape) and 2 (relation to |x|)."""
     base = measure(subject, ids).nll
     jobs = [(kind, intensity) for kind in kinds for intensity in intensities]
-    errors = [noise(kind, intensity, unit) for kind, intensity in jobs]  # all arguments are checked before any work
+    errors = [
+        noise(kind, intensity, unit) for kind, intensity in jobs
+    ]  # all arguments are checked before any work
     points = []
     for done, ((kind, _), error) in enumerate(zip(jobs, errors, strict=True)):
         points.append(probe(subject, ids, error, kind, target, seeds=seeds, base=base))
@@ -261,7 +287,9 @@ def fragility(points: Sequence[LensPoint]) -> list[dict[str, str | float]]:
     """
     lines: list[dict[str, str | float]] = []
     for unit in dict.fromkeys(point.layers for point in points if point.layers != "all"):
-        here = {f"{point.target} {point.kind}": sensitivity(point) for point in points if point.layers == unit}
+        here = {
+            f"{point.target} {point.kind}": sensitivity(point) for point in points if point.layers == unit
+        }
         worst = max(here, key=lambda kind: here[kind])
         lines.append({"unit": unit, "most fragile to": worst, "sensitivity": here[worst], **here})
     return sorted(lines, key=lambda line: -float(line["sensitivity"]))
@@ -272,9 +300,15 @@ def sensitivity(point: LensPoint) -> float:
     return point.change / point.intensity**2 if point.intensity > 0 else 0.0
 
 
-def sensitivity_scores(subject: Subject, points: Sequence[LensPoint], kind: str, protocol: Mapping[str, Any]) -> Scores:
+def sensitivity_scores(
+    subject: Subject, points: Sequence[LensPoint], kind: str, protocol: Mapping[str, Any]
+) -> Scores:
     """The sensitivities of one kind as scores for an allocation; below 0 (noise) they count as 0."""
-    values = {point.layers: max(sensitivity(point), 0.0) for point in points if point.kind == kind and point.layers != "all"}
+    values = {
+        point.layers: max(sensitivity(point), 0.0)
+        for point in points
+        if point.kind == kind and point.layers != "all"
+    }
     return Scores(values, f"lens:{kind}", subject.weights.model, "sensitivity", protocol)
 
 
@@ -285,6 +319,36 @@ def per_module(subject: Subject) -> dict[str, list[str]]:
         inside = name.removeprefix(f"{subject.weights.blocks}.").partition(".")[2]
         units.setdefault(inside, []).append(name)
     return units
+
+
+def plant_outliers(subject: Subject, factor: float = 50.0, channels: int = 2, seed: int = 0) -> int:
+    """Plant activation outliers without changing the model: scale some norm gains up and the columns that read them down.
+
+    `channels` of every norm that only linears read are scaled by `factor`, in place. Returns how many norms were changed.
+    A trained small model has few outliers; this gives it those of a large one.
+    """
+    check_intensity(factor)
+    generator = torch.Generator().manual_seed(seed)
+    changed = 0
+    for _, block in blocks(subject.model, subject.family):
+        for norm in norms(block, subject.family):
+            gain = gain_of(block, norm.name)
+            if not norm.exclusive or not norm.readers or gain is None:
+                continue
+            chosen = torch.randperm(len(gain), generator=generator)[:channels]
+            module = block.get_submodule(norm.name)
+            with torch.no_grad():
+                offset = subject.family.gain_offset
+                gain[chosen] = (gain[chosen] + offset) * factor - offset
+                bias = dict(module.named_parameters(recurse=False)).get("bias")
+                if bias is not None:
+                    bias[chosen] *= factor
+            for reader in norm.readers:
+                weight = weight_of(block.get_submodule(reader)).clone()
+                weight[:, chosen] /= factor
+                set_weight(block.get_submodule(reader), weight)
+            changed += 1
+    return changed
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -300,4 +364,3 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def _show(progress: Progress | None, what: str, done: int, total: int) -> None:
     if progress is not None:
         progress(what, done, total)
-

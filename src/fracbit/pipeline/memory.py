@@ -39,11 +39,17 @@ def running_memory(config: Any, context: int, batch: int = 1, bytes_each: int = 
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
     if context < 1 or batch < 1:
-        raise BudgetError(f"a context of {context} tokens x {batch} sequences is none; both must be at least 1")
+        raise BudgetError(
+            f"a context of {context} tokens x {batch} sequences is none; both must be at least 1"
+        )
     if limit and context > limit:
-        raise BudgetError(f"a context of {context} is longer than the model's {limit} positions; ask for at most {limit}")
+        raise BudgetError(
+            f"a context of {context} is longer than the model's {limit} positions; ask for at most {limit}"
+        )
     heads = int(text.num_attention_heads)
-    kv_heads = int(getattr(text, "num_key_value_heads", None) or (1 if getattr(text, "multi_query", False) else heads))
+    kv_heads = int(
+        getattr(text, "num_key_value_heads", None) or (1 if getattr(text, "multi_query", False) else heads)
+    )
     head = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
     tokens = sum(min(context, window or context) for window in _windows(text))
     cache = 2 * tokens * kv_heads * head * batch * bytes_each

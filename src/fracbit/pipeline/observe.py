@@ -39,8 +39,15 @@ class Observer:
             self.stats[name] = add(held, x)
         except WeightError as error:
             raise WeightError(
-                f"inputs of {self.label}.{name}, after {held.tokens} good ones: {error}"
+                f"inputs of {self.label}.{name}{self._place(name, held, x)}: {error}"
             ) from error
+
+    def _place(self, name: str, held: Stats, x: Tensor) -> str:
+        """Which sample went wrong; experts see tokens of all samples, mixed."""
+        if _EXPERT.search(name):
+            return ""
+        first = int((~torch.isfinite(x)).any(1).nonzero()[0])
+        return f", sample {(held.tokens + first) // self.length}"
 
 
 def observe_all(

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast, get_args
 
 from torch import Tensor
 
@@ -69,7 +69,9 @@ class Ask:
     def __post_init__(self) -> None:
         """Refuse none and several. Raises `BudgetError`."""
         if sum(value is not None for value in (self.average_bits, self.size, self.fits)) != 1:
-            raise BudgetError("ask for exactly one of --average-bits 3.5, --size 1.2GB and --fits 8GB --context 4096")
+            raise BudgetError(
+                "ask for exactly one of --average-bits 3.5, --size 1.2GB and --fits 8GB --context 4096"
+            )
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,8 @@ def make_plan(
 ) -> Plan:
     """Solve the problem; `scores` is the name of a score, or scores and losses that were made earlier.
 
-    `subject` and `ids` are for scores that read text; `curve` solves for the whole reachable range too. Raises `RecipeError`, `BudgetError`, `WeightError`.
+    `subject` and `ids` are for scores that read text; `curve` solves for the whole reachable range too.
+    Raises `RecipeError`, `BudgetError`, `WeightError`.
     """
     named, losses = _valued(problem, scores, subject, ids, progress)
     chosen = _solve(problem, problem.budget, named, losses, solver)
@@ -197,6 +200,20 @@ def make_plan(
     return Plan(figure, losses, candidates, curves, needs, notes)
 
 
+def check_granularity(name: str) -> Granularity:
+    """`name` as a granularity. Raises `RecipeError`."""
+    if name in get_args(Granularity):
+        return cast(Granularity, name)
+    raise RecipeError(f"granularity {name!r} is not known; use block or linear")
+
+
+def check_solver(name: str) -> Solver:
+    """`name` as a solver. Raises `RecipeError`."""
+    if name in get_args(Solver):
+        return cast(Solver, name)
+    raise RecipeError(f"solver {name!r} is not known; use exact or order")
+
+
 def allocated(recipe: Recipe, allocation: Allocation) -> Recipe:
     """The recipe with the allocation as overrides, one a layer, after those it had: later ones win."""
     mine = tuple(
@@ -208,7 +225,12 @@ def allocated(recipe: Recipe, allocation: Allocation) -> Recipe:
 
 def written_bytes(problem: Problem, schemes: Mapping[str, Scheme | None]) -> int:
     """Bytes of the weight files with these schemes: never less than what will be written, and closer than 1 kB a shard."""
-    shapes = {name: shape for unit in problem.units for name, shape in unit.shapes.items() if name not in unit.shared}
+    shapes = {
+        name: shape
+        for unit in problem.units
+        for name, shape in unit.shapes.items()
+        if name not in unit.shared
+    }
     bits = sum(scheme_bits(schemes[name], shape) for name, shape in shapes.items())
     names = dict(problem.float_shapes)
     for name, shape in shapes.items():
@@ -218,7 +240,11 @@ def written_bytes(problem: Problem, schemes: Mapping[str, Scheme | None]) -> int
 
 
 def _most_header_bytes(
-    units: Sequence[Unit], levels: Sequence[Scheme | None], names: Mapping[str, Sequence[int]], size: int, shards: int
+    units: Sequence[Unit],
+    levels: Sequence[Scheme | None],
+    names: Mapping[str, Sequence[int]],
+    size: int,
+    shards: int,
 ) -> int:
     """Bytes of the headers when every layer has every part that some level stores."""
     names = dict(names)
@@ -233,12 +259,18 @@ def _stored_shapes(layer: str, shape: tuple[int, int], scheme: Scheme | None) ->
     if scheme is None:
         return {f"{layer}.weight": shape}
     parts = part_shapes(scheme, shape)
-    return {tensor_name(layer, part): (math.prod(size),) if part == "codes" else size for part, (_, size) in parts.items()}
+    return {
+        tensor_name(layer, part): (math.prod(size),) if part == "codes" else size
+        for part, (_, size) in parts.items()
+    }
 
 
 def _header_bytes(names: Mapping[str, Sequence[int]], size: int, shards: int) -> int:
     """Bytes of safetensors headers that list these tensors, every offset as long as the largest."""
-    entries = {name: {"dtype": "BF16", "shape": list(shape), "data_offsets": [size, size]} for name, shape in names.items()}
+    entries = {
+        name: {"dtype": "BF16", "shape": list(shape), "data_offsets": [size, size]}
+        for name, shape in names.items()
+    }
     return len(json.dumps(entries, separators=(",", ":"))) + 64 * shards
 
 
@@ -251,7 +283,9 @@ def needs_of(problem: Problem, allocation: Allocation) -> Needs:
     for scheme in dict.fromkeys(allocation.schemes.values()):
         mine = [name for name, given in allocation.schemes.items() if given == scheme]
         if scheme is not None:
-            seconds += _seconds_each(problem.weights.read(mine[0]), scheme) * sum(shapes[n][0] * shapes[n][1] for n in mine)
+            seconds += _seconds_each(problem.weights.read(mine[0]), scheme) * sum(
+                shapes[n][0] * shapes[n][1] for n in mine
+            )
     # A tensor as read, as fp32, its codes before packing and their temporaries; beside them the shard that is being filled.
     memory = PROCESS_BYTES + 16 * largest + min(SHARD_BYTES, file_bytes)
     return Needs(memory, file_bytes, seconds)
@@ -285,7 +319,8 @@ def contest(
 ) -> Contest:
     """Measure the allocation and the best uniform scheme of no more bytes; the winner carries a note of what happened.
 
-    `budget`: bits that the uniform scheme may take, those of the allocation when it is not given. Uniform rivals are the levels and their kin of every other width, the best by weight error of those that fit.
+    `budget`: bits that the uniform scheme may take, those of the allocation when it is not given. Uniform rivals are
+    the levels and their kin of every other width, the best by weight error of those that fit.
     Raises `BudgetError` when not even one bit everywhere fits into the allocation's bytes.
     """
     bits = budget or sum(unit.bits(allocation.schemes[next(iter(unit.shapes))]) for unit in units)
@@ -314,7 +349,9 @@ def _best_rival(
 ) -> tuple[Scheme | None, int]:
     rivals = [scheme for scheme in _kin(levels) if sum(unit.bits(scheme) for unit in units) <= bits]
     if not rivals:
-        raise BudgetError(f"{bits} bits do not hold these layers under any one scheme; offer levels with larger blocks")
+        raise BudgetError(
+            f"{bits} bits do not hold these layers under any one scheme; offer levels with larger blocks"
+        )
     taken = {scheme: sum(unit.bits(scheme) for unit in units) for scheme in rivals}
     # Only those that use what there is: fewer bits of the same kind are never better.
     near = [scheme for scheme in rivals if taken[scheme] >= 0.75 * max(taken.values())]
@@ -340,7 +377,11 @@ def _kin(levels: Sequence[Scheme | None]) -> list[Scheme | None]:
 
 
 def _valued(
-    problem: Problem, scores: str | Scores | Losses, subject: Subject | None, ids: Tensor | None, progress: Progress | None
+    problem: Problem,
+    scores: str | Scores | Losses,
+    subject: Subject | None,
+    ids: Tensor | None,
+    progress: Progress | None,
 ) -> tuple[Scores, Losses]:
     """Scores for the order and losses for the optimum, from whatever was given."""
     names = [unit.name for unit in problem.units]
@@ -353,7 +394,9 @@ def _valued(
         return _lift(problem, scores), scores
     if isinstance(scores, Scores):
         check_scores(scores, names, problem.weights.model)
-        errors = make_losses(problem.weights, problem.units, "weight-error", problem.levels, progress=progress)
+        errors = make_losses(
+            problem.weights, problem.units, "weight-error", problem.levels, progress=progress
+        )
         return scores, predict_losses(scores, errors)
     losses = make_losses(where, problem.units, scores, problem.levels, ids, problem.recipe.seed, progress)
     if losses.method == scores:
@@ -368,7 +411,9 @@ def _lift(problem: Problem, losses: Losses) -> Scores:
     low, high = total.index(min(total)), total.index(max(total))
     column = [losses.schemes.index(problem.levels[i]) for i in (low, high)]
     worth = losses.scores(*column)
-    price = {unit.name: max(1, cost[high] - cost[low]) for unit, cost in zip(problem.units, costs, strict=True)}
+    price = {
+        unit.name: max(1, cost[high] - cost[low]) for unit, cost in zip(problem.units, costs, strict=True)
+    }
     return replace(worth, values={name: value / price[name] for name, value in worth.values.items()})
 
 
@@ -392,14 +437,19 @@ def _left_over(problem: Problem, solution: Solution) -> tuple[str, ...]:
     left = problem.budget.bits - solution.bits
     if left < 0.02 * problem.budget.bits:
         return ()
-    return (f"{100 * left / problem.budget.bits:.1f} % of the budget is left: nothing it could buy is expected to help",)
+    return (
+        f"{100 * left / problem.budget.bits:.1f} % of the budget is left: nothing it could buy is expected to help",
+    )
 
 
 def _curves(problem: Problem, scores: Scores, losses: Losses) -> dict[str, tuple[tuple[float, float], ...]]:
     """Predicted loss over the whole reachable range, by both solvers, and the uniform schemes as points."""
     costs = cost_table(problem.units, problem.levels)
     least, most = sum(map(min, costs)), sum(map(max, costs))
-    budgets = [Budget(least + (most - least) * i // (STEPS - 1), problem.weights_count, "average bits") for i in range(STEPS)]
+    budgets = [
+        Budget(least + (most - least) * i // (STEPS - 1), problem.weights_count, "average bits")
+        for i in range(STEPS)
+    ]
     curves: dict[str, tuple[tuple[float, float], ...]] = {}
     solvers: tuple[Solver, ...] = ("exact", "order")
     for solver in solvers:
@@ -416,7 +466,9 @@ def _curves(problem: Problem, scores: Scores, losses: Losses) -> dict[str, tuple
 
 def _float_schedule(recipe: Recipe, source: Source, layers: Iterable[str]) -> Schedule:
     floats = allocated(recipe, Allocation(dict.fromkeys(layers)))
-    shell = skeleton(model_config(source, recipe.trust_remote_code), trust_remote_code=recipe.trust_remote_code)
+    shell = skeleton(
+        model_config(source, recipe.trust_remote_code), trust_remote_code=recipe.trust_remote_code
+    )
     return make_schedule(floats, source, shell)
 
 

@@ -17,18 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fracbit.checkpoint.output import MANIFEST, open_output, write_json
 from fracbit.checkpoint.source import INDEX, SINGLE, Source, open_source, read_tensor
 from fracbit.errors import OutputError, RecipeError, SourceError, near_matches
+from fracbit.importance import Unit
 from fracbit.models.blocks import blocks
 from fracbit.models.find import family_of
 from fracbit.models.skeleton import origins, skeleton
 from fracbit.pipeline.finish import copy_rest
 from fracbit.pipeline.run import model_config
 from fracbit.pipeline.schedule import SHARD_BYTES
-from fracbit.pipeline.subject import Subject
+from fracbit.pipeline.subject import Progress, Subject, measure, replaced, rounded
+from fracbit.records.scheme import Scheme
 from fracbit.records.scores import Scores, check_scores
 
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -55,7 +57,9 @@ def least_important(scores: Scores, count: int, names: Sequence[str]) -> tuple[s
     """
     check_scores(scores, names)
     if not 0 < count < len(names):
-        raise RecipeError(f"dropping {count} of {len(names)} blocks leaves no pruned model; drop 1 to {len(names) - 1}")
+        raise RecipeError(
+            f"dropping {count} of {len(names)} blocks leaves no pruned model; drop 1 to {len(names) - 1}"
+        )
     gone = set(scores.order()[-count:])
     return tuple(name for name in names if name in gone)
 
@@ -66,12 +70,21 @@ def without(subject: Subject, dropped: Sequence[str]) -> Iterator[None]:
     named = blocks(subject.model, subject.family)
     stack, kept = [block for _, block in named], _kept([name for name, _ in named], dropped)
     modules = [module for block in stack for module in block.modules()]
-    numbered = [(module, name, getattr(module, name)) for module in modules for name in BY_NUMBER if hasattr(module, name)]
+    numbered = [
+        (module, name, getattr(module, name))
+        for module in modules
+        for name in BY_NUMBER
+        if hasattr(module, name)
+    ]
     owner, _, leaf = subject.family.blocks.rpartition(".")
     holder = subject.model.get_submodule(owner)
     whole = subject.model.get_submodule(subject.family.blocks)
     config = subject.model.config.get_text_config()
-    before = {name: getattr(config, name) for name in (*COUNTS, *PER_BLOCK, *INDICES) if getattr(config, name, None) is not None}
+    before = {
+        name: getattr(config, name)
+        for name in (*COUNTS, *PER_BLOCK, *INDICES)
+        if getattr(config, name, None) is not None
+    }
     try:
         setattr(holder, leaf, nn.ModuleList([stack[index] for index in kept]))
         for number, index in enumerate(kept):
@@ -107,6 +120,52 @@ def pruned_config(config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, A
     return changed
 
 
+def compare_with_quantizing(
+    subject: Subject,
+    units: Sequence[Unit],
+    scores: Scores,
+    high: Scheme,
+    low: Scheme,
+    held_out: Tensor,
+    progress: Progress | None = None,
+) -> dict[str, list[tuple[float, float]]]:
+    """Dropping blocks against lowering them from `high` to `low`, by one order: (stored bits per weight, nats per token).
+
+    Bits are over the weights of the whole model, so that what was dropped counts as saved. Both lines start at `high`
+    everywhere; block after block goes, the least important first.
+    """
+    names = [unit.name for unit in units]
+    weights = sum(unit.weights for unit in units)
+    up, down = (
+        rounded(subject, {n: scheme for unit in units for n in unit.shapes}) for scheme in (high, low)
+    )
+    lines: dict[str, list[tuple[float, float]]] = {"quantized": [], "pruned": []}
+    for count in range(len(units) + 1):
+        gone = set(scores.order()[len(names) - count :])
+        mixed = {n: (down if unit.name in gone else up)[n] for unit in units for n in unit.shapes}
+        bits = sum(unit.bits(low if unit.name in gone else high) for unit in units) / weights
+        with replaced(subject, mixed):
+            lines["quantized"].append((bits, measure(subject, held_out).nll))
+        if count < len(units):
+            kept = sum(unit.bits(high) for unit in units if unit.name not in gone) / weights
+            lines["pruned"].append(
+                (kept, _without_loss(subject, up, [n for n in names if n in gone], held_out))
+            )
+        if progress is not None:
+            progress("pruning", count + 1, len(units) + 1)
+    return lines
+
+
+def _without_loss(
+    subject: Subject, weights: Mapping[str, Tensor], dropped: Sequence[str], ids: Tensor
+) -> float:
+    with replaced(subject, weights):
+        if not dropped:
+            return measure(subject, ids).nll
+        with without(subject, dropped):
+            return measure(subject, ids).nll
+
+
 def prune(source: str | Path, dropped: Sequence[str], output: str | Path, overwrite: bool = False) -> Pruned:
     """Write a model without the blocks `dropped` as an ordinary float checkpoint: tensors bit for bit, blocks renumbered.
 
@@ -121,7 +180,9 @@ def prune(source: str | Path, dropped: Sequence[str], output: str | Path, overwr
     kept = _kept([name for name, _ in blocks(shell, family)], dropped)
     config = {**opened.config, **pruned_config(opened.config, kept)}
     if config == dict(opened.config):
-        raise SourceError(f"{source} has no entry that counts its blocks ({', '.join(COUNTS)}); it cannot be pruned")
+        raise SourceError(
+            f"{source} has no entry that counts its blocks ({', '.join(COUNTS)}); it cannot be pruned"
+        )
     shards = _renamed(opened, family.blocks, kept)
     _check(opened, config, [new for names in shards.values() for new in names])
     total = sum(opened.tensors[old].bytes for names in shards.values() for old in names.values())
@@ -134,7 +195,9 @@ def prune(source: str | Path, dropped: Sequence[str], output: str | Path, overwr
         copy_rest(opened, target)
         write_json(folder / MANIFEST, {"pruned": {"source": str(source), "dropped": list(dropped)}})
         target.finish(config)
-    parameters = sum(math.prod(opened.tensors[old].shape) for names in shards.values() for old in names.values())
+    parameters = sum(
+        math.prod(opened.tensors[old].shape) for names in shards.values() for old in names.values()
+    )
     size = sum((folder / shard).stat().st_size for shard in shards)
     return Pruned(str(folder), tuple(dropped), len(kept), parameters, size)
 
@@ -143,7 +206,9 @@ def _check(source: Source, config: Mapping[str, Any], names: Sequence[str]) -> N
     """Refuse a model whose config builds other blocks when they are renumbered (every second one a mixture, say)."""
     smaller = type(model_config(source)).from_dict(dict(config))
     found = origins(skeleton(smaller), names)
-    if found.missing or len(found.unused) > len(origins(skeleton(model_config(source)), source.tensors).unused):
+    if found.missing or len(found.unused) > len(
+        origins(skeleton(model_config(source)), source.tensors).unused
+    ):
         raise SourceError(
             f"{source.name} cannot be pruned at these blocks: its config decides by a block's number what is in it, and "
             f"{(*found.missing, *found.unused)[0]} no longer fits; drop other blocks"
@@ -157,7 +222,9 @@ def _kept(names: Sequence[str], dropped: Sequence[str]) -> list[int]:
         raise RecipeError(f"{unknown[0]} is no block of this model; {near_matches(unknown[0], names)}")
     kept = [index for index, name in enumerate(names) if name not in set(dropped)]
     if not kept or not dropped:
-        raise RecipeError(f"dropping {len(dropped)} of {len(names)} blocks leaves no pruned model; drop 1 to {len(names) - 1}")
+        raise RecipeError(
+            f"dropping {len(dropped)} of {len(names)} blocks leaves no pruned model; drop 1 to {len(names) - 1}"
+        )
     return kept
 
 
@@ -174,7 +241,9 @@ def _renamed(source: Source, stack: str, kept: Sequence[int]) -> dict[str, dict[
         elif int(match[2]) in number:
             names[f"{match[1]}{number[int(match[2])]}{match[3]}"] = old
     if len(names) == len(source.tensors):
-        raise SourceError(f"{source.name} holds no tensors of single blocks below {stack!r}; it cannot be pruned")
+        raise SourceError(
+            f"{source.name} holds no tensors of single blocks below {stack!r}; it cannot be pruned"
+        )
     return _shards(source, names)
 
 

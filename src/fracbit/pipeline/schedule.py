@@ -12,18 +12,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch
 from transformers import PreTrainedModel
 
 from fracbit.checkpoint.format import StoredLayer
-from fracbit.checkpoint.source import Source
+from fracbit.checkpoint.source import Source, read_tensor
 from fracbit.errors import RecipeError, SourceError, near_matches
+from fracbit.models.find import family_of
 from fracbit.models.skeleton import Layer, Origin, origins, quantizable
 from fracbit.numerics.datatypes import check_datatype
 from fracbit.records.recipe import Recipe, key
 from fracbit.records.scheme import Scheme
 from fracbit.records.version import __version__
 
-SHARD_BYTES = 512 << 20
+SHARD_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,17 @@ class Decision:
 
 @dataclass(frozen=True)
 class Item:
-    """One tensor to write: its name in the model, where it lies in the source, and how it is stored when quantized."""
+    """One tensor to write: its name in the model, where it lies in the source, and how it is stored when quantized.
+
+    `unused` tensors belong to no module (GPT-2's causal masks) and are copied as they are.
+    """
 
     name: str
     origin: Origin
     bytes: int
     layer: Layer | None = None
     stored: StoredLayer | None = None
+    unused: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,8 +82,10 @@ def make_schedule(
             f"{source.name} lacks {len(places.missing)} tensors of its model, such as {places.missing[0]}"
         )
     items = [_item(name, place, source, layers, decisions) for name, place in places.tensors.items()]
-    items += [Item(name, Origin(name), source.tensors[name].bytes) for name in places.unused]
-    items = _without_tied(items, model)
+    items += [Item(name, Origin(name), source.tensors[name].bytes, unused=True) for name in places.unused]
+    items = _without_tied(items, source, model)
+    family = family_of(model)
+    notes = (*notes, *([family.note] if family.note else []))
     if places.unused:
         notes = (
             *notes,
@@ -157,11 +165,21 @@ def _item(
     return Item(name, place, stored.bytes, layer, stored)
 
 
-def _without_tied(items: list[Item], model: PreTrainedModel) -> list[Item]:
-    """Drop the second copy of a tied tensor: it is written once, under the name that owns it."""
-    names = {item.name for item in items}
-    drop = {head for head, table in model.all_tied_weights_keys.items() if head in names and table in names}
-    return [item for item in items if item.name not in drop]
+def _without_tied(items: list[Item], source: Source, model: PreTrainedModel) -> list[Item]:
+    """Drop the second copy of a tied tensor: it is written once, under the name that owns it.
+
+    Raises `SourceError` when the copies differ: transformers would then not tie them, and no one scheme would be right.
+    """
+    by_name = {item.name: item for item in items}
+    pairs = [(head, table) for head, table in model.all_tied_weights_keys.items() if {head, table} <= by_name.keys()]
+    for head, table in pairs:
+        first, second = (item.origin.read(read_tensor(source, item.origin.name)) for item in (by_name[head], by_name[table]))
+        if not torch.equal(first, second):
+            raise SourceError(
+                f"config.json ties {head} to {table}, but {source.name} holds different tensors for them; "
+                "set tie_word_embeddings to false there"
+            )
+    return [item for item in items if item.name not in dict(pairs)]
 
 
 def _shards(items: Iterable[Item], limit: int) -> dict[str, tuple[Item, ...]]:

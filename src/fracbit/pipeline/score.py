@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from fracbit.errors import DataError, RecipeError
-from fracbit.importance import LayerView, ScoreMethod, Unit, cosine_sum, error_of, predict_losses, reverse, score_method
+from fracbit.importance import (
+    LayerView,
+    ScoreMethod,
+    Unit,
+    cosine_sum,
+    error_of,
+    predict_losses,
+    reverse,
+    score_method,
+)
 from fracbit.models.blocks import blocks, linears, weight_of
 from fracbit.models.walk import Hidden, advance, embed, observe
 from fracbit.numerics.stats import Stats, empty
@@ -54,16 +63,24 @@ def make_scores(
     found = score_method(method)
     name = method.removeprefix("reverse:")
     where = weights.weights if isinstance(weights, Subject) else weights
-    protocol = {"seed": seed} | ({} if ids is None or found.data_free else {"samples": len(ids), "tokens": ids.numel()})
+    protocol = {"seed": seed} | (
+        {} if ids is None or found.data_free else {"samples": len(ids), "tokens": ids.numel()}
+    )
     if found.of_scheme is not None:
         if scheme is None:
-            raise RecipeError(f"score {name!r} looks at what a scheme does to a layer; name the low level, such as nf2/64")
+            raise RecipeError(
+                f"score {name!r} looks at what a scheme does to a layer; name the low level, such as nf2/64"
+            )
         losses = make_losses(weights, units, name, (scheme,), ids, seed, progress)
-        scores = Scores({key: row[0] for key, row in losses.rows.items()}, name, losses.model, "order", losses.protocol)
+        scores = Scores(
+            {key: row[0] for key, row in losses.rows.items()}, name, losses.model, "order", losses.protocol
+        )
     else:
         assert found.plain is not None
         views = _views(weights, units, found, (), ids, seed, progress)
-        scores = Scores({view.name: found.plain(view) for view in views}, name, where.model, "order", protocol)
+        scores = Scores(
+            {view.name: found.plain(view) for view in views}, name, where.model, "order", protocol
+        )
     return reverse(scores) if method.startswith("reverse:") else scores
 
 
@@ -88,7 +105,9 @@ def make_losses(
     rows = {}
     for view in _views(weights, units, found, tuple(schemes), ids, seed, progress):
         rows[view.name] = tuple(found.of_scheme(view, scheme) for scheme in schemes)
-    protocol = {"seed": seed} | ({} if ids is None or found.data_free else {"samples": len(ids), "tokens": ids.numel()})
+    protocol = {"seed": seed} | (
+        {} if ids is None or found.data_free else {"samples": len(ids), "tokens": ids.numel()}
+    )
     return Losses(tuple(schemes), rows, method, where.model, protocol)
 
 
@@ -115,10 +134,18 @@ def _views(
             {name: where.read(name) for name in names} if "weights" in method.needs else {},
             {name: found.stats[name] for name in names if name in found.stats},
             {name: found.gradients[name] for name in names if name in found.gradients},
-            {scheme: found.slopes[unit.name, scheme] for scheme in schemes if (unit.name, scheme) in found.slopes},
+            {
+                scheme: found.slopes[unit.name, scheme]
+                for scheme in schemes
+                if (unit.name, scheme) in found.slopes
+            },
             found.sample_tokens,
             found.cosines.get(block),
-            {scheme: found.changes[unit.name, scheme] for scheme in schemes if (unit.name, scheme) in found.changes},
+            {
+                scheme: found.changes[unit.name, scheme]
+                for scheme in schemes
+                if (unit.name, scheme) in found.changes
+            },
             seed,
         )
         step("scoring", index + 1, len(units))
@@ -133,14 +160,18 @@ def _find(
     step: Progress,
 ) -> Findings:
     if ids is None or isinstance(weights, Weights):
-        raise RecipeError(f"this score ({method.about}) reads text; name one with --text, or take a data-free score such as zd")
+        raise RecipeError(
+            f"this score ({method.about}) reads text; name one with --text, or take a data-free score such as zd"
+        )
     if ids.dim() != 2 or ids.numel() == 0:
         raise DataError(f"scores take token ids [samples, tokens], got the shape {tuple(ids.shape)}")
     if "loss" in method.needs:
         return Findings(changes=ablation(weights, units, schemes, ids, step))
     if method.needs & {"gradients", "slopes"}:
         return gradient_pass(weights, units, schemes if "slopes" in method.needs else (), ids, step)
-    return forward_pass(weights, ids, "gram" in method.needs, "cosine behind the final norm" in method.needs, step)
+    return forward_pass(
+        weights, ids, "gram" in method.needs, "cosine behind the final norm" in method.needs, step
+    )
 
 
 def forward_pass(subject: Subject, ids: Tensor, gram: bool, final_norm: bool, step: Progress) -> Findings:
@@ -186,19 +217,29 @@ def gradient_pass(
     """
     names = [name for unit in units for name in unit.shapes if name not in unit.shared]
     unit_of = {name: unit.name for unit in units for name in unit.shapes}
-    errors = {(name, scheme): error_of(subject.weights.read(name), scheme) for name in names for scheme in schemes}
+    errors = {
+        (name, scheme): error_of(subject.weights.read(name), scheme) for name in names for scheme in schemes
+    }
     parameters = {name: subject.module(name).get_parameter("weight") for name in names}
     mean = {name: torch.zeros_like(subject.weights.read(name)) for name in names}
-    slopes = {(unit.name, scheme): torch.zeros(len(ids), dtype=torch.float64) for unit in units for scheme in schemes}
+    slopes = {
+        (unit.name, scheme): torch.zeros(len(ids), dtype=torch.float64)
+        for unit in units
+        for scheme in schemes
+    }
     with _differentiable(subject, list(parameters.values())):
         for sample, row in enumerate(ids):
-            loss = subject.model(input_ids=row[None].to(subject.model.device), labels=row[None].to(subject.model.device)).loss
+            loss = subject.model(
+                input_ids=row[None].to(subject.model.device), labels=row[None].to(subject.model.device)
+            ).loss
             grads = torch.autograd.grad(loss, list(parameters.values()))
             for name, grad in zip(names, grads, strict=True):
                 grad = grad.T if subject.weights.layers[name].transposed else grad
                 mean[name] += grad.float() / len(ids)
                 for scheme in schemes:
-                    slopes[unit_of[name], scheme][sample] += float((grad * errors[name, scheme]).double().sum())
+                    slopes[unit_of[name], scheme][sample] += float(
+                        (grad * errors[name, scheme]).double().sum()
+                    )
             step("gradients", sample + 1, len(ids))
     return Findings(gradients=mean, slopes=slopes, sample_tokens=ids.shape[1] - 1)
 

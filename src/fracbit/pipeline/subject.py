@@ -56,7 +56,9 @@ class Weights:
     def units(self, granularity: Granularity = "block", fused: bool = False) -> tuple[Unit, ...]:
         """The linears gathered into units that get their scheme together."""
         shapes = [
-            LayerShape(layer.name, (layer.out, layer.width), f"{self.blocks}.{layer.block}", layer.group, layer.tied)
+            LayerShape(
+                layer.name, (layer.out, layer.width), f"{self.blocks}.{layer.block}", layer.group, layer.tied
+            )
             for layer in self.layers.values()
         ]
         return make_units(shapes, granularity, fused)
@@ -98,7 +100,9 @@ def weights_on_disk(model: str | Path, trust_remote_code: bool = False) -> Weigh
 def load_subject(model: str | Path, device: str = "cpu", trust_remote_code: bool = False) -> Subject:
     """Load a float model to experiment on. Raises `SourceError` when it is quantized already or cannot be read."""
     if "quantization_config" in open_source(str(model), None, trust_remote_code).config:
-        raise SourceError(f"{model} is quantized already; experiment on the float model that it was made from")
+        raise SourceError(
+            f"{model} is quantized already; experiment on the float model that it was made from"
+        )
     return subject_of(load(model, torch.float32, device, trust_remote_code))
 
 
@@ -107,7 +111,11 @@ def subject_of(model: PreTrainedModel) -> Subject:
     split_experts(model)
     family = family_of(model)
     layers = quantizable(model, family)
-    return Subject(model, family, Weights(layers, family.blocks, lambda name: weight_of(model.get_submodule(name)).float()))
+    return Subject(
+        model,
+        family,
+        Weights(layers, family.blocks, lambda name: weight_of(model.get_submodule(name)).float()),
+    )
 
 
 @contextmanager
@@ -132,7 +140,9 @@ def rounded(subject: Subject, schemes: Mapping[str, Scheme | None]) -> dict[str,
     }
 
 
-def measure(subject: Subject, ids: Tensor | Sequence[Tensor], window: int | None = None, batch: int = 8) -> Perplexity:
+def measure(
+    subject: Subject, ids: Tensor | Sequence[Tensor], window: int | None = None, batch: int = 8
+) -> Perplexity:
     """Perplexity of the model as it stands; `ids` are documents or rows of a matrix, each seen on its own."""
     documents = list(ids) if isinstance(ids, Tensor) and ids.dim() == 2 else ids
     return perplexity(subject.model, documents, window=window, batch=batch)

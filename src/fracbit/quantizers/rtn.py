@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fracbit.numerics.grid import quantize_tensor
-from fracbit.numerics.packed import decode
+from fracbit.numerics.packed import PackedTensor, decoded_parts, kept_columns
 from fracbit.numerics.stats import Stats
 from fracbit.quantizers.quantizer import Quantized
 from fracbit.records.scheme import Scheme
@@ -28,13 +28,24 @@ class RoundToNearest:
         """Quantize `weight` [out, in]; the loss is the relative squared error, weighted by input energy when known."""
         importance = None if stats is None else stats.energy / max(stats.tokens, 1)
         packed = quantize_tensor(weight, scheme, importance, self.search, columns)
-        return Quantized(packed, relative_error(weight, decode(packed), importance))
+        return Quantized(packed, relative_error(weight, packed, importance))
 
 
-def relative_error(weight: Tensor, decoded: Tensor, importance: Tensor | None = None) -> float:
-    """Sum h (w - q)^2 / sum h w^2, the weighted relative squared error; 0 for a weight of zeros."""
-    error, power = (decoded - weight).square(), weight.float().square()
-    if importance is not None:
-        error, power = error * importance, power * importance
-    total = float(power.sum())
-    return float(error.sum()) / total if total > 0 else 0.0
+def relative_error(weight: Tensor, packed: PackedTensor, importance: Tensor | None = None) -> float:
+    """Sum h (w - q)^2 / sum h w^2 with the input channels' importance h [in]; 0 for a weight of zeros.
+
+    Columns that `packed` keeps in 16 bits count as exact. Decodes a run of rows at a time.
+    """
+    kept = None if packed.columns is None else kept_columns(packed.columns, packed.shape[1])
+    error = power = 0.0
+    for first, part in decoded_parts(packed):
+        rows = weight[first : first + len(part)].float()
+        power += _weighted_squares(rows, importance)
+        rows = rows if kept is None else rows[:, kept]
+        error += _weighted_squares(part.sub_(rows), importance if kept is None or importance is None else importance[kept])
+    return error / power if power > 0 else 0.0
+
+
+def _weighted_squares(x: Tensor, importance: Tensor | None) -> float:
+    squares = x.square() if importance is None else x.square().mul_(importance)
+    return float(squares.sum())

@@ -54,7 +54,9 @@ class Allocation:
             "model": self.model,
             "origin": dict(self.origin),
             "notes": list(self.notes),
-            "schemes": [None if scheme is None else {"label": str(scheme), **scheme.to_json()} for scheme in used],
+            "schemes": [
+                None if scheme is None else {"label": str(scheme), **scheme.to_json()} for scheme in used
+            ],
             "layers": {name: number[scheme] for name, scheme in self.schemes.items()},
         }
 
@@ -98,6 +100,22 @@ def save_allocation(allocation: Allocation, path: Path) -> None:
 def load_allocation(path: Path) -> Allocation:
     """Read what `save_allocation` wrote. Raises `FormatError`."""
     return Allocation.from_json(read_json(path))
+
+
+def recipe_text(allocation: Allocation, model: str) -> str:
+    """The allocation as a recipe in TOML, one override a layer, for `fracbit quantize recipe.toml -o OUT`."""
+    lines = [f"# {note}" for note in allocation.notes] + [f"model = {json.dumps(model)}"]
+    for name, scheme in allocation.schemes.items():
+        chosen = "keep = true" if scheme is None else f"scheme = {_inline(scheme.to_json())}"
+        lines += ["", "[[overrides]]", f"layers = {json.dumps(name)}", chosen]
+    return "\n".join(lines) + "\n"
+
+
+def _inline(value: object) -> str:
+    """A value as TOML: strings and numbers are written as in JSON, tables inline."""
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {_inline(item)}" for key, item in value.items()) + " }"
+    return json.dumps(value)
 
 
 def read_level(label: str) -> Scheme | None:

@@ -59,7 +59,8 @@ def _outliers(value: object) -> object:
 class Evaluation(_Frozen):
     """On what a run is judged: `text`, a source of the data room, seen in windows of `window` ids; `tasks` for zero-shot.
 
-    `window` and `stride` as for `fracbit eval`; None is the model's own length. `limit` examples of each task, None for all.
+    `window` and `stride` as for `fracbit eval`; None is the model's own length. `tasks` are names of lm-eval, or the YAML files
+    of local tasks; `limit` examples of each, None for all.
     """
 
     text: str
@@ -100,8 +101,11 @@ KEEP_ALL = Override(layers="*", keep=True)
 
 
 def run_key(run: Run) -> str:
-    """16 hex digits that name the run: equal runs, and only they, have equal keys."""
-    text = json.dumps(run.model_dump(mode="json"), sort_keys=True)
+    """16 hex digits that name the run: equal runs, and only they, have equal keys.
+
+    What has its default value is left out, so that a field that recipes gain later does not rename the rows of old stores.
+    """
+    text = json.dumps(run.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -127,7 +127,9 @@ def check_scores(record: Scores | Losses, layers: Sequence[str], model: str | No
     if missing or unknown:
         raise RecipeError(
             f"these {record.method} scores belong to another model: "
-            + "; ".join(_named(what, some) for what, some in (("without", missing), ("unknown", unknown)) if some)
+            + "; ".join(
+                _named(what, some) for what, some in (("without", missing), ("unknown", unknown)) if some
+            )
             + f". Expected {len(layers)} layers; make new scores for this model"
         )
     if model is not None and record.model != model:

@@ -61,7 +61,7 @@ def choose_columns(
 
 def _paired(model: PreTrainedModel, family: Family, block: torch.nn.Module) -> dict[str, Tensor]:
     """Scores of the readers of the family's pairs: the source's spread, row by row as it reaches their columns."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for pair in pairs(block, family, model.config):
         spread = unit_spread(weight_of(block.get_submodule(pair.source)))
         rows = source_rows(block, pair, model.config)

@@ -1,0 +1,87 @@
+"""`fracbit prune`: drop the least important blocks and write a float checkpoint that transformers loads."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fracbit.cli.show import bytes_text, print_json, print_notes, print_table, progress
+from fracbit.errors import RecipeError
+from fracbit.records.allocation import read_level
+from fracbit.records.scores import Scores, load_scores
+
+
+def prune(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of the float model.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write.")] = None,
+    drop: Annotated[int, typer.Option(help="How many blocks to drop.")] = 1,
+    score: Annotated[str, typer.Option(help="Name of a score, or a JSON file of scores of blocks.")] = "lim",
+    text: Annotated[str | None, typer.Option(help="Text for scores that read some.")] = None,
+    held_out: Annotated[
+        str | None,
+        typer.Option(help="Other text: compare with lowering blocks by the same order, at equal size."),
+    ] = None,
+    high: Annotated[str, typer.Option(help="Scheme of what stays, in the comparison.")] = "int4z/64",
+    low: Annotated[str, typer.Option(help="Scheme of lowered blocks, in the comparison.")] = "int2z/64",
+    picture: Annotated[
+        Path | None, typer.Option(help="Picture of the comparison, such as prune.png.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Samples of each text.")] = 32,
+    length: Annotated[int, typer.Option(help="Tokens of a sample.")] = 256,
+    seed: Annotated[int, typer.Option(help="Seed of random orders and of the samples.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Drop blocks of MODEL in the order of a score; with --held-out, beside quantizing them instead."""
+    from fracbit.pipeline.pictures import check_picture, draw_lines
+    from fracbit.pipeline.prune import compare_with_quantizing, least_important
+    from fracbit.pipeline.prune import prune as write
+    from fracbit.pipeline.score import make_scores
+    from fracbit.pipeline.subject import load_subject
+    from fracbit.pipeline.texts import samples_of
+
+    if output is None and held_out is None:
+        raise RecipeError(
+            "nothing to do; name a folder to write with -o, or a text to compare on with --held-out"
+        )
+    if picture is not None:
+        check_picture(picture)
+    subject = load_subject(model)
+    units = subject.weights.units()
+    names = [unit.name for unit in units]
+    with progress(json) as show:
+        ids = samples_of(text, model, subject, samples, length, seed) if text else None
+        if Path(score).suffix == ".json":
+            loaded = load_scores(Path(score))
+            if not isinstance(loaded, Scores):
+                raise RecipeError(f"{score} holds losses; pruning takes scores, one number a block")
+            scores = loaded
+        else:
+            scores = make_scores(subject, units, score, read_level(low), ids, seed, show)
+        dropped = least_important(scores, drop, names)
+        lines = None
+        if held_out is not None:
+            unseen = samples_of(held_out, model, subject, samples, length, seed)
+            schemes = [scheme for scheme in (read_level(high), read_level(low)) if scheme is not None]
+            lines = compare_with_quantizing(subject, units, scores, schemes[0], schemes[-1], unseen, show)
+    if picture is not None and lines is not None:
+        draw_lines(
+            picture, lines, "stored bits per weight of the whole model", "loss, nats per token", title=score
+        )
+    result = write(model, dropped, output, overwrite) if output is not None else None
+    notes = [f"dropped by {scores.method}: {', '.join(dropped)}"]
+    if json:
+        found = {"score": scores.method, "dropped": list(dropped), "comparison": lines, "notes": notes}
+        print_json(found | (asdict(result) if result else {}))
+        return
+    print_notes(notes)
+    if lines is not None:
+        rows = [[name, f"{bits:.3f}", f"{nll:.4f}"] for name, line in lines.items() for bits, nll in line]
+        print_table(["way", "bits per weight", "nats per token"], rows, "at equal size")
+    if result is not None:
+        print(
+            f"{result.output}: {result.blocks} blocks, {result.parameters:,} parameters, {bytes_text(result.bytes)}"
+        )

@@ -1,0 +1,36 @@
+"""`fracbit report`: the rows of a store as one page that opens offline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fracbit.cli.show import print_json
+from fracbit.errors import OutputError
+
+
+def report(
+    store: Annotated[str, typer.Argument(help="SQLite file, or postgresql://USER@HOST/NAME.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="HTML file to write.")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="Heading of the page.")] = "Bits and loss",
+    export: Annotated[Path | None, typer.Option(help="Also write the rows as Parquet.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Write scaling curves, offsets, the Pareto front and all rows of STORE as one self-contained page."""
+    from fracbit.report.page import write_page
+    from fracbit.sweep.store import export_parquet, open_store
+
+    if "://" not in store and not Path(store).is_file():
+        raise OutputError(f"no store {store}; `fracbit sweep GRID --store {store}` makes one")
+    with open_store(store) as opened:
+        rows = opened.rows()
+    write_page(rows, output, title)
+    if export is not None:
+        export_parquet(rows, export)
+    failed = sum(row.status == "failed" for row in rows)
+    if json:
+        print_json({"output": str(output), "rows": len(rows) - failed, "failed": failed, "bytes": output.stat().st_size})
+    else:
+        print(f"{output}: {len(rows) - failed} rows" + (f", {failed} failed runs" if failed else ""))

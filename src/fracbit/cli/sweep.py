@@ -1,0 +1,143 @@
+"""`fracbit sweep`: a grid of runs into a store, here or on Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fracbit.cli.show import bytes_text, print_json
+from fracbit.errors import RecipeError
+
+if TYPE_CHECKING:
+    from fracbit.records.row import Row
+    from fracbit.sweep.estimate import Estimate
+    from fracbit.sweep.grid import Expansion
+    from fracbit.sweep.runner import Engine
+
+
+def sweep(
+    grid: Annotated[Path, typer.Argument(help="Grid file (TOML); see docs/scaling.md.")],
+    store: Annotated[str, typer.Option(help="SQLite file, or postgresql://USER@HOST/NAME.")] = "sweep.db",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print runs, time and disk; measure nothing.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try runs again that failed.")] = False,
+    export: Annotated[Path | None, typer.Option(help="Also write all rows of the store as Parquet.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; without --ray.")] = "cpu",
+    ray: Annotated[bool, typer.Option("--ray", help="Run on Ray, started here unless --address is given.")] = False,
+    address: Annotated[str | None, typer.Option(help="Ray cluster: HOST:6379, ray://HOST:10001 or auto.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Ray workers; default as many as fit.")] = None,
+    cpus: Annotated[float, typer.Option(help="CPUs of a Ray worker.")] = 1,
+    gpus: Annotated[float, typer.Option(help="GPUs of a Ray worker.")] = 0,
+    memory: Annotated[float | None, typer.Option(help="Memory of a Ray worker in GB.")] = None,
+    retries: Annotated[int, typer.Option(help="How often a run is tried again whose worker died.")] = 2,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure every run of GRID that the store lacks. Stop it at any time; started again, it goes on.
+
+    Exit code 1 when a run failed: its row says why, the others are there.
+    """
+    if address is not None:
+        from fracbit.sweep.address import check_address
+
+        check_address(address)  # before anything slow is imported
+    from fracbit.sweep.grid import expand, read_grid
+    from fracbit.sweep.runner import check_complete, run_sweep
+    from fracbit.sweep.store import export_parquet, open_store, shown
+
+    read = read_grid(grid)
+    expansion = expand(read)
+    root = (grid.parent / read.root).resolve()
+    if dry_run:
+        _print_estimate(_estimate(expansion, store, root, device), json)
+        return
+    engine = _engine(root, device, ray or address is not None, address, workers, cpus, gpus, memory, retries)
+    with open_store(store) as opened:
+        outcome = run_sweep(opened, expansion.runs, engine, None if json else _show, retry_failed)
+        if export is not None:
+            export_parquet(opened.rows(), export)
+    failed = [{"key": row.key, "label": str(row.run), "error": row.error} for row in outcome.failed]
+    if json:
+        figures = {"runs": outcome.total, "measured": outcome.measured, "failed": failed, "seconds": outcome.seconds}
+        print_json({"store": shown(store), **figures})
+    else:
+        print(f"{outcome.measured} runs measured in {outcome.seconds:.0f} s, {outcome.total} of the grid are in {shown(store)}")
+        print(check_complete(outcome), end="\n" if failed else "")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _engine(
+    root: Path, device: str, on_ray: bool, address: str | None, workers: int | None, cpus: float, gpus: float,
+    memory: float | None, retries: int,
+) -> Engine:  # fmt: skip
+    if not on_ray:
+        from fracbit.sweep.in_process import InProcess
+
+        return InProcess(root, device)
+    if (workers is not None and workers < 1) or min(cpus, gpus, retries) < 0:
+        raise RecipeError("--workers must be at least 1, and --cpus, --gpus and --retries not below 0")
+    from fracbit.sweep.ray_engine import OnRay
+
+    size = None if memory is None else int(memory * 1e9)
+    return OnRay(root, address, workers, cpus, gpus, size, retries)
+
+
+def _show(row: Row, done: int, total: int) -> None:
+    if row.status == "failed":
+        figures = f"failed: {row.error}"
+    else:
+        bits = "" if row.bits_per_weight is None else f"{row.bits_per_weight:.3f} bits per weight, "
+        loss = f"perplexity {row.perplexity:.4g}" if row.perplexity is not None else f"{row.nll:.1f} nats per token"
+        figures = f"{bits}{loss}, {row.seconds:.1f} s"
+    print(f"{done}/{total} {row.run}: {figures}", flush=True)
+
+
+def _estimate(expansion: Expansion, store: str, root: Path, device: str) -> Estimate:
+    from fracbit.sweep.estimate import cheapest, estimate, parameters_of
+    from fracbit.sweep.store import open_store
+
+    rows: list[Row] = []
+    if "://" in store or Path(store).exists():
+        with open_store(store) as opened:
+            rows = opened.rows()
+    parameters = {model: parameters_of(model, root) for model in expansion.models}
+    probe = None
+    run = None if any(row.status == "done" for row in rows) else cheapest(expansion, parameters)
+    if run is not None:
+        from fracbit.sweep.schedule import source_of
+        from fracbit.sweep.workbench import Workbench
+
+        row = Workbench(source_of(run), root, device).measure(run)
+        probe = (row.parameters, row.seconds) if row.status == "done" else None
+    return estimate(expansion, rows, parameters, probe)
+
+
+def _print_estimate(found: Estimate, json: bool) -> None:
+    if json:
+        models = [vars(model) for model in found.models]
+        print_json(
+            {
+                "runs": found.runs,
+                "done": found.done,
+                "seconds": found.seconds,
+                "disk_bytes": found.disk_bytes,
+                "skipped": dict(found.skipped),
+                "models": models,
+            }
+        )
+        return
+    print(f"{found.runs} runs, {found.done} of them done")
+    for model in found.models:
+        time = "time unknown" if model.seconds is None else _duration(model.seconds)
+        print(f"  {model.model}: {model.runs - model.done} left, {time} ({model.basis})")
+    for reason, count in found.skipped.items():
+        print(f"  {count} points left out: {reason}")
+    total = "unknown" if found.seconds is None else _duration(found.seconds)
+    print(f"time left on one worker: {total}; disk: {bytes_text(found.disk_bytes)}")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,151 @@
+"""Folding factors and rotations into a model's weights, so that its output stays the same.
+
+A factor s on the inputs of some linears divides what produces them (a norm's gain and bias, or the rows of another linear) and
+multiplies the columns that read them. A rotation R of the residual stream turns what writes it (embeddings, o, down) and what
+reads it (the linears behind the norms, the head); an RMSNorm commutes with R once its gain is folded into its readers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fracbit.errors import RecipeError
+from fracbit.models.blocks import bias_of, gain_of, linears, norms, pairs, shape_of, source_rows, weight_of
+from fracbit.models.family import Family, Norm, Pair
+from fracbit.models.install import set_weight
+
+
+def storable(block: nn.Module, family: Family, norm: Norm, factors: Tensor, dtype: torch.dtype) -> Tensor:
+    """The factors nearest to `factors` [width] that leave a gain which `dtype`, the stored type, holds exactly.
+
+    Folding these costs nothing even where gains are stored in 16 bits.
+    """
+    gain = gain_of(block, norm.name)
+    assert gain is not None
+    effect = gain.float() + family.gain_offset
+    left = (effect / factors - family.gain_offset).to(dtype).float() + family.gain_offset
+    return torch.where((left != 0) & (effect != 0), effect / left, 1.0)
+
+
+def fold_norm(block: nn.Module, family: Family, norm: Norm, factors: Tensor) -> None:
+    """Divide a norm's output by `factors` [width] and multiply the columns of all its readers.
+
+    Raises `RecipeError` when the residual stream takes the output too.
+    """
+    if not norm.exclusive:
+        raise RecipeError(
+            f"{norm.name} feeds more than linears in this family: it cannot be folded; leave the transform out"
+        )
+    gain = gain_of(block, norm.name)
+    assert gain is not None
+    bias = bias_of(block.get_submodule(norm.name))
+    with torch.no_grad():
+        gain.copy_((gain.float() + family.gain_offset) / factors - family.gain_offset)
+        if bias is not None:
+            bias.copy_(bias.float() / factors)
+    scale_columns(block, norm.readers, factors)
+
+
+def fold_pair(block: nn.Module, pair: Pair, factors: Tensor, config: Any) -> None:
+    """Divide the output rows of `pair.source` that feed its readers and multiply the readers' columns.
+
+    `factors` [in of the readers] must be equal where one row feeds several columns (`tie`).
+    """
+    rows = source_rows(block, pair, config)
+    source = block.get_submodule(pair.source)
+    by_row = torch.ones(shape_of(source)[0], device=factors.device)
+    by_row[rows] = factors
+    set_weight(source, weight_of(source).float() / by_row[:, None])
+    bias = bias_of(source)
+    if bias is not None:
+        with torch.no_grad():
+            bias.copy_(bias.float() / by_row)
+    scale_columns(block, pair.readers, factors)
+
+
+def tie(block: nn.Module, pair: Pair, factors: Tensor, config: Any) -> Tensor:
+    """`factors` [in] with one value, the geometric mean, for columns that one source row feeds (grouped queries)."""
+    rows = source_rows(block, pair, config)
+    total = torch.zeros(int(rows.max()) + 1, device=factors.device)
+    logs = total.index_add(0, rows, factors.log())
+    counts = total.index_add(0, rows, torch.ones_like(factors))
+    return (logs / counts.clamp(min=1))[rows].exp()
+
+
+def scale_columns(block: nn.Module, names: Iterable[str], factors: Tensor) -> None:
+    """Multiply the input columns of linears by `factors` [in]."""
+    for name in names:
+        module = block.get_submodule(name)
+        set_weight(module, weight_of(module).float() * factors)
+
+
+def rotate_block(block: nn.Module, family: Family, matrix: Tensor) -> None:
+    """Turn a block's side of the residual stream by the orthogonal `matrix` [width, width], norms' gains folded away first.
+
+    Raises `RecipeError` for norms that do not commute with a rotation (LayerNorm, or one that writes the stream).
+    """
+    check_rotatable(block, family)
+    reading: list[str] = []
+    for norm in norms(block, family):
+        if not norm.readers:
+            continue
+        gain = gain_of(block, norm.name)
+        assert gain is not None
+        fold_norm(block, family, norm, gain.float() + family.gain_offset)
+        reading += norm.readers
+    for name in reading:
+        module = block.get_submodule(name)
+        set_weight(module, (weight_of(module).double() @ matrix).float())
+    for name in linears(block, family):
+        if name not in reading and shape_of(block.get_submodule(name))[0] == len(matrix):
+            _turn_rows(block.get_submodule(name), matrix)
+
+
+def rotate_rest(model: nn.Module, family: Family, matrix: Tensor) -> None:
+    """Turn the embeddings and the head, the final norm's gain folded into the head; the two must not be tied any more."""
+    for name in family.embeddings:
+        table = model.get_submodule(name)
+        set_weight(table, (weight_of(table).double() @ matrix).float())
+    head, norm = model.get_submodule(family.head), model.get_submodule(family.final_norm)
+    gain = dict(norm.named_parameters())["weight"]
+    with torch.no_grad():
+        set_weight(head, (weight_of(head).double() * (gain.double() + family.gain_offset) @ matrix).float())
+        gain.fill_(1.0 - family.gain_offset)
+
+
+def check_rotatable(block: nn.Module, family: Family) -> None:
+    """Raise `RecipeError` unless every norm on the residual stream is an RMSNorm read by linears alone."""
+    for norm in norms(block, family):
+        module = block.get_submodule(norm.name)
+        inside_head = norm.name.rpartition(".")[2] in ("q_norm", "k_norm")
+        if inside_head and not norm.readers:
+            continue
+        if (
+            bias_of(module) is not None
+            or isinstance(module, nn.LayerNorm)
+            or not norm.exclusive
+            or not norm.readers
+        ):
+            raise RecipeError(
+                f"{norm.name} ({type(module).__name__}) does not commute with a rotation of the residual stream; "
+                "rotation needs RMSNorms that only linears read (Llama, Mistral, Qwen); leave it out for this model"
+            )
+
+
+def scaling_sites(block: nn.Module, family: Family, config: Any) -> list[tuple[tuple[str, ...], Norm | Pair]]:
+    """Where factors can be folded: (readers of one input, what produces it), in order of use."""
+    folding = [norm for norm in norms(block, family) if norm.exclusive and norm.readers]
+    producers: list[Norm | Pair] = [*folding, *pairs(block, family, config)]
+    return [(producer.readers, producer) for producer in producers]
+
+
+def _turn_rows(module: nn.Module, matrix: Tensor) -> None:
+    set_weight(module, (matrix.T @ weight_of(module).double()).float())
+    bias = bias_of(module)
+    if bias is not None:
+        with torch.no_grad():
+            bias.copy_((matrix.T @ bias.double()).float())

@@ -1,0 +1,65 @@
+"""Rounding activations: what a quantized linear with `Inputs` sees, and the integer product where both sides have 8 bits.
+
+Per token the scale is the largest magnitude of that token, per tensor one from calibration. Uniform types as in SmoothQuant
+(arXiv:2211.10438); `power` rounds the cube root, as arXiv:2403.06408 does for activations with heavy tails.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fracbit.errors import SchemeError
+from fracbit.numerics.datatypes import DataType, fixed_type
+from fracbit.numerics.packed import PackedTensor
+from fracbit.records.inputs import Inputs
+from fracbit.records.scheme import Scheme
+
+TOP = 127  # of a symmetric 8-bit integer
+
+
+def input_type(inputs: Inputs) -> DataType:
+    """The table that activations are rounded to. Raises `SchemeError` for fitted types."""
+    return fixed_type(Scheme(inputs.dtype, inputs.bits, "row"))
+
+
+def input_scale(inputs: Inputs, x: Tensor) -> Tensor:
+    """The scales of `x` [..., in]: [..., 1] per token, a scalar per tensor. Raises `SchemeError` without calibration."""
+    if inputs.scope == "token":
+        return x.abs().amax(-1, keepdim=True)
+    if inputs.scale is None:
+        raise SchemeError(
+            "activations with one scale for all need calibration to find it; use scope token without data"
+        )
+    return torch.tensor(inputs.scale, dtype=x.dtype, device=x.device)
+
+
+def round_inputs(x: Tensor, inputs: Inputs) -> Tensor:
+    """`x` [..., in] rounded, in the type of `x`; what lies beyond a static scale is clipped."""
+    table = input_type(inputs).to(x.device)
+    values = x.float()
+    scale = input_scale(inputs, values)
+    unit = (values * torch.where(scale > 0, 1 / scale, 0.0)).clamp(-1, 1)
+    codes = table.nearest(unit.reshape(1, -1))
+    return (table.look_up(codes).view(values.shape) * scale).to(x.dtype)
+
+
+def is_int8(packed: PackedTensor, inputs: Inputs) -> bool:
+    """Whether the product can be taken in integers: symmetric 8-bit integers, a scale per output row, int8 activations."""
+    scheme = packed.scheme
+    plain = scheme.dtype == "int" and scheme.bits == 8 and scheme.offset == "none" and scheme.axis == "in"
+    alone = scheme.block == "row" and isinstance(scheme.scale, str) and packed.columns is None
+    return plain and alone and inputs.dtype == "int" and inputs.bits == 8
+
+
+def int8_product(x: Tensor, packed: PackedTensor, inputs: Inputs) -> Tensor:
+    """`round_inputs(x) W^T` with `W` [out, in] as in `is_int8`, multiplied in int8 and summed exactly in int32."""
+    values = x.float().reshape(-1, x.shape[-1])
+    scale = input_scale(inputs, values)
+    inverse = torch.where(scale > 0, TOP / scale, 0.0)
+    left = (values * inverse).round_().clamp_(-TOP, TOP).to(torch.int8)
+    right = (packed.codes.view(packed.shape).to(torch.int16) - TOP).to(torch.int8)
+    assert isinstance(packed.scales, Tensor)
+    sums = torch._int_mm(left, right.T)
+    result = sums.float() * (scale / TOP) * (packed.scales.float().T / TOP)
+    return result.to(x.dtype).view(*x.shape[:-1], packed.shape[0])

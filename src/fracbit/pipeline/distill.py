@@ -1,0 +1,117 @@
+"""The last stage of a calibrated run, when asked for: distil the whole quantized model from the float one, rewrite its shards.
+
+Tuned shards are collected in the journal first; a marker says that all are there, and only then do they replace the others. A
+run that is killed before the marker trains again from the untouched shards, one killed after it goes on replacing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fracbit.checkpoint.format import packed_layer, tensor_names
+from fracbit.checkpoint.load import load
+from fracbit.checkpoint.output import JOURNAL, Output, write_json
+from fracbit.data import Calibration as Samples
+from fracbit.models.blocks import blocks, norms
+from fracbit.models.distill import Distillation, Distilled, distill, soften
+from fracbit.models.soft import SoftLinear
+from fracbit.numerics.packed import PackedTensor
+from fracbit.pipeline.block import Work, item_as_stored
+from fracbit.pipeline.schedule import Schedule
+
+TUNED = "tuned"
+MARKER = "distilled.json"
+
+
+def distill_shards(work: Work, target: Output, schedule: Schedule, samples: Samples) -> None:
+    """Train and rewrite the shards of `schedule`; what it bought is noted in the record of the last one."""
+    marker = target.folder / JOURNAL / MARKER
+    if not marker.is_file():
+        tuned, result = train(work, target, schedule, samples)
+        folder = target.folder / JOURNAL / TUNED
+        folder.mkdir(exist_ok=True)
+        for shard, tensors in tuned.items():
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / shard)
+        write_json(marker, asdict(result))
+    facts = json.loads(marker.read_text())
+    for shard in schedule.shards:
+        path = target.folder / JOURNAL / TUNED / shard
+        if path.is_file():
+            record = target.record(shard)
+            assert record is not None
+            target.write_shard(
+                shard, load_file(target.folder / shard) | load_file(path), {**record, "distilled": facts}
+            )
+            path.unlink()
+
+
+def train(
+    work: Work, target: Output, schedule: Schedule, samples: Samples
+) -> tuple[dict[str, dict[str, Tensor]], Distilled]:
+    """The tensors that changed, by shard, and what training bought."""
+    stored = {shard: load_file(target.folder / shard) for shard in schedule.shards}
+    packed = _packed(target, schedule, stored)
+    teacher, student = (_float_model(work) for _ in range(2))
+    gains = _norms(work, student)
+    everything = {name: tensor for tensors in stored.values() for name, tensor in tensors.items()}
+    with torch.no_grad():
+        for name, gain in gains.items():
+            gain.copy_(everything[name].float())
+    soft = soften(student, packed)
+    plan = Distillation(epochs=work.plan.distill, rate=work.plan.rate, seed=work.recipe.seed)
+
+    def show(epoch: int, loss: float) -> None:
+        work.show(f"distilling, {loss:.4f} nats from the float model", epoch, plan.epochs)
+
+    result = distill(teacher, student, soft, gains, samples.ids, plan, show)
+    return {shard: _changed(tensors, soft, gains) for shard, tensors in stored.items()}, result
+
+
+def _float_model(work: Work) -> PreTrainedModel:
+    return load(work.source.folder, dtype=torch.float32, trust_remote_code=work.recipe.trust_remote_code)
+
+
+def _packed(
+    target: Output, schedule: Schedule, stored: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, PackedTensor]:
+    """The quantized linears of all blocks."""
+    result: dict[str, PackedTensor] = {}
+    for shard, items in schedule.shards.items():
+        record = target.record(shard)
+        assert record is not None
+        for item in items:
+            if item.layer is not None and item.stored is not None and item.layer.block is not None:
+                layer = item_as_stored(item, record["layers"]).stored
+                assert layer is not None
+                result[item.layer.name] = packed_layer(item.layer.name, layer, stored[shard])
+    return result
+
+
+def _norms(work: Work, model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Gains and biases of the norms inside the blocks, by full name."""
+    found: dict[str, nn.Parameter] = {}
+    for path, block in blocks(model, work.family):
+        for norm in norms(block, work.family):
+            for leaf, parameter in block.get_submodule(norm.name).named_parameters(recurse=False):
+                found[f"{path}.{norm.name}.{leaf}"] = parameter
+    return found
+
+
+def _changed(
+    tensors: Mapping[str, Tensor], soft: Mapping[str, SoftLinear], gains: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """New tensors of one shard: those of its linears and norms."""
+    made: dict[str, Tensor] = {}
+    for name, layer in soft.items():
+        if f"{name}.weight" in tensors:
+            made |= tensor_names(name, layer.packed())
+    return made | {
+        name: gain.detach().to(tensors[name].dtype) for name, gain in gains.items() if name in tensors
+    }

@@ -1,0 +1,21 @@
+"""Text for scores, lenses and contests: samples [samples, tokens] of a source, read with the model's own tokenizer."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fracbit.checkpoint.load import tokenizer_or_none
+from fracbit.data import read_documents, sample
+from fracbit.pipeline.subject import Subject
+
+SAMPLES = 32
+LENGTH = 256
+
+
+def samples_of(
+    text: str, model: str, subject: Subject, samples: int = SAMPLES, length: int = LENGTH, seed: int = 0
+) -> Tensor:
+    """Token ids int64 [samples, length] drawn from `text` (grammar: data/source.py). Raises `DataError`, `SourceError`."""
+    vocabulary = subject.model.config.get_text_config().vocab_size
+    tokens = read_documents(text, tokenizer_or_none(model), vocabulary)
+    return sample(tokens, samples=samples, length=length, seed=seed).ids.to(subject.model.device)

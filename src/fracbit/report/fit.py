@@ -1,0 +1,335 @@
+"""What a study says: scaling curves, offsets between precisions, the Pareto front, and a sentence to act on.
+
+arXiv:2212.09720, Sec. 4: bivariate power functions of parameters and bits fit poorly; the points of each precision are joined
+by straight lines over log2(total model bits) instead, and the curves are nearly parallel, so a precision is described by its
+offset from another. Both are computed here, so that a reader can see which holds on their rows.
+
+Confidence intervals resample the windows of the text, the same windows for every row: differences between rows are paired.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import least_squares
+from scipy.stats import pearsonr
+
+from fracbit.records.row import Row, label
+
+Floats = NDArray[np.float64]
+
+FLOAT_BITS = 16
+OFFSET_WORDS = {"zero": "zero point", "float": "float offset", "mean": "centered"}
+LEVEL = 0.95
+DRAWS = 400
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What rows of one curve share besides their precision: everything but the model and the bits."""
+
+    dtype: str
+    block: str
+    axis: str
+    offset: str
+    scale: str
+    quantizer: str
+    search: bool
+    outliers: str
+    correction: str
+
+    def __str__(self) -> str:
+        parts = [f"{self.dtype}, block {self.block}"]
+        parts += ["blocks along out"] if self.axis == "out" else []
+        parts += [OFFSET_WORDS[self.offset]] if self.offset != "none" else []
+        parts += [f"scales {self.scale}"] if self.scale != "fp16" else []
+        parts += [self.quantizer] if self.quantizer != "rtn" else []
+        parts += ["searched ranges"] if self.search else []
+        parts += [f"16-bit columns {self.outliers}"] if self.outliers != "none" else []
+        parts += [self.correction] if self.correction != "none" else []
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Offset:
+    """How a precision differs from the reference precision, within one slice.
+
+    `loss`: nats per token that it lies above the reference curve at equal total bits (negative: better), mean over the
+    stretch of sizes that both cover; None where they cover none. `shift`: log2 of the factor of total bits that it needs for
+    the reference's loss (negative: it gets by with fewer); None where no shift makes the curves overlap.
+    """
+
+    bits: int
+    reference: int
+    loss: Interval | None
+    shift: Interval | None
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """nll = floor + scale * parameters^-alpha * bits^-beta, by least squares; `rms` of its residuals in nats.
+
+    `interpolation_rms`: of leaving out each inner point of each precision and interpolating it from its neighbours, the same
+    rows judged by the other method; None with fewer than three models.
+    """
+
+    floor: float
+    scale: float
+    alpha: float
+    beta: float
+    rms: float
+    spread: float
+    interpolation_rms: float | None
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The answer to: for this much memory, what? `sentence` says it; `doubt` names the other precision that may be as good."""
+
+    budget_bits: float
+    row: Row
+    sentence: str
+    doubt: str = ""
+
+
+def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Finished rows that may be compared: by the text (its hash) and the windows they were judged on."""
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row.status == "done" and row.nll is not None:
+            found[f"{row.text_sha256[:12]}/{len(row.window_nll)}/{sum(row.window_tokens)}"].append(row)
+    return dict(found)
+
+
+def bits_of(row: Row) -> int:
+    """The precision of a row: bits per code, 16 for a float model."""
+    return row.run.recipe.scheme.bits if row.run.quantized else FLOAT_BITS
+
+
+def slice_of(row: Row) -> Slice:
+    """The slice of a quantized row."""
+    recipe, scheme = row.run.recipe, row.run.recipe.scheme
+    scale = scheme.scale if isinstance(scheme.scale, str) else str(scheme.scale)
+    return Slice(
+        scheme.dtype, str(scheme.block), scheme.axis, scheme.offset, scale, recipe.quantizer, recipe.search,
+        str(row.run.outliers or "none"), row.run.correction,
+    )  # fmt: skip
+
+
+def slices(rows: Sequence[Row], precisions: int = 3, models: int = 2) -> dict[Slice, list[Row]]:
+    """Slices with at least so many precisions and models, each with the float rows beside its own; the fullest first."""
+    found: dict[Slice, list[Row]] = defaultdict(list)
+    seen: set[tuple[Slice, str, int]] = set()
+    for row in rows:
+        point = (slice_of(row), row.run.recipe.model, bits_of(row))
+        if row.run.quantized and point not in seen:  # one seed of several
+            seen.add(point)
+            found[point[0]].append(row)
+    floats = [row for row in rows if not row.run.quantized]
+    enough = {
+        part: [*members, *floats]
+        for part, members in found.items()
+        if len({bits_of(row) for row in members}) >= precisions
+        and len({row.run.recipe.model for row in members}) >= models
+    }
+    return dict(sorted(enough.items(), key=lambda item: (-len(item[1]), str(item[0]))))
+
+
+def size_of(row: Row) -> float:
+    """log2 of the total bits of the model."""
+    return math.log2(row.model_bits)
+
+
+def front(rows: Sequence[Row]) -> list[Row]:
+    """The Pareto front: rows than which no other has at most as many bits and a smaller loss; by size."""
+    best, kept = math.inf, []
+    for row in sorted(rows, key=lambda row: (row.model_bits, row.nll or 0.0)):
+        if row.nll is not None and row.nll < best:
+            best = row.nll
+            kept.append(row)
+    return kept
+
+
+def offsets(rows: Sequence[Row], reference: int = 4, draws: int = DRAWS, seed: int = 0) -> list[Offset]:
+    """Offsets of every precision of a slice from the `reference` precision, with bootstrap intervals over windows."""
+    if reference not in {bits_of(row) for row in rows}:
+        return []
+    points = sorted(rows, key=size_of)
+    losses = resampled(points, draws, seed)  # [1 + draws, rows], the first as measured
+    precision = np.array([bits_of(row) for row in points])
+    sizes = np.array([size_of(row) for row in points])
+    base = precision == reference
+    found = []
+    for bits in sorted(set(precision.tolist()) - {reference}):
+        own = precision == bits
+        curves = (sizes[own], losses[:, own], sizes[base], losses[:, base])
+        found.append(Offset(bits, reference, _interval(_gaps(*curves)), _interval(_shifts(*curves))))
+    return found
+
+
+def resampled(rows: Sequence[Row], draws: int, seed: int) -> Floats:
+    """Losses [1 + draws, rows] in nats per token: as measured, then of `draws` resamplings of the windows of the text.
+
+    Every draw takes the same windows for all rows. Rows must share their windows (`groups`).
+    """
+    sums = np.array([row.window_nll for row in rows])  # [rows, windows]
+    tokens = np.array(rows[0].window_tokens, dtype=np.float64)
+    count = len(tokens)
+    weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws)
+    weights = np.vstack([np.ones((1, count)), weights])
+    return np.asarray(weights @ sums.T / (weights @ tokens)[:, None], dtype=np.float64)
+
+
+def difference(row: Row, other: Row, draws: int = 2000, seed: int = 0) -> Interval:
+    """Loss of `row` above that of `other` in nats per token, paired over windows."""
+    losses = resampled([row, other], draws, seed)
+    found = _interval(losses[:, 0] - losses[:, 1])
+    assert found is not None
+    return found
+
+
+def power_law(rows: Sequence[Row]) -> PowerLaw | None:
+    """The bivariate power law through all rows of a slice, and how straight lines do on them; None with under six rows."""
+    if len(rows) < 6:
+        return None
+    size = np.log([row.parameters for row in rows])
+    bits = np.log([bits_of(row) for row in rows])
+    loss = np.array([row.nll for row in rows], dtype=np.float64)
+
+    def residual(p: Floats) -> Floats:
+        return np.asarray(p[0] + np.exp(p[1] - p[2] * (size - size.mean()) - p[3] * bits) - loss)
+
+    starts = [(loss.min() * share, math.log(max(float(np.ptp(loss)), 1e-3)), alpha, beta)
+              for share in (0.5, 0.9) for alpha in (0.1, 0.5) for beta in (1.0, 4.0)]  # fmt: skip
+    bounds = ([0.0, -20.0, 0.0, 0.0], [np.inf, 20.0, 5.0, 20.0])
+    tries = [least_squares(residual, start, bounds=bounds, max_nfev=2000) for start in starts]
+    best = min(tries, key=lambda fit: float(fit.cost))
+    floor, log_scale, alpha, beta = (float(value) for value in best.x)
+    scale = math.exp(min(700.0, log_scale + alpha * float(size.mean())))
+    rms = math.sqrt(2 * float(best.cost) / len(rows))
+    return PowerLaw(floor, scale, alpha, beta, rms, float(loss.std()), _left_out(rows))
+
+
+def correlation(rows: Sequence[Row], task: str) -> tuple[float, int] | None:
+    """Pearson correlation of loss and accuracy of a task, and the number of rows; None with fewer than three."""
+    pairs = [(row.nll, row.accuracies[task]) for row in rows if row.nll is not None and task in row.accuracies]
+    if len(pairs) < 3 or len({pair[1] for pair in pairs}) == 1:
+        return None
+    return float(pearsonr(*zip(*pairs, strict=True)).statistic), len(pairs)
+
+
+def advise(rows: Sequence[Row], budget_bits: float) -> Advice | None:
+    """The best row of at most `budget_bits` in total, in words; None when nothing fits."""
+    fitting = sorted((row for row in rows if row.model_bits <= budget_bits), key=lambda row: row.nll or 0.0)
+    if not fitting:
+        return None
+    best = fitting[0]
+    found = f"perplexity {_perplexity(best)} in {size_text(best.model_bits)}"
+    sentence = f"for {size_text(budget_bits)} of memory, use {in_words(best)}: {found}"
+    other = next((row for row in fitting if _choice(row) != _choice(best)), None)
+    return Advice(budget_bits, best, sentence, _doubt(best, other) if other else "")
+
+
+def in_words(row: Row) -> str:
+    """`tales-m at 4 bits (nf, block 64)`, or `tales-m in 16-bit float`."""
+    name = row.run.recipe.model.rstrip("/").rsplit("/", 1)[-1]
+    return f"{name} at {bits_of(row)} bits ({slice_of(row)})" if row.run.quantized else f"{name} in 16-bit float"
+
+
+def size_text(bits: float) -> str:
+    """Bits as kB, MB or GB, decimal."""
+    size = bits / 8
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if size >= factor:
+            return f"{size / factor:.3g} {unit}"
+    return f"{size / 1e3:.3g} kB"
+
+
+def _choice(row: Row) -> tuple[str, int]:
+    return row.run.recipe.model, bits_of(row)
+
+
+def _doubt(best: Row, other: Row) -> str:
+    apart = difference(other, best)
+    if apart.low > 0:
+        return ""
+    return f"{in_words(other)} is not distinguishable from it on this text ({apart.low:+.4f} to {apart.high:+.4f} nats)"
+
+
+def _perplexity(row: Row) -> str:
+    return label(row.run) if row.nll is None else f"{math.exp(min(row.nll, 700)):.4g}"
+
+
+def _gaps(x: Floats, y: Floats, base_x: Floats, base_y: Floats) -> Floats:
+    """Mean height of an interpolated curve over another where both have points, for every row of `y` and `base_y`.
+
+    `x` [points] ascending, `y` [draws, points]; returns [draws], nan where the curves do not overlap.
+    """
+    low, high = max(x[0], base_x[0]), min(x[-1], base_x[-1])
+    if len(x) < 2 or len(base_x) < 2 or low >= high:
+        return np.full(len(y), math.nan)
+    at = np.linspace(low, high, 65)
+    return np.asarray((y @ _reader(x, at) - base_y @ _reader(base_x, at)).mean(1))
+
+
+def _shifts(x: Floats, y: Floats, base_x: Floats, base_y: Floats) -> Floats:
+    """The shift along the size axis that lays a curve best on another, with at least half of the shorter one overlapping."""
+    if len(x) < 2 or len(base_x) < 2:
+        return np.full(len(y), math.nan)
+    need = 0.5 * min(x[-1] - x[0], base_x[-1] - base_x[0])
+    tried = np.arange(-4.0, 4.0001, 0.02)
+    misfits = np.array([_misfits(x - shift, y, base_x, base_y, need) for shift in tried])  # [shifts, draws]
+    possible = np.flatnonzero(np.isfinite(misfits[:, 0]))
+    best = misfits.argmin(0)
+    # At the edge of what still overlaps, the curves only slid past each other: no shift lays them together.
+    inside = (best > possible.min()) & (best < possible.max()) if len(possible) else np.zeros(len(best), dtype=bool)
+    return np.asarray(np.where(inside, tried[best], math.nan))
+
+
+def _misfits(x: Floats, y: Floats, base_x: Floats, base_y: Floats, need: float) -> Floats:
+    low, high = max(x[0], base_x[0]), min(x[-1], base_x[-1])
+    if high - low < need:
+        return np.full(len(y), math.inf)
+    at = np.linspace(low, high, 33)
+    return np.asarray(np.square(y @ _reader(x, at) - base_y @ _reader(base_x, at)).mean(1))
+
+
+def _reader(x: Floats, at: Floats) -> Floats:
+    """Linear interpolation as a matrix [points, positions]: values at `x` times it are values at `at`."""
+    return np.array([np.interp(at, x, unit) for unit in np.eye(len(x))])
+
+
+def _interval(values: Floats) -> Interval | None:
+    """The first value, with the percentiles of the rest that are numbers; None when the first is none."""
+    if math.isnan(values[0]):
+        return None
+    drawn = values[1:][~np.isnan(values[1:])]
+    tail = 50 * (1 - LEVEL)
+    low, high = np.percentile(drawn, [tail, 100 - tail]) if len(drawn) else (math.nan, math.nan)
+    return Interval(float(values[0]), float(low), float(high))
+
+
+def _left_out(rows: Sequence[Row]) -> float | None:
+    errors: list[float] = []
+    key: Callable[[Row], int] = bits_of
+    for bits in {key(row) for row in rows}:
+        points = sorted((row for row in rows if key(row) == bits), key=size_of)
+        x, y = np.array([size_of(row) for row in points]), np.array([row.nll for row in points], dtype=np.float64)
+        for inner in range(1, len(points) - 1):
+            rest = np.arange(len(points)) != inner
+            errors.append(float(np.interp(x[inner], x[rest], y[rest]) - y[inner]))
+    return math.sqrt(float(np.mean(np.square(errors)))) if errors else None

@@ -1,0 +1,60 @@
+"""Rounding activations: step size, clipping, zero tokens, the integer product equal to the simulated one."""
+
+import pytest
+import torch
+
+from fracbit.errors import SchemeError
+from fracbit.numerics import decode, quantize_tensor
+from fracbit.numerics.inputs import int8_product, is_int8, round_inputs
+from fracbit.records.inputs import Inputs, parse_inputs
+from fracbit.records.scheme import Scheme
+
+
+def activations(seed: int = 0) -> torch.Tensor:
+    x = torch.randn(5, 7, 48, generator=torch.Generator().manual_seed(seed))
+    x[0, 0] = 0
+    return x
+
+
+def test_labels_are_read_back():
+    for text in ("int8/token", "int8/tensor", "power8/token", "int4/token"):
+        assert str(parse_inputs(text)) == text
+    assert parse_inputs("int8") == Inputs()
+    with pytest.raises(SchemeError, match="TYPEBITS"):
+        parse_inputs("eight")
+    assert Inputs.from_json(Inputs("int", 8, "tensor", 2.5).to_json()).scale == 2.5
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_error_per_token_is_half_a_step(bits: int):
+    x = activations()
+    error = (round_inputs(x, Inputs(bits=bits)) - x).abs()
+    step = x.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
+    assert bool((error <= step / 2 * 1.0001 + 1e-7).all())
+    assert torch.equal(round_inputs(x, Inputs())[0, 0], x[0, 0])
+
+
+def test_static_scales_clip_and_need_calibration():
+    x = activations()
+    rounded = round_inputs(x, Inputs(scope="tensor", scale=1.0))
+    assert float(rounded.abs().max()) == pytest.approx(1.0)
+    with pytest.raises(SchemeError, match="calibration"):
+        round_inputs(x, Inputs(scope="tensor"))
+
+
+def test_power_keeps_small_values_beside_an_outlier():
+    x = activations()[1:]
+    x[..., 3] = 60
+    small = torch.arange(48) != 3
+    error = {d: float((round_inputs(x, Inputs(d)) - x)[..., small].square().mean()) for d in ("int", "power")}
+    assert error["power"] < 0.25 * error["int"]
+
+
+@pytest.mark.parametrize("inputs", [Inputs(), Inputs(scope="tensor", scale=2.0)])
+def test_integer_product_equals_the_simulation(inputs: Inputs):
+    x, weight = activations(), torch.randn(40, 48, generator=torch.Generator().manual_seed(1))
+    packed = quantize_tensor(weight, Scheme("int", 8, "row"))
+    assert is_int8(packed, inputs)
+    expected = round_inputs(x, inputs) @ decode(packed).T
+    assert torch.allclose(int8_product(x, packed, inputs), expected, atol=1e-4)
+    assert not is_int8(quantize_tensor(weight, Scheme("int", 8, 16)), inputs)

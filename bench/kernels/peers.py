@@ -1,6 +1,6 @@
 """What other libraries take for the same linear. Run by linear.py inside the environment of one peer; prints JSON.
 
-    python peers.py NAME ROUNDS BATCH 4096x4096 ...
+python peers.py NAME ROUNDS BATCH 4096x4096 ...
 """
 
 import json
@@ -23,7 +23,10 @@ def plain(rows: int, columns: int, dtype: torch.dtype) -> torch.nn.Linear:
 def torch_peers() -> Iterator[tuple[str, Maker]]:
     for dtype in (torch.float32, torch.bfloat16):
         size = torch.finfo(dtype).bits / 8
-        yield str(dtype), lambda rows, columns, d=dtype, s=size: (plain(rows, columns, d), rows * columns * s, d)
+        yield (
+            str(dtype),
+            lambda rows, columns, d=dtype, s=size: (plain(rows, columns, d), rows * columns * s, d),
+        )
 
     class Int8(torch.nn.Module):
         def __init__(self, rows: int, columns: int) -> None:
@@ -44,8 +47,14 @@ def torch_peers() -> Iterator[tuple[str, Maker]]:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.weight, 64, self.scale)
 
-    yield "torch int8 weight-only", lambda rows, columns: (Int8(rows, columns), rows * columns, torch.bfloat16)
-    yield "torch int4/64 weight-only", lambda rows, columns: (Int4(rows, columns), rows * columns * 0.5625, torch.bfloat16)
+    yield (
+        "torch int8 weight-only",
+        lambda rows, columns: (Int8(rows, columns), rows * columns, torch.bfloat16),
+    )
+    yield (
+        "torch int4/64 weight-only",
+        lambda rows, columns: (Int4(rows, columns), rows * columns * 0.5625, torch.bfloat16),
+    )
 
 
 def torchao_peers() -> Iterator[tuple[str, Maker]]:
@@ -63,7 +72,14 @@ def bitsandbytes_peers() -> Iterator[tuple[str, Maker]]:
     import bitsandbytes as bnb
 
     def make(rows: int, columns: int) -> tuple[torch.nn.Module, float, torch.dtype]:
-        layer = bnb.nn.Linear4bit(columns, rows, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", compress_statistics=False)
+        layer = bnb.nn.Linear4bit(
+            columns,
+            rows,
+            bias=False,
+            compute_dtype=torch.bfloat16,
+            quant_type="nf4",
+            compress_statistics=False,
+        )
         layer.load_state_dict({"weight": torch.randn(rows, columns, dtype=torch.bfloat16)})
         return layer.to("cpu").eval(), rows * columns * (0.5 + 4 / 64), torch.bfloat16
 
@@ -91,7 +107,14 @@ def gptqmodel_peers() -> Iterator[tuple[str, Maker]]:
 
     def make(rows: int, columns: int) -> tuple[torch.nn.Module, float, torch.dtype]:
         layer = TorchLinear(
-            bits=4, group_size=64, sym=True, desc_act=False, in_features=columns, out_features=rows, bias=False, pack_dtype=torch.int32
+            bits=4,
+            group_size=64,
+            sym=True,
+            desc_act=False,
+            in_features=columns,
+            out_features=rows,
+            bias=False,
+            pack_dtype=torch.int32,
         )
         layer.qweight.random_()
         layer.scales.fill_(0.01)
@@ -102,7 +125,9 @@ def gptqmodel_peers() -> Iterator[tuple[str, Maker]]:
 
 
 def llama_peers() -> Iterator[tuple[str, Maker]]:
-    raise SystemExit("llama-cpp-python has no public single-linear call; it is compared per token by bench/serving")
+    raise SystemExit(
+        "llama-cpp-python has no public single-linear call; it is compared per token by bench/serving"
+    )
     yield
 
 
@@ -135,10 +160,23 @@ def main() -> None:
             rows, columns = map(int, shape.split("x"))
             try:
                 seconds, size = measure(make, rows, columns, int(rounds), int(batch))
-            except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:  # a path the peer lacks here
+            except (
+                RuntimeError,
+                NotImplementedError,
+                AttributeError,
+                TypeError,
+            ) as error:  # a path the peer lacks here
                 print(f"{label} {shape}: {error}", file=sys.stderr)
                 continue
-            results.append({"name": label, "rows": rows, "columns": columns, "us": seconds * 1e6, "GBps": size / seconds / 1e9})
+            results.append(
+                {
+                    "name": label,
+                    "rows": rows,
+                    "columns": columns,
+                    "us": seconds * 1e6,
+                    "GBps": size / seconds / 1e9,
+                }
+            )
     print(json.dumps(results))
 
 

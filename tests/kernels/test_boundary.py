@@ -1,5 +1,6 @@
 """Fuzz of the native boundary: buffers of wrong size, type or layout are a Python exception, never a crash or a stray read."""
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -83,10 +84,8 @@ def test_random_sizes_are_refused_or_run(data: st.DataObject) -> None:
         if data.draw(st.booleans()):
             shape = data.draw(st.lists(st.integers(0, 40), min_size=0, max_size=3))
             fields[name] = torch.zeros(shape, dtype=fields[name].dtype)
-    try:
+    with contextlib.suppress(ValueError):
         use(fields)
-    except ValueError as error:
-        assert str(error)
 
 
 def test_wrong_activations_and_results() -> None:

@@ -19,7 +19,11 @@ def arguments(weight: PackedTensor, x: torch.Tensor, activations: str = "float")
     return x, [part for _, part in parts_of(weight)], spec_of(weight), activations
 
 
-SCHEMES = [Scheme("nf", 4, 32), Scheme("int", 3, 16, "out", "zero"), Scheme("kmeans:row", 2, "row", scale="int8:256")]
+SCHEMES = [
+    Scheme("nf", 4, 32),
+    Scheme("int", 3, 16, "out", "zero"),
+    Scheme("kmeans:row", 2, "row", scale="int8:256"),
+]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -74,7 +78,9 @@ def test_writing_to_a_part_prepares_again() -> None:
     linear_op(*arguments(weight, x))
     assert weight.table is not None
     weight.table.mul_(2)
-    torch.testing.assert_close(linear_op(*arguments(weight, x)), reference.linear(x, weight), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        linear_op(*arguments(weight, x)), reference.linear(x, weight), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_spec_and_parts_are_the_whole_weight() -> None:

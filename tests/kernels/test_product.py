@@ -31,7 +31,9 @@ def packed(scheme: Scheme, shape: tuple[int, int], outliers: int = 0) -> PackedT
     mask[columns] = False
     kept = quantize_tensor(weight[:, mask].contiguous(), scheme)
     fields = {name: getattr(kept, name) for name in ("codes", "scales", "offsets", "table")}
-    return PackedTensor(scheme, shape, **fields, columns=columns.int(), outliers=weight[:, columns].bfloat16())
+    return PackedTensor(
+        scheme, shape, **fields, columns=columns.int(), outliers=weight[:, columns].bfloat16()
+    )
 
 
 def batch_of(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -69,7 +71,9 @@ def test_every_scheme(isa: str, bits: int) -> None:
     """All data types, blocks, axes and offsets of one width; every fourth scheme for the slower instruction sets."""
     schemes = [scheme for scheme in GRID if scheme.bits == bits]
     for scheme in schemes if isa == SETS[0] else schemes[::4]:
-        weight = packed(scheme, (25, 172))  # with 8 rows of activations: enough numbers for an error to be an average
+        weight = packed(
+            scheme, (25, 172)
+        )  # with 8 rows of activations: enough numbers for an error to be an average
         x = batch_of(8, 172)
         expected = reference.linear(x, weight)
         for path, tolerance in TOLERANCE.items():
@@ -81,7 +85,9 @@ def test_every_scheme(isa: str, bits: int) -> None:
 
 @native
 @pytest.mark.parametrize("isa", SETS)
-@pytest.mark.parametrize("shape", [(1, 1), (1, 8), (5, 7), (172, 64), (64, 172), (3, 3669), (33, 129), (130, 1)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (1, 8), (5, 7), (172, 64), (64, 172), (3, 3669), (33, 129), (130, 1)]
+)
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 def test_odd_shapes(isa: str, shape: tuple[int, int], bits: int) -> None:
     for axis in ("in", "out"):
@@ -90,7 +96,9 @@ def test_odd_shapes(isa: str, shape: tuple[int, int], bits: int) -> None:
             x = batch_of(2, shape[1])
             expected = reference.linear(x, weight)
             assert distance(run(prepare(weight, "float", isa), x), expected) < 1e-5
-            assert distance(run(prepare(weight, "int8", isa), x), expected) < 2e-2  # few sums: errors do not average out
+            assert (
+                distance(run(prepare(weight, "int8", isa), x), expected) < 2e-2
+            )  # few sums: errors do not average out
 
 
 @native
@@ -136,7 +144,12 @@ def test_strided_unaligned_and_leading_dimensions() -> None:
     assert distance(linear(view), expected) < 1e-5
     assert distance(linear(view.T.contiguous().T), expected) < 1e-5
     assert distance(linear(batch_of(6, 136).view(2, 3, 136)).view(6, 24), expected) < 1e-5
-    assert distance(linear(batch_of(1, 136).expand(4, 136)), reference.linear(batch_of(1, 136).expand(4, 136), weight)) < 1e-5
+    assert (
+        distance(
+            linear(batch_of(1, 136).expand(4, 136)), reference.linear(batch_of(1, 136).expand(4, 136), weight)
+        )
+        < 1e-5
+    )
     bytes_at_1 = torch.zeros(weight.codes.numel() + 1, dtype=torch.uint8)[1:].view(weight.codes.shape)
     bytes_at_1.copy_(weight.codes)
     moved = PackedTensor(weight.scheme, weight.shape, bytes_at_1, weight.scales)
@@ -189,7 +202,7 @@ def test_forked_child_has_a_pool_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     prepared, x = prepare(weight, "float"), batch_of(1, 512)
     y = x.new_empty((1, 256))
     for _ in range(20):
-        prepared.weight.multiply(x, y, False, 2)  # type: ignore[attr-defined]
+        prepared.weight.multiply(x, y, False, 2)
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     child = context.Process(target=_forked, args=(results, prepared.weight, x))
@@ -202,7 +215,7 @@ def test_forked_child_has_a_pool_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
 def _forked(results: "multiprocessing.Queue[list[float]]", weight: object, x: torch.Tensor) -> None:
     y = x.new_empty((1, 256))
     for _ in range(20):
-        weight.multiply(x, y, False, 2)  # type: ignore[attr-defined]
+        weight.multiply(x, y, False, 2)
     results.put(y[0].tolist())
 
 
@@ -210,7 +223,7 @@ def _forked(results: "multiprocessing.Queue[list[float]]", weight: object, x: to
 def test_packed_memory_is_shared_not_copied() -> None:
     weight = packed(Scheme("nf", 4, 64), (256, 4096))
     prepared = prepare(weight, "int8")
-    assert prepared.weight.derived_bytes < 20_000  # type: ignore[attr-defined]
+    assert prepared.weight.derived_bytes < 20_000
 
 
 def test_the_table_always_has_an_answer() -> None:
@@ -218,7 +231,9 @@ def test_the_table_always_has_an_answer() -> None:
     for device in ("cpu", "meta"):
         assert choose(scheme, torch.device(device), (8, 8)) in KERNELS
     assert choose(scheme, torch.device("meta"), (8, 8)).name == "reference"
-    assert [line.split(":")[0] for line in kernel_report().splitlines()] == [kernel.name for kernel in KERNELS]
+    assert [line.split(":")[0] for line in kernel_report().splitlines()] == [
+        kernel.name for kernel in KERNELS
+    ]
 
 
 def test_without_the_native_module_the_reference_runs_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,17 @@
-"""Kernels: y = x W^T for packed weights. The slow torch reference is the definition; fast ones stand beside it."""
+"""Kernels: y = x W^T for packed weights. The torch reference is the definition; native CPU code and Triton stand beside it."""
 
 from fracbit.kernels.kernel import Activations, Kernel
 from fracbit.kernels.linear import PackedLinear
 from fracbit.kernels.op import linear_op, spec_of
 from fracbit.kernels.table import KERNELS, choose, kernel_report
 
-__all__ = ["KERNELS", "Activations", "Kernel", "PackedLinear", "choose", "kernel_report", "linear_op", "spec_of"]
+__all__ = [
+    "KERNELS",
+    "Activations",
+    "Kernel",
+    "PackedLinear",
+    "choose",
+    "kernel_report",
+    "linear_op",
+    "spec_of",
+]

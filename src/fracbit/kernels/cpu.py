@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ NATIVE, NOTE = _load()
 class Prepared:
     """A weight as the native module holds it, and which path it takes."""
 
-    weight: object
+    weight: Any
     rows: int
     columns: int
     int8: bool
@@ -78,7 +78,9 @@ def prepare(packed: PackedTensor, activations: Activations, isa: str = "") -> Pr
             _part(packed.outliers), isa,
         )  # fmt: skip
     except (ValueError, TypeError) as error:
-        raise KernelError(f"a packed weight of scheme {scheme} and shape {packed.shape} is broken: {error}") from None
+        raise KernelError(
+            f"a packed weight of scheme {scheme} and shape {packed.shape} is broken: {error}"
+        ) from None
     return Prepared(weight, *packed.shape, activations == "int8")
 
 
@@ -87,7 +89,7 @@ def run(prepared: Prepared, x: Tensor) -> Tensor:
     y = x.new_empty((x.shape[0], prepared.rows))
     if x.shape[0] >= PREFILL_ROWS:
         return _prefill(prepared, x, y)
-    prepared.weight.multiply(x.detach(), y, prepared.int8, torch.get_num_threads())  # type: ignore[attr-defined]
+    prepared.weight.multiply(x.detach(), y, prepared.int8, torch.get_num_threads())
     return y
 
 
@@ -96,7 +98,7 @@ def _prefill(prepared: Prepared, x: Tensor, y: Tensor) -> Tensor:
     tile = x.new_empty((step, prepared.columns))
     for first in range(0, prepared.rows, step):
         part = tile[: prepared.rows - first]
-        prepared.weight.decode(first, part, torch.get_num_threads())  # type: ignore[attr-defined]
+        prepared.weight.decode(first, part, torch.get_num_threads())
         y[:, first : first + step] = x @ part.T
     return y
 

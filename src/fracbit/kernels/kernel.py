@@ -42,7 +42,9 @@ class Kernel:
 def check_activations(activations: str) -> None:
     """Raises `KernelError` for anything but the two paths a user can choose."""
     if activations not in get_args(Activations):
-        raise KernelError(f"activations {activations!r} is not a path; use {' or '.join(get_args(Activations))}")
+        raise KernelError(
+            f"activations {activations!r} is not a path; use {' or '.join(get_args(Activations))}"
+        )
 
 
 def check_input(x: Tensor, columns: int, device: torch.device) -> None:
@@ -50,6 +52,10 @@ def check_input(x: Tensor, columns: int, device: torch.device) -> None:
     if x.dtype not in FLOAT_TYPES:
         raise KernelError(f"activations are {x.dtype}; a packed linear takes float32, float16 or bfloat16")
     if x.dim() == 0 or x.shape[-1] != columns:
-        raise KernelError(f"activations of shape {tuple(x.shape)} do not fit a weight with {columns} input channels")
+        raise KernelError(
+            f"activations of shape {tuple(x.shape)} do not fit a weight with {columns} input channels"
+        )
     if x.device != device:
-        raise KernelError(f"activations are on {x.device}, the packed weight is on {device}; move one of them")
+        raise KernelError(
+            f"activations are on {x.device}, the packed weight is on {device}; move one of them"
+        )

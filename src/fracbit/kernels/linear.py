@@ -40,8 +40,8 @@ class PackedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """The product. Raises `KernelError` when `x` does not fit."""
         if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
-            y: Tensor = linear_op(x, self._parts, self._spec, self.activations)
-            return y
+            product: Tensor = linear_op(x, self._parts, self._spec, self.activations)
+            return product
         check_input(x, self._columns, self._device)
         flat = x.reshape(-1, self._columns)
         if flat.stride(1) != 1 or flat.stride(0) < self._columns:

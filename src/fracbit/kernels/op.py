@@ -12,6 +12,7 @@ The gradient with respect to `x` is grad @ W; the packed weight itself is not tr
 from __future__ import annotations
 
 import json
+from collections.abc import MutableMapping
 from functools import lru_cache
 from typing import Any
 
@@ -25,7 +26,7 @@ from fracbit.numerics.packed import PackedTensor, decode, from_parts, parts_of
 from fracbit.records.scheme import Scheme
 
 _Entry = tuple[tuple[int, ...], tuple[int, ...], str, Kernel, Any]
-_prepared = WeakIdKeyDictionary()  # codes: Tensor -> _Entry
+_prepared: MutableMapping[Tensor, _Entry] = WeakIdKeyDictionary()
 
 
 def spec_of(packed: PackedTensor) -> str:

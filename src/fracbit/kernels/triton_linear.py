@@ -34,7 +34,7 @@ def _weights(
         following = inside & ((bit // 8 + 1 < stride)[None, :])
         word |= tl.load(at + 1, mask=following, other=0).to(tl.int32) << 8
     code = (word >> (bit % 8)[None, :]) & ((1 << BITS) - 1)
-    if OWN_TABLE:
+    if OWN_TABLE:  # noqa: SIM108 - a constant condition: the other branch is not compiled
         value = tl.load(table + o[:, None] * (1 << BITS) + code, mask=inside, other=0.0)
     else:
         value = tl.load(table + code)
@@ -59,14 +59,34 @@ def _linear(
     total = tl.zeros((TILE_N, TILE_O), dtype=tl.float32)
     for start in range(0, kept, TILE_I):
         i = start + tl.arange(0, TILE_I)
-        w = _weights(codes, scale, shift, table, o, i, rows, kept, stride, blocks, BITS, BLOCK, ALONG_OUT, SHIFTED, OWN_TABLE)
+        w = _weights(
+            codes,
+            scale,
+            shift,
+            table,
+            o,
+            i,
+            rows,
+            kept,
+            stride,
+            blocks,
+            BITS,
+            BLOCK,
+            ALONG_OUT,
+            SHIFTED,
+            OWN_TABLE,
+        )
         inside = (n[:, None] < n_rows) & (i[None, :] < kept)
         a = tl.load(x + n[:, None].to(tl.int64) * kept + i[None, :], mask=inside, other=0.0)
         if DOT:
             total = tl.dot(a, tl.trans(w).to(a.dtype), total, input_precision="ieee")
         else:
             total += tl.sum(a.to(tl.float32)[:, None, :] * w[None, :, :], axis=2)
-    tl.store(y + n[:, None].to(tl.int64) * rows + o[None, :], total, mask=(n[:, None] < n_rows) & (o[None, :] < rows))
+    tl.store(
+        y + n[:, None].to(tl.int64) * rows + o[None, :],
+        total,
+        mask=(n[:, None] < n_rows) & (o[None, :] < rows),
+    )
 
 
 def launch(prepared: Prepared, x: Tensor, y: Tensor, dot: bool) -> None:

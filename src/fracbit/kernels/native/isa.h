@@ -11,7 +11,6 @@ namespace fracbit {
 
 constexpr int64_t kChunk = 128;      // weights read at a time
 constexpr int64_t kLanes = 16;       // sums kept apart inside a chunk
-constexpr int64_t kTable = 256;      // entries of every table, whatever the width: a code can never point outside
 constexpr int64_t kLowBits = 7;      // a table value is 128 * (high - 128) + low in units of a step: 15 bits
 constexpr int64_t kMaxBatch = 4;     // activation rows that share one reading of the codes
 constexpr int kMaxRows = 4;          // weight rows that share one reading of the activations
@@ -20,6 +19,9 @@ constexpr int64_t kBatchRows = 64;   // activation rows of a job
 constexpr int kTableBits = 5;        // the float path looks up to here, and converts integers beyond
 
 inline bool uses_numbers(bool affine, int bits) { return affine && bits > kTableBits; }
+
+// Entries of a table: every code of that width points inside, and a vector of 16 can be loaded.
+inline int64_t table_width(int bits) { return bits < 4 ? 16 : int64_t{1} << bits; }
 
 enum class Float : int { f32 = 0, f16 = 1, bf16 = 2 };
 
@@ -35,7 +37,7 @@ struct RowJob {
     int bits;
     bool affine;  // value = step * code + constant: no table is needed
 
-    // Table of the data type, [table rows, 256]; table_stride is 0 when all rows share one.
+    // Table of the data type, [table rows, table_width]; table_stride is 0 when all rows share one.
     const float* values;
     const uint8_t* high;
     const uint8_t* low;

@@ -43,24 +43,25 @@ int64_t width(Float type) { return type == Float::f32 ? 4 : 2; }
 const char* at(const void* data, Float type, int64_t index) { return static_cast<const char*>(data) + index * width(type); }
 
 void set_tables(Weight& w, const float* table, int64_t levels) {
-    w.values.assign(static_cast<size_t>(w.table_rows * kTable), 0.0f);
+    const int64_t width = table_width(w.bits);
+    w.values.assign(static_cast<size_t>(w.table_rows * width), 0.0f);
     w.high.assign(w.values.size(), 128);
     w.low.assign(w.values.size(), 0);
     w.steps.assign(static_cast<size_t>(w.table_rows), 1.0f);
     for (int64_t row = 0; row < w.table_rows; ++row) {
-        float* values = w.values.data() + row * kTable;
+        float* values = w.values.data() + row * width;
         float top = 0.0f;
-        for (int64_t i = 0; i < kTable; ++i) {
+        for (int64_t i = 0; i < width; ++i) {
             values[i] = table[row * levels + std::min(i, levels - 1)];
             top = std::max(top, std::fabs(values[i]));
         }
         const float step = top > 0 && std::isfinite(top) ? top / 16383.0f : 1.0f;
         w.steps[static_cast<size_t>(row)] = step;
-        for (int64_t i = 0; i < kTable; ++i) {
+        for (int64_t i = 0; i < width; ++i) {
             const float scaled = std::isfinite(values[i]) ? values[i] / step : 0.0f;
             const int q = static_cast<int>(std::lround(std::clamp(scaled, -16384.0f, 16383.0f))) + 16384;
-            w.high[static_cast<size_t>(row * kTable + i)] = static_cast<uint8_t>(q >> kLowBits);
-            w.low[static_cast<size_t>(row * kTable + i)] = static_cast<uint8_t>(q & ((1 << kLowBits) - 1));
+            w.high[static_cast<size_t>(row * width + i)] = static_cast<uint8_t>(q >> kLowBits);
+            w.low[static_cast<size_t>(row * width + i)] = static_cast<uint8_t>(q & ((1 << kLowBits) - 1));
         }
     }
 }
@@ -184,7 +185,7 @@ RowJob job_of(const Weight& w) {
     job.high = w.high.data();
     job.low = w.low.data();
     job.steps = w.steps.data();
-    job.table_stride = w.table_rows == 1 ? 0 : kTable;
+    job.table_stride = w.table_rows == 1 ? 0 : table_width(w.bits);
     job.scale_type = w.scale_type;
     job.blocks = w.along_out ? 1 : w.blocks;
     job.sums_stride = sums_stride(w);
@@ -344,7 +345,7 @@ void decode_row(const DecodeCall& call, int64_t row, float* scratch) {
         std::fill(offset, offset + w.kept, 0.0f);
         if (w.offsets != nullptr) call.isa->to_float(at(w.offsets, w.scale_type, group * w.kept), w.scale_type, w.kept, offset);
         if (!w.zeros.empty()) {
-            const float* values = w.values.data() + (w.table_rows == 1 ? 0 : row) * kTable;
+            const float* values = w.values.data() + row * call.job.table_stride;
             for (int64_t i = 0; i < w.kept; ++i) offset[i] = -scale[i] * values[w.zeros[static_cast<size_t>(group * w.kept + i)]];
         }
         for (int64_t i = 0; i < w.kept; ++i) weights[i] = weights[i] * scale[i] + offset[i];

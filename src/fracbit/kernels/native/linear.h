@@ -27,7 +27,7 @@ struct Weight {
     const void* offsets = nullptr;
     std::vector<uint8_t> zeros;  // zero codes, one byte each, in the order of the scales
 
-    // Table of the data type, [table rows, 256].
+    // Table of the data type, [table rows, table_width].
     int64_t table_rows = 1;
     std::vector<float> values;
     std::vector<uint8_t> high, low;

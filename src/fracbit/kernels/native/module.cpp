@@ -1,7 +1,7 @@
 // fracbit.kernels._native: the Python face of the native CPU kernels.
 //
 // Every size and type is checked here, at the boundary; what does not fit is a ValueError and nothing is read. Behind this
-// file pointers are trusted, and codes cannot lead outside a table because every table has 256 entries.
+// file pointers are trusted, and codes cannot lead outside a table because every table has an entry for each of them.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>

@@ -205,6 +205,10 @@ void prepare_row(const RowJob& job, int64_t row, int slot, float step, const flo
         for (int64_t i = 0; i < scratch_stride(job); ++i) scale[i] = 1.0f;
     } else {
         const int64_t first = row * job.scale_stride, width = job.scale_type == Float::f32 ? 4 : 2;
+        // Scales are needed at once, and a row of them is too short for a hardware prefetcher: ask early. Only a hint.
+        const auto address = reinterpret_cast<uintptr_t>(job.scales) + static_cast<uintptr_t>(first * width);
+        const auto size = static_cast<uintptr_t>(job.blocks * width);
+        for (uintptr_t i = 0; i < size; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(address + 4 * size + i));
         S::to_float(static_cast<const char*>(job.scales) + first * width, job.scale_type, job.blocks, scale);
         for (int64_t i = 0; i < kLanes; ++i) scale[job.blocks + i] = 0.0f;
         float* offset = job.scratch + kMaxRows * scratch_stride(job);
@@ -250,17 +254,17 @@ struct Chunks {
     }
 };
 
-// `rows` rows from `codes` on times `batch` activation rows from n0 on: sums before step, constants and offsets.
+// `rows` rows from `row` on times `batch` activation rows from n0 on: sums before step, constants and offsets.
 // Reading the activations once for several rows matters: they cost as many loads as the codes. The rows are job.gap apart, so
 // that each is a stream of its own through memory; neighbours would make short streams, which arrive at half the speed.
 template <class S, int bits, bool affine, int batch, int rows>
-void int8_rows(const RowJob& job, const uint8_t* codes, const RowScales& scales, int64_t table, int64_t n0, float* out) {
+void int8_rows(const RowJob& job, int64_t row, const RowScales& scales, int64_t n0, float* out) {
     using Floats = typename S::Floats;
     using Ints = typename S::Ints;
     typename S::template ByteTable<bits> high[rows], low[rows];
     if (!affine) {
         for (int r = 0; r < rows; ++r) {
-            const int64_t at = (table + (job.table_stride == 0 ? 0 : r * job.gap)) * kTable;
+            const int64_t at = (row + r * job.gap) * job.table_stride;
             high[r].load(job.high + at);
             low[r].load(job.low + at);
         }
@@ -268,7 +272,7 @@ void int8_rows(const RowJob& job, const uint8_t* codes, const RowScales& scales,
     Floats sum[rows][batch];
     for (int r = 0; r < rows; ++r)
         for (int n = 0; n < batch; ++n) sum[r][n] = S::zero_floats();
-    const Chunks<S, bits, rows> chunks(job, codes);
+    const Chunks<S, bits, rows> chunks(job, job.codes + row * job.stride);
     int64_t c = 0;
     for (int half = 0; half < 2; ++half) {
       for (const int64_t start = c; c < chunks.end[half]; ++c) {
@@ -328,15 +332,15 @@ inline void float_step(const typename S::template FloatWords<bits> (&words)[rows
 
 // `number`: the value is step * (code + bias), the code is converted.
 template <class S, int bits, bool number, int batch, int rows>
-void float_rows(const RowJob& job, const uint8_t* codes, const RowScales& scales, int64_t table_row, int64_t n0, float* out) {
+void float_rows(const RowJob& job, int64_t row, const RowScales& scales, int64_t n0, float* out) {
     using Floats = typename S::Floats;
     typename S::template FloatTable<bits> table[rows];
     if (!number)
-        for (int r = 0; r < rows; ++r) table[r].load(job.values + (table_row + (job.table_stride == 0 ? 0 : r * job.gap)) * kTable);
+        for (int r = 0; r < rows; ++r) table[r].load(job.values + (row + r * job.gap) * job.table_stride);
     Floats sum[rows][batch];
     for (int r = 0; r < rows; ++r)
         for (int n = 0; n < batch; ++n) sum[r][n] = S::zero_floats();
-    const Chunks<S, bits, rows> chunks(job, codes);
+    const Chunks<S, bits, rows> chunks(job, job.codes + row * job.stride);
     int64_t c = 0;
     for (int half = 0; half < 2; ++half) {
       for (const int64_t start = c; c < chunks.end[half]; ++c) {
@@ -359,7 +363,7 @@ void float_rows(const RowJob& job, const uint8_t* codes, const RowScales& scales
         for (int n = 0; n < batch; ++n) out[r * batch + n] = S::total(sum[r][n]);
 }
 
-using RowFunction = void (*)(const RowJob&, const uint8_t*, const RowScales&, int64_t, int64_t, float*);
+using RowFunction = void (*)(const RowJob& job, int64_t row, const RowScales& scales, int64_t n0, float* out);
 
 // Functions for 1, 2 and 4 activation rows: for as many weight rows as fill the registers, and for one.
 struct RowFunctions {
@@ -400,21 +404,20 @@ void multiply_rows(const RowJob& job, const RowFunctions& functions, const int (
     float rest[kMaxRows][kBatchRows], step[kMaxRows], out[kMaxRows * kMaxBatch];
     RowScales scales;
     for (int r = 0; r < count; ++r) {
-        const int64_t own = row + r * job.gap, table = job.table_stride == 0 ? 0 : own;
-        step[r] = steps ? job.steps[table] : 1.0f;
+        const int64_t own = row + r * job.gap;
+        step[r] = steps ? job.steps[job.table_stride == 0 ? 0 : own] : 1.0f;
         for (int64_t n = 0; n < job.batch; ++n) rest[r][n] = 0.0f;
-        prepare_row<S>(job, own, r, step[r], job.values + table * kTable, scales, rest[r]);
+        prepare_row<S>(job, own, r, step[r], job.values + own * job.table_stride, scales, rest[r]);
     }
     for (int64_t n = 0; n < job.batch;) {
         const int64_t left = job.batch - n;
         const int size = left >= 4 ? 2 : left >= 2 ? 1 : 0, take = 1 << size;
         for (int r = 0; r < count;) {
             const int rows = count - r >= most[size] ? most[size] : 1;
-            const int64_t own = row + r * job.gap, table = job.table_stride == 0 ? 0 : own;
+            const int64_t own = row + r * job.gap;
             RowScales from;
             for (int i = 0; i < rows; ++i) from.scale[i] = scales.scale[r + i];
-            const RowFunction function = (rows > 1 ? functions.many : functions.one)[size];
-            function(job, job.codes + own * job.stride, from, table, n, out);
+            (rows > 1 ? functions.many : functions.one)[size](job, own, from, n, out);
             for (int i = 0; i < rows; ++i)
                 for (int b = 0; b < take; ++b)
                     job.y[(n + b) * job.y_stride + own + i * job.gap] = out[i * take + b] * step[r + i] + rest[r + i][n + b];
@@ -502,7 +505,7 @@ inline float scale_at(const RowJob& job, const void* values, int64_t index) {
 
 // Weights of a row in natural order: scale * value + offset, for every kind of block along the row.
 inline void weights_of_row(const RowJob& job, const Isa& isa, int64_t row, float* out) {
-    const float* values = job.values + (job.table_stride == 0 ? 0 : row) * kTable;
+    const float* values = job.values + row * job.table_stride;
     isa.look_up(job.codes + row * job.stride, job.stride, job.bits, values, job.kept, out);
     if (job.scales == nullptr) return;
     const int64_t begin = job.flat ? row * job.kept : 0;

@@ -36,6 +36,10 @@ def quantize(
         bool | None, typer.Option("--search/--no-search", help="Search block ranges of least error.")
     ] = None,
     quantizer: Annotated[str | None, typer.Option(help="How schemes are filled, such as rtn.")] = None,
+    preset: Annotated[str | None, typer.Option(help="best: what was measured to lose least; with --average-bits.")] = None,
+    average_bits: Annotated[
+        float | None, typer.Option(help="Stored bits per weight that a preset may spend, such as 3.25.")
+    ] = None,
     calibration: Annotated[
         list[str] | None, typer.Option(help="Text, ids or `generated`, for quantizers that look at data; repeatable.")
     ] = None,
@@ -94,6 +98,12 @@ def quantize(
         "axis": "gptq" if axis == "auto" else None,
     }
     made = merged_recipe(recipe, flags, scheme, keep or [], plan)
+    if (preset is None) != (average_bits is None):
+        raise RecipeError("a preset spends a budget: give --preset best and --average-bits 3.25 together")
+    if preset is not None and average_bits is not None:
+        from fracbit.pipeline.preset import preset as with_preset
+
+        made = with_preset(preset, made, average_bits)
     if output is None:
         raise RecipeError("no output folder; name one with -o OUT")
     if shard_size < 1:

@@ -56,4 +56,4 @@ def parse_inputs(text: str) -> Inputs:
             f"{text!r} is not a rounding of activations: write TYPEBITS or TYPEBITS/SCOPE, such as int8/token"
         )
     dtype, bits, scope = match.groups()
-    return Inputs(dtype, int(bits), scope or "token")
+    return Inputs(dtype, int(bits), "tensor" if scope == "tensor" else "token")

@@ -111,7 +111,8 @@ def main() -> None:
                         rho = spearman([values[k] for k in keys], [units["oracle"][k] for k in keys])
                         correlations.append({"model": model, "low": low, "granularity": granularity, "score": name,
                                              "spearman with the oracle": f"{rho:+.2f}", "units": len(keys)})  # fmt: skip
-        draw_pruning(folder, model, scores, subsets, pruned)
+        if any(row["model"] == model for row in pruned):
+            draw_pruning(folder, model, scores, subsets, pruned)
     write_csv(folder / "summary.csv", summary)
     write_csv(folder / "spearman.csv", correlations)
 

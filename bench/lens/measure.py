@@ -158,8 +158,9 @@ def nonuniform(subject: Subject, name: str, ids: torch.Tensor, out: Path) -> Non
                         perturbed(subject, rounding(Scheme(dtype, bits, block)), "activations", everything, 0)
                     )
                     change = measure(subject, ids).nll - base
-                rows.append({"model": name, "setting": setting, "granularity": f"activations per {'token' if block == 'row' else 'tensor'}",
-                             "type": dtype, "change": change, "used": ""})  # fmt: skip
+                shared = f"activations per {'token' if block == 'row' else 'tensor'}"
+                rows.append({"model": name, "setting": setting, "granularity": shared, "type": dtype,
+                             "change": change, "used": ""})  # fmt: skip
     append(out / "nonuniform.csv", rows)
 
 

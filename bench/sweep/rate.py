@@ -98,8 +98,8 @@ def sweep_all(grid: Path, store: Path, count: int) -> dict:
     from fracbit.sweep.store import open_store
 
     started, cpu = time.perf_counter(), cpu_seconds()
-    command = "import fracbit.cli as cli; cli.main()"
-    subprocess.run([sys.executable, "-c", command, "sweep", str(grid), "--store", str(store), "--json"], check=True, stdout=subprocess.DEVNULL)
+    main = [sys.executable, "-c", "import fracbit.cli as cli; cli.main()"]
+    subprocess.run([*main, "sweep", str(grid), "--store", str(store), "--json"], check=True, stdout=subprocess.DEVNULL)
     wall, used = time.perf_counter() - started, cpu_seconds() - cpu
     with open_store(str(store)) as opened:
         rows = opened.rows()

@@ -148,9 +148,8 @@ def test_planted_outliers_change_activations_and_not_the_model(subject: Subject,
     assert plant_outliers(subject, 50.0) == 6
     with torch.no_grad():
         torch.testing.assert_close(subject.model(ids).logits, before, rtol=1e-4, atol=1e-4)
-    planted = probe(subject, ids, rounding(token8), "int8", "activations", seeds=(0,))
-    assert planted.change > 0
-    assert planted.intensity != clean
+    planted = probe(subject, ids, rounding(token8), "int8", "activations", seeds=(0,)).intensity
+    assert planted > 1.3 * clean
 
 
 def test_intervals_are_students() -> None:

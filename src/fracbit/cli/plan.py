@@ -45,7 +45,10 @@ def plan(
     length: Annotated[int, typer.Option(help="Tokens of a sample.")] = 256,
     seed: Annotated[int, typer.Option(help="Seed of random orders and of the samples.")] = 0,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Write the allocation: .json, or .toml, a recipe for `fracbit quantize`.")
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="Write the allocation: .json, or .toml, a recipe for `fracbit quantize`."
+        ),
     ] = None,
     picture: Annotated[
         Path | None, typer.Option(help="Heat map of bits, such as plan.png; the curve goes beside it.")

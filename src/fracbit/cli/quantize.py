@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +16,8 @@ from fracbit.records.scheme import parse_scheme
 
 def quantize(
     model: Annotated[
-        str | None, typer.Argument(help="Folder or hub id of the float model; may stand in the recipe.")
+        str | None,
+        typer.Argument(help="Folder or hub id of the float model; not needed where the recipe names it."),
     ] = None,
     recipe: Annotated[Path | None, typer.Argument(help="Recipe file (TOML); flags override it.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write.")] = None,
@@ -36,10 +37,6 @@ def quantize(
         bool | None, typer.Option("--search/--no-search", help="Search block ranges of least error.")
     ] = None,
     quantizer: Annotated[str | None, typer.Option(help="How schemes are filled, such as rtn.")] = None,
-    preset: Annotated[str | None, typer.Option(help="best: what was measured to lose least; with --average-bits.")] = None,
-    average_bits: Annotated[
-        float | None, typer.Option(help="Stored bits per weight that a preset may spend, such as 3.25.")
-    ] = None,
     calibration: Annotated[
         list[str] | None, typer.Option(help="Text, ids or `generated`, for quantizers that look at data; repeatable.")
     ] = None,
@@ -52,6 +49,17 @@ def quantize(
         str | None, typer.Option(help="Round activations too: int8, int8/tensor, power8/token; needs calibration.")
     ] = None,
     distill: Annotated[int | None, typer.Option(help="Epochs of self-distillation after the last block.")] = None,
+    preset: Annotated[str | None, typer.Option(help="best: what loses least at --average-bits, with --calibration.")] = None,
+    average_bits: Annotated[
+        float | None, typer.Option(help="Stored bits per quantized weight, any fraction, divided over the layers.")
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="Size of all weight files, such as 1.2GB.")] = None,
+    fits: Annotated[str | None, typer.Option(help="Memory of a device, such as 8GB; see --context.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens of context that must fit beside the weights.")] = 2048,
+    levels: Annotated[str | None, typer.Option(help="Schemes a budget chooses from, such as nf4/64,nf2/64.")] = None,
+    held_out: Annotated[
+        str | None, typer.Option(help="Text: the divided budget must beat the best uniform scheme on it.")
+    ] = None,
     embeddings: Annotated[str | None, typer.Option(help="Scheme of the embeddings, such as int8:64.")] = None,
     head: Annotated[str | None, typer.Option(help="Scheme of the output head, such as int8:64.")] = None,
     keep: Annotated[
@@ -68,6 +76,8 @@ def quantize(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Quantize MODEL into a folder that transformers loads once fracbit is imported."""
+    if recipe is None and model is not None and model.endswith(".toml"):
+        model, recipe = None, Path(model)
     scheme = {
         "dtype": dtype,
         "bits": bits,
@@ -98,17 +108,15 @@ def quantize(
         "axis": "gptq" if axis == "auto" else None,
     }
     made = merged_recipe(recipe, flags, scheme, keep or [], plan)
-    if (preset is None) != (average_bits is None):
-        raise RecipeError("a preset spends a budget: give --preset best and --average-bits 3.25 together")
-    if preset is not None and average_bits is not None:
-        from fracbit.pipeline.preset import preset as with_preset
+    from fracbit.pipeline.budget import Spending, budgeted
 
-        made = with_preset(preset, made, average_bits)
     if output is None:
         raise RecipeError("no output folder; name one with -o OUT")
     if shard_size < 1:
         raise RecipeError(f"--shard-size must be at least 1 (MB), got {shard_size}")
+    spending = Spending(preset, average_bits, size, fits, context, levels, held_out=held_out)
     with progress(json) as show:
+        made, notes = budgeted(made, spending, show)
         if made.calibration is not None:
             from fracbit.pipeline.calibrated import run_calibrated
 
@@ -117,6 +125,7 @@ def quantize(
             from fracbit.pipeline.run import run
 
             result = run(made, output, overwrite, resume, shard_size << 20, show)
+    result = replace(result, notes=(*notes, *result.notes))
     if json:
         print_json(asdict(result))
         return
@@ -144,13 +153,13 @@ def merged_recipe(
     data |= {name: value for name, value in flags.items() if value is not None}
     given = {name: value for name, value in scheme.items() if value is not None}
     if given:
-        data["scheme"] = {**data.get("scheme", {}), **given}
+        data["scheme"] = {**_part(data, "scheme", dict, path), **given}
     plan = {name: value for name, value in (calibration or {}).items() if value}
     if plan:
-        data["calibration"] = {**data.get("calibration", {}), **plan}
+        data["calibration"] = {**_part(data, "calibration", dict, path), **plan}
     if keep:
         data["overrides"] = [
-            *data.get("overrides", []),
+            *_part(data, "overrides", list, path),
             *({"layers": pattern, "keep": True} for pattern in keep),
         ]
     if "model" not in data:
@@ -158,6 +167,15 @@ def merged_recipe(
             "no model; name a folder or a hub id, on the command line or as `model` in the recipe"
         )
     return make_recipe(data, path)
+
+
+def _part(data: dict[str, Any], name: str, kind: type, path: Path | None) -> Any:
+    """A table of the recipe that flags are laid over, empty when it has none."""
+    found = data.get(name, kind())
+    if not isinstance(found, kind):
+        written = f"[{name}]" if kind is dict else f"[[{name}]]"
+        raise RecipeError(f"{path}: {name} is {found!r}; write it as a table, {written}")
+    return found
 
 
 def _block(text: str | None) -> int | str | None:

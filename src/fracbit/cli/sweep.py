@@ -43,7 +43,7 @@ def sweep(
         check_address(address)  # before anything slow is imported
     from fracbit.sweep.grid import expand, read_grid
     from fracbit.sweep.runner import check_complete, run_sweep
-    from fracbit.sweep.store import export_parquet, open_store
+    from fracbit.sweep.store import export_parquet, open_store, shown
 
     read = read_grid(grid)
     expansion = expand(read)
@@ -58,11 +58,10 @@ def sweep(
             export_parquet(opened.rows(), export)
     failed = [{"key": row.key, "label": str(row.run), "error": row.error} for row in outcome.failed]
     if json:
-        print_json(
-            {"store": store, "runs": outcome.total, "measured": outcome.measured, "failed": failed, "seconds": outcome.seconds}
-        )
+        figures = {"runs": outcome.total, "measured": outcome.measured, "failed": failed, "seconds": outcome.seconds}
+        print_json({"store": shown(store), **figures})
     else:
-        print(f"{outcome.measured} runs measured in {outcome.seconds:.0f} s, {outcome.total} of the grid are in {store}")
+        print(f"{outcome.measured} runs measured in {outcome.seconds:.0f} s, {outcome.total} of the grid are in {shown(store)}")
         print(check_complete(outcome), end="\n" if failed else "")
     if failed:
         raise typer.Exit(1)

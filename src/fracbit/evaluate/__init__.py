@@ -1,23 +1,37 @@
 """What a model is worth: perplexity over text, and divergence from the float model it was made from."""
 
 from fracbit.evaluate.divergence import Divergence, compare, divergence
+from fracbit.evaluate.local_tasks import (
+    Item,
+    LocalTask,
+    continuation_items,
+    write_continuation,
+    write_lambada,
+)
 from fracbit.evaluate.logits import Progress, longest_window
 from fracbit.evaluate.perplexity import Perplexity, default_window, perplexity
 from fracbit.evaluate.reference import FloatLogits, keep_logits, open_logits
 from fracbit.evaluate.speed import Speed, generation_speed
 from fracbit.evaluate.windows import Ids, Plan, Protocol, Window, plan_windows
+from fracbit.evaluate.zero_shot import PAPER_TASKS, TaskScore, ZeroShot, zero_shot
 
 __all__ = [
+    "PAPER_TASKS",
     "Divergence",
     "FloatLogits",
     "Ids",
+    "Item",
+    "LocalTask",
     "Perplexity",
     "Plan",
     "Progress",
     "Protocol",
     "Speed",
+    "TaskScore",
     "Window",
+    "ZeroShot",
     "compare",
+    "continuation_items",
     "default_window",
     "divergence",
     "generation_speed",
@@ -26,4 +40,7 @@ __all__ = [
     "open_logits",
     "perplexity",
     "plan_windows",
+    "write_continuation",
+    "write_lambada",
+    "zero_shot",
 ]

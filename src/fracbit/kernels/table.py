@@ -3,11 +3,12 @@
 import torch
 
 from fracbit.kernels.cpu import CPU
+from fracbit.kernels.gpu import GPU
 from fracbit.kernels.kernel import Kernel
 from fracbit.kernels.reference import REFERENCE
 from fracbit.records.scheme import Scheme
 
-KERNELS: tuple[Kernel, ...] = (CPU, REFERENCE)
+KERNELS: tuple[Kernel, ...] = (CPU, GPU, REFERENCE)
 
 
 def choose(scheme: Scheme, device: torch.device, shape: tuple[int, int]) -> Kernel:

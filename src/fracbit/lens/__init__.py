@@ -17,6 +17,20 @@ from fracbit.lens.perturb import (
 from fracbit.lens.units import UnitOf, from_units, to_units
 
 __all__ = [
-    "EXPONENTS", "PERTURBATIONS", "Perturbation", "UnitOf", "best_exponent", "check_intensity", "clipping", "error_profile", "from_units", "noise_on",
-    "perturb", "perturb_like", "perturbation", "relative_intensity", "scheme_error", "to_units",
-] 
+    "EXPONENTS",
+    "PERTURBATIONS",
+    "Perturbation",
+    "UnitOf",
+    "best_exponent",
+    "check_intensity",
+    "clipping",
+    "error_profile",
+    "from_units",
+    "noise_on",
+    "perturb",
+    "perturb_like",
+    "perturbation",
+    "relative_intensity",
+    "scheme_error",
+    "to_units",
+]

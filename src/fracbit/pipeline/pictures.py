@@ -145,8 +145,14 @@ def draw_intensity(path: Path, points: Sequence[LensPoint]) -> None:
                 linewidth=0,
             )
         axes.set_xscale("log")
-        # Symmetric: small intensities may help by chance, and a plain logarithm would hide them.
-        axes.set_yscale("symlog", linthresh=0.01)
+        ticks = sorted({float(f"{point.intensity:.2g}") for point in points})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        if all(point.change > 0 for point in points if point.target == target):
+            axes.set_yscale("log", nonpositive="clip")
+        else:
+            # Small errors may help by chance, and a plain logarithm would hide them.
+            axes.set_yscale("symlog", linthresh=0.01)
         axes.set_title(f"noise in {target}", fontsize=10)
         axes.set_xlabel("relative intensity |delta| / |x|")
         axes.set_ylabel("loss change, nats per token")

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast, get_args
 
 from torch import Tensor
 
@@ -202,15 +202,15 @@ def make_plan(
 
 def check_granularity(name: str) -> Granularity:
     """`name` as a granularity. Raises `RecipeError`."""
-    if name == "block" or name == "linear":
-        return name
+    if name in get_args(Granularity):
+        return cast(Granularity, name)
     raise RecipeError(f"granularity {name!r} is not known; use block or linear")
 
 
 def check_solver(name: str) -> Solver:
     """`name` as a solver. Raises `RecipeError`."""
-    if name == "exact" or name == "order":
-        return name
+    if name in get_args(Solver):
+        return cast(Solver, name)
     raise RecipeError(f"solver {name!r} is not known; use exact or order")
 
 

@@ -59,7 +59,8 @@ def _outliers(value: object) -> object:
 class Evaluation(_Frozen):
     """On what a run is judged: `text`, a source of the data room, seen in windows of `window` ids; `tasks` for zero-shot.
 
-    `window` and `stride` as for `fracbit eval`; None is the model's own length. `limit` examples of each task, None for all.
+    `window` and `stride` as for `fracbit eval`; None is the model's own length. `tasks` are names of lm-eval, or the YAML files
+    of local tasks; `limit` examples of each, None for all.
     """
 
     text: str

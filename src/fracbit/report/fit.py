@@ -215,7 +215,8 @@ def power_law(rows: Sequence[Row]) -> PowerLaw | None:
 
     starts = [(loss.min() * share, math.log(max(float(np.ptp(loss)), 1e-3)), alpha, beta)
               for share in (0.5, 0.9) for alpha in (0.1, 0.5) for beta in (1.0, 4.0)]  # fmt: skip
-    tries = [least_squares(residual, start, method="trf", max_nfev=2000) for start in starts]
+    bounds = ([0.0, -20.0, 0.0, 0.0], [np.inf, 20.0, 5.0, 20.0])
+    tries = [least_squares(residual, start, bounds=bounds, max_nfev=2000) for start in starts]
     best = min(tries, key=lambda fit: float(fit.cost))
     floor, log_scale, alpha, beta = (float(value) for value in best.x)
     scale = math.exp(min(700.0, log_scale + alpha * float(size.mean())))
@@ -292,8 +293,11 @@ def _shifts(x: Floats, y: Floats, base_x: Floats, base_y: Floats) -> Floats:
     need = 0.5 * min(x[-1] - x[0], base_x[-1] - base_x[0])
     tried = np.arange(-4.0, 4.0001, 0.02)
     misfits = np.array([_misfits(x - shift, y, base_x, base_y, need) for shift in tried])  # [shifts, draws]
+    possible = np.flatnonzero(np.isfinite(misfits[:, 0]))
     best = misfits.argmin(0)
-    return np.asarray(np.where(np.isfinite(misfits.min(0)), tried[best], math.nan))
+    # At the edge of what still overlaps, the curves only slid past each other: no shift lays them together.
+    inside = (best > possible.min()) & (best < possible.max()) if len(possible) else np.zeros(len(best), dtype=bool)
+    return np.asarray(np.where(inside, tried[best], math.nan))
 
 
 def _misfits(x: Floats, y: Floats, base_x: Floats, base_y: Floats, need: float) -> Floats:

@@ -217,10 +217,10 @@ def export_parquet(rows: Sequence[Row], path: Path) -> None:
         from pyarrow import parquet
     except ImportError as error:
         raise OutputError("Parquet needs pyarrow: pip install 'fracbit[store]'") from error
-    flat = [_columns(row) | {"window_nll": row.window_nll, "window_tokens": row.window_tokens} for row in rows]
+    flat = [_exported(row) for row in rows]
     temporary = path.with_name(path.name + ".tmp")
     try:
-        parquet.write_table(pa.Table.from_pylist(flat), temporary)
+        parquet.write_table(pa.Table.from_pylist(flat), temporary, compression="zstd")
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -239,7 +239,7 @@ def _engine(where: str) -> sa.Engine:
     except exc.ArgumentError as error:
         raise OutputError(f"store {where!r} is neither a path nor a database URL: {error}") from error
     except ImportError as error:
-        raise OutputError(f"store {_hidden(where)}: {error}; pip install 'fracbit[store]'") from error
+        raise OutputError(f"store {shown(where)}: {error}; pip install 'fracbit[store]'") from error
 
 
 def _tune_sqlite(link: sqlite3.Connection, _: object) -> None:
@@ -258,7 +258,7 @@ def _check_schema(engine: sa.Engine, where: str) -> None:
     if ABOUT.name not in tables:
         foreign = tables & {table.name for table in METADATA.sorted_tables}
         if foreign:
-            raise FormatError(f"{_hidden(where)} has tables {sorted(foreign)} but is no fracbit store: name another file")
+            raise FormatError(f"{shown(where)} has tables {sorted(foreign)} but is no fracbit store: name another file")
         METADATA.create_all(engine)
         with engine.begin() as link:
             if link.scalar(sa.select(ABOUT.c.value)) is None:
@@ -268,7 +268,7 @@ def _check_schema(engine: sa.Engine, where: str) -> None:
         version = link.scalar(sa.select(ABOUT.c.value).where(ABOUT.c.name == "schema"))
     if version != str(SCHEMA_VERSION):
         raise FormatError(
-            f"{_hidden(where)} has schema version {version}, this fracbit reads {SCHEMA_VERSION}: open it with the fracbit "
+            f"{shown(where)} has schema version {version}, this fracbit reads {SCHEMA_VERSION}: open it with the fracbit "
             "that wrote it (`fracbit sweep --export rows.parquet` there keeps the figures), or name another file"
         )
 
@@ -292,13 +292,13 @@ def _explained(where: str) -> Iterator[None]:
     except exc.DBAPIError as error:
         reason = " ".join(str(error.orig).split())
         if "full" in reason:
-            raise OutputError(f"{_hidden(where)}: {reason}; free some space and start again: stored rows are kept") from error
+            raise OutputError(f"{shown(where)}: {reason}; free some space and start again: stored rows are kept") from error
         if "not a database" in reason or "malformed" in reason:
-            raise FormatError(f"{_hidden(where)} is not an SQLite file: name another one") from error
-        raise OutputError(f"store {_hidden(where)} cannot be used: {reason}") from error
+            raise FormatError(f"{shown(where)} is not an SQLite file: name another one") from error
+        raise OutputError(f"store {shown(where)} cannot be used: {reason}") from error
 
 
-def _hidden(where: str) -> str:
+def shown(where: str) -> str:
     """A URL without its password."""
     return sa.make_url(where).render_as_string(hide_password=True) if "://" in where else where
 
@@ -362,6 +362,13 @@ def _columns(row: Row) -> dict[str, Any]:
         "created": row.created,
         "record": row.model_dump_json(),
     }
+
+
+def _exported(row: Row) -> dict[str, Any]:
+    """A row's columns, its run as JSON, and its windows as lists."""
+    columns = {name: value for name, value in _columns(row).items() if name != "record"}
+    run = row.run.model_dump_json(exclude_defaults=True)
+    return columns | {"run": run, "window_nll": row.window_nll, "window_tokens": row.window_tokens}
 
 
 def _batches(keys: Sequence[str], size: int = 500) -> Iterator[Sequence[str]]:

@@ -21,8 +21,10 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fracbit.bundled import bundled_model
+from fracbit.checkpoint.load import load, tokenizer_or_none
 from fracbit.data import Tokens, read_documents, sample
 from fracbit.errors import FracbitError, RecipeError, SourceError
 from fracbit.evaluate.logits import ScoredRows, scored_rows, vocabulary_of
@@ -114,7 +116,20 @@ class Workbench:
             "window_nll": tuple(round(nats, 4) for nats in found.window_nll),
             "window_tokens": found.window_tokens,
             "evaluation_seconds": found.seconds,
+            "accuracies": self._ask(run.evaluation) if run.evaluation.tasks else {},
         }
+
+    def _ask(self, evaluation: Evaluation) -> dict[str, float]:
+        """Zero-shot accuracies by lm-eval; `mean_of_four` when all of the scaling paper's tasks are asked."""
+        from fracbit.evaluate.local_tasks import LocalTask
+        from fracbit.evaluate.zero_shot import zero_shot
+
+        if self.tokenizer is None:
+            raise SourceError(f"model {self.source.model} has no tokenizer: zero-shot tasks are text")
+        tasks = [LocalTask(Path(task).stem, self.root / task) if task.endswith(".yaml") else task for task in evaluation.tasks]
+        found = zero_shot(self.model, self.tokenizer, tasks, limit=evaluation.limit)
+        scores = {score.task: score.accuracy for score in found.scores if score.accuracy is not None}
+        return scores if found.paper_mean is None else {**scores, "mean_of_four": found.paper_mean}
 
     def _pass(self, reference: dict[int, Tensor]) -> tuple[Perplexity, float | None, float | None]:
         """One pass over the text gives the loss and, where the float model's are kept, what moved."""
@@ -270,18 +285,10 @@ def versions() -> dict[str, str]:
 def _load(source: Source, root: Path, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, int]:
     """The model in fp32 on `device`, its tokenizer if it has one, and the bits of a stored float parameter."""
     beside = root / source.model
-    where = str(beside) if beside.exists() else source.model
-    options = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(where, dtype="auto", **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise SourceError(f"model {source.model} cannot be loaded: {explain(error)}") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
-    except (OSError, ValueError, KeyError):
-        tokenizer = None  # files of token ids need none; for text, the data room says that it is missing
+    where = str(bundled_model()) if source.model == "bundled" else str(beside) if beside.exists() else source.model
+    model = load(where, "auto", device, source.trust_remote_code, source.revision)
     bits = 8 * next(parameter.element_size() for parameter in model.parameters())
-    return model.float().to(device).eval(), tokenizer, bits
+    return model.float(), tokenizer_or_none(where), bits
 
 
 def _layers(model: PreTrainedModel, family: Family) -> dict[str, nn.Module]:

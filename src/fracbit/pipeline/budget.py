@@ -1,0 +1,66 @@
+"""A budget in a quantizing run: a preset, or levels divided by the exact solver, turned into the overrides of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fracbit.errors import BudgetError, RecipeError
+from fracbit.importance import read_size
+from fracbit.pipeline.plan import Ask, allocated, contest, make_plan, make_problem
+from fracbit.pipeline.preset import preset
+from fracbit.pipeline.subject import Progress, load_subject
+from fracbit.pipeline.texts import samples_of
+from fracbit.records.allocation import read_levels
+from fracbit.records.recipe import Recipe
+
+LEVELS = "int4z/64,int3z/64,int2z/64"
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What a run may spend, as it is written on the command line; everything None or empty asks for nothing."""
+
+    preset: str | None = None
+    average_bits: float | None = None
+    size: str | None = None
+    fits: str | None = None
+    context: int = 2048
+    levels: str | None = None
+    score: str = "weight-error"
+    held_out: str | None = None
+
+    @property
+    def asked(self) -> bool:
+        """Whether there is a budget at all."""
+        return any(value is not None for value in (self.preset, self.average_bits, self.size, self.fits))
+
+
+def budgeted(recipe: Recipe, spending: Spending, progress: Progress | None = None) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe with a scheme for every layer that the budget buys, and notes.
+
+    With `held_out`, the allocation is measured against the best uniform scheme of no more bytes, which is taken when it
+    wins. Raises `BudgetError` (with the reachable range), `RecipeError`, `SourceError`, `DataError`.
+    """
+    if not spending.asked:
+        if spending.levels or spending.held_out:
+            raise BudgetError("--levels and --held-out go with a budget: --average-bits, --size or --fits")
+        return recipe, ()
+    if spending.preset is not None:
+        if spending.average_bits is None:
+            raise RecipeError("a preset needs its budget: give --average-bits, such as 3.25")
+        return preset(spending.preset, recipe, spending.average_bits), ()
+    ask = Ask(
+        spending.average_bits,
+        read_size(spending.size) if spending.size else None,
+        read_size(spending.fits) if spending.fits else None,
+        spending.context,
+    )
+    problem = make_problem(recipe, read_levels(spending.levels or LEVELS), ask, "linear")
+    plan = make_plan(problem, spending.score, progress=progress)
+    notes = (*plan.notes, f"{plan.chosen.bits_per_weight:.4f} bits per weight divided by {plan.chosen.name}")
+    if spending.held_out is None:
+        return allocated(recipe, plan.chosen.allocation), notes
+    subject = load_subject(recipe.model)
+    unseen = samples_of(spending.held_out, recipe.model, subject, seed=recipe.seed)
+    measured = contest(subject, problem.units, plan.chosen.allocation, unseen, problem.levels, problem.budget.bits)
+    return allocated(recipe, measured.winner), (*notes, *measured.winner.notes)

@@ -1,0 +1,173 @@
+// The native kernels under address and undefined-behaviour sanitizers, without Python: `sanitize.sh` builds and runs this.
+//
+// Every buffer is allocated with exactly its size, so that a read or a write one byte outside stops the program. Results are
+// compared with a sum in double precision from codes that are cut out bit by bit.
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "linear.h"
+#include "pool.h"
+
+using namespace fracbit;
+
+namespace {
+
+std::mt19937 generator(1);
+
+float random_float() { return std::normal_distribution<float>(0.0f, 1.0f)(generator); }
+
+struct Case {
+    int64_t rows, columns;
+    int bits;
+    int kind;  // 0 in, 1 out, 2 tensor, 3 flat
+    int64_t block;
+    int shift;  // 0 none, 1 zero codes, 2 floats
+    bool even;  // evenly spaced table
+    bool own_tables;
+    int outliers;
+};
+
+template <class T>
+struct Exact {  // no spare room, unlike a vector's
+    explicit Exact(int64_t count) : data(new T[static_cast<size_t>(count)]()), size(count) {}
+    std::unique_ptr<T[]> data;
+    int64_t size;
+};
+
+unsigned code_of(const uint8_t* row, int bits, int64_t i) {
+    unsigned code = 0;
+    for (int b = 0; b < bits; ++b) code |= ((row[(i * bits + b) / 8] >> ((i * bits + b) % 8)) & 1u) << b;
+    return code;
+}
+
+int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+bool run(const Case& c) {
+    const int64_t kept = c.columns - c.outliers, levels = int64_t{1} << c.bits;
+    const int64_t block = c.kind == 1 ? std::min(c.block, c.rows) : c.kind == 3 ? std::min(c.block, c.rows * kept) : std::min(c.block, kept);
+    const int64_t scale_rows = c.kind == 0 ? c.rows : c.kind == 1 ? up(c.rows, block) : 1;
+    const int64_t scale_columns = c.kind == 0 ? up(kept, block) : c.kind == 1 ? kept : c.kind == 2 ? 1 : up(c.rows * kept, block);
+    const int64_t count = scale_rows * scale_columns, stride = up(kept * c.bits, 8), zero_stride = up(scale_columns * c.bits, 8);
+    const int64_t table_rows = c.own_tables ? c.rows : 1;
+    Exact<uint8_t> codes(c.rows * stride), zeros(scale_rows * zero_stride);
+    Exact<float> scales(count), offsets(count), table(table_rows * levels), x(3 * c.columns), y(3 * c.rows);
+    Exact<int32_t> other(c.outliers);
+    Exact<float> outliers(c.rows * c.outliers);
+    for (int64_t i = 0; i < codes.size; ++i) codes.data[i] = static_cast<uint8_t>(generator());
+    for (int64_t i = 0; i < zeros.size; ++i) zeros.data[i] = static_cast<uint8_t>(generator());
+    for (int64_t i = 0; i < count; ++i) scales.data[i] = std::fabs(random_float()) + 0.5f;
+    for (int64_t i = 0; i < count; ++i) offsets.data[i] = random_float();
+    for (int64_t i = 0; i < table.size; ++i)
+        table.data[i] = c.even ? -1.0f + 2.0f * static_cast<float>(i) / static_cast<float>(levels - 1) : random_float();
+    for (int64_t i = 0; i < x.size; ++i) x.data[i] = random_float();
+    for (int64_t i = 0; i < outliers.size; ++i) outliers.data[i] = random_float();
+    for (int64_t i = 0; i < c.outliers; ++i) other.data[i] = static_cast<int32_t>(2 * i);
+
+    Weight w;
+    w.rows = c.rows;
+    w.columns = c.columns;
+    w.kept = kept;
+    w.bits = c.bits;
+    w.codes = codes.data.get();
+    w.along_out = c.kind == 1;
+    w.block = c.kind == 2 ? kept : block;
+    w.blocks = c.kind == 0 ? scale_columns : c.kind == 1 ? scale_rows : 1;
+    w.scale_stride = c.kind == 0 ? scale_columns : 0;
+    if (c.kind == 3 && kept % block == 0) w.blocks = w.scale_stride = kept / block;
+    if (c.kind == 3 && kept % block != 0) {
+        w.flat = true;
+        w.blocks = kept / block + 2;
+    }
+    w.scales = scales.data.get();
+    w.offsets = c.shift == 2 ? offsets.data.get() : nullptr;
+    w.table_rows = table_rows;
+    w.outliers = outliers.data.get();
+    derive(w, table.data.get(), levels, c.shift == 1 ? zeros.data.get() : nullptr, scale_rows, scale_columns, other.data.get(), c.outliers);
+
+    // `gross`: the parts of a weight without regard to sign. They may cancel, rounding errors do not.
+    std::vector<double> dense(static_cast<size_t>(c.rows * c.columns)), gross(dense.size());
+    for (int64_t o = 0; o < c.rows; ++o)
+        for (int64_t i = 0, k = 0, p = 0; i < c.columns; ++i) {
+            double& weight = dense[static_cast<size_t>(o * c.columns + i)];
+            double& parts = gross[static_cast<size_t>(o * c.columns + i)];
+            if (p < c.outliers && other.data[p] == i) {
+                weight = outliers.data[o * c.outliers + p++];
+                parts = std::fabs(weight);
+                continue;
+            }
+            const int64_t at = c.kind == 0 ? o * scale_columns + k / block : c.kind == 1 ? o / block * kept + k : c.kind == 2 ? 0 : (o * kept + k) / block;
+            const float* values = table.data.get() + (c.own_tables ? o * levels : 0);
+            double value = values[code_of(codes.data.get() + o * stride, c.bits, k)];
+            double amount = std::fabs(value), zero = 0;
+            if (c.shift == 1) zero = values[code_of(zeros.data.get() + at / scale_columns * zero_stride, c.bits, at % scale_columns)];
+            value -= zero;
+            amount += std::fabs(zero);
+            weight = scales.data[at] * value + (c.shift == 2 ? offsets.data[at] : 0.0f);
+            parts = scales.data[at] * amount + (c.shift == 2 ? std::fabs(offsets.data[at]) : 0.0f);
+            ++k;
+        }
+
+    bool good = true;
+    const auto judge = [&](const char* what, const Isa& isa, double error, double size, double allowed) {
+        if (error <= allowed * size + 1e-30) return;
+        std::printf("%s %s: %ld x %ld, %d bits, kind %d, block %ld, shift %d: error %.2e\n", isa.name, what, long(c.rows), long(c.columns),
+                    c.bits, c.kind, long(c.block), c.shift, error / size);
+        good = false;
+    };
+    for (const Isa* isa : instruction_sets()) {
+        for (int64_t batch = 1; batch <= 3; batch += 2)
+            for (const bool int8 : {false, true}) {
+                Exact<float> result(batch * c.rows);
+                multiply(w, *isa, {x.data.get(), Float::f32, c.columns}, {result.data.get(), Float::f32, c.rows}, batch, int8, 2);
+                double error = 0, size = 0;
+                for (int64_t n = 0; n < batch; ++n)
+                    for (int64_t o = 0; o < c.rows; ++o) {
+                        double sum = 0, magnitude = 0;
+                        for (int64_t i = 0; i < c.columns; ++i) {
+                            const auto at = static_cast<size_t>(o * c.columns + i);
+                            sum += dense[at] * x.data[n * c.columns + i];
+                            magnitude += std::pow(gross[at] * x.data[n * c.columns + i], 2);
+                        }
+                        error += std::pow(result.data[n * c.rows + o] - sum, 2);
+                        size += magnitude;
+                    }
+                judge(int8 ? "int8" : "float", *isa, std::sqrt(error), std::sqrt(size), int8 ? 3e-2 : 2e-5);
+            }
+        Exact<float> decoded(c.rows * c.columns);
+        decode(w, *isa, 0, c.rows, {decoded.data.get(), Float::f32, c.columns}, 2);
+        double error = 0, size = 0;
+        for (size_t i = 0; i < dense.size(); ++i) {
+            error += std::pow(decoded.data[i] - dense[i], 2);
+            size += gross[i] * gross[i];
+        }
+        judge("decode", *isa, std::sqrt(error), std::sqrt(size), 1e-6);
+    }
+    return good;
+}
+
+}  // namespace
+
+int main() {
+    int failed = 0, done = 0;
+    const int64_t shapes[][2] = {{1, 1}, {1, 9}, {5, 127}, {7, 128}, {6, 129}, {9, 172}, {3, 400}};
+    for (const auto& shape : shapes)
+        for (int bits = 1; bits <= 8; ++bits)
+            for (int kind = 0; kind < 4; ++kind)
+                for (const int64_t block : {3, 8, 64, 1 << 20})
+                    for (int shift = 0; shift < 3; ++shift) {
+                        const bool even = done % 2 == 0, own = shift != 1 && done % 5 == 0 && !even;
+                        const int outliers = shape[1] > 8 && done % 3 == 0 ? 2 : 0;
+                        failed += !run({shape[0], shape[1], bits, kind, block, shift, even, own, outliers});
+                        ++done;
+                    }
+    std::string names;
+    for (const Isa* isa : instruction_sets()) names += std::string(" ") + isa->name;
+    std::printf("%d weights,%s: %d failed\n", done, names.c_str(), failed);
+    return failed != 0;
+}

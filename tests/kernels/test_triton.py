@@ -1,0 +1,57 @@
+"""The Triton kernel equals the reference: in Triton's interpreter on the CPU, and on a GPU when there is one.
+
+The interpreter is chosen when Triton is imported, so it runs in a process of its own.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fracbit.kernels import reference
+from fracbit.kernels.gpu import AVAILABLE, GEMV_ROWS, GPU, prepare, run
+from fracbit.numerics import quantize_tensor
+from fracbit.records.scheme import Scheme
+
+triton = pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed")
+
+SCHEMES = [
+    Scheme("int", 4, 64), Scheme("nf", 4, 64, "out"), Scheme("kmeans:row", 4, 32), Scheme("kmeans", 3, 64, "out", "float"),
+    Scheme("int", 2, 16, "in", "zero"), Scheme("int", 3, 16, "out", "zero"), Scheme("int", 5, "row"), Scheme("nf", 6, "tensor"),
+    Scheme("int", 8, "row", "out"), Scheme("dynamic", 8, 20), Scheme("float", 7, "flat:43"), Scheme("int", 1, 64, "in", "float"),
+    Scheme("int", 4, 64, scale="int8:256"), Scheme("power", 4, 64, scale="bf16"),
+]  # fmt: skip
+
+
+def check(device: str) -> None:
+    """Every scheme, GEMV and GEMM, on `device`."""
+    generator = torch.Generator().manual_seed(1)
+    weight, x = torch.randn((37, 172), generator=generator), torch.randn((GEMV_ROWS + 4, 172), generator=generator)
+    for scheme in SCHEMES:
+        packed = quantize_tensor(weight, scheme).to(device)
+        for count in (1, 3, GEMV_ROWS + 4):
+            y = run(prepare(packed, "float"), x[:count].to(device))
+            expected = reference.linear(x[:count].to(device), packed)
+            error = float((y - expected).norm() / expected.norm())
+            assert error < 1e-5, f"{scheme} axis {scheme.axis}, {count} rows: {error:.2e}"
+
+
+@triton
+def test_equals_the_reference_in_the_interpreter() -> None:
+    environment = dict(os.environ, TRITON_INTERPRET="1", PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_triton; test_triton.check('cpu')"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_equals_the_reference_on_a_gpu() -> None:
+    check("cuda")
+
+
+def test_it_leaves_the_cpu_alone() -> None:
+    assert not GPU.supports(Scheme(), torch.device("cpu"), (8, 8))

@@ -1,0 +1,122 @@
+"""The commands of budgets and lenses, end to end on a tiny model: one JSON object each, files as asked, clear errors."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import LlamaForCausalLM
+from typer.testing import CliRunner
+
+from fracbit.cli import app
+from fracbit.errors import FracbitError
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., LlamaForCausalLM]) -> Path:
+    folder = tmp_path_factory.mktemp("commands")
+    tiny_llama().bfloat16().save_pretrained(folder / "model")
+    ids = np.random.default_rng(0).integers(0, 96, (2, 20, 32)).astype("<u2")
+    for name, rows in zip(("seen", "unseen"), ids, strict=True):
+        rows.tofile(folder / f"{name}.u16")
+    return folder
+
+
+def command(*words: str) -> dict[str, object]:
+    done = CliRunner().invoke(app, [*words, "--json"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def source(files: Path, name: str) -> str:
+    return f"{files / name}.u16?length=32"
+
+
+SAMPLES = ("--samples", "4", "--length", "32")
+
+
+def test_scores_go_into_a_plan_and_the_plan_into_a_checkpoint(files: Path) -> None:
+    pytest.importorskip("matplotlib")
+    model, scores, plan = str(files / "model"), files / "scores.json", files / "plan.toml"
+    found = command(
+        "score", model, "--method", "lim", "--text", source(files, "seen"), "-o", str(scores), *SAMPLES
+    )
+    assert json.loads(scores.read_text()) == found
+    made = command(
+        "plan", model, "--average-bits", "3.6", "--score", str(scores), "--granularity", "block", "--solver", "order",
+        "--picture", str(files / "plan.png"), "--held-out", source(files, "unseen"), "-o", str(plan), *SAMPLES,
+    )  # fmt: skip
+    assert [candidate["name"] for candidate in made["candidates"]] == ["order", "exact", "uniform"]  # type: ignore[index,union-attr]
+    assert made["held_out"]["tokens"] == 4 * 31  # type: ignore[index,call-overload]
+    assert {path.name for path in files.glob("plan*")} == {
+        "plan.png", "plan.csv", "plan-curve.png", "plan-curve.csv", "plan.toml"
+    }  # fmt: skip
+    done = command("quantize", model, str(plan), "-o", str(files / "small"))
+    assert float(str(done["bits_per_weight"])) <= 3.6
+
+
+def test_pruning_compares_and_writes(files: Path) -> None:
+    done = command(
+        "prune", str(files / "model"), "-o", str(files / "pruned"), "--score", "first", "--held-out", source(files, "unseen"),
+        *SAMPLES,
+    )  # fmt: skip
+    assert done["dropped"] == ["model.layers.2"]
+    assert done["blocks"] == 2
+    assert {name: len(line) for name, line in done["comparison"].items()} == {"quantized": 4, "pruned": 3}  # type: ignore[attr-defined]
+
+
+def test_the_lens_reports_and_draws(files: Path) -> None:
+    pytest.importorskip("matplotlib")
+    done = command(
+        "lens", str(files / "model"), "--text", source(files, "unseen"), "--kinds", "gaussian", "--intensities", "0.1",
+        "-o", str(files / "lens"), "--scores", str(files / "lens.json"), *SAMPLES,
+    )  # fmt: skip
+    assert [point["target"] for point in done["curves"]] == ["weights", "activations"]  # type: ignore[attr-defined,index]
+    assert len(done["fragility"]) == 3  # type: ignore[arg-type]
+    names = {
+        "intensity.png",
+        "intensity.csv",
+        "effects.png",
+        "effects.csv",
+        "fragility.csv",
+        "profile.png",
+        "profile.csv",
+    }
+    assert {path.name for path in (files / "lens").iterdir()} == names
+    made = command(
+        "plan",
+        str(files / "model"),
+        "--average-bits",
+        "3.6",
+        "--score",
+        str(files / "lens.json"),
+        "--granularity",
+        "block",
+    )
+    assert made["allocation"]["origin"]["score"] == "lens:gaussian x weight-error"  # type: ignore[index,call-overload]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["plan", "MODEL"], "exactly one of"),
+        (["plan", "MODEL", "--average-bits", "1"], "below the lowest"),
+        (["plan", "MODEL", "--average-bits", "3", "--levels", "int4z/64"], "leaves nothing to choose"),
+        (["plan", "MODEL", "--average-bits", "3", "--score", "limm"], "did you mean 'lim'"),
+        (["plan", "MODEL", "--average-bits", "3", "--picture", "plan.jpeg2"], "no kind of picture"),
+        (["plan", "MODEL", "--average-bits", "3", "--text", "a.u16", "--held-out", "a.u16"], "flatters"),
+        (["score", "MODEL", "--method", "lim"], "reads text"),
+        (["score", "MODEL", "--granularity", "row"], "use block or linear"),
+        (["prune", "MODEL"], "nothing to do"),
+        (["lens", "MODEL", "--text", "TEXT", "--seeds", "2"], "at least 5"),
+        (["lens", "MODEL", "--text", "TEXT", "--intensities", "0,x", *SAMPLES], "takes numbers"),
+        (["lens", "MODEL", "--text", "TEXT", "--intensities", "0", *SAMPLES], "is none"),
+    ],
+)
+def test_bad_input_is_one_of_our_errors(files: Path, words: list[str], says: str) -> None:
+    replaced = [
+        {"MODEL": str(files / "model"), "TEXT": source(files, "seen")}.get(word, word) for word in words
+    ]
+    with pytest.raises(FracbitError, match=says):
+        CliRunner().invoke(app, replaced, catch_exceptions=False)

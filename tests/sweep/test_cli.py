@@ -1,0 +1,58 @@
+"""`fracbit sweep` and `fracbit report` from end to end: exit codes, the JSON, the page."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+pytest.importorskip("sqlalchemy", reason="the store is an extra: fracbit[store]")
+
+from fracbit.cli import app
+from fracbit.errors import OutputError, RecipeError
+
+CLI = CliRunner()
+
+
+def sweep(study: Path, *flags: str) -> tuple[int, dict[str, object]]:
+    result = CLI.invoke(app, ["sweep", str(study / "grid.toml"), "--store", str(study / "s.db"), "--json", *flags])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, json.loads(result.stdout)
+
+
+def test_from_grid_to_page(study: Path) -> None:
+    code, planned = sweep(study, "--dry-run")
+    assert (code, planned["runs"], planned["done"]) == (0, 13, 0)
+    assert isinstance(planned["seconds"], float)
+    assert not (study / "s.db").exists()
+    code, done = sweep(study)
+    assert (code, done["measured"], done["failed"]) == (0, 13, [])
+    assert sweep(study)[1]["measured"] == 0
+    pytest.importorskip("plotly", reason="the page is an extra: fracbit[report]")
+    result = CLI.invoke(app, ["report", str(study / "s.db"), "-o", str(study / "r.html"), "--json"])
+    assert json.loads(result.stdout)["rows"] == 13
+    assert (study / "r.html").stat().st_size > 1e6
+
+
+def test_failed_runs_are_exit_code_1_and_a_list(study: Path) -> None:
+    grid = study / "grid.toml"
+    grid.write_text(grid.read_text().replace('["tiny"]', '["broken"]').replace("[2, 3, 4]", "[4]"))
+    (study / "broken").mkdir()
+    result = CLI.invoke(app, ["sweep", str(grid), "--store", str(study / "s.db")])
+    assert result.exit_code == 1
+    assert "5 of 5 runs failed" in result.stdout
+    code, again = sweep(study)
+    assert code == 1
+    assert len(again["failed"]) == 5  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--workers", "0"), ("--retries", "-1"), ("--cpus", "-1")])
+def test_impossible_workers_are_refused(study: Path, flag: str, value: str) -> None:
+    result = CLI.invoke(app, ["sweep", str(study / "grid.toml"), "--ray", flag, value])
+    assert isinstance(result.exception, RecipeError)
+
+
+def test_a_report_of_no_store_makes_none(tmp_path: Path) -> None:
+    result = CLI.invoke(app, ["report", str(tmp_path / "none.db")])
+    assert isinstance(result.exception, OutputError)
+    assert not list(tmp_path.iterdir())

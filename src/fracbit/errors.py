@@ -13,7 +13,11 @@ class FracbitError(Exception):
 
 
 class SchemeError(FracbitError):
-    """A scheme cannot exist: unknown data type, bits outside 1..8, a block of no size."""
+    """A scheme cannot exist: unknown data type, bits outside 1..8, a block of no size. `key` is an unknown key's name."""
+
+    def __init__(self, message: str, key: str | None = None) -> None:
+        super().__init__(message)
+        self.key = key
 
 
 class RecipeError(FracbitError):

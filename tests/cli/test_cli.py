@@ -108,6 +108,11 @@ def test_a_recipe_and_flags_over_it(model: Path, tmp_path: Path) -> None:
     assert made["output"] == str(tmp_path / "q")
 
 
+def test_a_recipe_that_names_its_model(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(f"model = '{model}'\n[scheme]\nbits = 3\n")
+    assert 3 < good("quantize", tmp_path / "recipe.toml", "-o", tmp_path / "q")["bits_per_weight"] < 4
+
+
 def test_bad_input(model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "q"
     assert "no such model" in bad("quantize", tmp_path / "none", "-o", out)
@@ -118,12 +123,21 @@ def test_bad_input(model: Path, text: Path, tmp_path: Path) -> None:
     assert "flat:N" in bad("quantize", model, "-o", out, "--block", "sixty")
     (tmp_path / "r.toml").write_text("sede = 3\n")
     assert "line 1: a recipe has no key 'sede'" in bad("quantize", model, tmp_path / "r.toml", "-o", out)
+    (tmp_path / "r.toml").write_text("[scheme]\ndtype = 'nf'\nbitz = 3\n")
+    assert "line 3: a scheme has no key 'bitz'" in bad("quantize", model, tmp_path / "r.toml", "-o", out)
+    (tmp_path / "r.toml").write_text("scheme = 'nf4'\noverrides = 3\n")
+    assert "write it as a table, [scheme]" in bad("quantize", model, tmp_path / "r.toml", "-o", out, "--bits", 3)
+    assert "write it as a table, [[overrides]]" in bad("quantize", model, tmp_path / "r.toml", "-o", out, "--keep", "x")
     assert "matches no layer" in bad("quantize", model, "-o", out, "--keep", "nothing")
     assert not out.exists()
     out.mkdir()
     (out / "mine").write_text("")
     assert "not empty" in bad("quantize", model, "-o", out)
     assert "no tokens" in bad("generate", model, "")
+    assert "128 positions" in bad("generate", model, "def", "--max-new-tokens", 1000)
+    assert "dtype 'float12' is not known" in bad("eval", model, "--text", text, "--dtype", "float12")
+    assert "device 'nonsense' cannot be used" in bad("generate", model, "x", "--device", "nonsense")
+    assert "no id of this model" in bad("eval", model, "--text", text, "--bos", 256)
     assert "none.txt" in bad("eval", model, "--text", tmp_path / "none.txt")
     assert "window" in bad("eval", model, "--text", text, "--window", 1)
     assert "window" in bad("eval", model, "--text", text, "--window", 100_000)

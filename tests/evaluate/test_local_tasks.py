@@ -24,6 +24,13 @@ def test_items_are_true_to_the_text() -> None:
     assert len({item.answer for item in items}) == 4, "the true one stands anywhere"
 
 
+def test_wrong_choices_are_about_as_long_as_the_true_one() -> None:
+    text = " ".join("x" * (1 + n % 40) + str(n) for n in range(4000))
+    items = continuation_items([text], items=50, context_words=5, choice_words=1, seed=0)
+    apart = [abs(len(choice) - len(item.choices[item.answer])) for item in items for choice in item.choices]
+    assert sum(apart) / len(apart) < 2, "words of 2 to 44 letters differ by 13 on average"
+
+
 def test_the_seed_decides() -> None:
     first, again, other = (
         continuation_items(TEXTS, items=8, context_words=10, choice_words=3, seed=seed) for seed in (0, 0, 1)

@@ -272,6 +272,77 @@ def test_a_weight_that_is_not_a_number_names_its_layer(source: Path, tmp_path: P
     assert not (tmp_path / "q" / "config.json").exists()
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])
+def test_what_stays_float_is_looked_at_too(source: Path, tmp_path: Path, name: str) -> None:
+    state = load_file(source / "model.safetensors")
+    state[name].view(-1)[3] = float("nan")
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightError, match=f"tensor {name}: 1 of .* NaN or Inf"):
+        run(Recipe(model=str(source)), tmp_path / "q")
+
+
+def test_a_tensor_of_no_module_is_copied_whatever_it_holds(source: Path, tmp_path: Path) -> None:
+    state = load_file(source / "model.safetensors") | {"mask": torch.tensor(float("-inf"))}
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    run(Recipe(model=str(source)), tmp_path / "q")
+    assert load_file(tmp_path / "q" / "model.safetensors")["mask"] == float("-inf")
+
+
+def test_what_needs_data_is_refused_before_anything_is_written(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="gptq looks at data"):
+        run(Recipe(model=str(source), quantizer="gptq"), tmp_path / "q")
+    with pytest.raises(RecipeError, match="run_calibrated"):
+        run(Recipe(model=str(source), calibration={"texts": ["a.txt"]}), tmp_path / "q")
+    assert not (tmp_path / "q").exists()
+
+
+def test_broken_configs_of_a_source(source: Path, tmp_path: Path) -> None:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"quantization_config": "x"}))
+    with pytest.raises(SourceError, match="already quantized"):
+        run(Recipe(model=str(source)), tmp_path / "q")
+    for index in ({"weight_map": []}, {"weight_map": {"a": 3}}, {}):
+        (source / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(SourceError, match="weight_map"):
+            run(Recipe(model=str(source)), tmp_path / "q")
+
+
+def test_overwriting_can_be_killed_at_any_removal(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a half-removed output nor records without their plan are taken for something else."""
+    first, second = (Recipe(model=str(source), scheme=Scheme("nf", bits, 32)) for bits in (4, 3))
+    run(second, tmp_path / "whole", shard_bytes=60_000)
+    real = Path.unlink
+
+    class Killed(BaseException):
+        pass
+
+    for limit in range(100):
+        folder, calls = tmp_path / f"cut{limit}", 0
+        run(first, folder, shard_bytes=60_000)
+
+        def unlink(path: Path, missing_ok: bool = False, limit: int = limit, folder: Path = folder) -> None:
+            nonlocal calls
+            if path.exists() and calls == limit:
+                raise Killed
+            calls += path.exists()
+            real(path, missing_ok)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", unlink)
+            try:
+                run(second, folder, overwrite=True, shard_bytes=60_000)
+                break
+            except Killed:
+                pass
+        assert (folder / ".fracbit").is_dir()
+        if not (folder / ".fracbit" / "plan.json").exists():
+            assert not list((folder / ".fracbit").iterdir())
+        run(second, folder, resume=True, shard_bytes=60_000)
+        if limit > 2:  # an early kill leaves files of the first output, which the second one writes anew
+            assert contents(folder) == contents(tmp_path / "whole")
+    assert limit > 10
+
+
 def test_models_that_cannot_be_quantized(source: Path, tmp_path: Path) -> None:
     from transformers import BertConfig, BertModel
 

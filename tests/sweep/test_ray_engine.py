@@ -74,7 +74,7 @@ def test_rows_equal_those_of_this_process_though_workers_are_killed(study: Path)
 
 def test_a_run_whose_worker_always_dies_is_a_failed_row(study: Path) -> None:
     grid = study / "grid.toml"
-    grid.write_text(grid.read_text().replace("[2, 3, 4]", "[2]").replace('["int", "nf"]', '["int"]'))
+    one = grid.read_text().replace("[2, 3, 4]", "[2]").replace('["int", "nf"]', '["int"]').replace('[16, "flat:16"]', "[16]")
     model = study / "tiny" / "config.json"
     # A model whose own code ends the process, as the kernel's killer does to one that is too large.
     (study / "tiny" / "deadly.py").write_text(
@@ -83,10 +83,10 @@ def test_a_run_whose_worker_always_dies_is_a_failed_row(study: Path) -> None:
     )
     own_code = '"model_type": "deadly", "auto_map": {"AutoConfig": "deadly.Deadly"}'
     model.write_text(model.read_text().replace('"model_type": "llama"', own_code))
-    grid.write_text("trust_remote_code = true\n" + grid.read_text())
+    grid.write_text("trust_remote_code = true\nbaseline = false\n" + one)
     with open_store(str(study / "ray.db")) as store:
         outcome = run_sweep(store, expand(read_grid(grid)).runs, OnRay(study, workers=1, retries=1))
-    assert len(outcome.failed) == outcome.total
+    assert len(outcome.failed) == outcome.total == 1
     assert all("its worker died 2 times" in (row.error or "") for row in outcome.failed)
 
 

@@ -14,6 +14,8 @@ from fracbit.checkpoint.output import is_unfinished
 from fracbit.checkpoint.source import Source, open_source
 from fracbit.errors import FormatError, SourceError
 
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
 
 def load(
     model: str | Path,
@@ -26,6 +28,7 @@ def load(
 
     Raises `SourceError` when it cannot be read, `FormatError` when it is unfinished or of another format version.
     """
+    _check_place(dtype, device)
     source = open_checkpoint(model, trust_remote_code, revision)
     register()
     shown = logging.is_progress_bar_enabled()
@@ -42,11 +45,22 @@ def load(
     return loaded.to(torch.device(device)).eval()  # type: ignore[arg-type,no-any-return]
 
 
+def _check_place(dtype: torch.dtype | str, device: str | torch.device) -> None:
+    """Refuse a type or a device that torch does not have here, before anything is read."""
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise SourceError(f"dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
+    try:
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise SourceError(f"device {str(device)!r} cannot be used here ({reason}); use cpu") from error
+
+
 def open_checkpoint(
     model: str | Path, trust_remote_code: bool = False, revision: str | None = None
 ) -> Source:
     """The files of a finished checkpoint."""
-    if is_unfinished(Path(model)):
+    if is_unfinished(Path(model).expanduser()):
         raise FormatError(
             f"{model} is the unfinished output of `fracbit quantize`; continue it with --resume"
         )

@@ -24,6 +24,7 @@ from torch import Tensor
 from fracbit.errors import OutputError
 
 JOURNAL = ".fracbit"
+PLAN = "plan.json"
 MANIFEST = "fracbit.json"
 SPARE_BYTES = 16 << 20  # for the tokenizer, the card and the file system's own blocks
 
@@ -50,7 +51,8 @@ class Output:
     def finish(self, config: Mapping[str, Any]) -> None:
         """config.json makes the checkpoint loadable; the journal goes last."""
         write_json(self.folder / "config.json", config)
-        shutil.rmtree(self.folder / JOURNAL)
+        _empty(self.folder / JOURNAL)
+        (self.folder / JOURNAL).rmdir()
 
 
 @contextmanager
@@ -64,7 +66,7 @@ def open_output(
         if overwrite and not (resume and is_unfinished(folder) and _plan_key(folder) == key):
             _clear(folder)
         (folder / JOURNAL).mkdir(parents=True, exist_ok=True)
-        write_json(folder / JOURNAL / "plan.json", {"key": key})
+        write_json(folder / JOURNAL / PLAN, {"key": key})
         yield Output(folder)
 
 
@@ -100,7 +102,7 @@ def check_output(folder: Path, key: str, overwrite: bool, resume: bool) -> None:
 
 def _plan_key(folder: Path) -> str | None:
     """The key of the plan that the folder was begun with; None when the run was killed before it wrote one."""
-    path = folder / JOURNAL / "plan.json"
+    path = folder / JOURNAL / PLAN
     return str(json.loads(path.read_text())["key"]) if path.is_file() else None
 
 
@@ -163,10 +165,24 @@ def _check_space(folder: Path, expected: int) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Remove the files of an earlier fracbit output; folders other than the journal are left alone."""
-    if folder.is_dir():
-        for path in folder.iterdir():
-            if path.name == JOURNAL:
-                shutil.rmtree(path)
-            elif path.is_file():
-                path.unlink()
+    """Remove the files of an earlier fracbit output; folders other than the journal are left alone.
+
+    The journal is there from before the first removal to after the last: killed in between, the folder is unfinished.
+    """
+    if not folder.is_dir():
+        return
+    journal = folder / JOURNAL
+    journal.mkdir(exist_ok=True)
+    _empty(journal)
+    for path in folder.iterdir():
+        if path.is_file() or path.is_symlink():
+            path.unlink()
+
+
+def _empty(journal: Path) -> None:
+    """Remove what is in the journal, the plan last: records without a plan would pass for those of any other one."""
+    for path in sorted(journal.iterdir(), key=lambda path: path.name == PLAN):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

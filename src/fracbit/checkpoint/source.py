@@ -143,7 +143,10 @@ def combined_hash(hashes: Mapping[str, str]) -> str:
 def _weight_files(folder: Path) -> list[str]:
     if (folder / INDEX).is_file():
         index = _read_json(folder / INDEX, "the index names the shard of every tensor")
-        files = sorted(set(index.get("weight_map", {}).values()))
+        shards = index.get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
+            raise SourceError(f"{folder / INDEX} has no weight_map from the names of tensors to their files")
+        files = sorted(set(shards.values()))
         missing = [file for file in files if not (folder / file).is_file()]
         if missing or not files:
             raise SourceError(

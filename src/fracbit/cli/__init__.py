@@ -8,6 +8,8 @@ import sys
 import typer
 
 from fracbit.cli import (
+    bench,
+    chat,
     demo,
     evaluate,
     generate,
@@ -33,6 +35,8 @@ app.command("quantize")(quantize.quantize)
 app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
 app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
+app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)
 app.command("score")(score.score)
 app.command("plan")(plan.plan)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from fracbit.cli.show import print_json, print_notes, progress
+from fracbit.errors import DataError
 
 
 def evaluate(
@@ -44,6 +45,9 @@ def evaluate(
 
     loaded = load(model, dtype, device, trust_remote_code)
     tokenizer = tokenizer_or_none(model) if _is_ids(text) else load_tokenizer(model, trust_remote_code)
+    vocabulary = loaded.config.get_text_config().vocab_size
+    if bos is not None and not 0 <= bos < vocabulary:
+        raise DataError(f"--bos {bos} is no id of this model: its vocabulary is 0..{vocabulary - 1}")
     tokens = read_text(text, tokenizer, loaded)
     ids = ids_of(tokens)
     with progress(json) as show:

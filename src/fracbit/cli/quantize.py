@@ -16,7 +16,8 @@ from fracbit.records.scheme import parse_scheme
 
 def quantize(
     model: Annotated[
-        str | None, typer.Argument(help="Folder or hub id of the float model; may stand in the recipe.")
+        str | None,
+        typer.Argument(help="Folder or hub id of the float model; not needed where the recipe names it."),
     ] = None,
     recipe: Annotated[Path | None, typer.Argument(help="Recipe file (TOML); flags override it.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write.")] = None,
@@ -75,6 +76,8 @@ def quantize(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Quantize MODEL into a folder that transformers loads once fracbit is imported."""
+    if recipe is None and model is not None and model.endswith(".toml"):
+        model, recipe = None, Path(model)
     scheme = {
         "dtype": dtype,
         "bits": bits,
@@ -150,13 +153,13 @@ def merged_recipe(
     data |= {name: value for name, value in flags.items() if value is not None}
     given = {name: value for name, value in scheme.items() if value is not None}
     if given:
-        data["scheme"] = {**data.get("scheme", {}), **given}
+        data["scheme"] = {**_part(data, "scheme", dict, path), **given}
     plan = {name: value for name, value in (calibration or {}).items() if value}
     if plan:
-        data["calibration"] = {**data.get("calibration", {}), **plan}
+        data["calibration"] = {**_part(data, "calibration", dict, path), **plan}
     if keep:
         data["overrides"] = [
-            *data.get("overrides", []),
+            *_part(data, "overrides", list, path),
             *({"layers": pattern, "keep": True} for pattern in keep),
         ]
     if "model" not in data:
@@ -164,6 +167,15 @@ def merged_recipe(
             "no model; name a folder or a hub id, on the command line or as `model` in the recipe"
         )
     return make_recipe(data, path)
+
+
+def _part(data: dict[str, Any], name: str, kind: type, path: Path | None) -> Any:
+    """A table of the recipe that flags are laid over, empty when it has none."""
+    found = data.get(name, kind())
+    if not isinstance(found, kind):
+        written = f"[{name}]" if kind is dict else f"[[{name}]]"
+        raise RecipeError(f"{path}: {name} is {found!r}; write it as a table, {written}")
+    return found
 
 
 def _block(text: str | None) -> int | str | None:

@@ -1,13 +1,12 @@
-"""Tasks for the evaluation harness that need no hub: LAMBADA from a file, and choices cut from any held-out
-text.
+"""Tasks for the evaluation harness that need no hub: LAMBADA from a file, and choices cut from held-out text.
 
-Each is a YAML file beside its data in a folder of the user's, so that `lm_eval --include_path FOLDER` runs
-it as well.
+Each is a YAML file beside its data in a folder of the user's, so that `lm_eval --include_path FOLDER` runs it
+as well.
 
 The continuation task: a context of `context_words` words and four continuations of `choice_words` words,
-the true one and three from elsewhere in the texts. Chance is 0.25. All four are of one kind of text, so
-that only what the context says can tell them apart; a model that knows the language but not the context
-stays at chance.
+the true one and three from elsewhere in the texts, of nearly its length, because a longer one is less
+likely whatever it says. Chance is 0.25. All four are of one kind of text, so that only what the context
+says can tell them apart; a model that knows the language but not the context stays at chance.
 """
 
 from __future__ import annotations
@@ -23,6 +22,9 @@ from pathlib import Path
 from fracbit.errors import DataError, OutputError
 
 CHOICES = 4
+POOL = 32
+"""Wrong continuations drawn for an item, of which the three nearest to the true one in length are taken."""
+
 _WORD = re.compile(r"\S+")
 
 
@@ -111,14 +113,16 @@ def _pieces(text: str, context_words: int, choice_words: int) -> Iterator[tuple[
 
 def _item(index: int, pieces: Sequence[tuple[str, str]], chance: random.Random) -> Item:
     context, true = pieces[index]
-    choices = [true]
+    others: list[str] = []
     for other in chance.sample(range(len(pieces)), len(pieces)):
-        if pieces[other][1] not in choices:
-            choices.append(pieces[other][1])
-        if len(choices) == CHOICES:
+        if pieces[other][1] not in (true, *others):
+            others.append(pieces[other][1])
+        if len(others) == POOL:
             break
-    else:
+    if len(others) < CHOICES - 1:
         raise DataError(f"the texts hold fewer than {CHOICES} different continuations: add text.")
+    nearest = sorted(others, key=lambda other: abs(len(other) - len(true)))
+    choices = [true, *nearest[: CHOICES - 1]]
     chance.shuffle(choices)
     return Item(context, tuple(choices), choices.index(true))
 

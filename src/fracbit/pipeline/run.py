@@ -18,18 +18,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from fracbit.checkpoint.format import stored_layer, tensor_names
 from fracbit.checkpoint.output import Output, open_output
 from fracbit.checkpoint.source import Source, open_source, read_tensor, tensor_hash
-from fracbit.errors import OutputError, SourceError, WeightError
+from fracbit.errors import OutputError, RecipeError, SourceError, WeightError
 from fracbit.models.skeleton import Origin, skeleton
 from fracbit.pipeline.finish import finish
 from fracbit.pipeline.schedule import SHARD_BYTES, Item, make_schedule
 from fracbit.quantizers import Quantizer, quantizer
 from fracbit.records.recipe import Recipe
+
+PIECE = 1 << 22  # weights that are checked at a time
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, bytes of the source done, and bytes in all."""
@@ -65,8 +68,9 @@ def run(
     Raises a `FracbitError`: `SourceError`, `RecipeError`, `SchemeError`, `WeightError` (layer named), `OutputError`.
     """
     started = time.perf_counter()
-    folder = Path(output)
+    folder = Path(output).expanduser()
     fill = quantizer(recipe.quantizer, recipe.search)
+    _data_free(recipe, fill)
     source = open_source(recipe.model, recipe.revision, recipe.trust_remote_code)
     refuse(source, folder)
     model = skeleton(
@@ -105,6 +109,8 @@ def _write_shard(
     for item, tensor, digest in _prefetch(source, items):
         record["hashes"][item.origin.name] = digest
         if item.layer is None or item.stored is None:
+            if not item.unused:
+                check_finite(item.name, tensor)
             tensors[item.name] = tensor
         else:
             named, record["layers"][item.layer.name] = quantize_item(item, tensor, fill)
@@ -130,6 +136,15 @@ def quantize_item(item: Item, tensor: Tensor, fill: Quantizer) -> tuple[dict[str
         "notes": list(quantized.notes),
     }
     return tensor_names(item.layer.name, quantized.packed), facts
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise `WeightError` when a tensor that stays float holds NaN or Inf; looked at in pieces, as it may be large."""
+    if not tensor.is_floating_point():
+        return
+    bad = sum(int((~torch.isfinite(part.float())).sum()) for part in tensor.reshape(-1).split(PIECE))
+    if bad:
+        raise WeightError(f"tensor {name}: {bad} of {tensor.numel()} weights are NaN or Inf; mend the source first")
 
 
 def _prefetch(source: Source, items: Iterable[Item]) -> Iterator[tuple[Item, Tensor, str]]:
@@ -172,11 +187,21 @@ def refuse(source: Source, folder: Path) -> None:
     """Stop before any work where the output is the model itself, or the model is quantized already."""
     if folder.exists() and folder.resolve() == source.folder.resolve():
         raise OutputError(f"{folder} is the model itself; name another folder for the output")
-    method = (source.config.get("quantization_config") or {}).get("quant_method")
-    if method is not None:
+    quantization = source.config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else quantization
         raise SourceError(
             f"{source.name} is already quantized ({method}); start from the float model, rounding twice loses twice"
         )
+
+
+def _data_free(recipe: Recipe, fill: Quantizer) -> None:
+    if fill.needs:
+        raise RecipeError(
+            f"quantizer {recipe.quantizer} looks at data; give it texts (--calibration, or [calibration] in the recipe), or use rtn"
+        )
+    if recipe.calibration is not None:
+        raise RecipeError("this run reads no data; a recipe with calibration is for fracbit.pipeline.calibrated.run_calibrated")
 
 
 def _source_bytes(source: Source, item: Item) -> int:

@@ -38,13 +38,17 @@ class Decision:
 
 @dataclass(frozen=True)
 class Item:
-    """One tensor to write: its name in the model, where it lies in the source, and how it is stored when quantized."""
+    """One tensor to write: its name in the model, where it lies in the source, and how it is stored when quantized.
+
+    `unused` tensors belong to no module (GPT-2's causal masks) and are copied as they are.
+    """
 
     name: str
     origin: Origin
     bytes: int
     layer: Layer | None = None
     stored: StoredLayer | None = None
+    unused: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def make_schedule(
             f"{source.name} lacks {len(places.missing)} tensors of its model, such as {places.missing[0]}"
         )
     items = [_item(name, place, source, layers, decisions) for name, place in places.tensors.items()]
-    items += [Item(name, Origin(name), source.tensors[name].bytes) for name in places.unused]
+    items += [Item(name, Origin(name), source.tensors[name].bytes, unused=True) for name in places.unused]
     items = _without_tied(items, source, model)
     family = family_of(model)
     notes = (*notes, *([family.note] if family.note else []))

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
-from fracbit.errors import FracbitError, RecipeError, near_matches
+from fracbit.errors import FracbitError, RecipeError, SchemeError, near_matches
 from fracbit.records.calibration import Calibration
 from fracbit.records.scheme import Scheme
 
@@ -97,7 +97,8 @@ def make_recipe(data: Mapping[str, Any], path: Path | None = None) -> Recipe:
     except FracbitError as error:
         if path is None:
             raise
-        raise RecipeError(f"{path}: {error}") from error
+        line = _line_of(error.key, path) if isinstance(error, SchemeError) and error.key else ""
+        raise RecipeError(f"{path}{line}: {error}") from error
 
 
 def _explain(location: tuple[int | str, ...], kind: str, message: str, path: Path | None) -> str:
@@ -112,8 +113,8 @@ def _explain(location: tuple[int | str, ...], kind: str, message: str, path: Pat
 def _line_of(name: str, path: Path | None) -> str:
     """`, line N` of the first line of the file that sets `name`."""
     lines = path.read_text(encoding="utf-8").splitlines() if path else []
-    pattern = re.compile(rf"\s*(\[+\s*)?([\w.]+\.)?[\"']?{re.escape(name)}[\"']?\s*[\]=.]")
+    pattern = re.compile(rf"(^|[\[{{,.])\s*[\"']?{re.escape(name)}[\"']?\s*[\]=.]")
     for number, line in enumerate(lines, 1):
-        if pattern.match(line):
+        if pattern.search(line):
             return f", line {number}"
     return ""

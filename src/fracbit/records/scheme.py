@@ -74,7 +74,7 @@ class Scheme:
         known = {field.name for field in fields(Scheme)}
         for key in data:
             if key not in known:
-                raise SchemeError(f"a scheme has no key {key!r}; {near_matches(key, known)}")
+                raise SchemeError(f"a scheme has no key {key!r}; {near_matches(key, known)}", key)
         scale = data.get("scale", "fp16")
         nested = Scheme.from_json(scale) if isinstance(scale, Mapping) else scale
         return Scheme(**{**data, "scale": nested})

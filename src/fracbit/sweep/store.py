@@ -217,10 +217,10 @@ def export_parquet(rows: Sequence[Row], path: Path) -> None:
         from pyarrow import parquet
     except ImportError as error:
         raise OutputError("Parquet needs pyarrow: pip install 'fracbit[store]'") from error
-    flat = [_columns(row) | {"window_nll": row.window_nll, "window_tokens": row.window_tokens} for row in rows]
+    flat = [_exported(row) for row in rows]
     temporary = path.with_name(path.name + ".tmp")
     try:
-        parquet.write_table(pa.Table.from_pylist(flat), temporary)
+        parquet.write_table(pa.Table.from_pylist(flat), temporary, compression="zstd")
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -362,6 +362,13 @@ def _columns(row: Row) -> dict[str, Any]:
         "created": row.created,
         "record": row.model_dump_json(),
     }
+
+
+def _exported(row: Row) -> dict[str, Any]:
+    """A row's columns, its run as JSON, and its windows as lists."""
+    columns = {name: value for name, value in _columns(row).items() if name != "record"}
+    run = row.run.model_dump_json(exclude_defaults=True)
+    return columns | {"run": run, "window_nll": row.window_nll, "window_tokens": row.window_tokens}
 
 
 def _batches(keys: Sequence[str], size: int = 500) -> Iterator[Sequence[str]]:

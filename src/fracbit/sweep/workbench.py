@@ -21,8 +21,10 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fracbit.bundled import bundled_model
+from fracbit.checkpoint.load import load, tokenizer_or_none
 from fracbit.data import Tokens, read_documents, sample
 from fracbit.errors import FracbitError, RecipeError, SourceError
 from fracbit.evaluate.logits import ScoredRows, scored_rows, vocabulary_of
@@ -283,18 +285,10 @@ def versions() -> dict[str, str]:
 def _load(source: Source, root: Path, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, int]:
     """The model in fp32 on `device`, its tokenizer if it has one, and the bits of a stored float parameter."""
     beside = root / source.model
-    where = str(beside) if beside.exists() else source.model
-    options = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(where, dtype="auto", **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise SourceError(f"model {source.model} cannot be loaded: {explain(error)}") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
-    except (OSError, ValueError, KeyError):
-        tokenizer = None  # files of token ids need none; for text, the data room says that it is missing
+    where = str(bundled_model()) if source.model == "bundled" else str(beside) if beside.exists() else source.model
+    model = load(where, "auto", device, source.trust_remote_code, source.revision)
     bits = 8 * next(parameter.element_size() for parameter in model.parameters())
-    return model.float().to(device).eval(), tokenizer, bits
+    return model.float(), tokenizer_or_none(where), bits
 
 
 def _layers(model: PreTrainedModel, family: Family) -> dict[str, nn.Module]:

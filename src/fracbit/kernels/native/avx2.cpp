@@ -112,10 +112,10 @@ struct Avx2 {
     static __m256i to_bytes(__m256i z) {
         if constexpr (bits == 8) return z;
         constexpr uint32_t pair = (1u << (2 * bits)) - 1u, one = (1u << bits) - 1u;
-        const __m256i pairs = _mm256_set1_epi32(static_cast<int>(pair | pair << 16));
-        const __m256i ones = _mm256_set1_epi32(static_cast<int>(one * 0x01010101u));
-        z = _mm256_and_si256(_mm256_or_si256(z, _mm256_slli_epi32(z, 16 - 2 * bits)), pairs);
-        return _mm256_and_si256(_mm256_or_si256(z, _mm256_slli_epi32(z, 8 - bits)), ones);
+        const auto all = [](uint32_t mask) { return _mm256_set1_epi32(static_cast<int>(mask)); };
+        z = _mm256_or_si256(_mm256_and_si256(z, all(pair)), _mm256_and_si256(_mm256_slli_epi32(z, 16 - 2 * bits), all(pair << 16)));
+        return _mm256_or_si256(_mm256_and_si256(z, all(one * 0x00010001u)),
+                               _mm256_and_si256(_mm256_slli_epi32(z, 8 - bits), all(one * 0x01000100u)));
     }
 
     template <int bits>

@@ -1,0 +1,46 @@
+"""`fracbit bench`: how fast a checkpoint generates on this machine, beside the float model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from fracbit.cli.generate import Activate, Dtype, KvBits, Trust
+from fracbit.cli.show import bytes_text, print_json, print_table
+
+
+def bench(
+    model: Annotated[str, typer.Argument(help="Folder or hub id, fracbit or float.")],
+    against: Annotated[str | None, typer.Option(help="Float model, measured after it in the same run.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Decode steps.")] = 32,
+    kv_bits: KvBits = 16,
+    activations: Activate = "float",
+    dtype: Dtype = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    trust_remote_code: Trust = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure tokens per second, bytes per token, the share of memory bandwidth they make, and memory."""
+    from fracbit.pipeline.bench import Load, measure
+
+    load = Load(prompt_tokens, new_tokens, kv_bits)
+    found = measure(model, load, activations, dtype, device, trust_remote_code).to_json()
+    if against is not None:
+        found["against"] = measure(against, load, "float", dtype, device, trust_remote_code).to_json()
+    if json:
+        print_json(found)
+        return
+    rows = [_row(line) for line in (found, found.get("against")) if line]
+    print_table(["model", "prefill", "decode", "bytes/token", "bandwidth", "share", "resident", "file"], rows)
+
+
+def _row(line: dict[str, Any]) -> list[str]:
+    resident = line["resident_bytes"]
+    return [
+        line["model"], f"{line['prefill_tokens_per_second']:.1f}/s", f"{line['decode_tokens_per_second']:.1f}/s",
+        bytes_text(line["bytes_per_token"]), f"{line['bandwidth'] / 1e9:.1f} GB/s",
+        f"{100 * line['bandwidth_share']:.0f} %", "unknown" if resident is None else bytes_text(resident),
+        bytes_text(line["file_bytes"]),
+    ]  # fmt: skip

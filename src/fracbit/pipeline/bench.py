@@ -1,0 +1,145 @@
+"""What `fracbit bench` measures: speed of prefill and decode, the bytes that a step reads, and the memory they lie in.
+
+    bytes per token = weights read + KV cache read         (embeddings are looked up: one row, unless they are the head too)
+    share = decode tokens/s x bytes per token / bandwidth   (bandwidth: a plain read of as many bytes, the best of several)
+
+Decode is memory bound at batch 1, so a share of 1 would be the machine's limit.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from fracbit.checkpoint.load import load, open_checkpoint
+from fracbit.errors import DataError
+from fracbit.evaluate import generation_speed
+from fracbit.kernels import Activations
+from fracbit.models.cache import cache_bytes
+from fracbit.models.quant_linear import QuantEmbedding, TiedHead
+from fracbit.pipeline.serve import choose_activations, new_cache
+
+READS = 7
+LARGEST_READ = 1 << 30  # more bytes than any cache holds; a larger buffer reads no slower
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is run: a prompt of random tokens, greedy steps after it, and the bits of the KV cache."""
+
+    prompt_tokens: int = 128
+    new_tokens: int = 32
+    kv_bits: int = 16
+
+    def __post_init__(self) -> None:
+        if self.prompt_tokens < 1 or self.new_tokens < 1:
+            raise DataError(f"bench needs at least 1 token, got {self.prompt_tokens} and {self.new_tokens}")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model on this machine; bytes, tokens per second, bytes per second. `resident_bytes` is None where unknown."""
+
+    model: str
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    weight_bytes_per_token: int
+    cache_bytes_per_token: int
+    bytes_per_token: int
+    bandwidth: float
+    bandwidth_share: float
+    resident_bytes: int | None
+    file_bytes: int
+    threads: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return asdict(self)
+
+
+def measure(
+    model: str, load_: Load, activations: str = "float", dtype: str = "auto", device: str = "cpu", trust: bool = False
+) -> Measured:
+    """Load `model`, run `load_`, and read as many bytes plainly. The model is freed again."""
+    gc.collect()
+    before = resident()
+    loaded = load(model, dtype, device, trust)
+    choose_activations(loaded, _activations(activations))
+    ids = torch.randint(0, loaded.config.get_text_config().vocab_size, (load_.prompt_tokens,), generator=_seeded())
+    cache = new_cache(loaded, load_.kv_bits)
+    speed = generation_speed(loaded, ids.to(device), load_.new_tokens, cache)
+    gc.collect()
+    after, kept = resident(), cache_bytes(cache)
+    weights = bytes_read(loaded)
+    speed_of_reading = bandwidth(weights + kept, device)
+    return Measured(
+        model=model,
+        prefill_tokens_per_second=speed.prefill,
+        decode_tokens_per_second=speed.decode,
+        weight_bytes_per_token=weights,
+        cache_bytes_per_token=kept,
+        bytes_per_token=weights + kept,
+        bandwidth=speed_of_reading,
+        bandwidth_share=speed.decode * (weights + kept) / speed_of_reading,
+        resident_bytes=None if before is None or after is None else after - before,
+        file_bytes=open_checkpoint(model, trust).bytes,
+        threads=torch.get_num_threads(),
+    )
+
+
+def bytes_read(model: PreTrainedModel) -> int:
+    """Bytes of weights that a decode step reads. Experts are counted as if all of them ran."""
+    skipped = {id(part) for module in _looked_up(model) for part in _parts(module)}
+    seen = {id(part): part for part in _parts(model) if id(part) not in skipped}
+    return sum(part.numel() * part.element_size() for part in seen.values())
+
+
+def _looked_up(model: PreTrainedModel) -> list[nn.Module]:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(head, TiedHead) or getattr(head, "weight", None) is getattr(embedding, "weight", None):
+        return []
+    return [embedding] if isinstance(embedding, nn.Embedding | QuantEmbedding) else []
+
+
+def _parts(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def bandwidth(count: int, device: str = "cpu") -> float:
+    """Bytes per second of a plain read of `count` bytes, the best of several: the largest of as many float32."""
+    read = torch.ones(max(min(count, LARGEST_READ) // 4, 1), device=device)
+    return read.numel() * 4 / min(_timed(read) for _ in range(READS))
+
+
+def _timed(read: torch.Tensor) -> float:
+    started = time.perf_counter()
+    read.amax().item()
+    return time.perf_counter() - started
+
+
+def resident() -> int | None:
+    """Bytes of this process in memory now; None where the system has no /proc."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:")), None)
+
+
+def _activations(name: str) -> Activations:
+    if name == "int8":
+        return "int8"
+    if name == "float":
+        return "float"
+    raise DataError(f"--activations is float or int8, got {name!r}")
+
+
+def _seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,215 @@
+"""Serving: prompts in, text out as it is made, and how fast it was. `fracbit generate` and `fracbit chat` print it.
+
+transformers' `generate` runs the model; a streamer takes the tokens and the times. The first token marks the end of
+prefill, which reads long prompts in chunks so that activations stay small.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers.generation.streamers import BaseStreamer
+
+from fracbit.errors import DataError
+from fracbit.kernels import Activations
+from fracbit.models.cache import PackedCache, cache_bytes
+from fracbit.models.quant_linear import QuantEmbedding, QuantLinear
+
+Show = Callable[[str], None]
+PREFILL_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to generate. `kv_bits` 16 keeps the cache in the model's own type; `prefill_chunk` is in tokens."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    kv_bits: int = 16
+    prefill_chunk: int = PREFILL_CHUNK
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.temperature < 0 or self.prefill_chunk < 1:
+            raise DataError(
+                "max_new_tokens and prefill_chunk must be at least 1 and temperature at least 0, got "
+                f"{self.max_new_tokens}, {self.prefill_chunk}, {self.temperature}"
+            )
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was written: `texts` of new tokens, one a prompt; speeds in tokens per second over the whole batch."""
+
+    texts: tuple[str, ...]
+    ids: tuple[tuple[int, ...], ...]  # prompts and what follows, padding included
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float
+    prefill: float
+    decode: float
+    cache_bytes: int
+
+
+class _Clock(BaseStreamer):  # type: ignore[no-untyped-call, unused-ignore]
+    """Takes the time of every step and hands tokens on to a `TextStreamer` when there is one prompt."""
+
+    def __init__(self, text: TextStreamer | None) -> None:
+        self.text = text
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+        if self.text is not None:
+            self.text.put(value)
+
+    def end(self) -> None:
+        if self.text is not None:
+            self.text.end()
+
+
+class _Shown(TextStreamer):
+    """A `TextStreamer` that hands text to a function instead of printing it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Show) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+        self.show = show
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.show(text)
+
+
+def choose_activations(model: PreTrainedModel, activations: Activations) -> None:
+    """Set every packed layer to exact (`"float"`) or 8-bit (`"int8"`) activations."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear | QuantEmbedding):
+            module.choose(activations)
+
+
+def new_cache(model: PreTrainedModel, kv_bits: int) -> Cache:
+    """An empty KV cache for `model`: 16 is the model's own type, 8 and 4 are packed."""
+    return DynamicCache(config=model.config) if kv_bits == 16 else PackedCache(model.config, kv_bits)
+
+
+def encode_batch(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask [prompts, tokens], shorter prompts padded on the left. Raises `DataError` for an empty one."""
+    rows = [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    if not rows or not all(rows):
+        raise DataError("a prompt has no tokens; give every prompt at least one character")
+    return pad_left(rows, padding(tokenizer))
+
+
+def pad_left(rows: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask [rows, longest]."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[filler] * (longest - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+def padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id that fills short rows; it is masked, so any will do where the tokenizer names none."""
+    for name in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if name is not None:
+            return int(name)  # type: ignore[arg-type]
+    return 0
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    settings: Settings,
+    show: Show | None = None,
+) -> Generation:
+    """Continue `prompts` together; `show` gets the text of a single prompt as it is made.
+
+    Raises `DataError` for an empty prompt or one that leaves no room in the model's positions.
+    """
+    ids, mask = encode_batch(tokenizer, prompts)
+    return continue_ids(model, tokenizer, ids, mask, settings, new_cache(model, settings.kv_bits), show)
+
+
+def continue_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Tensor,
+    mask: Tensor,
+    settings: Settings,
+    cache: Cache,
+    show: Show | None = None,
+) -> Generation:
+    """Continue `ids` [prompts, tokens], of which `cache` already holds the first ones."""
+    held = cache.get_seq_length()
+    _check_room(model, ids.shape[1], settings)
+    clock = _Clock(_Shown(tokenizer, show) if show is not None and len(ids) == 1 else None)
+    how: dict[str, Any] = {"do_sample": False}
+    if settings.temperature:
+        how = {"do_sample": True, "temperature": settings.temperature}
+    started = time.perf_counter()
+    found = model.generate(  # type: ignore[operator]
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        past_key_values=cache,
+        max_new_tokens=settings.max_new_tokens,
+        prefill_chunk_size=settings.prefill_chunk if ids.shape[1] - held > settings.prefill_chunk else None,
+        pad_token_id=padding(tokenizer),
+        streamer=clock,
+        **how,
+    )
+    seconds = time.perf_counter() - started
+    new = found[:, ids.shape[1] :]
+    first, last, steps = clock.times[1], clock.times[-1], new.shape[1] - 1
+    return Generation(
+        texts=tuple(tokenizer.batch_decode(new, skip_special_tokens=True)),
+        ids=tuple(tuple(row) for row in found.tolist()),
+        prompt_tokens=int(mask.sum()),
+        new_tokens=new.numel(),
+        seconds=seconds,
+        prefill=len(ids) * (ids.shape[1] - held) / (first - started),
+        decode=len(ids) * steps / (last - first) if steps else 0.0,
+        cache_bytes=cache_bytes(cache),
+    )
+
+
+def _check_room(model: PreTrainedModel, tokens: int, settings: Settings) -> None:
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit and tokens + settings.max_new_tokens > limit:
+        raise DataError(
+            f"{tokens} tokens of prompt and {settings.max_new_tokens} new ones are more than the model's {limit} "
+            "positions; shorten the prompt or ask for fewer new tokens"
+        )
+
+
+class Chat:
+    """A conversation: keeps the messages and, while the template only appends, the cache of what was read."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
+        """Raises `DataError` when the tokenizer has no chat template."""
+        if not tokenizer.chat_template:
+            raise DataError(
+                "this model's tokenizer has no chat template, so it was not trained to chat; use `fracbit generate`"
+            )
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.messages: list[dict[str, str]] = []
+        self.read: list[int] = []
+        self.cache = new_cache(model, settings.kv_bits)
+
+    def say(self, text: str, show: Show | None = None) -> Generation:
+        """Answer the user's `text`; both stay in the history."""
+        messages = [*self.messages, {"role": "user", "content": text}]
+        words = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids: list[int] = list(self.tokenizer(words, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+        held = self.cache.get_seq_length()
+        if ids[:held] != self.read[:held] or held >= len(ids):
+            self.cache = new_cache(self.model, self.settings.kv_bits)
+        row, mask = pad_left([ids], 0)
+        found = continue_ids(self.model, self.tokenizer, row, mask, self.settings, self.cache, show)
+        self.messages = [*messages, {"role": "assistant", "content": found.texts[0]}]
+        self.read = list(found.ids[0])
+        return found

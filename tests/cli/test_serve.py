@@ -31,14 +31,27 @@ def talker(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_generate_a_batch(model: str, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("The cat\n\nA bird\n")
-    words = ["generate", model, "--prompt", "Once", "--prompts", str(tmp_path / "prompts.txt"), "--max-new-tokens", "6"]
-    found = json.loads(CliRunner().invoke(app, [*words, "--json", "--kv-bits", "4"], catch_exceptions=False).stdout)
+    words = [
+        "generate",
+        model,
+        "--prompt",
+        "Once",
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "--max-new-tokens",
+        "6",
+    ]
+    found = json.loads(
+        CliRunner().invoke(app, [*words, "--json", "--kv-bits", "4"], catch_exceptions=False).stdout
+    )
     assert [text.split()[0] for text in found["texts"]] == ["Once", "The", "A"]
     assert found["cache_bytes"] > 0
 
 
 def test_generate_streams(model: str) -> None:
-    done = CliRunner().invoke(app, ["generate", model, "Once upon", "--max-new-tokens", "6", "--activations", "int8"])
+    done = CliRunner().invoke(
+        app, ["generate", model, "Once upon", "--max-new-tokens", "6", "--activations", "int8"]
+    )
     assert done.exit_code == 0
     assert done.stdout.startswith("Once upon")
     assert "tokens/s" in done.stderr
@@ -46,7 +59,11 @@ def test_generate_streams(model: str) -> None:
 
 @pytest.mark.parametrize(
     ("words", "error"),
-    [(["--activations", "int3"], DataError), (["--kv-bits", "5"], SchemeError), (["--temperature", "-1"], DataError)],
+    [
+        (["--activations", "int3"], DataError),
+        (["--kv-bits", "5"], SchemeError),
+        (["--temperature", "-1"], DataError),
+    ],
 )
 def test_generate_refuses(model: str, words: list[str], error: type[Exception]) -> None:
     assert isinstance(CliRunner().invoke(app, ["generate", model, "Once", *words]).exception, error)
@@ -57,7 +74,9 @@ def test_generate_without_a_prompt(model: str) -> None:
 
 
 def test_chat_from_a_pipe(talker: str) -> None:
-    done = CliRunner().invoke(app, ["chat", talker, "--max-new-tokens", "5"], input="Hello\n\nAgain\n/exit\nNever\n")
+    done = CliRunner().invoke(
+        app, ["chat", talker, "--max-new-tokens", "5"], input="Hello\n\nAgain\n/exit\nNever\n"
+    )
     assert done.exit_code == 0, done.exception
     assert done.stderr.count("tokens/s") == 2
 

@@ -231,7 +231,9 @@ def test_distillation_lowers_the_divergence_and_is_saved(source: Path, tmp_path:
     np.random.default_rng(1).integers(3, 96, 256 * 24, dtype=np.uint16).tofile(ids)
     scheme = Scheme("kmeans", 2, 24, scale="int8:64")
     for name, epochs in (("plain", 0), ("distilled", 2)):
-        asked = recipe(tmp_path / "float", ids, scheme=scheme, distill=epochs, samples=256, batch=32, rate=1e-3)
+        asked = recipe(
+            tmp_path / "float", ids, scheme=scheme, distill=epochs, samples=256, batch=32, rate=1e-3
+        )
         run_calibrated(asked, tmp_path / name)
     facts = manifest(tmp_path / "distilled")["distilled"]
     assert 0 < facts["after"] < 0.95 * facts["before"]

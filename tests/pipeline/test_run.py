@@ -94,9 +94,14 @@ def test_embeddings_and_head(tiny_llama: Maker, tmp_path: Path, tied: bool, axis
     assert isinstance(model.get_input_embeddings(), QuantEmbedding)
     assert isinstance(model.lm_head, TiedHead if tied else QuantLinear)
     assert any("one tensor" in note for note in result.notes) == tied
-    assert torch.allclose(logits(model), logits(_decoded(model, tiny_llama(tie_word_embeddings=tied))), atol=1e-5)
+    assert torch.allclose(
+        logits(model), logits(_decoded(model, tiny_llama(tie_word_embeddings=tied))), atol=1e-5
+    )
     model.save_pretrained(tmp_path / "again")
-    assert load_file(tmp_path / "again" / "model.safetensors").keys() == load_file(tmp_path / "q" / "model.safetensors").keys()
+    assert (
+        load_file(tmp_path / "again" / "model.safetensors").keys()
+        == load_file(tmp_path / "q" / "model.safetensors").keys()
+    )
     assert torch.equal(logits(load(tmp_path / "again")), logits(model))
 
 
@@ -114,7 +119,10 @@ def test_a_tied_table_under_the_heads_name_only(tiny_llama: Maker, tmp_path: Pat
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_cast_leaves_the_stored_bytes_alone(tiny_llama: Maker, tmp_path: Path, tied: bool) -> None:
     tiny_llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "float")
-    run(Recipe(model=str(tmp_path / "float"), embeddings=Scheme("int", 8, 32), scheme=Scheme("nf", 4, 32)), tmp_path / "q")
+    run(
+        Recipe(model=str(tmp_path / "float"), embeddings=Scheme("int", 8, 32), scheme=Scheme("nf", 4, 32)),
+        tmp_path / "q",
+    )
     model = load(tmp_path / "q")
     before = logits(model)
     scales = model.model.layers[0].mlp.up_proj.weight_scales.clone()
@@ -235,9 +243,12 @@ def test_a_kill_between_any_two_writes_is_resumable(
     assert limit > 10
 
 
-def test_a_full_disk_is_said_and_resumed(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_said_and_resumed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = Recipe(model=str(source))
     with monkeypatch.context() as patch:
+
         def full(*_: object, **__: object) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -248,7 +259,9 @@ def test_a_full_disk_is_said_and_resumed(source: Path, tmp_path: Path, monkeypat
     load(tmp_path / "q")
 
 
-def test_a_disk_that_cannot_hold_it_is_refused_first(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_cannot_hold_it_is_refused_first(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(output_module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(OutputError, match="free"):
         run(Recipe(model=str(source)), tmp_path / "q")
@@ -275,7 +288,9 @@ def test_what_is_in_the_way(source: Path, tmp_path: Path) -> None:
         run(recipe, folder / "letter.txt")
 
 
-def test_another_runs_journal_is_not_continued(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_runs_journal_is_not_continued(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("fracbit.pipeline.run.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -332,7 +347,9 @@ def test_broken_configs_of_a_source(source: Path, tmp_path: Path) -> None:
             run(Recipe(model=str(source)), tmp_path / "q")
 
 
-def test_overwriting_can_be_killed_at_any_removal(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overwriting_can_be_killed_at_any_removal(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither a half-removed output nor records without their plan are taken for something else."""
     first, second = (Recipe(model=str(source), scheme=Scheme("nf", bits, 32)) for bits in (4, 3))
     run(second, tmp_path / "whole", shard_bytes=60_000)
@@ -371,9 +388,9 @@ def test_overwriting_can_be_killed_at_any_removal(source: Path, tmp_path: Path, 
 def test_models_that_cannot_be_quantized(source: Path, tmp_path: Path) -> None:
     from transformers import BertConfig, BertModel
 
-    BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)).save_pretrained(
-        tmp_path / "bert"
-    )
+    BertModel(
+        BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    ).save_pretrained(tmp_path / "bert")
     with pytest.raises(SourceError, match="holds a BertModel, which is not a causal language model"):
         run(Recipe(model=str(tmp_path / "bert")), tmp_path / "q")
     run(Recipe(model=str(source)), tmp_path / "once")

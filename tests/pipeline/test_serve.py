@@ -58,14 +58,18 @@ def test_within_the_window_nothing_changes(tiny_llama: Callable[..., LlamaForCau
         assert torch.equal(packed, model(ids).logits)
 
 
-def test_token_by_token_with_a_packed_cache(tales: tuple[PreTrainedModel, PreTrainedTokenizerBase], shared: Path) -> None:
+def test_token_by_token_with_a_packed_cache(
+    tales: tuple[PreTrainedModel, PreTrainedTokenizerBase], shared: Path
+) -> None:
     """Loss over real text, decoded in steps of 32 after codes exist: 8 bits cost next to nothing, 4 bits little."""
     model, ids = tales[0], tale(shared, 384)
     losses, sizes = {}, {}
     for bits in (16, 8, 4):
         cache = DynamicCache(config=model.config) if bits == 16 else PackedCache(model.config, bits, 32, 32)
         with torch.no_grad():
-            logits = torch.cat([model(part, past_key_values=cache).logits for part in ids.split(32, 1)], 1).float()
+            logits = torch.cat(
+                [model(part, past_key_values=cache).logits for part in ids.split(32, 1)], 1
+            ).float()
         assert cache.get_seq_length() == 384
         losses[bits] = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).item()
         sizes[bits] = cache_bytes(cache)
@@ -104,19 +108,25 @@ def test_bits_that_are_not_there(tiny_llama: Callable[..., LlamaForCausalLM]) ->
 def test_beams_with_a_packed_cache(tiny_llama: Callable[..., LlamaForCausalLM]) -> None:
     model = tiny_llama()
     cache = PackedCache(model.config, 8, window=4, group=4)
-    found = model.generate(torch.arange(3, 20)[None], past_key_values=cache, num_beams=2, max_new_tokens=8, do_sample=False)
+    found = model.generate(
+        torch.arange(3, 20)[None], past_key_values=cache, num_beams=2, max_new_tokens=8, do_sample=False
+    )
     assert found.shape[1] <= 25
 
 
 @pytest.mark.parametrize("kv_bits", [16, 8])
-def test_chunks_and_batches_write_the_same(tales: tuple[PreTrainedModel, PreTrainedTokenizerBase], kv_bits: int) -> None:
+def test_chunks_and_batches_write_the_same(
+    tales: tuple[PreTrainedModel, PreTrainedTokenizerBase], kv_bits: int
+) -> None:
     model, tokenizer = tales
     prompts = ["Once upon a time there was a small bird who", "The dog"]
     settings = Settings(max_new_tokens=12, kv_bits=kv_bits)
     shown: list[str] = []
     alone = [generate(model, tokenizer, [prompt], settings, shown.append) for prompt in prompts]
     together = generate(model, tokenizer, prompts, settings)
-    chunked = generate(model, tokenizer, prompts[:1], Settings(max_new_tokens=12, kv_bits=kv_bits, prefill_chunk=3))
+    chunked = generate(
+        model, tokenizer, prompts[:1], Settings(max_new_tokens=12, kv_bits=kv_bits, prefill_chunk=3)
+    )
     assert "".join(shown) == "".join(found.texts[0] for found in alone)
     assert chunked.texts == alone[0].texts
     assert together.texts == (alone[0].texts[0], alone[1].texts[0])
@@ -151,7 +161,9 @@ def test_bench_counts_what_a_step_reads(tiny_llama: Callable[..., LlamaForCausal
     assert bytes_read(model) == everything + rotary - model.model.embed_tokens.weight.numel() * 4
     model.save_pretrained(tmp_path)
     found = measure(str(tmp_path), Load(8, 4, 8))
-    assert found.cache_bytes_per_token == 2 * 3 * 2 * 12 * 12 * 4  # two, layers, heads, head size, tokens, bytes
+    assert (
+        found.cache_bytes_per_token == 2 * 3 * 2 * 12 * 12 * 4
+    )  # two, layers, heads, head size, tokens, bytes
     assert found.bytes_per_token == found.weight_bytes_per_token + found.cache_bytes_per_token
     assert found.decode_tokens_per_second > 0 and found.bandwidth > 0
     assert new_cache(model, 16).get_seq_length() == 0

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 MaxNew = Annotated[int, typer.Option(help="Tokens to write at most.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token, 1 samples as the model says.")]
 KvBits = Annotated[int, typer.Option(help="Bits of the KV cache: 16 (the model's own type), 8 or 4.")]
-Activate = Annotated[str, typer.Option("--activations", help="float (exact) or int8 (rounded, faster on CPUs).")]
+Activate = Annotated[
+    str, typer.Option("--activations", help="float (exact) or int8 (rounded, faster on CPUs).")
+]
 Dtype = Annotated[str, typer.Option(help="Type of what is not quantized: auto, float32, bfloat16, float16.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")]
 
@@ -83,7 +85,9 @@ def read_prompts(
     """All prompts of the command line, in the order argument, --prompt, --prompts, --prompt-file."""
     found = [*([text] if text is not None else []), *(more or [])]
     try:
-        found += [line for line in lines.read_text(encoding="utf-8").splitlines() if line.strip()] if lines else []
+        found += (
+            [line for line in lines.read_text(encoding="utf-8").splitlines() if line.strip()] if lines else []
+        )
         found += [whole.read_text(encoding="utf-8")] if whole else []
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"prompts cannot be read: {error}") from error

@@ -113,10 +113,13 @@ class QuantLinear(_PackedBuffers):
         y = self.multiply(x) if self.inputs is None else self._multiply_rounded(x, self.inputs)
         return y if self.bias is None else y + self.bias
 
-
     def _multiply_rounded(self, x: Tensor, inputs: Inputs) -> Tensor:
         packed = self.packed
-        return int8_product(x, packed, inputs) if is_int8(packed, inputs) else self.multiply(round_inputs(x, inputs))
+        return (
+            int8_product(x, packed, inputs)
+            if is_int8(packed, inputs)
+            else self.multiply(round_inputs(x, inputs))
+        )
 
 
 class QuantEmbedding(_PackedBuffers):
@@ -130,8 +133,8 @@ class QuantEmbedding(_PackedBuffers):
         self.dtype, self.factor = dtype, factor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantEmbedding:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self._buffers["weight"].device)).dtype
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.get_buffer("weight").device)).dtype
+        super()._apply(fn, recurse)
         return self
 
     def forward(self, ids: Tensor) -> Tensor:

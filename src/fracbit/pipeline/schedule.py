@@ -81,7 +81,9 @@ def make_schedule(
         raise SourceError(
             f"{source.name} lacks {len(places.missing)} tensors of its model, such as {places.missing[0]}"
         )
-    items = [_item(name, place, source, layers, decisions) for name, place in _owned(places.tensors, model).items()]
+    items = [
+        _item(name, place, source, layers, decisions) for name, place in _owned(places.tensors, model).items()
+    ]
     items += [Item(name, Origin(name), source.tensors[name].bytes, unused=True) for name in places.unused]
     items = _without_tied(items, source, model)
     family = family_of(model)
@@ -177,9 +179,16 @@ def _without_tied(items: list[Item], source: Source, model: PreTrainedModel) -> 
     Raises `SourceError` when the copies differ: transformers would then not tie them, and no one scheme would be right.
     """
     by_name = {item.name: item for item in items}
-    pairs = [(head, table) for head, table in model.all_tied_weights_keys.items() if {head, table} <= by_name.keys()]
+    pairs = [
+        (head, table)
+        for head, table in model.all_tied_weights_keys.items()
+        if {head, table} <= by_name.keys()
+    ]
     for head, table in pairs:
-        first, second = (item.origin.read(read_tensor(source, item.origin.name)) for item in (by_name[head], by_name[table]))
+        first, second = (
+            item.origin.read(read_tensor(source, item.origin.name))
+            for item in (by_name[head], by_name[table])
+        )
         if not torch.equal(first, second):
             raise SourceError(
                 f"config.json ties {head} to {table}, but {source.name} holds different tensors for them; "

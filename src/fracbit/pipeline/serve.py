@@ -189,7 +189,9 @@ def _check_room(model: PreTrainedModel, tokens: int, settings: Settings) -> None
 class Chat:
     """A conversation: keeps the messages and, while the template only appends, the cache of what was read."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings
+    ) -> None:
         """Raises `DataError` when the tokenizer has no chat template."""
         if not tokenizer.chat_template:
             raise DataError(

@@ -50,8 +50,6 @@ def generate(
     settings = serve.Settings(max_new_tokens, temperature, kv_bits, prefill_chunk)
     loaded, tokenizer = ready(model, dtype, device, trust_remote_code, activations, seed)
     streams = not json and len(batch) == 1
-    if streams:
-        write(batch[0])
     found = serve.generate(loaded, tokenizer, batch, settings, write if streams else None)
     if json:
         print_json(_object(model, batch, found))

@@ -215,5 +215,10 @@ def _shards(items: Iterable[Item], limit: int) -> dict[str, tuple[Item, ...]]:
 
 def _key(recipe: Recipe, source: Source, shard_bytes: int) -> str:
     headers = [(name, info.dtype, info.shape) for name, info in sorted(source.tensors.items())]
-    text = json.dumps([key(recipe), source.config, headers, shard_bytes, __version__], sort_keys=True)
+    files = sorted({info.file for info in source.tensors.values()})
+    states = [
+        (source.folder / file).stat() for file in files
+    ]  # a source that changed since is another source
+    stamps = [(state.st_size, state.st_mtime_ns) for state in states]
+    text = json.dumps([key(recipe), source.config, headers, stamps, shard_bytes, __version__], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

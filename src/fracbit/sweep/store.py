@@ -243,7 +243,7 @@ def _engine(where: str) -> sa.Engine:
     except exc.ArgumentError as error:
         raise OutputError(f"store {where!r} is neither a path nor a database URL: {error}") from error
     except ImportError as error:
-        raise OutputError(f"store {shown(where)}: {error}; pip install 'fracbit[store]'") from error
+        raise OutputError(f"store {shown(where)}: {error}; pip install 'fracbit[postgresql]'") from error
 
 
 def _tune_sqlite(link: sqlite3.Connection, _: object) -> None:

@@ -52,10 +52,10 @@ def generate(
     streams = not json and len(batch) == 1
     found = serve.generate(loaded, tokenizer, batch, settings, write if streams else None)
     if json:
-        print_json(_object(model, batch, found))
+        print_json(_object(model, found))
         return
-    for begun, more in () if streams else zip(batch, found.texts, strict=True):
-        write(f"{begun}{more}\n---\n")
+    for whole in () if streams else found.whole:
+        write(f"{whole}\n---\n")
     print_speed(found)
 
 
@@ -111,10 +111,10 @@ def print_speed(found: Generation) -> None:
     )
 
 
-def _object(model: str, batch: list[str], found: Generation) -> dict[str, Any]:
+def _object(model: str, found: Generation) -> dict[str, Any]:
     from fracbit.pipeline.run import peak_rss
 
-    texts = [begun + more for begun, more in zip(batch, found.texts, strict=True)]
+    texts = list(found.whole)
     return {
         "model": model,
         "text": texts[0],

@@ -47,6 +47,7 @@ class Generation:
     """What was written: `texts` of new tokens, one a prompt; speeds in tokens per second over the whole batch."""
 
     texts: tuple[str, ...]
+    whole: tuple[str, ...]  # prompt and continuation, decoded together: spaces between them are the tokenizer's
     ids: tuple[tuple[int, ...], ...]  # prompts and what follows, padding included
     prompt_tokens: int
     new_tokens: int
@@ -168,6 +169,7 @@ def continue_ids(
     first, last, steps = clock.times[1], clock.times[-1], new.shape[1] - 1
     return Generation(
         texts=tuple(tokenizer.batch_decode(new, skip_special_tokens=True)),
+        whole=tuple(tokenizer.batch_decode(found, skip_special_tokens=True)),
         ids=tuple(tuple(row) for row in found.tolist()),
         prompt_tokens=int(mask.sum()),
         new_tokens=new.numel(),

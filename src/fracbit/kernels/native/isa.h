@@ -72,7 +72,7 @@ struct RowJob {
 };
 
 // Floats of scratch that a thread needs for scales and offsets.
-inline int64_t scratch_floats(int64_t blocks) { return (kMaxRows + 1) * (blocks + 2 * kLanes); }
+inline int64_t scratch_floats(int64_t blocks) { return (2 * kMaxRows + 1) * (blocks + 2 * kLanes); }
 
 struct Isa {
     const char* name;

@@ -170,7 +170,7 @@ inline unsigned code_at(const uint8_t* row, int64_t stride, int bits, int64_t in
     return (word >> (bit & 7)) & ((1u << bits) - 1u);
 }
 
-// Scratch of a thread: scales of up to kMaxRows rows as floats, and the offsets of one.
+// Scales of up to kMaxRows rows as floats, in scratch.
 struct RowScales {
     const float* scale[kMaxRows];
 };
@@ -198,9 +198,7 @@ inline float dot_padded(const float* a, const float* b, int64_t count) {
 
 // Scales of a row into scratch; into `rest` [batch] what constants and offsets, which only see sums of activations, add to y.
 template <class S>
-void prepare_row(const RowJob& job, int64_t row, int slot, float step, const float* values, RowScales& scales, float* rest) {
-    float* scale = job.scratch + slot * scratch_stride(job);
-    scales.scale[slot] = scale;
+void prepare_row(const RowJob& job, int64_t row, float* scale, float step, const float* values, float* rest) {
     if (job.scales == nullptr) {
         for (int64_t i = 0; i < scratch_stride(job); ++i) scale[i] = 1.0f;
     } else {
@@ -211,7 +209,7 @@ void prepare_row(const RowJob& job, int64_t row, int slot, float step, const flo
         for (uintptr_t i = 0; i < size; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(address + 4 * size + i));
         S::to_float(static_cast<const char*>(job.scales) + first * width, job.scale_type, job.blocks, scale);
         for (int64_t i = 0; i < kLanes; ++i) scale[job.blocks + i] = 0.0f;
-        float* offset = job.scratch + kMaxRows * scratch_stride(job);
+        float* offset = job.scratch + 2 * kMaxRows * scratch_stride(job);
         if (job.offsets != nullptr) {
             S::to_float(static_cast<const char*>(job.offsets) + first * width, job.scale_type, job.blocks, offset);
         } else if (job.zeros != nullptr) {
@@ -398,42 +396,61 @@ RowFunctions choose_float(bool affine) {
     return float_functions<S, bits, false>();
 }
 
-// Rows row, row + gap, ... of a job.
-template <class S>
-void multiply_rows(const RowJob& job, const RowFunctions& functions, const int (&most)[3], bool steps, int64_t row, int count) {
-    float rest[kMaxRows][kBatchRows], step[kMaxRows], out[kMaxRows * kMaxBatch];
+// Rows row, row + gap, ... of a job, as many as there are, and what is prepared for them.
+struct Group {
+    int64_t row;
+    int count;
     RowScales scales;
-    for (int r = 0; r < count; ++r) {
-        const int64_t own = row + r * job.gap;
-        step[r] = steps ? job.steps[job.table_stride == 0 ? 0 : own] : 1.0f;
-        for (int64_t n = 0; n < job.batch; ++n) rest[r][n] = 0.0f;
-        prepare_row<S>(job, own, r, step[r], job.values + own * job.table_stride, scales, rest[r]);
+    float step[kMaxRows];
+    float rest[kMaxRows][kBatchRows];
+};
+
+template <class S>
+void prepare_group(const RowJob& job, bool steps, int64_t row, float* scratch, Group& group) {
+    group.row = row;
+    group.count = 0;
+    for (int64_t own = row; group.count < kMaxRows && own < job.row_end; own += job.gap) {
+        const int r = group.count++;
+        float* scale = scratch + r * scratch_stride(job);
+        group.scales.scale[r] = scale;
+        group.step[r] = steps ? job.steps[job.table_stride == 0 ? 0 : own] : 1.0f;
+        for (int64_t n = 0; n < job.batch; ++n) group.rest[r][n] = 0.0f;
+        prepare_row<S>(job, own, scale, group.step[r], job.values + own * job.table_stride, group.rest[r]);
     }
+}
+
+template <class S>
+void multiply_group(const RowJob& job, const RowFunctions& functions, const Group& group) {
+    float out[kMaxRows * kMaxBatch];
     for (int64_t n = 0; n < job.batch;) {
         const int64_t left = job.batch - n;
         const int size = left >= 4 ? 2 : left >= 2 ? 1 : 0, take = 1 << size;
-        for (int r = 0; r < count;) {
-            const int rows = count - r >= most[size] ? most[size] : 1;
-            const int64_t own = row + r * job.gap;
+        for (int r = 0; r < group.count;) {
+            const int rows = group.count - r >= S::kRows[size] ? S::kRows[size] : 1;
+            const int64_t own = group.row + r * job.gap;
             RowScales from;
-            for (int i = 0; i < rows; ++i) from.scale[i] = scales.scale[r + i];
+            for (int i = 0; i < rows; ++i) from.scale[i] = group.scales.scale[r + i];
             (rows > 1 ? functions.many : functions.one)[size](job, own, from, n, out);
             for (int i = 0; i < rows; ++i)
                 for (int b = 0; b < take; ++b)
-                    job.y[(n + b) * job.y_stride + own + i * job.gap] = out[i * take + b] * step[r + i] + rest[r + i][n + b];
+                    job.y[(n + b) * job.y_stride + own + i * job.gap] = out[i * take + b] * group.step[r + i] + group.rest[r + i][n + b];
             r += rows;
         }
         n += take;
     }
 }
 
-// Rows [first, last) of the first of kMaxRows bands, and the rows beside them in the others.
+// Rows [first, last) of the first of kMaxRows bands, and the rows beside them in the others. Scales are prepared one group
+// ahead: loads that straddle stores still under way would wait for them to reach the cache.
 template <class S>
 void multiply(const RowJob& job, const RowFunctions& functions, bool steps, int64_t first, int64_t last) {
+    Group groups[2];
+    float* scratch[2] = {job.scratch, job.scratch + kMaxRows * scratch_stride(job)};
+    prepare_group<S>(job, steps, first, scratch[0], groups[0]);
     for (int64_t row = first; row < last; ++row) {
-        int count = 1;
-        while (count < kMaxRows && row + count * job.gap < job.row_end) ++count;
-        multiply_rows<S>(job, functions, S::kRows, steps, row, count);
+        const int64_t now = (row - first) % 2, next = 1 - now;
+        if (row + 1 < last) prepare_group<S>(job, steps, row + 1, scratch[next], groups[next]);
+        multiply_group<S>(job, functions, groups[now]);
     }
 }
 

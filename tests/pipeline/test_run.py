@@ -181,19 +181,29 @@ def child(source: Path, target: Path, how: str, pause: float) -> subprocess.Pope
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
+def _wait_for_a_shard(process: subprocess.Popen[str], folder: Path, attempt: int) -> bool:
+    """Until the run has finished one shard more than it found; at once for the first. False when the run has ended."""
+    begun = len(list((folder / ".fracbit").glob("model-*.json")))
+    while attempt and process.poll() is None:
+        if len(list((folder / ".fracbit").glob("model-*.json"))) > begun:
+            return True
+        time.sleep(0.005)
+    return process.poll() is None
+
+
 @pytest.mark.slow
 def test_killed_anywhere_it_resumes_to_the_same_bytes(source: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run(Recipe(model=str(source), scheme=Scheme("nf", 3, 32)), whole, shard_bytes=20_000)
     kills = 0
-    for attempt in range(40):
-        process = child(source, cut, "resume", 0.02)
+    for attempt in range(6):
+        process = child(source, cut, "resume", 0.05)
         assert process.stdout is not None
         process.stdout.readline()
-        time.sleep(0.15 + 0.13 * attempt)
-        if process.poll() is not None:
+        if not _wait_for_a_shard(process, cut, attempt):
             process.communicate()
             break
+        time.sleep(0.03 * attempt)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         kills += 1

@@ -215,7 +215,10 @@ def test_bad_input(source: Path, ids: Path, tmp_path: Path, tiny_llama: Maker) -
     np.full(480, 200, dtype=np.uint16).tofile(outside)
     with pytest.raises(DataError, match="outside the vocabulary"):
         run_calibrated(recipe(source, outside), tmp_path / "c")
-    for gain, says in [(float("nan"), "post_attention_layernorm"), (3e38, r"layers\.1\.mlp\.gate_proj.*sample 0")]:
+    for gain, says in [
+        (float("nan"), "post_attention_layernorm"),
+        (3e38, r"layers\.1\.mlp\.gate_proj.*sample 0"),
+    ]:
         broken = tiny_llama()
         with torch.no_grad():
             broken.model.layers[1].post_attention_layernorm.weight[:] = gain

@@ -351,6 +351,7 @@ def test_broken_configs_of_a_source(source: Path, tmp_path: Path) -> None:
     (source / "config.json").write_text(json.dumps(config | {"quantization_config": "x"}))
     with pytest.raises(SourceError, match="already quantized"):
         run(Recipe(model=str(source)), tmp_path / "q")
+    (source / "model.safetensors").unlink()
     for index in ({"weight_map": []}, {"weight_map": {"a": 3}}, {}):
         (source / "model.safetensors.index.json").write_text(json.dumps(index))
         with pytest.raises(SourceError, match="weight_map"):

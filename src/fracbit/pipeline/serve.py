@@ -47,7 +47,9 @@ class Generation:
     """What was written: `texts` of new tokens, one a prompt; speeds in tokens per second over the whole batch."""
 
     texts: tuple[str, ...]
-    whole: tuple[str, ...]  # prompt and continuation, decoded together: spaces between them are the tokenizer's
+    whole: tuple[
+        str, ...
+    ]  # prompt and continuation, decoded together: spaces between them are the tokenizer's
     ids: tuple[tuple[int, ...], ...]  # prompts and what follows, padding included
     prompt_tokens: int
     new_tokens: int

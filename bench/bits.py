@@ -42,7 +42,9 @@ def measure() -> dict[str, object]:
     folder = str(bundled_model())
     model, tokenizer = load(folder, torch.float32), load_tokenizer(folder)
     ids = read_text("bundled:held-out?keep=49152", tokenizer, model).stream
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n}
+    linears = {
+        n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n
+    }
     assert not any(isinstance(module, QuantLinear) for module in linears.values())
     kept = {name: module.weight.detach().clone() for name, module in linears.items()}
     weights = sum(weight.numel() for weight in kept.values())
@@ -50,7 +52,9 @@ def measure() -> dict[str, object]:
     rows = []
     for name, scheme in TYPES.items():
         for bits in range(2, 9):
-            packed = {layer: quantize_tensor(weight, scheme.with_bits(bits)) for layer, weight in kept.items()}
+            packed = {
+                layer: quantize_tensor(weight, scheme.with_bits(bits)) for layer, weight in kept.items()
+            }
             for layer, module in linears.items():
                 module.weight.data = decode(packed[layer])
             cost = sum(stored_bits(one) for one in packed.values()) / weights
@@ -67,7 +71,13 @@ def draw(result: dict[str, object], path: Path) -> None:
     assert isinstance(rows, list)
     for name in TYPES:
         line = [row for row in rows if row["type"] == name]
-        axes.plot([r["bits_per_weight"] for r in line], [r["perplexity"] for r in line], marker="o", ms=3.5, label=name)
+        axes.plot(
+            [r["bits_per_weight"] for r in line],
+            [r["perplexity"] for r in line],
+            marker="o",
+            ms=3.5,
+            label=name,
+        )
     axes.axhline(float(str(result["float_perplexity"])), color="0.4", ls="--", lw=1, label="the float model")
     axes.set_yscale("log")
     axes.set_ylim(float(str(result["float_perplexity"])) * 0.93, 120)
@@ -84,7 +94,9 @@ def draw(result: dict[str, object], path: Path) -> None:
 
 def main() -> None:
     """Measure, write JSON, draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/pictures/bits.png"))
     parser.add_argument("--json", type=Path, default=Path("bench/results/bits.json"))
     given = parser.parse_args()

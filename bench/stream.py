@@ -58,7 +58,9 @@ def make_model(folder: Path, blocks: int) -> None:
     table = (torch.randn(VOCABULARY, WIDTH, generator=generator) * 0.02).bfloat16()
     ends = {"model.embed_tokens.weight": table, "lm_head.weight": table.clone()}
     save("model-ends.safetensors", ends | {"model.norm.weight": torch.ones(WIDTH, dtype=torch.bfloat16)})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": WIDTH, "intermediate_size": INNER,
         "num_hidden_layers": blocks, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": VOCABULARY,
@@ -82,7 +84,9 @@ def copy(source: Path, target: Path) -> float:
 
 def main() -> None:
     """Measure and print one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--blocks", type=int, default=32)
     parser.add_argument("--dtype", default="int")

@@ -101,13 +101,26 @@ def simulate(nodes: int, tokens: float, rates: Rates, stay: bool = True, seed: i
     each = RUNS // len(models())
     parts = []
     for size in sorted({model.gpus for model in models()}):
-        items = [(model, f"{model.name}/{index}") for model in models() if model.gpus == size for index in range(each)]
-        parts.append(sweep(nodes * GPUS_PER_NODE // size, size, items, tokens, rates, stay, random.Random(seed)))
+        items = [
+            (model, f"{model.name}/{index}")
+            for model in models()
+            if model.gpus == size
+            for index in range(each)
+        ]
+        parts.append(
+            sweep(nodes * GPUS_PER_NODE // size, size, items, tokens, rates, stay, random.Random(seed))
+        )
     return Result(*(sum(getattr(part, field.name) for part in parts) for field in fields(Result)))
 
 
 def sweep(
-    workers: int, gpus: int, items: list[tuple[Model, str]], tokens: float, rates: Rates, stay: bool, chance: random.Random
+    workers: int,
+    gpus: int,
+    items: list[tuple[Model, str]],
+    tokens: float,
+    rates: Rates,
+    stay: bool,
+    chance: random.Random,
 ) -> Result:
     """One sweep with `workers` of `gpus` each."""
 
@@ -157,7 +170,9 @@ def play(
     return Result(end / 3600, busy / 3600, loaded / 3600, (paid - busy - loaded) / 3600, deaths)
 
 
-def shuffled(items: list[tuple[Model, str]], chance: random.Random) -> Callable[[int], tuple[Model, str] | None]:
+def shuffled(
+    items: list[tuple[Model, str]], chance: random.Random
+) -> Callable[[int], tuple[Model, str] | None]:
     """A plain job queue, for comparison: the next run, whatever the worker has loaded."""
     waiting = list(items)
     chance.shuffle(waiting)
@@ -174,17 +189,28 @@ def main() -> None:
     print("| model | GPUs | load | quantize | perplexity | tasks |\n|---|---|---|---|---|---|")
     for name in ("Pythia 0.35B", "OPT 6.7B", "OPT 30B", "OPT 66B", "BLOOM 176B"):
         model = next(model for model in models() if model.name == name)
-        parts = [run_seconds(model, replace(rates, overhead=0), tokens) for tokens in (0, PERPLEXITY_TOKENS, TASK_TOKENS)]
+        parts = [
+            run_seconds(model, replace(rates, overhead=0), tokens)
+            for tokens in (0, PERPLEXITY_TOKENS, TASK_TOKENS)
+        ]
         figures = [load_seconds(model, rates), parts[0], parts[1] - parts[0], parts[2] - parts[0]]
         print(f"| {name} | {model.gpus} | " + " | ".join(f"{figure:.3g} s" for figure in figures) + " |")
-    studies = {"perplexity only": PERPLEXITY_TOKENS, "perplexity and four tasks": PERPLEXITY_TOKENS + TASK_TOKENS}
+    studies = {
+        "perplexity only": PERPLEXITY_TOKENS,
+        "perplexity and four tasks": PERPLEXITY_TOKENS + TASK_TOKENS,
+    }
     for text, tokens in studies.items():
         print(f"\n{text}\n")
-        print("| nodes | hours | GPU-hours | working | loading | idle | lost workers | dollars | plain queue, hours |")
+        print(
+            "| nodes | hours | GPU-hours | working | loading | idle | lost workers | dollars | plain queue, hours |"
+        )
         print("|---|---|---|---|---|---|---|---|---|")
         for nodes in arguments.nodes:
             result, naive = (simulate(nodes, tokens, rates, stay) for stay in (True, False))
-            shares = " | ".join(f"{100 * part / result.gpu_hours:.0f} %" for part in (result.busy, result.loading, result.idle))
+            shares = " | ".join(
+                f"{100 * part / result.gpu_hours:.0f} %"
+                for part in (result.busy, result.loading, result.idle)
+            )
             dollars = result.gpu_hours * arguments.dollars
             print(f"| {nodes} | {result.hours:.1f} | {result.gpu_hours:,.0f} | {shares} | {result.deaths} "
                   f"| {dollars:,.0f} | {naive.hours:.1f} |")  # fmt: skip

@@ -90,7 +90,9 @@ def main() -> None:
               f"{one['wall'] / one['runs']:7.2f} s and {one['cpu'] / one['runs']:6.2f} CPU s a run")  # fmt: skip
     wall = looped["wall"] / looped["runs"] * swept["runs"] / swept["wall"]
     cpu = looped["cpu"] / looped["runs"] * swept["runs"] / swept["cpu"]
-    print(f"the sweep does {wall:.1f} times as many runs a minute ({cpu:.1f} times by CPU time); losses agree")
+    print(
+        f"the sweep does {wall:.1f} times as many runs a minute ({cpu:.1f} times by CPU time); losses agree"
+    )
 
 
 def sweep_all(grid: Path, store: Path, count: int) -> dict:
@@ -99,7 +101,9 @@ def sweep_all(grid: Path, store: Path, count: int) -> dict:
 
     started, cpu = time.perf_counter(), cpu_seconds()
     main = [sys.executable, "-c", "import fracbit.cli as cli; cli.main()"]
-    subprocess.run([*main, "sweep", str(grid), "--store", str(store), "--json"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [*main, "sweep", str(grid), "--store", str(store), "--json"], check=True, stdout=subprocess.DEVNULL
+    )
     wall, used = time.perf_counter() - started, cpu_seconds() - cpu
     with open_store(str(store)) as opened:
         rows = opened.rows()
@@ -112,9 +116,16 @@ def loop(runs: list[str]) -> dict:
     started, cpu = time.perf_counter(), cpu_seconds()
     found = []
     for run in runs:
-        result = subprocess.run([sys.executable, __file__, "--one"], input=run, check=True, text=True, stdout=subprocess.PIPE)
+        result = subprocess.run(
+            [sys.executable, __file__, "--one"], input=run, check=True, text=True, stdout=subprocess.PIPE
+        )
         found.append(float(result.stdout.split()[-1]))
-    return {"runs": len(runs), "wall": time.perf_counter() - started, "cpu": cpu_seconds() - cpu, "nll": found}
+    return {
+        "runs": len(runs),
+        "wall": time.perf_counter() - started,
+        "cpu": cpu_seconds() - cpu,
+        "nll": found,
+    }
 
 
 if __name__ == "__main__":

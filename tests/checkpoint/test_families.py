@@ -45,7 +45,9 @@ def test_a_family_end_to_end(model_type: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **CONFIGS[model_type])).eval()
     model.save_pretrained(tmp_path / "float")
-    result = run(Recipe(model=str(tmp_path / "float"), scheme=Scheme("int", 8, 32, offset="float")), tmp_path / "q")
+    result = run(
+        Recipe(model=str(tmp_path / "float"), scheme=Scheme("int", 8, 32, offset="float")), tmp_path / "q"
+    )
     loaded = load(tmp_path / "q")
     packed = {name: module for name, module in loaded.named_modules() if isinstance(module, QuantLinear)}
     assert len(packed) >= 8

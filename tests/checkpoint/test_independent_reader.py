@@ -51,7 +51,9 @@ def read_tensors(folder: Path) -> dict[str, Array]:
 
 def unpack(stored: Array, bits: int, count: int) -> Array:
     """Codes [rows, count] of little-endian bit streams [rows, bytes]."""
-    stream = np.unpackbits(stored, axis=1, bitorder="little")[:, : count * bits].reshape(len(stored), count, bits)
+    stream = np.unpackbits(stored, axis=1, bitorder="little")[:, : count * bits].reshape(
+        len(stored), count, bits
+    )
     return (stream * (1 << np.arange(bits))).sum(-1)
 
 
@@ -67,10 +69,16 @@ def block_of(scheme: dict[str, Any], out: int, kept: int) -> tuple[Array, tuple[
     line = kept if scheme["axis"] == "in" else out
     size = line if block == "row" else min(block, line)
     number = math.ceil(line / size)
-    return (o * number + i // size, (out, number)) if scheme["axis"] == "in" else (o // size * kept + i, (number, kept))
+    return (
+        (o * number + i // size, (out, number))
+        if scheme["axis"] == "in"
+        else (o // size * kept + i, (number, kept))
+    )
 
 
-def values(parts: dict[str, Array], stem: str, scheme: dict[str, Any], shape: tuple[int, int], tables: Any) -> Array:
+def values(
+    parts: dict[str, Array], stem: str, scheme: dict[str, Any], shape: tuple[int, int], tables: Any
+) -> Array:
     """A packed tensor whose codes are `<stem>_codes` and whose other parts start with `<stem>_`, as fp32 [out, kept]."""
     out, kept = shape
     bits, f32 = scheme["bits"], np.float32
@@ -124,7 +132,9 @@ SCHEMES = [
     Scheme("int", 1, 32, offset="float", scale="fp32"),
     Scheme("nf", 4, 64, scale="int8:256"),
     Scheme("nf", 3, 20, "out", "mean", scale="int6:16"),
-    Scheme("int", 4, 16, "in", "float", scale=Scheme("float:e4m3", 8, "flat:32", offset="none", scale="fp32")),
+    Scheme(
+        "int", 4, 16, "in", "float", scale=Scheme("float:e4m3", 8, "flat:32", offset="none", scale="fp32")
+    ),
     Scheme("int", 4, 16, offset="zero", scale=Scheme("int", 8, 7, offset="zero")),
     Scheme("int", 4, 16, scale=Scheme("kmeans", 5, 32)),
     Scheme("float:e3m0", 4, "tensor"),
@@ -160,4 +170,6 @@ def test_a_whole_checkpoint(tiny_llama: Callable[..., LlamaForCausalLM], tmp_pat
     for name in config["layers"]:
         module = model.get_submodule(name)
         assert isinstance(module, QuantLinear | QuantEmbedding)
-        np.testing.assert_allclose(read_layer(config, tensors, name), decode(module.packed).numpy(), rtol=1e-6, atol=1e-8)
+        np.testing.assert_allclose(
+            read_layer(config, tensors, name), decode(module.packed).numpy(), rtol=1e-6, atol=1e-8
+        )

@@ -34,7 +34,9 @@ def test_every_tensor_is_listed_and_read(folder: Path, tiny_llama: Callable[...,
     assert source.bytes == sum(tensor.nbytes for tensor in state.values())
 
 
-def test_the_hash_sees_contents_and_not_files(folder: Path, tmp_path: Path, tiny_llama: Callable[..., LlamaForCausalLM]) -> None:
+def test_the_hash_sees_contents_and_not_files(
+    folder: Path, tmp_path: Path, tiny_llama: Callable[..., LlamaForCausalLM]
+) -> None:
     def whole(path: Path) -> str:
         source = open_source(str(path))
         return combined_hash({name: tensor_hash(read_tensor(source, name)) for name in source.tensors})

@@ -35,12 +35,19 @@ torch.save(model(torch.arange(3, 40)[None]).logits, {result!r})
 def folder(tiny_llama: Callable[..., LlamaForCausalLM], tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("hf")
     tiny_llama(tie_word_embeddings=True).save_pretrained(base / "float")
-    run(Recipe(model=str(base / "float"), scheme=Scheme("nf", 4, 32), embeddings=Scheme("int", 8, 32)), base / "q")
+    run(
+        Recipe(model=str(base / "float"), scheme=Scheme("nf", 4, 32), embeddings=Scheme("int", 8, 32)),
+        base / "q",
+    )
     return base / "q"
 
 
-def fresh(folder: Path, tmp_path: Path, before: str = "", after: str = "", how: str = "") -> subprocess.CompletedProcess[str]:
-    script = LOAD.format(before=before, after=after, folder=str(folder), how=how, result=str(tmp_path / "logits.pt"))
+def fresh(
+    folder: Path, tmp_path: Path, before: str = "", after: str = "", how: str = ""
+) -> subprocess.CompletedProcess[str]:
+    script = LOAD.format(
+        before=before, after=after, folder=str(folder), how=how, result=str(tmp_path / "logits.pt")
+    )
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
 
 
@@ -54,7 +61,9 @@ def test_import_fracbit_before_or_after_transformers(folder: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_without_fracbit_loading_stops(tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path, bits: int) -> None:
+def test_without_fracbit_loading_stops(
+    tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path, bits: int
+) -> None:
     """8 bits is the trap: a byte per weight, so that codes of the weight's own shape would load as weights."""
     tiny_llama().save_pretrained(tmp_path / "float")
     run(Recipe(model=str(tmp_path / "float"), scheme=Scheme("int", bits, 32)), tmp_path / "q")
@@ -93,7 +102,9 @@ def test_save_pretrained_round_trip_is_bit_identical(folder: Path, tmp_path: Pat
     load(tmp_path / "a").save_pretrained(tmp_path / "b")
     first, second = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "b"))
     assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) and first[name].dtype == second[name].dtype for name in first)
+    assert all(
+        torch.equal(first[name], second[name]) and first[name].dtype == second[name].dtype for name in first
+    )
     assert (tmp_path / "a" / "config.json").read_text() == (tmp_path / "b" / "config.json").read_text()
 
 

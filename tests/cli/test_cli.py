@@ -95,12 +95,26 @@ def test_perplexity_is_transformers_own(model: Path, text: Path) -> None:
     loaded = load(model)
     with torch.no_grad():
         loss = float(loaded(ids, labels=ids).loss)
-    assert good("eval", model, "--text", f"{text}?keep=100", "--window", 100)["nll"] == pytest.approx(loss, abs=1e-4)
+    assert good("eval", model, "--text", f"{text}?keep=100", "--window", 100)["nll"] == pytest.approx(
+        loss, abs=1e-4
+    )
 
 
 def test_a_recipe_and_flags_over_it(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "recipe.toml").write_text('[scheme]\ndtype = "nf"\nbits = 3\nblock = 32\n[embeddings]\nbits = 8\n')
-    made = good("quantize", model, tmp_path / "recipe.toml", "-o", tmp_path / "q", "--bits", 2, "--keep", "*.layers.1.*")
+    (tmp_path / "recipe.toml").write_text(
+        '[scheme]\ndtype = "nf"\nbits = 3\nblock = 32\n[embeddings]\nbits = 8\n'
+    )
+    made = good(
+        "quantize",
+        model,
+        tmp_path / "recipe.toml",
+        "-o",
+        tmp_path / "q",
+        "--bits",
+        2,
+        "--keep",
+        "*.layers.1.*",
+    )
     layers = good("inspect", tmp_path / "q")["layers"]
     assert layers["model.layers.0.mlp.up_proj"]["scheme"] == "nf2/32"
     assert layers["model.layers.1.mlp.up_proj"]["scheme"] == "f32"
@@ -126,15 +140,19 @@ def test_bad_input(model: Path, text: Path, tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text("[scheme]\ndtype = 'nf'\nbitz = 3\n")
     assert "line 3: a scheme has no key 'bitz'" in bad("quantize", model, tmp_path / "r.toml", "-o", out)
     (tmp_path / "r.toml").write_text("scheme = 'nf4'\noverrides = 3\n")
-    assert "write it as a table, [scheme]" in bad("quantize", model, tmp_path / "r.toml", "-o", out, "--bits", 3)
-    assert "write it as a table, [[overrides]]" in bad("quantize", model, tmp_path / "r.toml", "-o", out, "--keep", "x")
+    assert "write it as a table, [scheme]" in bad(
+        "quantize", model, tmp_path / "r.toml", "-o", out, "--bits", 3
+    )
+    assert "write it as a table, [[overrides]]" in bad(
+        "quantize", model, tmp_path / "r.toml", "-o", out, "--keep", "x"
+    )
     assert "matches no layer" in bad("quantize", model, "-o", out, "--keep", "nothing")
     assert not out.exists()
     out.mkdir()
     (out / "mine").write_text("")
     assert "not empty" in bad("quantize", model, "-o", out)
     assert "no tokens" in bad("generate", model, "")
-    assert "128 positions" in bad("generate", model, "def", "--max-new-tokens", 1000)
+    assert "128 positions" in bad("generate", model, "def", "--max-new-tokens", 1000, "--json")
     assert "dtype 'float12' is not known" in bad("eval", model, "--text", text, "--dtype", "float12")
     assert "device 'nonsense' cannot be used" in bad("generate", model, "x", "--device", "nonsense")
     assert "no id of this model" in bad("eval", model, "--text", text, "--bos", 256)
@@ -151,7 +169,9 @@ def test_interrupted_it_stops_cleanly_and_resumes(model: Path, tmp_path: Path) -
     command = [sys.executable, "-m", "fracbit", "quantize", str(model), "-o", str(tmp_path / "q"), "--dtype", "kmeans:row",
                "--search", "--shard-size", "1"]  # fmt: skip
     for _ in range(5):
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+        process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+        )
         deadline = time.monotonic() + 120
         while not (tmp_path / "q" / ".fracbit" / "plan.json").exists() and process.poll() is None:
             assert time.monotonic() < deadline

@@ -20,7 +20,9 @@ def test_the_largest_columns_come_in_order() -> None:
     assert largest_columns(torch.tensor([2.0, 2.0, 2.0]), 0.3).tolist() == [0]
 
 
-@pytest.mark.parametrize(("inputs", "share", "kept"), [(100, 0.02, 2), (64, 0.02, 1), (3, 0.01, 1), (2, 0.99, 1)])
+@pytest.mark.parametrize(
+    ("inputs", "share", "kept"), [(100, 0.02, 2), (64, 0.02, 1), (3, 0.01, 1), (2, 0.99, 1)]
+)
 def test_a_share_keeps_at_least_one_and_never_all(inputs: int, share: float, kept: int) -> None:
     assert kept_count(inputs, share) == kept
 

@@ -215,12 +215,13 @@ def test_bad_input(source: Path, ids: Path, tmp_path: Path, tiny_llama: Maker) -
     np.full(480, 200, dtype=np.uint16).tofile(outside)
     with pytest.raises(DataError, match="outside the vocabulary"):
         run_calibrated(recipe(source, outside), tmp_path / "c")
-    broken = tiny_llama()
-    with torch.no_grad():
-        broken.model.layers[1].post_attention_layernorm.weight[3] = float("nan")
-    broken.save_pretrained(tmp_path / "nan")
-    with pytest.raises(WeightError, match=r"layers\.1\.mlp\.gate_proj.*sample 0"):
-        run_calibrated(recipe(tmp_path / "nan", ids), tmp_path / "d")
+    for gain, says in [(float("nan"), "post_attention_layernorm"), (3e38, r"layers\.1\.mlp\.gate_proj.*sample 0")]:
+        broken = tiny_llama()
+        with torch.no_grad():
+            broken.model.layers[1].post_attention_layernorm.weight[:] = gain
+        broken.save_pretrained(tmp_path / f"broken{gain}")
+        with pytest.raises(WeightError, match=says):
+            run_calibrated(recipe(tmp_path / f"broken{gain}", ids), tmp_path / f"d{gain}")
 
 
 def test_distillation_lowers_the_divergence_and_is_saved(source: Path, tmp_path: Path) -> None:
@@ -231,7 +232,9 @@ def test_distillation_lowers_the_divergence_and_is_saved(source: Path, tmp_path:
     np.random.default_rng(1).integers(3, 96, 256 * 24, dtype=np.uint16).tofile(ids)
     scheme = Scheme("kmeans", 2, 24, scale="int8:64")
     for name, epochs in (("plain", 0), ("distilled", 2)):
-        asked = recipe(tmp_path / "float", ids, scheme=scheme, distill=epochs, samples=256, batch=32, rate=1e-3)
+        asked = recipe(
+            tmp_path / "float", ids, scheme=scheme, distill=epochs, samples=256, batch=32, rate=1e-3
+        )
         run_calibrated(asked, tmp_path / name)
     facts = manifest(tmp_path / "distilled")["distilled"]
     assert 0 < facts["after"] < 0.95 * facts["before"]

@@ -94,10 +94,43 @@ def test_embeddings_and_head(tiny_llama: Maker, tmp_path: Path, tied: bool, axis
     assert isinstance(model.get_input_embeddings(), QuantEmbedding)
     assert isinstance(model.lm_head, TiedHead if tied else QuantLinear)
     assert any("one tensor" in note for note in result.notes) == tied
-    assert torch.allclose(logits(model), logits(_decoded(model, tiny_llama(tie_word_embeddings=tied))), atol=1e-5)
+    assert torch.allclose(
+        logits(model), logits(_decoded(model, tiny_llama(tie_word_embeddings=tied))), atol=1e-5
+    )
     model.save_pretrained(tmp_path / "again")
-    assert load_file(tmp_path / "again" / "model.safetensors").keys() == load_file(tmp_path / "q" / "model.safetensors").keys()
+    assert (
+        load_file(tmp_path / "again" / "model.safetensors").keys()
+        == load_file(tmp_path / "q" / "model.safetensors").keys()
+    )
     assert torch.equal(logits(load(tmp_path / "again")), logits(model))
+
+
+def test_a_tied_table_under_the_heads_name_only(tiny_llama: Maker, tmp_path: Path) -> None:
+    tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "float")
+    state = load_file(tmp_path / "float" / "model.safetensors")
+    state["lm_head.weight"] = state.pop("model.embed_tokens.weight")
+    save_file(state, tmp_path / "float" / "model.safetensors", metadata={"format": "pt"})
+    run(Recipe(model=str(tmp_path / "float"), embeddings=Scheme("int", 8, 32)), tmp_path / "q")
+    model = load(tmp_path / "q")
+    assert isinstance(model.get_input_embeddings(), QuantEmbedding)
+    assert isinstance(model.lm_head, TiedHead)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_cast_leaves_the_stored_bytes_alone(tiny_llama: Maker, tmp_path: Path, tied: bool) -> None:
+    tiny_llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "float")
+    run(
+        Recipe(model=str(tmp_path / "float"), embeddings=Scheme("int", 8, 32), scheme=Scheme("nf", 4, 32)),
+        tmp_path / "q",
+    )
+    model = load(tmp_path / "q")
+    before = logits(model)
+    scales = model.model.layers[0].mlp.up_proj.weight_scales.clone()
+    model.to(torch.bfloat16)
+    found = logits(model)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight_scales, scales)
+    assert torch.allclose(found.float(), before, atol=0.05)
 
 
 def _decoded(model: torch.nn.Module, like: LlamaForCausalLM) -> LlamaForCausalLM:
@@ -148,19 +181,29 @@ def child(source: Path, target: Path, how: str, pause: float) -> subprocess.Pope
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
+def _wait_for_a_shard(process: subprocess.Popen[str], folder: Path, attempt: int) -> bool:
+    """Until the run has finished one shard more than it found; at once for the first. False when the run has ended."""
+    begun = len(list((folder / ".fracbit").glob("model-*.json")))
+    while attempt and process.poll() is None:
+        if len(list((folder / ".fracbit").glob("model-*.json"))) > begun:
+            return True
+        time.sleep(0.005)
+    return process.poll() is None
+
+
 @pytest.mark.slow
 def test_killed_anywhere_it_resumes_to_the_same_bytes(source: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run(Recipe(model=str(source), scheme=Scheme("nf", 3, 32)), whole, shard_bytes=20_000)
     kills = 0
-    for attempt in range(40):
-        process = child(source, cut, "resume", 0.02)
+    for attempt in range(6):
+        process = child(source, cut, "resume", 0.05)
         assert process.stdout is not None
         process.stdout.readline()
-        time.sleep(0.15 + 0.13 * attempt)
-        if process.poll() is not None:
+        if not _wait_for_a_shard(process, cut, attempt):
             process.communicate()
             break
+        time.sleep(0.03 * attempt)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         kills += 1
@@ -210,9 +253,12 @@ def test_a_kill_between_any_two_writes_is_resumable(
     assert limit > 10
 
 
-def test_a_full_disk_is_said_and_resumed(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_said_and_resumed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = Recipe(model=str(source))
     with monkeypatch.context() as patch:
+
         def full(*_: object, **__: object) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -223,7 +269,9 @@ def test_a_full_disk_is_said_and_resumed(source: Path, tmp_path: Path, monkeypat
     load(tmp_path / "q")
 
 
-def test_a_disk_that_cannot_hold_it_is_refused_first(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_cannot_hold_it_is_refused_first(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(output_module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(OutputError, match="free"):
         run(Recipe(model=str(source)), tmp_path / "q")
@@ -250,7 +298,9 @@ def test_what_is_in_the_way(source: Path, tmp_path: Path) -> None:
         run(recipe, folder / "letter.txt")
 
 
-def test_another_runs_journal_is_not_continued(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_runs_journal_is_not_continued(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("fracbit.pipeline.run.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -307,7 +357,9 @@ def test_broken_configs_of_a_source(source: Path, tmp_path: Path) -> None:
             run(Recipe(model=str(source)), tmp_path / "q")
 
 
-def test_overwriting_can_be_killed_at_any_removal(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overwriting_can_be_killed_at_any_removal(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither a half-removed output nor records without their plan are taken for something else."""
     first, second = (Recipe(model=str(source), scheme=Scheme("nf", bits, 32)) for bits in (4, 3))
     run(second, tmp_path / "whole", shard_bytes=60_000)
@@ -346,9 +398,9 @@ def test_overwriting_can_be_killed_at_any_removal(source: Path, tmp_path: Path, 
 def test_models_that_cannot_be_quantized(source: Path, tmp_path: Path) -> None:
     from transformers import BertConfig, BertModel
 
-    BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)).save_pretrained(
-        tmp_path / "bert"
-    )
+    BertModel(
+        BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    ).save_pretrained(tmp_path / "bert")
     with pytest.raises(SourceError, match="holds a BertModel, which is not a causal language model"):
         run(Recipe(model=str(tmp_path / "bert")), tmp_path / "q")
     run(Recipe(model=str(source)), tmp_path / "once")

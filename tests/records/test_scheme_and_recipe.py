@@ -86,8 +86,14 @@ def test_a_recipe_is_read_and_keyed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ('model = "m"\nquantiser = "rtn"\n', r"line 2: a recipe has no key 'quantiser'; did you mean 'quantizer'"),
-        ('model = "m"\n[[overrides]]\nlayers = "x"\nkept = true\n', r"line 4: a recipe has no key 'overrides.0.kept'"),
+        (
+            'model = "m"\nquantiser = "rtn"\n',
+            r"line 2: a recipe has no key 'quantiser'; did you mean 'quantizer'",
+        ),
+        (
+            'model = "m"\n[[overrides]]\nlayers = "x"\nkept = true\n',
+            r"line 4: a recipe has no key 'overrides.0.kept'",
+        ),
         ('model = "m"\n[scheme]\ndtipe = "nf"\n', "a scheme has no key 'dtipe'; did you mean 'dtype'"),
         ('model = "m"\n[scheme]\nbits = 12\n', "from 1 to 8"),
         ('model = "m"\nsearch = "maybe"\n', "line 2: search"),

@@ -62,7 +62,11 @@ def test_intervals_grow_with_noise_that_rows_do_not_share() -> None:
     rows = parallel_rows()
     noisy = [
         row.model_copy(
-            update={"window_nll": tuple(np.array(row.window_nll) + TOKENS * np.random.default_rng(i).normal(0, 0.3, WINDOWS))}
+            update={
+                "window_nll": tuple(
+                    np.array(row.window_nll) + TOKENS * np.random.default_rng(i).normal(0, 0.3, WINDOWS)
+                )
+            }
         )
         for i, row in enumerate(rows)
     ]
@@ -95,7 +99,12 @@ def test_a_power_law_is_found_where_there_is_one() -> None:
 
 
 def test_the_front_holds_what_nothing_smaller_beats() -> None:
-    rows = [make_row("a", 100, 4, 3.0), make_row("a", 100, 8, 2.0), make_row("b", 100, 6, 3.5), make_row("b", 300, 8, 2.0)]
+    rows = [
+        make_row("a", 100, 4, 3.0),
+        make_row("a", 100, 8, 2.0),
+        make_row("b", 100, 6, 3.5),
+        make_row("b", 300, 8, 2.0),
+    ]
     assert [(row.model_bits, row.nll) for row in fit.front(rows)] == [(400, 3.0), (800, 2.0)]
 
 
@@ -119,14 +128,25 @@ def test_rows_on_other_texts_are_not_compared() -> None:
 
 
 def test_slices_share_everything_but_model_and_bits() -> None:
-    rows = [make_row(model, 100, bits, 3.0, dtype=dtype) for model in "ab" for bits in (3, 4, 5) for dtype in ("int", "nf")]
+    rows = [
+        make_row(model, 100, bits, 3.0, dtype=dtype)
+        for model in "ab"
+        for bits in (3, 4, 5)
+        for dtype in ("int", "nf")
+    ]
     rows += [make_row("a", 100, 3, 3.0, block=32), make_row("a", 100, 16, 2.0)]
     found = fit.slices(rows)
-    assert {str(part): len(members) for part, members in found.items()} == {"int, block 64": 7, "nf, block 64": 7}
+    assert {str(part): len(members) for part, members in found.items()} == {
+        "int, block 64": 7,
+        "nf, block 64": 7,
+    }
 
 
 def test_correlation_of_loss_and_accuracy() -> None:
-    rows = [make_row("a", 100, bits, bits / 10).model_copy(update={"accuracies": {"t": 1 - bits / 20}}) for bits in (3, 4, 5)]
+    rows = [
+        make_row("a", 100, bits, bits / 10).model_copy(update={"accuracies": {"t": 1 - bits / 20}})
+        for bits in (3, 4, 5)
+    ]
     found = fit.correlation(rows, "t")
     assert found is not None
     assert found == (pytest.approx(-1), 3)

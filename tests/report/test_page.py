@@ -40,7 +40,12 @@ def study_rows() -> list[Row]:
         for bits, dtypes in ((2, ("int", "nf")), (3, ("int", "nf")), (4, ("int", "nf")), (16, ("int",)))
         for dtype in dtypes
     ]
-    failed = Row(key="f", run=Run(recipe=Recipe(model="broken"), evaluation=TEXT), status="failed", error="no <such> model")
+    failed = Row(
+        key="f",
+        run=Run(recipe=Recipe(model="broken"), evaluation=TEXT),
+        status="failed",
+        error="no <such> model",
+    )
     return [*rows, failed]
 
 
@@ -81,7 +86,9 @@ def test_commands_make_rows_again() -> None:
         "--scale int8:256 --search"
     )
     assert command_of(make_row("m", 10, 16)) == "fracbit eval m --text 'ids.u16?length=32'"
-    assert command_of(make_row("m", 10, 4, outliers=outliers_of("proxy:2%"))).startswith("fracbit sweep one.toml")
+    assert command_of(make_row("m", 10, 4, outliers=outliers_of("proxy:2%"))).startswith(
+        "fracbit sweep one.toml"
+    )
 
 
 @pytest.mark.parametrize(
@@ -115,8 +122,12 @@ def browser() -> Iterator[Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "height", "scheme"), [(1200, 900, "light"), (390, 844, "dark")])
-def test_the_page_works_in_a_browser(written: Path, browser: Any, width: int, height: int, scheme: str) -> None:
-    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme, offline=True)
+def test_the_page_works_in_a_browser(
+    written: Path, browser: Any, width: int, height: int, scheme: str
+) -> None:
+    context = browser.new_context(
+        viewport={"width": width, "height": height}, color_scheme=scheme, offline=True
+    )
     context.set_default_timeout(120_000)
     tab = context.new_page()
     faults: list[str] = []
@@ -139,7 +150,9 @@ def test_the_page_works_in_a_browser(written: Path, browser: Any, width: int, he
 
 
 def check_advice(tab: Any) -> None:
-    tab.evaluate("const b = document.getElementById('budget'); b.value = b.max; b.dispatchEvent(new Event('input'))")
+    tab.evaluate(
+        "const b = document.getElementById('budget'); b.value = b.max; b.dispatchEvent(new Event('input'))"
+    )
     assert re.match(r"For .* of memory, use m10000000 ", tab.locator("#sentence").inner_text())
 
 
@@ -150,7 +163,10 @@ def check_table_and_detail(tab: Any) -> None:
     bits = [int(text) for text in tab.locator("#table tbody td:nth-child(2)").all_inner_texts()]
     assert bits == sorted(bits)
     tab.click("#table tbody tr:first-child")
-    assert "fracbit quantize models/m10000000 -o OUT --dtype nf --bits 2" in tab.locator("#detail-command").inner_text()
+    assert (
+        "fracbit quantize models/m10000000 -o OUT --dtype nf --bits 2"
+        in tab.locator("#detail-command").inner_text()
+    )
     assert "</script><b>bold" in tab.locator("#detail-figures").inner_text()
     tab.click("#detail form button")
     tab.fill("#search", "")

@@ -15,7 +15,9 @@ CLI = CliRunner()
 
 
 def sweep(study: Path, *flags: str) -> tuple[int, dict[str, object]]:
-    result = CLI.invoke(app, ["sweep", str(study / "grid.toml"), "--store", str(study / "s.db"), "--json", *flags])
+    result = CLI.invoke(
+        app, ["sweep", str(study / "grid.toml"), "--store", str(study / "s.db"), "--json", *flags]
+    )
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, json.loads(result.stdout)
 

@@ -46,7 +46,13 @@ def test_exclusions_match_all_of_their_keys(tmp_path: Path) -> None:
     text = '[[arm]]\ndtypes = ["int", "nf"]\nbits = [3, 4]\n[[arm.exclude]]\ndtype = "nf"\nbits = [4]\n'
     text += '[[exclude]]\nmodel = "b"\n'
     found = expanded(tmp_path, text)
-    assert {str(run) for run in found.runs.values()} == {"a float", "b float", "a int3/64", "a int4/64", "a nf3/64"}
+    assert {str(run) for run in found.runs.values()} == {
+        "a float",
+        "b float",
+        "a int3/64",
+        "a int4/64",
+        "a nf3/64",
+    }
     assert found.skipped == {"excluded by the grid": 5}
 
 

@@ -68,13 +68,22 @@ def test_rows_equal_those_of_this_process_though_workers_are_killed(study: Path)
     with open_store(str(study / "s.db")) as store:
         run_sweep(store, runs, InProcess(study))
         here = {row.key: row for row in store.rows()}
-    assert {key: row.nll for key, row in on_ray.items()} == pytest.approx({key: row.nll for key, row in here.items()}, abs=1e-5)
-    assert {key: row.stored_bits for key, row in on_ray.items()} == {key: row.stored_bits for key, row in here.items()}
+    assert {key: row.nll for key, row in on_ray.items()} == pytest.approx(
+        {key: row.nll for key, row in here.items()}, abs=1e-5
+    )
+    assert {key: row.stored_bits for key, row in on_ray.items()} == {
+        key: row.stored_bits for key, row in here.items()
+    }
 
 
 def test_a_run_whose_worker_always_dies_is_a_failed_row(study: Path) -> None:
     grid = study / "grid.toml"
-    one = grid.read_text().replace("[2, 3, 4]", "[2]").replace('["int", "nf"]', '["int"]').replace('[16, "flat:16"]', "[16]")
+    one = (
+        grid.read_text()
+        .replace("[2, 3, 4]", "[2]")
+        .replace('["int", "nf"]', '["int"]')
+        .replace('[16, "flat:16"]', "[16]")
+    )
     model = study / "tiny" / "config.json"
     # A model whose own code ends the process, as the kernel's killer does to one that is too large.
     (study / "tiny" / "deadly.py").write_text(
@@ -92,5 +101,8 @@ def test_a_run_whose_worker_always_dies_is_a_failed_row(study: Path) -> None:
 
 def test_a_task_that_no_node_holds_is_refused(study: Path) -> None:
     runs = expand(read_grid(study / "grid.toml")).runs
-    with open_store(str(study / "s.db")) as store, pytest.raises(RecipeError, match="no node holds a task of 64 CPUs"):
+    with (
+        open_store(str(study / "s.db")) as store,
+        pytest.raises(RecipeError, match="no node holds a task of 64 CPUs"),
+    ):
         run_sweep(store, runs, OnRay(study, cpus=64))

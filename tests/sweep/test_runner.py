@@ -1,7 +1,5 @@
 """Sweeps end with every row, whatever dies or fails on the way, and measure nothing twice."""
 
-
-
 import json
 import os
 import signal
@@ -71,7 +69,9 @@ def rows_of(study: Path) -> list[Row]:
 def process(code: str, *arguments: str) -> "Iterator[subprocess.Popen[str]]":
     """A Python process that does not outlive the test."""
     pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", code, *arguments], stdin=pipe, stdout=pipe, text=True) as started:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdin=pipe, stdout=pipe, text=True
+    ) as started:
         try:
             yield started
         finally:
@@ -82,7 +82,9 @@ def process(code: str, *arguments: str) -> "Iterator[subprocess.Popen[str]]":
 def light_driver(study: Path) -> "Iterator[subprocess.Popen[str]]":
     with process(LIGHT_DRIVER, str(study / "s.db")) as started:
         assert started.stdin is not None
-        started.stdin.write(json.dumps({key: run.model_dump(mode="json") for key, run in runs_of(study).items()}) + "\n")
+        started.stdin.write(
+            json.dumps({key: run.model_dump(mode="json") for key, run in runs_of(study).items()}) + "\n"
+        )
         started.stdin.flush()
         yield started
 
@@ -95,7 +97,9 @@ def line(started: "subprocess.Popen[str]") -> str:
 def test_a_sweep_measures_every_run_once(study: Path) -> None:
     seen: list[tuple[int, int]] = []
     with open_store(str(study / "s.db")) as store:
-        outcome = run_sweep(store, runs_of(study), InProcess(study), lambda _, done, total: seen.append((done, total)))
+        outcome = run_sweep(
+            store, runs_of(study), InProcess(study), lambda _, done, total: seen.append((done, total))
+        )
     assert (outcome.total, outcome.measured, outcome.failed) == (13, 13, ())
     assert seen == [(done, 13) for done in range(1, 14)]
     assert check_complete(outcome) == ""

@@ -37,7 +37,9 @@ def test_a_run_given_back_comes_next() -> None:
 
 
 def test_a_worker_takes_only_what_fits() -> None:
-    queue = Queue([("large", "1"), ("small", "2")], fits=lambda worker, source: worker == 0 or source == "small")
+    queue = Queue(
+        [("large", "1"), ("small", "2")], fits=lambda worker, source: worker == 0 or source == "small"
+    )
     assert queue.take(1) == ("small", "2")
     assert queue.take(1) is None
     assert queue.take(0) == ("large", "1")

@@ -1,7 +1,5 @@
 """The store: one row a key, claims that only one driver gets, drivers that die, disks that fill, files that are foreign."""
 
-
-
 import os
 import platform
 import sqlite3
@@ -111,7 +109,9 @@ store = open_store(sys.argv[1]); store.join(); store.claim("k"); print("claimed"
 
 def test_claims_of_a_killed_driver_are_recovered_and_those_of_a_living_one_are_not(tmp_path: Path) -> None:
     where = str(tmp_path / "s.db")
-    driver = subprocess.Popen([sys.executable, "-c", CLAIM_AND_WAIT, where], stdout=subprocess.PIPE, text=True)
+    driver = subprocess.Popen(
+        [sys.executable, "-c", CLAIM_AND_WAIT, where], stdout=subprocess.PIPE, text=True
+    )
     assert driver.stdout is not None
     assert driver.stdout.readline() == "claimed\n"
     with open_store(where) as store:

@@ -23,7 +23,9 @@ CALIBRATION = Calibration(text="ids.u16?length=32", samples=4, length=16)
 
 
 def make_run(scheme: Scheme | None = None, **fields: object) -> Run:
-    recipe_fields = {name: fields.pop(name) for name in list(fields) if name in Recipe.model_fields}
+    own = {"calibration"}  # a run's, not its recipe's
+    names = [name for name in fields if name in Recipe.model_fields and name not in own]
+    recipe_fields = {name: fields.pop(name) for name in names}
     recipe = Recipe(model="tiny", scheme=scheme or Scheme(block=16), **recipe_fields)  # type: ignore[arg-type]
     return Run(recipe=recipe, evaluation=EVALUATION, **fields)  # type: ignore[arg-type]
 

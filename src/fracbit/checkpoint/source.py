@@ -141,6 +141,9 @@ def combined_hash(hashes: Mapping[str, str]) -> str:
 
 
 def _weight_files(folder: Path) -> list[str]:
+    """The single file before the index, in transformers' order."""
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
     if (folder / INDEX).is_file():
         index = _read_json(folder / INDEX, "the index names the shard of every tensor")
         shards = index.get("weight_map")
@@ -153,8 +156,6 @@ def _weight_files(folder: Path) -> list[str]:
                 f"{folder / INDEX} names {missing[:3] or 'no shards'}, which the folder does not hold"
             )
         return files
-    if (folder / SINGLE).is_file():
-        return [SINGLE]
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
         raise SourceError(

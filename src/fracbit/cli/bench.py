@@ -12,7 +12,9 @@ from fracbit.cli.show import bytes_text, print_json, print_table
 
 def bench(
     model: Annotated[str, typer.Argument(help="Folder or hub id, fracbit or float.")],
-    against: Annotated[str | None, typer.Option(help="Float model, measured after it in the same run.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Float model, measured after it in the same run.")
+    ] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Decode steps.")] = 32,
     kv_bits: KvBits = 16,

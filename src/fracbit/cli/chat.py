@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-from fracbit.cli.generate import Activate, Dtype, KvBits, MaxNew, Temperature, Trust, print_speed, ready, write
+from fracbit.cli.generate import (
+    Activate,
+    Dtype,
+    KvBits,
+    MaxNew,
+    Temperature,
+    Trust,
+    print_speed,
+    ready,
+    write,
+)
 
 
 def chat(

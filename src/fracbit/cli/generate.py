@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 MaxNew = Annotated[int, typer.Option(help="Tokens to write at most.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token, 1 samples as the model says.")]
 KvBits = Annotated[int, typer.Option(help="Bits of the KV cache: 16 (the model's own type), 8 or 4.")]
-Activate = Annotated[str, typer.Option("--activations", help="float (exact) or int8 (rounded, faster on CPUs).")]
+Activate = Annotated[
+    str, typer.Option("--activations", help="float (exact) or int8 (rounded, faster on CPUs).")
+]
 Dtype = Annotated[str, typer.Option(help="Type of what is not quantized: auto, float32, bfloat16, float16.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")]
 
@@ -48,14 +50,12 @@ def generate(
     settings = serve.Settings(max_new_tokens, temperature, kv_bits, prefill_chunk)
     loaded, tokenizer = ready(model, dtype, device, trust_remote_code, activations, seed)
     streams = not json and len(batch) == 1
-    if streams:
-        write(batch[0])
     found = serve.generate(loaded, tokenizer, batch, settings, write if streams else None)
     if json:
-        print_json(_object(model, batch, found))
+        print_json(_object(model, found))
         return
-    for begun, more in () if streams else zip(batch, found.texts, strict=True):
-        write(f"{begun}{more}\n---\n")
+    for whole in () if streams else found.whole:
+        write(f"{whole}\n---\n")
     print_speed(found)
 
 
@@ -83,7 +83,9 @@ def read_prompts(
     """All prompts of the command line, in the order argument, --prompt, --prompts, --prompt-file."""
     found = [*([text] if text is not None else []), *(more or [])]
     try:
-        found += [line for line in lines.read_text(encoding="utf-8").splitlines() if line.strip()] if lines else []
+        found += (
+            [line for line in lines.read_text(encoding="utf-8").splitlines() if line.strip()] if lines else []
+        )
         found += [whole.read_text(encoding="utf-8")] if whole else []
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"prompts cannot be read: {error}") from error
@@ -109,10 +111,10 @@ def print_speed(found: Generation) -> None:
     )
 
 
-def _object(model: str, batch: list[str], found: Generation) -> dict[str, Any]:
+def _object(model: str, found: Generation) -> dict[str, Any]:
     from fracbit.pipeline.run import peak_rss
 
-    texts = [begun + more for begun, more in zip(batch, found.texts, strict=True)]
+    texts = list(found.whole)
     return {
         "model": model,
         "text": texts[0],

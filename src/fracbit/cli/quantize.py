@@ -28,7 +28,9 @@ def quantize(
     block: Annotated[
         str | None, typer.Option(help="Weights per scale: a number, row, tensor or flat:N.")
     ] = None,
-    axis: Annotated[str | None, typer.Option(help="Blocks along in (input channels), out, or auto (per layer).")] = None,
+    axis: Annotated[
+        str | None, typer.Option(help="Blocks along in (input channels), out, or auto (per layer).")
+    ] = None,
     offset: Annotated[str | None, typer.Option(help="none, zero (zero point), float or mean.")] = None,
     scale: Annotated[
         str | None, typer.Option(help="fp32, fp16, bf16, or int8:256 for quantized scales.")
@@ -38,25 +40,38 @@ def quantize(
     ] = None,
     quantizer: Annotated[str | None, typer.Option(help="How schemes are filled, such as rtn.")] = None,
     calibration: Annotated[
-        list[str] | None, typer.Option(help="Text, ids or `generated`, for quantizers that look at data; repeatable.")
+        list[str] | None,
+        typer.Option(help="Text, ids or `generated`, for quantizers that look at data; repeatable."),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration samples.")] = None,
     length: Annotated[int | None, typer.Option(help="Ids of a calibration sample.")] = None,
-    chain: Annotated[str | None, typer.Option(help="A block sees the quantized or the float ones before it.")] = None,
-    transform: Annotated[list[str] | None, typer.Option(help="Rewrites before quantizing: smooth, awq; repeatable.")] = None,
+    chain: Annotated[
+        str | None, typer.Option(help="A block sees the quantized or the float ones before it.")
+    ] = None,
+    transform: Annotated[
+        list[str] | None, typer.Option(help="Rewrites before quantizing: smooth, awq; repeatable.")
+    ] = None,
     tweak: Annotated[str | None, typer.Option(help="Norm tweaking: none, adam, closed, auto.")] = None,
     inputs: Annotated[
-        str | None, typer.Option(help="Round activations too: int8, int8/tensor, power8/token; needs calibration.")
+        str | None,
+        typer.Option(help="Round activations too: int8, int8/tensor, power8/token; needs calibration."),
     ] = None,
-    distill: Annotated[int | None, typer.Option(help="Epochs of self-distillation after the last block.")] = None,
-    preset: Annotated[str | None, typer.Option(help="best: what loses least at --average-bits, with --calibration.")] = None,
+    distill: Annotated[
+        int | None, typer.Option(help="Epochs of self-distillation after the last block.")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="best: what loses least at --average-bits, with --calibration.")
+    ] = None,
     average_bits: Annotated[
-        float | None, typer.Option(help="Stored bits per quantized weight, any fraction, divided over the layers.")
+        float | None,
+        typer.Option(help="Stored bits per quantized weight, any fraction, divided over the layers."),
     ] = None,
     size: Annotated[str | None, typer.Option(help="Size of all weight files, such as 1.2GB.")] = None,
     fits: Annotated[str | None, typer.Option(help="Memory of a device, such as 8GB; see --context.")] = None,
     context: Annotated[int, typer.Option(help="Tokens of context that must fit beside the weights.")] = 2048,
-    levels: Annotated[str | None, typer.Option(help="Schemes a budget chooses from, such as nf4/64,nf2/64.")] = None,
+    levels: Annotated[
+        str | None, typer.Option(help="Schemes a budget chooses from, such as nf4/64,nf2/64.")
+    ] = None,
     held_out: Annotated[
         str | None, typer.Option(help="Text: the divided budget must beat the best uniform scheme on it.")
     ] = None,

@@ -31,6 +31,13 @@ def report(
         export_parquet(rows, export)
     failed = sum(row.status == "failed" for row in rows)
     if json:
-        print_json({"output": str(output), "rows": len(rows) - failed, "failed": failed, "bytes": output.stat().st_size})
+        print_json(
+            {
+                "output": str(output),
+                "rows": len(rows) - failed,
+                "failed": failed,
+                "bytes": output.stat().st_size,
+            }
+        )
     else:
         print(f"{output}: {len(rows) - failed} rows" + (f", {failed} failed runs" if failed else ""))

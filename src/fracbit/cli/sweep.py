@@ -20,12 +20,18 @@ if TYPE_CHECKING:
 def sweep(
     grid: Annotated[Path, typer.Argument(help="Grid file (TOML); see docs/scaling.md.")],
     store: Annotated[str, typer.Option(help="SQLite file, or postgresql://USER@HOST/NAME.")] = "sweep.db",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print runs, time and disk; measure nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print runs, time and disk; measure nothing.")
+    ] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try runs again that failed.")] = False,
     export: Annotated[Path | None, typer.Option(help="Also write all rows of the store as Parquet.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; without --ray.")] = "cpu",
-    ray: Annotated[bool, typer.Option("--ray", help="Run on Ray, started here unless --address is given.")] = False,
-    address: Annotated[str | None, typer.Option(help="Ray cluster: HOST:6379, ray://HOST:10001 or auto.")] = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Run on Ray, started here unless --address is given.")
+    ] = False,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster: HOST:6379, ray://HOST:10001 or auto.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Ray workers; default as many as fit.")] = None,
     cpus: Annotated[float, typer.Option(help="CPUs of a Ray worker.")] = 1,
     gpus: Annotated[float, typer.Option(help="GPUs of a Ray worker.")] = 0,
@@ -58,10 +64,17 @@ def sweep(
             export_parquet(opened.rows(), export)
     failed = [{"key": row.key, "label": str(row.run), "error": row.error} for row in outcome.failed]
     if json:
-        figures = {"runs": outcome.total, "measured": outcome.measured, "failed": failed, "seconds": outcome.seconds}
+        figures = {
+            "runs": outcome.total,
+            "measured": outcome.measured,
+            "failed": failed,
+            "seconds": outcome.seconds,
+        }
         print_json({"store": shown(store), **figures})
     else:
-        print(f"{outcome.measured} runs measured in {outcome.seconds:.0f} s, {outcome.total} of the grid are in {shown(store)}")
+        print(
+            f"{outcome.measured} runs measured in {outcome.seconds:.0f} s, {outcome.total} of the grid are in {shown(store)}"
+        )
         print(check_complete(outcome), end="\n" if failed else "")
     if failed:
         raise typer.Exit(1)
@@ -88,7 +101,11 @@ def _show(row: Row, done: int, total: int) -> None:
         figures = f"failed: {row.error}"
     else:
         bits = "" if row.bits_per_weight is None else f"{row.bits_per_weight:.3f} bits per weight, "
-        loss = f"perplexity {row.perplexity:.4g}" if row.perplexity is not None else f"{row.nll:.1f} nats per token"
+        loss = (
+            f"perplexity {row.perplexity:.4g}"
+            if row.perplexity is not None
+            else f"{row.nll:.1f} nats per token"
+        )
         figures = f"{bits}{loss}, {row.seconds:.1f} s"
     print(f"{done}/{total} {row.run}: {figures}", flush=True)
 

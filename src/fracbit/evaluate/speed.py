@@ -25,7 +25,7 @@ def generation_speed(
 ) -> Speed:
     """Time one prompt [tokens] and `new_tokens` greedy steps, in `cache` if given; the first step is not counted."""
     started = time.perf_counter()
-    state = model(prompt[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    state = model(prompt[None], past_key_values=cache, use_cache=True)
     prefill = len(prompt) / (time.perf_counter() - started)
     steps = []
     for _ in range(new_tokens):

@@ -77,7 +77,9 @@ class PackedLayer(DynamicLayer):
         self.bits, self.window, self.group = bits, window, group
         self.rounded: tuple[Rounded, Rounded] | None = None
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Add new tokens; returns keys and values [batch, heads, all tokens, head size] for attention."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -102,7 +104,11 @@ class PackedLayer(DynamicLayer):
     @property
     def bytes(self) -> int:
         """Bytes held, codes and window."""
-        window = sum(part.numel() * part.element_size() for part in (self.keys, self.values)) if self.is_initialized else 0
+        window = (
+            sum(part.numel() * part.element_size() for part in (self.keys, self.values))
+            if self.is_initialized
+            else 0
+        )
         return window + sum(part.bytes for part in self.rounded or ())
 
     def _round_oldest(self) -> None:
@@ -168,12 +174,16 @@ class PackedCache(Cache):
     def __init__(self, config: PreTrainedConfig, bits: int = 8, window: int = 64, group: int = 64) -> None:
         text = config.get_text_config(decoder=True)
         if bits not in KV_BITS or window < 0 or group < 1:
-            raise SchemeError(f"a packed cache has 8 or 4 bits, window >= 0 and group >= 1, got {bits}, {window}, {group}")
+            raise SchemeError(
+                f"a packed cache has 8 or 4 bits, window >= 0 and group >= 1, got {bits}, {window}, {group}"
+            )
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         if bits == 4 and head % 2:
             raise SchemeError(f"a 4-bit cache needs an even head size, this model has {head}; use 8 bits")
         plain = DynamicCache(config=config).layers or [DynamicLayer() for _ in range(text.num_hidden_layers)]
-        grown = [PackedLayer(bits, window, group) if type(layer) is DynamicLayer else layer for layer in plain]
+        grown = [
+            PackedLayer(bits, window, group) if type(layer) is DynamicLayer else layer for layer in plain
+        ]
         super().__init__(layers=grown)
 
 

@@ -61,8 +61,16 @@ class _PackedBuffers(nn.Module):
         self.activations, self._ready = activations, None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _PackedBuffers:
+        """Move the bytes with the model; a cast (`model.to(torch.bfloat16)`) leaves what is stored as it is."""
         self._ready = None  # the buffers move: what was prepared points at the old ones
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        packed = {id(buffer) for buffer in self._buffers.values()}
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            cast = id(tensor) in packed and moved.dtype != tensor.dtype
+            return tensor.to(moved.device) if cast else moved
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -105,10 +113,13 @@ class QuantLinear(_PackedBuffers):
         y = self.multiply(x) if self.inputs is None else self._multiply_rounded(x, self.inputs)
         return y if self.bias is None else y + self.bias
 
-
     def _multiply_rounded(self, x: Tensor, inputs: Inputs) -> Tensor:
         packed = self.packed
-        return int8_product(x, packed, inputs) if is_int8(packed, inputs) else self.multiply(round_inputs(x, inputs))
+        return (
+            int8_product(x, packed, inputs)
+            if is_int8(packed, inputs)
+            else self.multiply(round_inputs(x, inputs))
+        )
 
 
 class QuantEmbedding(_PackedBuffers):
@@ -120,6 +131,11 @@ class QuantEmbedding(_PackedBuffers):
         super().__init__(scheme, shape, 0, torch.bfloat16)
         self.num_embeddings, self.embedding_dim = shape
         self.dtype, self.factor = dtype, factor
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantEmbedding:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.get_buffer("weight").device)).dtype
+        super()._apply(fn, recurse)
+        return self
 
     def forward(self, ids: Tensor) -> Tensor:
         """Embeddings [..., width] of token `ids` [...]; only the rows asked for are decoded."""

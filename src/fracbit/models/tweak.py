@@ -156,9 +156,10 @@ def least_squares_factor(
     inner = sum((q.T @ q for _, q in pairs), torch.zeros_like(gram))
     cross = sum((w.T @ q for w, q in pairs), torch.zeros_like(gram))
     matrix = (gram * inner).double()
-    lam = damping * float(matrix.diagonal().mean())
-    if lam <= 0:
+    size = float(matrix.diagonal().mean())
+    if size <= 0:
         return torch.ones_like(gram[0])
+    lam = damping * size
     matrix.diagonal().add_(lam)
     right = (gram * cross.T).sum(1).double() + lam
     found: Tensor = torch.linalg.solve(matrix, right)

@@ -108,8 +108,20 @@ def grid_of(packed: PackedTensor) -> Grid:
     zeros = None
     if packed.scheme.offset == "zero":
         assert isinstance(packed.offsets, Tensor)
-        zeros = unpack_bits(packed.offsets, packed.scheme.bits, zeros_shape(tuple(scale.shape))[1]).view(scale.shape)
-    return Grid(packed.scheme, shape, table_of(packed), scale, shift, packed.scales, packed.offsets, zeros, packed.table)
+        zeros = unpack_bits(packed.offsets, packed.scheme.bits, zeros_shape(tuple(scale.shape))[1]).view(
+            scale.shape
+        )
+    return Grid(
+        packed.scheme,
+        shape,
+        table_of(packed),
+        scale,
+        shift,
+        packed.scales,
+        packed.offsets,
+        zeros,
+        packed.table,
+    )
 
 
 def codes_in(packed: PackedTensor) -> Tensor:

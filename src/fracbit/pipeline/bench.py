@@ -65,14 +65,21 @@ class Measured:
 
 
 def measure(
-    model: str, load_: Load, activations: str = "float", dtype: str = "auto", device: str = "cpu", trust: bool = False
+    model: str,
+    load_: Load,
+    activations: str = "float",
+    dtype: str = "auto",
+    device: str = "cpu",
+    trust: bool = False,
 ) -> Measured:
     """Load `model`, run `load_`, and read as many bytes plainly. The model is freed again."""
     gc.collect()
     before = resident()
     loaded = load(model, dtype, device, trust)
     choose_activations(loaded, _activations(activations))
-    ids = torch.randint(0, loaded.config.get_text_config().vocab_size, (load_.prompt_tokens,), generator=_seeded())
+    ids = torch.randint(
+        0, loaded.config.get_text_config().vocab_size, (load_.prompt_tokens,), generator=_seeded()
+    )
     cache = new_cache(loaded, load_.kv_bits)
     speed = generation_speed(loaded, ids.to(device), load_.new_tokens, cache)
     gc.collect()

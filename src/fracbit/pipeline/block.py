@@ -31,7 +31,7 @@ from fracbit.numerics.stats import Stats
 from fracbit.pipeline.axis import choose_axes
 from fracbit.pipeline.observe import borrow, observe_all, observe_some
 from fracbit.pipeline.rewrite import rewrite_block
-from fracbit.pipeline.run import Progress
+from fracbit.pipeline.run import Progress, check_finite
 from fracbit.pipeline.schedule import Item
 from fracbit.quantizers import Quantizer, RoundToNearest
 from fracbit.quantizers.group import quantize_group
@@ -277,7 +277,9 @@ def read_item(item: Item, source: Source, record: dict[str, Any]) -> Tensor:
     """A tensor from the source, its hash noted in the record."""
     whole = read_tensor(source, item.origin.name)
     record["hashes"][item.origin.name] = tensor_hash(whole)
-    return item.origin.read(whole)
+    tensor = item.origin.read(whole)
+    check_finite(item.name, tensor)
+    return tensor
 
 
 def item_as_stored(item: Item, layers: Mapping[str, Any]) -> Item:

@@ -35,7 +35,9 @@ class Spending:
         return any(value is not None for value in (self.preset, self.average_bits, self.size, self.fits))
 
 
-def budgeted(recipe: Recipe, spending: Spending, progress: Progress | None = None) -> tuple[Recipe, tuple[str, ...]]:
+def budgeted(
+    recipe: Recipe, spending: Spending, progress: Progress | None = None
+) -> tuple[Recipe, tuple[str, ...]]:
     """The recipe with a scheme for every layer that the budget buys, and notes.
 
     With `held_out`, the allocation is measured against the best uniform scheme of no more bytes, which is taken when it
@@ -62,5 +64,7 @@ def budgeted(recipe: Recipe, spending: Spending, progress: Progress | None = Non
         return allocated(recipe, plan.chosen.allocation), notes
     subject = load_subject(recipe.model)
     unseen = samples_of(spending.held_out, recipe.model, subject, seed=recipe.seed)
-    measured = contest(subject, problem.units, plan.chosen.allocation, unseen, problem.levels, problem.budget.bits)
+    measured = contest(
+        subject, problem.units, plan.chosen.allocation, unseen, problem.levels, problem.budget.bits
+    )
     return allocated(recipe, measured.winner), (*notes, *measured.winner.notes)

@@ -90,7 +90,9 @@ def prepare(recipe: Recipe, output: Path, progress: Progress | None) -> Work:
     fill = quantizer(recipe.quantizer, recipe.search)
     dtype = forward_dtype(recipe.calibration.dtype, source)
     show = progress or (lambda what, done, total: None)
-    return Work(recipe, recipe.calibration, source, model, family_of(model), fill, dtype, stored_dtype(source), show)
+    return Work(
+        recipe, recipe.calibration, source, model, family_of(model), fill, dtype, stored_dtype(source), show
+    )
 
 
 def forward_dtype(asked: str, source: Source) -> torch.dtype:

@@ -17,6 +17,7 @@ PRESETS = ("best",)
 BLOCKS = (32, 48, 64, 128)
 SCALES = "int8:256"
 EPOCHS = 8
+RATE = 5e-3  # at 2 bits
 
 
 def preset(name: str, recipe: Recipe, average_bits: float) -> Recipe:
@@ -27,11 +28,16 @@ def preset(name: str, recipe: Recipe, average_bits: float) -> Recipe:
     if name not in PRESETS:
         raise RecipeError(f"unknown preset {name!r}; {near_matches(name, PRESETS)}")
     if recipe.calibration is None:
-        raise RecipeError("preset best fits to data; name texts with --calibration FILE, or --calibration generated")
+        raise RecipeError(
+            "preset best fits to data; name texts with --calibration FILE, or --calibration generated"
+        )
     problem = make_problem(recipe, levels(average_bits), Ask(average_bits=average_bits), "linear")
     plan = make_plan(problem)
     given = recipe.calibration.model_dump(exclude_unset=True)
-    calibration = Calibration(**({"distill": EPOCHS, "dtype": "float32"} | given))
+    rate = RATE * 2.0 ** (
+        2 - int(average_bits)
+    )  # latent weights count in block scales: values lie closer with every bit
+    calibration = Calibration(**({"distill": EPOCHS, "rate": rate, "dtype": "float32"} | given))
     settings = {"quantizer": "descent", "search": True, "calibration": calibration}
     return allocated(recipe.model_copy(update=settings), plan.chosen.allocation)
 

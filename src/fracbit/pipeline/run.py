@@ -144,7 +144,9 @@ def check_finite(name: str, tensor: Tensor) -> None:
         return
     bad = sum(int((~torch.isfinite(part.float())).sum()) for part in tensor.reshape(-1).split(PIECE))
     if bad:
-        raise WeightError(f"tensor {name}: {bad} of {tensor.numel()} weights are NaN or Inf; mend the source first")
+        raise WeightError(
+            f"tensor {name}: {bad} of {tensor.numel()} weights are NaN or Inf; mend the source first"
+        )
 
 
 def _prefetch(source: Source, items: Iterable[Item]) -> Iterator[tuple[Item, Tensor, str]]:
@@ -189,7 +191,11 @@ def refuse(source: Source, folder: Path) -> None:
         raise OutputError(f"{folder} is the model itself; name another folder for the output")
     quantization = source.config.get("quantization_config")
     if quantization:
-        method = quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else quantization
+        method = (
+            quantization.get("quant_method", "unknown method")
+            if isinstance(quantization, dict)
+            else quantization
+        )
         raise SourceError(
             f"{source.name} is already quantized ({method}); start from the float model, rounding twice loses twice"
         )
@@ -198,10 +204,13 @@ def refuse(source: Source, folder: Path) -> None:
 def _data_free(recipe: Recipe, fill: Quantizer) -> None:
     if fill.needs:
         raise RecipeError(
-            f"quantizer {recipe.quantizer} looks at data; give it texts (--calibration, or [calibration] in the recipe), or use rtn"
+            f"quantizer {recipe.quantizer} looks at data; give it texts (--calibration, or [calibration] in the "
+            "recipe), or use rtn"
         )
     if recipe.calibration is not None:
-        raise RecipeError("this run reads no data; a recipe with calibration is for fracbit.pipeline.calibrated.run_calibrated")
+        raise RecipeError(
+            "this run reads no data; a recipe with calibration is for fracbit.pipeline.calibrated.run_calibrated"
+        )
 
 
 def _source_bytes(source: Source, item: Item) -> int:
@@ -212,5 +221,3 @@ def peak_rss() -> int:
     """The most memory this process ever had resident, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-

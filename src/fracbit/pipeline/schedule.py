@@ -81,7 +81,9 @@ def make_schedule(
         raise SourceError(
             f"{source.name} lacks {len(places.missing)} tensors of its model, such as {places.missing[0]}"
         )
-    items = [_item(name, place, source, layers, decisions) for name, place in places.tensors.items()]
+    items = [
+        _item(name, place, source, layers, decisions) for name, place in _owned(places.tensors, model).items()
+    ]
     items += [Item(name, Origin(name), source.tensors[name].bytes, unused=True) for name in places.unused]
     items = _without_tied(items, source, model)
     family = family_of(model)
@@ -165,15 +167,28 @@ def _item(
     return Item(name, place, stored.bytes, layer, stored)
 
 
+def _owned(tensors: Mapping[str, Origin], model: PreTrainedModel) -> dict[str, Origin]:
+    """A tied tensor that the source holds only under its borrower's name (a head without a table) gets its owner's."""
+    owners = {name: owner for name, owner in model.all_tied_weights_keys.items() if owner not in tensors}
+    return {owners.get(name, name): place for name, place in tensors.items()}
+
+
 def _without_tied(items: list[Item], source: Source, model: PreTrainedModel) -> list[Item]:
     """Drop the second copy of a tied tensor: it is written once, under the name that owns it.
 
     Raises `SourceError` when the copies differ: transformers would then not tie them, and no one scheme would be right.
     """
     by_name = {item.name: item for item in items}
-    pairs = [(head, table) for head, table in model.all_tied_weights_keys.items() if {head, table} <= by_name.keys()]
+    pairs = [
+        (head, table)
+        for head, table in model.all_tied_weights_keys.items()
+        if {head, table} <= by_name.keys()
+    ]
     for head, table in pairs:
-        first, second = (item.origin.read(read_tensor(source, item.origin.name)) for item in (by_name[head], by_name[table]))
+        first, second = (
+            item.origin.read(read_tensor(source, item.origin.name))
+            for item in (by_name[head], by_name[table])
+        )
         if not torch.equal(first, second):
             raise SourceError(
                 f"config.json ties {head} to {table}, but {source.name} holds different tensors for them; "
@@ -200,5 +215,10 @@ def _shards(items: Iterable[Item], limit: int) -> dict[str, tuple[Item, ...]]:
 
 def _key(recipe: Recipe, source: Source, shard_bytes: int) -> str:
     headers = [(name, info.dtype, info.shape) for name, info in sorted(source.tensors.items())]
-    text = json.dumps([key(recipe), source.config, headers, shard_bytes, __version__], sort_keys=True)
+    files = sorted({info.file for info in source.tensors.values()})
+    states = [
+        (source.folder / file).stat() for file in files
+    ]  # a source that changed since is another source
+    stamps = [(state.st_size, state.st_mtime_ns) for state in states]
+    text = json.dumps([key(recipe), source.config, headers, stamps, shard_bytes, __version__], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

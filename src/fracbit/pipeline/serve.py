@@ -47,6 +47,7 @@ class Generation:
     """What was written: `texts` of new tokens, one a prompt; speeds in tokens per second over the whole batch."""
 
     texts: tuple[str, ...]
+    whole: tuple[str, ...]  # prompt and continuation, decoded together: spaces between them are the tokenizer's
     ids: tuple[tuple[int, ...], ...]  # prompts and what follows, padding included
     prompt_tokens: int
     new_tokens: int
@@ -76,8 +77,8 @@ class _Clock(BaseStreamer):  # type: ignore[no-untyped-call, unused-ignore]
 class _Shown(TextStreamer):
     """A `TextStreamer` that hands text to a function instead of printing it."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Show) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Show, prompt: bool) -> None:
+        super().__init__(tokenizer, skip_prompt=not prompt, skip_special_tokens=True)
         self.show = show
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -127,12 +128,12 @@ def generate(
     settings: Settings,
     show: Show | None = None,
 ) -> Generation:
-    """Continue `prompts` together; `show` gets the text of a single prompt as it is made.
+    """Continue `prompts` together; `show` gets a single prompt and then its continuation as it is made.
 
     Raises `DataError` for an empty prompt or one that leaves no room in the model's positions.
     """
     ids, mask = encode_batch(tokenizer, prompts)
-    return continue_ids(model, tokenizer, ids, mask, settings, new_cache(model, settings.kv_bits), show)
+    return continue_ids(model, tokenizer, ids, mask, settings, new_cache(model, settings.kv_bits), show, True)
 
 
 def continue_ids(
@@ -143,11 +144,12 @@ def continue_ids(
     settings: Settings,
     cache: Cache,
     show: Show | None = None,
+    show_prompt: bool = False,
 ) -> Generation:
-    """Continue `ids` [prompts, tokens], of which `cache` already holds the first ones."""
+    """Continue `ids` [prompts, tokens], of which `cache` already holds the first ones; `show` may get the prompt too."""
     held = cache.get_seq_length()
     _check_room(model, ids.shape[1], settings)
-    clock = _Clock(_Shown(tokenizer, show) if show is not None and len(ids) == 1 else None)
+    clock = _Clock(_Shown(tokenizer, show, show_prompt) if show is not None and len(ids) == 1 else None)
     how: dict[str, Any] = {"do_sample": False}
     if settings.temperature:
         how = {"do_sample": True, "temperature": settings.temperature}
@@ -167,6 +169,7 @@ def continue_ids(
     first, last, steps = clock.times[1], clock.times[-1], new.shape[1] - 1
     return Generation(
         texts=tuple(tokenizer.batch_decode(new, skip_special_tokens=True)),
+        whole=tuple(tokenizer.batch_decode(found, skip_special_tokens=True)),
         ids=tuple(tuple(row) for row in found.tolist()),
         prompt_tokens=int(mask.sum()),
         new_tokens=new.numel(),
@@ -189,7 +192,9 @@ def _check_room(model: PreTrainedModel, tokens: int, settings: Settings) -> None
 class Chat:
     """A conversation: keeps the messages and, while the template only appends, the cache of what was read."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings
+    ) -> None:
         """Raises `DataError` when the tokenizer has no chat template."""
         if not tokenizer.chat_template:
             raise DataError(

@@ -2,8 +2,8 @@
 
 Blocks along the output (one input column) win where columns differ more in size than rows do: the scale of a block is then
 not shared between neighbours of unlike size. So the spread of the logarithm of the columns' largest weights, less that of the
-rows', decides; columns count by the energy of their inputs, since an error in a dead column costs nothing. AdaDim itself (Heo et
-al. 2023, arXiv:2309.15531, Eq. 1) tries both and compares what the unit around the linear gives: pipeline/axis.py.
+rows', decides; columns count by the energy of their inputs, since an error in a dead column costs nothing. AdaDim itself
+(Heo et al. 2023, arXiv:2309.15531, Eq. 1) tries both and compares what the unit around the linear gives: pipeline/axis.py.
 """
 
 from __future__ import annotations

@@ -42,7 +42,9 @@ def relative_error(weight: Tensor, packed: PackedTensor, importance: Tensor | No
         rows = weight[first : first + len(part)].float()
         power += _weighted_squares(rows, importance)
         rows = rows if kept is None else rows[:, kept]
-        error += _weighted_squares(part.sub_(rows), importance if kept is None or importance is None else importance[kept])
+        error += _weighted_squares(
+            part.sub_(rows), importance if kept is None or importance is None else importance[kept]
+        )
     return error / power if power > 0 else 0.0
 
 

@@ -48,7 +48,9 @@ def outliers_of(text: str) -> Outliers | None:
     if match:
         share = float(match.group(2).removesuffix("%")) / (100 if match.group(2).endswith("%") else 1)
     if match is None or not 0 < share < 1:
-        raise RecipeError(f"outliers {text!r}: write none, proxy:0.02, random:0.02 or activation:0.02 (a share below 1)")
+        raise RecipeError(
+            f"outliers {text!r}: write none, proxy:0.02, random:0.02 or activation:0.02 (a share below 1)"
+        )
     return Outliers(chosen=match.group(1), share=share)
 
 
@@ -174,4 +176,8 @@ class Row(_Frozen):
     def to_json(self) -> dict[str, Any]:
         """The row as a JSON object, derived figures included."""
         data = self.model_dump(mode="json")
-        return {**data, "bits_per_weight": self.bits_per_weight, "bits_per_parameter": self.bits_per_parameter}
+        return {
+            **data,
+            "bits_per_weight": self.bits_per_weight,
+            "bits_per_parameter": self.bits_per_parameter,
+        }

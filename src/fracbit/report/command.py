@@ -18,7 +18,11 @@ def command_of(row: Row) -> str:
         return f"fracbit eval {model} --text {shlex.quote(run.evaluation.text)}"
     if run.outliers is not None or run.correction != "none" or run.calibration is not None:
         return "fracbit sweep one.toml --store one.db"
-    flags = [f"--dtype {shlex.quote(scheme.dtype)}", f"--bits {scheme.bits}", f"--block {shlex.quote(str(scheme.block))}"]
+    flags = [
+        f"--dtype {shlex.quote(scheme.dtype)}",
+        f"--bits {scheme.bits}",
+        f"--block {shlex.quote(str(scheme.block))}",
+    ]
     flags += [f"--axis {scheme.axis}"] if scheme.axis != "in" else []
     flags += [f"--offset {scheme.offset}"] if scheme.offset != "none" else []
     flags += [f"--scale {scale_label(scheme.scale)}"] if scheme.scale != "fp16" else []
@@ -32,7 +36,9 @@ def grid_of(row: Row) -> str:
     run = row.run
     recipe, scheme = run.recipe, run.recipe.scheme
     lines = [f"models = {_toml(recipe.model)}", f"baseline = {_toml(not run.quantized)}", "", "[evaluation]"]
-    lines += [f"{name} = {_toml(value)}" for name, value in run.evaluation.model_dump(exclude_defaults=True).items()]
+    lines += [
+        f"{name} = {_toml(value)}" for name, value in run.evaluation.model_dump(exclude_defaults=True).items()
+    ]
     if run.calibration is not None:
         lines += ["", "[calibration]"]
         lines += [f"{name} = {_toml(value)}" for name, value in run.calibration.model_dump().items()]
@@ -42,7 +48,9 @@ def grid_of(row: Row) -> str:
         "search": recipe.search, "outliers": str(run.outliers or "none"), "corrections": run.correction,
         "seeds": recipe.seed,
     }  # fmt: skip
-    return "\n".join([*lines, "", "[[arm]]", *(f"{name} = {_toml(value)}" for name, value in arm.items()), ""])
+    return "\n".join(
+        [*lines, "", "[[arm]]", *(f"{name} = {_toml(value)}" for name, value in arm.items()), ""]
+    )
 
 
 def _toml(value: object) -> str:

@@ -226,7 +226,9 @@ def power_law(rows: Sequence[Row]) -> PowerLaw | None:
 
 def correlation(rows: Sequence[Row], task: str) -> tuple[float, int] | None:
     """Pearson correlation of loss and accuracy of a task, and the number of rows; None with fewer than three."""
-    pairs = [(row.nll, row.accuracies[task]) for row in rows if row.nll is not None and task in row.accuracies]
+    pairs = [
+        (row.nll, row.accuracies[task]) for row in rows if row.nll is not None and task in row.accuracies
+    ]
     if len(pairs) < 3 or len({pair[1] for pair in pairs}) == 1:
         return None
     return float(pearsonr(*zip(*pairs, strict=True)).statistic), len(pairs)
@@ -247,7 +249,9 @@ def advise(rows: Sequence[Row], budget_bits: float) -> Advice | None:
 def in_words(row: Row) -> str:
     """`tales-m at 4 bits (nf, block 64)`, or `tales-m in 16-bit float`."""
     name = row.run.recipe.model.rstrip("/").rsplit("/", 1)[-1]
-    return f"{name} at {bits_of(row)} bits ({slice_of(row)})" if row.run.quantized else f"{name} in 16-bit float"
+    return (
+        f"{name} at {bits_of(row)} bits ({slice_of(row)})" if row.run.quantized else f"{name} in 16-bit float"
+    )
 
 
 def size_text(bits: float) -> str:
@@ -296,7 +300,11 @@ def _shifts(x: Floats, y: Floats, base_x: Floats, base_y: Floats) -> Floats:
     possible = np.flatnonzero(np.isfinite(misfits[:, 0]))
     best = misfits.argmin(0)
     # At the edge of what still overlaps, the curves only slid past each other: no shift lays them together.
-    inside = (best > possible.min()) & (best < possible.max()) if len(possible) else np.zeros(len(best), dtype=bool)
+    inside = (
+        (best > possible.min()) & (best < possible.max())
+        if len(possible)
+        else np.zeros(len(best), dtype=bool)
+    )
     return np.asarray(np.where(inside, tried[best], math.nan))
 
 
@@ -328,7 +336,10 @@ def _left_out(rows: Sequence[Row]) -> float | None:
     key: Callable[[Row], int] = bits_of
     for bits in {key(row) for row in rows}:
         points = sorted((row for row in rows if key(row) == bits), key=size_of)
-        x, y = np.array([size_of(row) for row in points]), np.array([row.nll for row in points], dtype=np.float64)
+        x, y = (
+            np.array([size_of(row) for row in points]),
+            np.array([row.nll for row in points], dtype=np.float64),
+        )
         for inner in range(1, len(points) - 1):
             rest = np.arange(len(points)) != inner
             errors.append(float(np.interp(x[inner], x[rest], y[rest]) - y[inner]))

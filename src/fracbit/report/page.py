@@ -32,14 +32,18 @@ def write_page(rows: Sequence[Row], path: Path, title: str = "Bits and loss") ->
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OutputError(f"report {path} cannot be written: {error.strerror}; name another place with -o") from error
+        raise OutputError(
+            f"report {path} cannot be written: {error.strerror}; name another place with -o"
+        ) from error
 
 
 def page(rows: Sequence[Row], title: str = "Bits and loss") -> str:
     """The page as text. Raises `DataError` when no row is finished, `OutputError` without plotly."""
     comparable = fit.groups(rows)
     if not comparable:
-        raise DataError(f"the store has no finished row ({len(rows)} failed): run `fracbit sweep` on it first")
+        raise DataError(
+            f"the store has no finished row ({len(rows)} failed): run `fracbit sweep` on it first"
+        )
     data = {
         "title": title,
         "groups": [_group(members) for members in sorted(comparable.values(), key=len, reverse=True)],
@@ -120,7 +124,10 @@ def _kind(part: fit.Slice | None) -> str:
     special = [part.quantizer if part.quantizer != "rtn" else "", "searched ranges" if part.search else ""]
     special += [fit.OFFSET_WORDS.get(part.offset, "")]
     special += ["" if part.outliers == "none" else part.outliers.partition(":")[0] + " columns"]
-    special += ["" if part.axis == "in" else "blocks along out", "" if part.correction == "none" else part.correction]
+    special += [
+        "" if part.axis == "in" else "blocks along out",
+        "" if part.correction == "none" else part.correction,
+    ]
     return ", ".join(word for word in special if word) or "round to nearest"
 
 
@@ -131,7 +138,12 @@ def _slice(part: fit.Slice, rows: Sequence[Row], index: int) -> dict[str, Any]:
         "name": str(part),
         "keys": [row.key for row in rows],
         "offsets": [
-            {"bits": item.bits, "reference": item.reference, "loss": _interval(item.loss), "shift": _interval(item.shift)}
+            {
+                "bits": item.bits,
+                "reference": item.reference,
+                "loss": _interval(item.loss),
+                "shift": _interval(item.shift),
+            }
             for item in found
         ],
         "law": None if law is None else {name: _number(getattr(law, name)) for name in vars(law)},
@@ -139,7 +151,9 @@ def _slice(part: fit.Slice, rows: Sequence[Row], index: int) -> dict[str, Any]:
 
 
 def _interval(interval: fit.Interval | None) -> list[float | None] | None:
-    return None if interval is None else [_number(interval.value), _number(interval.low), _number(interval.high)]
+    return (
+        None if interval is None else [_number(interval.value), _number(interval.low), _number(interval.high)]
+    )
 
 
 def _number(value: float | None) -> float | None:

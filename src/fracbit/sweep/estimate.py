@@ -58,7 +58,10 @@ class Estimate:
 
 
 def estimate(
-    expansion: Expansion, rows: Sequence[Row], parameters: Mapping[str, int | None], probe: tuple[int, float] | None = None
+    expansion: Expansion,
+    rows: Sequence[Row],
+    parameters: Mapping[str, int | None],
+    probe: tuple[int, float] | None = None,
 ) -> Estimate:
     """What is left of a grid on one worker, given the rows of its store.
 

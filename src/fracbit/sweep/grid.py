@@ -184,7 +184,10 @@ _AXES = {
 
 
 def _points(grid: Grid, arm: Arm) -> Iterator[dict[str, Any]]:
-    lists = [grid.models if name == "models" and arm.models is None else getattr(arm, name) for name in _AXES.values()]
+    lists = [
+        grid.models if name == "models" and arm.models is None else getattr(arm, name)
+        for name in _AXES.values()
+    ]
     for values in itertools.product(*lists):
         yield dict(zip(_AXES, values, strict=True))
 
@@ -220,7 +223,9 @@ def _run(grid: Grid, point: Mapping[str, Any]) -> Run:
         seed=point["seed"],
     )
     outliers = outliers_of(point["outliers"])
-    sees_text = bool(QUANTIZERS[recipe.quantizer]().needs) or (outliers is not None and outliers.chosen == "activation")
+    sees_text = bool(QUANTIZERS[recipe.quantizer]().needs) or (
+        outliers is not None and outliers.chosen == "activation"
+    )
     return Run(
         recipe=recipe,
         evaluation=grid.evaluation,
@@ -290,8 +295,14 @@ def _line_of(location: tuple[int | str, ...], text: str) -> str:
     for position, part in enumerate(location):
         if isinstance(part, int):
             continue
-        nth = location[position + 1] if position + 1 < len(location) and isinstance(location[position + 1], int) else 0
-        pattern = re.compile(rf"\s*(\[+\s*[\w.]*\b{re.escape(part)}\s*\]|[\"']?{re.escape(part)}[\"']?\s*[=.])")
+        nth = (
+            location[position + 1]
+            if position + 1 < len(location) and isinstance(location[position + 1], int)
+            else 0
+        )
+        pattern = re.compile(
+            rf"\s*(\[+\s*[\w.]*\b{re.escape(part)}\s*\]|[\"']?{re.escape(part)}[\"']?\s*[=.])"
+        )
         hits = [number for number in range(start, len(lines)) if pattern.match(lines[number])]
         headers = [number for number in hits if lines[number].lstrip().startswith("[")]
         hit = headers[int(nth)] if int(nth) < len(headers) else (hits[0] if hits else None)

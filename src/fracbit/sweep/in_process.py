@@ -19,7 +19,9 @@ class InProcess:
     root: Path
     device: str = "cpu"
 
-    def measure(self, queue: Queue[Source], runs: dict[str, Run], claim: Callable[[str], bool]) -> Iterator[Row]:
+    def measure(
+        self, queue: Queue[Source], runs: dict[str, Run], claim: Callable[[str], bool]
+    ) -> Iterator[Row]:
         """See `Engine.measure`."""
         bench: Workbench | None = None
         while (taken := queue.take(0)) is not None:

@@ -38,9 +38,15 @@ def producer_scores(model: PreTrainedModel, family: Family) -> dict[str, Tensor]
                 spread = unit_spread(weight_of(block.get_submodule(name)))
                 score = paired.get(name)
                 if score is None:
-                    score = stream if name in readers else _last_fitting(before, shape_of(block.get_submodule(name))[1])
+                    score = (
+                        stream
+                        if name in readers
+                        else _last_fitting(before, shape_of(block.get_submodule(name))[1])
+                    )
                 if score is None or len(score) != shape_of(block.get_submodule(name))[1]:
-                    raise RecipeError(f"no layer before {prefix}.{name} produces its input: leave outliers out for this model")
+                    raise RecipeError(
+                        f"no layer before {prefix}.{name} produces its input: leave outliers out for this model"
+                    )
                 scores[f"{prefix}.{name}"] = score
                 before[name] = spread
             writers = [name for name in group if name not in readers and len(before[name]) == len(stream)]
@@ -49,7 +55,11 @@ def producer_scores(model: PreTrainedModel, family: Family) -> dict[str, Tensor]
 
 
 def choose_columns(
-    outliers: Outliers, widths: Mapping[str, int], scores: Mapping[str, Tensor], stats: Mapping[str, Stats], seed: int
+    outliers: Outliers,
+    widths: Mapping[str, int],
+    scores: Mapping[str, Tensor],
+    stats: Mapping[str, Stats],
+    seed: int,
 ) -> dict[str, Tensor]:
     """Columns int32 [p] to keep, by layer. `widths`: inputs of each layer; `scores` of the proxy, `stats` for activation."""
     generator = torch.Generator().manual_seed(seed)

@@ -66,7 +66,9 @@ class OnRay:
     memory: int | None = None
     retries: int = 2
 
-    def measure(self, queue: Queue[Source], runs: dict[str, Run], claim: Callable[[str], bool]) -> Iterator[Row]:
+    def measure(
+        self, queue: Queue[Source], runs: dict[str, Run], claim: Callable[[str], bool]
+    ) -> Iterator[Row]:
         """See `Engine.measure`."""
         ray = _ray()
         _connect(ray, self.address)
@@ -81,7 +83,12 @@ class _Pool:
     """Actors and what each is at. Lives as long as one `measure`."""
 
     def __init__(
-        self, ray: Any, engine: OnRay, queue: Queue[Source], runs: dict[str, Run], claim: Callable[[str], bool]
+        self,
+        ray: Any,
+        engine: OnRay,
+        queue: Queue[Source],
+        runs: dict[str, Run],
+        claim: Callable[[str], bool],
     ) -> None:
         self.ray, self.engine, self.queue, self.runs, self.claim = ray, engine, queue, runs, claim
         options: dict[str, Any] = {"num_cpus": engine.cpus, "num_gpus": engine.gpus, "max_restarts": 0}
@@ -134,7 +141,9 @@ class _Pool:
     def _hire(self) -> None:
         worker, self.next_worker = self.next_worker, self.next_worker + 1
         device = "cuda" if self.engine.gpus else "cpu"
-        self.actors[worker] = self.make.remote(str(self.engine.root.resolve()), device, max(1, int(self.engine.cpus)))
+        self.actors[worker] = self.make.remote(
+            str(self.engine.root.resolve()), device, max(1, int(self.engine.cpus))
+        )
         self._assign(worker)
 
     def _assign(self, worker: int) -> None:

@@ -23,7 +23,9 @@ Progress = Callable[[Row, int, int], None]
 class Engine(Protocol):
     """Does the runs of a queue. One method."""
 
-    def measure(self, queue: Queue[Source], runs: dict[str, Run], claim: Callable[[str], bool]) -> Iterator[Row]:
+    def measure(
+        self, queue: Queue[Source], runs: dict[str, Run], claim: Callable[[str], bool]
+    ) -> Iterator[Row]:
         """Take runs from the queue, claim each just before it starts, and yield rows as they are done."""
         ...
 
@@ -39,7 +41,11 @@ class Outcome:
 
 
 def run_sweep(
-    store: Store, wanted: Mapping[str, Run], engine: Engine, progress: Progress | None = None, retry_failed: bool = False
+    store: Store,
+    wanted: Mapping[str, Run],
+    engine: Engine,
+    progress: Progress | None = None,
+    retry_failed: bool = False,
 ) -> Outcome:
     """Measure every one of the `wanted` runs that the store lacks; returns when all are there, whoever measured them.
 
@@ -81,4 +87,3 @@ def check_complete(outcome: Outcome) -> str:
         return ""
     lines = [f"  {row.run}: {row.error}" for row in outcome.failed]
     return "\n".join([f"{len(outcome.failed)} of {outcome.total} runs failed:", *lines])
-

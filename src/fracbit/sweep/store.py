@@ -188,7 +188,9 @@ class Store:
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT):
             with self._begin() as link:
-                link.execute(sa.update(OWNERS).where(OWNERS.c.owner == self.owner).values(heartbeat=time.time()))
+                link.execute(
+                    sa.update(OWNERS).where(OWNERS.c.owner == self.owner).values(heartbeat=time.time())
+                )
 
     @contextmanager
     def _begin(self) -> Iterator[sa.Connection]:
@@ -233,19 +235,23 @@ def _engine(where: str) -> sa.Engine:
         sa.event.listen(engine, "connect", _tune_sqlite)
         sa.event.listen(engine, "begin", _begin_immediate)
         return engine
-    url = where.replace("postgres://", "postgresql://", 1).replace("postgresql://", "postgresql+psycopg://", 1)
+    url = where.replace("postgres://", "postgresql://", 1).replace(
+        "postgresql://", "postgresql+psycopg://", 1
+    )
     try:
         return sa.create_engine(url, pool_pre_ping=True)
     except exc.ArgumentError as error:
         raise OutputError(f"store {where!r} is neither a path nor a database URL: {error}") from error
     except ImportError as error:
-        raise OutputError(f"store {shown(where)}: {error}; pip install 'fracbit[store]'") from error
+        raise OutputError(f"store {shown(where)}: {error}; pip install 'fracbit[postgresql]'") from error
 
 
 def _tune_sqlite(link: sqlite3.Connection, _: object) -> None:
     link.isolation_level = None  # SQLAlchemy's begin event opens transactions, not the driver
     link.execute("PRAGMA journal_mode=WAL")
-    link.execute("PRAGMA synchronous=FULL")  # a stored row survives a power cut; a run takes longer than an fsync
+    link.execute(
+        "PRAGMA synchronous=FULL"
+    )  # a stored row survives a power cut; a run takes longer than an fsync
 
 
 def _begin_immediate(link: sa.Connection) -> None:
@@ -258,7 +264,9 @@ def _check_schema(engine: sa.Engine, where: str) -> None:
     if ABOUT.name not in tables:
         foreign = tables & {table.name for table in METADATA.sorted_tables}
         if foreign:
-            raise FormatError(f"{shown(where)} has tables {sorted(foreign)} but is no fracbit store: name another file")
+            raise FormatError(
+                f"{shown(where)} has tables {sorted(foreign)} but is no fracbit store: name another file"
+            )
         METADATA.create_all(engine)
         with engine.begin() as link:
             if link.scalar(sa.select(ABOUT.c.value)) is None:
@@ -292,7 +300,9 @@ def _explained(where: str) -> Iterator[None]:
     except exc.DBAPIError as error:
         reason = " ".join(str(error.orig).split())
         if "full" in reason:
-            raise OutputError(f"{shown(where)}: {reason}; free some space and start again: stored rows are kept") from error
+            raise OutputError(
+                f"{shown(where)}: {reason}; free some space and start again: stored rows are kept"
+            ) from error
         if "not a database" in reason or "malformed" in reason:
             raise FormatError(f"{shown(where)} is not an SQLite file: name another one") from error
         raise OutputError(f"store {shown(where)} cannot be used: {reason}") from error
@@ -352,7 +362,10 @@ def _columns(row: Row) -> dict[str, Any]:
         "model_bits": row.model_bits,
         "bits_per_weight": row.bits_per_weight,
         "bits_per_parameter": row.bits_per_parameter,
-        **{name: getattr(row, name) for name in ("nll", "perplexity", "divergence", "agreement", "weight_error")},
+        **{
+            name: getattr(row, name)
+            for name in ("nll", "perplexity", "divergence", "agreement", "weight_error")
+        },
         "accuracies": json.dumps(row.accuracies),
         "seconds": row.seconds,
         "device": row.device,

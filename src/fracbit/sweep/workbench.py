@@ -48,7 +48,15 @@ from fracbit.sweep.outliers import choose_columns, producer_scores
 from fracbit.sweep.schedule import Source
 
 FLOAT_LOGITS_BYTES = 1 << 29
-RUN_FAILURES: Final = (FracbitError, SafetensorError, OSError, RuntimeError, ValueError, KeyError, MemoryError)
+RUN_FAILURES: Final = (
+    FracbitError,
+    SafetensorError,
+    OSError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    MemoryError,
+)
 """What a model that cannot be loaded, quantized or evaluated raises. Anything else is a bug of ours and stops the sweep."""
 
 
@@ -79,7 +87,9 @@ class Workbench:
         try:
             figures = {**self._quantize(run), **self._evaluate(run)}
         except RUN_FAILURES as error:
-            return row.model_copy(update={"status": "failed", "error": explain(error), "seconds": _since(started)})
+            return row.model_copy(
+                update={"status": "failed", "error": explain(error), "seconds": _since(started)}
+            )
         return row.model_copy(update={**figures, "seconds": _since(started)})
 
     def _quantize(self, run: Run) -> dict[str, object]:
@@ -126,7 +136,10 @@ class Workbench:
 
         if self.tokenizer is None:
             raise SourceError(f"model {self.source.model} has no tokenizer: zero-shot tasks are text")
-        tasks = [LocalTask(Path(task).stem, self.root / task) if task.endswith(".yaml") else task for task in evaluation.tasks]
+        tasks = [
+            LocalTask(Path(task).stem, self.root / task) if task.endswith(".yaml") else task
+            for task in evaluation.tasks
+        ]
         found = zero_shot(self.model, self.tokenizer, tasks, limit=evaluation.limit)
         scores = {score.task: score.accuracy for score in found.scores if score.accuracy is not None}
         return scores if found.paper_mean is None else {**scores, "mean_of_four": found.paper_mean}
@@ -176,14 +189,22 @@ class Workbench:
         inside = {name for name in self.layers if name.startswith(self.family.blocks + ".")}
         chosen: dict[str, Scheme] = {}
         for name in self.layers:
-            scheme = recipe.scheme if name in inside else recipe.head if name == self.family.head else recipe.embeddings
+            scheme = (
+                recipe.scheme
+                if name in inside
+                else recipe.head
+                if name == self.family.head
+                else recipe.embeddings
+            )
             for override in recipe.overrides:
                 if fnmatchcase(name, override.layers):
                     scheme = None if override.keep else override.scheme or scheme
             if scheme is not None:
                 chosen[name] = scheme
         if recipe.head is not None and self.family.head not in self.layers:
-            raise RecipeError("the head of this model is its embedding table: quantize the embeddings, not the head")
+            raise RecipeError(
+                "the head of this model is its embedding table: quantize the embeddings, not the head"
+            )
         return chosen
 
     def _columns(self, run: Run, chosen: dict[str, Scheme]) -> dict[str, Tensor]:
@@ -245,7 +266,10 @@ def collect_stats(model: PreTrainedModel, family: Family, ids: Tensor, gram: boo
     found: dict[str, Stats] = {}
     for prefix, block in blocks(model, family):
         first = {group[0]: group for group in groups(block, family)}
-        sums = {name: empty(weight_of(block.get_submodule(name)).shape[1], gram, hidden.states.device) for name in first}
+        sums = {
+            name: empty(weight_of(block.get_submodule(name)).shape[1], gram, hidden.states.device)
+            for name in first
+        }
 
         def visit(name: str, x: Tensor, sums: dict[str, Stats] = sums) -> None:
             sums[name] = add(sums[name], x)
@@ -282,10 +306,18 @@ def versions() -> dict[str, str]:
     }
 
 
-def _load(source: Source, root: Path, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, int]:
+def _load(
+    source: Source, root: Path, device: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, int]:
     """The model in fp32 on `device`, its tokenizer if it has one, and the bits of a stored float parameter."""
     beside = root / source.model
-    where = str(bundled_model()) if source.model == "bundled" else str(beside) if beside.exists() else source.model
+    where = (
+        str(bundled_model())
+        if source.model == "bundled"
+        else str(beside)
+        if beside.exists()
+        else source.model
+    )
     model = load(where, "auto", device, source.trust_remote_code, source.revision)
     bits = 8 * next(parameter.element_size() for parameter in model.parameters())
     return model.float(), tokenizer_or_none(where), bits

@@ -13,7 +13,7 @@ compile() {
     shift 2
     "${CXX:-g++}" "${flags[@]}" "$@" -c "$source" -o "$build/$name.o"
 }
-objects=(linear pool plain avx2 avx512 neon check)
+objects=(linear pool plain avx2 avx512 check)
 vectors=() more=()
 if [[ "$(uname -m)" == x86_64 ]]; then
     vectors=(-mavx2 -mfma -mf16c)
@@ -24,7 +24,6 @@ compile avx512 "$native/avx512.cpp" ${more[@]+"${more[@]}"} &
 compile avx2 "$native/avx2.cpp" ${vectors[@]+"${vectors[@]}"} &
 wait -n; compile plain "$native/plain.cpp" &
 wait -n; compile pool "$native/pool.cpp" &
-wait -n; compile neon "$native/neon.cpp" &
 wait -n; compile check "$here/check.cpp" &
 wait
 "${CXX:-g++}" "${flags[@]}" "${objects[@]/#/$build/}" -o "$build/check" 2>/dev/null ||

@@ -98,7 +98,6 @@ struct Isa {
 // The table of instruction sets, best first; null where this build or this processor lacks one.
 const Isa* isa_avx512();
 const Isa* isa_avx2();
-const Isa* isa_neon();
 const Isa* isa_plain();
 
 }  // namespace fracbit

@@ -29,6 +29,11 @@ struct Avx2 {
     static Floats zero_floats() { return {{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
     static Ints zero_ints() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
     static Floats load(const float* p) { return {{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}}; }
+    static Floats all(float value) { return {{_mm256_set1_ps(value), _mm256_set1_ps(value)}}; }
+    static void store(const Floats& v, float* p) {
+        _mm256_storeu_ps(p, v.half[0]);
+        _mm256_storeu_ps(p + 8, v.half[1]);
+    }
     static Floats fma(const Floats& a, const Floats& b, const Floats& c) {
         return {{_mm256_fmadd_ps(a.half[0], b.half[0], c.half[0]), _mm256_fmadd_ps(a.half[1], b.half[1], c.half[1])}};
     }

@@ -57,6 +57,8 @@ struct Avx512 {
     static Floats zero_floats() { return _mm512_setzero_ps(); }
     static Ints zero_ints() { return _mm512_setzero_si512(); }
     static Floats load(const float* p) { return _mm512_loadu_ps(p); }
+    static Floats all(float value) { return _mm512_set1_ps(value); }
+    static void store(Floats v, float* p) { _mm512_storeu_ps(p, v); }
     static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
     static Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
     static Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }

@@ -14,7 +14,7 @@ constexpr int64_t kLanes = 16;       // sums kept apart inside a chunk
 constexpr int64_t kLowBits = 7;      // a table value is 128 * (high - 128) + low in units of a step: 15 bits
 constexpr int64_t kMaxBatch = 4;     // activation rows that share one reading of the codes
 constexpr int kMaxRows = 4;          // weight rows that share one reading of the activations
-constexpr int64_t kBatchRows = 64;   // activation rows of a job
+constexpr int64_t kBatchRows = 32;   // activation rows of a job
 
 constexpr int kTableBits = 5;        // the float path looks up to here, and converts integers beyond
 
@@ -98,7 +98,6 @@ struct Isa {
 // The table of instruction sets, best first; null where this build or this processor lacks one.
 const Isa* isa_avx512();
 const Isa* isa_avx2();
-const Isa* isa_neon();
 const Isa* isa_plain();
 
 }  // namespace fracbit

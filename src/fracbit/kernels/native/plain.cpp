@@ -25,6 +25,12 @@ struct Plain {
         std::memcpy(r.v, p, sizeof r.v);
         return r;
     }
+    static Floats all(float value) {
+        Floats r;
+        for (int d = 0; d < kLanes; ++d) r.v[d] = value;
+        return r;
+    }
+    static void store(const Floats& a, float* p) { std::memcpy(p, a.v, sizeof a.v); }
     static Floats fma(const Floats& a, const Floats& b, const Floats& c) {
         Floats r;
         for (int d = 0; d < kLanes; ++d) r.v[d] = a.v[d] * b.v[d] + c.v[d];

@@ -170,9 +170,11 @@ inline unsigned code_at(const uint8_t* row, int64_t stride, int bits, int64_t in
     return (word >> (bit & 7)) & ((1u << bits) - 1u);
 }
 
-// Scales of up to kMaxRows rows as floats, in scratch.
+// What is prepared for a row: its scales as floats, and for every row of activations the lanes its sum starts with [batch, 16]:
+// constants and offsets, which see the activations only as sums of blocks.
 struct RowScales {
     const float* scale[kMaxRows];
+    const float* start[kMaxRows];
 };
 
 inline int64_t scratch_stride(const RowJob& job) { return job.blocks + 2 * kLanes; }
@@ -188,17 +190,17 @@ inline float dot_floats(const float* a, const float* b, int64_t count) {
     return sum;
 }
 
-// Sum of products; both arrays go on for up to 15 zeros (and finite numbers against them).
+// start [16] += factor * sum of products, lane by lane; both arrays are padded with zeros.
 template <class S>
-inline float dot_padded(const float* a, const float* b, int64_t count) {
+inline void add_products(const float* a, const float* b, int64_t count, float factor, float* start) {
     typename S::Floats sum = S::zero_floats();
     for (int64_t i = 0; i < count; i += kLanes) sum = S::fma(S::load(a + i), S::load(b + i), sum);
-    return S::total(sum);
+    S::store(S::fma(sum, S::all(factor), S::load(start)), start);
 }
 
-// Scales of a row into scratch; into `rest` [batch] what constants and offsets, which only see sums of activations, add to y.
 template <class S>
-void prepare_row(const RowJob& job, int64_t row, float* scale, float step, const float* values, float* rest) {
+void prepare_row(const RowJob& job, int64_t row, float* scale, float step, const float* values, float* start) {
+    for (int64_t n = 0; n < job.batch; ++n) S::store(S::zero_floats(), start + n * kLanes);
     if (job.scales == nullptr) {
         for (int64_t i = 0; i < scratch_stride(job); ++i) scale[i] = 1.0f;
     } else {
@@ -208,7 +210,7 @@ void prepare_row(const RowJob& job, int64_t row, float* scale, float step, const
         const auto size = static_cast<uintptr_t>(job.blocks * width);
         for (uintptr_t i = 0; i < size; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(address + 4 * size + i));
         S::to_float(static_cast<const char*>(job.scales) + first * width, job.scale_type, job.blocks, scale);
-        for (int64_t i = 0; i < kLanes; ++i) scale[job.blocks + i] = 0.0f;
+        S::store(S::zero_floats(), scale + job.blocks);
         float* offset = job.scratch + 2 * kMaxRows * scratch_stride(job);
         if (job.offsets != nullptr) {
             S::to_float(static_cast<const char*>(job.offsets) + first * width, job.scale_type, job.blocks, offset);
@@ -217,14 +219,14 @@ void prepare_row(const RowJob& job, int64_t row, float* scale, float step, const
             for (int64_t b = 0; b < job.blocks; ++b) offset[b] = -scale[b] * values[zeros[b]];
         }
         if (job.offsets != nullptr || job.zeros != nullptr) {
-            for (int64_t i = 0; i < kLanes; ++i) offset[job.blocks + i] = 0.0f;
+            S::store(S::zero_floats(), offset + job.blocks);
             for (int64_t n = 0; n < job.batch; ++n)
-                rest[n] = dot_padded<S>(offset, job.block_sums + n * job.sums_stride, job.blocks);
+                add_products<S>(offset, job.block_sums + n * job.sums_stride, job.blocks, 1.0f / step, start + n * kLanes);
         }
     }
-    if (job.bias != 0.0f)
-        for (int64_t n = 0; n < job.batch; ++n)
-            rest[n] += step * job.bias * dot_padded<S>(scale, job.block_sums + n * job.sums_stride, job.blocks);
+    if (job.bias == 0.0f) return;
+    for (int64_t n = 0; n < job.batch; ++n)
+        add_products<S>(scale, job.block_sums + n * job.sums_stride, job.blocks, job.bias, start + n * kLanes);
 }
 
 // The chunks of some rows: those that can be read where they lie, then a padded copy of the rest. Made before the loop,
@@ -269,7 +271,7 @@ void int8_rows(const RowJob& job, int64_t row, const RowScales& scales, int64_t 
     }
     Floats sum[rows][batch];
     for (int r = 0; r < rows; ++r)
-        for (int n = 0; n < batch; ++n) sum[r][n] = S::zero_floats();
+        for (int n = 0; n < batch; ++n) sum[r][n] = S::load(scales.start[r] + (n0 + n) * kLanes);
     const Chunks<S, bits, rows> chunks(job, job.codes + row * job.stride);
     int64_t c = 0;
     for (int half = 0; half < 2; ++half) {
@@ -337,7 +339,7 @@ void float_rows(const RowJob& job, int64_t row, const RowScales& scales, int64_t
         for (int r = 0; r < rows; ++r) table[r].load(job.values + (row + r * job.gap) * job.table_stride);
     Floats sum[rows][batch];
     for (int r = 0; r < rows; ++r)
-        for (int n = 0; n < batch; ++n) sum[r][n] = S::zero_floats();
+        for (int n = 0; n < batch; ++n) sum[r][n] = S::load(scales.start[r] + (n0 + n) * kLanes);
     const Chunks<S, bits, rows> chunks(job, job.codes + row * job.stride);
     int64_t c = 0;
     for (int half = 0; half < 2; ++half) {
@@ -402,7 +404,7 @@ struct Group {
     int count;
     RowScales scales;
     float step[kMaxRows];
-    float rest[kMaxRows][kBatchRows];
+    float start[kMaxRows][kBatchRows * kLanes];
 };
 
 template <class S>
@@ -414,8 +416,8 @@ void prepare_group(const RowJob& job, bool steps, int64_t row, float* scratch, G
         float* scale = scratch + r * scratch_stride(job);
         group.scales.scale[r] = scale;
         group.step[r] = steps ? job.steps[job.table_stride == 0 ? 0 : own] : 1.0f;
-        for (int64_t n = 0; n < job.batch; ++n) group.rest[r][n] = 0.0f;
-        prepare_row<S>(job, own, scale, group.step[r], job.values + own * job.table_stride, group.rest[r]);
+        group.scales.start[r] = group.start[r];
+        prepare_row<S>(job, own, scale, group.step[r], job.values + own * job.table_stride, group.start[r]);
     }
 }
 
@@ -429,11 +431,14 @@ void multiply_group(const RowJob& job, const RowFunctions& functions, const Grou
             const int rows = group.count - r >= S::kRows[size] ? S::kRows[size] : 1;
             const int64_t own = group.row + r * job.gap;
             RowScales from;
-            for (int i = 0; i < rows; ++i) from.scale[i] = group.scales.scale[r + i];
+            for (int i = 0; i < rows; ++i) {
+                from.scale[i] = group.scales.scale[r + i];
+                from.start[i] = group.scales.start[r + i];
+            }
             (rows > 1 ? functions.many : functions.one)[size](job, own, from, n, out);
             for (int i = 0; i < rows; ++i)
                 for (int b = 0; b < take; ++b)
-                    job.y[(n + b) * job.y_stride + own + i * job.gap] = out[i * take + b] * group.step[r + i] + group.rest[r + i][n + b];
+                    job.y[(n + b) * job.y_stride + own + i * job.gap] = out[i * take + b] * group.step[r + i];
             r += rows;
         }
         n += take;

@@ -1,2 +1,0 @@
-#include "isa.h"
-namespace fracbit { const Isa* isa_neon() { return nullptr; } }

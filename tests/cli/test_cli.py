@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,7 +174,9 @@ def test_interrupted_it_stops_cleanly_and_resumes(
     plan = tmp_path / "q" / ".fracbit" / "plan.json"
     command = [sys.executable, "-m", "fracbit", "quantize", str(tmp_path / "float"), "-o", str(tmp_path / "q"),
                "--dtype", "kmeans:row", "--search", "--shard-size", "1"]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A runner in the background hands down an ignored SIGINT, which Python would keep ignoring.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     deadline = time.monotonic() + 120
     while not plan.exists() and process.poll() is None:
         assert time.monotonic() < deadline

@@ -42,6 +42,7 @@ def evaluate(
     from fracbit.checkpoint.load import load, load_tokenizer, tokenizer_or_none
     from fracbit.evaluate import divergence, perplexity
     from fracbit.pipeline.api import ids_of, read_text
+    from fracbit.pipeline.overlap import calibration_sources, overlap_notes
 
     loaded = load(model, dtype, device, trust_remote_code)
     tokenizer = tokenizer_or_none(model) if _is_ids(text) else load_tokenizer(model, trust_remote_code)
@@ -50,6 +51,7 @@ def evaluate(
         raise DataError(f"--bos {bos} is no id of this model: its vocabulary is 0..{vocabulary - 1}")
     tokens = read_text(text, tokenizer, loaded)
     ids = ids_of(tokens)
+    notes = (*tokens.notes, *overlap_notes(tokens, calibration_sources(model), tokenizer, vocabulary))
     with progress(json) as show:
         found = perplexity(
             loaded, ids, window=window, stride=stride, bos=bos, batch=batch,
@@ -70,11 +72,11 @@ def evaluate(
     }
     if apart is not None:
         result["divergence"] = {"against": against, **apart.to_json()}
-    result["notes"] = list(tokens.notes)
+    result["notes"] = list(notes)
     if json:
         print_json(result)
         return
-    print_notes(tokens.notes)
+    print_notes(notes)
     print(
         f"perplexity {found.perplexity:.4f} ({found.nll:.5f} nats per token), {found.tokens_per_second:.0f} tokens/s"
     )

@@ -9,7 +9,7 @@ from fracbit.importance import read_size
 from fracbit.pipeline.plan import Ask, allocated, contest, make_plan, make_problem
 from fracbit.pipeline.preset import preset
 from fracbit.pipeline.subject import Progress, load_subject
-from fracbit.pipeline.texts import samples_of
+from fracbit.pipeline.texts import overlap_of, samples_of
 from fracbit.records.allocation import read_levels
 from fracbit.records.recipe import Recipe
 
@@ -67,4 +67,6 @@ def budgeted(
     measured = contest(
         subject, problem.units, plan.chosen.allocation, unseen, problem.levels, problem.budget.bits
     )
-    return allocated(recipe, measured.winner), (*notes, *measured.winner.notes)
+    texts = () if recipe.calibration is None else recipe.calibration.texts
+    shared = overlap_of(spending.held_out, texts, recipe.model, subject) if texts else ()
+    return allocated(recipe, measured.winner), (*notes, *measured.winner.notes, *shared)

@@ -15,8 +15,9 @@ import csv
 import itertools
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -225,20 +226,31 @@ def main() -> None:
     parser.add_argument("--granularities", default="block,linear")
     parser.add_argument("--levels", default="uniform,two,many")
     parser.add_argument("--parts", default="scores,subsets,allocations")
+    parser.add_argument("--minutes", type=float, default=600.0, help="begin nothing new after so long")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    started = time.monotonic()
     for model in given.models:
-        started = time.perf_counter()
         study = find_study(model, given.calibration, given.evaluation, given.length)
-        measure_float(study, given.out)
-        for granularity in given.granularities.split(",") if "scores" in given.parts else ():
-            measure_scores(study, granularity, given.out)
-        for high, low in PAIRS if "subsets" in given.parts else ():
-            if low in given.lows.split(","):
-                measure_subsets(study, high, low, given.out)
-        for label in given.levels.split(",") if "allocations" in given.parts else ():
-            measure_allocations(study, label, given.out)
-        print(f"{study.name} {given.parts}: {time.perf_counter() - started:.0f} s", flush=True)
+        for name, job in jobs_of(study, given):
+            if time.monotonic() - started > 60 * given.minutes:
+                return
+            begun = time.monotonic()
+            job()
+            if time.monotonic() - begun > 1:
+                print(f"{study.name} {name}: {time.monotonic() - begun:.0f} s", flush=True)
+
+
+def jobs_of(study: Study, given: argparse.Namespace) -> Iterator[tuple[str, Callable[[], None]]]:
+    """What there is to measure of a model, each by its name; what is measured already takes no time."""
+    yield "float", partial(measure_float, study, given.out)
+    for granularity in given.granularities.split(",") if "scores" in given.parts else ():
+        yield f"scores {granularity}", partial(measure_scores, study, granularity, given.out)
+    for high, low in PAIRS if "subsets" in given.parts else ():
+        if low in given.lows.split(","):
+            yield f"{high} to {low}", partial(measure_subsets, study, high, low, given.out)
+    for label in given.levels.split(",") if "allocations" in given.parts else ():
+        yield f"allocations {label}", partial(measure_allocations, study, label, given.out)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -42,6 +43,18 @@ class Sampled:
             "median_error": middle,
             "largest_error": max(self.errors),
         }
+
+
+def sampling_notes(protocol: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a user should know of scores with this protocol."""
+    found = protocol.get("sampled")
+    if not found:
+        return ()
+    share, middle, largest = found["weights"] / found["of"], found["median_error"], found["largest_error"]
+    return (
+        f"scores are from {100 * share:.1f} % of the weights, known to {100 * middle:.2g} % (the worst to "
+        f"{100 * largest:.2g} %); --whole reads all",
+    )
 
 
 def group_of(schemes: Sequence[Scheme | None]) -> int | None:
@@ -81,8 +94,10 @@ def _rows(name: str, out: int, group: int, share: float) -> tuple[Rows, Rows]:
     count = 2 * max(1, round(out * share / group / 2))
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
     drawn = torch.rand(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    groups = out // group
-    starts = [math.floor((index + part) * groups / count) * group for index, part in enumerate(drawn)]
+    edges = [index * (out // group) // count for index in range(count + 1)]
+    starts = [
+        math.floor(a + part * (b - a)) * group for a, b, part in zip(edges, edges[1:], drawn, strict=False)
+    ]
     rows = [slice(start, start + group) for start in starts]
     return tuple(rows[::2]), tuple(rows[1::2])
 

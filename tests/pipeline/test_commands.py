@@ -106,10 +106,11 @@ def test_pruning_compares_and_writes(files: Path) -> None:
 def test_the_lens_reports_and_draws(files: Path) -> None:
     pytest.importorskip("matplotlib")
     done = command(
-        "lens", str(files / "model"), "--text", source(files, "unseen"), "--kinds", "gaussian", "--intensities", "0.1",
-        "-o", str(files / "lens"), "--scores", str(files / "lens.json"), *SAMPLES,
+        "lens", str(files / "model"), "--text", source(files, "unseen"), "--kinds", "gaussian,int3/32",
+        "--intensities", "0.1,0.2", "-o", str(files / "lens"), "--scores", str(files / "lens.json"), *SAMPLES,
     )  # fmt: skip
-    assert [point["target"] for point in done["curves"]] == ["weights", "activations"]  # type: ignore[attr-defined,index]
+    kinds = ["gaussian", "gaussian", "int3/32", "int3/32 as gaussian"]
+    assert [point["kind"] for point in done["curves"]] == 2 * kinds  # type: ignore[attr-defined,index]
     assert len(done["fragility"]) == 3  # type: ignore[arg-type]
     names = {
         "intensity.png",
@@ -153,6 +154,8 @@ def test_the_lens_reports_and_draws(files: Path) -> None:
         (["lens", "MODEL", "--text", "TEXT", "--seeds", "2"], "at least 5"),
         (["lens", "MODEL", "--text", "TEXT", "--intensities", "0,x", *SAMPLES], "takes numbers"),
         (["lens", "MODEL", "--text", "TEXT", "--intensities", "0", *SAMPLES], "is none"),
+        (["lens", "MODEL", "--text", "TEXT", "--intensities", "nan", *SAMPLES], "is none"),
+        (["lens", "MODEL", "--text", "TEXT", "--kinds", "gausian", *SAMPLES], "did you mean"),
     ],
 )
 def test_bad_input_is_one_of_our_errors(files: Path, words: list[str], says: str) -> None:

@@ -25,6 +25,9 @@ def sweep(
     ] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try runs again that failed.")] = False,
     export: Annotated[Path | None, typer.Option(help="Also write all rows of the store as Parquet.")] = None,
+    imported: Annotated[
+        Path | None, typer.Option("--import", help="First take over the rows of a Parquet file that --export wrote.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; without --ray.")] = "cpu",
     ray: Annotated[
         bool, typer.Option("--ray", help="Run on Ray, started here unless --address is given.")
@@ -49,7 +52,8 @@ def sweep(
         check_address(address)  # before anything slow is imported
     from fracbit.sweep.grid import expand, read_grid
     from fracbit.sweep.runner import check_complete, run_sweep
-    from fracbit.sweep.store import export_parquet, open_store, shown
+    from fracbit.sweep.parquet import export_parquet, import_parquet
+    from fracbit.sweep.store import open_store, shown
 
     read = read_grid(grid)
     expansion = expand(read)
@@ -59,6 +63,8 @@ def sweep(
         return
     engine = _engine(root, device, ray or address is not None, address, workers, cpus, gpus, memory, retries)
     with open_store(store) as opened:
+        if imported is not None:
+            opened.add(import_parquet(imported))
         outcome = run_sweep(opened, expansion.runs, engine, None if json else _show, retry_failed)
         if export is not None:
             export_parquet(opened.rows(), export)

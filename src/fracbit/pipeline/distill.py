@@ -70,7 +70,7 @@ def train(
     teacher, student = _float_model(work), _float_model(work)
     _fill(work, student, stored, {name: tensor for name, tensor in packed.items() if not _inside(work, name)})
     gains = _norms(work, student)
-    trained = {name: tensor for name, tensor in packed.items() if _inside(work, name)}
+    trained = {name: tensor.to(work.device) for name, tensor in packed.items() if _inside(work, name)}
     soft = soften(student, trained, rewritten=bool(work.plan.transforms))
     plan = Distillation(epochs=work.plan.distill, rate=work.plan.rate, seed=work.recipe.seed)
 
@@ -78,12 +78,17 @@ def train(
         work.show(f"distilling, {loss:.4f} nats from the float model", epoch, plan.epochs)
 
     with fed_through(student, {name: partial(_as_fed, layer=layers[name]) for name in soft}):
-        result = distill(teacher, student, soft, gains, samples.ids, plan, show)
+        result = distill(teacher, student, soft, gains, samples.ids.to(work.device), plan, show)
     return {shard: _changed(tensors, soft, gains) for shard, tensors in stored.items()}, result
 
 
 def _float_model(work: Work) -> PreTrainedModel:
-    model = load(work.source.folder, dtype=torch.float32, trust_remote_code=work.recipe.trust_remote_code)
+    model = load(
+        work.source.folder,
+        dtype=torch.float32,
+        device=work.device,
+        trust_remote_code=work.recipe.trust_remote_code,
+    )
     split_experts(model)
     return model
 
@@ -157,7 +162,7 @@ def _changed(
     made: dict[str, Tensor] = {}
     for name, layer in soft.items():
         if f"{name}.weight" in tensors:
-            made |= tensor_names(name, layer.packed())
+            made |= tensor_names(name, layer.packed().to("cpu"))
     return made | {
-        name: gain.detach().to(tensors[name].dtype) for name, gain in gains.items() if name in tensors
+        name: gain.detach().cpu().to(tensors[name].dtype) for name, gain in gains.items() if name in tensors
     }

@@ -346,7 +346,7 @@ def test_columns_in_sixteen_bits_are_saved_loaded_and_counted(
 def test_rounded_activations_break_on_outliers_and_hold_with_the_remedies(
     source: Path, ids: Path, tmp_path: Path
 ) -> None:
-    """W8A8 on planted outliers: per tensor it breaks; per token, cube roots and smoothing hold. Saved and applied on load."""
+    """W8A8 on planted outliers: per tensor it breaks; smoothing, rotation and cube roots hold. Saved, applied on load."""
     model = load(source)
     x = torch.arange(3, 43)[None]
     with torch.no_grad():
@@ -358,16 +358,21 @@ def test_rounded_activations_break_on_outliers_and_hold_with_the_remedies(
     wanted = logits(load(tmp_path / "float"), x)
     lost = {}
     for name, inputs, plan in (
+        ("plain", "int8/tensor", {}),
         ("tensor", "int8/tensor", {}),
         ("token", "int8/token", {}),
         ("power", "power8/tensor", {}),
         ("smooth", "int8/tensor", {"transforms": ("smooth",)}),
+        ("rotate", "int8/tensor", {"transforms": ("rotate",)}),
     ):
-        asked = recipe(tmp_path / "float", ids, "rtn", Scheme("int", 8, "row"), inputs=inputs, **plan)
+        folder = source if name == "plain" else tmp_path / "float"
+        asked = recipe(folder, ids, "rtn", Scheme("int", 8, "row"), inputs=inputs, **plan)
         run_calibrated(asked, tmp_path / name)
         made = load(tmp_path / name)
         assert made.model.layers[0].mlp.up_proj.inputs is not None
         lost[name] = float((logits(made, x) - wanted).square().mean())
+    assert lost["tensor"] > 100 * lost["plain"], lost
     assert lost["smooth"] < 0.1 * lost["tensor"], lost
+    assert lost["rotate"] < 0.1 * lost["tensor"], lost
     assert lost["power"] < 0.5 * lost["tensor"], lost
     assert lost["token"] < lost["tensor"], lost

@@ -5,7 +5,7 @@ import torch
 
 from fracbit.errors import SchemeError
 from fracbit.numerics import decode, quantize_tensor
-from fracbit.numerics.inputs import int8_product, int8_weight, is_int8, padded, round_inputs
+from fracbit.numerics.inputs import int8_product, int8_weight, is_int8, padded, round_inputs, round_through
 from fracbit.records.inputs import Inputs, parse_inputs
 from fracbit.records.scheme import Scheme
 
@@ -40,6 +40,15 @@ def test_static_scales_clip_and_need_calibration():
     assert float(rounded.abs().max()) == pytest.approx(1.0)
     with pytest.raises(SchemeError, match="calibration"):
         round_inputs(x, Inputs(scope="tensor"))
+
+
+def test_gradients_pass_through_the_rounding():
+    x = activations().requires_grad_()
+    found = round_through(x, Inputs())
+    assert torch.allclose(found, round_inputs(x.detach(), Inputs()), atol=1e-6)
+    found.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+    assert torch.equal(round_through(x.detach(), Inputs()), round_inputs(x.detach(), Inputs()))
 
 
 def test_power_keeps_small_values_beside_an_outlier():

@@ -162,6 +162,20 @@ def test_chosen_axes_lose_less_than_either(source: Path, ids: Path, tmp_path: Pa
     )
 
 
+def test_tweaks_are_judged_on_samples_they_were_not_fitted_on(
+    source: Path, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fracbit.pipeline import block as stage
+
+    splits, real = [], stage.split_batches
+    monkeypatch.setattr(stage, "split_batches", lambda hidden: splits.append(real(hidden)) or splits[-1])
+    run_calibrated(recipe(source, ids, tweak="auto", samples=3, batch=8), tmp_path / "q")
+    assert splits
+    assert all(fit and judge and not set(fit) & set(judge) for fit, judge in splits)
+    with pytest.raises(RecipeError, match="at least 2"):
+        run_calibrated(recipe(source, ids, tweak="auto", samples=1), tmp_path / "r")
+
+
 @pytest.mark.parametrize("tweak", ["adam", "closed", "auto"])
 def test_tweak_is_reported_and_saved(source: Path, ids: Path, tmp_path: Path, tweak: str) -> None:
     run_calibrated(recipe(source, ids, scheme=Scheme("int", 2, 24), tweak=tweak), tmp_path / "q")

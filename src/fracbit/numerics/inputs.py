@@ -45,6 +45,13 @@ def round_inputs(x: Tensor, inputs: Inputs) -> Tensor:
     return (table.look_up(codes).view(values.shape) * scale).to(x.dtype)
 
 
+def round_through(x: Tensor, inputs: Inputs) -> Tensor:
+    """`round_inputs`, through which gradients pass as if it were not there (straight-through, arXiv:1308.3432)."""
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return round_inputs(x, inputs)
+    return x + (round_inputs(x.detach(), inputs) - x.detach())
+
+
 def is_int8(packed: PackedTensor, inputs: Inputs) -> bool:
     """Whether the product can be taken in integers: symmetric integers with a scale per output row, int8 activations."""
     scheme = packed.scheme

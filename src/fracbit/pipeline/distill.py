@@ -25,7 +25,7 @@ from fracbit.models.distill import Distillation, Distilled, distill, soften
 from fracbit.models.experts import split_experts
 from fracbit.models.install import set_weight, untie_head
 from fracbit.models.soft import SoftLinear
-from fracbit.numerics.inputs import round_inputs
+from fracbit.numerics.inputs import round_through
 from fracbit.numerics.packed import PackedTensor, decode
 from fracbit.pipeline.block import Work, item_as_stored
 from fracbit.pipeline.rotate import fed_through
@@ -113,9 +113,9 @@ def _fill(
 
 
 def _as_fed(x: Tensor, layer: StoredLayer) -> Tensor:
-    """What a stored layer multiplies; rounding lets gradients pass as if it were not there."""
+    """What a stored layer multiplies, differentiable."""
     x = turn_inputs(x) if layer.rotated else x
-    return x if layer.inputs is None else x + (round_inputs(x.detach(), layer.inputs) - x.detach())
+    return x if layer.inputs is None else round_through(x, layer.inputs)
 
 
 def _shards(schedule: Schedule) -> dict[str, str]:

@@ -101,6 +101,12 @@ def test_flags_arrive_and_losses_are_tabulated(files: Path, tmp_path: Path) -> N
     tweaks = manifest(tmp_path / "q")["tweaks"]
     assert f"{tweaks[1]['before']:.4f} to {tweaks[1]['after']:.4f} ({tweaks[1]['kept']})" in table
     assert "bits per weight" in table
+    layer = json.loads(fracbit("inspect", tmp_path / "q", "--json").stdout)["layers"][
+        "model.layers.0.mlp.down_proj"
+    ]
+    assert (layer["outliers"], layer["inputs"], layer["rotated"]) == (7, "int8/tensor", True)
+    shown = fracbit("inspect", tmp_path / "q").stdout
+    assert "int8/tensor, rotated, 7 columns in 16 bits" in shown
 
 
 BAD: list[tuple[list[str], type[FracbitError], str]] = [

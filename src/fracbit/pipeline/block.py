@@ -25,7 +25,7 @@ from fracbit.models.family import Family
 from fracbit.models.install import materialize, release, set_weight
 from fracbit.models.tweak import Evidence, tweak_block
 from fracbit.models.walk import Hidden, advance
-from fracbit.numerics.inputs import round_inputs
+from fracbit.numerics.inputs import round_through
 from fracbit.numerics.packed import decode
 from fracbit.numerics.stats import Stats
 from fracbit.pipeline.axis import choose_axes
@@ -208,7 +208,7 @@ def roundings(
 def rounded_inputs(block: nn.Module, rounding: Mapping[str, Inputs]) -> AbstractContextManager[None]:
     """A context in which the named linears are fed rounded inputs."""
     return fed_through(
-        block, {name: partial(round_inputs, inputs=inputs) for name, inputs in rounding.items()}
+        block, {name: partial(round_through, inputs=inputs) for name, inputs in rounding.items()}
     )
 
 

@@ -105,6 +105,10 @@ def prepare(
     if recipe.calibration is None:
         raise RecipeError(f"quantizer {recipe.quantizer} looks at data; name texts with --calibration FILE")
     plan = recipe.calibration
+    if plan.tweak != "none" and plan.samples < 2:
+        raise RecipeError(
+            "norm tweaking fits on some samples and is judged on others: give at least 2, or tweak none"
+        )
     check_device(device)
     source = open_source(recipe.model, recipe.revision, recipe.trust_remote_code)
     refuse(source, output)
@@ -269,4 +273,9 @@ def embed_all(
     width = work.model.config.get_text_config().hidden_size
     size = count * length * width * work.dtype.itemsize
     place = storage((count, length, width), work.dtype, folder / JOURNAL if size > spill_bytes else None)
-    return embed(work.model, work.family, samples.ids, work.plan.batch, place)
+    return embed(work.model, work.family, samples.ids, batch_of(work.plan), place)
+
+
+def batch_of(plan: Calibration) -> int:
+    """Samples through a block at a time: few enough that a correction is judged by a batch that it was not fitted on."""
+    return plan.batch if plan.tweak == "none" else min(plan.batch, plan.samples // 2)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fracbit.models.blocks import weight_of
+from fracbit.models.calls import device_of
 from fracbit.models.family import Family
 from fracbit.models.fold import check_rotatable, inner_readers, rotate_block, rotate_rest
 from fracbit.models.install import materialize, set_weight
@@ -72,7 +73,7 @@ def turn_block(
     Only linears that are `quantized` are: a float one has nowhere to say so.
     """
     if matrix is not None:
-        rotate_block(block, family, matrix)
+        rotate_block(block, family, matrix.to(device_of(block)))
     if MLP not in transforms:
         return ()
     turned = tuple(name for name in inner_readers(block, family) if name in quantized)

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 def report(
     store: Annotated[
-        str, typer.Argument(help="SQLite file, postgresql://USER@HOST/NAME, or the Parquet file of a sweep's --export.")
+        str,
+        typer.Argument(
+            help="SQLite file, postgresql://USER@HOST/NAME, or the Parquet file of a sweep's --export."
+        ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="HTML file to write.")] = Path("report.html"),
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "Bits and loss",

@@ -26,7 +26,8 @@ def sweep(
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try runs again that failed.")] = False,
     export: Annotated[Path | None, typer.Option(help="Also write all rows of the store as Parquet.")] = None,
     imported: Annotated[
-        Path | None, typer.Option("--import", help="First take over the rows of a Parquet file that --export wrote.")
+        Path | None,
+        typer.Option("--import", help="First take over the rows of a Parquet file that --export wrote."),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; without --ray.")] = "cpu",
     ray: Annotated[
@@ -51,8 +52,8 @@ def sweep(
 
         check_address(address)  # before anything slow is imported
     from fracbit.sweep.grid import expand, read_grid
-    from fracbit.sweep.runner import check_complete, run_sweep
     from fracbit.sweep.parquet import export_parquet, import_parquet
+    from fracbit.sweep.runner import check_complete, run_sweep
     from fracbit.sweep.store import open_store, shown
 
     read = read_grid(grid)

@@ -60,7 +60,9 @@ def _flat(row: Row) -> dict[str, Any]:
 def _row(line: Mapping[str, Any], path: Path) -> Row:
     missing = {"key", "run", "status", "text_sha256", *NESTED, *LISTS, *ALSO} - line.keys()
     if missing:
-        raise FormatError(f"{path} lacks the columns {sorted(missing)}: write it with `fracbit sweep --export`")
+        raise FormatError(
+            f"{path} lacks the columns {sorted(missing)}: write it with `fracbit sweep --export`"
+        )
     fields = {name: line[name] for name in Row.model_fields if name in line and name not in ("run", *NESTED)}
     try:
         run = Run.model_validate_json(line["run"])

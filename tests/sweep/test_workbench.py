@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fracbit.data import read_documents
-from fracbit.evaluate import perplexity
+from fracbit.errors import DataError
+from fracbit.evaluate import perplexity, write_continuation
 from fracbit.models.blocks import blocks, linears, weight_of
 from fracbit.models.find import family_of
 from fracbit.models.install import set_weight
@@ -215,3 +216,26 @@ def test_gptq_beats_rounding_on_what_it_minimizes(bench: Workbench) -> None:
         }
     assert bits["gptq"] == bits["rtn"]
     assert all(losses["gptq"][layer] < losses["rtn"][layer] for layer in stats)
+
+
+@pytest.mark.filterwarnings("ignore")  # the harness and what it brings warn about one another
+def test_accuracies_stand_beside_the_loss(shared: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="zero-shot is an extra: fracbit[eval]")
+    text = " ".join(f"word{number}" for number in range(400))
+    write_continuation([text], tmp_path, items=8, context_words=8, choice_words=3)
+    evaluation = Evaluation(
+        text="data/tales-evaluation.u16?length=512&first=1&keep=64", tasks=("continuation.yaml",)
+    )
+    recipe = Recipe(model="models/tales-xs", scheme=Scheme("int", 4))
+    (tmp_path / "models").symlink_to(shared / "models")
+    (tmp_path / "data").symlink_to(shared / "data")
+    run = Run(recipe=recipe, evaluation=evaluation)
+    bench = Workbench(source_of(run), tmp_path)
+    row = bench.measure(run)
+    assert row.error is None
+    assert row.nll is not None
+    assert 0 <= row.accuracies["continuation"] <= 1
+    assert [note for note in row.notes if "continuation: 8 questions" in note and "lm-eval" in note]
+    without = evaluation.model_copy(update={"tasks": ("gone.yaml",)})
+    with pytest.raises(DataError, match="no task file gone.yaml"):
+        Workbench(source_of(run.model_copy(update={"evaluation": without})), tmp_path)

@@ -40,11 +40,6 @@ def where(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return str(tmp_path / "s.db")
     url: str = request.getfixturevalue("postgresql")
-    engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
-    with engine.begin() as link:
-        link.exec_driver_sql("DROP SCHEMA public CASCADE")
-        link.exec_driver_sql("CREATE SCHEMA public")
-    engine.dispose()
     return url
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fracbit.checkpoint.load import load
 from fracbit.errors import DataError, RecipeError, WeightError
@@ -73,9 +74,11 @@ def logits(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_first_block_is_what_the_quantizer_gives(source: Path, ids: Path, tmp_path: Path) -> None:
-    seen: list[str] = []
-    run_calibrated(recipe(source, ids), tmp_path / "q", progress=lambda what, done, total: seen.append(what))
-    assert len(seen) == 3
+    seen: list[tuple[str, int, int]] = []
+    run_calibrated(recipe(source, ids), tmp_path / "q", progress=lambda *step: seen.append(step))
+    assert [what for what, _, _ in seen if what.startswith("block")] == [f"block {n} of 3" for n in (1, 2, 3)]
+    assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
+    assert seen[-1][1:] == (24, 24), "a step for every linear and one for every block"
     facts = manifest(tmp_path / "q")
     assert facts["texts"][0]["samples"] == 16
     made, model = load(tmp_path / "q"), load(source)
@@ -98,7 +101,9 @@ def test_first_block_is_what_the_quantizer_gives(source: Path, ids: Path, tmp_pa
     for name, found in zip(names, expected, strict=True):
         layer = getattr(made.model.layers[0].self_attn, name)
         assert torch.equal(decode(layer.packed), decode(found.packed))
-        assert facts["layers"][f"model.layers.0.self_attn.{name}"]["loss"] == pytest.approx(found.loss)
+        loss = facts["layers"][f"model.layers.0.self_attn.{name}"]["loss"]
+        assert loss == pytest.approx(found.loss)
+        assert f"model.layers.0.self_attn.{name} {loss:.2e}" in [what for what, _, _ in seen]
 
 
 @pytest.mark.parametrize("chain", ["quantized", "float"])
@@ -107,7 +112,7 @@ def test_resume_is_bit_identical(source: Path, ids: Path, tmp_path: Path, chain:
     run_calibrated(asked, tmp_path / "whole")
 
     def die(what: str, done: int, total: int) -> None:
-        if done == 2:
+        if what.startswith("block 2"):
             raise Killed
 
     with pytest.raises(Killed):
@@ -309,6 +314,33 @@ def test_transforms_and_outliers_in_one_model(source: Path, ids: Path, tmp_path:
     assert lost["out"] < 0.6 * lost["in"], lost
     assert lost["awq"] < 0.6 * lost["in"], lost
     assert lost["smooth"] < 0.9 * lost["in"], lost
+
+
+@pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
+def test_columns_in_sixteen_bits_are_saved_loaded_and_counted(
+    source: Path, ids: Path, tmp_path: Path, quantizer: str
+) -> None:
+    x, results = torch.arange(3, 43)[None], {}
+    for share in (0.0, 0.1):
+        asked = recipe(source, ids, quantizer, Scheme("int", 2, 24, offset="zero"), outliers=share)
+        results[share] = run_calibrated(asked, tmp_path / f"{share}")
+    made, packed = load(tmp_path / "0.1"), manifest(tmp_path / "0.1")["layers"]
+    layer = made.model.layers[1].mlp.down_proj.packed
+    assert layer.outliers.shape == (48, 13)
+    assert layer.outliers.dtype == torch.float16, "an fp32 source: 16 bits of the finer kind"
+    assert packed["model.layers.1.mlp.down_proj"]["outliers"] == 13
+    held = {}
+    for shard in (tmp_path / "0.1").glob("*.safetensors"):
+        held |= {name: part for name, part in load_file(shard).items() if "_proj.weight" in name}
+    size = sum(part.numel() * part.element_size() for part in held.values())
+    weights = sum(parameter.numel() for name, parameter in load(source).named_parameters() if "_proj" in name)
+    assert results[0.1].bits_per_weight == 8 * size / weights
+    assert results[0.1].bits_per_weight > results[0.0].bits_per_weight + 1
+    wanted = logits(load(source), x)
+    lost = {
+        share: float((logits(load(tmp_path / f"{share}"), x) - wanted).square().mean()) for share in results
+    }
+    assert lost[0.1] < 0.8 * lost[0.0], lost
 
 
 def test_rounded_activations_break_on_outliers_and_hold_with_the_remedies(

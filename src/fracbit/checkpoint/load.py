@@ -28,7 +28,9 @@ def load(
 
     Raises `SourceError` when it cannot be read, `FormatError` when it is unfinished or of another format version.
     """
-    _check_place(dtype, device)
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise SourceError(f"dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
+    check_device(device)
     source = open_checkpoint(model, trust_remote_code, revision)
     register()
     shown = logging.is_progress_bar_enabled()
@@ -45,10 +47,8 @@ def load(
     return loaded.to(torch.device(device)).eval()  # type: ignore[arg-type,no-any-return]
 
 
-def _check_place(dtype: torch.dtype | str, device: str | torch.device) -> None:
-    """Refuse a type or a device that torch does not have here, before anything is read."""
-    if isinstance(dtype, str) and dtype not in DTYPES:
-        raise SourceError(f"dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
+def check_device(device: str | torch.device) -> None:
+    """Refuse a device that torch does not have here, before anything is read. Raises `SourceError`."""
     try:
         torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -65,7 +65,7 @@ def evaluate(
     if text is not None:
         reference = None if against is None else (against, load(against, dtype, device, trust_remote_code))
         protocol = {"window": window, "stride": stride, "bos": bos, "batch": batch}
-        figures, lines = _judge(loaded, tokenizer, text, reference, protocol, json)
+        figures, lines = _judge(model, loaded, tokenizer, text, reference, protocol, json)
         result |= figures
     if questions is not None and tokenizer is not None:
         asked = ask(loaded, tokenizer, questions, limit=limit, batch=batch, quiet=json)
@@ -80,6 +80,7 @@ def evaluate(
 
 
 def _judge(
+    name: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     text: str,
@@ -87,28 +88,30 @@ def _judge(
     protocol: dict[str, int | None],
     quiet: bool,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Perplexity, and divergence from `reference` (its name, itself): figures and lines."""
+    """Perplexity of the model called `name`, and divergence from `reference` (its name, itself): figures and lines."""
     from fracbit.evaluate import divergence, perplexity
     from fracbit.pipeline.api import ids_of, read_text
+    from fracbit.pipeline.overlap import calibration_sources, overlap_notes
 
     vocabulary, bos = model.config.get_text_config().vocab_size, protocol["bos"]
     if bos is not None and not 0 <= bos < vocabulary:
         raise DataError(f"--bos {bos} is no id of this model: its vocabulary is 0..{vocabulary - 1}")
     tokens = read_text(text, tokenizer, model)
+    notes = [*tokens.notes, *overlap_notes(tokens, calibration_sources(name), tokenizer, vocabulary)]
     options: Any = protocol
     with progress(quiet) as show:
         ids = ids_of(tokens)
         found = perplexity(model, ids, **options, progress=partial(show, "perplexity"))
-        figures = {"text": text, "text_sha256": tokens.sha256, **found.to_json(), "notes": list(tokens.notes)}
+        figures = {"text": text, "text_sha256": tokens.sha256, **found.to_json(), "notes": notes}
         lines = [
             f"perplexity {found.perplexity:.4f} ({found.nll:.5f} nats per token), {found.tokens_per_second:.0f} tokens/s",
             f"protocol: {found.protocol}",
         ]
         if reference is not None:
-            name, other = reference
-            apart = divergence(other, model, ids, **options, progress=partial(show, "divergence"))
-            figures["divergence"] = {"against": name, **apart.to_json()}
-            lines.append(f"from {name}: {apart}")
+            float_name, float_model = reference
+            apart = divergence(float_model, model, ids, **options, progress=partial(show, "divergence"))
+            figures["divergence"] = {"against": float_name, **apart.to_json()}
+            lines.append(f"from {float_name}: {apart}")
     return figures, lines
 
 

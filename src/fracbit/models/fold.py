@@ -14,7 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from fracbit.errors import RecipeError
-from fracbit.models.blocks import bias_of, gain_of, linears, norms, pairs, shape_of, source_rows, weight_of
+from fracbit.models.blocks import (
+    bias_of,
+    blocks,
+    find,
+    gain_of,
+    linears,
+    norms,
+    pairs,
+    shape_of,
+    source_rows,
+    weight_of,
+)
 from fracbit.models.family import Family, Norm, Pair
 from fracbit.models.install import set_weight
 
@@ -55,8 +66,8 @@ def fold_pair(block: nn.Module, pair: Pair, factors: Tensor, config: Any) -> Non
 
     `factors` [in of the readers] must be equal where one row feeds several columns (`tie`).
     """
-    rows = source_rows(block, pair, config)
     source = block.get_submodule(pair.source)
+    rows = source_rows(block, pair, config).to(factors.device)
     by_row = torch.ones(shape_of(source)[0], device=factors.device)
     by_row[rows] = factors
     set_weight(source, weight_of(source).float() / by_row[:, None])
@@ -69,7 +80,7 @@ def fold_pair(block: nn.Module, pair: Pair, factors: Tensor, config: Any) -> Non
 
 def tie(block: nn.Module, pair: Pair, factors: Tensor, config: Any) -> Tensor:
     """`factors` [in] with one value, the geometric mean, for columns that one source row feeds (grouped queries)."""
-    rows = source_rows(block, pair, config)
+    rows = source_rows(block, pair, config).to(factors.device)
     total = torch.zeros(int(rows.max()) + 1, device=factors.device)
     logs = total.index_add(0, rows, factors.log())
     counts = total.index_add(0, rows, torch.ones_like(factors))
@@ -88,14 +99,16 @@ def rotate_block(block: nn.Module, family: Family, matrix: Tensor) -> None:
 
     Raises `RecipeError` for norms that do not commute with a rotation (LayerNorm, or one that writes the stream).
     """
-    check_rotatable(block, family)
+    _check_norms(block, family)
     reading: list[str] = []
     for norm in norms(block, family):
         if not norm.readers:
             continue
         gain = gain_of(block, norm.name)
         assert gain is not None
-        fold_norm(block, family, norm, gain.float() + family.gain_offset)
+        scale_columns(block, norm.readers, gain.float() + family.gain_offset)
+        with torch.no_grad():
+            gain.fill_(1.0 - family.gain_offset)  # a gain of 0 is folded like any other
         reading += norm.readers
     for name in reading:
         module = block.get_submodule(name)
@@ -106,7 +119,10 @@ def rotate_block(block: nn.Module, family: Family, matrix: Tensor) -> None:
 
 
 def rotate_rest(model: nn.Module, family: Family, matrix: Tensor) -> None:
-    """Turn the embeddings and the head, the final norm's gain folded into the head; the two must not be tied any more."""
+    """Turn the embeddings and the head, the final norm's gain folded into the head.
+
+    The two must not be one tensor: the table is turned as it is, the head with the gain in it.
+    """
     for name in family.embeddings:
         table = model.get_submodule(name)
         set_weight(table, (weight_of(table).double() @ matrix).float())
@@ -117,9 +133,26 @@ def rotate_rest(model: nn.Module, family: Family, matrix: Tensor) -> None:
         gain.fill_(1.0 - family.gain_offset)
 
 
-def check_rotatable(block: nn.Module, family: Family) -> None:
+def check_rotatable(model: nn.Module, family: Family) -> None:
     """Raise `RecipeError` unless every norm on the residual stream is an RMSNorm read by linears alone."""
-    for norm in norms(block, family):
+    final = find(model, family.final_norm) if family.final_norm else None
+    head = find(model, family.head)
+    if final is None or bias_of(final) is not None or isinstance(final, nn.LayerNorm) or head is None:
+        kind = "no final norm that is known" if final is None else f"a {type(final).__name__} before the head"
+        raise RecipeError(
+            f"{type(model).__name__} has {kind}: its residual stream cannot be rotated; leave rotate out"
+        )
+    for _, block in blocks(model, family):
+        _check_norms(block, family)
+
+
+def _check_norms(block: nn.Module, family: Family) -> None:
+    found = norms(block, family)
+    if not any(norm.readers for norm in found):
+        raise RecipeError(
+            f"nothing is known of the norms of {type(block).__name__}: its residual stream cannot be rotated; leave rotate out"
+        )
+    for norm in found:
         module = block.get_submodule(norm.name)
         inside_head = norm.name.rpartition(".")[2] in ("q_norm", "k_norm")
         if inside_head and not norm.readers:
@@ -136,10 +169,30 @@ def check_rotatable(block: nn.Module, family: Family) -> None:
             )
 
 
-def scaling_sites(block: nn.Module, family: Family, config: Any) -> list[tuple[tuple[str, ...], Norm | Pair]]:
-    """Where factors can be folded: (readers of one input, what produces it), in order of use."""
+def inner_readers(block: nn.Module, family: Family) -> tuple[str, ...]:
+    """The linears that read what the MLP makes inside: no norm's output and no values of the attention.
+
+    Raises `RecipeError` where the family does not say who reads the norms.
+    """
+    outer = {name for norm in norms(block, family) for name in norm.readers}
+    if not outer:
+        raise RecipeError(
+            f"nothing is known of the inputs of {type(block).__name__}: leave rotate-mlp out for this model"
+        )
+    values = {name for pair in family.pairs if pair.layout != "rows" for name in pair.readers}
+    return tuple(name for name in linears(block, family) if name not in outer | values)
+
+
+def scaling_sites(
+    block: nn.Module, family: Family, config: Any, turned: Iterable[str] = ()
+) -> list[tuple[tuple[str, ...], Norm | Pair]]:
+    """Where factors can be folded: (readers of one input, what produces it), in order of use.
+
+    Not through the rotation before the linears `turned`.
+    """
     folding = [norm for norm in norms(block, family) if norm.exclusive and norm.readers]
-    producers: list[Norm | Pair] = [*folding, *pairs(block, family, config)]
+    straight = [pair for pair in pairs(block, family, config) if not set(pair.readers) & set(turned)]
+    producers: list[Norm | Pair] = [*folding, *straight]
     return [(producer.readers, producer) for producer in producers]
 
 

@@ -28,6 +28,7 @@ from fracbit.numerics.packed import (
 )
 from fracbit.records.inputs import Inputs
 from fracbit.records.scheme import Scheme
+from fracbit.transforms.rotation import turn_factors, turn_inputs
 
 
 class _PackedBuffers(nn.Module):
@@ -102,16 +103,25 @@ class QuantLinear(_PackedBuffers):
         outliers: int = 0,
         sixteen: torch.dtype = torch.bfloat16,
         inputs: Inputs | None = None,
+        rotated: bool = False,
     ) -> None:
         super().__init__(scheme, shape, outliers, sixteen)
-        self.inputs = inputs
+        self.inputs, self.rotated = inputs, rotated
+        self._turn: tuple[Tensor, ...] | None = None
         self.in_features, self.out_features = shape[1], shape[0]
         self.bias = nn.Parameter(torch.empty(shape[0]), requires_grad=False) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply `x` [..., in], rounded as `inputs` says, by the packed weight."""
+        """Multiply `x` [..., in], rotated and rounded as the checkpoint says, by the packed weight."""
+        x = self._turned(x) if self.rotated else x
         y = self.multiply(x) if self.inputs is None else self._multiply_rounded(x, self.inputs)
         return y if self.bias is None else y + self.bias
+
+    def _turned(self, x: Tensor) -> Tensor:
+        """`x` times the Hadamard matrix whose inverse is in the weight."""
+        if self._turn is None or any(factor.device != x.device for factor in self._turn):
+            self._turn = turn_factors(self.in_features, x.device)
+        return turn_inputs(x, self._turn)
 
     def _multiply_rounded(self, x: Tensor, inputs: Inputs) -> Tensor:
         packed = self.packed

@@ -42,6 +42,7 @@ from fracbit.numerics.datatypes import check_datatype
 from fracbit.numerics.packed import part_shapes
 from fracbit.pipeline.memory import running_memory
 from fracbit.pipeline.run import model_config
+from fracbit.pipeline.sampling import sampling_notes
 from fracbit.pipeline.schedule import SHARD_BYTES, Schedule, make_schedule
 from fracbit.pipeline.score import make_losses, make_scores
 from fracbit.pipeline.subject import Progress, Subject, Weights, measure, replaced, rounded, weights_on_disk
@@ -140,17 +141,19 @@ def make_problem(
     ask: Ask,
     granularity: Granularity = "block",
     fused: bool = False,
+    whole: bool = False,
 ) -> Problem:
     """Read a model's headers and work out how many bits its linears may take.
 
-    Embeddings and head follow the recipe; its `scheme` and `overrides` of linears are replaced by the levels.
+    Embeddings and head follow the recipe; its `scheme` and `overrides` of linears are replaced by the levels. Data-free scores
+    will look at a sample of the rows of large weights, at all of them when `whole`.
     Raises `SourceError`, `BudgetError`, `SchemeError`.
     """
     for level in levels:
         if level is not None:
             check_datatype(level)
     source = open_source(recipe.model, recipe.revision, recipe.trust_remote_code)
-    weights = weights_on_disk(recipe.model, recipe.trust_remote_code)
+    weights = weights_on_disk(recipe.model, recipe.trust_remote_code, whole)
     units = weights.units(granularity, fused)
     count = sum(unit.weights for unit in units)
     layers = {name for unit in units for name in unit.shapes if name not in unit.shared}
@@ -193,7 +196,7 @@ def make_plan(
     if level is not None:
         found["uniform"] = level
     candidates = tuple(_candidate(problem, name, solution, losses.method) for name, solution in found.items())
-    notes = (*chosen.notes, *_left_over(problem, chosen))
+    notes = (*chosen.notes, *_left_over(problem, chosen), *sampling_notes(losses.protocol))
     needs = needs_of(problem, candidates[0].allocation)
     figure = problem.budget.figure(problem.budget.bits)
     curves = _curves(problem, named, losses) if curve else {}

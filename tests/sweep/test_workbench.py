@@ -90,6 +90,20 @@ def test_the_float_model_comes_back(bench: Workbench) -> None:
     assert again.model_bits == 16 * again.parameters
 
 
+@pytest.mark.parametrize("correction", ["none", "tweak-auto"])
+def test_a_spread_model_measures_the_same(study: Path, bench: Workbench, correction: str) -> None:
+    """Without GPUs accelerate spreads over the CPU alone: the path is walked, several devices are not."""
+    pytest.importorskip("accelerate", reason="device_map is an extra: fracbit[device-map]")
+    spread = Workbench(source_of(FLOAT), study, "auto")
+    assert next(spread.model.parameters()).dtype == torch.bfloat16, "as it is stored"
+    for fields in ({}, {"quantizer": "gptq"}, {"outliers": outliers_of("activation:0.1")}):
+        run = make_run(Scheme("nf", 4, 16), correction=correction, calibration=CALIBRATION, **fields)
+        found, expected = spread.measure(run), bench.measure(run)
+        assert found.error is None
+        assert found.stored_bits == expected.stored_bits
+        assert found.nll == pytest.approx(expected.nll, abs=0.01)  # bfloat16 products
+
+
 def test_model_bits_count_everything(bench: Workbench) -> None:
     row = bench.measure(make_run())
     assert row.parameters == sum(p.numel() for p in bench.model.parameters())

@@ -65,12 +65,16 @@ class Workbench:
     """Measures runs of one model. Its only state is the model's weights, which every run writes anew, and what is kept."""
 
     def __init__(self, source: Source, root: Path, device: str = "cpu") -> None:
-        """Load the model and the text. `root`: folder that relative paths of the grid start from. Raises `SourceError`."""
+        """Load the model and the text. `root`: folder that relative paths of the grid start from. Raises `SourceError`.
+
+        `device` "auto" spreads the model over all GPUs of this process; the kept copy then stays in the host's memory.
+        """
         self.source, self.root, self.device = source, root, device
         self.model, self.tokenizer, self.stored_type = _load(source, root, device)
         self.family = family_of(self.model)
         self.layers = _layers(self.model, self.family)
-        self.kept = {name: weight_of(module).clone() for name, module in self.layers.items()}
+        home = "cpu" if device == "auto" else device
+        self.kept = {name: weight_of(module).to(home, copy=True) for name, module in self.layers.items()}
         self.text = self._read(source.evaluation.text)
         self.plan = _plan(self.model, self.text, source.evaluation)
         self.questions = self._questions()
@@ -111,7 +115,7 @@ class Workbench:
         for name, scheme in chosen.items():
             packed, said = self._pack(name, scheme, run, stats.get(name), columns.get(name))
             notes += [f"{name}: {note}" for note in said]
-            weight, decoded = self.kept[name], decode(packed)
+            weight, decoded = self._float(name), decode(packed)
             set_weight(self.layers[name], decoded)
             self.dirty.add(name)
             bits, weights = bits + stored_bits(packed), weights + weight.numel()
@@ -133,7 +137,7 @@ class Workbench:
             return ()
         calibration = _calibration_of(run)
         stats, ids = self.statistics[calibration, True], self._samples(calibration)
-        floats = {name: self.kept[name] for name in chosen}
+        floats = {name: self._float(name) for name in chosen}
         with torch.enable_grad():
             notes = correction(Subject(self.model, self.family, floats, ids, stats))
         with torch.no_grad():
@@ -277,6 +281,10 @@ class Workbench:
         tokens = self._read(calibration.text)
         return sample(tokens, samples=calibration.samples, length=calibration.length, seed=0).ids
 
+    def _float(self, name: str) -> Tensor:
+        """A layer's float weight [out, in] in fp32, where the layer is."""
+        return self.kept[name].to(weight_of(self.layers[name]).device).float()
+
     def _read(self, text: str) -> Tokens:
         """A source of the data room; a path is looked for beside the grid first."""
         beside = self.root / text.partition("?")[0]
@@ -287,7 +295,8 @@ class Workbench:
         self, name: str, scheme: Scheme, run: Run, stats: Stats | None, columns: Tensor | None
     ) -> tuple[PackedTensor, tuple[str, ...]]:
         """A layer's packed weight, and notes."""
-        weight, search = self.kept[name], run.recipe.search
+        weight, search = self._float(name), run.recipe.search
+        columns = None if columns is None else columns.to(weight.device)
         if run.recipe.quantizer != "rtn":
             made = QUANTIZERS[run.recipe.quantizer](search=search)(weight, scheme, stats)
             return made.packed, made.notes
@@ -322,10 +331,7 @@ def collect_stats(model: PreTrainedModel, family: Family, ids: Tensor, gram: boo
     found: dict[str, Stats] = {}
     for prefix, block in blocks(model, family):
         first = {group[0]: group for group in groups(block, family)}
-        sums = {
-            name: empty(weight_of(block.get_submodule(name)).shape[1], gram, hidden.states.device)
-            for name in first
-        }
+        sums = {name: _nothing_of(block.get_submodule(name), gram) for name in first}
 
         def visit(name: str, x: Tensor, sums: dict[str, Stats] = sums) -> None:
             sums[name] = add(sums[name], x)
@@ -333,6 +339,12 @@ def collect_stats(model: PreTrainedModel, family: Family, ids: Tensor, gram: boo
         hidden = observe(block, hidden, list(first), visit, hidden.states)
         found |= {f"{prefix}.{name}": sums[head] for head, group in first.items() for name in group}
     return found
+
+
+def _nothing_of(linear: nn.Module, gram: bool) -> Stats:
+    """Empty statistics of a linear's inputs, where the linear is."""
+    weight = weight_of(linear)
+    return empty(weight.shape[1], gram, weight.device)
 
 
 def logprobs(rows: ScoredRows) -> Tensor:
@@ -347,7 +359,9 @@ def explain(error: BaseException) -> str:
 
 
 def device_name(device: str) -> str:
-    """What a row says of where it was measured: `cpu x86_64, 2 threads`, or the GPU's name."""
+    """What a row says of where it was measured: `cpu x86_64, 2 threads`, the GPU's name, or `8 x` that name."""
+    if device == "auto" and torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(torch.device(device))
     return f"{device} {platform.machine()}, {torch.get_num_threads()} threads"
@@ -365,7 +379,10 @@ def versions() -> dict[str, str]:
 def _load(
     source: Source, root: Path, device: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, torch.dtype]:
-    """The model in fp32 on `device`, its tokenizer if it has one, and the type in which it is stored."""
+    """The model, its tokenizer if it has one, and the type in which it is stored.
+
+    On a CPU it runs in fp32; on GPUs in the type in which it is stored, which is what they are fast in.
+    """
     beside = root / source.model
     where = (
         str(bundled_model())
@@ -376,7 +393,7 @@ def _load(
     )
     model = load(where, "auto", device, source.trust_remote_code, source.revision)
     stored: torch.dtype = next(parameter.dtype for parameter in model.parameters())
-    return model.float(), tokenizer_or_none(where), stored
+    return model.float() if device == "cpu" else model, tokenizer_or_none(where), stored
 
 
 def _layers(model: PreTrainedModel, family: Family) -> dict[str, nn.Module]:

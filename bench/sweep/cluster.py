@@ -34,12 +34,14 @@ TASK_TOKENS = 4.2e6  # LAMBADA, PIQA, WinoGrande, HellaSwag: examples x choices 
 @dataclass(frozen=True)
 class Rates:
     """What a GPU and a node do. `flops`: of dense bf16 products in evaluation; `quantize`: weights quantized and written back a
-    second and GPU; `load`: bytes a second from shared storage into a node; `start`: seconds before a new worker is ready;
+    second and GPU; `host`: bytes a second and GPU from the kept copy in the host's memory; `load`: bytes a second from shared
+    storage into a node; `start`: seconds before a new worker is ready;
     `hours_between_deaths` of a worker; `overhead`: seconds a run that do not depend on the model.
     """
 
     flops: float = 350e12
     quantize: float = 2e9
+    host: float = 50e9
     load: float = 2e9
     start: float = 30.0
     overhead: float = 0.5
@@ -82,8 +84,8 @@ def models() -> list[Model]:
 
 
 def run_seconds(model: Model, rates: Rates, tokens: float) -> float:
-    """One run: quantize on every GPU of the worker, then a forward pass over the tokens."""
-    quantize = model.parameters / (rates.quantize * model.gpus)
+    """One run: fetch the kept copy and quantize it on every GPU of the worker, then a forward pass over the tokens."""
+    quantize = model.parameters * (1 / rates.quantize + 2 / rates.host) / model.gpus
     evaluate = 2 * model.parameters * tokens / (rates.flops * model.gpus)
     return rates.overhead + quantize + evaluate
 

@@ -39,7 +39,10 @@ def load(
     logging.disable_progress_bar()
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
-            source.folder, dtype=dtype, trust_remote_code=trust_remote_code, device_map="auto" if spread else None
+            source.folder,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            device_map="auto" if spread else None,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
         raise SourceError(f"{model} cannot be loaded as a causal language model: {error}") from error

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def sweep(
-    grid: Annotated[Path, typer.Argument(help="Grid file (TOML); see docs/scaling.md.")],
+    grid: Annotated[Path, typer.Argument(help="Grid file (TOML); see docs/guide.md.")],
     store: Annotated[str, typer.Option(help="SQLite file, or postgresql://USER@HOST/NAME.")] = "sweep.db",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print runs, time and disk; measure nothing.")

@@ -67,14 +67,13 @@ class Workbench:
     def __init__(self, source: Source, root: Path, device: str = "cpu") -> None:
         """Load the model and the text. `root`: folder that relative paths of the grid start from. Raises `SourceError`.
 
-        `device` "auto" spreads the model over all GPUs of this process; the kept copy then stays in the host's memory.
+        `device` "auto" spreads the model over all GPUs of this process. The kept copy is in the host's memory.
         """
         self.source, self.root, self.device = source, root, device
         self.model, self.tokenizer, self.stored_type = _load(source, root, device)
         self.family = family_of(self.model)
         self.layers = _layers(self.model, self.family)
-        home = "cpu" if device == "auto" else device
-        self.kept = {name: weight_of(module).to(home, copy=True) for name, module in self.layers.items()}
+        self.kept = {name: weight_of(module).to("cpu", copy=True) for name, module in self.layers.items()}
         self.text = self._read(source.evaluation.text)
         self.plan = _plan(self.model, self.text, source.evaluation)
         self.questions = self._questions()

@@ -118,7 +118,7 @@ def _show(row: Row, done: int, total: int) -> None:
 
 
 def _estimate(expansion: Expansion, store: str, root: Path, device: str) -> Estimate:
-    from fracbit.sweep.estimate import cheapest, estimate, parameters_of
+    from fracbit.sweep.estimate import cheapest, estimate, measured_alike, parameters_of
     from fracbit.sweep.store import open_store
 
     rows: list[Row] = []
@@ -127,7 +127,7 @@ def _estimate(expansion: Expansion, store: str, root: Path, device: str) -> Esti
             rows = opened.rows()
     parameters = {model: parameters_of(model, root) for model in expansion.models}
     probe = None
-    run = None if any(row.status == "done" for row in rows) else cheapest(expansion, parameters)
+    run = None if measured_alike(expansion, rows) else cheapest(expansion, parameters)
     if run is not None:
         from fracbit.sweep.schedule import source_of
         from fracbit.sweep.workbench import Workbench

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import fracbit
 from fracbit.data import read_documents
 from fracbit.errors import DataError
 from fracbit.evaluate import perplexity, write_continuation
@@ -87,6 +88,7 @@ def test_the_float_model_comes_back(bench: Workbench) -> None:
     assert again.divergence == pytest.approx(0, abs=1e-6)
     assert again.agreement == 1
     assert again.weights == 0
+    assert again.versions["fracbit"] == fracbit.__version__
     assert again.model_bits == 16 * again.parameters
 
 

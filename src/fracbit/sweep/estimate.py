@@ -1,8 +1,8 @@
 """What a sweep would cost, before it starts: runs left, time and disk.
 
 Time comes from measured rows that were judged as the grid's will be, on the same text and tasks: those of the same model, else
-those of other models scaled by parameters (a run is little more than its evaluation, which grows with them), else one run of the
-smallest model, measured for the purpose.
+those of other models scaled by parameters (a run is little more than its evaluation, which grows with them), else one run of
+the smallest model, measured for the purpose.
 """
 
 from __future__ import annotations

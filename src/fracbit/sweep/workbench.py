@@ -44,6 +44,7 @@ from fracbit.numerics.stats import observe as add
 from fracbit.quantizers import QUANTIZERS
 from fracbit.records.row import Calibration, Evaluation, Row, Run, run_key
 from fracbit.records.scheme import Scheme
+from fracbit.records.version import __version__
 from fracbit.sweep.corrections import CORRECTIONS, Subject
 from fracbit.sweep.outliers import choose_columns, producer_scores
 from fracbit.sweep.schedule import Source
@@ -369,6 +370,7 @@ def device_name(device: str) -> str:
 def versions() -> dict[str, str]:
     """The versions that a figure depends on."""
     return {
+        "fracbit": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,

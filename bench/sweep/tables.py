@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean
@@ -89,7 +89,9 @@ def offsets(study: Study, models: Sequence[str], title: str) -> None:
             rows = [study.floats[model] for model in models if model in study.floats]
             rows += [row for (model, of, _, block), found in study.points.items()
                      if model in models and of == kind and block == "64" for row in found]  # fmt: skip
-            found = {item.bits: getattr(item, measure) for item in fit.offsets(rows)}
+            models_at = Counter(fit.bits_of(row) for row in rows)
+            found = {item.bits: getattr(item, measure) for item in fit.offsets(rows)
+                     if models_at[item.bits] == len(models)}  # fmt: skip
             lines.append(
                 [f"{kind}, {measure}", *(interval(found.get(bits)) for bits in (2, 3, 5, 6, 7, 8, 16))]
             )

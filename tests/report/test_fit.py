@@ -127,6 +127,17 @@ def test_rows_on_other_texts_are_not_compared() -> None:
     assert sorted(len(members) for members in fit.groups([row, other, failed]).values()) == [1, 1]
 
 
+def test_rows_that_differ_in_their_tasks_alone_count_once() -> None:
+    plain = make_row("a", 100, 4, 3.0)
+    evaluation = plain.run.evaluation.model_copy(update={"tasks": ("cloze.yaml",), "limit": 8})
+    run = plain.run.model_copy(update={"evaluation": evaluation})
+    asked = plain.model_copy(update={"run": run, "key": run_key(run), "accuracies": {"cloze": 0.5}})
+    other = make_row("a", 100, 3, 3.5)
+    (found,) = fit.groups([plain, asked, other]).values()
+    assert found == [asked, other]
+    assert list(fit.groups([asked, plain]).values()) == [[asked]]
+
+
 def test_slices_share_everything_but_model_and_bits() -> None:
     rows = [
         make_row(model, 100, bits, 3.0, dtype=dtype)

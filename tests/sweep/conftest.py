@@ -49,9 +49,20 @@ def study(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def postgresql(postgresql_server: str) -> str:
+    """The URL of an empty PostgreSQL database."""
+    import psycopg
+
+    with psycopg.connect(postgresql_server) as link:
+        link.execute("DROP SCHEMA public CASCADE")
+        link.execute("CREATE SCHEMA public")
+    return postgresql_server
+
+
 @pytest.fixture(scope="session")
-def postgresql() -> Iterator[str]:
-    """The URL of a database of a private server, which listens on a socket in a folder of its own and nowhere else."""
+def postgresql_server() -> Iterator[str]:
+    """The URL of a private server, which listens on a socket in a folder of its own and nowhere else."""
     pytest.importorskip("psycopg", reason="PostgreSQL needs psycopg: pip install 'fracbit[postgresql]'")
     places = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
     programs = shutil.which("initdb", path=os.pathsep.join([os.environ["PATH"], *map(str, places)]))

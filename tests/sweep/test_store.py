@@ -1,6 +1,5 @@
 """The store: one row a key, claims that only one driver gets, drivers that die, disks that fill, files that are foreign."""
 
-import os
 import platform
 import sqlite3
 import subprocess
@@ -41,11 +40,6 @@ def where(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return str(tmp_path / "s.db")
     url: str = request.getfixturevalue("postgresql")
-    engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
-    with engine.begin() as link:
-        link.exec_driver_sql("DROP SCHEMA public CASCADE")
-        link.exec_driver_sql("CREATE SCHEMA public")
-    engine.dispose()
     return url
 
 
@@ -181,7 +175,9 @@ def test_a_newer_schema_version_is_refused_with_the_remedy(tmp_path: Path) -> No
     with sqlite3.connect(where) as link:
         link.execute("UPDATE fracbit_store SET value = '99'")
     link.close()
-    with pytest.raises(FormatError, match=rf"schema version 99.*up to {SCHEMA_VERSION}: open it with.*--import"):
+    with pytest.raises(
+        FormatError, match=rf"schema version 99.*up to {SCHEMA_VERSION}: open it with.*--import"
+    ):
         open_store(where)
 
 

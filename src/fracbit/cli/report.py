@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 def report(
     store: Annotated[
-        str, typer.Argument(help="SQLite file, postgresql://USER@HOST/NAME, or the Parquet file of a sweep's --export.")
+        str,
+        typer.Argument(
+            help="SQLite file, postgresql://USER@HOST/NAME, or Parquet of a sweep's --export: a file or a folder of them."
+        ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="HTML file to write.")] = Path("report.html"),
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "Bits and loss",
@@ -49,9 +52,9 @@ def _rows(store: str) -> list[Row]:
     from fracbit.sweep.parquet import import_parquet
     from fracbit.sweep.store import open_store
 
-    if "://" not in store and not Path(store).is_file():
+    if "://" not in store and not Path(store).exists():
         raise OutputError(f"no store {store}; `fracbit sweep GRID --store {store}` makes one")
-    if store.endswith(".parquet"):
+    if store.endswith(".parquet") or Path(store).is_dir():
         return import_parquet(Path(store))
     with open_store(store) as opened:
         return opened.rows()

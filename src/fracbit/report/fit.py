@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy.optimize import least_squares
 from scipy.stats import pearsonr
 
-from fracbit.records.row import Row, label
+from fracbit.records.row import Row, label, run_key
 
 Floats = NDArray[np.float64]
 
@@ -107,12 +107,24 @@ class Advice:
 
 
 def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Finished rows that may be compared: by the text (its hash) and the windows they were judged on."""
-    found: dict[str, list[Row]] = defaultdict(list)
+    """Finished rows that may be compared: by the text (its hash) and the windows they were judged on.
+
+    Of runs that differ in their zero-shot tasks alone, the one that was asked most stands for all.
+    """
+    found: dict[str, dict[str, Row]] = defaultdict(dict)
     for row in rows:
         if row.status == "done" and row.nll is not None:
-            found[f"{row.text_sha256[:12]}/{len(row.window_nll)}/{sum(row.window_tokens)}"].append(row)
-    return dict(found)
+            group = found[f"{row.text_sha256[:12]}/{len(row.window_nll)}/{sum(row.window_tokens)}"]
+            run = _without_tasks(row)
+            if run not in group or len(group[run].accuracies) < len(row.accuracies):
+                group[run] = row
+    return {name: list(members.values()) for name, members in found.items()}
+
+
+def _without_tasks(row: Row) -> str:
+    """The key that the row's run would have without tasks."""
+    evaluation = row.run.evaluation.model_copy(update={"tasks": (), "limit": None})
+    return run_key(row.run.model_copy(update={"evaluation": evaluation}))
 
 
 def bits_of(row: Row) -> int:
@@ -146,7 +158,8 @@ def slices(rows: Sequence[Row], precisions: int = 3, models: int = 2) -> dict[Sl
         if len({bits_of(row) for row in members}) >= precisions
         and len({row.run.recipe.model for row in members}) >= models
     }
-    return dict(sorted(enough.items(), key=lambda item: (-len(item[1]), str(item[0]))))
+    # Of equally full ones those in blocks of 64 come first, the usual choice.
+    return dict(sorted(enough.items(), key=lambda item: (-len(item[1]), item[0].block != "64", str(item[0]))))
 
 
 def size_of(row: Row) -> float:

@@ -29,7 +29,7 @@ def export_parquet(rows: Sequence[Row], path: Path) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         table = pyarrow.Table.from_pylist([_flat(row) for row in rows])
-        parquet.write_table(table, temporary, compression="zstd")
+        parquet.write_table(table, temporary, compression="zstd", compression_level=19)
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -37,7 +37,7 @@ def export_parquet(rows: Sequence[Row], path: Path) -> None:
 
 
 def import_parquet(path: Path) -> list[Row]:
-    """Read rows that `export_parquet` wrote.
+    """Read rows that `export_parquet` wrote: one file, or a folder of them.
 
     Raises `OutputError` when the file cannot be read, `FormatError` when it holds something else.
     """
@@ -60,7 +60,9 @@ def _flat(row: Row) -> dict[str, Any]:
 def _row(line: Mapping[str, Any], path: Path) -> Row:
     missing = {"key", "run", "status", "text_sha256", *NESTED, *LISTS, *ALSO} - line.keys()
     if missing:
-        raise FormatError(f"{path} lacks the columns {sorted(missing)}: write it with `fracbit sweep --export`")
+        raise FormatError(
+            f"{path} lacks the columns {sorted(missing)}: write it with `fracbit sweep --export`"
+        )
     fields = {name: line[name] for name in Row.model_fields if name in line and name not in ("run", *NESTED)}
     try:
         run = Run.model_validate_json(line["run"])

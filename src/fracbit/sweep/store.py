@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -197,7 +197,8 @@ class Store:
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT):
-            with self._begin() as link:
+            # A store that cannot be written now is told of by the next row, in the driver's own thread.
+            with suppress(OutputError), self._begin() as link:
                 link.execute(
                     sa.update(OWNERS).where(OWNERS.c.owner == self.owner).values(heartbeat=time.time())
                 )

@@ -32,6 +32,7 @@ from fracbit.pipeline.variants import losses_of
 from fracbit.records.allocation import read_level, read_levels
 from fracbit.records.scores import Losses
 
+UNFINISHED = 75
 SHARED = Path(os.environ.get("FRACBIT_SHARED", "../shared"))
 HIGH = "int4z/64"
 PAIRS = ((HIGH, "int2z/64"), (HIGH, "int3z/64"), ("int8z/64", "int4z/64"), (HIGH, "dropped"))
@@ -226,7 +227,12 @@ def main() -> None:
     parser.add_argument("--granularities", default="block,linear")
     parser.add_argument("--levels", default="uniform,two,many")
     parser.add_argument("--parts", default="scores,subsets,allocations")
-    parser.add_argument("--minutes", type=float, default=600.0, help="begin nothing new after so long")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=600.0,
+        help=f"begin nothing new after so long, and exit with {UNFINISHED}",
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     started = time.monotonic()
@@ -234,7 +240,7 @@ def main() -> None:
         study = find_study(model, given.calibration, given.evaluation, given.length)
         for name, job in jobs_of(study, given):
             if time.monotonic() - started > 60 * given.minutes:
-                return
+                raise SystemExit(UNFINISHED)
             begun = time.monotonic()
             job()
             if time.monotonic() - begun > 1:

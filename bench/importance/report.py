@@ -8,6 +8,8 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from scipy.stats import spearmanr
+
 from fracbit.pipeline.pictures import draw_panels, write_csv
 
 Row = dict[str, str]
@@ -23,7 +25,7 @@ SHOWN = (
     "oracle",
     "best tried",
 )
-KNEE = 0.05  # nats
+KNEE = 0.05
 
 
 def read(path: Path) -> list[Row]:
@@ -32,7 +34,7 @@ def read(path: Path) -> list[Row]:
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    return statistics.correlation(a, b, method="ranked")
+    return float(spearmanr(a, b).statistic)
 
 
 def scores_of(rows: list[Row], model: str, low: str, granularity: str) -> dict[str, list[float]]:
@@ -79,8 +81,8 @@ def share(line: Sequence[float], lines: Mapping[str, Sequence[float]]) -> float:
 
 
 def knee(line: Sequence[float], rise: float = KNEE) -> int:
-    """How many blocks can be lowered before the loss has risen by more than `rise` nats."""
-    return next((n - 1 for n, loss in enumerate(line) if loss > line[0] + rise), len(line) - 1)
+    """How many blocks can be lowered before the loss has risen by more than 5 %."""
+    return next((n - 1 for n, loss in enumerate(line) if loss > line[0] * (1 + rise)), len(line) - 1)
 
 
 def pairs_of(subsets: list[Row], model: str) -> list[tuple[str, str]]:

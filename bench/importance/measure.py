@@ -43,6 +43,7 @@ SEEING = [name for name, method in SCORES.items() if method.of_scheme is not Non
 RANDOM = 16
 BUDGETS = (2.8, 3.4, 3.9)
 FEW = 6  # blocks, up to which all 2^blocks allocations are tried
+SPARED = [f"random {seed}" for seed in range(8, RANDOM)]  # orders along which deeper models are not measured
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,10 @@ def masks_of(study: Study, low: str, out: Path) -> Iterator[tuple[int, ...]]:
     for row in read_rows(out / "scores.csv"):
         if (row["model"], row["granularity"]) == (study.name, "block") and row["low"] in ("", low):
             values.setdefault(row["score"], []).append(float(row["value"]))
-    for score in values.values():
-        for sign in (1, -1):
-            order = sorted(range(count), key=lambda i: sign * score[i])
+    values["reverse:lim"] = [-value for value in values["lim"]]
+    for name, score in values.items():
+        order = sorted(range(count), key=lambda i: score[i])
+        if name not in SPARED:
             for lowered in range(count + 1):
                 yield tuple(int(i in order[:lowered]) for i in range(count))
 

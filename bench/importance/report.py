@@ -60,8 +60,11 @@ def lines_of(scores: Mapping[str, Sequence[float]], losses: Losses) -> dict[str,
     """
     paths = {name: path_of(values) for name, values in scores.items()}
     paths["reverse:lim"] = path_of(scores["lim"], -1)
-    lines = {name: [losses[mask] for mask in path if mask in losses] for name, path in paths.items()}
     blocks = len(next(iter(losses)))
+    dropped_all = "1" * blocks not in losses  # a model without blocks is not measured
+    paths = {name: path[:-1] if dropped_all else path for name, path in paths.items()}
+    measured = {name: path for name, path in paths.items() if all(mask in losses for mask in path)}
+    lines = {name: [losses[mask] for mask in path] for name, path in measured.items()}
     by_count = [[loss for mask, loss in losses.items() if mask.count("1") == n] for n in range(blocks + 1)]
     by_count = [some for some in by_count if some]
     every = len(losses) >= 2**blocks - 1

@@ -14,17 +14,7 @@ from fracbit.pipeline.pictures import draw_panels, write_csv
 
 Row = dict[str, str]
 Losses = Mapping[str, float]
-SHOWN = (
-    "worst tried",
-    "mean of random",
-    "reverse:lim",
-    "lim",
-    "zd",
-    "first",
-    "gradient",
-    "oracle",
-    "best tried",
-)
+SHOWN = ("best tried", "oracle", "lim", "zd", "first", "mean of random", "reverse:lim", "worst tried")
 KNEE = 0.05
 
 
@@ -169,7 +159,7 @@ def draw_pruning(folder: Path, model: str, scores: list[Row], subsets: list[Row]
         found = lines_of(scores_of(scores, model, low, "block"), losses)
         bits = bits_of(subsets, model, "int4z/64", low)
         what = "dropped" if low == "dropped" else f"lowered to {low}"
-        for order in ("lim", "best tried"):
+        for order in ("best tried", "lim"):
             lines[f"{what}, {order}"] = list(zip(bits, found[order], strict=True))
     title = f"{model}: blocks dropped or lowered, the rest int4z/64"
     draw_panels(

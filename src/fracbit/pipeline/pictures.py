@@ -192,7 +192,10 @@ def draw_panels(
     up: str,
     log: tuple[bool, bool] = (False, False),
 ) -> None:
-    """Panels side by side, title -> named lines of (x, y); one name has one colour in all of them. Data goes beside."""
+    """Panels side by side, title -> named lines of (x, y); one name has one colour in all of them. Data goes beside.
+
+    Marks shrink from name to name, so that lines on top of each other are all seen.
+    """
     named = [name for lines in panels.values() for name in lines]
     style = {name: index for index, name in enumerate(dict.fromkeys(named))}
     rows = [
@@ -203,14 +206,14 @@ def draw_panels(
     ]
     write_csv(path.with_suffix(".csv"), rows)
     figure_class, _ = _matplotlib()
-    figure = figure_class(figsize=(2.2 + 4.2 * len(panels), 4.2), layout="constrained")
+    figure = figure_class(figsize=(3.0 + 4.2 * len(panels), 4.2), layout="constrained")
     for column, (title, lines) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), column + 1)
         for name, line in lines.items():
             axes.plot(
                 [x for x, _ in line], [y for _, y in line], color=COLOURS[style[name] % len(COLOURS)],
                 marker=MARKS[style[name] % len(MARKS)], linestyle="-" if style[name] < len(COLOURS) else ":",
-                markersize=4, linewidth=1.2, label=name,
+                markersize=max(3.0, 3.0 + 0.8 * (len(style) - 1 - style[name])), linewidth=1.2, label=name,
             )  # fmt: skip
         axes.set_xscale("log" if log[0] else "linear")
         axes.set_yscale("log" if log[1] else "linear")

@@ -195,7 +195,9 @@ def continue_ids(
     if settings.temperature:
         how = {"do_sample": True, "temperature": settings.temperature}
     if step.decoder is not None:
-        how["custom_generate"] = _decoding(step.decoder, clock, settings.prefill_chunk, padding(tokenizer))
+        how["custom_generate"] = _decoding(
+            step.decoder, mask, clock, settings.prefill_chunk, padding(tokenizer)
+        )
     started = time.perf_counter()
     found = model.generate(  # type: ignore[operator]
         input_ids=ids.to(model.device),
@@ -224,19 +226,22 @@ def continue_ids(
     )
 
 
-def _decoding(decoder: Decoder, clock: _Clock, chunk: int, filler: int) -> Callable[..., Tensor]:
+def _decoding(
+    decoder: Decoder, mask: Tensor, clock: _Clock, chunk: int, filler: int
+) -> Callable[..., Tensor]:
     """A decoding method for transformers' `generate`: its processors and stopping criteria, our step.
 
-    `generate` hands a method of others neither the streamer nor the chunk, so it gets them here.
+    `generate` hands a method of others neither the streamer nor the chunk, and drops a mask of ones: they come from here.
+    The names of further parameters would be taken for options, so the cache comes in `held`.
     """
 
     def decode(
         model: PreTrainedModel, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any,
-        generation_config: GenerationConfig, past_key_values: StoreCache, attention_mask: Tensor, **_: object,
+        generation_config: GenerationConfig, **held: Any,
     ) -> Tensor:  # fmt: skip
-        pads = (attention_mask == 0).sum(1)
+        cache, pads = held["past_key_values"], (mask == 0).sum(1)
         going = torch.ones(len(input_ids), dtype=torch.bool)
-        logits = read_prompt(model, input_ids, attention_mask, past_key_values, chunk)
+        logits = read_prompt(model, input_ids, mask, cache, chunk)
         while True:
             scores = logits_processor(input_ids, logits)
             following = scores.argmax(-1)
@@ -248,7 +253,7 @@ def _decoding(decoder: Decoder, clock: _Clock, chunk: int, filler: int) -> Calla
             going = going & ~stopping_criteria(input_ids, None)
             if not going.any():
                 break
-            logits = decoder.advance(following, pads, past_key_values)
+            logits = decoder.advance(following, pads, cache)
         clock.end()
         return input_ids
 

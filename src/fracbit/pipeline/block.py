@@ -90,10 +90,7 @@ def do_block(
         assert floats is not None
         release(block)
         return floats
-    with rounded_inputs(block, rounding):
-        hidden = advance(block, hidden, hidden.states)
-    release(block)
-    return hidden
+    return leave_block(work, block, hidden, rounding)
 
 
 def redo_block(
@@ -116,8 +113,14 @@ def redo_block(
             name = inside.removesuffix(".weight")
             set_weight(block.get_submodule(name), decode(packed))
             rounding |= {} if stored.inputs is None else {name: stored.inputs}
-    with rounded_inputs(block, rounding):
-        hidden = advance(block, hidden, hidden.states)
+    return leave_block(work, block, hidden, rounding)
+
+
+def leave_block(work: Work, block: nn.Module, hidden: Hidden, rounding: Mapping[str, Inputs]) -> Hidden:
+    """Advance to the next block, where there is one, and free this one."""
+    if hidden.index + 1 < len(blocks(work.model, work.family)):
+        with rounded_inputs(block, rounding):
+            hidden = advance(block, hidden, hidden.states)
     release(block)
     return hidden
 

@@ -16,6 +16,7 @@ which is coordinate descent. Both are "target = weight + error @ coupling", so o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -131,7 +132,7 @@ def panels(width: int) -> list[tuple[int, int]]:
     """Columns cut into runs for products of which half suffices; narrow matrices stay whole."""
     count = min(PANELS, max(1, width // NARROWEST))
     edges = [width * number // count for number in range(count + 1)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))
 
 
 def _scale_of(gram: Tensor) -> Tensor:

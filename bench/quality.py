@@ -2,12 +2,12 @@
 
     python bench/quality.py --work FOLDER [--models tales-s bundled] [--widths 2 3 4] [--peers hqq] [--environments FOLDER]
 
-Every tool quantizes the linears of the blocks of each model at about k + 1/4 stored bits per weight, calibrated on the same 128
-samples of 512 ids; every peer runs in an environment of its own, installed when it is missing. What comes out is dequantized,
-put into the plain Hugging Face model and judged by one evaluator on ids that nobody calibrated on: the first and the second
-half of each document separately, since settings were once chosen on first halves. Bits are counted from stored bytes, for all
-linears, those that a tool skips at 16 bits each. A peer is compared where it stores no fewer bits than fracbit and at most
-`SLACK` more than asked for. What FOLDER holds already is not made again.
+Every tool quantizes the linears of the blocks of each model at about k + 1/4 stored bits per weight, calibrated on the same 256
+samples of 256 ids; every peer runs in an environment of its own, installed when it is missing. What comes out is dequantized,
+put into the plain Hugging Face model and judged by one evaluator on text that nobody calibrated on: the first 256 ids of each
+document, and the 256 that follow as documents of their own, since settings were once chosen on the first ones. Bits are counted
+from stored bytes, for all linears, those that a tool skips at 16 bits each. A peer is compared where it stores no fewer bits
+than fracbit and at most `SLACK` more than asked for. What FOLDER holds already is not made again.
 """
 
 from __future__ import annotations
@@ -28,28 +28,27 @@ import torch
 from peers.environments import PEERS, command, surroundings
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fracbit.bundled import bundled_model
 from fracbit.checkpoint.load import load, load_tokenizer
 from fracbit.data import read_calibration
 from fracbit.data.read import read_documents
-from fracbit.evaluate.logits import scored_rows
-from fracbit.evaluate.perplexity import token_nll
-from fracbit.evaluate.windows import plan_windows
+from fracbit.evaluate import perplexity
 from fracbit.models.quant_linear import QuantLinear
 from fracbit.numerics import decode
 
 SHARED = Path(os.environ.get("FRACBIT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 MODELS = ("tales-xs", "tales-s", "tales-m", "tales-l", "bundled")
-SAMPLES, LENGTH = 128, 512
-DOCUMENTS = 64  # of LENGTH ids, to judge by
+SAMPLES, LENGTH = 256, 256  # the tales models saw no longer texts
+DOCUMENTS = 128  # to judge by
 SLACK = 0.3
 TARGET = 0.8
 
 
 @dataclass(frozen=True)
 class Row:
-    """One quantized model: stored bits per weight, perplexity on first and second halves, seconds and peak bytes of its run."""
+    """One quantized model: stored bits per weight, perplexity on both sets of documents, seconds and peak bytes of its run."""
 
     model: str
     tool: str
@@ -67,36 +66,42 @@ def folder_of(model: str) -> Path:
     return Path(bundled_model()) if model == "bundled" else SHARED / "models" / model
 
 
-def texts(model: str, work: Path) -> tuple[Path, Tensor]:
-    """The file of calibration samples [SAMPLES, LENGTH], and documents [DOCUMENTS, LENGTH] to judge by."""
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """The file of calibration samples [SAMPLES, LENGTH]; two sets of documents [DOCUMENTS, LENGTH] to judge by."""
+
+    calibration: Path
+    first: Tensor
+    second: Tensor
+
+
+def texts(model: str, work: Path) -> Texts:
+    """Calibration and evaluation ids of a model, the former written below `work`."""
     folder = folder_of(model)
     tokenizer = load_tokenizer(str(folder))
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     bundled = model == "bundled"
-    read, judge = "bundled:train", "bundled:held-out"
+    read, kept = "bundled:train", "bundled:held-out"
     if not bundled:
-        read, judge = (
-            f"{SHARED}/data/tales-{part}.u16?length={LENGTH}" for part in ("calibration", "evaluation")
+        read, kept = (
+            f"{SHARED}/data/tales-{part}.u16?length={2 * LENGTH}" for part in ("calibration", "evaluation")
         )
+        read += f"&keep={LENGTH}"
     path = work / ("bundled.npy" if bundled else "tales.npy")
     if not path.exists():
         drawn = read_calibration([read], tokenizer, vocabulary, samples=SAMPLES, length=LENGTH, seed=0)
         np.save(path, drawn.ids.numpy())
-    stream = read_documents(judge, tokenizer, vocabulary).stream
-    return path, stream[: DOCUMENTS * LENGTH].view(DOCUMENTS, LENGTH)
+    stream = read_documents(kept, tokenizer, vocabulary).stream
+    documents = stream[: DOCUMENTS * 2 * LENGTH].view(DOCUMENTS, 2 * LENGTH)
+    return Texts(path, documents[:, :LENGTH], documents[:, LENGTH:])
 
 
-def halves(model: nn.Module, documents: Tensor) -> tuple[float, float]:
-    """Perplexity on the first and on the second half of each document [documents, length], each id seeing all before it."""
-    sums, counts = [0.0, 0.0], [0, 0]
-    for rows in scored_rows(model, plan_windows(list(documents), window=documents.shape[1])):  # type: ignore[arg-type]
-        cost = token_nll(rows.logits, rows.targets).double()
-        middle = documents.shape[1] // 2 - 1  # the first id is given
-        for half, part in enumerate((cost[:middle], cost[middle:])):
-            sums[half] += float(part.sum())
-            counts[half] += len(part)
-    first, second = (math.exp(min(total / count, 700)) for total, count in zip(sums, counts, strict=True))
-    return first, second
+def judge(model: PreTrainedModel, given: Texts) -> tuple[float, float]:
+    """Perplexity on both sets of documents; the second, which begin in the middle of a text, get a BOS."""
+    bos = model.config.bos_token_id
+    first = perplexity(model, list(given.first), window=LENGTH)
+    second = perplexity(model, list(given.second), window=LENGTH + 1, bos=bos)
+    return first.perplexity, second.perplexity
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -169,7 +174,7 @@ def run_fracbit(model: str, width: int, work: Path, ids: Path) -> Path:
     return out
 
 
-def fracbit_row(model: str, width: int, out: Path, documents: Tensor) -> Row:
+def fracbit_row(model: str, width: int, out: Path, given: Texts) -> Row:
     """The checkpoint of fracbit, decoded into the plain model, norms included."""
     facts = json.loads((out / "facts.json").read_text())
     plain, stored = load(str(folder_of(model)), torch.float32), load(str(out / "checkpoint"), torch.float32)
@@ -181,7 +186,7 @@ def fracbit_row(model: str, width: int, out: Path, documents: Tensor) -> Row:
         for name, parameter in plain.named_parameters():
             if name in rest:
                 parameter.copy_(rest[name])
-    first, second = halves(plain, documents)
+    first, second = judge(plain, given)
     bits = facts["bits_per_weight"]
     peak = facts["peak_rss_bytes"]
     return Row(
@@ -198,7 +203,7 @@ def fracbit_row(model: str, width: int, out: Path, documents: Tensor) -> Row:
     )
 
 
-def peer_rows(model: str, peer: str, work: Path, widths: list[int], documents: Tensor) -> Iterator[Row]:
+def peer_rows(model: str, peer: str, work: Path, widths: list[int], given: Texts) -> Iterator[Row]:
     plain = load(str(folder_of(model)), torch.float32)
     layers = linears(plain)
     floats = {name: layer.weight.detach().clone() for name, layer in layers.items()}
@@ -219,7 +224,7 @@ def peer_rows(model: str, peer: str, work: Path, widths: list[int], documents: T
         with torch.no_grad():
             for name, layer in layers.items():
                 layer.weight.copy_(made.get(name, floats[name]))
-        first, second = halves(plain, documents)
+        first, second = judge(plain, given)
         notes = (f"{len(skipped)} of {len(layers)} linears left in 16 bits",) if skipped else ()
         bits = 8 * stored / total
         peak = facts["peak_rss_bytes"]
@@ -251,7 +256,7 @@ def compared(rows: list[Row], floats: dict[str, tuple[float, float]]) -> list[di
 
 
 def show(rows: list[Row], floats: dict[str, tuple[float, float]], lines: list[dict]) -> None:
-    print("| model | tool | setting | bits | first halves | second halves | seconds | peak MB | notes |")
+    print("| model | tool | setting | bits | first texts | second texts | seconds | peak MB | notes |")
     print("|---|---|---|---|---|---|---|---|---|")
     for row in sorted(
         rows, key=lambda r: (MODELS.index(r.model), r.asked, r.tool != "fracbit", r.tool, r.bits)
@@ -259,7 +264,7 @@ def show(rows: list[Row], floats: dict[str, tuple[float, float]], lines: list[di
         cells = [row.model, row.tool, row.label, f"{row.bits:.3f}", f"{row.first:.3f}", f"{row.second:.3f}"]
         cells += [f"{row.seconds:.0f}", f"{row.peak_rss_bytes / 1e6:.0f}", "; ".join(row.notes)]
         print("| " + " | ".join(cells) + " |")
-    print("\n| model | float | asked | fracbit adds | best peer adds | ratio | second halves: ratio | peer |")
+    print("\n| model | float | asked | fracbit adds | best peer adds | ratio | second texts: ratio | peer |")
     print("|---|---|---|---|---|---|---|---|")
     for line in lines:
         if "first_ratio" not in line:
@@ -273,7 +278,7 @@ def show(rows: list[Row], floats: dict[str, tuple[float, float]], lines: list[di
             f"| {line['first_peer']} ({line['first_peer_bits']:.3f} bits) |"
         )
     misses = [line for line in lines if max(line.get("first_ratio", 0), line.get("second_ratio", 0)) > TARGET]
-    print(f"\n{len(lines) - len(misses)} of {len(lines)} at most {TARGET} of the best peer on both halves")
+    print(f"\n{len(lines) - len(misses)} of {len(lines)} at most {TARGET} of the best peer on both texts")
 
 
 def main() -> None:
@@ -294,27 +299,27 @@ def main() -> None:
     rows: list[Row] = []
     floats: dict[str, tuple[float, float]] = {}
     for model in given.models:
-        ids, documents = texts(model, given.work)
+        text = texts(model, given.work)
         if given.only != "table":
             for peer in given.peers:
-                run_peer(peer, model, given.widths, given.work, ids, environments)
+                run_peer(peer, model, given.widths, given.work, text.calibration, environments)
             for width in given.widths:
-                run_fracbit(model, width, given.work, ids)
+                run_fracbit(model, width, given.work, text.calibration)
         if given.only == "run":
             continue
-        floats[model] = halves(load(str(folder_of(model)), torch.float32), documents)
+        floats[model] = judge(load(str(folder_of(model)), torch.float32), text)
         for peer in given.peers:
-            rows += peer_rows(model, peer, given.work, given.widths, documents)
+            rows += peer_rows(model, peer, given.work, given.widths, text)
         for width in given.widths:
             out = given.work / model / "fracbit" / f"{width + 0.25}"
             if (out / "facts.json").exists():
-                rows.append(fracbit_row(model, width, out, documents))
+                rows.append(fracbit_row(model, width, out, text))
     if given.only == "run":
         return
     lines = compared(rows, floats)
     show(rows, floats, lines)
     protocol = (
-        f"{SAMPLES} x {LENGTH} calibration ids; judged on {DOCUMENTS} documents of {LENGTH} ids, halves apart"
+        f"{SAMPLES} x {LENGTH} calibration ids; judged on two sets of {DOCUMENTS} documents of {LENGTH} ids"
     )
     result = {"protocol": protocol, "float": floats, "rows": [asdict(row) for row in rows], "compared": lines}
     result["bench_peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

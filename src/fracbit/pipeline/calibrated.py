@@ -28,6 +28,7 @@ from fracbit.data import parse_source, read_calibration
 from fracbit.errors import RecipeError
 from fracbit.models.blocks import blocks
 from fracbit.models.find import family_of
+from fracbit.models.fold import scaling_sites
 from fracbit.models.install import materialize
 from fracbit.models.skeleton import skeleton
 from fracbit.models.spill import storage
@@ -43,6 +44,7 @@ from fracbit.quantizers import RoundToNearest, quantizer
 from fracbit.records.calibration import Calibration
 from fracbit.records.recipe import Recipe
 from fracbit.records.scheme import Scheme
+from fracbit.transforms import TRANSFORMS
 
 SPILL_BYTES = 4 << 30
 ID_FORMATS = ("u16", "u32", "npy")
@@ -84,7 +86,7 @@ def run_calibrated(
             work.show(f"block {number + 1} of {len(steps)}", sum(steps[: number + 1]), sum(steps))
         if work.plan.distill:
             distill_shards(work, target, schedule, samples)
-        schedule = with_notes(as_stored(schedule, target), rotation_notes(work, bool(changed)))
+        schedule = with_notes(as_stored(schedule, target), rewrite_notes(work, bool(changed)))
         totals = finish(target, recipe, work.source, schedule, work.model, (samples.to_json(),), changed)
     seconds = time.perf_counter() - started
     return Result(str(output), **totals, seconds=seconds, peak_rss_bytes=peak_rss())
@@ -138,9 +140,15 @@ def changed_config(work: Work) -> dict[str, Any]:
     return {"tie_word_embeddings": False} if tied else {}
 
 
-def rotation_notes(work: Work, was_tied: bool) -> tuple[str, ...]:
-    """What a rotation of the residual stream changes besides the quantized weights."""
+def rewrite_notes(work: Work, was_tied: bool) -> tuple[str, ...]:
+    """What rewrites changed besides the quantized weights, and those that found no place."""
     notes = []
+    factors = [name for name in work.plan.transforms if name in TRANSFORMS]
+    stack = blocks(work.model, work.family)
+    if factors and not any(scaling_sites(block, work.family, work.model.config) for _, block in stack):
+        notes.append(
+            f"{' and '.join(factors)} did nothing: family {work.family.name} has no norm to fold factors into"
+        )
     if was_tied:
         head, table = work.family.head, work.family.embeddings[0]
         notes.append(f"{head} is no longer {table}: rotated, they are two matrices, and both are stored")

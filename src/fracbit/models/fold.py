@@ -30,6 +30,8 @@ from fracbit.models.family import Family, Norm, Pair
 from fracbit.models.install import set_weight
 from fracbit.transforms.rotation import turn_inputs
 
+ROWS = 8192  # turned at a time: an embedding table in fp64 would be four times its size
+
 
 def storable(block: nn.Module, family: Family, norm: Norm, factors: Tensor, dtype: torch.dtype) -> Tensor:
     """The factors nearest to `factors` [width] that leave a gain which `dtype`, the stored type, holds exactly.
@@ -199,7 +201,8 @@ def scaling_sites(
 
 def _turned(rows: Tensor, signs: Tensor) -> Tensor:
     """`rows` [n, width] times the rotation with these signs, fp32."""
-    return turn_inputs(rows.double() * signs).float()
+    parts = [turn_inputs(part.double() * signs).float() for part in rows.split(ROWS)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _turn_rows(module: nn.Module, signs: Tensor) -> None:

@@ -31,10 +31,12 @@ STREAM, MLP = "rotate", "rotate-mlp"
 ROTATIONS = {STREAM, MLP}
 
 
-def untie(config: PreTrainedConfig, transforms: Sequence[str]) -> None:
-    """Untie head and table in `config`, in place, where the rotation of the stream makes two matrices of them."""
-    if STREAM in transforms:
+def untie(config: PreTrainedConfig, transforms: Sequence[str]) -> bool:
+    """Untie head and table in `config`, in place, where the rotation of the stream needs two matrices; whether it did."""
+    tied = STREAM in transforms and bool(config.tie_word_embeddings)
+    if tied:
         config.tie_word_embeddings = False
+    return tied
 
 
 def stream_rotation(

@@ -83,3 +83,21 @@ def test_padding_leaves_the_product(shape: tuple[int, int, int]):
     assert len(wide) > 16
     assert wide.shape[1] % 8 == tall.shape[1] % 8 == 0
     assert torch.equal(torch._int_mm(wide, tall)[:rows, :columns], left.int() @ right.int())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_layer_gives_the_same_by_integers_and_by_floats(bits: int, monkeypatch: pytest.MonkeyPatch):
+    """Many rows go through torch's int8 product, few through the packed kernels: no token may notice which."""
+    from fracbit.models import quant_linear
+
+    random = torch.Generator().manual_seed(2)
+    packed = quantize_tensor(torch.randn(24, 43, generator=random), Scheme("int", bits, "row"))
+    layer = quant_linear.QuantLinear(packed.scheme, packed.shape, inputs=Inputs())
+    layer.fill(packed)
+    x, used = torch.randn(80, 43, generator=random), []
+    real = quant_linear.int8_product
+    monkeypatch.setattr(quant_linear, "int8_product", lambda *args: used.append(len(args[0])) or real(*args))
+    together = layer(x)
+    alone = torch.cat([layer(row[None]) for row in x])
+    assert used == [80]
+    assert torch.allclose(together, alone, atol=1e-4)

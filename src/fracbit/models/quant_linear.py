@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fracbit.kernels import Activations, PackedLinear
 from fracbit.numerics.bits import unpack_bits
 from fracbit.numerics.blocks import spread_rows
-from fracbit.numerics.inputs import int8_product, is_int8, round_inputs
+from fracbit.numerics.inputs import int8_pays, int8_product, is_int8, round_inputs
 from fracbit.numerics.packed import (
     PackedTensor,
     dense_scales,
@@ -129,11 +129,9 @@ class QuantLinear(_PackedBuffers):
 
     def _multiply_rounded(self, x: Tensor, inputs: Inputs) -> Tensor:
         packed = self.packed
-        return (
-            int8_product(x, packed, inputs)
-            if is_int8(packed, inputs)
-            else self.multiply(round_inputs(x, inputs))
-        )
+        if is_int8(packed, inputs) and int8_pays(packed, x.numel() // x.shape[-1]):
+            return int8_product(x, packed, inputs)
+        return self.multiply(round_inputs(x, inputs))
 
 
 class QuantEmbedding(_PackedBuffers):

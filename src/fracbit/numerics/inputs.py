@@ -37,12 +37,17 @@ def input_scale(inputs: Inputs, x: Tensor) -> Tensor:
 
 def round_inputs(x: Tensor, inputs: Inputs) -> Tensor:
     """`x` [..., in] rounded, in the type of `x`; what lies beyond a static scale is clipped."""
-    table = input_type(inputs).to(x.device)
+    codes, scale = input_codes(x, inputs)
+    values = input_type(inputs).to(x.device).look_up(codes.reshape(1, -1))
+    return (values.view(x.shape) * scale).to(x.dtype)
+
+
+def input_codes(x: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Codes uint8 of `x` [..., in] in `input_type(inputs)`, and the scales, fp32, that their values are multiplied by."""
     values = x.float()
     scale = input_scale(inputs, values)
     unit = (values * torch.where(scale > 0, 1 / scale, 0.0)).clamp(-1, 1)
-    codes = table.nearest(unit.reshape(1, -1))
-    return (table.look_up(codes).view(values.shape) * scale).to(x.dtype)
+    return input_type(inputs).to(x.device).nearest(unit.reshape(1, -1)).view(x.shape), scale
 
 
 def round_through(x: Tensor, inputs: Inputs) -> Tensor:
@@ -60,15 +65,21 @@ def is_int8(packed: PackedTensor, inputs: Inputs) -> bool:
     return plain and alone and inputs.dtype == "int" and inputs.bits == 8
 
 
+def int8_pays(packed: PackedTensor, rows: int) -> bool:
+    """Whether so many rows are worth it: for few the packed product reads less, and narrow codes have to be unpacked first."""
+    return rows >= (8 if packed.scheme.bits == 8 else 64)
+
+
 def int8_product(x: Tensor, packed: PackedTensor, inputs: Inputs) -> Tensor:
     """`round_inputs(x) W^T` with `W` [out, in] as in `is_int8`, multiplied in int8 and summed exactly in int32."""
-    values = x.float().reshape(-1, x.shape[-1])
-    scale = input_scale(inputs, values)
-    inverse = torch.where(scale > 0, TOP / scale, 0.0)
-    left = (values * inverse).round_().clamp_(-TOP, TOP).to(torch.int8)
+    codes, scale = input_codes(x.reshape(-1, x.shape[-1]), inputs)
     right, top = int8_weight(packed)
     assert isinstance(packed.scales, Tensor)
-    result = int_matmul(left, right.T).float() * (scale / TOP) * (packed.scales.float().T / top)
+    result = (
+        int_matmul((codes - TOP).view(torch.int8), right.T).float()
+        * (scale / TOP)
+        * (packed.scales.float().T / top)
+    )
     return result.to(x.dtype).view(*x.shape[:-1], packed.shape[0])
 
 

@@ -49,7 +49,8 @@ HELD_OUT = 8  # one batch in so many judges the corrections, which do not see it
 class Work:
     """What every block of a run needs: the same for all of them, and nothing that changes.
 
-    `dtype` is that of the forward passes, `stored` the source's own; `stream` rotates the residual stream, or is None.
+    `dtype` is that of the forward passes, `stored` the source's own; `stream` has the signs of the residual stream's
+    rotation, or is None, and `untied` says that the rotation made two matrices of one table.
     """
 
     recipe: Recipe
@@ -62,6 +63,7 @@ class Work:
     stored: torch.dtype
     device: torch.device
     stream: Tensor | None
+    untied: bool
     show: Progress
 
 

@@ -76,6 +76,12 @@ def test_intervals_grow_with_noise_that_rows_do_not_share() -> None:
     assert 0.02 < item.loss.high - item.loss.low < 0.5
 
 
+def test_a_model_that_one_precision_lacks_bends_no_curve() -> None:
+    odd = make_row("odd", 3 * 10**5, 4, 9.0)  # far off the others' line, and measured at 4 bits alone
+    with_odd = {item.bits: item for item in fit.offsets([*parallel_rows(), odd])}
+    assert with_odd[3] == {item.bits: item for item in fit.offsets(parallel_rows())}[3]
+
+
 def test_curves_that_do_not_overlap_have_no_offset() -> None:
     rows = [make_row("a", 10**3, 4, 3.0), make_row("b", 2 * 10**3, 4, 2.9), make_row("c", 10**9, 3, 2.0)]
     found = fit.offsets(rows)

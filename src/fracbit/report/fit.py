@@ -178,17 +178,25 @@ def front(rows: Sequence[Row]) -> list[Row]:
 
 
 def offsets(rows: Sequence[Row], reference: int = 4, draws: int = DRAWS, seed: int = 0) -> list[Offset]:
-    """Offsets of every precision of a slice from the `reference` precision, with bootstrap intervals over windows."""
+    """Offsets of every precision of a slice from the `reference` precision, with bootstrap intervals over windows.
+
+    Two curves go through the models that both precisions have: a missing one would bend one curve alone.
+    """
     if reference not in {bits_of(row) for row in rows}:
         return []
     points = sorted(rows, key=size_of)
     losses = resampled(points, draws, seed)  # [1 + draws, rows], the first as measured
     precision = np.array([bits_of(row) for row in points])
     sizes = np.array([size_of(row) for row in points])
-    base = precision == reference
+    models = np.array([row.run.recipe.model for row in points])
     found = []
     for bits in sorted(set(precision.tolist()) - {reference}):
-        own = precision == bits
+        shared = set(models[precision == bits]) & set(models[precision == reference])
+        both = np.isin(models, list(shared))
+        own, base = (np.flatnonzero(both & (precision == width)) for width in (bits, reference))
+        if not shared:
+            found.append(Offset(bits, reference, None, None))
+            continue
         curves = (sizes[own], losses[:, own], sizes[base], losses[:, base])
         found.append(Offset(bits, reference, _interval(_gaps(*curves)), _interval(_shifts(*curves))))
     return found

@@ -93,6 +93,20 @@ def test_a_run_keeps_a_size_and_fused_layers_together(files: Path) -> None:
             assert len({layers[f"model.layers.{block}.{name}_proj"]["scheme"] for name in group}) == 1
 
 
+def test_a_run_is_judged_on_held_out_text_before_it_is_written(files: Path) -> None:
+    """Either the division is written, or the uniform scheme that beat it; the notes say which, and give the losses."""
+    (files / "long.u16").write_bytes(np.random.default_rng(1).integers(0, 96, 8320).astype("<u2").tobytes())
+    done = command(
+        "quantize", str(files / "model"), "-o", str(files / "judged"), "--average-bits", "3.6", "--held-out",
+        f"{files / 'long'}.u16?length=64",
+    )  # fmt: skip
+    (said,) = [note for note in done["notes"] if "held-out tokens" in note]  # type: ignore[attr-defined]
+    looked = command("inspect", str(files / "judged"))
+    used = {str(layer["scheme"]) for layer in looked["layers"].values()}  # type: ignore[attr-defined]
+    assert ("the uniform scheme won" in said) == (len(used) == 1)
+    assert float(str(looked["bits_per_weight"])) <= 3.6
+
+
 def test_pruning_compares_and_writes(files: Path) -> None:
     pytest.importorskip("matplotlib")
     done = command(

@@ -155,6 +155,16 @@ def test_the_lens_reports_and_draws(files: Path) -> None:
     assert made["allocation"]["origin"]["score"] == "lens:gaussian x weight-error"  # type: ignore[index,call-overload]
 
 
+def test_planted_outliers_break_int8_activations(files: Path) -> None:
+    words = ("lens", str(files / "model"), "--text", source(files, "unseen"), "--kinds", "int8/tensor",
+             "--target", "activations", "--granularity", "module", *SAMPLES)  # fmt: skip
+    plain, planted = command(*words), command(*words, "--plant", "50")
+    assert planted["planted_norms"] == 6
+    assert planted["float_nll"] == pytest.approx(plain["float_nll"], abs=1e-4)
+    before, after = (done["curves"][0]["intensity"] for done in (plain, planted))  # type: ignore[index]
+    assert after > 1.3 * before
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -176,6 +186,7 @@ def test_the_lens_reports_and_draws(files: Path) -> None:
         (["lens", "MODEL", "--text", "TEXT", "--intensities", "0", *SAMPLES], "is none"),
         (["lens", "MODEL", "--text", "TEXT", "--intensities", "nan", *SAMPLES], "is none"),
         (["lens", "MODEL", "--text", "TEXT", "--kinds", "gausian", *SAMPLES], "did you mean"),
+        (["lens", "MODEL", "--text", "TEXT", "--plant", "0", *SAMPLES], "is none"),
     ],
 )
 def test_bad_input_is_one_of_our_errors(files: Path, words: list[str], says: str) -> None:

@@ -47,6 +47,14 @@ inline __m512i cut(__m512i z) {
     return _mm512_multishift_epi64_epi8(_mm512_load_si512(table.control), z);
 }
 
+// A loaded register that stays one: left alone, GCC folds the load into every instruction that uses it, and loads are scarce.
+inline __m512i loaded(__m512i v) {
+#if defined(__GNUC__)
+    asm("" : "+v"(v));
+#endif
+    return v;
+}
+
 struct Avx512 {
     using Floats = __m512;
     using Ints = __m512i;
@@ -78,7 +86,7 @@ struct Avx512 {
     // One word of eight codes per lane, for widths up to 4.
     template <int bits>
     static __m512i words(const uint8_t* p) {
-        if constexpr (bits == 4) return _mm512_loadu_si512(p);
+        if constexpr (bits == 4) return loaded(_mm512_loadu_si512(p));
         if constexpr (bits == 3) return spread<3, 4>(_mm512_maskz_loadu_epi8(0xffffffffffffull, p));
         if constexpr (bits == 2) return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
         if constexpr (bits == 1) return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -87,7 +95,7 @@ struct Avx512 {
     template <int bits>
     static void unpack(const uint8_t* p, Bytes& u0, Bytes& u1) {
         if constexpr (bits == 4) {
-            u0 = _mm512_loadu_si512(p);
+            u0 = loaded(_mm512_loadu_si512(p));
             u1 = _mm512_srli_epi16(u0, 4);
         } else if constexpr (bits < 4) {
             const __m512i z = words<bits>(p);

@@ -120,6 +120,8 @@ struct Isa {
 // The table of instruction sets, best first; null where this build or this processor lacks one.
 const Isa* isa_avx512();
 const Isa* isa_avx2();
+const Isa* isa_neon_dot();
+const Isa* isa_neon();
 const Isa* isa_plain();
 
 }  // namespace fracbit

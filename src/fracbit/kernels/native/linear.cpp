@@ -512,7 +512,7 @@ uint64_t read(const Isa& isa, const uint8_t* data, int64_t count, int threads) {
 
 std::vector<const Isa*> instruction_sets() {
     std::vector<const Isa*> found;
-    for (const Isa* isa : {isa_avx512(), isa_avx2(), isa_plain()})
+    for (const Isa* isa : {isa_avx512(), isa_avx2(), isa_neon_dot(), isa_neon(), isa_plain()})
         if (isa != nullptr) found.push_back(isa);
     return found;
 }

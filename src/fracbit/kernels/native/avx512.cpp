@@ -71,6 +71,14 @@ struct Avx512 {
         if constexpr (type == Float::f16) return _mm512_cvtph_ps(half);
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
     }
+    template <Float type>
+    static Floats load_part(const void* p, int64_t count) {
+        const auto some = static_cast<__mmask16>((1u << count) - 1u);
+        if constexpr (type == Float::f32) return _mm512_maskz_loadu_ps(some, p);
+        const __m256i half = _mm256_maskz_loadu_epi16(some, p);
+        if constexpr (type == Float::f16) return _mm512_cvtph_ps(half);
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    }
     static Floats all(float value) { return _mm512_set1_ps(value); }
     static void store(Floats v, float* p) { _mm512_storeu_ps(p, v); }
     static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }

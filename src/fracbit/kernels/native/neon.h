@@ -39,6 +39,12 @@ struct Neon {
             return vreinterpretq_f32_u32(vshll_n_u16(half, 16));
         });
     }
+    template <Float type>
+    static Floats load_part(const void* p, int64_t count) {
+        float some[kLanes] = {};
+        floats_from(p, type, count, some);
+        return load(some);
+    }
     static Floats all(float value) { return each([&](int) { return vdupq_n_f32(value); }); }
     static void store(const Floats& v, float* p) {
         for (int i = 0; i < 4; ++i) vst1q_f32(p + 4 * i, v.q[i]);

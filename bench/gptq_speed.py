@@ -105,35 +105,37 @@ def main() -> None:
     make_model(model, given.blocks)
     runs: dict[str, list[dict[str, float]]] = {tool: [] for tool in ("fracbit", *PEERS)}
     for number in range(given.rounds):
-        for tool in runs:
+        for tool, done in runs.items():
             shutil.rmtree(given.work / tool, ignore_errors=True)
             order = order_of(tool, model, given.work, environments)
-            runs[tool].append(measure(order, given.work / f"{tool}.log"))
-            one = runs[tool][-1]
-            print(
-                f"round {number + 1} {tool:14} {one['seconds']:7.1f} s {one['peak_rss_bytes'] / 1e9:5.2f} GB",
-                flush=True,
-            )
-    median = {
-        tool: {key: statistics.median(run[key] for run in all_runs) for key in all_runs[0]}
-        for tool, all_runs in runs.items()
-    }
-    own = median["fracbit"]
-    ratios = {peer: {key: median[peer][key] / own[key] for key in own} for peer in PEERS}
-    for peer, ratio in ratios.items():
+            done.append(measure(order, given.work / f"{tool}.log"))
+            seconds, peak = done[-1]["seconds"], done[-1]["peak_rss_bytes"] / 1e9
+            print(f"round {number + 1} {tool:14} {seconds:7.1f} s {peak:5.2f} GB", flush=True)
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        given.json.write_text(json.dumps(summary(runs, given.blocks), indent=1) + "\n")
+    for peer, ratio in summary(runs, given.blocks)["ratios"].items():
         print(
-            f"{peer}: {ratio['seconds']:.2f} times the wall clock, {ratio['cpu_seconds']:.2f} the CPU time, "
-            f"{ratio['peak_rss_bytes']:.2f} the memory of fracbit"
+            f"{peer}: {ratio['seconds']:.2f} times the time, {ratio['peak_rss_bytes']:.2f} the memory of fracbit"
         )
-    least = min(ratio["seconds"] for ratio in ratios.values())
-    print(f"faster than the faster peer by {least:.2f}; target {TARGET}")
-    result = {
-        "protocol": f"{given.blocks} blocks, {SAMPLES} x {LENGTH} ids, 4 bits, group 128, {os.cpu_count()} threads",
+    print(f"target: {TARGET} times the time, more memory")
+
+
+def summary(runs: dict[str, list[dict[str, float]]], blocks: int) -> dict:
+    """Medians over the rounds so far, and each peer's over fracbit's."""
+    median = {
+        tool: {key: statistics.median(run[key] for run in rounds) for key in rounds[0]}
+        for tool, rounds in runs.items()
+    }
+    ratios = {
+        peer: {key: median[peer][key] / own for key, own in median["fracbit"].items()} for peer in PEERS
+    }
+    return {
+        "protocol": f"{blocks} blocks, {SAMPLES} x {LENGTH} ids, 4 bits, group 128, {os.cpu_count()} threads",
         "machine": {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__},
-        "runs": runs, "median": median, "ratios": ratios,
-    }  # fmt: skip
-    given.json.parent.mkdir(parents=True, exist_ok=True)
-    given.json.write_text(json.dumps(result, indent=1) + "\n")
+        "runs": runs,
+        "median": median,
+        "ratios": ratios,
+    }
 
 
 if __name__ == "__main__":

@@ -109,7 +109,10 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def peer_settings(peer: str, width: int, folder: Path) -> list[dict]:
-    """What a peer is tried with at `width` + 1/4 bits: groups that divide the layers, symmetric and not."""
+    """What a peer is tried with at `width` + 1/4 bits: groups near 64, of llm-compressor those that divide the layers.
+
+    GPTQModel and AutoRound store zero points also where they are symmetric, so they are tried with real ones alone.
+    """
     config = json.loads((folder / "config.json").read_text())
     wide, inner = config["hidden_size"], config["intermediate_size"]
     group, down = divisor(wide, 64), divisor(inner, 64)
@@ -119,13 +122,9 @@ def peer_settings(peer: str, width: int, folder: Path) -> list[dict]:
         base = {"group": group, "group_down": down}
         tries = [{**base, "sym": True}, {**base, "sym": False}, {**base, "sym": False, "observer": "mse"}]
     elif peer == "gptqmodel":
-        tries = [
-            {"group": 64, "sym": True},
-            {"group": 64, "sym": True, "mse": 2.4},
-            {"group": 64, "sym": False},
-        ]
+        tries = [{"group": 64, "sym": False}, {"group": 64, "sym": False, "mse": 2.4}]
     else:
-        tries = [{"group": 64, "sym": width > 2, "iters": 200}]
+        tries = [{"group": 64, "sym": False, "iters": 200}]
     named = [{"bits": width, **one} for one in tries]
     return [{"label": "-".join(f"{k}{v}" for k, v in one.items()).replace("_", ""), **one} for one in named]
 

@@ -120,7 +120,7 @@ def gram_errors(error: Tensor, gram: Tensor) -> Tensor:
 
 def add_gram(gram: Tensor, x: Tensor) -> Tensor:
     """`gram` [in, in] + x^T x of `x` [tokens, in]; the upper panels are multiplied, the lower ones mirrored."""
-    result = torch.empty_like(gram)
+    result, x = torch.empty_like(gram), x.float()
     for first, last in panels(gram.shape[0]):
         part = torch.addmm(gram[first:last, first:], x[:, first:last].T, x[:, first:])
         result[first:last, first:] = part

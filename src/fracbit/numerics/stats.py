@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,15 +28,17 @@ def empty(inputs: int, gram: bool = True, device: torch.device | str = "cpu") ->
     return Stats(0, torch.zeros(inputs, inputs, device=device) if gram else None, zeros, zeros.clone())
 
 
-def observe(stats: Stats, x: Tensor) -> Stats:
-    """Add the inputs `x` [tokens, in]. Raises `WeightError` when they hold NaN or Inf."""
-    x = x.float()
-    energy = x.square().sum(0)
+def observe(stats: Stats, x: Tensor, add: Callable[[Tensor, Tensor], Tensor] = add_gram) -> Stats:
+    """Add the inputs `x` [tokens, in]; `add` gives the gram matrix with theirs. Raises `WeightError` on NaN or Inf."""
+    if not len(x):
+        return stats
+    gram = None if stats.gram is None else add(stats.gram, x)
+    energy = stats.energy + x.float().square().sum(0) if gram is None else gram.diagonal().clone()
     if not bool(torch.isfinite(energy).all()):
         raise WeightError(f"{int((~torch.isfinite(x)).any(1).sum())} of {len(x)} input rows hold NaN or Inf")
-    gram = None if stats.gram is None else add_gram(stats.gram, x)
-    absmax = torch.maximum(stats.absmax, x.abs().amax(0)) if len(x) else stats.absmax
-    return Stats(stats.tokens + len(x), gram, absmax, stats.energy + energy)
+    low, high = x.aminmax(dim=0)
+    absmax = torch.maximum(stats.absmax, torch.maximum(-low, high).float())
+    return Stats(stats.tokens + len(x), gram, absmax, energy)
 
 
 def merge(a: Stats, b: Stats) -> Stats:

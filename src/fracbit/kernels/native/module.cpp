@@ -22,6 +22,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "gram.h"
 #include "linear.h"
 #include "pool.h"
 #include "step.h"
@@ -32,7 +33,7 @@ using namespace fracbit;
 namespace {
 
 // Raised whenever a signature below changes, so that Python refuses an extension left over from another version.
-constexpr int kAbi = 4;
+constexpr int kAbi = 5;
 
 using Array = nb::ndarray<nb::ro, nb::device::cpu>;
 using Output = nb::ndarray<nb::device::cpu>;
@@ -401,11 +402,27 @@ class PyDecoder {
     Scratch scratch_;
 };
 
+void add_gram_checked(const Array& x, const Output& gram, int threads) {
+    if (!has_gram()) refuse("this machine, or the compiler that built this module, has no bfloat16 products");
+    if (x.ndim() != 2 || !is_type(x, nb::dlpack::dtype_code::Bfloat, 16)) refuse("x must be bfloat16 [tokens, width]");
+    if (!is_type(gram, nb::dlpack::dtype_code::Float, 32)) refuse("gram must be float32");
+    const auto tokens = static_cast<int64_t>(x.shape(0)), width = static_cast<int64_t>(x.shape(1));
+    check_layout(gram, "gram", {width, width});
+    if ((width > 1 && tokens > 0 && x.stride(1) != 1) || (tokens > 1 && x.stride(0) < width))
+        refuse("x must have contiguous rows that do not overlap");
+    nb::gil_scoped_release release;
+    add_gram(static_cast<const uint16_t*>(x.data()), tokens > 1 ? x.stride(0) : width, tokens, width,
+             static_cast<float*>(gram.data()), threads);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
     nb::set_leak_warnings(false);  // weights held by modules that live until the interpreter ends are no leak
     m.doc() = "Native CPU kernels of fracbit.";
+    m.def("has_gram", &has_gram, "Whether `add_gram` can run here: AVX-512 with bfloat16 products.");
+    m.def("add_gram", &add_gram_checked, nb::arg("x"), nb::arg("gram"), nb::arg("threads"),
+          "gram [width, width] fp32 += x^T x for x [tokens, width] bfloat16.");
     m.def("abi", [] { return kAbi; }, "Version of the interface between fracbit's Python and its native kernels.");
     m.def(
         "instruction_sets",

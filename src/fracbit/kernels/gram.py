@@ -1,0 +1,24 @@
+"""Gram matrices of bfloat16 activations by the native kernel: exact products, sums in fp32, half of the matrix computed.
+
+torch multiplies bfloat16 to bfloat16 only, which would round the sums; without the kernel its fp32 product is taken, the
+definition (numerics/linalg.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fracbit.kernels.cpu import NATIVE
+from fracbit.numerics import linalg
+
+
+def add_gram(gram: Tensor, x: Tensor) -> Tensor:
+    """`gram` fp32 [in, in] + x^T x of `x` [tokens, in], any float type."""
+    here = NATIVE is not None and NATIVE.has_gram() and x.device.type == "cpu" and x.dtype == torch.bfloat16
+    if not here:
+        return linalg.add_gram(gram, x.float())
+    assert NATIVE is not None
+    result = gram.clone()
+    NATIVE.add_gram(x if x.stride(-1) == 1 else x.contiguous(), result, torch.get_num_threads())
+    return result

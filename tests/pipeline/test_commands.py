@@ -56,23 +56,67 @@ def test_scores_go_into_a_plan_and_the_plan_into_a_checkpoint(files: Path) -> No
     assert float(str(done["bits_per_weight"])) <= 3.6
 
 
+def test_losses_of_any_score_divide_the_budget_of_a_run(files: Path) -> None:
+    """`fracbit quantize` takes what `fracbit score --levels` writes; levels differ in bits, type, block and axis at once."""
+    model, losses = str(files / "model"), files / "losses.json"
+    levels = "int2z/32,nf4/16 out,kmeans3/row,float"
+    found = command(
+        "score", model, "--method", "oracle", "--text", source(files, "seen"), "--granularity", "block", "--levels", levels,
+        "-o", str(losses), *SAMPLES,
+    )  # fmt: skip
+    assert json.loads(losses.read_text()) == found
+    assert len(found["schemes"]) == 4  # type: ignore[arg-type]
+    done = command(
+        "quantize", model, "-o", str(files / "divided"), "--average-bits", "4.2", "--levels", levels, "--score",
+        str(losses), "--granularity", "block",
+    )  # fmt: skip
+    assert any("divided by exact" in note for note in done["notes"])  # type: ignore[attr-defined]
+    looked = command("inspect", str(files / "divided"))
+    assert 0 < float(str(looked["bits_per_weight"])) <= 4.2
+    for block in range(3):
+        mine = {
+            str(layer["scheme"]) for name, layer in looked["layers"].items() if f"layers.{block}." in name
+        }  # type: ignore[attr-defined]
+        assert len(mine) <= 1
+
+
+def test_a_run_keeps_a_size_and_fused_layers_together(files: Path) -> None:
+    done = command(
+        "quantize", str(files / "model"), "-o", str(files / "sized"), "--size", "65kB", "--fused", "--levels",
+        "int2z/32,int3z/32,int4z/32", "--score", "weight-error",
+    )  # fmt: skip
+    assert int(str(done["bytes"])) <= 65_000
+    layers: dict[str, dict[str, str]] = command("inspect", str(files / "sized"))["layers"]  # type: ignore[assignment]
+    assert len({layer["scheme"] for layer in layers.values()}) > 1
+    for block in range(3):
+        for group in (("self_attn.q", "self_attn.k", "self_attn.v"), ("mlp.gate", "mlp.up")):
+            assert len({layers[f"model.layers.{block}.{name}_proj"]["scheme"] for name in group}) == 1
+
+
 def test_pruning_compares_and_writes(files: Path) -> None:
+    pytest.importorskip("matplotlib")
     done = command(
         "prune", str(files / "model"), "-o", str(files / "pruned"), "--score", "first", "--held-out", source(files, "unseen"),
-        *SAMPLES,
+        "--picture", str(files / "prune.png"), *SAMPLES,
     )  # fmt: skip
+    assert (files / "prune.png").exists()
+    assert (files / "prune.csv").exists()
     assert done["dropped"] == ["model.layers.2"]
     assert done["blocks"] == 2
     assert {name: len(line) for name, line in done["comparison"].items()} == {"quantized": 4, "pruned": 3}  # type: ignore[attr-defined]
+    for pruned, quantized in done["equal_size"]:  # type: ignore[attr-defined]
+        assert quantized is None or quantized[0] <= pruned[0] + 1e-6
+    assert done["equal_size"][0][0] == done["equal_size"][0][1]  # type: ignore[index]
 
 
 def test_the_lens_reports_and_draws(files: Path) -> None:
     pytest.importorskip("matplotlib")
     done = command(
-        "lens", str(files / "model"), "--text", source(files, "unseen"), "--kinds", "gaussian", "--intensities", "0.1",
-        "-o", str(files / "lens"), "--scores", str(files / "lens.json"), *SAMPLES,
+        "lens", str(files / "model"), "--text", source(files, "unseen"), "--kinds", "gaussian,int3/32",
+        "--intensities", "0.1,0.2", "-o", str(files / "lens"), "--scores", str(files / "lens.json"), *SAMPLES,
     )  # fmt: skip
-    assert [point["target"] for point in done["curves"]] == ["weights", "activations"]  # type: ignore[attr-defined,index]
+    kinds = ["gaussian", "gaussian", "int3/32", "int3/32 as gaussian"]
+    assert [point["kind"] for point in done["curves"]] == 2 * kinds  # type: ignore[attr-defined,index]
     assert len(done["fragility"]) == 3  # type: ignore[arg-type]
     names = {
         "intensity.png",
@@ -107,11 +151,17 @@ def test_the_lens_reports_and_draws(files: Path) -> None:
         (["plan", "MODEL", "--average-bits", "3", "--picture", "plan.jpeg2"], "no kind of picture"),
         (["plan", "MODEL", "--average-bits", "3", "--text", "a.u16", "--held-out", "a.u16"], "flatters"),
         (["score", "MODEL", "--method", "lim"], "reads text"),
+        (["quantize", "MODEL", "-o", "x", "--average-bits", "3", "--score", "lim"], "measure it first"),
+        (["quantize", "MODEL", "-o", "x", "--average-bits", "9"], "above the highest"),
+        (["quantize", "MODEL", "-o", "x", "--score", "zd"], "go with a budget"),
+        (["quantize", "MODEL", "-o", "x", "--average-bits", "3", "--score", "gone.json"], "cannot be read"),
         (["score", "MODEL", "--granularity", "row"], "use block or linear"),
         (["prune", "MODEL"], "nothing to do"),
         (["lens", "MODEL", "--text", "TEXT", "--seeds", "2"], "at least 5"),
         (["lens", "MODEL", "--text", "TEXT", "--intensities", "0,x", *SAMPLES], "takes numbers"),
         (["lens", "MODEL", "--text", "TEXT", "--intensities", "0", *SAMPLES], "is none"),
+        (["lens", "MODEL", "--text", "TEXT", "--intensities", "nan", *SAMPLES], "is none"),
+        (["lens", "MODEL", "--text", "TEXT", "--kinds", "gausian", *SAMPLES], "did you mean"),
     ],
 )
 def test_bad_input_is_one_of_our_errors(files: Path, words: list[str], says: str) -> None:

@@ -7,15 +7,17 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from fracbit.errors import RecipeError
+from fracbit.errors import FracbitError, RecipeError
 from fracbit.lens import PERTURBATIONS
 from fracbit.pipeline.lens import (
     LensPoint,
     additivity,
     clip,
+    fixed_points,
     fragility,
     intensity_curves,
     interval,
+    named_error,
     noise,
     noise_like,
     noise_like_clipping,
@@ -90,6 +92,40 @@ def test_clipping_and_its_control_have_one_strength(subject: Subject, ids: torch
     real = probe(subject, ids, clip(0.01), "clip", "weights", seeds=(0,))
     like = probe(subject, ids, noise_like_clipping(0.01), "control", "weights", seeds=(0, 1))
     assert like.intensity == pytest.approx(real.intensity, rel=1e-3)
+
+
+def test_a_word_names_an_error_and_its_control(subject: Subject, ids: torch.Tensor) -> None:
+    """`int3/32` is what the scheme does, `clip:0.01` clips; each stands beside Gaussian noise of its strength."""
+    points = fixed_points(subject, ids, ["int3/32", "clip:0.01"], seeds=(0, 1))
+    assert [p.kind for p in points] == [
+        "int3/32",
+        "int3/32 as gaussian",
+        "clip:0.01",
+        "clip:0.01 as gaussian",
+    ]
+    for real, control in (points[:2], points[2:]):
+        assert control.intensity == pytest.approx(real.intensity, rel=1e-3)
+        assert (len(real.changes), len(control.changes)) == (1, 2)
+    direct = probe(subject, ids, rounding(Scheme(bits=3, block=32)), "direct", seeds=(0,))
+    assert points[0].change == direct.change
+    drawn = probe(subject, ids, named_error("gaussian", 0.1), "gaussian", seeds=(0,))
+    assert drawn.change == probe(subject, ids, noise("gaussian", 0.1), "gaussian", seeds=(0,)).change
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("gausian", "did you mean 'gaussian'"),
+        ("clip:2", "clips nothing"),
+        ("clip:x", "clips nothing"),
+        ("int9/64", "or a scheme such as"),
+        ("float", "makes no error"),
+        ("nff4/64", "unknown data type"),
+    ],
+)
+def test_other_words_name_no_error(word: str, says: str) -> None:
+    with pytest.raises(FracbitError, match=says):
+        named_error(word, 0.1)
 
 
 def test_curves_rise(subject: Subject, ids: torch.Tensor) -> None:

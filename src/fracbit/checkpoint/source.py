@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,18 @@ def read_tensor(source: Source, name: str) -> Tensor:
     try:
         with safe_open(source.folder / info.file, framework="pt") as file:
             return file.get_tensor(name)  # type: ignore[no-any-return]
+    except (SafetensorError, OSError) as error:
+        raise SourceError(f"tensor {name} cannot be read from {info.file}: {error}") from error
+
+
+def read_rows(source: Source, name: str, rows: Sequence[slice], axis: int = 0) -> Tensor:
+    """These rows (`axis` 0) or columns (1) of a matrix, behind each other; only their pages are read."""
+    info = source.tensors[name]
+    try:
+        with safe_open(source.folder / info.file, framework="pt") as file:
+            matrix = file.get_slice(name)
+            parts = [matrix[cut] if axis == 0 else matrix[:, cut] for cut in rows]
+            return torch.cat(parts, axis)
     except (SafetensorError, OSError) as error:
         raise SourceError(f"tensor {name} cannot be read from {info.file}: {error}") from error
 

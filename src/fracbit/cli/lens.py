@@ -19,7 +19,8 @@ def lens(
     kinds: Annotated[
         str,
         typer.Option(
-            help="gaussian, uniform, rademacher, growing, shrinking, growing-scaled, shrinking-scaled."
+            help="gaussian, uniform, rademacher, growing, shrinking, growing-scaled, shrinking-scaled; clip:0.001; "
+            "schemes, such as int3z/64."
         ),
     ] = "gaussian,rademacher,growing,shrinking",
     intensities: Annotated[

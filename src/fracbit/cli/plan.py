@@ -12,7 +12,6 @@ from fracbit.cli.show import bytes_text, print_json, print_notes, print_table, p
 from fracbit.errors import RecipeError
 from fracbit.records.allocation import read_levels, recipe_text, save_allocation
 from fracbit.records.recipe import Recipe
-from fracbit.records.scores import load_scores
 
 
 def plan(
@@ -37,6 +36,9 @@ def plan(
     fused: Annotated[
         bool, typer.Option("--fused", help="Keep linears that read one input together.")
     ] = False,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Read all of large weights instead of a sample of their rows.")
+    ] = False,
     text: Annotated[str | None, typer.Option(help="Text for scores that read some.")] = None,
     held_out: Annotated[
         str | None, typer.Option(help="Other text: measure against the best uniform scheme on it.")
@@ -57,8 +59,17 @@ def plan(
 ) -> None:
     """Plan how MODEL would spend a budget, before anything is written."""
     from fracbit.importance import read_size
+    from fracbit.pipeline.budget import named_scores
     from fracbit.pipeline.pictures import check_picture, draw_bits, draw_plan
-    from fracbit.pipeline.plan import Ask, check_granularity, check_solver, contest, make_plan, make_problem
+    from fracbit.pipeline.plan import (
+        UNCHECKED,
+        Ask,
+        check_granularity,
+        check_solver,
+        contest,
+        make_plan,
+        make_problem,
+    )
     from fracbit.pipeline.subject import load_subject
     from fracbit.pipeline.texts import samples_of
 
@@ -67,13 +78,13 @@ def plan(
     )
     if picture is not None:
         check_picture(picture)
-    given: Any = load_scores(Path(score)) if Path(score).suffix == ".json" else score
+    given = named_scores(score)
     if text is not None and text == held_out:
         raise RecipeError(
             "--held-out is the text that scores saw; name another, or the comparison flatters the allocation"
         )
     problem = make_problem(
-        Recipe(model=model, seed=seed), read_levels(levels), ask, check_granularity(granularity), fused
+        Recipe(model=model, seed=seed), read_levels(levels), ask, check_granularity(granularity), fused, whole
     )
     with progress(json) as show:
         subject = load_subject(model) if text or held_out else None
@@ -100,7 +111,8 @@ def plan(
         draw_plan(
             curve, made.curve, (chosen.bits_per_weight, chosen.predicted_loss or 0.0), made.losses.method
         )
-    notes = (*made.notes, *(note for note in allocation.notes if note not in made.notes))
+    unchecked = () if held_out else (UNCHECKED,)
+    notes = (*made.notes, *(note for note in allocation.notes if note not in made.notes), *unchecked)
     if json:
         print_json(
             {

@@ -76,6 +76,13 @@ def quantize(
     levels: Annotated[
         str | None, typer.Option(help="Schemes a budget chooses from, such as nf4/64,nf2/64.")
     ] = None,
+    score: Annotated[
+        str, typer.Option(help="Data-free score that divides a budget, or a JSON file of scores or losses.")
+    ] = "weight-error",
+    granularity: Annotated[str, typer.Option(help="What a budget chooses for: block or linear.")] = "linear",
+    fused: Annotated[
+        bool, typer.Option("--fused", help="Keep linears that read one input together.")
+    ] = False,
     held_out: Annotated[
         str | None, typer.Option(help="Text: the divided budget must beat the best uniform scheme on it.")
     ] = None,
@@ -137,7 +144,9 @@ def quantize(
         raise RecipeError("no output folder; name one with -o OUT")
     if shard_size < 1:
         raise RecipeError(f"--shard-size must be at least 1 (MB), got {shard_size}")
-    spending = Spending(preset, average_bits, size, fits, context, levels, held_out=held_out)
+    spending = Spending(
+        preset, average_bits, size, fits, context, levels, score, held_out, granularity, fused
+    )
     with progress(json) as show:
         made, notes = budgeted(made, spending, show)
         if made.calibration is not None:

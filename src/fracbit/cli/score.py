@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from fracbit.cli.show import print_json, print_table, progress
-from fracbit.records.allocation import read_level
-from fracbit.records.scores import save_json
+from fracbit.cli.show import print_json, print_notes, print_table, progress
+from fracbit.records.allocation import read_level, read_levels
+from fracbit.records.scores import Losses, Scores, save_json
 
 
 def score(
@@ -24,9 +24,15 @@ def score(
     low: Annotated[
         str, typer.Option(help="Low level, for scores that look at what a scheme does.")
     ] = "int2z/64",
+    levels: Annotated[
+        str | None, typer.Option(help="Losses under each of these schemes instead, for plan and quantize.")
+    ] = None,
     granularity: Annotated[str, typer.Option(help="block or linear.")] = "block",
     fused: Annotated[
         bool, typer.Option("--fused", help="Keep linears that read one input together.")
+    ] = False,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Read all of large weights instead of a sample of their rows.")
     ] = False,
     text: Annotated[str | None, typer.Option(help="Text for scores that read some.")] = None,
     samples: Annotated[int, typer.Option(help="Samples of the text.")] = 32,
@@ -37,26 +43,35 @@ def score(
     """Score every block or linear of MODEL; larger is more important."""
     from fracbit.importance import score_method
     from fracbit.pipeline.plan import check_granularity
-    from fracbit.pipeline.score import make_scores
+    from fracbit.pipeline.sampling import sampling_notes
+    from fracbit.pipeline.score import make_losses, make_scores
     from fracbit.pipeline.subject import load_subject, weights_on_disk
     from fracbit.pipeline.texts import samples_of
 
     unit = check_granularity(granularity)
+    found: Scores | Losses
     with progress(json) as show:
+        weights: Any
         if score_method(method).data_free or text is None:
-            weights = weights_on_disk(model)
-            found = make_scores(
-                weights, weights.units(unit, fused), method, read_level(low), None, seed, show
-            )
+            weights, ids = weights_on_disk(model, whole=whole), None
+            units = weights.units(unit, fused)
         else:
-            subject = load_subject(model)
-            ids = samples_of(text, model, subject, samples, length, seed)
-            units = subject.weights.units(unit, fused)
-            found = make_scores(subject, units, method, read_level(low), ids, seed, show)
+            weights = load_subject(model)
+            ids = samples_of(text, model, weights, samples, length, seed)
+            units = weights.weights.units(unit, fused)
+        if levels is None:
+            found = make_scores(weights, units, method, read_level(low), ids, seed, show)
+        else:
+            found = make_losses(weights, units, method, read_levels(levels), ids, seed, show)
     if output is not None:
         save_json(found, output)
     if json:
         print_json(found.to_json())
+        return
+    print_notes(sampling_notes(found.protocol))
+    if isinstance(found, Losses):
+        rows = [[name, *(f"{loss:.6g}" for loss in row)] for name, row in found.rows.items()]
+        print_table(["layer", *map(str, found.schemes)], rows, f"predicted losses: {found.method}")
         return
     rows = [[name, f"{found.values[name]:.6g}"] for name in found.order()]
     print_table(["layer", "score"], rows, f"{method}, the most important first")

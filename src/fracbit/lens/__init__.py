@@ -1,10 +1,11 @@
 """The lens of perturbation: errors of one strength and different character, and those that schemes really make."""
 
-from fracbit.lens.exponent import EXPONENTS, best_exponent
+from fracbit.lens.exponent import best_exponent
 from fracbit.lens.perturb import (
     PERTURBATIONS,
     Perturbation,
     check_intensity,
+    check_share,
     clipping,
     error_profile,
     noise_on,
@@ -17,12 +18,12 @@ from fracbit.lens.perturb import (
 from fracbit.lens.units import UnitOf, from_units, to_units
 
 __all__ = [
-    "EXPONENTS",
     "PERTURBATIONS",
     "Perturbation",
     "UnitOf",
     "best_exponent",
     "check_intensity",
+    "check_share",
     "clipping",
     "error_profile",
     "from_units",

@@ -81,10 +81,7 @@ def clipping(x: Tensor, share: float, unit: UnitOf) -> Tensor:
     `share` 0.001 is 0.1 %; at least one number of a unit of two or more is clipped. Raises `RecipeError` for a share outside
     0..1, both excluded.
     """
-    if not 0 < share < 1:
-        raise RecipeError(
-            f"a share of {share} clips nothing that makes sense; give one between 0 and 1, such as 0.001"
-        )
+    check_share(share)
     rows, mask = to_units(x.float(), unit)
     counts = (mask.sum(1) * share).ceil().long().clamp(min=1)  # clipped in each unit
     ordered = (rows.abs() * mask).sort(dim=1, descending=True).values
@@ -126,6 +123,14 @@ def check_intensity(intensity: float) -> None:
     if not (math.isfinite(intensity) and intensity > 0):
         raise RecipeError(
             f"a relative intensity of {intensity} is none; give |delta| / |x| above 0, such as 0.01"
+        )
+
+
+def check_share(share: float) -> None:
+    """Refuse to clip nothing or everything. Raises `RecipeError`."""
+    if not 0 < share < 1:
+        raise RecipeError(
+            f"a share of {share} clips nothing that makes sense; give one between 0 and 1, such as 0.001"
         )
 
 

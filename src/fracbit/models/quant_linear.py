@@ -53,9 +53,13 @@ class _PackedBuffers(nn.Module):
 
     def multiply(self, x: Tensor) -> Tensor:
         """`x` [..., in] -> [..., out] through the kernel for this scheme and device, prepared at the first call."""
+        return self.ready()(x)
+
+    def ready(self) -> PackedLinear:
+        """The packed weight with its kernel, prepared once."""
         if self._ready is None:
             self._ready = PackedLinear(self.packed, self.activations)
-        return self._ready(x)
+        return self._ready
 
     def choose(self, activations: Activations) -> None:
         """Multiply by exact activations (`"float"`) or by ones rounded to 8 bits (`"int8"`, faster on CPUs)."""
@@ -158,9 +162,14 @@ class TiedHead(nn.Module):
         super().__init__()
         self._shared = (embedding,)  # a tuple hides it from the module tree: the bytes are saved once
 
+    @property
+    def embedding(self) -> QuantEmbedding:
+        """Whose bytes are multiplied."""
+        return self._shared[0]
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits [..., vocabulary] of hidden states `x` [..., width]."""
-        return self._shared[0].multiply(x)
+        return self.embedding.multiply(x)
 
 
 def buffer_name(part: str) -> str:

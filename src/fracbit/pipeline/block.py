@@ -103,12 +103,9 @@ def do_block(
         target.write_shard(shard, tensors, record)
         if work.plan.chain == "float":
             assert floats is not None
-            hidden = floats
-        else:
-            with rounded_inputs(block, rounding):
-                hidden = advance(block, hidden, hidden.states)
-    release(block)
-    return hidden
+            release(block)
+            return floats
+        return leave_block(work, block, hidden, rounding)
 
 
 def redo_block(
@@ -131,8 +128,15 @@ def redo_block(
             name = inside.removesuffix(".weight")
             set_weight(block.get_submodule(name), decode(packed))
             rounding |= {} if stored.inputs is None else {name: stored.inputs}
-    with turned_inputs(block, turned), rounded_inputs(block, rounding):
-        hidden = advance(block, hidden, hidden.states)
+    with turned_inputs(block, turned):
+        return leave_block(work, block, hidden, rounding)
+
+
+def leave_block(work: Work, block: nn.Module, hidden: Hidden, rounding: Mapping[str, Inputs]) -> Hidden:
+    """Advance to the next block, where there is one, and free this one."""
+    if hidden.index + 1 < len(blocks(work.model, work.family)):
+        with rounded_inputs(block, rounding):
+            hidden = advance(block, hidden, hidden.states)
     release(block)
     return hidden
 

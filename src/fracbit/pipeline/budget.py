@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from fracbit.errors import BudgetError, RecipeError
-from fracbit.importance import read_size
-from fracbit.pipeline.plan import Ask, allocated, contest, make_plan, make_problem
+from fracbit.importance import read_size, score_method
+from fracbit.pipeline.plan import (
+    UNCHECKED,
+    Ask,
+    allocated,
+    check_granularity,
+    contest,
+    make_plan,
+    make_problem,
+)
 from fracbit.pipeline.preset import preset
 from fracbit.pipeline.subject import Progress, load_subject
 from fracbit.pipeline.texts import overlap_of, samples_of
 from fracbit.records.allocation import read_levels
 from fracbit.records.recipe import Recipe
+from fracbit.records.scores import Losses, Scores, load_scores
 
 LEVELS = "int4z/64,int3z/64,int2z/64"
 
 
 @dataclass(frozen=True)
 class Spending:
-    """What a run may spend, as it is written on the command line; everything None or empty asks for nothing."""
+    """What a run may spend, as it is written on the command line; everything None or empty asks for nothing.
+
+    `score`: the name of a data-free score, or a JSON file of scores or losses.
+    """
 
     preset: str | None = None
     average_bits: float | None = None
@@ -28,11 +41,18 @@ class Spending:
     levels: str | None = None
     score: str = "weight-error"
     held_out: str | None = None
+    granularity: str = "linear"
+    fused: bool = False
 
     @property
     def asked(self) -> bool:
         """Whether there is a budget at all."""
         return any(value is not None for value in (self.preset, self.average_bits, self.size, self.fits))
+
+
+def named_scores(score: str) -> str | Scores | Losses:
+    """What `--score` names: a method of the table, or the scores or losses of a JSON file. Raises `FormatError`."""
+    return load_scores(Path(score)) if Path(score).suffix == ".json" else score
 
 
 def budgeted(
@@ -44,8 +64,10 @@ def budgeted(
     wins. Raises `BudgetError` (with the reachable range), `RecipeError`, `SourceError`, `DataError`.
     """
     if not spending.asked:
-        if spending.levels or spending.held_out:
-            raise BudgetError("--levels and --held-out go with a budget: --average-bits, --size or --fits")
+        if replace(spending, context=Spending.context) != Spending():
+            raise BudgetError(
+                "--levels, --score, --granularity, --fused and --held-out go with a budget: --average-bits, --size or --fits"
+            )
         return recipe, ()
     if spending.preset is not None:
         if spending.average_bits is None:
@@ -57,11 +79,18 @@ def budgeted(
         read_size(spending.fits) if spending.fits else None,
         spending.context,
     )
-    problem = make_problem(recipe, read_levels(spending.levels or LEVELS), ask, "linear")
-    plan = make_plan(problem, spending.score, progress=progress)
+    granularity = check_granularity(spending.granularity)
+    scores = named_scores(spending.score)
+    if isinstance(scores, str) and not score_method(scores).data_free:
+        raise RecipeError(
+            f"score {scores!r} reads text; measure it first: fracbit score {recipe.model} --method {scores} --text TEXT "
+            f"--granularity {granularity} --levels {spending.levels or LEVELS} -o losses.json, then --score losses.json"
+        )
+    problem = make_problem(recipe, read_levels(spending.levels or LEVELS), ask, granularity, spending.fused)
+    plan = make_plan(problem, scores, progress=progress)
     notes = (*plan.notes, f"{plan.chosen.bits_per_weight:.4f} bits per weight divided by {plan.chosen.name}")
     if spending.held_out is None:
-        return allocated(recipe, plan.chosen.allocation), notes
+        return allocated(recipe, plan.chosen.allocation), (*notes, UNCHECKED)
     subject = load_subject(recipe.model)
     unseen = samples_of(spending.held_out, recipe.model, subject, seed=recipe.seed)
     measured = contest(

@@ -18,10 +18,12 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fracbit.errors import RecipeError
+from fracbit.errors import RecipeError, SchemeError, near_matches
 from fracbit.lens import (
+    PERTURBATIONS,
     UnitOf,
     check_intensity,
+    check_share,
     clipping,
     noise_on,
     perturb,
@@ -31,7 +33,9 @@ from fracbit.lens import (
 )
 from fracbit.models.blocks import blocks, gain_of, norms, weight_of
 from fracbit.models.install import set_weight
+from fracbit.numerics.datatypes import check_datatype
 from fracbit.pipeline.subject import Progress, Subject, measure, replaced
+from fracbit.records.allocation import read_level
 from fracbit.records.scheme import Scheme
 from fracbit.records.scores import Scores
 
@@ -203,6 +207,47 @@ def noise_like_clipping(share: float, unit: UnitOf = "row") -> Error:
     return lambda x, generator: noise_on(x, clipping(x, share, unit), generator)
 
 
+def is_noise(kind: str) -> bool:
+    """Whether a kind of error is drawn at an intensity that one chooses; the others are what they are."""
+    return kind in PERTURBATIONS
+
+
+def named_error(kind: str, intensity: float) -> Error:
+    """The error that a word stands for: noise of the table at this intensity, clipping such as `clip:0.001` of the largest in
+    every tensor, or what a scheme such as `int3z/64` really does. Raises `RecipeError` for anything else.
+    """
+    if is_noise(kind):
+        return noise(kind, intensity)
+    return _share_or_scheme(kind, clip, rounding)
+
+
+def control_for(kind: str) -> Error:
+    """Gaussian noise as strong as clipping or a scheme: on the elements that are clipped, or in every block of the scheme."""
+    return _share_or_scheme(kind, noise_like_clipping, partial(noise_like, "gaussian"))
+
+
+def _share_or_scheme(
+    kind: str, clipped: Callable[[float, UnitOf], Error], scheme: Callable[[Scheme], Error]
+) -> Error:
+    if kind.startswith("clip:"):
+        try:
+            share = float(kind.removeprefix("clip:"))
+        except ValueError:
+            share = math.nan
+        check_share(share)
+        return clipped(share, "tensor")
+    try:
+        level = read_level(kind)
+    except SchemeError as error:
+        raise RecipeError(
+            f"unknown error {kind!r}; {near_matches(kind, PERTURBATIONS)}; or clip:0.001, or a scheme such as int3z/64"
+        ) from error
+    if level is None:
+        raise RecipeError("float makes no error; name noise, clip:0.001 or a scheme such as int3z/64")
+    check_datatype(level)
+    return scheme(level)
+
+
 def _unit(scheme: Scheme, x: Tensor) -> UnitOf:
     """A scheme's blocks, for weights; activations [samples, tokens, in] have them inside a token only when they divide."""
     return scheme if x.dim() == 2 else "row"
@@ -267,6 +312,25 @@ class Additivity:
     def ratio(self) -> float:
         """The whole over its parts: above 1 the errors amplify each other; NaN when the parts cost nothing."""
         return self.whole / self.parts if self.parts else math.nan
+
+
+def fixed_points(
+    subject: Subject,
+    ids: Tensor,
+    kinds: Sequence[str],
+    target: Target = "weights",
+    seeds: Sequence[int] = tuple(range(SEEDS)),
+    progress: Progress | None = None,
+) -> list[LensPoint]:
+    """What clipping and schemes cost (`named_error`), each beside Gaussian noise of its strength: is it shape or intensity."""
+    base = measure(subject, ids).nll
+    points = []
+    for done, kind in enumerate(kinds):
+        points.append(probe(subject, ids, named_error(kind, 0.0), kind, target, seeds=(0,), base=base))
+        label = f"{kind} as gaussian"
+        points.append(probe(subject, ids, control_for(kind), label, target, seeds=seeds, base=base))
+        _show(progress, f"{target}: {kind}", done + 1, len(kinds))
+    return points
 
 
 def additivity(points: Sequence[LensPoint]) -> list[Additivity]:

@@ -13,9 +13,11 @@ from fracbit.lens import error_profile, scheme_error
 from fracbit.pipeline.lens import (
     LensPoint,
     Target,
+    fixed_points,
     fragility,
     intensity_curves,
-    noise,
+    is_noise,
+    named_error,
     per_module,
     unit_effects,
 )
@@ -55,21 +57,29 @@ def make_report(
     seeds: Sequence[int],
     progress: Progress | None = None,
 ) -> LensReport:
-    """Measure curves of `kinds` over `intensities`, and each kind in every unit alone at the intensity `at`.
+    """Measure curves of `kinds` over `intensities`, and each kind in every unit alone, noise at the intensity `at`.
 
-    `target`: `weights`, `activations` or `both`, which looks at each by itself; `granularity`: block, linear or module.
+    `kinds`: noise, clipping and schemes (`named_error`); the last two have an intensity of their own, are no matter of chance,
+    and are measured beside Gaussian noise of their strength. `target`: `weights`, `activations` or `both`, which looks at each
+    by itself; `granularity`: block, linear or module.
     Raises `RecipeError` for unknown names and intensities that are none.
     """
     units = _units(subject, granularity)
-    errors = {kind: noise(kind, at) for kind in kinds}
-    if not kinds or not intensities:
-        raise RecipeError("a lens needs at least one kind of noise and one intensity")
+    errors = {kind: named_error(kind, at) for kind in kinds}
+    drawn = {kind: error for kind, error in errors.items() if is_noise(kind)}
+    fixed = {kind: error for kind, error in errors.items() if not is_noise(kind)}
+    if not errors or (drawn and not intensities):
+        raise RecipeError("a lens needs at least one kind of error, and noise an intensity")
     base = measure(subject, ids)
     curves: list[LensPoint] = []
     effects: list[LensPoint] = []
     for each in _targets(target):
-        curves += intensity_curves(subject, ids, kinds, intensities, each, seeds=seeds, progress=progress)
-        effects += unit_effects(subject, ids, units, errors, each, seeds, progress)
+        curves += intensity_curves(
+            subject, ids, list(drawn), intensities, each, seeds=seeds, progress=progress
+        )
+        curves += fixed_points(subject, ids, list(fixed), each, seeds, progress)
+        effects += unit_effects(subject, ids, units, drawn, each, seeds, progress)
+        effects += unit_effects(subject, ids, units, fixed, each, (0,), progress)
     return LensReport(base.nll, base.tokens, tuple(curves), tuple(effects), weight_profiles(subject))
 
 

@@ -11,13 +11,12 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fracbit.checkpoint.output import MANIFEST, open_output, write_json
 from fracbit.checkpoint.source import INDEX, SINGLE, Source, open_source, read_tensor
@@ -29,14 +28,15 @@ from fracbit.models.skeleton import origins, skeleton
 from fracbit.pipeline.finish import copy_rest
 from fracbit.pipeline.run import model_config
 from fracbit.pipeline.schedule import SHARD_BYTES
-from fracbit.pipeline.subject import Progress, Subject, measure, replaced, rounded
+from fracbit.pipeline.subject import Progress, Subject, rounded
+from fracbit.pipeline.variants import Picks, losses_of
 from fracbit.records.scheme import Scheme
 from fracbit.records.scores import Scores, check_scores
 
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 PER_BLOCK = ("layer_types", "no_rope_layers", "mlp_layer_types", "attention_types", "attention_layers")
 INDICES = ("mlp_only_layers",)
-BY_NUMBER = ("layer_idx", "layer_id", "layer_number")
+DROPPED = 2
 
 
 @dataclass(frozen=True)
@@ -62,45 +62,6 @@ def least_important(scores: Scores, count: int, names: Sequence[str]) -> tuple[s
         )
     gone = set(scores.order()[-count:])
     return tuple(name for name in names if name in gone)
-
-
-@contextmanager
-def without(subject: Subject, dropped: Sequence[str]) -> Iterator[None]:
-    """The model without these blocks, in place; blocks, their numbers and the config come back afterwards."""
-    named = blocks(subject.model, subject.family)
-    stack, kept = [block for _, block in named], _kept([name for name, _ in named], dropped)
-    modules = [module for block in stack for module in block.modules()]
-    numbered = [
-        (module, name, getattr(module, name))
-        for module in modules
-        for name in BY_NUMBER
-        if hasattr(module, name)
-    ]
-    owner, _, leaf = subject.family.blocks.rpartition(".")
-    holder = subject.model.get_submodule(owner)
-    whole = subject.model.get_submodule(subject.family.blocks)
-    config = subject.model.config.get_text_config()
-    before = {
-        name: getattr(config, name)
-        for name in (*COUNTS, *PER_BLOCK, *INDICES)
-        if getattr(config, name, None) is not None
-    }
-    try:
-        setattr(holder, leaf, nn.ModuleList([stack[index] for index in kept]))
-        for number, index in enumerate(kept):
-            for module in stack[index].modules():
-                for name in BY_NUMBER:
-                    if hasattr(module, name):
-                        setattr(module, name, number)
-        for name, value in pruned_config(before, kept).items():
-            setattr(config, name, value)
-        yield
-    finally:
-        setattr(holder, leaf, whole)
-        for module, name, value in numbered:
-            setattr(module, name, value)
-        for name, value in before.items():
-            setattr(config, name, value)
 
 
 def pruned_config(config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
@@ -134,36 +95,42 @@ def compare_with_quantizing(
     Bits are over the weights of the whole model, so that what was dropped counts as saved. Both lines start at `high`
     everywhere; block after block goes, the least important first.
     """
-    names = [unit.name for unit in units]
     weights = sum(unit.weights for unit in units)
-    up, down = (
-        rounded(subject, {n: scheme for unit in units for n in unit.shapes}) for scheme in (high, low)
-    )
-    lines: dict[str, list[tuple[float, float]]] = {"quantized": [], "pruned": []}
-    for count in range(len(units) + 1):
-        gone = set(scores.order()[len(names) - count :])
-        mixed = {n: (down if unit.name in gone else up)[n] for unit in units for n in unit.shapes}
-        bits = sum(unit.bits(low if unit.name in gone else high) for unit in units) / weights
-        with replaced(subject, mixed):
-            lines["quantized"].append((bits, measure(subject, held_out).nll))
-        if count < len(units):
-            kept = sum(unit.bits(high) for unit in units if unit.name not in gone) / weights
-            lines["pruned"].append(
-                (kept, _without_loss(subject, up, [n for n in names if n in gone], held_out))
-            )
+    filled = [
+        [rounded(subject, dict.fromkeys(unit.shapes, scheme)) for scheme in (high, low)] for unit in units
+    ]
+    place = {unit.name: index for index, unit in enumerate(units)}
+    order = [place[name] for name in reversed(scores.order())]
+    ways = {"quantized": 1, "pruned": DROPPED}
+    picks = {
+        (way, count): tuple(number if index in order[:count] else 0 for index in range(len(units)))
+        for way, number in ways.items()
+        for count in range(len(units) + (way == "quantized"))
+    }
+    losses: dict[Picks, float] = {}
+    for these, nats in losses_of(
+        subject, picks.values(), lambda block, n: None if n == DROPPED else filled[block][n], held_out
+    ):
+        losses[these] = float(nats.mean())
         if progress is not None:
-            progress("pruning", count + 1, len(units) + 1)
+            progress("comparing", len(losses), len(set(picks.values())))
+    lines: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+    for (way, _), these in picks.items():
+        kept = [(unit, (high, low)[n]) for unit, n in zip(units, these, strict=True) if n != DROPPED]
+        lines[way].append((sum(unit.bits(scheme) for unit, scheme in kept) / weights, losses[these]))
     return lines
 
 
-def _without_loss(
-    subject: Subject, weights: Mapping[str, Tensor], dropped: Sequence[str], ids: Tensor
-) -> float:
-    with replaced(subject, weights):
-        if not dropped:
-            return measure(subject, ids).nll
-        with without(subject, dropped):
-            return measure(subject, ids).nll
+Point = tuple[float, float]
+
+
+def at_equal_size(lines: Mapping[str, Sequence[Point]]) -> list[tuple[Point, Point | None]]:
+    """Every pruned model beside the quantized one of no more bits: (bits, nats) each, None when all quantized are larger."""
+    found: list[tuple[Point, Point | None]] = []
+    for pruned in lines["pruned"]:
+        within = [point for point in lines["quantized"] if point[0] <= pruned[0] + 1e-9]
+        found.append((pruned, max(within, default=None)))
+    return found
 
 
 def prune(source: str | Path, dropped: Sequence[str], output: str | Path, overwrite: bool = False) -> Pruned:

@@ -6,9 +6,10 @@ oracle. Data-free scores read one weight at a time from the disk and never hold 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,9 @@ from fracbit.models.blocks import blocks, linears, weight_of
 from fracbit.models.walk import Hidden, advance, embed, observe
 from fracbit.numerics.stats import Stats, empty
 from fracbit.numerics.stats import observe as add_inputs
-from fracbit.pipeline.subject import Progress, Subject, Weights, measure, replaced, rounded
+from fracbit.pipeline.sampling import Sampled, group_of, relative_error, sample_rows
+from fracbit.pipeline.subject import Progress, Subject, Weights, rounded
+from fracbit.pipeline.variants import losses_of
 from fracbit.records.scheme import Scheme
 from fracbit.records.scores import Losses, Scores
 
@@ -77,10 +80,10 @@ def make_scores(
         )
     else:
         assert found.plain is not None
-        views = _views(weights, units, found, (), ids, seed, progress)
-        scores = Scores(
-            {view.name: found.plain(view) for view in views}, name, where.model, "order", protocol
-        )
+        plain = found.plain
+        rows, sampled = _evaluate(weights, units, found, (), lambda view: (plain(view),), ids, seed, progress)
+        values = {key: row[0] for key, row in rows.items()}
+        scores = Scores(values, name, where.model, "order", protocol | sampled)
     return reverse(scores) if method.startswith("reverse:") else scores
 
 
@@ -102,13 +105,38 @@ def make_losses(
     if found.of_scheme is None:
         errors = make_losses(weights, units, "weight-error", schemes, progress=progress)
         return predict_losses(make_scores(weights, units, method, None, ids, seed, progress), errors)
-    rows = {}
-    for view in _views(weights, units, found, tuple(schemes), ids, seed, progress):
-        rows[view.name] = tuple(found.of_scheme(view, scheme) for scheme in schemes)
+    of_scheme = found.of_scheme
+    rows, sampled = _evaluate(
+        weights, units, found, tuple(schemes), lambda view: tuple(of_scheme(view, s) for s in schemes), ids, seed,
+        progress,
+    )  # fmt: skip
     protocol = {"seed": seed} | (
         {} if ids is None or found.data_free else {"samples": len(ids), "tokens": ids.numel()}
     )
-    return Losses(tuple(schemes), rows, method, where.model, protocol)
+    return Losses(tuple(schemes), rows, method, where.model, protocol | sampled)
+
+
+def _evaluate(
+    weights: Weights | Subject,
+    units: Sequence[Unit],
+    method: ScoreMethod,
+    schemes: tuple[Scheme | None, ...],
+    score: Callable[[LayerView], tuple[float, ...]],
+    ids: Tensor | None,
+    seed: int,
+    progress: Progress | None,
+) -> tuple[dict[str, tuple[float, ...]], dict[str, Any]]:
+    """Every unit's numbers; of a sampled unit the mean over the halves of its sample. And what was sampled, for a protocol."""
+    rows: dict[str, tuple[float, ...]] = {}
+    errors: list[float] = []
+    seen = 0
+    for views in _views(weights, units, method, schemes, ids, seed, progress):
+        halves = [score(view) for view in views]
+        rows[views[0].name] = tuple(sum(values) / len(values) for values in zip(*halves, strict=True))
+        seen += sum(weight.numel() for view in views for weight in view.weights.values())
+        errors += [relative_error(values) for values in zip(*halves, strict=True) if len(views) > 1]
+    of = sum(unit.weights for unit in units)
+    return rows, {"sampled": Sampled(seen, of, tuple(errors)).to_json()} if errors else {}
 
 
 def _views(
@@ -119,19 +147,19 @@ def _views(
     ids: Tensor | None,
     seed: int,
     progress: Progress | None,
-) -> Iterator[LayerView]:
-    """One view after the other with what the method needs in it; the weights of one unit at a time are in memory."""
+) -> Iterator[tuple[LayerView, ...]]:
+    """One unit after the other with what the method needs in it, its weights in memory: one view, or two halves of a sample."""
     step = progress or (lambda what, done, total: None)
     where = weights.weights if isinstance(weights, Subject) else weights
     found = Findings() if method.data_free else _find(weights, units, method, schemes, ids, step)
     for index, unit in enumerate(units):
         names = [name for name in unit.shapes if name not in unit.shared]
         block = f"{where.blocks}.{where.layers[names[0]].block}"
-        yield LayerView(
+        view = LayerView(
             unit.name,
             index,
             len(units),
-            {name: where.read(name) for name in names} if "weights" in method.needs else {},
+            {},
             {name: found.stats[name] for name in names if name in found.stats},
             {name: found.gradients[name] for name in names if name in found.gradients},
             {
@@ -148,7 +176,24 @@ def _views(
             },
             seed,
         )
+        held = _weights(where, unit, names, method, schemes)
+        yield tuple(replace(view, weights=weights) for weights in held)
         step("scoring", index + 1, len(units))
+
+
+def _weights(
+    where: Weights, unit: Unit, names: Sequence[str], method: ScoreMethod, schemes: Sequence[Scheme | None]
+) -> tuple[dict[str, Tensor], ...]:
+    """What a score sees of a unit's weights: nothing, all of them, or two halves of a sample."""
+    if "weights" not in method.needs:
+        return ({},)
+    group = group_of(schemes)
+    if where.sample is not None and method.data_free and group is not None:
+        shapes = {name: unit.shapes[name] for name in names}
+        rows = sample_rows(shapes, group, where.sample)
+        if rows is not None:
+            return tuple({name: where.rows(name, rows[name][half]) for name in names} for half in (0, 1))
+    return ({name: where.read(name) for name in names},)
 
 
 def _find(
@@ -261,15 +306,34 @@ def _differentiable(subject: Subject, wanted: Sequence[torch.nn.Parameter]) -> I
 def ablation(
     subject: Subject, units: Sequence[Unit], schemes: Sequence[Scheme | None], ids: Tensor, step: Progress
 ) -> dict[tuple[str, Scheme | None], float]:
-    """The oracle: change of the loss in nats per token with one unit rounded under one scheme, all others float."""
-    base = measure(subject, ids).nll
-    changes: dict[tuple[str, Scheme | None], float] = {}
-    for done, unit in enumerate(units):
-        for scheme in schemes:
-            changes[unit.name, scheme] = 0.0
-            if scheme is not None:
-                alone = dict.fromkeys((name for name in unit.shapes if name not in unit.shared), scheme)
-                with replaced(subject, rounded(subject, alone)):
-                    changes[unit.name, scheme] = measure(subject, ids).nll - base
-        step("oracle", done + 1, len(units))
-    return changes
+    """The oracle: change of the loss in nats per token with one unit rounded under one scheme, all others float.
+
+    The states at the entrance of a unit's block are those of the float model, computed once (variants.py).
+    """
+    by_block: list[list[tuple[Unit, Scheme]]] = [[] for _ in blocks(subject.model, subject.family)]
+    for unit in units:
+        # Where a tensor is shared, the earliest block that reads it is the first that changes.
+        first = min(subject.weights.layers[name].block or 0 for name in unit.shapes)
+        by_block[first] += [(unit, scheme) for scheme in schemes if scheme is not None]
+    floats = (0,) * len(by_block)
+    alone = {
+        (*floats[:block], number, *floats[block + 1 :]): pair
+        for block, pairs in enumerate(by_block)
+        for number, pair in enumerate(pairs, 1)
+    }
+
+    def option(block: int, number: int) -> dict[str, Tensor]:
+        if number == 0:
+            return {}
+        unit, scheme = by_block[block][number - 1]
+        own = (name for name in unit.shapes if name not in unit.shared)
+        return rounded(subject, dict.fromkeys(own, scheme))
+
+    losses = {}
+    for these, nats in losses_of(subject, [floats, *alone], option, ids):
+        losses[these] = float(nats.mean())
+        step("oracle", len(losses), len(alone) + 1)
+    changes: dict[tuple[str, Scheme | None], float] = {(unit.name, None): 0.0 for unit in units}
+    return changes | {
+        (unit.name, scheme): losses[these] - losses[floats] for these, (unit, scheme) in alone.items()
+    }

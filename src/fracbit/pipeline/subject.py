@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fracbit.checkpoint.load import load
-from fracbit.checkpoint.source import open_source, read_tensor
+from fracbit.checkpoint.source import open_source, read_rows, read_tensor
 from fracbit.errors import SourceError
 from fracbit.evaluate import Perplexity, perplexity
 from fracbit.importance import Granularity, LayerShape, Unit, make_units
@@ -28,6 +29,7 @@ from fracbit.models.install import set_weight
 from fracbit.models.skeleton import Layer, origins, quantizable, skeleton
 from fracbit.numerics import decode, quantize_tensor
 from fracbit.pipeline.run import model_config
+from fracbit.pipeline.sampling import WEIGHTS as SAMPLE
 from fracbit.records.scheme import Scheme
 from fracbit.records.scores import fingerprint
 
@@ -39,13 +41,18 @@ SAMPLED = 1024
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """The linears of a model by name, and `read`, which gives a weight as fp32 [out, in], from memory or from the disk."""
+    """The linears of a model by name, and `read`, which gives a weight as fp32 [out, in], from memory or from the disk.
+
+    `rows` gives some of its rows, fp32 [rows, in]; `sample`: weights of a linear that data-free scores look at, None: all.
+    """
 
     layers: Mapping[str, Layer]
     blocks: str
     read: Callable[[str], Tensor]
+    rows: Callable[[str, Sequence[slice]], Tensor]
+    sample: int | None = None
 
-    @property
+    @cached_property
     def model(self) -> str:
         """Fingerprint: names, shapes, and some weights of the first, middle and last linear."""
         names = list(self.layers)
@@ -77,8 +84,11 @@ class Subject:
         return self.model.get_submodule(layer)
 
 
-def weights_on_disk(model: str | Path, trust_remote_code: bool = False) -> Weights:
-    """The linears of a checkpoint, each read when it is asked for; the model is never in memory. Raises `SourceError`."""
+def weights_on_disk(model: str | Path, trust_remote_code: bool = False, whole: bool = False) -> Weights:
+    """The linears of a checkpoint, each read when it is asked for; the model is never in memory. Raises `SourceError`.
+
+    Data-free scores look at a sample of the rows of large ones (sampling.py), at all of them when `whole`.
+    """
     source = open_source(str(model), None, trust_remote_code)
     if "quantization_config" in source.config:
         raise SourceError(f"{model} is quantized already; score the float model that it was made from")
@@ -94,7 +104,15 @@ def weights_on_disk(model: str | Path, trust_remote_code: bool = False) -> Weigh
         tensor = place.read(read_tensor(source, place.name))
         return (tensor.T if layers[name].transposed else tensor).float().contiguous()
 
-    return Weights(layers, family.blocks, read)
+    def some(name: str, rows: Sequence[slice]) -> Tensor:
+        place = places.get(f"{name}.weight")
+        if place is None or place.expert is not None or place.half is not None:
+            return _rows_of(read(name), rows)
+        axis = 1 if layers[name].transposed else 0
+        tensor = read_rows(source, place.name, rows, axis)
+        return (tensor.T if axis else tensor).float().contiguous()
+
+    return Weights(layers, family.blocks, read, some, None if whole else SAMPLE)
 
 
 def load_subject(model: str | Path, device: str = "cpu", trust_remote_code: bool = False) -> Subject:
@@ -111,11 +129,17 @@ def subject_of(model: PreTrainedModel) -> Subject:
     split_experts(model)
     family = family_of(model)
     layers = quantizable(model, family)
+
+    def read(name: str) -> Tensor:
+        return weight_of(model.get_submodule(name)).float()
+
     return Subject(
-        model,
-        family,
-        Weights(layers, family.blocks, lambda name: weight_of(model.get_submodule(name)).float()),
+        model, family, Weights(layers, family.blocks, read, lambda name, rows: _rows_of(read(name), rows))
     )
+
+
+def _rows_of(weight: Tensor, rows: Sequence[slice]) -> Tensor:
+    return torch.cat([weight[cut] for cut in rows])
 
 
 @contextmanager

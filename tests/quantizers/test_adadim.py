@@ -5,7 +5,7 @@ import torch
 from fracbit.numerics.linalg import gram_errors
 from fracbit.numerics.packed import decode
 from fracbit.numerics.stats import empty, observe
-from fracbit.quantizers.adadim import predicted_axis, scale_spread
+from fracbit.quantizers.adadim import expected_error, predicted_axis
 from fracbit.quantizers.gptq import Gptq
 from fracbit.records.scheme import Scheme
 
@@ -20,11 +20,20 @@ def weight(columns: float, rows: float, seed: int) -> torch.Tensor:
 
 
 def test_sign():
-    assert predicted_axis(weight(0.8, 0.0, 0)) == "out"
-    assert predicted_axis(weight(0.0, 0.8, 0)) == "in"
-    assert scale_spread(torch.zeros(4, 5)) == 0.0
-    dead = weight(0.8, 0.0, 0)
-    assert scale_spread(dead, torch.zeros(64)) < 0, "columns that see no input do not count"
+    for scheme in (
+        Scheme("int", 3, 16),
+        Scheme("nf", 4, "row", offset="float"),
+        Scheme("kmeans", 2, 16, scale="int8:64"),
+    ):
+        assert predicted_axis(weight(0.8, 0.0, 0), scheme) == "out"
+        assert predicted_axis(weight(0.0, 0.8, 0), scheme) == "in"
+        assert predicted_axis(torch.zeros(4, 5), scheme) == "in"
+    loud = torch.zeros(64)
+    loud[::2] = 1.0
+    quiet = weight(0.0, 0.0, 0)
+    quiet[:, 1::2] *= 50  # large columns that see no input spoil the scales of all others along the input
+    assert predicted_axis(quiet, Scheme("int", 3, 16), loud) == "out"
+    assert expected_error(quiet, Scheme("int", 3, 16), torch.zeros(64)) == 0
 
 
 def test_it_is_mostly_right():
@@ -37,5 +46,5 @@ def test_it_is_mostly_right():
         for axis in ("in", "out"):
             found = decode(Gptq()(one, Scheme("int", 3, 16, axis), stats).packed)
             losses[axis] = float(gram_errors(one - found, stats.gram).sum())
-        right += predicted_axis(one, stats.energy) == min(losses, key=losses.get)
+        right += predicted_axis(one, Scheme("int", 3, 16), stats.energy) == min(losses, key=losses.get)
     assert right >= 10, right

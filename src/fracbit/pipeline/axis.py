@@ -47,7 +47,7 @@ def choose_axes(
         return chosen
     if how == "predicted":
         weights = {name: weight_of(block.get_submodule(name)) for name in group}
-        return {n: replace(s, axis=predicted_axis(weights[n], stats.energy)) for n, s in chosen.items()}
+        return {n: replace(s, axis=predicted_axis(weights[n], s, stats.energy)) for n, s in chosen.items()}
     method = nearest_of(fill, getattr(fill, "search", False)) if how == "nearest" else fill
     calls: dict[tuple[str, ...], list[Call]] = {}
     for name in group:

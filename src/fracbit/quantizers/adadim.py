@@ -1,39 +1,38 @@
-"""Which way blocks should run, told from the scales of a weight alone: AdaDim without its trials.
+"""Which way blocks should run, told from the scales alone: AdaDim without its trials.
 
-Blocks along the output (one input column) win where columns differ more in size than rows do: the scale of a block is then
-not shared between neighbours of unlike size. So the spread of the logarithm of the columns' largest weights, less that of the
-rows', decides; columns count by the energy of their inputs, since an error in a dead column costs nothing. AdaDim itself
-(Heo et al. 2023, arXiv:2309.15531, Eq. 1) tries both and compares what the unit around the linear gives: pipeline/axis.py.
+Blocks along the output (one input column) win where columns differ more in size than rows do: the scale of a block is then not
+shared between neighbours of unlike size. A rounding error is spread evenly over a step, so its expected square is the scale's,
+up to a constant that both axes share, and an error in column j counts with the energy h_j of that input:
+
+    axis = argmin sum_ij scale_axis(i, j)^2 h_j.
+
+Two passes over the weight, nothing is rounded. AdaDim itself (Heo et al. 2023, arXiv:2309.15531, Eq. 1) tries both and compares
+what the unit around the linear gives: pipeline/axis.py. bench/calibrated/measure.py says how often the two agree.
 """
 
 from __future__ import annotations
 
-import torch
+from dataclasses import replace
+
 from torch import Tensor
 
-from fracbit.records.scheme import Axis
+from fracbit.numerics.blocks import spread
+from fracbit.numerics.grid import fit
+from fracbit.records.scheme import Axis, Scheme
 
 
-def scale_spread(weight: Tensor, energy: Tensor | None = None) -> float:
-    """Spread of log column size minus spread of log row size (nats) of `weight` [out, in]; `energy` [in] weights the columns.
-
-    Above 0, columns differ more than rows: blocks along the output should win.
-    """
-    size = weight.float().abs()
-    return _log_spread(size.amax(0), energy) - _log_spread(size.amax(1), None)
-
-
-def predicted_axis(weight: Tensor, energy: Tensor | None = None) -> Axis:
-    """The axis that the scales speak for."""
-    return "out" if scale_spread(weight, energy) > 0 else "in"
+def expected_error(weight: Tensor, scheme: Scheme, energy: Tensor | None = None) -> float:
+    """Sum of the squared scale over the weights [out, in], by input `energy` [in]: to compare schemes of one type and width."""
+    plain = replace(
+        scheme, dtype="int", bits=4, scale="fp32"
+    )  # places the blocks' ranges as any type does, and fits no table
+    grid = fit(weight.float(), plain)
+    squares = spread(grid.scale, grid.shape, plain).expand(grid.shape).square().sum(0)
+    return float((squares if energy is None else squares * energy).sum())
 
 
-def _log_spread(size: Tensor, mass: Tensor | None) -> float:
-    """Weighted standard deviation of log size; lines of zeros do not count."""
-    mass = torch.ones_like(size) if mass is None else mass
-    alive = (size > 0) & (mass > 0)
-    if not bool(alive.any()):
-        return 0.0
-    logs, share = size[alive].log(), mass[alive] / mass[alive].sum()
-    mean = (share * logs).sum()
-    return float((share * (logs - mean).square()).sum().sqrt())
+def predicted_axis(weight: Tensor, scheme: Scheme, energy: Tensor | None = None) -> Axis:
+    """The axis that the scales speak for; `in` where they are even."""
+    along_in = expected_error(weight, replace(scheme, axis="in"), energy)
+    along_out = expected_error(weight, replace(scheme, axis="out"), energy)
+    return "out" if along_out < along_in else "in"

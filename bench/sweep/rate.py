@@ -3,8 +3,8 @@
     python bench/sweep/rate.py [--models tales-s tales-m] [--plain 6] [--out bench/results/rate.json]
 
 Both do the same runs of one grid a model and must find the same losses. The plain loop is measured on every n-th run, spread
-over the grid, since its runs do not depend on each other. CPU seconds are printed beside wall clock: on a machine that others use too,
-they are the fairer figure.
+over the grid, since its runs do not depend on each other. CPU seconds are printed beside wall clock: on a machine that others
+use too, they are the fairer figure.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The tables of docs/scaling.md, from the rows of a study.
 
-python bench/sweep/tables.py docs/scaling/rows.parquet
+python bench/sweep/tables.py docs/scaling/rows
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def main() -> None:
         own = [row for row in own if row.evaluation_seconds]
         if own:
             print(
-                f"{model}: {median(row.evaluation_seconds / row.seconds for row in own):.3f} of a run (median) is its evaluation"
+                f"{model}: {median(row.evaluation_seconds / row.seconds for row in own):.3f} of a run is its evaluation"
             )
 
 

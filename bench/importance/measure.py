@@ -32,6 +32,7 @@ from fracbit.pipeline.variants import losses_of
 from fracbit.records.allocation import read_level, read_levels
 from fracbit.records.scores import Losses
 
+UNFINISHED = 75
 SHARED = Path(os.environ.get("FRACBIT_SHARED", "../shared"))
 HIGH = "int4z/64"
 PAIRS = ((HIGH, "int2z/64"), (HIGH, "int3z/64"), ("int8z/64", "int4z/64"), (HIGH, "dropped"))
@@ -42,6 +43,7 @@ SEEING = [name for name, method in SCORES.items() if method.of_scheme is not Non
 RANDOM = 16
 BUDGETS = (2.8, 3.4, 3.9)
 FEW = 6  # blocks, up to which all 2^blocks allocations are tried
+SPARED = [f"random {seed}" for seed in range(8, RANDOM)]  # orders along which deeper models are not measured
 
 
 @dataclass(frozen=True)
@@ -124,9 +126,10 @@ def masks_of(study: Study, low: str, out: Path) -> Iterator[tuple[int, ...]]:
     for row in read_rows(out / "scores.csv"):
         if (row["model"], row["granularity"]) == (study.name, "block") and row["low"] in ("", low):
             values.setdefault(row["score"], []).append(float(row["value"]))
-    for score in values.values():
-        for sign in (1, -1):
-            order = sorted(range(count), key=lambda i: sign * score[i])
+    values["reverse:lim"] = [-value for value in values["lim"]]
+    for name, score in values.items():
+        order = sorted(range(count), key=lambda i: score[i])
+        if name not in SPARED:
             for lowered in range(count + 1):
                 yield tuple(int(i in order[:lowered]) for i in range(count))
 
@@ -226,7 +229,12 @@ def main() -> None:
     parser.add_argument("--granularities", default="block,linear")
     parser.add_argument("--levels", default="uniform,two,many")
     parser.add_argument("--parts", default="scores,subsets,allocations")
-    parser.add_argument("--minutes", type=float, default=600.0, help="begin nothing new after so long")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=600.0,
+        help=f"begin nothing new after so long, and exit with {UNFINISHED}",
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     started = time.monotonic()
@@ -234,7 +242,7 @@ def main() -> None:
         study = find_study(model, given.calibration, given.evaluation, given.length)
         for name, job in jobs_of(study, given):
             if time.monotonic() - started > 60 * given.minutes:
-                return
+                raise SystemExit(UNFINISHED)
             begun = time.monotonic()
             job()
             if time.monotonic() - begun > 1:

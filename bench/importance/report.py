@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import csv
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from fracbit.pipeline.pictures import draw_lines, write_csv
+from scipy.stats import spearmanr
+
+from fracbit.pipeline.pictures import draw_panels, write_csv
 
 Row = dict[str, str]
-SHOWN = ("lim", "zd", "first", "weight-error", "gram-error", "fisher", "oracle")
+Losses = Mapping[str, float]
+SHOWN = ("best tried", "oracle", "lim", "zd", "first", "mean of random", "reverse:lim", "worst tried")
+KNEE = 0.05
 
 
 def read(path: Path) -> list[Row]:
@@ -19,145 +23,182 @@ def read(path: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def ranks(values: Sequence[float]) -> list[float]:
-    order = sorted(range(len(values)), key=lambda i: values[i])
-    found = [0.0] * len(values)
-    for place, index in enumerate(order):
-        found[index] = float(place)
-    return found
-
-
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    return statistics.correlation(ranks(a), ranks(b))
+    return float(spearmanr(a, b).statistic)
 
 
-def scores_of(rows: list[Row], model: str, low: str, granularity: str) -> dict[str, dict[str, float]]:
-    found: dict[str, dict[str, float]] = {}
+def scores_of(rows: list[Row], model: str, low: str, granularity: str) -> dict[str, list[float]]:
+    """Score -> values in the order of the units. Dropping has no scheme: scores that need one are those of 2 bits."""
+    wanted = ("", "int2z/64" if low == "dropped" else low)
+    found: dict[str, list[float]] = {}
     for row in rows:
-        if row["model"] == model and row["granularity"] == granularity and row["low"] in ("", low):
-            found.setdefault(row["score"], {})[row["unit"]] = float(row["value"])
+        if (row["model"], row["granularity"]) == (model, granularity) and row["low"] in wanted:
+            found.setdefault(row["score"], []).append(float(row["value"]))
     return found
 
 
-def curve(values: dict[str, float], losses: dict[str, float], reverse: bool = False) -> list[float]:
-    """Loss by number of low blocks when the least important go first."""
-    names = list(values)
-    order = sorted(range(len(names)), key=lambda i: -values[names[i]] if reverse else values[names[i]])
-    line = []
-    for count in range(len(names) + 1):
-        low = set(order[:count])
-        line.append(losses["".join("1" if i in low else "0" for i in range(len(names)))])
-    return line
+def path_of(values: Sequence[float], sign: int = 1) -> list[str]:
+    """Masks by number of lowered blocks, the least important first."""
+    order = sorted(range(len(values)), key=lambda i: sign * values[i])
+    return ["".join("01"[i in order[:count]] for i in range(len(values))) for count in range(len(values) + 1)]
 
 
-def all_curves(scores: dict[str, dict[str, float]], losses: dict[str, float]) -> dict[str, list[float]]:
-    """Every order's curve, the mean over random orders, and the least and greatest loss of any choice of as many blocks."""
-    lines = {name: curve(values, losses) for name, values in scores.items() if not name.startswith("random")}
-    lines["reverse:lim"] = curve(scores["lim"], losses, reverse=True)
+def lines_of(scores: Mapping[str, Sequence[float]], losses: Losses) -> dict[str, list[float]]:
+    """Every order's loss by number of lowered blocks, the mean over random orders, and the extremes of all that was tried.
+
+    When all choices were tried, the mean of random is over all of them: what a random order gives on average, exactly.
+    """
+    paths = {name: path_of(values) for name, values in scores.items()}
+    paths["reverse:lim"] = path_of(scores["lim"], -1)
     blocks = len(next(iter(losses)))
+    dropped_all = "1" * blocks not in losses  # a model without blocks is not measured
+    paths = {name: path[:-1] if dropped_all else path for name, path in paths.items()}
+    measured = {name: path for name, path in paths.items() if all(mask in losses for mask in path)}
+    lines = {name: [losses[mask] for mask in path] for name, path in measured.items()}
     by_count = [[loss for mask, loss in losses.items() if mask.count("1") == n] for n in range(blocks + 1)]
-    lines["best of all"] = [min(some) for some in by_count]
-    lines["mean of all"] = [
-        statistics.fmean(some) for some in by_count
-    ]  # what a random order gives on average, exactly
-    lines["worst of all"] = [max(some) for some in by_count]
-    return lines
+    by_count = [some for some in by_count if some]
+    every = len(losses) >= 2**blocks - 1
+    random = [line for name, line in lines.items() if name.startswith("random")]
+    drawn = [statistics.fmean(column) for column in zip(*random, strict=True)]
+    lines["mean of random"] = [statistics.fmean(some) for some in by_count] if every else drawn
+    lines["best tried"] = [min(some) for some in by_count]
+    lines["worst tried"] = [max(some) for some in by_count]
+    return {name: line for name, line in lines.items() if not name.startswith("random")}
 
 
-def knee(line: Sequence[float], rise: float = 0.05) -> int:
+def share(line: Sequence[float], lines: Mapping[str, Sequence[float]]) -> float:
+    """Of the way from random to the best, the mean over the numbers of lowered blocks between none and all."""
+    inner = slice(1, len(lines["best tried"]) - 1)
+    mean, best = (statistics.fmean(lines[name][inner]) for name in ("mean of random", "best tried"))
+    return (mean - statistics.fmean(line[inner])) / (mean - best)
+
+
+def knee(line: Sequence[float], rise: float = KNEE) -> int:
     """How many blocks can be lowered before the loss has risen by more than 5 %."""
     return next((n - 1 for n, loss in enumerate(line) if loss > line[0] * (1 + rise)), len(line) - 1)
 
 
+def pairs_of(subsets: list[Row], model: str) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((row["high"], row["low"]) for row in subsets if row["model"] == model))
+
+
+def losses_of(subsets: list[Row], model: str, high: str, low: str, column: str) -> dict[str, float]:
+    found = {
+        row["mask"]: float(row[column])
+        for row in subsets
+        if (row["model"], row["high"], row["low"]) == (model, high, low)
+    }
+    return found
+
+
+def summarize(scores: list[Row], subsets: list[Row], model: str) -> Iterator[dict[str, object]]:
+    for high, low in pairs_of(subsets, model):
+        found = scores_of(scores, model, low, "block")
+        whole, even, odd = (
+            lines_of(found, losses_of(subsets, model, high, low, column))
+            for column in ("nll", "even half", "odd half")
+        )
+        blocks = len(found["lim"])
+        best = statistics.fmean(whole["best tried"][1:blocks])
+        for name, line in whole.items():
+            yield {
+                "model": model, "pair": f"{high} -> {low}", "order": name,
+                "mean loss": f"{statistics.fmean(line[1:blocks]):.4f}",
+                "distance to the best": f"{statistics.fmean(line[1:blocks]) - best:.4f}",
+                "share of the gap": f"{share(line, whole):.2f}",
+                "even half": f"{share(even[name], even):.2f}", "odd half": f"{share(odd[name], odd):.2f}",
+                "knee": f"{knee(line)} of {blocks}",
+            }  # fmt: skip
+
+
+def correlate(scores: list[Row], model: str) -> Iterator[dict[str, object]]:
+    for granularity in ("block", "linear"):
+        for low in ("int2z/64", "int3z/64", "int4z/64"):
+            found = scores_of(scores, model, low, granularity)
+            for name, values in found.items():
+                if name != "oracle" and not name.startswith("random") and "oracle" in found:
+                    yield {
+                        "model": model, "low": low, "granularity": granularity, "score": name,
+                        "spearman with the oracle": f"{spearman(values, found['oracle']):+.2f}", "units": len(values),
+                    }  # fmt: skip
+
+
+def bits_of(subsets: list[Row], model: str, high: str, low: str) -> list[float]:
+    """Stored bits per weight by number of lowered blocks; blocks are of one size."""
+    found = {
+        row["mask"].count("1"): float(row["bits"])
+        for row in subsets
+        if (row["model"], row["high"], row["low"]) == (model, high, low)
+    }
+    return [found[count] for count in sorted(found)]
+
+
+def draw_orders(folder: Path, model: str, scores: list[Row], subsets: list[Row]) -> None:
+    panels = {}
+    for high, low in pairs_of(subsets, model):
+        if low != "dropped":
+            losses = losses_of(subsets, model, high, low, "nll")
+            lines = lines_of(scores_of(scores, model, low, "block"), losses)
+            bits = bits_of(subsets, model, high, low)
+            panels[f"{model}: {high} to {low}"] = {
+                name: list(zip(bits, lines[name], strict=True)) for name in SHOWN
+            }
+    draw_panels(folder / f"orders-{model}.png", panels, "stored bits per weight", "loss, nats per token")
+
+
+def draw_pruning(folder: Path, model: str, scores: list[Row], subsets: list[Row]) -> None:
+    """Blocks dropped, or lowered to 3 or 2 bits, the rest at 4 bits: by LIM, and the best choice of as many."""
+    lines = {}
+    start = losses_of(subsets, model, "int4z/64", "int2z/64", "nll")
+    for low in ("int3z/64", "int2z/64", "dropped"):
+        if ("int4z/64", low) not in pairs_of(subsets, model):
+            continue
+        losses = losses_of(subsets, model, "int4z/64", low, "nll") | {
+            mask: loss for mask, loss in start.items() if "1" not in mask
+        }
+        found = lines_of(scores_of(scores, model, low, "block"), losses)
+        bits = bits_of(subsets, model, "int4z/64", low)
+        what = "dropped" if low == "dropped" else f"lowered to {low}"
+        for order in ("best tried", "lim"):
+            lines[f"{what}, {order}"] = list(zip(bits, found[order], strict=True))
+    title = f"{model}: blocks dropped or lowered, the rest int4z/64"
+    draw_panels(
+        folder / f"pruning-{model}.png", {title: lines}, "stored bits per weight of the whole model", "loss, nats per token"
+    )  # fmt: skip
+
+
+def draw_depths(folder: Path, models: Sequence[str], scores: list[Row], subsets: list[Row]) -> None:
+    """Loss over the share of lowered blocks, a panel for each depth."""
+    panels = {}
+    for model in sorted(models, key=lambda name: int(name.rpartition("-")[2])):
+        losses = losses_of(subsets, model, "int4z/64", "int2z/64", "nll")
+        lines = lines_of(scores_of(scores, model, "int2z/64", "block"), losses)
+        blocks = len(next(iter(losses)))
+        panels[f"{blocks} blocks: int4z/64 to int2z/64"] = {
+            name: [(n / blocks, loss - line[0]) for n, loss in enumerate(line)]
+            for name in SHOWN for line in [lines[name]]
+        }  # fmt: skip
+    draw_panels(
+        folder / "depths.png", panels, "share of the blocks lowered", "rise of the loss, nats per token"
+    )
+
+
 def main() -> None:
+    """Write summary.csv, spearman.csv and the pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("docs/importance"))
     folder = parser.parse_args().folder
-    scores, subsets, pruned = (read(folder / f"{name}.csv") for name in ("scores", "subsets", "pruned"))
-    summary: list[dict[str, object]] = []
-    correlations: list[dict[str, object]] = []
-    for model in dict.fromkeys(row["model"] for row in subsets):
-        base = next(float(row["nll"]) for row in subsets if row["model"] == model and row["high"] == "float")
-        for high, low in dict.fromkeys(
-            (row["high"], row["low"]) for row in subsets if row["mask"] and row["model"] == model
-        ):
-            mine = [row for row in subsets if (row["model"], row["high"], row["low"]) == (model, high, low)]
-            losses = {row["mask"]: float(row["nll"]) for row in mine}
-            bits = {row["mask"]: float(row["bits"]) for row in mine}
-            found = scores_of(scores, model, low, "block")
-            lines = all_curves(found, losses)
-            blocks = len(next(iter(losses)))
-            for name, line in lines.items():
-                middle = statistics.fmean(line[1:blocks])
-                gap = (statistics.fmean(lines["mean of all"][1:blocks]) - middle) / (
-                    statistics.fmean(lines["mean of all"][1:blocks])
-                    - statistics.fmean(lines["best of all"][1:blocks])
-                )
-                summary.append(
-                    {"model": model, "pair": f"{high} -> {low}", "order": name, "mean loss": f"{middle:.4f}",
-                     "share of the gap to the best": f"{gap:.2f}", "knee": f"{knee(line)} of {blocks}", "float": f"{base:.4f}"}
-                )  # fmt: skip
-            axis = [bits["1" * n + "0" * (blocks - n)] for n in range(blocks + 1)]
-            shown = {name: list(zip(axis, lines[name], strict=True)) for name in
-                     ("worst of all", "mean of all", "reverse:lim", "lim", "zd", "first", "fisher", "best of all")}  # fmt: skip
-            label = f"{model}-{low.replace('/', '-')}"
-            draw_lines(folder / f"orders-{label}.png", shown, "stored bits per weight", "loss, nats per token",
-                       title=f"{model}: blocks lowered from {high} to {low}, float {base:.3f}")  # fmt: skip
-            for granularity in ("block", "linear"):
-                units = scores_of(scores, model, low, granularity)
-                for name, values in units.items():
-                    if name != "oracle" and not name.startswith("random"):
-                        keys = list(values)
-                        rho = spearman([values[k] for k in keys], [units["oracle"][k] for k in keys])
-                        correlations.append({"model": model, "low": low, "granularity": granularity, "score": name,
-                                             "spearman with the oracle": f"{rho:+.2f}", "units": len(keys)})  # fmt: skip
-        if any(row["model"] == model for row in pruned):
-            draw_pruning(folder, model, scores, subsets, pruned)
-    write_csv(folder / "summary.csv", summary)
-    write_csv(folder / "spearman.csv", correlations)
-
-
-def draw_pruning(folder: Path, model: str, scores: list[Row], subsets: list[Row], pruned: list[Row]) -> None:
-    found = scores_of(scores, model, "int2z/64", "block")
-    lines = {}
-    dropped = {
-        row["mask"]: (float(row["bits"]), float(row["nll"])) for row in pruned if row["model"] == model
-    }
-    whole = {row["mask"]: (float(row["bits"]), float(row["nll"])) for row in subsets
-             if row["model"] == model and row["low"] == "int2z/64"}  # fmt: skip
-    blocks = len(next(iter(dropped)))
-    dropped["0" * blocks] = whole["0" * blocks]
-    for low in ("int2z/64", "int3z/64"):
-        points = {row["mask"]: (float(row["bits"]), float(row["nll"])) for row in subsets
-                  if row["model"] == model and row["low"] == low and row["mask"]}  # fmt: skip
-        for name in ("lim", "best"):
-            lines[f"lowered to {low}, {name}"] = path_of(found, points, name)
-    for name in ("lim", "best"):
-        lines[f"dropped, {name}"] = path_of(found, dropped, name)
-    draw_lines(folder / f"pruning-{model}.png", lines, "stored bits per weight of the whole model", "loss, nats per token",
-               title=f"{model}: dropping blocks against lowering them, the rest int4z/64")  # fmt: skip
-
-
-def path_of(
-    scores: dict[str, dict[str, float]], points: dict[str, tuple[float, float]], name: str
-) -> list[tuple[float, float]]:
-    """(bits, loss) by number of blocks: in the order of a score, or the best choice of as many."""
-    masks = {mask: loss for mask, (_, loss) in points.items()}
-    blocks = len(next(iter(masks)))
-    if name == "best":
-        best = [
-            min((m for m in masks if m.count("1") == n), key=lambda m: masks[m], default=None)
-            for n in range(blocks + 1)
-        ]
-        return [points[mask] for mask in best if mask is not None]
-    names = list(scores[name])
-    order = sorted(range(len(names)), key=lambda i: scores[name][names[i]])
-    found = []
-    for count in range(len(names) + 1):
-        mask = "".join("1" if i in order[:count] else "0" for i in range(len(names)))
-        if mask in points:
-            found.append(points[mask])
-    return found
+    scores, subsets = read(folder / "scores.csv"), read(folder / "subsets.csv")
+    models = list(dict.fromkeys(row["model"] for row in subsets))
+    write_csv(folder / "summary.csv", [row for model in models for row in summarize(scores, subsets, model)])
+    write_csv(folder / "spearman.csv", [row for model in models for row in correlate(scores, model)])
+    depths = [model for model in models if model.startswith("depth-")]
+    for model in models:
+        if model not in depths:
+            draw_orders(folder, model, scores, subsets)
+            draw_pruning(folder, model, scores, subsets)
+    if depths:
+        draw_depths(folder, depths, scores, subsets)
 
 
 if __name__ == "__main__":

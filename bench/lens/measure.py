@@ -43,6 +43,7 @@ from fracbit.pipeline.texts import samples_of
 from fracbit.records.allocation import read_level
 from fracbit.records.scheme import Scheme
 
+UNFINISHED = 75
 SHARED = Path(os.environ.get("FRACBIT_SHARED", "../shared"))
 SEEDS = (0, 1, 2, 3, 4)
 TYPES = ("int", "nf", "power:1/3", "power:1/2", "searched", "kmeans")
@@ -284,7 +285,12 @@ def main() -> None:
     parser.add_argument("--parts", default="nonuniform,curves,schemes,clipping,effects")
     parser.add_argument("--effects", default="linears,modules,blocks")
     parser.add_argument("--planted", action="store_true", help="with outliers planted into the activations")
-    parser.add_argument("--minutes", type=float, default=600.0, help="begin nothing new after so long")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=600.0,
+        help=f"begin nothing new after so long, and exit with {UNFINISHED}",
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     started = time.monotonic()
@@ -292,7 +298,7 @@ def main() -> None:
         study = find_study(model, given.documents, given.length, given.out, given.planted)
         for name, job in jobs_of(study, given):
             if time.monotonic() - started > 60 * given.minutes:
-                return
+                raise SystemExit(UNFINISHED)
             begun = time.monotonic()
             job()
             if time.monotonic() - begun > 1:

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 
 from fracbit.pipeline.lens import LensPoint, additivity, fragility
-from fracbit.pipeline.pictures import draw_intensity, draw_lines, heat_map, write_csv
+from fracbit.pipeline.pictures import draw_intensity, draw_panels, heat_map, write_csv
 
 Row = dict[str, str]
 
@@ -38,10 +38,13 @@ def against_gaussian(some: list[LensPoint], target: str) -> dict[str, list[tuple
     return lines
 
 
+DRAWN = (("weights", "gaussian"), ("activations", "gaussian"), ("weights", "int3z/64"))
+
+
 def draw_effects(folder: Path, model: str, rows: list[Row]) -> None:
     """Heat maps of single linears: blocks down, modules across, one for each error."""
     mine = points(rows, model)
-    for target, kind in dict.fromkeys((point.target, point.kind) for point in mine):
+    for target, kind in DRAWN:
         here = [p for p in mine if (p.target, p.kind) == (target, kind) and p.layers != "all"]
         cells = [(p.layers.split(".")[2], p.layers.split(".", 3)[3].split(".")[-1], p.change) for p in here]
         label = f"{target}-{kind}".replace("/", "-")
@@ -59,18 +62,23 @@ def main() -> None:
     for model in dict.fromkeys(row["model"] for row in curves):
         mine = points(curves, model)
         draw_intensity(folder / f"intensity-{model}.png", mine)
-        for target in ("weights", "activations"):
-            draw_lines(folder / f"against-gaussian-{model}-{target}.png", against_gaussian(mine, target),
-                       "relative intensity", "loss change over that of Gaussian noise", (True, False),
-                       f"{model}: noise in {target}, mean of five seeds")  # fmt: skip
+        panels = {
+            f"{model}: noise in {target}, mean of five seeds": against_gaussian(mine, target)
+            for target in ("weights", "activations")
+        }
+        draw_panels(
+            folder / f"against-gaussian-{model}.png", panels, "relative intensity",
+            "loss change over that of Gaussian noise", (True, False),
+        )  # fmt: skip
     profiles = read(folder / "profiles.csv")
-    for model in dict.fromkeys(row["model"] for row in profiles):
+    panels = {}
+    for model in dict.fromkeys(row["model"] for row in profiles if not row["model"].endswith("planted")):
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in profiles:
             if row["model"] == model:
                 lines.setdefault(row["type"], []).append((float(row["size"]), float(row["error"])))
-        draw_lines(folder / f"profile-{model}.png", lines, "|w| / rms", "error / rms", (True, True),
-                   f"{model}: rounding error against |w|, 4 bits a row")  # fmt: skip
+        panels[model] = lines
+    draw_panels(folder / "profiles.png", panels, "|w| / rms", "error / rms, 4 bits a row", (True, True))
     for name in ("linears", "modules", "blocks"):
         if not (folder / f"{name}.csv").exists():
             continue

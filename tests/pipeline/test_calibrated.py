@@ -162,6 +162,20 @@ def test_chosen_axes_lose_less_than_either(source: Path, ids: Path, tmp_path: Pa
     )
 
 
+def test_tweaks_are_judged_on_samples_they_were_not_fitted_on(
+    source: Path, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fracbit.pipeline import block as stage
+
+    splits, real = [], stage.split_batches
+    monkeypatch.setattr(stage, "split_batches", lambda hidden: splits.append(real(hidden)) or splits[-1])
+    run_calibrated(recipe(source, ids, tweak="auto", samples=3, batch=8), tmp_path / "q")
+    assert splits
+    assert all(fit and judge and not set(fit) & set(judge) for fit, judge in splits)
+    with pytest.raises(RecipeError, match="at least 2"):
+        run_calibrated(recipe(source, ids, tweak="auto", samples=1), tmp_path / "r")
+
+
 @pytest.mark.parametrize("tweak", ["adam", "closed", "auto"])
 def test_tweak_is_reported_and_saved(source: Path, ids: Path, tmp_path: Path, tweak: str) -> None:
     run_calibrated(recipe(source, ids, scheme=Scheme("int", 2, 24), tweak=tweak), tmp_path / "q")
@@ -234,14 +248,16 @@ def test_bad_input(source: Path, ids: Path, tmp_path: Path, tiny_llama: Maker) -
 
 def test_distillation_lowers_the_divergence_and_is_saved(source: Path, tmp_path: Path) -> None:
     model, ids = load(source), tmp_path / "more.u16"
+    del model.model.layers[1:]  # one block is enough
+    model.config.num_hidden_layers = 1
     with torch.no_grad():
         model.lm_head.weight *= 30  # a model that knows what it wants
     model.save_pretrained(tmp_path / "float")
-    np.random.default_rng(1).integers(3, 96, 256 * 24, dtype=np.uint16).tofile(ids)
+    np.random.default_rng(1).integers(3, 96, 192 * 24, dtype=np.uint16).tofile(ids)
     scheme = Scheme("kmeans", 2, 24, scale="int8:64")
     for name, epochs in (("plain", 0), ("distilled", 2)):
         asked = recipe(
-            tmp_path / "float", ids, scheme=scheme, distill=epochs, samples=256, batch=32, rate=1e-3
+            tmp_path / "float", ids, scheme=scheme, distill=epochs, samples=192, batch=32, rate=1e-3
         )
         run_calibrated(asked, tmp_path / name)
     facts = manifest(tmp_path / "distilled")["distilled"]
@@ -346,7 +362,7 @@ def test_columns_in_sixteen_bits_are_saved_loaded_and_counted(
 def test_rounded_activations_break_on_outliers_and_hold_with_the_remedies(
     source: Path, ids: Path, tmp_path: Path
 ) -> None:
-    """W8A8 on planted outliers: per tensor it breaks; per token, cube roots and smoothing hold. Saved and applied on load."""
+    """W8A8 on planted outliers: per tensor it breaks; smoothing, rotation and cube roots hold. Saved, applied on load."""
     model = load(source)
     x = torch.arange(3, 43)[None]
     with torch.no_grad():
@@ -358,16 +374,21 @@ def test_rounded_activations_break_on_outliers_and_hold_with_the_remedies(
     wanted = logits(load(tmp_path / "float"), x)
     lost = {}
     for name, inputs, plan in (
+        ("plain", "int8/tensor", {}),
         ("tensor", "int8/tensor", {}),
         ("token", "int8/token", {}),
         ("power", "power8/tensor", {}),
         ("smooth", "int8/tensor", {"transforms": ("smooth",)}),
+        ("rotate", "int8/tensor", {"transforms": ("rotate",)}),
     ):
-        asked = recipe(tmp_path / "float", ids, "rtn", Scheme("int", 8, "row"), inputs=inputs, **plan)
+        folder = source if name == "plain" else tmp_path / "float"
+        asked = recipe(folder, ids, "rtn", Scheme("int", 8, "row"), inputs=inputs, **plan)
         run_calibrated(asked, tmp_path / name)
         made = load(tmp_path / name)
         assert made.model.layers[0].mlp.up_proj.inputs is not None
         lost[name] = float((logits(made, x) - wanted).square().mean())
+    assert lost["tensor"] > 100 * lost["plain"], lost
     assert lost["smooth"] < 0.1 * lost["tensor"], lost
+    assert lost["rotate"] < 0.1 * lost["tensor"], lost
     assert lost["power"] < 0.5 * lost["tensor"], lost
     assert lost["token"] < lost["tensor"], lost

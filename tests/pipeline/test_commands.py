@@ -94,13 +94,19 @@ def test_a_run_keeps_a_size_and_fused_layers_together(files: Path) -> None:
 
 
 def test_pruning_compares_and_writes(files: Path) -> None:
+    pytest.importorskip("matplotlib")
     done = command(
         "prune", str(files / "model"), "-o", str(files / "pruned"), "--score", "first", "--held-out", source(files, "unseen"),
-        *SAMPLES,
+        "--picture", str(files / "prune.png"), *SAMPLES,
     )  # fmt: skip
+    assert (files / "prune.png").exists()
+    assert (files / "prune.csv").exists()
     assert done["dropped"] == ["model.layers.2"]
     assert done["blocks"] == 2
     assert {name: len(line) for name, line in done["comparison"].items()} == {"quantized": 4, "pruned": 3}  # type: ignore[attr-defined]
+    for pruned, quantized in done["equal_size"]:  # type: ignore[attr-defined]
+        assert quantized is None or quantized[0] <= pruned[0] + 1e-6
+    assert done["equal_size"][0][0] == done["equal_size"][0][1]  # type: ignore[index]
 
 
 def test_the_lens_reports_and_draws(files: Path) -> None:

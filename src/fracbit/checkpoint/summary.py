@@ -100,6 +100,9 @@ def _quantized(source: Source, name: str, layer: StoredLayer, error: float | Non
         "bits_per_weight": layer.bits_per_weight,
         "bytes": layer.bytes,
         "relative_error": error,
+        "outliers": layer.outliers,
+        "inputs": None if layer.inputs is None else str(layer.inputs),
+        "rotated": layer.rotated,
     }
 
 
@@ -110,6 +113,9 @@ def _float(dtype: str, shape: tuple[int, ...], size: int) -> dict[str, Any]:
         "bits_per_weight": 8 * size / max(torch.Size(shape).numel(), 1),
         "bytes": size,
         "relative_error": None,
+        "outliers": 0,
+        "inputs": None,
+        "rotated": False,
     }
 
 

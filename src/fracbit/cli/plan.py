@@ -61,7 +61,15 @@ def plan(
     from fracbit.importance import read_size
     from fracbit.pipeline.budget import named_scores
     from fracbit.pipeline.pictures import check_picture, draw_bits, draw_plan
-    from fracbit.pipeline.plan import Ask, check_granularity, check_solver, contest, make_plan, make_problem
+    from fracbit.pipeline.plan import (
+        UNCHECKED,
+        Ask,
+        check_granularity,
+        check_solver,
+        contest,
+        make_plan,
+        make_problem,
+    )
     from fracbit.pipeline.subject import load_subject
     from fracbit.pipeline.texts import samples_of
 
@@ -103,7 +111,8 @@ def plan(
         draw_plan(
             curve, made.curve, (chosen.bits_per_weight, chosen.predicted_loss or 0.0), made.losses.method
         )
-    notes = (*made.notes, *(note for note in allocation.notes if note not in made.notes))
+    unchecked = () if held_out else (UNCHECKED,)
+    notes = (*made.notes, *(note for note in allocation.notes if note not in made.notes), *unchecked)
     if json:
         print_json(
             {

@@ -37,7 +37,7 @@ def prune(
 ) -> None:
     """Drop blocks of MODEL in the order of a score; with --held-out, beside quantizing them instead."""
     from fracbit.pipeline.pictures import check_picture, draw_lines
-    from fracbit.pipeline.prune import compare_with_quantizing, least_important
+    from fracbit.pipeline.prune import at_equal_size, compare_with_quantizing, least_important
     from fracbit.pipeline.prune import prune as write
     from fracbit.pipeline.score import make_scores
     from fracbit.pipeline.subject import load_subject
@@ -69,18 +69,33 @@ def prune(
             lines = compare_with_quantizing(subject, units, scores, schemes[0], schemes[-1], unseen, show)
     if picture is not None and lines is not None:
         draw_lines(
-            picture, lines, "stored bits per weight of the whole model", "loss, nats per token", title=score
+            picture,
+            lines,
+            "stored bits per weight of the whole model",
+            "loss, nats per token",
+            title=f"{Path(model).name}: blocks by {scores.method} dropped, or lowered from {high} to {low}",
         )
     result = write(model, dropped, output, overwrite) if output is not None else None
     notes = [f"dropped by {scores.method}: {', '.join(dropped)}"]
     if json:
-        found = {"score": scores.method, "dropped": list(dropped), "comparison": lines, "notes": notes}
+        found = {
+            "score": scores.method,
+            "dropped": list(dropped),
+            "comparison": lines,
+            "equal_size": at_equal_size(lines) if lines else None,
+            "notes": notes,
+        }
         print_json(found | (asdict(result) if result else {}))
         return
     print_notes(notes)
     if lines is not None:
         rows = [[name, f"{bits:.3f}", f"{nll:.4f}"] for name, line in lines.items() for bits, nll in line]
-        print_table(["way", "bits per weight", "nats per token"], rows, "at equal size")
+        print_table(["way", "bits per weight", "nats per token"], rows, "block after block")
+        pairs = [
+            [f"{point[0]:.3f}", f"{point[1]:.4f}", *([f"{other[0]:.3f}", f"{other[1]:.4f}"] if other else ["-", "-"])]
+            for point, other in at_equal_size(lines)
+        ]  # fmt: skip
+        print_table(["pruned: bits", "nats", "quantized: bits, no more", "nats"], pairs, "at equal size")
     if result is not None:
         print(
             f"{result.output}: {result.blocks} blocks, {result.parameters:,} parameters, {bytes_text(result.bytes)}"

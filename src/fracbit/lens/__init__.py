@@ -1,6 +1,6 @@
 """The lens of perturbation: errors of one strength and different character, and those that schemes really make."""
 
-from fracbit.lens.exponent import EXPONENTS, best_exponent
+from fracbit.lens.exponent import best_exponent
 from fracbit.lens.perturb import (
     PERTURBATIONS,
     Perturbation,
@@ -18,7 +18,6 @@ from fracbit.lens.perturb import (
 from fracbit.lens.units import UnitOf, from_units, to_units
 
 __all__ = [
-    "EXPONENTS",
     "PERTURBATIONS",
     "Perturbation",
     "UnitOf",

@@ -1,7 +1,8 @@
 """The exponent of non-uniform quantization, searched per tensor: sign(x)|x|^a with the a of least reconstruction error.
 
 Gong et al. 2024 (arXiv:2403.06408) fix a = 1/3 for every tensor; PowerQuant (ICLR 2023) searches it, and finds the error
-locally convex in a. Heavy tails and long blocks want a small exponent, Gaussian tensors in short blocks one near 1.
+locally convex in a. Heavy tails and long blocks want a small exponent, Gaussian tensors in short blocks one near 1. The data
+type `power:fit` searches the same exponents and stores its table.
 """
 
 from collections.abc import Sequence
@@ -10,9 +11,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from fracbit.lens.perturb import scheme_error
+from fracbit.numerics.datatypes import EXPONENTS
 from fracbit.records.scheme import Scheme
-
-EXPONENTS = ("0.2", "0.25", "1/3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9", "1")
 
 
 def best_exponent(x: Tensor, scheme: Scheme, exponents: Sequence[str] = EXPONENTS) -> Scheme:

@@ -28,6 +28,9 @@ from fracbit.models.blocks import (
 )
 from fracbit.models.family import Family, Norm, Pair
 from fracbit.models.install import set_weight
+from fracbit.transforms.rotation import turn_inputs
+
+ROWS = 8192  # turned at a time: an embedding table in fp64 would be four times its size
 
 
 def storable(block: nn.Module, family: Family, norm: Norm, factors: Tensor, dtype: torch.dtype) -> Tensor:
@@ -94,8 +97,8 @@ def scale_columns(block: nn.Module, names: Iterable[str], factors: Tensor) -> No
         set_weight(module, weight_of(module).float() * factors)
 
 
-def rotate_block(block: nn.Module, family: Family, matrix: Tensor) -> None:
-    """Turn a block's side of the residual stream by the orthogonal `matrix` [width, width], norms' gains folded away first.
+def rotate_block(block: nn.Module, family: Family, signs: Tensor) -> None:
+    """Turn a block's side of the residual stream by the rotation with these `signs` [width], norms' gains folded away first.
 
     Raises `RecipeError` for norms that do not commute with a rotation (LayerNorm, or one that writes the stream).
     """
@@ -112,24 +115,24 @@ def rotate_block(block: nn.Module, family: Family, matrix: Tensor) -> None:
         reading += norm.readers
     for name in reading:
         module = block.get_submodule(name)
-        set_weight(module, (weight_of(module).double() @ matrix).float())
+        set_weight(module, _turned(weight_of(module), signs))
     for name in linears(block, family):
-        if name not in reading and shape_of(block.get_submodule(name))[0] == len(matrix):
-            _turn_rows(block.get_submodule(name), matrix)
+        if name not in reading and shape_of(block.get_submodule(name))[0] == len(signs):
+            _turn_rows(block.get_submodule(name), signs)
 
 
-def rotate_rest(model: nn.Module, family: Family, matrix: Tensor) -> None:
+def rotate_rest(model: nn.Module, family: Family, signs: Tensor) -> None:
     """Turn the embeddings and the head, the final norm's gain folded into the head.
 
     The two must not be one tensor: the table is turned as it is, the head with the gain in it.
     """
     for name in family.embeddings:
         table = model.get_submodule(name)
-        set_weight(table, (weight_of(table).double() @ matrix).float())
+        set_weight(table, _turned(weight_of(table), signs))
     head, norm = model.get_submodule(family.head), model.get_submodule(family.final_norm)
     gain = dict(norm.named_parameters())["weight"]
     with torch.no_grad():
-        set_weight(head, (weight_of(head).double() * (gain.double() + family.gain_offset) @ matrix).float())
+        set_weight(head, _turned(weight_of(head).double() * (gain.double() + family.gain_offset), signs))
         gain.fill_(1.0 - family.gain_offset)
 
 
@@ -196,9 +199,16 @@ def scaling_sites(
     return [(producer.readers, producer) for producer in producers]
 
 
-def _turn_rows(module: nn.Module, matrix: Tensor) -> None:
-    set_weight(module, (matrix.T @ weight_of(module).double()).float())
+def _turned(rows: Tensor, signs: Tensor) -> Tensor:
+    """`rows` [n, width] times the rotation with these signs, fp32."""
+    parts = [turn_inputs(part.double() * signs).float() for part in rows.split(ROWS)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _turn_rows(module: nn.Module, signs: Tensor) -> None:
+    """Turn what a linear writes."""
+    set_weight(module, _turned(weight_of(module).T, signs).T)
     bias = bias_of(module)
     if bias is not None:
         with torch.no_grad():
-            bias.copy_((matrix.T @ bias.double()).float())
+            bias.copy_(_turned(bias[None], signs)[0])

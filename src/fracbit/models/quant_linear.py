@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fracbit.kernels import Activations, PackedLinear
 from fracbit.numerics.bits import unpack_bits
 from fracbit.numerics.blocks import spread_rows
-from fracbit.numerics.inputs import int8_product, is_int8, round_inputs
+from fracbit.numerics.inputs import int8_pays, int8_product, is_int8, round_inputs
 from fracbit.numerics.packed import (
     PackedTensor,
     dense_scales,
@@ -53,9 +53,13 @@ class _PackedBuffers(nn.Module):
 
     def multiply(self, x: Tensor) -> Tensor:
         """`x` [..., in] -> [..., out] through the kernel for this scheme and device, prepared at the first call."""
+        return self.ready()(x)
+
+    def ready(self) -> PackedLinear:
+        """The packed weight with its kernel, prepared once."""
         if self._ready is None:
             self._ready = PackedLinear(self.packed, self.activations)
-        return self._ready(x)
+        return self._ready
 
     def choose(self, activations: Activations) -> None:
         """Multiply by exact activations (`"float"`) or by ones rounded to 8 bits (`"int8"`, faster on CPUs)."""
@@ -125,11 +129,9 @@ class QuantLinear(_PackedBuffers):
 
     def _multiply_rounded(self, x: Tensor, inputs: Inputs) -> Tensor:
         packed = self.packed
-        return (
-            int8_product(x, packed, inputs)
-            if is_int8(packed, inputs)
-            else self.multiply(round_inputs(x, inputs))
-        )
+        if is_int8(packed, inputs) and int8_pays(packed, x.numel() // x.shape[-1]):
+            return int8_product(x, packed, inputs)
+        return self.multiply(round_inputs(x, inputs))
 
 
 class QuantEmbedding(_PackedBuffers):
@@ -160,9 +162,14 @@ class TiedHead(nn.Module):
         super().__init__()
         self._shared = (embedding,)  # a tuple hides it from the module tree: the bytes are saved once
 
+    @property
+    def embedding(self) -> QuantEmbedding:
+        """Whose bytes are multiplied."""
+        return self._shared[0]
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits [..., vocabulary] of hidden states `x` [..., width]."""
-        return self._shared[0].multiply(x)
+        return self.embedding.multiply(x)
 
 
 def buffer_name(part: str) -> str:

@@ -26,6 +26,8 @@ from fracbit.records.scheme import Scheme
 
 FIT_SAMPLE = 1 << 20  # a quantile of a million values is known to 0.1 %; sorting more buys nothing
 LLOYD_STEPS = 60
+EXPONENTS = ("0.2", "0.25", "1/3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9", "1")
+SEARCHED = "fit"
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,12 +83,19 @@ def nearest_type(values: Tensor) -> DataType:
 
 @dataclass(frozen=True)
 class DataTypeMaker:
-    """One line of the table: `make(bits, parameter, full)` for fixed types, `fit` for types that look at the tensor."""
+    """One line of the table: `make(bits, parameter, full)` for fixed types, `fit` for types that look at the tensor.
+
+    A type with both is fitted when its parameter is `SEARCHED`.
+    """
 
     min_bits: int
     make: Callable[[int, str, bool], DataType] | None = None
     fit: Callable[[Tensor, Tensor, Tensor, int, str], Tensor] | None = None
     parameters: str = "none"
+
+    def fits(self, parameter: str) -> bool:
+        """Whether the type with this parameter looks at the tensor."""
+        return self.fit is not None and (self.make is None or parameter == SEARCHED)
 
 
 def make_int(bits: int, parameter: str, full: bool) -> DataType:
@@ -152,6 +161,22 @@ def make_power(bits: int, parameter: str, full: bool) -> DataType:
     return DataType(values[None].float(), boundaries[None].float())
 
 
+def fit_power(x: Tensor, weights: Tensor, scales: Tensor, bits: int, parameter: str) -> Tensor:
+    """The power type whose exponent leaves the least squared error, rounding to the nearest value (PowerQuant's search).
+
+    The table has 2^k - 1 values; the largest stands twice in it.
+    """
+    sample, mass = _sample(x), _sample((weights * scales**2).expand_as(x))
+    best, table = float("inf"), x.new_zeros(1, 2**bits)
+    for exponent in EXPONENTS:
+        candidate = nearest_type(make_power(bits, exponent, False).values).to(x.device)
+        rounded = candidate.look_up(candidate.nearest(sample[None]))[0]
+        error = float(((rounded - sample).square() * mass).sum())
+        if error < best:
+            best, table = error, torch.cat([candidate.values, candidate.values[:, -1:]], 1)
+    return table
+
+
 def fit_quantile(x: Tensor, weights: Tensor, scales: Tensor, bits: int, parameter: str) -> Tensor:
     """2^k - 1 quantiles of the whole tensor and a 0, divided by the largest: create_quantile_map, not Eq. 6 taken literally.
 
@@ -186,7 +211,7 @@ DATATYPES: dict[str, DataTypeMaker] = {
     "dynamic": DataTypeMaker(2, make=make_dynamic),
     "quantile": DataTypeMaker(2, fit=fit_quantile),
     "nf": DataTypeMaker(2, make=make_nf),
-    "power": DataTypeMaker(2, make=make_power, parameters="an exponent, such as 1/2"),
+    "power": DataTypeMaker(2, make=make_power, fit=fit_power, parameters="an exponent, such as 1/2, or fit"),
     "kmeans": DataTypeMaker(1, fit=fit_kmeans, parameters="tensor or row"),
 }
 
@@ -199,13 +224,13 @@ def check_datatype(scheme: Scheme) -> DataTypeMaker:
         raise SchemeError(f"unknown data type {name!r}; {near_matches(name, DATATYPES)}")
     if scheme.bits < maker.min_bits:
         raise SchemeError(f"data type {name} needs at least {maker.min_bits} bits, got {scheme.bits}")
-    if maker.make is not None:
+    if maker.make is not None and not maker.fits(parameter):
         maker.make(scheme.bits, parameter, _full(scheme))
     elif scheme.offset == "zero":
         raise SchemeError(
             f"data type {name} is fitted after the offset is known; use offset float or none, not zero"
         )
-    elif parameter not in ("", "tensor", "row") or (parameter and name != "kmeans"):
+    elif maker.make is None and (parameter not in ("", "tensor", "row") or (parameter and name != "kmeans")):
         raise SchemeError(f"data type {name} takes the parameter {maker.parameters}, got {parameter!r}")
     if isinstance(scheme.scale, Scheme):
         check_datatype(scheme.scale)
@@ -214,7 +239,7 @@ def check_datatype(scheme: Scheme) -> DataTypeMaker:
 
 def is_fitted(scheme: Scheme) -> bool:
     """Whether the table is fitted to the tensor and therefore stored with it."""
-    return check_datatype(scheme).fit is not None
+    return check_datatype(scheme).fits(scheme.dtype.partition(":")[2])
 
 
 def fixed_type(scheme: Scheme) -> DataType:
@@ -224,17 +249,17 @@ def fixed_type(scheme: Scheme) -> DataType:
 
 def fit_table(scheme: Scheme, x: Tensor, weights: Tensor, scales: Tensor) -> Tensor:
     """Fit a table fp16 [1 or out, 2^bits] to the normalized `x` [out, in]; `weights` are importances, `scales` those of x."""
-    maker = check_datatype(scheme)
-    if maker.fit is None:
+    maker, parameter = check_datatype(scheme), scheme.dtype.partition(":")[2]
+    if maker.fit is None or not maker.fits(parameter):
         raise SchemeError(f"data type {scheme.dtype} is fixed: nothing to fit")
-    return maker.fit(x, weights, scales, scheme.bits, scheme.dtype.partition(":")[2]).half()
+    return maker.fit(x, weights, scales, scheme.bits, parameter).half()
 
 
 @lru_cache(maxsize=256)
 def _fixed(dtype: str, bits: int, full: bool) -> DataType:
     name, _, parameter = dtype.partition(":")
     maker = DATATYPES[name] if name in DATATYPES else check_datatype(Scheme(dtype, bits))
-    if maker.make is None:
+    if maker.make is None or maker.fits(parameter):
         raise SchemeError(f"data type {dtype} is fitted to each tensor: it has no table of its own")
     return maker.make(bits, parameter, full)
 
@@ -264,7 +289,7 @@ def _power_exponent(parameter: str) -> float:
         exponent = float(Fraction(parameter or "1/3"))
     except (ValueError, ZeroDivisionError):
         raise SchemeError(
-            f"power:{parameter} has no number after the colon; write power:1/2 or power:0.4"
+            f"power:{parameter} has no number after the colon; write power:1/2, power:0.4 or power:fit"
         ) from None
     if not 0.05 <= exponent <= 4:
         raise SchemeError(f"the exponent of power must lie in 0.05..4, got {parameter}")

@@ -25,7 +25,7 @@ from fracbit.models.family import Family
 from fracbit.models.install import materialize, release, set_weight
 from fracbit.models.tweak import Evidence, tweak_block
 from fracbit.models.walk import Hidden, advance
-from fracbit.numerics.inputs import round_inputs
+from fracbit.numerics.inputs import round_through
 from fracbit.numerics.packed import decode
 from fracbit.numerics.stats import Stats
 from fracbit.pipeline.axis import choose_axes
@@ -49,7 +49,8 @@ HELD_OUT = 8  # one batch in so many judges the corrections, which do not see it
 class Work:
     """What every block of a run needs: the same for all of them, and nothing that changes.
 
-    `dtype` is that of the forward passes, `stored` the source's own; `stream` rotates the residual stream, or is None.
+    `dtype` is that of the forward passes, `stored` the source's own; `stream` has the signs of the residual stream's
+    rotation, or is None, and `untied` says that the rotation made two matrices of one table.
     """
 
     recipe: Recipe
@@ -62,6 +63,7 @@ class Work:
     stored: torch.dtype
     device: torch.device
     stream: Tensor | None
+    untied: bool
     show: Progress
 
 
@@ -101,12 +103,9 @@ def do_block(
         target.write_shard(shard, tensors, record)
         if work.plan.chain == "float":
             assert floats is not None
-            hidden = floats
-        else:
-            with rounded_inputs(block, rounding):
-                hidden = advance(block, hidden, hidden.states)
-    release(block)
-    return hidden
+            release(block)
+            return floats
+        return leave_block(work, block, hidden, rounding)
 
 
 def redo_block(
@@ -129,8 +128,15 @@ def redo_block(
             name = inside.removesuffix(".weight")
             set_weight(block.get_submodule(name), decode(packed))
             rounding |= {} if stored.inputs is None else {name: stored.inputs}
-    with turned_inputs(block, turned), rounded_inputs(block, rounding):
-        hidden = advance(block, hidden, hidden.states)
+    with turned_inputs(block, turned):
+        return leave_block(work, block, hidden, rounding)
+
+
+def leave_block(work: Work, block: nn.Module, hidden: Hidden, rounding: Mapping[str, Inputs]) -> Hidden:
+    """Advance to the next block, where there is one, and free this one."""
+    if hidden.index + 1 < len(blocks(work.model, work.family)):
+        with rounded_inputs(block, rounding):
+            hidden = advance(block, hidden, hidden.states)
     release(block)
     return hidden
 
@@ -208,7 +214,7 @@ def roundings(
 def rounded_inputs(block: nn.Module, rounding: Mapping[str, Inputs]) -> AbstractContextManager[None]:
     """A context in which the named linears are fed rounded inputs."""
     return fed_through(
-        block, {name: partial(round_inputs, inputs=inputs) for name, inputs in rounding.items()}
+        block, {name: partial(round_through, inputs=inputs) for name, inputs in rounding.items()}
     )
 
 

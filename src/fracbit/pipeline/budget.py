@@ -7,7 +7,15 @@ from pathlib import Path
 
 from fracbit.errors import BudgetError, RecipeError
 from fracbit.importance import read_size, score_method
-from fracbit.pipeline.plan import Ask, allocated, check_granularity, contest, make_plan, make_problem
+from fracbit.pipeline.plan import (
+    UNCHECKED,
+    Ask,
+    allocated,
+    check_granularity,
+    contest,
+    make_plan,
+    make_problem,
+)
 from fracbit.pipeline.preset import preset
 from fracbit.pipeline.subject import Progress, load_subject
 from fracbit.pipeline.texts import overlap_of, samples_of
@@ -82,7 +90,7 @@ def budgeted(
     plan = make_plan(problem, scores, progress=progress)
     notes = (*plan.notes, f"{plan.chosen.bits_per_weight:.4f} bits per weight divided by {plan.chosen.name}")
     if spending.held_out is None:
-        return allocated(recipe, plan.chosen.allocation), notes
+        return allocated(recipe, plan.chosen.allocation), (*notes, UNCHECKED)
     subject = load_subject(recipe.model)
     unseen = samples_of(spending.held_out, recipe.model, subject, seed=recipe.seed)
     measured = contest(

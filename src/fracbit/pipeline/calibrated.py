@@ -28,6 +28,7 @@ from fracbit.data import parse_source, read_calibration
 from fracbit.errors import RecipeError
 from fracbit.models.blocks import blocks
 from fracbit.models.find import family_of
+from fracbit.models.fold import scaling_sites
 from fracbit.models.install import materialize
 from fracbit.models.skeleton import skeleton
 from fracbit.models.spill import storage
@@ -43,6 +44,7 @@ from fracbit.quantizers import RoundToNearest, quantizer
 from fracbit.records.calibration import Calibration
 from fracbit.records.recipe import Recipe
 from fracbit.records.scheme import Scheme
+from fracbit.transforms import TRANSFORMS
 
 SPILL_BYTES = 4 << 30
 ID_FORMATS = ("u16", "u32", "npy")
@@ -65,10 +67,8 @@ def run_calibrated(
     started = time.perf_counter()
     work = prepare(recipe, Path(output), progress, device)
     samples = read_samples(work)
-    changed = changed_config(work)
-    schedule = by_block(
-        make_schedule(recipe, work.source, work.model, untied=bool(changed)), work, samples, device
-    )
+    schedule = make_schedule(recipe, work.source, work.model, untied=work.untied)
+    schedule = by_block(schedule, work, samples)
     with open_output(Path(output), schedule.key, schedule.bytes, overwrite, resume) as target:
         shards = list(schedule.shards.items())
         rest = write_rest(target, *shards[0], work)
@@ -84,7 +84,9 @@ def run_calibrated(
             work.show(f"block {number + 1} of {len(steps)}", sum(steps[: number + 1]), sum(steps))
         if work.plan.distill:
             distill_shards(work, target, schedule, samples)
-        schedule = with_notes(as_stored(schedule, target), rotation_notes(work, bool(changed)))
+        schedule = as_stored(schedule, target)
+        schedule = replace(schedule, notes=(*schedule.notes, *rewrite_notes(work)))
+        changed = {"tie_word_embeddings": False} if work.untied else {}
         totals = finish(target, recipe, work.source, schedule, work.model, (samples.to_json(),), changed)
     seconds = time.perf_counter() - started
     return Result(str(output), **totals, seconds=seconds, peak_rss_bytes=peak_rss())
@@ -105,11 +107,15 @@ def prepare(
     if recipe.calibration is None:
         raise RecipeError(f"quantizer {recipe.quantizer} looks at data; name texts with --calibration FILE")
     plan = recipe.calibration
+    if plan.tweak != "none" and plan.samples < 2:
+        raise RecipeError(
+            "norm tweaking fits on some samples and is judged on others: give at least 2, or tweak none"
+        )
     check_device(device)
     source = open_source(recipe.model, recipe.revision, recipe.trust_remote_code)
     refuse(source, output)
     config = model_config(source, recipe.trust_remote_code)
-    untie(config, plan.transforms)
+    untied = untie(config, plan.transforms)
     model = skeleton(config, trust_remote_code=recipe.trust_remote_code)
     family = family_of(model)
     return Work(
@@ -123,32 +129,27 @@ def prepare(
         stored=stored_dtype(source),
         device=torch.device(device),
         stream=stream_rotation(model, family, plan.transforms, recipe.seed),
+        untied=untied,
         show=progress or (lambda what, done, total: None),
     )
 
 
-def changed_config(work: Work) -> dict[str, Any]:
-    """What config.json says otherwise than the source's: a head that was the embedding table is one no longer."""
-    asked, has = work.source.config.get("tie_word_embeddings"), work.model.config.tie_word_embeddings
-    tied = work.stream is not None and not has and asked is not False
-    return {"tie_word_embeddings": False} if tied else {}
-
-
-def rotation_notes(work: Work, was_tied: bool) -> tuple[str, ...]:
-    """What a rotation of the residual stream changes besides the quantized weights."""
+def rewrite_notes(work: Work) -> tuple[str, ...]:
+    """What rewrites changed besides the quantized weights, and those that found no place."""
     notes = []
-    if was_tied:
+    factors = [name for name in work.plan.transforms if name in TRANSFORMS]
+    stack = blocks(work.model, work.family)
+    if factors and not any(scaling_sites(block, work.family, work.model.config) for _, block in stack):
+        notes.append(
+            f"{' and '.join(factors)} did nothing: family {work.family.name} has no norm to fold factors into"
+        )
+    if work.untied:
         head, table = work.family.head, work.family.embeddings[0]
         notes.append(f"{head} is no longer {table}: rotated, they are two matrices, and both are stored")
     if work.stream is not None and work.stored != torch.float32:
         kind = str(work.stored).removeprefix("torch.")
         notes.append(f"rotated tensors that stay float are rounded to {kind}, the type of the source")
     return tuple(notes)
-
-
-def with_notes(schedule: Schedule, notes: Sequence[str]) -> Schedule:
-    """The schedule with more notes."""
-    return replace(schedule, notes=(*schedule.notes, *notes))
 
 
 def forward_dtype(plan: Calibration, source: Source, device: torch.device) -> torch.dtype:
@@ -187,9 +188,7 @@ def read_samples(work: Work) -> Samples:
     )
 
 
-def by_block(
-    schedule: Schedule, work: Work, samples: Samples, device: str | torch.device = "cpu"
-) -> Schedule:
+def by_block(schedule: Schedule, work: Work, samples: Samples) -> Schedule:
     """The same tensors in other shards: what lies outside the blocks first, then one shard per block."""
     prefixes = [f"{path}." for path, _ in blocks(work.model, work.family)]
     parts: list[list[Item]] = [[] for _ in range(len(prefixes) + 1)]
@@ -198,7 +197,7 @@ def by_block(
             place = next((n for n, prefix in enumerate(prefixes, 1) if item.name.startswith(prefix)), 0)
             parts[place].append(item)
     names = [f"model-{n:05}-of-{len(parts):05}.safetensors" for n in range(1, len(parts) + 1)]
-    where = "" if torch.device(device).type == "cpu" else f" {torch.device(device).type}"
+    where = "" if work.device.type == "cpu" else f" {work.device.type}"  # another device rounds otherwise
     key = hashlib.sha256(f"{schedule.key} {samples.sha256}{where}".encode()).hexdigest()[:16]
     return replace(
         schedule, key=key, shards={name: tuple(part) for name, part in zip(names, parts, strict=True)}
@@ -269,4 +268,9 @@ def embed_all(
     width = work.model.config.get_text_config().hidden_size
     size = count * length * width * work.dtype.itemsize
     place = storage((count, length, width), work.dtype, folder / JOURNAL if size > spill_bytes else None)
-    return embed(work.model, work.family, samples.ids, work.plan.batch, place)
+    return embed(work.model, work.family, samples.ids, batch_of(work.plan), place)
+
+
+def batch_of(plan: Calibration) -> int:
+    """Samples through a block at a time: few enough that a correction is judged by a batch that it was not fitted on."""
+    return plan.batch if plan.tweak == "none" else min(plan.batch, plan.samples // 2)

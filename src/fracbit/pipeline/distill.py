@@ -25,7 +25,7 @@ from fracbit.models.distill import Distillation, Distilled, distill, soften
 from fracbit.models.experts import split_experts
 from fracbit.models.install import set_weight, untie_head
 from fracbit.models.soft import SoftLinear
-from fracbit.numerics.inputs import round_inputs
+from fracbit.numerics.inputs import round_through
 from fracbit.numerics.packed import PackedTensor, decode
 from fracbit.pipeline.block import Work, item_as_stored
 from fracbit.pipeline.rotate import fed_through
@@ -70,7 +70,7 @@ def train(
     teacher, student = _float_model(work), _float_model(work)
     _fill(work, student, stored, {name: tensor for name, tensor in packed.items() if not _inside(work, name)})
     gains = _norms(work, student)
-    trained = {name: tensor for name, tensor in packed.items() if _inside(work, name)}
+    trained = {name: tensor.to(work.device) for name, tensor in packed.items() if _inside(work, name)}
     soft = soften(student, trained, rewritten=bool(work.plan.transforms))
     plan = Distillation(epochs=work.plan.distill, rate=work.plan.rate, seed=work.recipe.seed)
 
@@ -78,12 +78,17 @@ def train(
         work.show(f"distilling, {loss:.4f} nats from the float model", epoch, plan.epochs)
 
     with fed_through(student, {name: partial(_as_fed, layer=layers[name]) for name in soft}):
-        result = distill(teacher, student, soft, gains, samples.ids, plan, show)
+        result = distill(teacher, student, soft, gains, samples.ids.to(work.device), plan, show)
     return {shard: _changed(tensors, soft, gains) for shard, tensors in stored.items()}, result
 
 
 def _float_model(work: Work) -> PreTrainedModel:
-    model = load(work.source.folder, dtype=torch.float32, trust_remote_code=work.recipe.trust_remote_code)
+    model = load(
+        work.source.folder,
+        dtype=torch.float32,
+        device=work.device,
+        trust_remote_code=work.recipe.trust_remote_code,
+    )
     split_experts(model)
     return model
 
@@ -108,9 +113,9 @@ def _fill(
 
 
 def _as_fed(x: Tensor, layer: StoredLayer) -> Tensor:
-    """What a stored layer multiplies; rounding lets gradients pass as if it were not there."""
+    """What a stored layer multiplies, differentiable."""
     x = turn_inputs(x) if layer.rotated else x
-    return x if layer.inputs is None else x + (round_inputs(x.detach(), layer.inputs) - x.detach())
+    return x if layer.inputs is None else round_through(x, layer.inputs)
 
 
 def _shards(schedule: Schedule) -> dict[str, str]:
@@ -157,7 +162,7 @@ def _changed(
     made: dict[str, Tensor] = {}
     for name, layer in soft.items():
         if f"{name}.weight" in tensors:
-            made |= tensor_names(name, layer.packed())
+            made |= tensor_names(name, layer.packed().to("cpu"))
     return made | {
-        name: gain.detach().to(tensors[name].dtype) for name, gain in gains.items() if name in tensors
+        name: gain.detach().cpu().to(tensors[name].dtype) for name, gain in gains.items() if name in tensors
     }

@@ -115,6 +115,7 @@ def draw_plan(
     axes.set_xlabel("stored bits per weight")
     axes.set_ylabel(f"predicted loss ({loss})")
     _finish(axes)
+    _one_legend(figure)
     _save(figure, path)
 
 
@@ -144,10 +145,8 @@ def draw_intensity(path: Path, points: Sequence[LensPoint]) -> None:
         axes.set_title(f"errors in {target}", fontsize=10)
         axes.set_xlabel("relative intensity |delta| / |x|")
         axes.set_ylabel("loss change, nats per token")
-        _finish(axes, legend=False)
-    found = [axes.get_legend_handles_labels() for axes in figure.axes]
-    named = {label: mark for marks, labels in found for mark, label in zip(marks, labels, strict=True)}
-    figure.legend(named.values(), named, loc="outside right upper", fontsize=8, frameon=False)
+        _finish(axes)
+    _one_legend(figure)
     _save(figure, path)
 
 
@@ -183,24 +182,46 @@ def draw_lines(
     title: str = "",
 ) -> None:
     """Named lines of (x, y) with a marker at each point; their data goes beside the picture."""
-    write_csv(
-        path.with_suffix(".csv"),
-        [{"line": name, across: x, up: y} for name, line in lines.items() for x, y in line],
-    )
+    draw_panels(path, {title: lines}, across, up, log)
+
+
+def draw_panels(
+    path: Path,
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    across: str,
+    up: str,
+    log: tuple[bool, bool] = (False, False),
+) -> None:
+    """Panels side by side, title -> named lines of (x, y); one name has one colour in all of them. Data goes beside.
+
+    Marks shrink from name to name, so that lines on top of each other are all seen.
+    """
+    named = [name for lines in panels.values() for name in lines]
+    style = {name: index for index, name in enumerate(dict.fromkeys(named))}
+    rows = [
+        ({"panel": title} if len(panels) > 1 else {}) | {"line": name, across: x, up: y}
+        for title, lines in panels.items()
+        for name, line in lines.items()
+        for x, y in line
+    ]
+    write_csv(path.with_suffix(".csv"), rows)
     figure_class, _ = _matplotlib()
-    figure = figure_class(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    for index, (name, line) in enumerate(lines.items()):
-        axes.plot(
-            [x for x, _ in line], [y for _, y in line], color=COLOURS[index % len(COLOURS)], marker=MARKS[index % len(MARKS)],
-            markersize=4, linewidth=1.2, label=name,
-        )  # fmt: skip
-    axes.set_xscale("log" if log[0] else "linear")
-    axes.set_yscale("log" if log[1] else "linear")
-    axes.set_xlabel(across)
-    axes.set_ylabel(up)
-    axes.set_title(title, fontsize=10)
-    _finish(axes)
+    figure = figure_class(figsize=(3.0 + 4.2 * len(panels), 4.2), layout="constrained")
+    for column, (title, lines) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), column + 1)
+        for name, line in lines.items():
+            axes.plot(
+                [x for x, _ in line], [y for _, y in line], color=COLOURS[style[name] % len(COLOURS)],
+                marker=MARKS[style[name] % len(MARKS)], linestyle="-" if style[name] < len(COLOURS) else ":",
+                markersize=max(3.0, 3.0 + 0.8 * (len(style) - 1 - style[name])), linewidth=1.2, label=name,
+            )  # fmt: skip
+        axes.set_xscale("log" if log[0] else "linear")
+        axes.set_yscale("log" if log[1] else "linear")
+        axes.set_xlabel(across)
+        axes.set_ylabel(up if column == 0 else "")
+        axes.set_title(title, fontsize=10)
+        _finish(axes)
+    _one_legend(figure)
     _save(figure, path)
 
 
@@ -222,14 +243,19 @@ def _matplotlib() -> tuple[Any, Any]:
     return Figure, colors
 
 
-def _finish(axes: Any, legend: bool = True) -> None:
+def _one_legend(figure: Any) -> None:
+    """All names of all panels, beside them, where no line runs through."""
+    found = [axes.get_legend_handles_labels() for axes in figure.axes]
+    named = {label: mark for marks, labels in found for mark, label in zip(marks, labels, strict=True)}
+    figure.legend(named.values(), named, loc="outside right upper", fontsize=8, frameon=False)
+
+
+def _finish(axes: Any) -> None:
     axes.grid(True, which="major", linewidth=0.4, alpha=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     for axis in (axes.xaxis, axes.yaxis):
         if axis.get_scale() == "log" and axis.get_minor_formatter() is not None:
             _plain_ticks(axis)
-    if legend:
-        axes.legend(fontsize=8, frameon=False)
 
 
 def _plain_ticks(axis: Any) -> None:

@@ -12,14 +12,15 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, cast, get_args
 
 from torch import Tensor
 
 from fracbit.checkpoint.format import tensor_name
-from fracbit.checkpoint.source import Source, open_source
+from fracbit.checkpoint.source import Source, open_source, tensor_hash
 from fracbit.errors import BudgetError, RecipeError, SchemeError
 from fracbit.importance import (
     Budget,
@@ -37,7 +38,6 @@ from fracbit.importance import (
     scheme_bits,
 )
 from fracbit.models.skeleton import skeleton
-from fracbit.numerics import quantize_tensor
 from fracbit.numerics.datatypes import check_datatype
 from fracbit.numerics.packed import part_shapes
 from fracbit.pipeline.memory import running_memory
@@ -46,12 +46,16 @@ from fracbit.pipeline.sampling import sampling_notes
 from fracbit.pipeline.schedule import SHARD_BYTES, Schedule, make_schedule
 from fracbit.pipeline.score import make_losses, make_scores
 from fracbit.pipeline.subject import Progress, Subject, Weights, measure, replaced, rounded, weights_on_disk
+from fracbit.quantizers import RoundToNearest
 from fracbit.records.allocation import Allocation, uniform
 from fracbit.records.recipe import Override, Recipe
 from fracbit.records.scheme import Scheme
 from fracbit.records.scores import Losses, Scores, check_scores
 
 Solver = Literal["exact", "order"]
+UNCHECKED = (
+    "not compared with a uniform scheme of no more bytes: name a text that no score saw with --held-out"
+)
 PROCESS_BYTES = 450 << 20  # Python, torch and transformers, resident before any tensor
 TIMED = 1 << 20
 STEPS = 17
@@ -278,20 +282,40 @@ def _header_bytes(names: Mapping[str, Sequence[int]], size: int, shards: int) ->
 
 
 def needs_of(problem: Problem, allocation: Allocation) -> Needs:
-    """Memory, disk and time of quantizing as planned: rates are timed on a piece of each scheme's first layer."""
+    """Memory, disk and time of quantizing as planned, without what writing to the disk takes.
+
+    Time: each scheme is timed on a piece of its first layer, as is the hash of what is read, which a second thread makes.
+    """
     shapes = {name: shape for unit in problem.units for name, shape in unit.shapes.items()}
     largest = max(out * width for out, width in shapes.values())
     file_bytes = written_bytes(problem, allocation.schemes)
-    seconds = 0.0
+    first = next(iter(shapes))
+    piece = _piece(problem.weights, first, shapes[first])
+    hashing = _seconds(partial(tensor_hash, piece)) / (piece.numel() * piece.element_size())
+    rounding = 0.0
     for scheme in dict.fromkeys(allocation.schemes.values()):
         mine = [name for name, given in allocation.schemes.items() if given == scheme]
         if scheme is not None:
-            seconds += _seconds_each(problem.weights.read(mine[0]), scheme) * sum(
-                shapes[n][0] * shapes[n][1] for n in mine
-            )
+            piece = _piece(problem.weights, mine[0], shapes[mine[0]])
+            weights = sum(shapes[name][0] * shapes[name][1] for name in mine)
+            fill = partial(RoundToNearest(), piece, scheme, None)
+            rounding += _seconds(fill) * weights / piece.numel()
     # A tensor as read, as fp32, its codes before packing and their temporaries; beside them the shard that is being filled.
     memory = PROCESS_BYTES + 16 * largest + min(SHARD_BYTES, file_bytes)
-    return Needs(memory, file_bytes, seconds)
+    return Needs(memory, file_bytes, max(rounding, hashing * problem.source.bytes))
+
+
+def _piece(weights: Weights, name: str, shape: tuple[int, int]) -> Tensor:
+    """The first rows of a layer, about `TIMED` weights."""
+    return weights.rows(name, (slice(0, min(shape[0], max(1, TIMED // shape[1]))),))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """How long something takes the second time."""
+    work()
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 @dataclass(frozen=True)
@@ -473,13 +497,3 @@ def _float_schedule(recipe: Recipe, source: Source, layers: Iterable[str]) -> Sc
         model_config(source, recipe.trust_remote_code), trust_remote_code=recipe.trust_remote_code
     )
     return make_schedule(floats, source, shell)
-
-
-def _seconds_each(weight: Tensor, scheme: Scheme) -> float:
-    """Seconds per weight of rounding to `scheme`, timed on at most `TIMED` weights."""
-    rows = max(1, min(weight.shape[0], TIMED // weight.shape[1]))
-    piece = weight[:rows]
-    quantize_tensor(piece, scheme)
-    started = time.perf_counter()
-    quantize_tensor(piece, scheme)
-    return (time.perf_counter() - started) / piece.numel()

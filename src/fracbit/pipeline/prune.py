@@ -121,6 +121,18 @@ def compare_with_quantizing(
     return lines
 
 
+Point = tuple[float, float]
+
+
+def at_equal_size(lines: Mapping[str, Sequence[Point]]) -> list[tuple[Point, Point | None]]:
+    """Every pruned model beside the quantized one of no more bits: (bits, nats) each, None when all quantized are larger."""
+    found: list[tuple[Point, Point | None]] = []
+    for pruned in lines["pruned"]:
+        within = [point for point in lines["quantized"] if point[0] <= pruned[0] + 1e-9]
+        found.append((pruned, max(within, default=None)))
+    return found
+
+
 def prune(source: str | Path, dropped: Sequence[str], output: str | Path, overwrite: bool = False) -> Pruned:
     """Write a model without the blocks `dropped` as an ordinary float checkpoint: tensors bit for bit, blocks renumbered.
 

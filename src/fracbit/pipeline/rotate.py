@@ -21,41 +21,44 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fracbit.models.blocks import weight_of
+from fracbit.models.calls import device_of
 from fracbit.models.family import Family
 from fracbit.models.fold import check_rotatable, inner_readers, rotate_block, rotate_rest
 from fracbit.models.install import materialize, set_weight
-from fracbit.transforms.rotation import rotation, turn_columns, turn_inputs
+from fracbit.transforms.rotation import random_signs, turn_columns, turn_inputs
 
 STREAM, MLP = "rotate", "rotate-mlp"
 ROTATIONS = {STREAM, MLP}
 
 
-def untie(config: PreTrainedConfig, transforms: Sequence[str]) -> None:
-    """Untie head and table in `config`, in place, where the rotation of the stream makes two matrices of them."""
-    if STREAM in transforms:
+def untie(config: PreTrainedConfig, transforms: Sequence[str]) -> bool:
+    """Untie head and table in `config`, in place, where the rotation of the stream needs two matrices; whether it did."""
+    tied = STREAM in transforms and bool(config.tie_word_embeddings)
+    if tied:
         config.tie_word_embeddings = False
+    return tied
 
 
 def stream_rotation(
     model: PreTrainedModel, family: Family, transforms: Sequence[str], seed: int
 ) -> Tensor | None:
-    """The rotation fp64 [width, width] of the residual stream, None where none is asked for.
+    """The signs [width] of the rotation of the residual stream, None where none is asked for.
 
     Raises `RecipeError` for a model whose stream cannot be rotated.
     """
     if STREAM not in transforms:
         return None
     check_rotatable(model, family)
-    return rotation(int(model.config.get_text_config().hidden_size), seed)
+    return random_signs(int(model.config.get_text_config().hidden_size), seed)
 
 
 def turned_rest(
-    model: PreTrainedModel, family: Family, matrix: Tensor, tensors: Mapping[str, Tensor]
+    model: PreTrainedModel, family: Family, signs: Tensor, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The `tensors` outside the blocks, turned, in the types that they are stored in. The model is filled with them."""
     known = model.state_dict().keys() & tensors.keys()
     materialize(model, {name: tensors[name] for name in known}, torch.float32, partial=True)
-    rotate_rest(model, family, matrix)
+    rotate_rest(model, family, signs)
     state = model.state_dict()
     return {name: state[name].to(old.dtype) if name in known else old for name, old in tensors.items()}
 
@@ -63,7 +66,7 @@ def turned_rest(
 def turn_block(
     block: nn.Module,
     family: Family,
-    matrix: Tensor | None,
+    signs: Tensor | None,
     transforms: Sequence[str],
     quantized: Collection[str],
 ) -> tuple[str, ...]:
@@ -71,8 +74,8 @@ def turn_block(
 
     Only linears that are `quantized` are: a float one has nowhere to say so.
     """
-    if matrix is not None:
-        rotate_block(block, family, matrix)
+    if signs is not None:
+        rotate_block(block, family, signs.to(device_of(block)))
     if MLP not in transforms:
         return ()
     turned = tuple(name for name in inner_readers(block, family) if name in quantized)

@@ -21,9 +21,13 @@ LARGEST = 64  # side of a Hadamard factor: H of a power of two is the Kronecker 
 
 def rotation(width: int, seed: int = 0) -> Tensor:
     """An orthogonal matrix fp64 [width, width], the same for the same seed."""
+    return random_signs(width, seed)[:, None] * hadamard(width)
+
+
+def random_signs(width: int, seed: int = 0) -> Tensor:
+    """+1 or -1 for every channel, fp64 [width]: what `rotation` is made of besides `hadamard`."""
     generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (width,), generator=generator).double() * 2 - 1
-    return signs[:, None] * hadamard(width)
+    return torch.randint(0, 2, (width,), generator=generator).double() * 2 - 1
 
 
 def hadamard(width: int) -> Tensor:
@@ -32,24 +36,26 @@ def hadamard(width: int) -> Tensor:
     return torch.kron(_hadamard(width // odd), _cosine(odd))
 
 
-def turn_factors(width: int, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
-    """The Kronecker factors of `hadamard(width)`, fp32, powers of two first, the odd rest last."""
+def turn_factors(
+    width: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, ...]:
+    """The Kronecker factors of `hadamard(width)`, powers of two first, the odd rest last."""
     odd = _odd_part(width)
     left, factors = width // odd, []
     while left > 1:
         factors.append(_hadamard(min(left, LARGEST)))
         left //= len(factors[-1])
     factors += [_cosine(odd)] if odd > 1 else []
-    return tuple(factor.float().to(device) for factor in factors)
+    return tuple(factor.to(device, dtype) for factor in factors)
 
 
 def turn_inputs(x: Tensor, factors: tuple[Tensor, ...] | None = None) -> Tensor:
-    """`x` [..., n] times `hadamard(n)`, in the type of `x`, computed in fp32 without the large matrix.
+    """`x` [..., n] times `hadamard(n)`, in the type of `x`, computed in fp32 or fp64 without the large matrix.
 
     `factors`: `turn_factors(n, x.device)`, for those who call often.
     """
-    turned = x.float()
-    for factor in reversed(turn_factors(x.shape[-1], x.device) if factors is None else factors):
+    turned = x if x.dtype == torch.float64 else x.float()
+    for factor in reversed(turn_factors(x.shape[-1], x.device, turned.dtype) if factors is None else factors):
         size = len(factor)
         product = turned.reshape(-1, size) @ factor  # the last axis; then the next one moves to its place
         turned = product.view(-1, x.shape[-1] // size, size).transpose(1, 2)
@@ -58,7 +64,7 @@ def turn_inputs(x: Tensor, factors: tuple[Tensor, ...] | None = None) -> Tensor:
 
 def turn_columns(weight: Tensor) -> Tensor:
     """The weight [out, in], fp32, that gives on turned inputs what `weight` gives on the inputs themselves."""
-    return (weight.double() @ hadamard(weight.shape[1]).to(weight.device)).float()
+    return turn_inputs(weight.double()).float()
 
 
 def _odd_part(width: int) -> int:

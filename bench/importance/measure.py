@@ -87,11 +87,12 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def find_study(model: str, calibration: int, evaluation: int, length: int) -> Study:
-    shared = SHARED / "models" / model
-    folder = bundled_model() if model == "bundled" else shared if shared.is_dir() else Path(model)
+    shared = SHARED / "models" / Path(model).name
+    tales = shared.is_dir() and not Path(model).is_dir()
+    folder = bundled_model() if model == "bundled" else shared if tales else Path(model)
     subject = load_subject(folder)
     texts = ("bundled:train", "bundled:held-out")
-    if shared.is_dir():
+    if tales:
         texts = tuple(
             f"{SHARED / 'data'}/tales-{kind}.u16?length=512&keep={length}"
             for kind in ("calibration", "evaluation")

@@ -16,7 +16,7 @@ from typing import Any
 
 from shapes import PROMPT, SHAPES, VOCABULARY
 
-BITS_PER_WEIGHT = {"Q4_K_M": 15, "Q4_0": 2}  # llama.cpp's numbers of file types
+FILE_TYPES = {"Q4_K_M": 15, "Q4_0": 2}  # llama.cpp's numbers of file types
 
 
 def float_model(shape: str, dtype: Any = None) -> Any:
@@ -97,6 +97,7 @@ def gptqmodel(shape: str, tokens: int) -> dict[str, float]:
     import torch
     from gptqmodel import GPTQModel
     from safetensors.torch import save_file
+    from tokenizers import Tokenizer, models
 
     model = float_model(shape, torch.float16)
     with tempfile.TemporaryDirectory() as folder:
@@ -121,6 +122,8 @@ def gptqmodel(shape: str, tokens: int) -> dict[str, float]:
         }
         (Path(folder) / "config.json").write_text(json.dumps(config, default=str))
         (Path(folder) / "quantize_config.json").write_text(json.dumps(how))
+        Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(f"{folder}/tokenizer.json")
+        (Path(folder) / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
         loaded = GPTQModel.load(folder, device="cpu")
         kernel = type(loaded.model.model.layers[0].mlp.up_proj).__name__
         return {f"GPTQModel int4/128 ({kernel})": timed(loaded.model, tokens)}
@@ -168,22 +171,28 @@ def write_gguf(path: Path, shape: str) -> None:
     writer.close()
 
 
-def llama_cpp(shape: str, tokens: int) -> dict[str, float]:
+def quantized_gguf(shape: str, name: str, threads: int) -> Path:
+    """A model rounded by llama.cpp itself; kept in the environment, since making it takes minutes."""
     import llama_cpp
 
-    threads, results = int(sys.argv[4]), {}
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "f16.gguf"
+    folder = Path(sys.prefix) / "models"
+    target, source = folder / f"{shape}-{name}.gguf", folder / f"{shape}-f16.gguf"
+    if target.exists():
+        return target
+    folder.mkdir(exist_ok=True)
+    if not source.exists():
         write_gguf(source, shape)
-        for name, number in BITS_PER_WEIGHT.items():
-            how = llama_cpp.llama_model_quantize_default_params()
-            how.ftype, how.nthread = number, threads
-            target = Path(folder) / f"{name}.gguf"
-            if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), how):
-                raise RuntimeError(f"llama.cpp does not quantize to {name}")
-            results[f"llama.cpp {name}"] = llama_speed(target, tokens, threads)
-            target.unlink()
-    return results
+    how = llama_cpp.llama_model_quantize_default_params()
+    how.ftype, how.nthread = FILE_TYPES[name], threads
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), how):
+        raise RuntimeError(f"llama.cpp does not quantize to {name}")
+    return target
+
+
+def llama_cpp(shape: str, tokens: int) -> dict[str, float]:
+    threads = int(sys.argv[4])
+    paths = {name: quantized_gguf(shape, name, threads) for name in FILE_TYPES}
+    return {f"llama.cpp {name}": llama_speed(path, tokens, threads) for name, path in paths.items()}
 
 
 def llama_speed(path: Path, tokens: int, threads: int) -> float:

@@ -126,7 +126,7 @@ def gptqmodel_peers() -> Iterator[tuple[str, Maker]]:
 
 def llama_peers() -> Iterator[tuple[str, Maker]]:
     raise SystemExit(
-        "llama-cpp-python has no public single-linear call; it is compared per token by bench/serving"
+        "llama-cpp-python has no public single-linear call; it is compared per token by bench/kernels/decode.py"
     )
     yield
 

@@ -83,11 +83,12 @@ class Study:
 
 
 def find_study(model: str, documents: int, length: int, out: Path, planted: bool) -> Study:
-    shared = SHARED / "models" / model
-    folder = bundled_model() if model == "bundled" else shared if shared.is_dir() else Path(model)
+    shared = SHARED / "models" / Path(model).name
+    tales = shared.is_dir() and not Path(model).is_dir()
+    folder = bundled_model() if model == "bundled" else shared if tales else Path(model)
     subject = load_subject(folder)
     text = "bundled:held-out"
-    if shared.is_dir():
+    if tales:
         text = f"{SHARED / 'data'}/tales-evaluation.u16?length=512&keep={length}"
     ids = samples_of(text, str(folder), subject, documents, length)
     if planted:

@@ -93,6 +93,20 @@ def test_a_run_keeps_a_size_and_fused_layers_together(files: Path) -> None:
             assert len({layers[f"model.layers.{block}.{name}_proj"]["scheme"] for name in group}) == 1
 
 
+def test_a_run_is_judged_on_held_out_text_before_it_is_written(files: Path) -> None:
+    """Either the division is written, or the uniform scheme that beat it; the notes say which, and give the losses."""
+    (files / "long.u16").write_bytes(np.random.default_rng(1).integers(0, 96, 8320).astype("<u2").tobytes())
+    done = command(
+        "quantize", str(files / "model"), "-o", str(files / "judged"), "--average-bits", "3.6", "--held-out",
+        f"{files / 'long'}.u16?length=64",
+    )  # fmt: skip
+    (said,) = [note for note in done["notes"] if "held-out tokens" in note]  # type: ignore[attr-defined]
+    looked = command("inspect", str(files / "judged"))
+    used = {str(layer["scheme"]) for layer in looked["layers"].values()}  # type: ignore[attr-defined]
+    assert ("the uniform scheme won" in said) == (len(used) == 1)
+    assert float(str(looked["bits_per_weight"])) <= 3.6
+
+
 def test_pruning_compares_and_writes(files: Path) -> None:
     pytest.importorskip("matplotlib")
     done = command(
@@ -141,6 +155,16 @@ def test_the_lens_reports_and_draws(files: Path) -> None:
     assert made["allocation"]["origin"]["score"] == "lens:gaussian x weight-error"  # type: ignore[index,call-overload]
 
 
+def test_planted_outliers_break_int8_activations(files: Path) -> None:
+    words = ("lens", str(files / "model"), "--text", source(files, "unseen"), "--kinds", "int8/tensor",
+             "--target", "activations", "--granularity", "module", *SAMPLES)  # fmt: skip
+    plain, planted = command(*words), command(*words, "--plant", "50")
+    assert planted["planted_norms"] == 6
+    assert planted["float_nll"] == pytest.approx(plain["float_nll"], abs=1e-4)
+    before, after = (done["curves"][0]["intensity"] for done in (plain, planted))  # type: ignore[index]
+    assert after > 1.3 * before
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -162,6 +186,7 @@ def test_the_lens_reports_and_draws(files: Path) -> None:
         (["lens", "MODEL", "--text", "TEXT", "--intensities", "0", *SAMPLES], "is none"),
         (["lens", "MODEL", "--text", "TEXT", "--intensities", "nan", *SAMPLES], "is none"),
         (["lens", "MODEL", "--text", "TEXT", "--kinds", "gausian", *SAMPLES], "did you mean"),
+        (["lens", "MODEL", "--text", "TEXT", "--plant", "0", *SAMPLES], "is none"),
     ],
 )
 def test_bad_input_is_one_of_our_errors(files: Path, words: list[str], says: str) -> None:

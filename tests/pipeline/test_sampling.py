@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from fracbit.errors import SourceError
 from fracbit.importance import SCORES
 from fracbit.pipeline.sampling import group_of, relative_error, sample_rows, sampling_notes
 from fracbit.pipeline.score import make_losses, make_scores
@@ -93,16 +94,28 @@ def test_a_sample_is_off_by_what_it_says(
     assert "--whole" in sampling_notes({"sampled": said})[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
-def test_rows_on_disk_are_those_of_the_whole(name: str, tmp_path: Path) -> None:
+def test_rows_on_disk_are_those_of_the_whole(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     kind, values = families.CONFIGS[name]
-    AutoModelForCausalLM.from_config(kind(**values)).save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_config(kind(**values)).to(dtype).save_pretrained(tmp_path)
     weights = weights_on_disk(tmp_path)
     cuts = (slice(1, 3), slice(6, 7))
     for layer in weights.layers:
         whole = weights.read(layer)
         assert torch.equal(weights.rows(layer, cuts), torch.cat([whole[cut] for cut in cuts]))
     assert weights_on_disk(tmp_path, whole=True).sample is None
+
+
+def test_a_shard_that_shrank_since_is_named(
+    tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path
+) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    weights = weights_on_disk(tmp_path)
+    shard = tmp_path / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    with pytest.raises(SourceError, match=r"shard model.safetensors ends"):
+        [weights.rows(layer, (slice(0, 2),)) for layer in weights.layers]
 
 
 def test_the_error_is_half_the_distance_over_the_mean() -> None:

@@ -66,8 +66,9 @@ def _quantize(
 def _measure(name: str, folder: str, show: Step, number: int) -> dict[str, Any]:
     from fracbit.checkpoint.load import load, load_tokenizer
     from fracbit.checkpoint.source import open_source
-    from fracbit.evaluate import generation_speed, perplexity
+    from fracbit.evaluate import perplexity
     from fracbit.pipeline.api import read_text
+    from fracbit.pipeline.bench import speed_of
 
     model, tokenizer = load(folder), load_tokenizer(folder)
     ids = read_text("bundled:held-out?keep=49152", tokenizer, model).stream
@@ -77,7 +78,7 @@ def _measure(name: str, folder: str, show: Step, number: int) -> dict[str, Any]:
         show(f"{name}: perplexity", number * windows + done, total * windows)
 
     found = perplexity(model, ids, window=512, progress=step)
-    speed = generation_speed(model, ids[:32])
+    speed = speed_of(model, ids[:32], 32)[0]
     size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
     source = open_source(folder)
     return {

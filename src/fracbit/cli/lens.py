@@ -32,6 +32,12 @@ def lens(
     ] = "block",
     at: Annotated[float, typer.Option(help="Intensity of the fragility table.")] = 0.1,
     seeds: Annotated[int, typer.Option(help="Draws of each noise.")] = 5,
+    plant: Annotated[
+        float | None,
+        typer.Option(
+            help="First plant activation outliers of this factor, which leaves the model's function as it is."
+        ),
+    ] = None,
     samples: Annotated[int, typer.Option(help="Samples of the text.")] = 16,
     length: Annotated[int, typer.Option(help="Tokens of a sample.")] = 256,
     output: Annotated[
@@ -43,7 +49,7 @@ def lens(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Put noise into MODEL's weights and activations and see what each kind costs."""
-    from fracbit.pipeline.lens import SEEDS, additivity, fragility, sensitivity_scores
+    from fracbit.pipeline.lens import SEEDS, additivity, fragility, plant_outliers, sensitivity_scores
     from fracbit.pipeline.lens_report import draw_report, make_report
     from fracbit.pipeline.subject import load_subject
     from fracbit.pipeline.texts import samples_of
@@ -55,6 +61,11 @@ def lens(
             "an allocation chooses for blocks or linears; take --granularity block or linear with --scores"
         )
     subject = load_subject(model)
+    planted = 0 if plant is None else plant_outliers(subject, plant)
+    if plant is not None and planted == 0:
+        raise RecipeError(
+            f"{model} has no norm that linears alone read: no outliers can be planted without changing it"
+        )
     ids = samples_of(text, model, subject, samples, length)
     with progress(json) as show:
         report = make_report(
@@ -80,6 +91,7 @@ def lens(
         print_json(
             {
                 "model": model,
+                "planted_norms": planted,
                 "float_nll": report.base,
                 "tokens": report.tokens,
                 "curves": [asdict(point) for point in report.curves],
@@ -96,7 +108,8 @@ def lens(
     print_table(
         ["noise", "intensity", "loss change", "95 % interval"],
         rows,
-        f"{model}: float {report.base:.4f} nats per token",
+        f"{model}: float {report.base:.4f} nats per token"
+        + (f", outliers planted at {planted} norms" if planted else ""),
     )
     table = [
         [str(line["unit"]), str(line["most fragile to"]), f"{float(line['sensitivity']):.4g}"]

@@ -31,7 +31,8 @@ DATA_FREE: frozenset[Need] = frozenset({"weights"})
 @dataclass(frozen=True)
 class ScoreMethod:
     """One line of the table: `plain` scores a unit by itself, `of_scheme` under a scheme; exactly one is
-    given. `needs` is what the pipeline must put into the views.
+    given. `needs` is what the pipeline must put into the views. A score of weights alone is an average over them, not a sum:
+    of large weights it sees a sample of rows.
     """
 
     about: str

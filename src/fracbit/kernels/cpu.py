@@ -7,6 +7,9 @@ Two paths, the user's choice:
   the product below 5e-3. Codes of evenly spaced types are the integers, other tables are taken with 15 bits, so the
   error is that of the activations. Blocks that are no multiple of 8 along the input run in float on either path.
 
+Instruction sets, chosen when a process starts: AVX-512 with VNNI and VBMI, AVX2, NEON with and without the dot product of
+ARMv8.2, plain C++. NEON was tested in an emulator; no ARM machine has timed it.
+
 Few rows of activations (decode) go through the kernel of `native/row_kernel.h`; many (prefill) are cheaper as tiles of
 decoded rows that stay in the cache, multiplied by torch's own matrix product.
 """
@@ -30,7 +33,7 @@ from fracbit.records.scheme import Scheme, flat_block
 if TYPE_CHECKING:
     from types import ModuleType
 
-ABI = 3
+ABI = 4
 PREFILL_ROWS = 32  # from here on decoding a tile and calling the matrix product is faster
 TILE_BYTES = 1 << 20  # of decoded weights: about a core's second-level cache
 

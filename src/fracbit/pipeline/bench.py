@@ -21,7 +21,7 @@ from transformers import Cache, PreTrainedModel
 
 from fracbit.checkpoint.load import load, open_checkpoint
 from fracbit.errors import DataError
-from fracbit.evaluate import generation_speed
+from fracbit.evaluate import Speed, generation_speed
 from fracbit.kernels import Activations
 from fracbit.models.cache import cache_bytes
 from fracbit.models.quant_linear import QuantEmbedding, TiedHead
@@ -83,9 +83,7 @@ def measure(
     ids = torch.randint(
         0, loaded.config.get_text_config().vocab_size, (load_.prompt_tokens,), generator=_seeded()
     )
-    step = step_of(loaded, load_.kv_bits)
-    cache = new_cache(loaded, load_.kv_bits, step, load_.prompt_tokens + load_.new_tokens)
-    speed = generation_speed(loaded, ids.to(device), load_.new_tokens, cache, _advance(step, cache))
+    speed, cache, step = speed_of(loaded, ids.to(device), load_.new_tokens, load_.kv_bits)
     gc.collect()
     after, kept = resident(), cache_bytes(cache)
     weights = bytes_read(loaded)
@@ -102,8 +100,17 @@ def measure(
         resident_bytes=None if before is None or after is None else after - before,
         file_bytes=open_checkpoint(model, trust).bytes,
         threads=torch.get_num_threads(),
-        step=step.name,
+        step=step,
     )
+
+
+def speed_of(
+    model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, kv_bits: int = 16
+) -> tuple[Speed, Cache, str]:
+    """Speed of reading `ids` [tokens] and of `new_tokens` after them, the cache they are in, and how they were made."""
+    step = step_of(model, kv_bits)
+    cache = new_cache(model, kv_bits, step, len(ids) + new_tokens)
+    return generation_speed(model, ids, new_tokens, cache, _advance(step, cache)), cache, step.name
 
 
 def _advance(step: Step, cache: Cache) -> Callable[[torch.Tensor], torch.Tensor] | None:

@@ -53,15 +53,14 @@ def sampling_notes(protocol: Mapping[str, Any]) -> tuple[str, ...]:
     share, middle, largest = found["weights"] / found["of"], found["median_error"], found["largest_error"]
     return (
         f"scores are from {100 * share:.1f} % of the weights, known to {100 * middle:.2g} % (the worst to "
-        f"{100 * largest:.2g} %); --whole reads all",
+        f"{100 * largest:.2g} %); `fracbit plan` and `score` read all with --whole",
     )
 
 
 def group_of(schemes: Sequence[Scheme | None]) -> int | None:
     """Rows that must stay together for the errors of these schemes to be theirs; None: only the whole weight will do.
 
-    Quantized scales share blocks over rows, in a sample with other rows than in the whole; their error is a few percent of
-    that of the weights, and as well known from a sample.
+    Quantized scales share blocks over rows, in a sample with other rows than in the whole.
     """
     group = 1
     for scheme in schemes:
@@ -103,6 +102,6 @@ def _rows(name: str, out: int, group: int, share: float) -> tuple[Rows, Rows]:
 
 
 def relative_error(values: Sequence[float]) -> float:
-    """Half of the distance of two values over their mean; 0 when they agree."""
+    """Half of the distance of two values over their mean magnitude; 0 when they agree."""
     apart = (max(values) - min(values)) / 2
-    return apart / abs(sum(values) / len(values)) if apart else 0.0
+    return apart / (sum(map(abs, values)) / len(values)) if apart else 0.0

@@ -56,8 +56,8 @@ class Weights:
     def model(self) -> str:
         """Fingerprint: names, shapes, and some weights of the first, middle and last linear."""
         names = list(self.layers)
-        some = [self.read(names[i]).flatten() for i in sorted({0, len(names) // 2, len(names) - 1})]
-        sample = b"".join(w[:: max(1, len(w) // SAMPLED)].numpy().tobytes() for w in some)
+        some = (names[i] for i in sorted({0, len(names) // 2, len(names) - 1}))
+        sample = b"".join(_some_of(self.read(name)).numpy().tobytes() for name in some)
         return fingerprint(((name, (layer.out, layer.width)) for name, layer in self.layers.items()), sample)
 
     def units(self, granularity: Granularity = "block", fused: bool = False) -> tuple[Unit, ...]:
@@ -136,6 +136,12 @@ def subject_of(model: PreTrainedModel) -> Subject:
     return Subject(
         model, family, Weights(layers, family.blocks, read, lambda name, rows: _rows_of(read(name), rows))
     )
+
+
+def _some_of(weight: Tensor) -> Tensor:
+    """About `SAMPLED` weights, evenly over all."""
+    flat = weight.flatten()
+    return flat[:: max(1, len(flat) // SAMPLED)].clone()
 
 
 def _rows_of(weight: Tensor, rows: Sequence[slice]) -> Tensor:

@@ -1,31 +1,38 @@
 #!/usr/bin/env bash
-# Build the native kernels with sanitizers and run check.cpp over them: sanitize.sh [build folder] [sanitizers]
+# Build the native kernels with sanitizers and run check.cpp over them: sanitize.sh [build folder] [sanitizers] [every n-th weight]
+# For another processor, CXX names a cross compiler, RUN what runs its programs; `none` as sanitizers builds without:
+#   CXX=aarch64-linux-gnu-g++ RUN="qemu-aarch64 -L /usr/aarch64-linux-gnu" sanitize.sh build none 13
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 native="$here/../../../src/fracbit/kernels/native"
 build="${1:-$(mktemp -d)}"
 kinds="${2:-address,undefined}"
+every="${3:-1}"
 mkdir -p "$build"
 
-flags=(-std=c++17 -O0 -g1 -w -fsanitize="$kinds" -fno-sanitize-recover=all -fno-omit-frame-pointer -I "$native" -pthread)
-compile() {
-    local name="$1" source="$2"
-    shift 2
-    "${CXX:-g++}" "${flags[@]}" "$@" -c "$source" -o "$build/$name.o"
+flags=(-std=c++17 -O0 -g1 -w -I "$native" -pthread)
+if [[ "$kinds" != none ]]; then flags+=("-fsanitize=$kinds" -fno-sanitize-recover=all -fno-omit-frame-pointer); fi
+declare -A vectors=()
+case "$("${CXX:-g++}" -dumpmachine)" in
+x86_64*)
+    vectors[avx2]="-mavx2 -mfma -mf16c"
+    vectors[avx512]="${vectors[avx2]} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vnni"
+    ;;
+aarch64* | arm64*) vectors[neon_dot]="-march=armv8.2-a+dotprod" ;;
+esac
+compile() { # one file, from the sources or from here
+    # shellcheck disable=SC2086 - several flags in one word
+    "${CXX:-g++}" "${flags[@]}" ${vectors[$1]-} -c "$2" -o "$build/$1.o"
 }
-objects=(linear pool plain avx2 avx512 check)
-vectors=() more=()
-if [[ "$(uname -m)" == x86_64 ]]; then
-    vectors=(-mavx2 -mfma -mf16c)
-    more=("${vectors[@]}" -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vnni)
-fi
-compile linear "$native/linear.cpp" &
-compile avx512 "$native/avx512.cpp" ${more[@]+"${more[@]}"} &
-compile avx2 "$native/avx2.cpp" ${vectors[@]+"${vectors[@]}"} &
-wait -n; compile plain "$native/plain.cpp" &
-wait -n; compile pool "$native/pool.cpp" &
-wait -n; compile check "$here/check.cpp" &
-wait
-objects=("${objects[@]/%/.o}")
-"${CXX:-g++}" "${flags[@]}" "${objects[@]/#/$build/}" -o "$build/check"
-ASAN_OPTIONS=detect_leaks=1 "$build/check"
+sources=("$native"/linear.cpp "$native"/{avx512,avx2,neon,neon_dot,plain,pool,step}.cpp "$here"/check.cpp)
+objects=()
+for source in "${sources[@]}"; do
+    name="$(basename "$source" .cpp)"
+    objects+=("$build/$name.o")
+    if (($(jobs -rp | wc -l) >= 3)); then wait -n; fi
+    compile "$name" "$source" &
+done
+for job in $(jobs -p); do wait "$job"; done
+"${CXX:-g++}" "${flags[@]}" "${objects[@]}" -o "$build/check"
+# shellcheck disable=SC2086 - a command and its arguments
+ASAN_OPTIONS=detect_leaks=1 ${RUN-} "$build/check" "$every"

@@ -43,6 +43,12 @@ struct Avx2 {
         }
         return to;
     }
+    template <Float type>
+    static Floats load_part(const void* p, int64_t count) {
+        float some[kLanes] = {};
+        floats_from(p, type, count, some);
+        return load(some);
+    }
     static Floats all(float value) { return {{_mm256_set1_ps(value), _mm256_set1_ps(value)}}; }
     static void store(const Floats& v, float* p) {
         _mm256_storeu_ps(p, v.half[0]);

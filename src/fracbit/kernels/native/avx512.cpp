@@ -47,6 +47,14 @@ inline __m512i cut(__m512i z) {
     return _mm512_multishift_epi64_epi8(_mm512_load_si512(table.control), z);
 }
 
+// A loaded register that stays one: left alone, GCC folds the load into every instruction that uses it, and loads are scarce.
+inline __m512i loaded(__m512i v) {
+#if defined(__GNUC__)
+    asm("" : "+v"(v));
+#endif
+    return v;
+}
+
 struct Avx512 {
     using Floats = __m512;
     using Ints = __m512i;
@@ -60,6 +68,14 @@ struct Avx512 {
     static Floats load_as(const void* p) {
         if constexpr (type == Float::f32) return _mm512_loadu_ps(p);
         const __m256i half = _mm256_loadu_si256(static_cast<const __m256i*>(p));
+        if constexpr (type == Float::f16) return _mm512_cvtph_ps(half);
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    }
+    template <Float type>
+    static Floats load_part(const void* p, int64_t count) {
+        const auto some = static_cast<__mmask16>((1u << count) - 1u);
+        if constexpr (type == Float::f32) return _mm512_maskz_loadu_ps(some, p);
+        const __m256i half = _mm256_maskz_loadu_epi16(some, p);
         if constexpr (type == Float::f16) return _mm512_cvtph_ps(half);
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
     }
@@ -78,7 +94,7 @@ struct Avx512 {
     // One word of eight codes per lane, for widths up to 4.
     template <int bits>
     static __m512i words(const uint8_t* p) {
-        if constexpr (bits == 4) return _mm512_loadu_si512(p);
+        if constexpr (bits == 4) return loaded(_mm512_loadu_si512(p));
         if constexpr (bits == 3) return spread<3, 4>(_mm512_maskz_loadu_epi8(0xffffffffffffull, p));
         if constexpr (bits == 2) return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
         if constexpr (bits == 1) return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -87,7 +103,7 @@ struct Avx512 {
     template <int bits>
     static void unpack(const uint8_t* p, Bytes& u0, Bytes& u1) {
         if constexpr (bits == 4) {
-            u0 = _mm512_loadu_si512(p);
+            u0 = loaded(_mm512_loadu_si512(p));
             u1 = _mm512_srli_epi16(u0, 4);
         } else if constexpr (bits < 4) {
             const __m512i z = words<bits>(p);

@@ -66,11 +66,8 @@ struct RowJob {
 
     float* y;              // element (n, row) at n * y_stride + row
     int64_t y_stride;
-    float* scratch;        // scratch_floats(blocks)
+    float* scratch;        // [chunks * 128], for multiply_weights
 };
-
-// Floats of scratch that a thread needs for scales and offsets.
-inline int64_t scratch_floats(int64_t blocks) { return 3 * (blocks + 2 * kLanes); }
 
 // Attention of one new token per sequence to all that are held. Heads in groups share keys and values.
 struct Attention {
@@ -120,6 +117,8 @@ struct Isa {
 // The table of instruction sets, best first; null where this build or this processor lacks one.
 const Isa* isa_avx512();
 const Isa* isa_avx2();
+const Isa* isa_neon_dot();
+const Isa* isa_neon();
 const Isa* isa_plain();
 
 }  // namespace fracbit

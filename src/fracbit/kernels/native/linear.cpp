@@ -397,7 +397,7 @@ void cut_into_tasks(Call& call, int threads, Scratch& scratch) {
     const Weight& w = *call.w;
     const int64_t chunks = w.chunks(), batch = call.batch;
     const auto p = static_cast<int64_t>(w.other_columns.size());
-    call.thread_floats = aligned(std::max(scratch_floats(w.along_out ? 1 : w.blocks), chunks * kChunk + p));
+    call.thread_floats = aligned(chunks * kChunk + p);
     if (w.along_out) {
         call.thread_floats += 4 * call.x.width + aligned(batch) + batch * sums_stride(w) + Lanes::floats(batch, chunks);
         const int64_t groups = (w.rows + w.block - 1) / w.block, height = std::min(w.block, w.rows);
@@ -512,7 +512,7 @@ uint64_t read(const Isa& isa, const uint8_t* data, int64_t count, int threads) {
 
 std::vector<const Isa*> instruction_sets() {
     std::vector<const Isa*> found;
-    for (const Isa* isa : {isa_avx512(), isa_avx2(), isa_plain()})
+    for (const Isa* isa : {isa_avx512(), isa_avx2(), isa_neon_dot(), isa_neon(), isa_plain()})
         if (isa != nullptr) found.push_back(isa);
     return found;
 }

@@ -30,6 +30,12 @@ struct Plain {
         floats_from(p, type, kLanes, r.v);
         return r;
     }
+    template <Float type>
+    static Floats load_part(const void* p, int64_t count) {
+        Floats r{};
+        floats_from(p, type, count, r.v);
+        return r;
+    }
     static Floats all(float value) {
         Floats r;
         for (int d = 0; d < kLanes; ++d) r.v[d] = value;

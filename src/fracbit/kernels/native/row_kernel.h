@@ -10,6 +10,7 @@
 //   dot(sum, u, a)            sum += u * a over the four bytes of a lane; u as the kernel's `high` (see Isa::biased)
 //   dot_small(sum, u, a)      the same for u < 128
 //   pick(scales, lane)        scales of the lanes, from 16 of them
+//   load_as<type>(p)          16 numbers as floats; load_part<type>(p, count) fewer, then zeros
 //   words<bits>(p), pick<bits, j>(words, table)   table floats of the j-th code of every lane
 #pragma once
 
@@ -178,8 +179,6 @@ inline unsigned code_at(const uint8_t* row, int64_t stride, int bits, int64_t in
     return (word >> (bit & 7)) & ((1u << bits) - 1u);
 }
 
-inline int64_t scratch_stride(const RowJob& job) { return job.blocks + 2 * kLanes; }
-
 inline float dot_floats(const float* a, const float* b, int64_t count) {
     float part[kLanes] = {};
     int64_t i = 0;
@@ -191,106 +190,122 @@ inline float dot_floats(const float* a, const float* b, int64_t count) {
     return sum;
 }
 
-// start [16] += factor * sum of products, lane by lane; both arrays are padded with zeros.
-template <class S>
-inline void add_products(const float* a, const float* b, int64_t count, float factor, float* start) {
-    typename S::Floats sum = S::zero_floats();
-    for (int64_t i = 0; i < count; i += kLanes) sum = S::fma(S::load(a + i), S::load(b + i), sum);
-    S::store(S::fma(sum, S::all(factor), S::load(start)), start);
+inline float scale_at(const RowJob& job, const void* values, int64_t index) {
+    float result;
+    const int64_t width = job.scale_type == Float::f32 ? 4 : 2;
+    floats_from(static_cast<const char*>(values) + index * width, job.scale_type, 1, &result);
+    return result;
+}
+
+// `count` scales, at most 16, then zeros.
+template <class S, Float type>
+FRACBIT_INLINE typename S::Floats scales_as(const void* values, int64_t index, int64_t count) {
+    const char* from = static_cast<const char*>(values) + index * (type == Float::f32 ? 4 : 2);
+    return count >= kLanes ? S::template load_as<type>(from) : S::template load_part<type>(from, count);
 }
 
 template <class S>
-void prepare_row(const RowJob& job, int64_t row, float* scale, float step, const float* values, float* start) {
-    for (int64_t n = 0; n < job.batch; ++n) S::store(S::zero_floats(), start + n * kLanes);
-    if (job.scales == nullptr) {
-        for (int64_t i = 0; i < scratch_stride(job); ++i) scale[i] = 1.0f;
-    } else {
-        const int64_t first = row * job.scale_stride, width = job.scale_type == Float::f32 ? 4 : 2;
-        // Scales are needed at once, and a row of them is too short for a hardware prefetcher: ask early. Only a hint.
-        const auto address = reinterpret_cast<uintptr_t>(job.scales) + static_cast<uintptr_t>(first * width);
-        const auto size = static_cast<uintptr_t>(job.blocks * width);
-        for (uintptr_t i = 0; i < size; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(address + 4 * size + i));
-        S::to_float(static_cast<const char*>(job.scales) + first * width, job.scale_type, job.blocks, scale);
-        S::store(S::zero_floats(), scale + job.blocks);
-        float* offset = job.scratch + 2 * scratch_stride(job);
-        if (job.offsets != nullptr) {
-            S::to_float(static_cast<const char*>(job.offsets) + first * width, job.scale_type, job.blocks, offset);
-        } else if (job.zeros != nullptr) {
-            const uint8_t* zeros = job.zeros + first;
-            for (int64_t b = 0; b < job.blocks; ++b) offset[b] = -scale[b] * values[zeros[b]];
-        }
-        if (job.offsets != nullptr || job.zeros != nullptr) {
-            S::store(S::zero_floats(), offset + job.blocks);
-            for (int64_t n = 0; n < job.batch; ++n)
-                add_products<S>(offset, job.block_sums + n * job.sums_stride, job.blocks, 1.0f / step, start + n * kLanes);
-        }
+FRACBIT_INLINE typename S::Floats scales_at(const RowJob& job, const void* values, int64_t index, int64_t count) {
+    if (job.scale_type == Float::f16) return scales_as<S, Float::f16>(values, index, count);
+    if (job.scale_type == Float::bf16) return scales_as<S, Float::bf16>(values, index, count);
+    return scales_as<S, Float::f32>(values, index, count);
+}
+
+// What a unit of activation adds in 16 blocks whatever its codes, in steps: constants and offsets.
+template <class S>
+FRACBIT_INLINE typename S::Floats shifts_at(const RowJob& job, const typename S::Floats& scales, float per_step, int64_t index, int64_t count) {
+    typename S::Floats shift = S::multiply(scales, S::all(job.bias));
+    if (job.offsets != nullptr) shift = S::fma(scales_at<S>(job, job.offsets, index, count), S::all(per_step), shift);
+    if (job.zeros != nullptr) {  // one table for all rows
+        float zero[kLanes] = {};
+        for (int64_t i = 0; i < count; ++i) zero[i] = -per_step * job.values[job.zeros[index + i]];
+        shift = S::fma(scales, S::load(zero), shift);
     }
-    if (job.bias == 0.0f) return;
-    for (int64_t n = 0; n < job.batch; ++n)
-        add_products<S>(scale, job.block_sums + n * job.sums_stride, job.blocks, job.bias, start + n * kLanes);
+    return shift;
 }
 
-// The chunks of a row: those that can be read where they lie, then a padded copy of the rest. Made before the loop, which
-// must not call anything: a call would spill every vector register.
+// The chunks of a row: those that can be read where they lie, then a padded copy of the rest.
 template <class S, int bits>
 struct Chunks {
     int64_t end[2];
-    const uint8_t* data[2];
     uint8_t rest[2 * kChunk + S::kOverread];
 
-    Chunks(const RowJob& job, const uint8_t* codes) {
-        constexpr int64_t bytes = 16 * bits;
-        const int64_t whole = job.stride < S::kOverread ? 0 : (job.stride - S::kOverread) / bytes;
+    explicit Chunks(const RowJob& job) {
+        const int64_t whole = job.stride < S::kOverread ? 0 : (job.stride - S::kOverread) / (16 * bits);
         end[0] = whole < job.chunks ? whole : job.chunks;
         end[1] = job.chunks;
-        data[0] = codes;
-        data[1] = rest;
-        if (end[0] == end[1]) return;
-        std::memset(rest, 0, sizeof rest);
-        std::memcpy(rest, codes + end[0] * bytes, static_cast<size_t>(job.stride - end[0] * bytes));
+        if (end[0] != end[1]) std::memset(rest, 0, sizeof rest);
+    }
+    void copy_rest(const RowJob& job, const uint8_t* codes) {
+        const int64_t first = end[0] * 16 * bits;
+        std::memcpy(rest, codes + first, static_cast<size_t>(job.stride - first));
     }
 };
 
-// Calls step(chunk, codes, scales of the chunk's lanes) for every chunk of a row. Codes are one stream through memory: four
-// streams side by side arrive at little more than half the speed. Scales are loaded once for 16 blocks.
-template <class S, int bits, bool single, class Step>
-FRACBIT_INLINE void each_chunk(const RowJob& job, const uint8_t* codes, const float* scale, const Step& step) {
-    const Chunks<S, bits> chunks(job, codes);
-    typename S::Floats sixteen = S::all(1.0f);
-    int64_t c = 0, left = 0;  // chunks until the next load of scales
-    const int32_t* lane = job.lane;
-    for (int half = 0; half < 2; ++half) {
-        const uint8_t* p = chunks.data[half];
-        while (c < chunks.end[half]) {
-            if (single) left = job.chunks;
-            if (left == 0) {
-                sixteen = S::load(scale);
-                scale += kLanes;
-                lane = job.lane;
-                left = job.period;
+// Rows [first, last) times `batch` rows of activations from n0 on. begin(row) makes ready what belongs to a row, and
+// step(chunk, codes, scales of its lanes, sums) adds a chunk. Codes are one stream through memory: several side by side
+// arrive at little more than half the speed. Scales come straight from where they are stored, 16 blocks at a time: a narrow
+// row has few chunks to pay for whatever is done once a row. `single`: a row has one scale.
+template <class S, int bits, bool single, int batch, class Begin, class Step>
+FRACBIT_INLINE void each_row(const RowJob& job, bool steps, int64_t first, int64_t last, int64_t n0, const Begin& begin, const Step& step) {
+    using Floats = typename S::Floats;
+    Chunks<S, bits> chunks(job);
+    const float* block_sums = job.block_sums + n0 * job.sums_stride;
+    for (int64_t row = first; row < last; ++row) {
+        const uint8_t* codes = job.codes + row * job.stride;
+        const float size = steps ? job.steps[job.table_stride == 0 ? 0 : row] : 1.0f, per_step = 1.0f / size;
+        if (chunks.end[0] != chunks.end[1]) chunks.copy_rest(job, codes);
+        begin(row);
+        Floats sum[batch], sixteen = S::all(1.0f);
+        for (int n = 0; n < batch; ++n) sum[n] = S::zero_floats();
+        int64_t c = 0, left = single ? job.chunks : 0, block = 0;  // left: chunks until the next scales
+        const int32_t* lane = job.lane;
+        for (int half = 0; half < 2; ++half) {
+            const uint8_t* p = half == 0 ? codes : chunks.rest;
+            while (c < chunks.end[half]) {
+                if (!single && left == 0) {
+                    const int64_t index = row * job.scale_stride + block, count = job.blocks - block < kLanes ? job.blocks - block : kLanes;
+                    sixteen = scales_at<S>(job, job.scales, index, count);
+                    const Floats shift = shifts_at<S>(job, sixteen, per_step, index, count);
+                    for (int n = 0; n < batch; ++n) sum[n] = S::fma(shift, S::load(block_sums + n * job.sums_stride + block), sum[n]);
+                    block += kLanes;
+                    lane = job.lane;
+                    left = job.period;
+                }
+                const int64_t stop = c + left < chunks.end[half] ? c + left : chunks.end[half];
+                left -= stop - c;
+                for (; c < stop; ++c, p += 16 * bits, lane += kLanes) step(c, p, single ? sixteen : S::pick(sixteen, lane), sum);
             }
-            const int64_t stop = c + left < chunks.end[half] ? c + left : chunks.end[half];
-            left -= stop - c;
-            for (; c < stop; ++c, p += 16 * bits, lane += kLanes) step(c, p, single ? sixteen : S::pick(sixteen, lane));
+        }
+        float scale = 1.0f, shift = 0.0f;
+        if (single) {
+            const int64_t index = row * job.scale_stride;
+            if (job.scales != nullptr) scale = scale_at(job, job.scales, index);
+            shift = scale * job.bias;
+            if (job.offsets != nullptr) shift += scale_at(job, job.offsets, index) * per_step;
+            if (job.zeros != nullptr) shift -= scale * job.values[job.zeros[index]] * per_step;
+        }
+        for (int n = 0; n < batch; ++n) {
+            float result = S::total(sum[n]);
+            if (single) result = result * scale + shift * block_sums[n * job.sums_stride];
+            job.y[(n0 + n) * job.y_stride + row] = result * size;
         }
     }
 }
 
-// A weight row times `batch` activation rows from n0 on: sums, before step. `single`: the row has one scale.
 template <class S, int bits, bool affine, bool single, int batch>
-void int8_row(const RowJob& job, int64_t row, const float* scale, const float* start, int64_t n0, float* out) {
+void int8_rows(const RowJob& job, int64_t first, int64_t last, int64_t n0) {
     using Floats = typename S::Floats;
     using Ints = typename S::Ints;
     typename S::template ByteTable<bits> high, low;
-    if (!affine) {
+    const auto begin = [&](int64_t row) {
+        if (affine || (row > first && job.table_stride == 0)) return;
         high.load(job.high + row * job.table_stride);
         low.load(job.low + row * job.table_stride);
-    }
-    Floats sum[batch];
-    for (int n = 0; n < batch; ++n) sum[n] = single ? S::zero_floats() : S::load(start + (n0 + n) * kLanes);
+    };
     const int8_t* a0 = job.a + n0 * job.chunks * kChunk;
     const float* a_scale0 = job.a_scale + n0 * job.chunks * kLanes;
-    each_chunk<S, bits, single>(job, job.codes + row * job.stride, scale, [&](int64_t c, const uint8_t* p, const Floats& scales) {
+    each_row<S, bits, single, batch>(job, true, first, last, n0, begin, [&](int64_t c, const uint8_t* p, const Floats& scales, Floats (&sum)[batch]) {
         typename S::Bytes u0, u1, h0, h1, l0, l1;
         S::template unpack<bits>(p, u0, u1);
         if (affine) {
@@ -316,8 +331,6 @@ void int8_row(const RowJob& job, int64_t row, const float* scale, const float* s
             sum[n] = S::fma(S::to_floats(dot), both, sum[n]);
         }
     });
-    for (int n = 0; n < batch; ++n)
-        out[n] = S::total(single ? S::fma(sum[n], S::all(scale[0]), S::load(start + (n0 + n) * kLanes)) : sum[n]);
 }
 
 template <class S, int bits, bool number, int j, int batch>
@@ -337,13 +350,13 @@ FRACBIT_INLINE void float_step(const typename S::template FloatWords<bits>& word
 
 // `number`: the value is step * (code + bias), the code is converted.
 template <class S, int bits, bool number, bool single, int batch>
-void float_row(const RowJob& job, int64_t row, const float* scale, const float* start, int64_t n0, float* out) {
+void float_rows(const RowJob& job, int64_t first, int64_t last, int64_t n0) {
     using Floats = typename S::Floats;
     typename S::template FloatTable<bits> table;
-    if (!number) table.load(job.values + row * job.table_stride);
-    Floats sum[batch];
-    for (int n = 0; n < batch; ++n) sum[n] = single ? S::zero_floats() : S::load(start + (n0 + n) * kLanes);
-    each_chunk<S, bits, single>(job, job.codes + row * job.stride, scale, [&](int64_t c, const uint8_t* p, const Floats& scales) {
+    const auto begin = [&](int64_t row) {
+        if (!number && (row == first || job.table_stride != 0)) table.load(job.values + row * job.table_stride);
+    };
+    each_row<S, bits, single, batch>(job, number, first, last, n0, begin, [&](int64_t c, const uint8_t* p, const Floats& scales, Floats (&sum)[batch]) {
         typename S::template FloatWords<bits> words;
         words.load(p);
         Floats part[batch];
@@ -355,24 +368,22 @@ void float_row(const RowJob& job, int64_t row, const float* scale, const float* 
         float_step<S, bits, number, 0, batch>(words, table, x, part);
         for (int n = 0; n < batch; ++n) sum[n] = S::fma(part[n], scales, sum[n]);
     });
-    for (int n = 0; n < batch; ++n)
-        out[n] = S::total(single ? S::fma(sum[n], S::all(scale[0]), S::load(start + (n0 + n) * kLanes)) : sum[n]);
 }
 
 // Functions for 1, 2 and 4 activation rows.
-using RowFunction = void (*)(const RowJob& job, int64_t row, const float* scale, const float* start, int64_t n0, float* out);
+using RowFunction = void (*)(const RowJob& job, int64_t first, int64_t last, int64_t n0);
 struct RowFunctions {
     RowFunction of[3];
 };
 
 template <class S, int bits, bool affine, bool single>
 constexpr RowFunctions int8_functions() {
-    return {{int8_row<S, bits, affine, single, 1>, int8_row<S, bits, affine, single, 2>, int8_row<S, bits, affine, single, 4>}};
+    return {{int8_rows<S, bits, affine, single, 1>, int8_rows<S, bits, affine, single, 2>, int8_rows<S, bits, affine, single, 4>}};
 }
 
 template <class S, int bits, bool number, bool single>
 constexpr RowFunctions float_functions() {
-    return {{float_row<S, bits, number, single, 1>, float_row<S, bits, number, single, 2>, float_row<S, bits, number, single, 4>}};
+    return {{float_rows<S, bits, number, single, 1>, float_rows<S, bits, number, single, 2>, float_rows<S, bits, number, single, 4>}};
 }
 
 template <class S, int bits>
@@ -389,44 +400,13 @@ RowFunctions choose_float(bool affine, bool single) {
     return single ? float_functions<S, bits, false, true>() : float_functions<S, bits, false, false>();
 }
 
-// What is prepared for a row: its scales as floats, and for every row of activations the lanes its sum starts with: constants
-// and offsets, which see the activations only as sums of blocks.
-struct Row {
-    const float* scale;
-    float step;
-    float start[kBatchRows * kLanes];
-};
-
-template <class S>
-void prepare(const RowJob& job, bool steps, int64_t row, float* scratch, Row& prepared) {
-    prepared.scale = scratch;
-    prepared.step = steps ? job.steps[job.table_stride == 0 ? 0 : row] : 1.0f;
-    prepare_row<S>(job, row, scratch, prepared.step, job.values + row * job.table_stride, prepared.start);
-}
-
-template <class S>
-void multiply_row(const RowJob& job, const RowFunctions& functions, int64_t row, const Row& prepared) {
-    float out[kMaxBatch];
+// Rows of activations in groups of 4, 2 and 1; a task has few enough weights for them to be read from the cache again.
+inline void multiply(const RowJob& job, const RowFunctions& functions, int64_t first, int64_t last) {
     for (int64_t n = 0; n < job.batch;) {
         const int64_t left = job.batch - n;
-        const int size = left >= 4 ? 2 : left >= 2 ? 1 : 0, take = 1 << size;
-        functions.of[size](job, row, prepared.scale, prepared.start, n, out);
-        for (int b = 0; b < take; ++b) job.y[(n + b) * job.y_stride + row] = out[b] * prepared.step;
-        n += take;
-    }
-}
-
-// Rows [first, last). Scales are prepared one row ahead: loads that straddle stores still under way would wait for them to
-// reach the cache.
-template <class S>
-void multiply(const RowJob& job, const RowFunctions& functions, bool steps, int64_t first, int64_t last) {
-    Row rows[2];
-    float* scratch[2] = {job.scratch, job.scratch + scratch_stride(job)};
-    prepare<S>(job, steps, first, scratch[0], rows[0]);
-    for (int64_t row = first; row < last; ++row) {
-        const int64_t now = (row - first) % 2, next = 1 - now;
-        if (row + 1 < last) prepare<S>(job, steps, row + 1, scratch[next], rows[next]);
-        multiply_row<S>(job, functions, row, rows[now]);
+        const int size = left >= 4 ? 2 : left >= 2 ? 1 : 0;
+        functions.of[size](job, first, last, n);
+        n += int64_t{1} << size;
     }
 }
 
@@ -454,12 +434,12 @@ RowFunctions float_by_bits(const RowJob& job) {
 
 template <class S>
 void multiply_int8(const RowJob& job, int64_t first, int64_t last) {
-    multiply<S>(job, int8_by_bits<S>(job), true, first, last);
+    multiply(job, int8_by_bits<S>(job), first, last);
 }
 
 template <class S>
 void multiply_float(const RowJob& job, int64_t first, int64_t last) {
-    multiply<S>(job, float_by_bits<S>(job), uses_numbers(job.affine, job.bits), first, last);
+    multiply(job, float_by_bits<S>(job), first, last);
 }
 
 inline uint64_t read_bytes(const uint8_t* data, int64_t count) {
@@ -487,13 +467,6 @@ inline void look_up_row(const uint8_t* codes, int64_t stride, int bits, const fl
         for (int j = 0; j < 8; ++j) out[i + j] = values[(word >> (j * bits)) & mask];
     }
     for (; i < kept; ++i) out[i] = values[code_at(codes, stride, bits, i)];
-}
-
-inline float scale_at(const RowJob& job, const void* values, int64_t index) {
-    float result;
-    const int64_t width = job.scale_type == Float::f32 ? 4 : 2;
-    floats_from(static_cast<const char*>(values) + index * width, job.scale_type, 1, &result);
-    return result;
 }
 
 // Weights of a row in natural order: scale * value + offset, for every kind of block along the row.

@@ -1,6 +1,4 @@
-// What a decode step does besides multiplying packed weights, over the vector operations of row_kernel.h; S offers also
-//   load_as<type>(p)   16 numbers as floats
-// As there, everything is in an unnamed namespace and nothing of the standard library is called.
+// What a decode step does besides multiplying packed weights, over the vector operations of row_kernel.h. As there, everything is in an unnamed namespace and nothing of the standard library is called.
 #pragma once
 
 #include "row_kernel.h"

@@ -1,0 +1,17 @@
+// NEON as every 64-bit ARM processor has it.
+#include "isa.h"
+
+#if defined(__aarch64__)
+#include "neon.h"
+
+namespace fracbit {
+const Isa* isa_neon() {
+    static const Isa isa = neon_named("neon");
+    return &isa;
+}
+}  // namespace fracbit
+#else
+namespace fracbit {
+const Isa* isa_neon() { return nullptr; }
+}  // namespace fracbit
+#endif

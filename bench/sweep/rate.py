@@ -2,9 +2,9 @@
 
     python bench/sweep/rate.py [--models tales-s tales-m] [--plain 6] [--out bench/results/rate.json]
 
-Both do the same runs of one grid and must find the same losses. The plain loop is measured on every n-th run, spread over the
-grid, since its runs do not depend on each other. CPU seconds are printed beside wall clock: on a machine that others use too,
-they are the fairer figure.
+Both do the same runs of one grid a model and must find the same losses. The plain loop is measured on every n-th run, spread
+over the grid, since its runs do not depend on each other. CPU seconds are printed beside wall clock: on a machine that others
+use too, they are the fairer figure.
 """
 
 from __future__ import annotations
@@ -65,55 +65,68 @@ def cpu_seconds() -> float:
 
 
 def main() -> None:
-    """Measure both and print the ratio."""
+    """Measure both and print the ratios, model by model and for all together."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", nargs="+", default=["tales-xs", "tales-s", "tales-m", "tales-l"])
-    parser.add_argument("--plain", type=int, default=8, help="runs of the plain loop, spread over the grid")
+    parser.add_argument(
+        "--plain", type=int, default=3, help="runs of the plain loop a model, spread over its grid"
+    )
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     arguments = parser.parse_args()
     if not SHARED.is_dir():
         sys.exit(f"no models at {SHARED}: set FRACBIT_SHARED")
-    from fracbit.sweep.grid import expand, read_grid
-
-    with tempfile.TemporaryDirectory() as folder:
-        grid = Path(folder) / "grid.toml"
-        models = json.dumps([f"models/{name}" for name in arguments.models])
-        grid.write_text(GRID.format(root=json.dumps(str(SHARED)), models=models))
-        runs = expand(read_grid(grid)).runs
-        swept = sweep_all(grid, Path(folder) / "s.db", len(runs))
-        chosen = list(runs.values())[:: max(1, len(runs) // arguments.plain)][: arguments.plain]
-        looped = loop([run.model_dump_json() for run in chosen])
-    for key, run in runs.items():
-        if run in chosen:
-            found, expected = swept["nll"][key], looped["nll"][chosen.index(run)]
-            assert abs(found - expected) < 1e-5, (str(run), found, expected)
-    for name, one in (("sweep", swept), ("plain loop", looped)):
-        print(f"{name:10}  {one['runs']:4} runs  {60 * one['runs'] / one['wall']:8.1f} runs a minute  "
-              f"{one['wall'] / one['runs']:7.2f} s and {one['cpu'] / one['runs']:6.2f} CPU s a run")  # fmt: skip
-    wall = looped["wall"] / looped["runs"] * swept["runs"] / swept["wall"]
-    cpu = looped["cpu"] / looped["runs"] * swept["runs"] / swept["cpu"]
-    print(
-        f"the sweep does {wall:.1f} times as many runs a minute ({cpu:.1f} times by CPU time); losses agree"
-    )
+    found = {model: measure(model, arguments.plain) for model in arguments.models}
+    found["all"] = together(list(found.values()))
+    for model, parts in found.items():
+        for name, one in parts.items():
+            print(f"{model:9} {name:10} {one['runs']:4.0f} runs  {60 * one['runs'] / one['wall']:8.1f} runs a minute  "
+                  f"{one['wall'] / one['runs']:6.2f} s and {one['cpu'] / one['runs']:6.2f} CPU s a run")  # fmt: skip
+        print(
+            f"{model:9} the sweep does {times(parts, 'wall'):.1f} times as many ({times(parts, 'cpu'):.1f} by CPU time)"
+        )
     if arguments.out:
-        parts = {name: {key: part[key] for key in ("runs", "wall", "cpu")}
-                 for name, part in (("sweep", swept), ("plain", looped))}  # fmt: skip
         machine = {
             "processor": platform.machine(),
             "cores": os.cpu_count(),
             "threads": os.environ.get("OMP_NUM_THREADS"),
         }
-        found = {
-            "models": arguments.models,
-            **parts,
-            "times_by_clock": wall,
-            "times_by_cpu": cpu,
-            "machine": machine,
-        }
-        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+        figures = {model: {**parts, "times_by_clock": times(parts, "wall"), "times_by_cpu": times(parts, "cpu")}
+                   for model, parts in found.items()}  # fmt: skip
+        arguments.out.write_text(json.dumps({**figures, "machine": machine}, indent=1) + "\n")
 
 
-def sweep_all(grid: Path, store: Path, count: int) -> dict:
+def measure(model: str, plain: int) -> dict:
+    """Both on one model's grid; their losses must agree."""
+    from fracbit.sweep.grid import expand, read_grid
+
+    with tempfile.TemporaryDirectory() as folder:
+        grid = Path(folder) / "grid.toml"
+        grid.write_text(GRID.format(root=json.dumps(str(SHARED)), models=json.dumps(f"models/{model}")))
+        runs = expand(read_grid(grid)).runs
+        swept, losses = sweep_all(grid, Path(folder) / "s.db", len(runs))
+    chosen = dict(list(runs.items())[:: max(1, len(runs) // plain)][:plain])
+    looped, expected = loop([run.model_dump_json() for run in chosen.values()])
+    for (key, run), nll in zip(chosen.items(), expected, strict=True):
+        assert abs(losses[key] - nll) < 1e-5, (str(run), losses[key], nll)
+    return {"sweep": swept, "plain loop": looped}
+
+
+def together(models: list[dict]) -> dict:
+    """The same number of runs of every model: seconds a run are averaged."""
+    return {
+        name: {"runs": len(models)} | {key: sum(part[name][key] / part[name]["runs"] for part in models)
+                                       for key in ("wall", "cpu")}
+        for name in ("sweep", "plain loop")
+    }  # fmt: skip
+
+
+def times(parts: dict, key: str) -> float:
+    """How many runs the sweep does while the plain loop does one."""
+    sweep, plain = parts["sweep"], parts["plain loop"]
+    return plain[key] / plain["runs"] * sweep["runs"] / sweep[key]
+
+
+def sweep_all(grid: Path, store: Path, count: int) -> tuple[dict, dict]:
     """The whole command, its start included, in a process of its own."""
     from fracbit.sweep.store import open_store
 
@@ -126,10 +139,10 @@ def sweep_all(grid: Path, store: Path, count: int) -> dict:
     with open_store(str(store)) as opened:
         rows = opened.rows()
     assert len(rows) == count
-    return {"runs": count, "wall": wall, "cpu": used, "nll": {row.key: row.nll for row in rows}}
+    return {"runs": count, "wall": wall, "cpu": used}, {row.key: row.nll for row in rows}
 
 
-def loop(runs: list[str]) -> dict:
+def loop(runs: list[str]) -> tuple[dict, list[float]]:
     """A process a run."""
     started, cpu = time.perf_counter(), cpu_seconds()
     found = []
@@ -138,12 +151,7 @@ def loop(runs: list[str]) -> dict:
             [sys.executable, __file__, "--one"], input=run, check=True, text=True, stdout=subprocess.PIPE
         )
         found.append(float(result.stdout.split()[-1]))
-    return {
-        "runs": len(runs),
-        "wall": time.perf_counter() - started,
-        "cpu": cpu_seconds() - cpu,
-        "nll": found,
-    }
+    return {"runs": len(runs), "wall": time.perf_counter() - started, "cpu": cpu_seconds() - cpu}, found
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The tables of docs/scaling.md, from the rows of a study.
 
-python bench/sweep/tables.py docs/scaling/rows.parquet
+python bench/sweep/tables.py docs/scaling/rows
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 from fracbit.records.row import Row
 from fracbit.report import fit
@@ -145,9 +145,12 @@ def accuracies(study: Study) -> None:
              for row in sorted(asked, key=lambda row: row.nll or 0)]  # fmt: skip
     table(["", "nats", *tasks], lines, "accuracy")
     for task in tasks:
-        for limit in (math.inf, 2.5):
-            chosen = [row for row in asked if (row.nll or 0) < limit]
-            print(f"- Pearson of {task} under {limit} nats: {fit.correlation(chosen, task)}")
+        capped = [row.model_copy(update={"nll": min(row.nll or 0, math.log(100))}) for row in asked]
+        own = {
+            model: fit.correlation([row for row in asked if name_of(row) == model], task) for model in MODELS
+        }
+        print(f"- Pearson of {task} and loss: {fit.correlation(asked, task)}; perplexity capped at 100: "
+              f"{fit.correlation(capped, task)}; by model {own}")  # fmt: skip
 
 
 def main() -> None:
@@ -187,9 +190,10 @@ def main() -> None:
         own = [
             row for row in study.rows if name_of(row) == model and row.run.quantized and not row.accuracies
         ]
+        own = [row for row in own if row.evaluation_seconds]
         if own:
             print(
-                f"{model}: {mean(row.evaluation_seconds / row.seconds for row in own):.3f} of a run is its evaluation"
+                f"{model}: {median(row.evaluation_seconds / row.seconds for row in own):.3f} of a run is its evaluation"
             )
 
 

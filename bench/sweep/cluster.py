@@ -1,10 +1,12 @@
 """A cluster's sweep, simulated: 35,000 runs of 34 models up to 176B, with the engine's own queue deciding who does what.
 
     python bench/sweep/cluster.py [--nodes 1 4 16] [--dollars 2.5]
+    python bench/sweep/cluster.py --rows docs/scaling/rows [--cores 1 8 64]
 
 Runs are dummies of realistic length: quantizing and evaluating a model of N parameters take the times of `Rates`. The queue is
 `fracbit.sweep.schedule.Queue`, the one that Ray's driver uses; the clock is simulated, so that months take seconds. Workers die
-now and then, which loses the run in flight and costs a loading, as in the engine.
+now and then, which loses the run in flight and costs a loading, as in the engine. With `--rows` the runs are those of a study
+that was measured, each as long as it took there.
 """
 
 from __future__ import annotations
@@ -12,11 +14,14 @@ from __future__ import annotations
 import argparse
 import heapq
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TypeVar
 
 from fracbit.sweep.schedule import Queue
 
+S = TypeVar("S", bound=Hashable)
 BILLIONS = {
     "OPT": (0.125, 0.35, 1.3, 2.7, 6.7, 13, 30, 66, 175),
     "Pythia": (0.019, 0.125, 0.35, 0.8, 1.3, 2.7, 6.7, 13, 20),
@@ -28,18 +33,21 @@ RUNS = 35_000
 GPUS_PER_NODE = 8
 GPU_BYTES = 80e9
 PERPLEXITY_TOKENS = 0.25e6
+CPU_START = 7.0  # seconds until a worker has imported torch and loaded a model, by bench/sweep/rate.py
 TASK_TOKENS = 4.2e6  # LAMBADA, PIQA, WinoGrande, HellaSwag: examples x choices x tokens
 
 
 @dataclass(frozen=True)
 class Rates:
     """What a GPU and a node do. `flops`: of dense bf16 products in evaluation; `quantize`: weights quantized and written back a
-    second and GPU; `load`: bytes a second from shared storage into a node; `start`: seconds before a new worker is ready;
+    second and GPU; `host`: bytes a second and GPU from the kept copy in the host's memory; `load`: bytes a second from shared
+    storage into a node; `start`: seconds before a new worker is ready;
     `hours_between_deaths` of a worker; `overhead`: seconds a run that do not depend on the model.
     """
 
     flops: float = 350e12
     quantize: float = 2e9
+    host: float = 50e9
     load: float = 2e9
     start: float = 30.0
     overhead: float = 0.5
@@ -82,8 +90,8 @@ def models() -> list[Model]:
 
 
 def run_seconds(model: Model, rates: Rates, tokens: float) -> float:
-    """One run: quantize on every GPU of the worker, then a forward pass over the tokens."""
-    quantize = model.parameters / (rates.quantize * model.gpus)
+    """One run: fetch the kept copy and quantize it on every GPU of the worker, then a forward pass over the tokens."""
+    quantize = model.parameters * (1 / rates.quantize + 2 / rates.host) / model.gpus
     evaluate = 2 * model.parameters * tokens / (rates.flops * model.gpus)
     return rates.overhead + quantize + evaluate
 
@@ -124,7 +132,7 @@ def sweep(
 ) -> Result:
     """One sweep with `workers` of `gpus` each."""
 
-    def seconds(model: Model) -> float:
+    def seconds(model: Model, _: str) -> float:
         return run_seconds(model, rates, tokens)
 
     def loading(model: Model) -> float:
@@ -136,13 +144,13 @@ def sweep(
 
 
 def play(
-    sizes: list[int], take: Callable[[int], tuple[Model, str] | None], queue: Queue[Model],
-    seconds: Callable[[Model], float], loading: Callable[[Model], float], rates: Rates, chance: random.Random,
+    sizes: list[int], take: Callable[[int], tuple[S, str] | None], queue: Queue[S],
+    seconds: Callable[[S, str], float], loading: Callable[[S], float], rates: Rates, chance: random.Random,
 ) -> Result:  # fmt: skip
     """The events: each worker is free at a time, takes a run, loads if it must, and is free again."""
     free = [(0.0, worker) for worker in range(len(sizes))]
     heapq.heapify(free)
-    has: dict[int, Model] = {}
+    has: dict[int, S] = {}
     ends = [0.0] * len(sizes)
     busy = loaded = 0.0
     deaths = 0
@@ -153,7 +161,7 @@ def play(
             continue
         model, key = taken
         load = 0.0 if has.get(worker) == model else loading(model)
-        length = seconds(model)
+        length = seconds(model, key)
         died = chance.random() < (load + length) / 3600 / rates.hours_between_deaths
         loaded += load * sizes[worker]
         busy += length * sizes[worker]
@@ -179,12 +187,41 @@ def shuffled(
     return lambda worker: waiting.pop() if waiting else None
 
 
+def replay(folder: Path, cores: list[int]) -> None:
+    """Print how long a measured study takes on so many cores, its runs as long as they were."""
+    from fracbit.sweep.parquet import import_parquet
+    from fracbit.sweep.schedule import Source, source_of
+
+    rows = {row.key: row for row in import_parquet(folder) if row.status == "done"}
+    print("| cores | minutes | working | starting | idle | lost workers |\n|---|---|---|---|---|---|")
+    for count in cores:
+        queue: Queue[Source] = Queue([(source_of(row.run), key) for key, row in rows.items()])
+        result = play(
+            [1] * count,
+            queue.take,
+            queue,
+            lambda _, key: rows[key].seconds,
+            lambda _: CPU_START,
+            Rates(),
+            random.Random(0),
+        )
+        shares = " | ".join(
+            f"{abs(100 * part / result.gpu_hours):.0f} %"
+            for part in (result.busy, result.loading, result.idle)
+        )
+        print(f"| {count} | {60 * result.hours:.1f} | {shares} | {result.deaths} |")
+
+
 def main() -> None:
     """Print the plan."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--dollars", type=float, default=2.5, help="for a GPU-hour")
+    parser.add_argument("--rows", type=Path, help="replay a study from its Parquet")
+    parser.add_argument("--cores", type=int, nargs="+", default=[1, 2, 8, 32, 128])
     arguments = parser.parse_args()
+    if arguments.rows:
+        return replay(arguments.rows, arguments.cores)
     rates = Rates()
     print("| model | GPUs | load | quantize | perplexity | tasks |\n|---|---|---|---|---|---|")
     for name in ("Pythia 0.35B", "OPT 6.7B", "OPT 30B", "OPT 66B", "BLOOM 176B"):

@@ -1,6 +1,6 @@
 """Runs per minute of a sweep against the plain loop: a new process that loads, quantizes and evaluates, once per run.
 
-    python bench/sweep/rate.py [--models tales-s tales-m] [--plain 6]
+    python bench/sweep/rate.py [--models tales-s tales-m] [--plain 6] [--out bench/results/rate.json]
 
 Both do the same runs of one grid and must find the same losses. The plain loop is measured on every n-th run, spread over the
 grid, since its runs do not depend on each other. CPU seconds are printed beside wall clock: on a machine that others use too,
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import resource
 import subprocess
 import sys
@@ -68,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", nargs="+", default=["tales-xs", "tales-s", "tales-m", "tales-l"])
     parser.add_argument("--plain", type=int, default=8, help="runs of the plain loop, spread over the grid")
+    parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     arguments = parser.parse_args()
     if not SHARED.is_dir():
         sys.exit(f"no models at {SHARED}: set FRACBIT_SHARED")
@@ -93,6 +95,22 @@ def main() -> None:
     print(
         f"the sweep does {wall:.1f} times as many runs a minute ({cpu:.1f} times by CPU time); losses agree"
     )
+    if arguments.out:
+        parts = {name: {key: part[key] for key in ("runs", "wall", "cpu")}
+                 for name, part in (("sweep", swept), ("plain", looped))}  # fmt: skip
+        machine = {
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": os.environ.get("OMP_NUM_THREADS"),
+        }
+        found = {
+            "models": arguments.models,
+            **parts,
+            "times_by_clock": wall,
+            "times_by_cpu": cpu,
+            "machine": machine,
+        }
+        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def sweep_all(grid: Path, store: Path, count: int) -> dict:

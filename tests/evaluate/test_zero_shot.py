@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,16 +13,24 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+import fracbit
+from fracbit.checkpoint.load import load
 from fracbit.errors import DataError
 from fracbit.evaluate import (
+    PAPER_TASKS,
     LocalTask,
+    Questions,
     TaskScore,
     ZeroShot,
+    ask,
     continuation_items,
+    prepare,
+    tasks_of,
     write_continuation,
     write_lambada,
     zero_shot,
 )
+from fracbit.records.scheme import Scheme
 
 # The harness and the libraries it brings warn about one another; that is not ours to mend.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -87,12 +97,55 @@ def test_lambada_from_a_file(
     assert score.metrics["perplexity"] > 1
 
 
-def test_unknown_tasks(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_fracbit_checkpoint_is_asked_like_a_float_one(
+    shared: Path, tokenizer: PreTrainedTokenizerBase, texts: list[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("lm_eval", reason="the extra fracbit[eval] is not installed")
+    fracbit.quantize(shared / "models" / "tales-s", tmp_path / "q", Scheme("int", 8))
+    questions = prepare([write_continuation(texts, tmp_path, **SIZES)])
+    asked = [
+        ask(load(path), tokenizer, questions, quiet=True).scores[0].metrics
+        for path in (shared / "models" / "tales-s", tmp_path / "q")
+    ]
+    assert asked[0] == asked[1], "8 bits answer as the float model does"
+    (source,) = questions.sources.values()
+    assert source == hashlib.sha256((tmp_path / "continuation.jsonl").read_bytes()).hexdigest()
+
+
+@pytest.mark.slow
+def test_names_of_the_harness(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="the extra fracbit[eval] is not installed")
     with pytest.raises(DataError, match="did you mean lambada_openai"):
-        zero_shot(model, tokenizer, ["lambada_opnai"])
-    with pytest.raises(DataError, match="at least one"):
-        zero_shot(model, tokenizer, [])
+        prepare(["lambada_opnai"])
+    if not os.environ.get("HF_HUB_OFFLINE"):
+        pytest.skip("the hub may be there")
+    with pytest.raises(
+        DataError, match=r"lambada_openai, piqa, winogrande, hellaswag cannot.*`fracbit task`"
+    ):
+        prepare(tasks_of(["paper"]))
+
+
+@pytest.mark.parametrize(
+    ("tasks", "complaint"),
+    [([], "at least one"), (["none.yaml"], "no task file none.yaml: `fracbit task`")],
+)
+def test_tasks_that_are_not_there(tasks: list[str], complaint: str) -> None:
+    pytest.importorskip("lm_eval", reason="the extra fracbit[eval] is not installed")
+    with pytest.raises(DataError, match=complaint):
+        prepare(tasks_of(tasks))
+
+
+def test_nothing_asked_is_an_error(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="limit 0 asks nothing"):
+        ask(model, tokenizer, Questions({}, {}, {}), limit=0)
+
+
+def test_names_of_tasks(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("")
+    assert tasks_of(["paper", "mine.yaml"]) == [*PAPER_TASKS, LocalTask("mine", Path("mine.yaml"))]
+    assert tasks_of(["own.yaml"], tmp_path) == [LocalTask("own", tmp_path / "own.yaml")]
 
 
 def test_without_the_extra(

@@ -5,8 +5,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fracbit.errors import RecipeError
-from fracbit.importance.proxy_columns import kept_count, largest_columns, random_columns, unit_spread
+from fracbit.importance.proxy_columns import largest_columns, random_columns, unit_spread
 from fracbit.models.find import family_of
+from fracbit.numerics.packed import kept_count
 from fracbit.sweep.outliers import producer_scores
 
 

@@ -105,6 +105,31 @@ def test_wrong_activations_and_results() -> None:
     weight.multiply(x, y, True, -1)
 
 
+def test_weights_that_share_activations() -> None:
+    """What each gives alone, and a refusal of what does not belong together."""
+    weights = [
+        NATIVE.PackedWeight(**good(rows, 32, bits, "in", 8))
+        for rows, bits in ((5, 4), (9, 4), (3, 2), (4, 8), (6, 3))
+    ]
+    x = torch.randn(3, 32)
+    sizes = (5, 9, 3, 4, 6)
+    for int8 in (False, True):
+        together, alone = ([torch.empty(3, rows) for rows in sizes] for _ in range(2))
+        NATIVE.multiply_together(weights, x, together, int8, 2)
+        for weight, y in zip(weights, alone, strict=True):
+            weight.multiply(x, y, int8, 2)
+        assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+    other = NATIVE.PackedWeight(**good(5, 40, 4, "in", 8))
+    y = [torch.empty(3, 5), torch.empty(3, 9)]
+    for arguments in (
+        ([], x, []), (weights[:2], x, y[:1]), (weights[:2], x[:, :31], y), (weights[:2], x, y[::-1]),
+        ([weights[0], other], x, [y[0], torch.empty(3, 5)]), (weights[:2], x[:2], y), (weights[:2], x, [y[0], y[1][:2]]),
+        (weights[:2], x, [y[0], y[1].double()]),
+    ):  # fmt: skip
+        with pytest.raises((ValueError, TypeError)):
+            NATIVE.multiply_together(*arguments, False, 1)
+
+
 def test_unknown_instruction_set() -> None:
     with pytest.raises(ValueError, match="not available here"):
         NATIVE.PackedWeight(**good(5, 32, 4, "in", 8), isa="mmx")

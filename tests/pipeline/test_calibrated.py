@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fracbit.checkpoint.load import load
 from fracbit.errors import DataError, RecipeError, WeightError
@@ -73,9 +74,11 @@ def logits(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_first_block_is_what_the_quantizer_gives(source: Path, ids: Path, tmp_path: Path) -> None:
-    seen: list[str] = []
-    run_calibrated(recipe(source, ids), tmp_path / "q", progress=lambda what, done, total: seen.append(what))
-    assert len(seen) == 3
+    seen: list[tuple[str, int, int]] = []
+    run_calibrated(recipe(source, ids), tmp_path / "q", progress=lambda *step: seen.append(step))
+    assert [what for what, _, _ in seen if what.startswith("block")] == [f"block {n} of 3" for n in (1, 2, 3)]
+    assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
+    assert seen[-1][1:] == (24, 24), "a step for every linear and one for every block"
     facts = manifest(tmp_path / "q")
     assert facts["texts"][0]["samples"] == 16
     made, model = load(tmp_path / "q"), load(source)
@@ -98,7 +101,9 @@ def test_first_block_is_what_the_quantizer_gives(source: Path, ids: Path, tmp_pa
     for name, found in zip(names, expected, strict=True):
         layer = getattr(made.model.layers[0].self_attn, name)
         assert torch.equal(decode(layer.packed), decode(found.packed))
-        assert facts["layers"][f"model.layers.0.self_attn.{name}"]["loss"] == pytest.approx(found.loss)
+        loss = facts["layers"][f"model.layers.0.self_attn.{name}"]["loss"]
+        assert loss == pytest.approx(found.loss)
+        assert f"model.layers.0.self_attn.{name} {loss:.2e}" in [what for what, _, _ in seen]
 
 
 @pytest.mark.parametrize("chain", ["quantized", "float"])
@@ -107,7 +112,7 @@ def test_resume_is_bit_identical(source: Path, ids: Path, tmp_path: Path, chain:
     run_calibrated(asked, tmp_path / "whole")
 
     def die(what: str, done: int, total: int) -> None:
-        if done == 2:
+        if what.startswith("block 2"):
             raise Killed
 
     with pytest.raises(Killed):
@@ -155,6 +160,20 @@ def test_chosen_axes_lose_less_than_either(source: Path, ids: Path, tmp_path: Pa
         both <= min(a, b) * 1.0001
         for a, b, both in zip(losses["in"], losses["out"], losses["both"], strict=True)
     )
+
+
+def test_tweaks_are_judged_on_samples_they_were_not_fitted_on(
+    source: Path, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fracbit.pipeline import block as stage
+
+    splits, real = [], stage.split_batches
+    monkeypatch.setattr(stage, "split_batches", lambda hidden: splits.append(real(hidden)) or splits[-1])
+    run_calibrated(recipe(source, ids, tweak="auto", samples=3, batch=8), tmp_path / "q")
+    assert splits
+    assert all(fit and judge and not set(fit) & set(judge) for fit, judge in splits)
+    with pytest.raises(RecipeError, match="at least 2"):
+        run_calibrated(recipe(source, ids, tweak="auto", samples=1), tmp_path / "r")
 
 
 @pytest.mark.parametrize("tweak", ["adam", "closed", "auto"])
@@ -229,14 +248,16 @@ def test_bad_input(source: Path, ids: Path, tmp_path: Path, tiny_llama: Maker) -
 
 def test_distillation_lowers_the_divergence_and_is_saved(source: Path, tmp_path: Path) -> None:
     model, ids = load(source), tmp_path / "more.u16"
+    del model.model.layers[1:]  # one block is enough
+    model.config.num_hidden_layers = 1
     with torch.no_grad():
         model.lm_head.weight *= 30  # a model that knows what it wants
     model.save_pretrained(tmp_path / "float")
-    np.random.default_rng(1).integers(3, 96, 256 * 24, dtype=np.uint16).tofile(ids)
+    np.random.default_rng(1).integers(3, 96, 192 * 24, dtype=np.uint16).tofile(ids)
     scheme = Scheme("kmeans", 2, 24, scale="int8:64")
     for name, epochs in (("plain", 0), ("distilled", 2)):
         asked = recipe(
-            tmp_path / "float", ids, scheme=scheme, distill=epochs, samples=256, batch=32, rate=1e-3
+            tmp_path / "float", ids, scheme=scheme, distill=epochs, samples=192, batch=32, rate=1e-3
         )
         run_calibrated(asked, tmp_path / name)
     facts = manifest(tmp_path / "distilled")["distilled"]
@@ -311,10 +332,37 @@ def test_transforms_and_outliers_in_one_model(source: Path, ids: Path, tmp_path:
     assert lost["smooth"] < 0.9 * lost["in"], lost
 
 
+@pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
+def test_columns_in_sixteen_bits_are_saved_loaded_and_counted(
+    source: Path, ids: Path, tmp_path: Path, quantizer: str
+) -> None:
+    x, results = torch.arange(3, 43)[None], {}
+    for share in (0.0, 0.1):
+        asked = recipe(source, ids, quantizer, Scheme("int", 2, 24, offset="zero"), outliers=share)
+        results[share] = run_calibrated(asked, tmp_path / f"{share}")
+    made, packed = load(tmp_path / "0.1"), manifest(tmp_path / "0.1")["layers"]
+    layer = made.model.layers[1].mlp.down_proj.packed
+    assert layer.outliers.shape == (48, 13)
+    assert layer.outliers.dtype == torch.float16, "an fp32 source: 16 bits of the finer kind"
+    assert packed["model.layers.1.mlp.down_proj"]["outliers"] == 13
+    held = {}
+    for shard in (tmp_path / "0.1").glob("*.safetensors"):
+        held |= {name: part for name, part in load_file(shard).items() if "_proj.weight" in name}
+    size = sum(part.numel() * part.element_size() for part in held.values())
+    weights = sum(parameter.numel() for name, parameter in load(source).named_parameters() if "_proj" in name)
+    assert results[0.1].bits_per_weight == 8 * size / weights
+    assert results[0.1].bits_per_weight > results[0.0].bits_per_weight + 1
+    wanted = logits(load(source), x)
+    lost = {
+        share: float((logits(load(tmp_path / f"{share}"), x) - wanted).square().mean()) for share in results
+    }
+    assert lost[0.1] < 0.8 * lost[0.0], lost
+
+
 def test_rounded_activations_break_on_outliers_and_hold_with_the_remedies(
     source: Path, ids: Path, tmp_path: Path
 ) -> None:
-    """W8A8 on planted outliers: per tensor it breaks; per token, cube roots and smoothing hold. Saved and applied on load."""
+    """W8A8 on planted outliers: per tensor it breaks; smoothing, rotation and cube roots hold. Saved, applied on load."""
     model = load(source)
     x = torch.arange(3, 43)[None]
     with torch.no_grad():
@@ -326,16 +374,21 @@ def test_rounded_activations_break_on_outliers_and_hold_with_the_remedies(
     wanted = logits(load(tmp_path / "float"), x)
     lost = {}
     for name, inputs, plan in (
+        ("plain", "int8/tensor", {}),
         ("tensor", "int8/tensor", {}),
         ("token", "int8/token", {}),
         ("power", "power8/tensor", {}),
         ("smooth", "int8/tensor", {"transforms": ("smooth",)}),
+        ("rotate", "int8/tensor", {"transforms": ("rotate",)}),
     ):
-        asked = recipe(tmp_path / "float", ids, "rtn", Scheme("int", 8, "row"), inputs=inputs, **plan)
+        folder = source if name == "plain" else tmp_path / "float"
+        asked = recipe(folder, ids, "rtn", Scheme("int", 8, "row"), inputs=inputs, **plan)
         run_calibrated(asked, tmp_path / name)
         made = load(tmp_path / name)
         assert made.model.layers[0].mlp.up_proj.inputs is not None
         lost[name] = float((logits(made, x) - wanted).square().mean())
+    assert lost["tensor"] > 100 * lost["plain"], lost
     assert lost["smooth"] < 0.1 * lost["tensor"], lost
+    assert lost["rotate"] < 0.1 * lost["tensor"], lost
     assert lost["power"] < 0.5 * lost["tensor"], lost
     assert lost["token"] < lost["tensor"], lost

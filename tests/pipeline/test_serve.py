@@ -12,9 +12,24 @@ from transformers import DynamicCache
 
 from fracbit.checkpoint.load import load, load_tokenizer
 from fracbit.errors import DataError, SchemeError
+from fracbit.kernels.cpu import NATIVE
 from fracbit.models.cache import CHANNEL, TOKEN, PackedCache, cache_bytes, restore_states, round_states
+from fracbit.models.quant_linear import QuantLinear
 from fracbit.pipeline.bench import Load, bytes_read, measure
-from fracbit.pipeline.serve import Chat, Settings, generate, new_cache
+from fracbit.pipeline.run import run
+from fracbit.pipeline.serve import (
+    NATIVE_STEP,
+    Chat,
+    Settings,
+    Step,
+    continue_ids,
+    encode_batch,
+    generate,
+    new_cache,
+    step_of,
+)
+from fracbit.records.recipe import Recipe
+from fracbit.records.scheme import Scheme
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +40,19 @@ TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}as
 @pytest.fixture(scope="module")
 def tales(shared: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return load(shared / "models" / "tales-m"), load_tokenizer(shared / "models" / "tales-m")
+
+
+@pytest.fixture(scope="module")
+def small_tales(
+    shared: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
+    """tales-m at 4 bits, its tied table at 8; in fp32, where greedy choices do not hang on rounding."""
+    folder = tmp_path_factory.mktemp("small") / "tales-m"
+    recipe = Recipe(
+        model=str(shared / "models" / "tales-m"), scheme=Scheme("int", 4, 64), head=Scheme("int", 8, 64)
+    )
+    run(recipe, folder)
+    return load(folder, "float32"), load_tokenizer(folder), folder
 
 
 def tale(shared: Path, tokens: int) -> torch.Tensor:
@@ -134,6 +162,53 @@ def test_chunks_and_batches_write_the_same(
     assert alone[0].prefill > 0 and alone[0].decode > 0
 
 
+@pytest.mark.skipif(NATIVE is None, reason="the native module is not built")
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_the_native_step_writes_what_the_layers_write(
+    small_tales: tuple[PreTrainedModel, PreTrainedTokenizerBase, Path], temperature: float
+) -> None:
+    """The same tokens, alone, in a batch of uneven prompts, in chunks and sampled; the streamed text is the whole text."""
+    model, tokenizer, _ = small_tales
+    prompts = ["Once upon a time there was a small bird who", "The dog"]
+    settings = Settings(max_new_tokens=24, temperature=temperature, prefill_chunk=3)
+    for chosen in (prompts[:1], prompts):
+        texts, shown = [], []
+        for step in (step_of(model), Step(None, "layer by layer")):
+            torch.manual_seed(0)
+            ids, mask = encode_batch(tokenizer, chosen)
+            cache = new_cache(model, 16, step)
+            found = continue_ids(model, tokenizer, ids, mask, settings, cache, step, shown.append, True)
+            texts.append((found.ids, found.cache_bytes))
+            assert found.step == step.name
+            assert found.decode > 0
+        assert texts[0] == texts[1]
+        half = len(shown) // 2
+        assert len(chosen) > 1 or "".join(shown[:half]) == "".join(shown[half:]) == found.whole[0]
+    assert step_of(model).name == NATIVE_STEP
+    assert step_of(model, 8).name == "layer by layer: the KV cache has 8 bits"
+
+
+@pytest.mark.skipif(NATIVE is None, reason="the native module is not built")
+def test_the_native_step_ends_where_the_text_ends(
+    small_tales: tuple[PreTrainedModel, PreTrainedTokenizerBase, Path],
+) -> None:
+    """A finished sequence is filled up while the others go on; `generate` stops when all have ended."""
+    model, tokenizer, _ = small_tales
+    settings = Settings(max_new_tokens=16)
+    free = generate(model, tokenizer, ["The dog", "A bird"], settings)
+    before = model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = free.ids[0][-10]
+    try:
+        native = generate(model, tokenizer, ["The dog", "A bird"], settings)
+        ids, mask = encode_batch(tokenizer, ["The dog", "A bird"])
+        step = Step(None, "layer by layer")
+        layers = continue_ids(model, tokenizer, ids, mask, settings, new_cache(model, 16, step), step)
+    finally:
+        model.generation_config.eos_token_id = before
+    assert native.ids == layers.ids
+    assert native.ids != free.ids
+
+
 def test_a_prompt_needs_tokens_and_room(tales: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
     with pytest.raises(DataError, match="positions"):
         generate(*tales, ["bird " * 600], Settings())
@@ -141,8 +216,15 @@ def test_a_prompt_needs_tokens_and_room(tales: tuple[PreTrainedModel, PreTrained
         Settings(max_new_tokens=0)
 
 
-def test_chat_keeps_its_cache(tales: tuple[PreTrainedModel, PreTrainedTokenizerBase], shared: Path) -> None:
-    model, tokenizer = tales[0], load_tokenizer(shared / "models" / "tales-m")
+@pytest.mark.parametrize("packed", [False, True])
+def test_chat_keeps_its_cache(
+    tales: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    small_tales: tuple[PreTrainedModel, PreTrainedTokenizerBase, Path],
+    shared: Path,
+    packed: bool,
+) -> None:
+    model = small_tales[0] if packed else tales[0]
+    tokenizer = load_tokenizer(shared / "models" / "tales-m")
     with pytest.raises(DataError, match="no chat template"):
         Chat(model, tokenizer, Settings())
     tokenizer.chat_template = TEMPLATE
@@ -167,4 +249,25 @@ def test_bench_counts_what_a_step_reads(tiny_llama: Callable[..., LlamaForCausal
     )  # two, layers, heads, head size, tokens, bytes
     assert found.bytes_per_token == found.weight_bytes_per_token + found.cache_bytes_per_token
     assert found.decode_tokens_per_second > 0 and found.bandwidth > 0
+    assert found.step == "layer by layer: the KV cache has 8 bits"
     assert new_cache(model, 16).get_seq_length() == 0
+
+
+def test_a_loaded_model_holds_the_bytes_of_its_file(
+    small_tales: tuple[PreTrainedModel, PreTrainedTokenizerBase, Path],
+) -> None:
+    """Buffers and parameters are the file's bytes, before and after the kernels have been prepared."""
+    model, tokenizer, folder = small_tales
+    generate(model, tokenizer, ["The dog"], Settings(max_new_tokens=4))
+    held = {
+        part.untyped_storage().data_ptr(): part.untyped_storage().nbytes()
+        for part in model.state_dict().values()
+    }
+    file = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    assert 0.95 * file < sum(held.values()) < file
+    derived = sum(
+        module.ready().prepared.weight.derived_bytes
+        for module in model.modules()
+        if NATIVE is not None and isinstance(module, QuantLinear)
+    )
+    assert derived < 0.05 * file

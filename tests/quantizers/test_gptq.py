@@ -61,18 +61,24 @@ def test_equals_the_papers_algorithm():
 @pytest.mark.parametrize("axis", ["in", "out"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_never_worse_than_nearest_from_three_bits(dtype: str, axis: str):
+    """The law over the table: every type, axis, kind of block and offset at 3 bits; wider codes over what differs most."""
     weight, stats = matrix(40, 56), inputs(56)
-    for block in (16, "row", "tensor", "flat:24"):
-        for offset in ("none", "zero", "float"):
-            if offset == "zero" and dtype.startswith(("quantile", "kmeans")):
-                continue
-            scheme = Scheme(dtype, 3, block, axis, offset)
-            nearest = cost(weight, decode(quantize_tensor(weight, scheme)), stats.gram)
-            found = Gptq()(weight, scheme, stats)
-            assert cost(weight, decode(found.packed), stats.gram) <= nearest * (1 + 1e-5), (
-                scheme,
-                found.notes,
-            )
+    offsets = (
+        ("none", "float") if dtype.startswith(("quantile", "kmeans")) else ("none", "zero", "float", "mean")
+    )
+    cases = [(3, block, offset) for block in (16, "row", "tensor", "flat:24") for offset in offsets]
+    cases += [(bits, block, offsets[-1]) for bits in (4, 5, 8) for block in (16, "row")]
+    kept = 0
+    if dtype == "kmeans:row":  # a value for every weight of a row: both are exact, up to how fp16 rounds them
+        cases = [case for case in cases if 2 ** case[0] < weight.shape[1]]
+    for bits, block, offset in cases:
+        name = "float" if dtype == "float:e1m1" and bits != 3 else dtype
+        scheme = Scheme(name, bits, block, axis, offset)
+        nearest = cost(weight, decode(quantize_tensor(weight, scheme)), stats.gram)
+        found = Gptq()(weight, scheme, stats)
+        assert cost(weight, decode(found.packed), stats.gram) <= nearest * (1 + 1e-5), (scheme, found.notes)
+        kept += any("round-to-nearest kept" in note for note in found.notes)
+    assert kept <= len(cases) // 4, "the guard is for the rare grid, not what carries the law"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

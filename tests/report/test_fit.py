@@ -76,6 +76,12 @@ def test_intervals_grow_with_noise_that_rows_do_not_share() -> None:
     assert 0.02 < item.loss.high - item.loss.low < 0.5
 
 
+def test_a_model_that_one_precision_lacks_bends_no_curve() -> None:
+    odd = make_row("odd", 3 * 10**5, 4, 9.0)  # far off the others' line, and measured at 4 bits alone
+    with_odd = {item.bits: item for item in fit.offsets([*parallel_rows(), odd])}
+    assert with_odd[3] == {item.bits: item for item in fit.offsets(parallel_rows())}[3]
+
+
 def test_curves_that_do_not_overlap_have_no_offset() -> None:
     rows = [make_row("a", 10**3, 4, 3.0), make_row("b", 2 * 10**3, 4, 2.9), make_row("c", 10**9, 3, 2.0)]
     found = fit.offsets(rows)
@@ -125,6 +131,17 @@ def test_rows_on_other_texts_are_not_compared() -> None:
     other = row.model_copy(update={"text_sha256": "def"})
     failed = row.model_copy(update={"status": "failed", "nll": None})
     assert sorted(len(members) for members in fit.groups([row, other, failed]).values()) == [1, 1]
+
+
+def test_rows_that_differ_in_their_tasks_alone_count_once() -> None:
+    plain = make_row("a", 100, 4, 3.0)
+    evaluation = plain.run.evaluation.model_copy(update={"tasks": ("cloze.yaml",), "limit": 8})
+    run = plain.run.model_copy(update={"evaluation": evaluation})
+    asked = plain.model_copy(update={"run": run, "key": run_key(run), "accuracies": {"cloze": 0.5}})
+    other = make_row("a", 100, 3, 3.5)
+    (found,) = fit.groups([plain, asked, other]).values()
+    assert found == [asked, other]
+    assert list(fit.groups([asked, plain]).values()) == [[asked]]
 
 
 def test_slices_share_everything_but_model_and_bits() -> None:

@@ -141,6 +141,7 @@ def test_the_page_works_in_a_browser(
     assert "A <study>" in tab.locator("h1").inner_text()
     check_advice(tab)
     check_table_and_detail(tab)
+    check_hover(tab)
     check_filters(tab)
     tab.click("#theme")
     assert tab.evaluate("document.documentElement.dataset.theme") != scheme
@@ -170,6 +171,20 @@ def check_table_and_detail(tab: Any) -> None:
     assert "</script><b>bold" in tab.locator("#detail-figures").inner_text()
     tab.click("#detail form button")
     tab.fill("#search", "")
+
+
+def check_hover(tab: Any) -> None:
+    point = tab.locator("#pareto .points path.point").first
+    point.scroll_into_view_if_needed()
+    box = point.bounding_box()
+    place = (box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    tab.mouse.move(*place)
+    label = tab.wait_for_selector("#pareto .hoverlayer .hovertext").text_content()
+    assert re.search(r"m\d+ (int|nf)2/32.*bits/weight.*perplexity", label)
+    tab.mouse.click(*place)
+    assert "models/m" in tab.locator("#detail-command").inner_text()
+    assert "bits = 2" in tab.locator("#detail-grid").inner_text()
+    tab.click("#detail form button")
 
 
 def check_filters(tab: Any) -> None:

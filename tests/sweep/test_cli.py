@@ -1,6 +1,7 @@
 """`fracbit sweep` and `fracbit report` from end to end: exit codes, the JSON, the page."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,20 @@ def test_from_grid_to_page(study: Path) -> None:
     result = CLI.invoke(app, ["report", str(study / "s.db"), "-o", str(study / "r.html"), "--json"])
     assert json.loads(result.stdout)["rows"] == 13
     assert (study / "r.html").stat().st_size > 1e6
+
+
+def test_rows_move_to_another_store_by_parquet(study: Path) -> None:
+    pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
+    rows = study / "rows.parquet"
+    assert sweep(study, "--export", str(rows))[1]["measured"] == 13
+    (study / "s.db").rename(study / "old.db")
+    assert sweep(study, "--import", str(rows))[1]["measured"] == 0
+    pytest.importorskip("plotly", reason="the page is an extra: fracbit[report]")
+    for place in (rows, study / "folder"):
+        result = CLI.invoke(app, ["report", str(place), "-o", str(study / "r.html"), "--json"])
+        assert json.loads(result.stdout)["rows"] == 13
+        (study / "folder").mkdir(exist_ok=True)
+        shutil.copy(rows, study / "folder")
 
 
 def test_failed_runs_are_exit_code_1_and_a_list(study: Path) -> None:

@@ -43,6 +43,14 @@ def test_own_rows_come_first_then_those_of_others_by_size(study: Path) -> None:
     assert found.seconds == pytest.approx(20 + 130)
 
 
+def test_rows_judged_otherwise_tell_nothing(study: Path) -> None:
+    expansion = expansion_of(study)
+    rows = rows_of(expansion, 3)
+    other = rows[0].run.evaluation.model_copy(update={"tasks": ("cloze.yaml",)})
+    rows = [row.model_copy(update={"run": row.run.model_copy(update={"evaluation": other})}) for row in rows]
+    assert estimate(expansion, rows, {"tiny": 1000}).seconds is None
+
+
 def test_a_probe_stands_in_for_rows(study: Path) -> None:
     expansion = expansion_of(study)
     run = cheapest(expansion, {"tiny": 1000, "away/model": None})

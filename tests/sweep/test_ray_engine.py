@@ -3,7 +3,10 @@
 # ruff: noqa: E402 - an extra is asked for before it is imported
 
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from fracbit.errors import RecipeError
 from fracbit.records.row import Row
 from fracbit.sweep.grid import expand, read_grid
 from fracbit.sweep.in_process import InProcess
-from fracbit.sweep.ray_engine import OnRay
+from fracbit.sweep.ray_engine import Bench, OnRay
 from fracbit.sweep.runner import run_sweep
 from fracbit.sweep.store import open_store
 
@@ -74,6 +77,49 @@ def test_rows_equal_those_of_this_process_though_workers_are_killed(study: Path)
     assert {key: row.stored_bits for key, row in on_ray.items()} == {
         key: row.stored_bits for key, row in here.items()
     }
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from fracbit.sweep.grid import expand, read_grid
+from fracbit.sweep.ray_engine import OnRay
+from fracbit.sweep.runner import run_sweep
+from fracbit.sweep.store import open_store
+root = Path(sys.argv[1])
+with open_store(str(root / "s.db")) as store:
+    runs = expand(read_grid(root / "grid.toml")).runs
+    run_sweep(store, runs, OnRay(root, sys.argv[2], workers=1), lambda *_: print("row", flush=True))
+"""
+
+
+def test_a_killed_driver_loses_at_most_the_runs_in_flight(study: Path) -> None:
+    address = ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-c", DRIVER, str(study), address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout is not None
+        assert [driver.stdout.readline() for _ in range(3)] == ["row\n"] * 3
+        os.kill(driver.pid, signal.SIGKILL)
+    with open_store(str(study / "s.db")) as store:
+        before = {row.key: row for row in store.rows()}
+        assert len(before) >= 3
+        outcome = run_sweep(store, expand(read_grid(study / "grid.toml")).runs, OnRay(study, workers=1))
+        assert (outcome.measured, outcome.failed) == (13 - len(before), ())
+        after = {row.key: row for row in store.rows()}
+    assert len(after) == 13
+    assert all(after[key] == row for key, row in before.items())
+
+
+def test_a_worker_loads_a_model_once(study: Path) -> None:
+    runs = [run.model_dump_json() for run in expand(read_grid(study / "grid.toml")).runs.values()]
+    worker = Bench(str(study), "cpu", 1)
+    assert Row.model_validate_json(worker.measure(runs[0])).status == "done"
+    first = worker.bench
+    assert Row.model_validate_json(worker.measure(runs[1])).status == "done"
+    assert worker.bench is first
+    shutil.copytree(study / "tiny", study / "other")
+    worker.measure(runs[1].replace('"tiny"', '"other"'))
+    assert worker.bench is not first
 
 
 def test_a_run_whose_worker_always_dies_is_a_failed_row(study: Path) -> None:

@@ -79,8 +79,8 @@ def process(code: str, *arguments: str) -> "Iterator[subprocess.Popen[str]]":
 
 
 @contextmanager
-def light_driver(study: Path) -> "Iterator[subprocess.Popen[str]]":
-    with process(LIGHT_DRIVER, str(study / "s.db")) as started:
+def light_driver(study: Path, where: str = "") -> "Iterator[subprocess.Popen[str]]":
+    with process(LIGHT_DRIVER, where or str(study / "s.db")) as started:
         assert started.stdin is not None
         started.stdin.write(
             json.dumps({key: run.model_dump(mode="json") for key, run in runs_of(study).items()}) + "\n"
@@ -144,12 +144,15 @@ def test_a_killed_driver_loses_at_most_the_run_in_flight(study: Path) -> None:
         assert store.claimed() == set()
 
 
-def test_two_sweeps_at_once_share_the_work(study: Path) -> None:
-    with light_driver(study) as one, light_driver(study) as other:
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_two_sweeps_at_once_share_the_work(study: Path, kind: str, request: pytest.FixtureRequest) -> None:
+    where = str(study / "s.db") if kind == "sqlite" else request.getfixturevalue("postgresql")
+    with light_driver(study, where) as one, light_driver(study, where) as other:
         outputs = [driver.communicate(timeout=120)[0] for driver in (one, other)]
         assert [driver.returncode for driver in (one, other)] == [0, 0]
     assert sum(int(output.split()[-1]) for output in outputs) == 13
-    assert len(rows_of(study)) == 13
+    with open_store(where) as store:
+        assert {row.key for row in store.rows()} == set(runs_of(study))
 
 
 CLAIM = """

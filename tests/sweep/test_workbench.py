@@ -6,12 +6,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import fracbit
 from fracbit.data import read_documents
-from fracbit.evaluate import perplexity
+from fracbit.errors import DataError
+from fracbit.evaluate import perplexity, write_continuation
 from fracbit.models.blocks import blocks, linears, weight_of
 from fracbit.models.find import family_of
 from fracbit.models.install import set_weight
 from fracbit.numerics import decode, quantize_tensor, stored_bits
+from fracbit.numerics.linalg import gram_errors
 from fracbit.records.recipe import Override, Recipe
 from fracbit.records.row import KEEP_ALL, Calibration, Evaluation, Run, outliers_of
 from fracbit.records.scheme import Scheme
@@ -85,7 +88,22 @@ def test_the_float_model_comes_back(bench: Workbench) -> None:
     assert again.divergence == pytest.approx(0, abs=1e-6)
     assert again.agreement == 1
     assert again.weights == 0
+    assert again.versions["fracbit"] == fracbit.__version__
     assert again.model_bits == 16 * again.parameters
+
+
+@pytest.mark.parametrize("correction", ["none", "tweak-auto"])
+def test_a_spread_model_measures_the_same(study: Path, bench: Workbench, correction: str) -> None:
+    """Without GPUs accelerate spreads over the CPU alone: the path is walked, several devices are not."""
+    pytest.importorskip("accelerate", reason="device_map is an extra: fracbit[device-map]")
+    spread = Workbench(source_of(FLOAT), study, "auto")
+    assert next(spread.model.parameters()).dtype == torch.bfloat16, "as it is stored"
+    for fields in ({}, {"quantizer": "gptq"}, {"outliers": outliers_of("activation:0.1")}):
+        run = make_run(Scheme("nf", 4, 16), correction=correction, calibration=CALIBRATION, **fields)
+        found, expected = spread.measure(run), bench.measure(run)
+        assert found.error is None
+        assert found.stored_bits == expected.stored_bits
+        assert found.nll == pytest.approx(expected.nll, abs=0.01)  # bfloat16 products
 
 
 def test_model_bits_count_everything(bench: Workbench) -> None:
@@ -145,3 +163,95 @@ def test_statistics_are_those_of_the_float_model(bench: Workbench) -> None:
     assert query.tokens == 32
     assert query.gram is not None
     torch.testing.assert_close(query.gram.diagonal(), query.energy, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["tweak-closed", "tweak-adam", "tweak-auto"])
+def test_corrections_move_the_norms_of_their_run_alone(bench: Workbench, how: str) -> None:
+    scheme = Scheme("int", 2, 16)
+    before, plain = bench.measure(FLOAT), bench.measure(make_run(scheme))
+    row = bench.measure(make_run(scheme, correction=how, calibration=CALIBRATION))
+    assert row.error is None
+    assert row.model_bits == plain.model_bits
+    assert bool(row.notes) == (how != "tweak-closed")
+    if how == "tweak-auto":
+        assert all("error" in note for note in row.notes)
+    else:
+        assert row.nll != plain.nll
+    assert all(torch.equal(norm, norm.bfloat16().float()) for norm in bench.norms), "as a checkpoint holds it"
+    assert (bench.measure(FLOAT).nll, bench.measure(make_run(scheme)).nll) == (before.nll, plain.nll)
+
+
+def test_the_closed_form_lowers_the_error_it_is_the_least_squares_solution_of(bench: Workbench) -> None:
+    run = make_run(Scheme("int", 2, 16), calibration=CALIBRATION, correction="tweak-closed")
+    ids = bench._samples(CALIBRATION)
+    stats = collect_stats(bench.model, bench.family, ids, gram=True)
+    name = "model.layers.0.mlp.gate_proj"
+    gram, weight = stats[name].gram, bench.kept[name]
+    norm = bench.model.get_submodule("model.layers.0.post_attention_layernorm").weight
+    gain = norm.detach().clone()
+    up = "model.layers.0.mlp.up_proj"
+
+    def loss(factor: torch.Tensor) -> float:
+        parts = [weight_of(bench.layers[each]) * factor - bench.kept[each] for each in (name, up)]
+        return sum(float(((part @ gram) * part).sum()) for part in parts)
+
+    assert bench.measure(run).error is None
+    factor = (norm / gain).detach()
+    assert not torch.equal(factor, torch.ones_like(factor))
+    assert loss(factor) < loss(torch.ones_like(weight[0]))
+
+
+def test_statistics_are_collected_once(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def counted(model: object, family: object, ids: object, gram: bool) -> object:
+        seen.append(gram)
+        return collect_stats(model, family, ids, gram)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("fracbit.sweep.workbench.collect_stats", counted)
+    for fields in (
+        {"quantizer": "gptq"},
+        {"quantizer": "descent", "search": True},
+        {"correction": "tweak-closed"},
+        {"outliers": outliers_of("activation:0.1")},
+    ):
+        assert bench.measure(make_run(calibration=CALIBRATION, **fields)).error is None
+    assert seen == [True]
+
+
+def test_gptq_beats_rounding_on_what_it_minimizes(bench: Workbench) -> None:
+    stats = collect_stats(bench.model, bench.family, bench._samples(CALIBRATION), gram=True)
+    bits, losses = {}, {}
+    for name in ("rtn", "gptq"):
+        row = bench.measure(make_run(Scheme("int", 2, 16), quantizer=name, calibration=CALIBRATION))
+        bits[name] = row.stored_bits
+        losses[name] = {
+            layer: float(gram_errors(weight_of(bench.layers[layer]) - bench.kept[layer], found.gram).sum())
+            for layer, found in stats.items()
+            if found.gram is not None
+        }
+    assert bits["gptq"] == bits["rtn"]
+    assert all(losses["gptq"][layer] < losses["rtn"][layer] for layer in stats)
+
+
+@pytest.mark.filterwarnings("ignore")  # the harness and what it brings warn about one another
+def test_accuracies_stand_beside_the_loss(shared: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="zero-shot is an extra: fracbit[eval]")
+    text = " ".join(f"word{number}" for number in range(400))
+    write_continuation([text], tmp_path, items=8, context_words=8, choice_words=3)
+    evaluation = Evaluation(
+        text="data/tales-evaluation.u16?length=512&first=1&keep=64", tasks=("continuation.yaml",)
+    )
+    recipe = Recipe(model="models/tales-xs", scheme=Scheme("int", 4))
+    (tmp_path / "models").symlink_to(shared / "models")
+    (tmp_path / "data").symlink_to(shared / "data")
+    run = Run(recipe=recipe, evaluation=evaluation)
+    bench = Workbench(source_of(run), tmp_path)
+    row = bench.measure(run)
+    assert row.error is None
+    assert row.nll is not None
+    assert 0 <= row.accuracies["continuation"] <= 1
+    assert [note for note in row.notes if "continuation: 8 questions" in note and "lm-eval" in note]
+    without = evaluation.model_copy(update={"tasks": ("gone.yaml",)})
+    with pytest.raises(DataError, match=r"no task file .*gone\.yaml"):
+        Workbench(source_of(run.model_copy(update={"evaluation": without})), tmp_path)

@@ -16,7 +16,7 @@ from fracbit.numerics.packed import decode
 from fracbit.numerics.stats import empty, observe
 from fracbit.records.scheme import Scheme
 from fracbit.transforms import awq_factors, factors_of, smooth_factors
-from fracbit.transforms.rotation import rotation
+from fracbit.transforms.rotation import hadamard, random_signs, rotation, turn_columns, turn_inputs
 
 IDS = torch.arange(3, 43)[None]
 
@@ -96,7 +96,7 @@ def test_rotation_leaves_the_output(models: dict[str, object], name: str) -> Non
     model = copy.deepcopy(models[name])
     roughen(model)
     before = logits(model)
-    family, turn = family_of(model), rotation(48, seed=3)
+    family, turn = family_of(model), random_signs(48, seed=3)
     for _, block in blocks(model, family):
         rotate_block(block, family, turn)
     rotate_rest(model, family, turn)
@@ -107,7 +107,7 @@ def test_layer_norms_are_not_rotated(models: dict[str, object]) -> None:
     model = models["opt"]
     family = family_of(model)
     with pytest.raises(RecipeError, match="does not commute"):
-        rotate_block(blocks(model, family)[0][1], family, rotation(48))
+        rotate_block(blocks(model, family)[0][1], family, random_signs(48))
 
 
 @pytest.mark.parametrize("width", [1, 2, 12, 48, 64, 172])
@@ -115,6 +115,19 @@ def test_rotations_are_orthogonal(width: int) -> None:
     turn = rotation(width, seed=1)
     assert torch.allclose(turn @ turn.T, torch.eye(width, dtype=torch.float64), atol=1e-12)
     assert not torch.equal(turn, rotation(width, seed=2)) or width == 1
+
+
+@pytest.mark.parametrize("width", [1, 3, 12, 80, 172, 184, 192, 4096])
+def test_inputs_are_turned_without_the_large_matrix(width: int) -> None:
+    """Sizes that are no power of two included: 172 = 4 x 43, 80 = 16 x 5, 184 = 8 x 23, 192 = 64 x 3."""
+    random = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(3, 2, width, generator=random), torch.randn(5, width, generator=random)
+    assert torch.allclose(
+        turn_inputs(x) @ turn_columns(weight).T, x @ weight.T, rtol=1e-4, atol=1e-5 * width**0.5
+    )
+    if width < 4096:
+        assert torch.allclose(turn_inputs(x.double()), x.double() @ hadamard(width), atol=1e-12)
+    assert turn_inputs(x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_a_rotation_spreads_an_outlier() -> None:

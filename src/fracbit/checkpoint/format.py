@@ -22,13 +22,14 @@ from fracbit.records.version import __version__
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "fracbit"
+ROTATION = "hadamard"
 
 
 @dataclass(frozen=True)
 class StoredLayer:
     """How a layer is stored: scheme, shape `[out, in]`, 16-bit columns and their type, what module reads it.
 
-    `inputs`: how its activations are rounded.
+    `inputs`: how its activations are rounded. `rotated`: whether they are multiplied by `hadamard(in)` before that.
     """
 
     scheme: Scheme
@@ -37,6 +38,7 @@ class StoredLayer:
     outlier_dtype: str = "bf16"
     kind: Literal["linear", "embedding"] = "linear"
     inputs: Inputs | None = None
+    rotated: bool = False
 
     @property
     def bytes(self) -> int:
@@ -121,6 +123,8 @@ def _entry(layer: StoredLayer, scheme: int) -> dict[str, Any]:
         entry["kind"] = layer.kind
     if layer.inputs is not None:
         entry["inputs"] = layer.inputs.to_json()
+    if layer.rotated:
+        entry["rotation"] = ROTATION
     return entry
 
 
@@ -132,7 +136,12 @@ def _layer(entry: Mapping[str, Any], schemes: list[Scheme]) -> StoredLayer:
         raise FormatError(f"a layer is linear or embedding, got {kind!r}")
     rounding = Inputs.from_json(entry["inputs"]) if "inputs" in entry else None
     outliers, sixteen = entry.get("outliers", 0), entry.get("outlier_dtype", "bf16")
-    return StoredLayer(scheme, (out, inputs), outliers, sixteen, kind, rounding)
+    rotation = entry.get("rotation")
+    if rotation not in (None, ROTATION):
+        raise FormatError(
+            f"inputs are rotated by {ROTATION!r} or not at all, got {rotation!r}; update fracbit"
+        )
+    return StoredLayer(scheme, (out, inputs), outliers, sixteen, kind, rounding, rotation is not None)
 
 
 def _tables(schemes: list[Scheme]) -> dict[str, list[float]]:

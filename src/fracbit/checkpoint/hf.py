@@ -86,7 +86,13 @@ def swap(model: PreTrainedModel, name: str, stored: StoredLayer) -> None:
     bias = getattr(module, "bias", None) is not None
     with torch.device(_device_of(module)):
         linear = QuantLinear(
-            stored.scheme, stored.shape, bias, stored.outliers, SIXTEEN[stored.outlier_dtype], stored.inputs
+            stored.scheme,
+            stored.shape,
+            bias,
+            stored.outliers,
+            SIXTEEN[stored.outlier_dtype],
+            stored.inputs,
+            stored.rotated,
         )
     model.set_submodule(name, linear)
 

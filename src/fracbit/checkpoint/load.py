@@ -26,29 +26,36 @@ def load(
 ) -> PreTrainedModel:
     """The model in a folder or of a hub id, ready to run on `device`; `dtype` is that of everything not quantized.
 
+    `device` "auto" spreads the blocks over all GPUs of this process (accelerate: the extra `fracbit[device-map]`).
     Raises `SourceError` when it cannot be read, `FormatError` when it is unfinished or of another format version.
     """
-    _check_place(dtype, device)
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise SourceError(f"dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
+    spread = device == "auto"
+    check_device("cpu" if spread else device)
     source = open_checkpoint(model, trust_remote_code, revision)
     register()
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
-            source.folder, dtype=dtype, trust_remote_code=trust_remote_code
+            source.folder,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            device_map="auto" if spread else None,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
         raise SourceError(f"{model} cannot be loaded as a causal language model: {error}") from error
     finally:
         if shown:
             logging.enable_progress_bar()
+    if spread:
+        return loaded.eval()  # type: ignore[no-any-return]
     return loaded.to(torch.device(device)).eval()  # type: ignore[arg-type,no-any-return]
 
 
-def _check_place(dtype: torch.dtype | str, device: str | torch.device) -> None:
-    """Refuse a type or a device that torch does not have here, before anything is read."""
-    if isinstance(dtype, str) and dtype not in DTYPES:
-        raise SourceError(f"dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
+def check_device(device: str | torch.device) -> None:
+    """Refuse a device that torch does not have here, before anything is read. Raises `SourceError`."""
     try:
         torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:

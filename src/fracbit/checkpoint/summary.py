@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from fracbit.checkpoint.output import MANIFEST
 from fracbit.checkpoint.source import Source
 from fracbit.errors import FormatError
 from fracbit.numerics.packed import part_shapes
+
+_BLOCK = re.compile(r"(.*?\.\d+)\.")
 
 
 def summarize(model: str) -> dict[str, Any]:
@@ -47,6 +51,40 @@ def summarize(model: str) -> dict[str, Any]:
     }
 
 
+def loss_table(model: str) -> tuple[list[str], list[list[str]]]:
+    """What every block lost, from the manifest: columns (kinds of linears, and what tweaking bought) and rows.
+
+    A loss is the quantizer's own, relative to that of zero weights; of linears of one name (experts) their mean. Where the run
+    chose the axis, `out` stands behind it. No rows without a manifest.
+    """
+    source = open_checkpoint(model)
+    path = source.folder / MANIFEST
+    manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"layers": {}}
+    losses: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for name, facts in manifest["layers"].items():
+        found = _BLOCK.match(name)
+        if found and "loss" in facts:
+            kind = name.rpartition(".")[2]
+            losses.setdefault(found[1], {}).setdefault(kind, []).append(facts)
+    kinds = list(dict.fromkeys(kind for row in losses.values() for kind in row))
+    tweaks = {row["block"]: row for row in manifest.get("tweaks", ())}
+    rows = [[block, *(_loss(row.get(kind, ())) for kind in kinds)] for block, row in losses.items()]
+    if tweaks:
+        rows = [[*row, _tweak(tweaks.get(int(row[0].rpartition(".")[2])))] for row in rows]
+    return ["block", *kinds, *(["output error, tweaked"] if tweaks else [])], rows
+
+
+def _loss(layers: Sequence[Mapping[str, Any]]) -> str:
+    if not layers:
+        return "float"
+    out = any((layer["scheme"] or {}).get("axis") == "out" for layer in layers)
+    return f"{sum(layer['loss'] for layer in layers) / len(layers):.2e}{' out' if out else ''}"
+
+
+def _tweak(row: Mapping[str, Any] | None) -> str:
+    return "" if row is None else f"{row['before']:.4f} to {row['after']:.4f} ({row['kept']})"
+
+
 def _quantized(source: Source, name: str, layer: StoredLayer, error: float | None) -> dict[str, Any]:
     for part, (_, size) in part_shapes(layer.scheme, layer.shape, layer.outliers).items():
         info = source.tensors.get(tensor_name(name, part))
@@ -62,6 +100,9 @@ def _quantized(source: Source, name: str, layer: StoredLayer, error: float | Non
         "bits_per_weight": layer.bits_per_weight,
         "bytes": layer.bytes,
         "relative_error": error,
+        "outliers": layer.outliers,
+        "inputs": None if layer.inputs is None else str(layer.inputs),
+        "rotated": layer.rotated,
     }
 
 
@@ -72,6 +113,9 @@ def _float(dtype: str, shape: tuple[int, ...], size: int) -> dict[str, Any]:
         "bits_per_weight": 8 * size / max(torch.Size(shape).numel(), 1),
         "bytes": size,
         "relative_error": None,
+        "outliers": 0,
+        "inputs": None,
+        "rotated": False,
     }
 
 

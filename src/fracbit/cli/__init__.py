@@ -21,6 +21,7 @@ from fracbit.cli import (
     report,
     score,
     sweep,
+    task,
 )
 from fracbit.errors import FracbitError
 
@@ -44,6 +45,7 @@ app.command("prune")(prune.prune)
 app.command("lens")(lens.lens)
 app.command("sweep")(sweep.sweep)
 app.command("report")(report.report)
+app.command("task")(task.task)
 
 
 INTERRUPTED = 130  # what typer exits with after Ctrl-C

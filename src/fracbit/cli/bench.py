@@ -34,8 +34,13 @@ def bench(
     if json:
         print_json(found)
         return
-    rows = [_row(line) for line in (found, found.get("against")) if line]
-    print_table(["model", "prefill", "decode", "bytes/token", "bandwidth", "share", "resident", "file"], rows)
+    lines = [line for line in (found, found.get("against")) if line]
+    print_table(
+        ["model", "prefill", "decode", "bytes/token", "bandwidth", "share", "resident", "file"],
+        [_row(line) for line in lines],
+    )
+    for line in lines:
+        typer.echo(f"{line['model']}: {line['step']}", err=True)
 
 
 def _row(line: dict[str, Any]) -> list[str]:

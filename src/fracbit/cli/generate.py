@@ -101,12 +101,12 @@ def write(text: str) -> None:
 
 
 def print_speed(found: Generation) -> None:
-    """Speeds and peak memory, on stderr."""
+    """Speeds, how tokens were made, and peak memory, on stderr."""
     from fracbit.pipeline.run import peak_rss
 
     typer.echo(
         f"\n{found.new_tokens} tokens; prefill {found.prefill:.1f}, decode {found.decode:.1f} tokens/s; "
-        f"KV cache {bytes_text(found.cache_bytes)}, peak {bytes_text(peak_rss())}",
+        f"{found.step}; KV cache {bytes_text(found.cache_bytes)}, peak {bytes_text(peak_rss())}",
         err=True,
     )
 
@@ -125,6 +125,7 @@ def _object(model: str, found: Generation) -> dict[str, Any]:
         "tokens_per_second": found.new_tokens / found.seconds,
         "prefill_tokens_per_second": found.prefill,
         "decode_tokens_per_second": found.decode,
+        "step": found.step,
         "cache_bytes": found.cache_bytes,
         "peak_rss_bytes": peak_rss(),
     }

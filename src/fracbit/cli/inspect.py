@@ -37,4 +37,7 @@ def inspect(
 def _row(name: str, layer: dict[str, Any]) -> list[str]:
     error = "" if layer["relative_error"] is None else f"{layer['relative_error']:.3e}"
     shape = " x ".join(str(size) for size in layer["shape"])
-    return [name, shape, layer["scheme"], f"{layer['bits_per_weight']:.4f}", f"{layer['bytes']:,}", error]
+    extra = [layer["inputs"] or "", "rotated" if layer["rotated"] else ""]
+    extra += [f"{layer['outliers']} columns in 16 bits"] if layer["outliers"] else []
+    scheme = ", ".join(filter(None, [layer["scheme"], *extra]))
+    return [name, shape, scheme, f"{layer['bits_per_weight']:.4f}", f"{layer['bytes']:,}", error]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fracbit.cli.show import bytes_text, print_json, print_notes, progress
+from fracbit.cli.show import bytes_text, print_json, print_notes, print_table, progress
 from fracbit.errors import RecipeError
 from fracbit.records.recipe import Recipe, make_recipe, read_toml
 from fracbit.records.scheme import parse_scheme
@@ -49,7 +49,11 @@ def quantize(
         str | None, typer.Option(help="A block sees the quantized or the float ones before it.")
     ] = None,
     transform: Annotated[
-        list[str] | None, typer.Option(help="Rewrites before quantizing: smooth, awq; repeatable.")
+        list[str] | None,
+        typer.Option(help="Rewrites before quantizing: smooth, awq, rotate, rotate-mlp; repeatable."),
+    ] = None,
+    outliers: Annotated[
+        float | None, typer.Option(help="Share of input columns kept in 16 bits, such as 0.01.")
     ] = None,
     tweak: Annotated[str | None, typer.Option(help="Norm tweaking: none, adam, closed, auto.")] = None,
     inputs: Annotated[
@@ -92,6 +96,9 @@ def quantize(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the model's own code.")
     ] = False,
+    device: Annotated[
+        str, typer.Option(help="Where blocks are calibrated, one at a time: cpu, cuda, ...")
+    ] = "cpu",
     shard_size: Annotated[int, typer.Option(help="Largest weight file in MB; bounds the memory.")] = 256,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted output.")] = False,
@@ -124,6 +131,7 @@ def quantize(
         "length": length,
         "chain": chain,
         "transforms": transform,
+        "outliers": outliers,
         "tweak": tweak,
         "distill": distill,
         "inputs": inputs,
@@ -144,8 +152,10 @@ def quantize(
         if made.calibration is not None:
             from fracbit.pipeline.calibrated import run_calibrated
 
-            result = run_calibrated(made, output, overwrite, resume, show)
+            result = run_calibrated(made, output, overwrite, resume, show, device=device)
         else:
+            if device != "cpu":
+                raise RecipeError("--device goes with --calibration: rounding without data runs on the CPU")
             from fracbit.pipeline.run import run
 
             result = run(made, output, overwrite, resume, shard_size << 20, show)
@@ -154,6 +164,10 @@ def quantize(
         print_json(asdict(result))
         return
     print_notes(result.notes)
+    if made.calibration is not None:
+        from fracbit.checkpoint.summary import loss_table
+
+        print_table(*loss_table(result.output), title="relative loss")
     weights = (
         "nothing quantized"
         if result.bits_per_weight is None
@@ -178,7 +192,7 @@ def merged_recipe(
     given = {name: value for name, value in scheme.items() if value is not None}
     if given:
         data["scheme"] = {**_part(data, "scheme", dict, path), **given}
-    plan = {name: value for name, value in (calibration or {}).items() if value}
+    plan = {name: value for name, value in (calibration or {}).items() if value not in (None, [])}
     if plan:
         data["calibration"] = {**_part(data, "calibration", dict, path), **plan}
     if keep:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fracbit.cli.show import print_json
 from fracbit.errors import OutputError
 
+if TYPE_CHECKING:
+    from fracbit.records.row import Row
+
 
 def report(
-    store: Annotated[str, typer.Argument(help="SQLite file, or postgresql://USER@HOST/NAME.")],
+    store: Annotated[
+        str,
+        typer.Argument(
+            help="SQLite file, postgresql://USER@HOST/NAME, or Parquet of a sweep's --export: a file or a folder of them."
+        ),
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="HTML file to write.")] = Path("report.html"),
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "Bits and loss",
     export: Annotated[Path | None, typer.Option(help="Also write the rows as Parquet.")] = None,
@@ -20,12 +28,9 @@ def report(
 ) -> None:
     """Write scaling curves, offsets, the Pareto front and all rows of STORE as one self-contained page."""
     from fracbit.report.page import write_page
-    from fracbit.sweep.store import export_parquet, open_store
+    from fracbit.sweep.parquet import export_parquet
 
-    if "://" not in store and not Path(store).is_file():
-        raise OutputError(f"no store {store}; `fracbit sweep GRID --store {store}` makes one")
-    with open_store(store) as opened:
-        rows = opened.rows()
+    rows = _rows(store)
     write_page(rows, output, title)
     if export is not None:
         export_parquet(rows, export)
@@ -41,3 +46,15 @@ def report(
         )
     else:
         print(f"{output}: {len(rows) - failed} rows" + (f", {failed} failed runs" if failed else ""))
+
+
+def _rows(store: str) -> list[Row]:
+    from fracbit.sweep.parquet import import_parquet
+    from fracbit.sweep.store import open_store
+
+    if "://" not in store and not Path(store).exists():
+        raise OutputError(f"no store {store}; `fracbit sweep GRID --store {store}` makes one")
+    if store.endswith(".parquet") or Path(store).is_dir():
+        return import_parquet(Path(store))
+    with open_store(store) as opened:
+        return opened.rows()

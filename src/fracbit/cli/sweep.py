@@ -18,13 +18,17 @@ if TYPE_CHECKING:
 
 
 def sweep(
-    grid: Annotated[Path, typer.Argument(help="Grid file (TOML); see docs/scaling.md.")],
+    grid: Annotated[Path, typer.Argument(help="Grid file (TOML); see docs/guide.md.")],
     store: Annotated[str, typer.Option(help="SQLite file, or postgresql://USER@HOST/NAME.")] = "sweep.db",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print runs, time and disk; measure nothing.")
     ] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try runs again that failed.")] = False,
     export: Annotated[Path | None, typer.Option(help="Also write all rows of the store as Parquet.")] = None,
+    imported: Annotated[
+        Path | None,
+        typer.Option("--import", help="First take over the rows of a Parquet file that --export wrote."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; without --ray.")] = "cpu",
     ray: Annotated[
         bool, typer.Option("--ray", help="Run on Ray, started here unless --address is given.")
@@ -48,8 +52,9 @@ def sweep(
 
         check_address(address)  # before anything slow is imported
     from fracbit.sweep.grid import expand, read_grid
+    from fracbit.sweep.parquet import export_parquet, import_parquet
     from fracbit.sweep.runner import check_complete, run_sweep
-    from fracbit.sweep.store import export_parquet, open_store, shown
+    from fracbit.sweep.store import open_store, shown
 
     read = read_grid(grid)
     expansion = expand(read)
@@ -59,6 +64,8 @@ def sweep(
         return
     engine = _engine(root, device, ray or address is not None, address, workers, cpus, gpus, memory, retries)
     with open_store(store) as opened:
+        if imported is not None:
+            opened.add(import_parquet(imported))
         outcome = run_sweep(opened, expansion.runs, engine, None if json else _show, retry_failed)
         if export is not None:
             export_parquet(opened.rows(), export)
@@ -111,7 +118,7 @@ def _show(row: Row, done: int, total: int) -> None:
 
 
 def _estimate(expansion: Expansion, store: str, root: Path, device: str) -> Estimate:
-    from fracbit.sweep.estimate import cheapest, estimate, parameters_of
+    from fracbit.sweep.estimate import cheapest, estimate, measured_alike, parameters_of
     from fracbit.sweep.store import open_store
 
     rows: list[Row] = []
@@ -120,7 +127,7 @@ def _estimate(expansion: Expansion, store: str, root: Path, device: str) -> Esti
             rows = opened.rows()
     parameters = {model: parameters_of(model, root) for model in expansion.models}
     probe = None
-    run = None if any(row.status == "done" for row in rows) else cheapest(expansion, parameters)
+    run = None if measured_alike(expansion, rows) else cheapest(expansion, parameters)
     if run is not None:
         from fracbit.sweep.schedule import source_of
         from fracbit.sweep.workbench import Workbench

@@ -13,7 +13,16 @@ from fracbit.evaluate.perplexity import Perplexity, default_window, perplexity
 from fracbit.evaluate.reference import FloatLogits, keep_logits, open_logits
 from fracbit.evaluate.speed import Speed, generation_speed
 from fracbit.evaluate.windows import Ids, Plan, Protocol, Window, plan_windows
-from fracbit.evaluate.zero_shot import PAPER_TASKS, TaskScore, ZeroShot, zero_shot
+from fracbit.evaluate.zero_shot import (
+    PAPER_TASKS,
+    Questions,
+    TaskScore,
+    ZeroShot,
+    ask,
+    prepare,
+    tasks_of,
+    zero_shot,
+)
 
 __all__ = [
     "PAPER_TASKS",
@@ -26,10 +35,12 @@ __all__ = [
     "Plan",
     "Progress",
     "Protocol",
+    "Questions",
     "Speed",
     "TaskScore",
     "Window",
     "ZeroShot",
+    "ask",
     "compare",
     "continuation_items",
     "default_window",
@@ -40,6 +51,8 @@ __all__ = [
     "open_logits",
     "perplexity",
     "plan_windows",
+    "prepare",
+    "tasks_of",
     "write_continuation",
     "write_lambada",
     "zero_shot",

@@ -30,7 +30,7 @@ _WORD = re.compile(r"\S+")
 
 @dataclass(frozen=True)
 class LocalTask:
-    """One question. choices: four, white space before them kept; answer: which of them is true."""
+    """A task of the user's. path: its YAML file."""
 
     name: str
     path: Path

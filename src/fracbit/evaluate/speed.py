@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,16 +22,29 @@ class Speed:
 
 @torch.inference_mode()
 def generation_speed(
-    model: PreTrainedModel, prompt: Tensor, new_tokens: int = 32, cache: Cache | None = None
+    model: PreTrainedModel,
+    prompt: Tensor,
+    new_tokens: int = 32,
+    cache: Cache | None = None,
+    step: Callable[[Tensor], Tensor] | None = None,
 ) -> Speed:
-    """Time one prompt [tokens] and `new_tokens` greedy steps, in `cache` if given; the first step is not counted."""
+    """Time one prompt [tokens] and `new_tokens` greedy steps, in `cache` if given; the first step is not counted.
+
+    `step` makes logits [1, vocabulary] of a token [1] in place of the model, in the same cache.
+    """
     started = time.perf_counter()
     state = model(prompt[None], past_key_values=cache, use_cache=True)
     prefill = len(prompt) / (time.perf_counter() - started)
-    steps = []
+    held = state.past_key_values
+
+    def by_model(token: Tensor) -> Tensor:
+        logits: Tensor = model(token[:, None], past_key_values=held, use_cache=True).logits[:, -1]
+        return logits
+
+    logits, advance, steps = state.logits[:, -1], step or by_model, []
     for _ in range(new_tokens):
-        following = state.logits[:, -1:].argmax(-1)
+        following = logits.argmax(-1)
         started = time.perf_counter()
-        state = model(following, past_key_values=state.past_key_values, use_cache=True)
+        logits = advance(following)
         steps.append(time.perf_counter() - started)
     return Speed(prefill, 1 / statistics.median(steps[1:] or steps))

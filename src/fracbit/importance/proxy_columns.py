@@ -13,19 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fracbit.errors import RecipeError
+from fracbit.numerics.packed import kept_count
 
 
 def unit_spread(weight: Tensor) -> Tensor:
     """Std of the weights of each output unit of a producing layer `[out, in]`: [out], fp32 (Eq. 2, population std)."""
     return weight.float().std(dim=1, correction=0)
-
-
-def kept_count(inputs: int, share: float) -> int:
-    """How many of `inputs` columns a share keeps: rounded, at least one, never all. Raises `RecipeError` outside (0, 1)."""
-    if not 0 < share < 1:
-        raise RecipeError(f"the share of 16-bit columns must lie between 0 and 1, got {share}")
-    return min(max(1, round(inputs * share)), inputs - 1)
 
 
 def largest_columns(scores: Tensor, share: float) -> Tensor:

@@ -1,5 +1,6 @@
 """Kernels: y = x W^T for packed weights. The torch reference is the definition; native CPU code and Triton stand beside it."""
 
+from fracbit.kernels.decoder import DecoderBlock, DecoderShape, NativeDecoder
 from fracbit.kernels.kernel import Activations, Kernel
 from fracbit.kernels.linear import PackedLinear
 from fracbit.kernels.op import linear_op, spec_of
@@ -8,7 +9,10 @@ from fracbit.kernels.table import KERNELS, choose, kernel_report
 __all__ = [
     "KERNELS",
     "Activations",
+    "DecoderBlock",
+    "DecoderShape",
     "Kernel",
+    "NativeDecoder",
     "PackedLinear",
     "choose",
     "kernel_report",

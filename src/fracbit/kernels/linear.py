@@ -30,7 +30,7 @@ class PackedLinear:
         self.packed = packed
         self.activations = activations
         self.kernel = choose(packed.scheme, packed.codes.device, packed.shape)
-        self._prepared: Any = self.kernel.prepare(packed, activations)
+        self.prepared: Any = self.kernel.prepare(packed, activations)
         self._run = self.kernel.run
         self._rows, self._columns = packed.shape
         self._device = packed.codes.device
@@ -46,4 +46,4 @@ class PackedLinear:
         flat = x.reshape(-1, self._columns)
         if flat.stride(1) != 1 or flat.stride(0) < self._columns:
             flat = flat.contiguous()
-        return self._run(self._prepared, flat).view(*x.shape[:-1], self._rows)
+        return self._run(self.prepared, flat).view(*x.shape[:-1], self._rows)

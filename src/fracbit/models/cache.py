@@ -23,6 +23,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from fracbit.errors import SchemeError
+from fracbit.models.store import StoreCache, store_bytes
 
 KV_BITS = (8, 4)
 CHANNEL, TOKEN = -2, -1  # the dimension of [batch, heads, groups, group, head size] that shares a range
@@ -189,6 +190,8 @@ class PackedCache(Cache):
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of keys and values that `cache` holds now."""
+    if isinstance(cache, StoreCache):
+        return store_bytes(cache)
     return sum(_layer_bytes(layer) for layer in cache.layers)
 
 

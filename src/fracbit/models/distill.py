@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fracbit.models.blocks import bias_of
+from fracbit.models.blocks import bias_of, weight_of
 from fracbit.models.install import replace
 from fracbit.models.soft import SoftLinear
 from fracbit.numerics.packed import PackedTensor
@@ -48,19 +48,20 @@ class Distilled:
     epochs: int
 
 
-def soften(model: PreTrainedModel, packed: Mapping[str, PackedTensor]) -> dict[str, SoftLinear]:
+def soften(
+    model: PreTrainedModel, packed: Mapping[str, PackedTensor], rewritten: bool = False
+) -> dict[str, SoftLinear]:
     """Swap the named linears of a float `model` for trainable stand-ins of their packed forms; everything else is frozen.
 
-    The float weight of each places the latent weights inside the cells of the codes that were chosen.
+    The float weight of each places the latent weights inside the cells of the codes that were chosen; where weights were
+    `rewritten` before they were quantized, that of the model says nothing, and latent weights start on the codes.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     soft: dict[str, SoftLinear] = {}
     for name, tensor in packed.items():
         module = model.get_submodule(name)
-        weight = module.get_parameter("weight").detach()
-        weight = weight if tuple(weight.shape) == tensor.shape else weight.T
-        soft[name] = SoftLinear(tensor, weight, bias_of(module))
+        soft[name] = SoftLinear(tensor, None if rewritten else weight_of(module), bias_of(module))
         replace(model, name, soft[name])
     return soft
 

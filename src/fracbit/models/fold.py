@@ -14,9 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from fracbit.errors import RecipeError
-from fracbit.models.blocks import bias_of, gain_of, linears, norms, pairs, shape_of, source_rows, weight_of
+from fracbit.models.blocks import (
+    bias_of,
+    blocks,
+    find,
+    gain_of,
+    linears,
+    norms,
+    pairs,
+    shape_of,
+    source_rows,
+    weight_of,
+)
 from fracbit.models.family import Family, Norm, Pair
 from fracbit.models.install import set_weight
+from fracbit.transforms.rotation import turn_inputs
+
+ROWS = 8192  # turned at a time: an embedding table in fp64 would be four times its size
 
 
 def storable(block: nn.Module, family: Family, norm: Norm, factors: Tensor, dtype: torch.dtype) -> Tensor:
@@ -55,8 +69,8 @@ def fold_pair(block: nn.Module, pair: Pair, factors: Tensor, config: Any) -> Non
 
     `factors` [in of the readers] must be equal where one row feeds several columns (`tie`).
     """
-    rows = source_rows(block, pair, config)
     source = block.get_submodule(pair.source)
+    rows = source_rows(block, pair, config).to(factors.device)
     by_row = torch.ones(shape_of(source)[0], device=factors.device)
     by_row[rows] = factors
     set_weight(source, weight_of(source).float() / by_row[:, None])
@@ -69,7 +83,7 @@ def fold_pair(block: nn.Module, pair: Pair, factors: Tensor, config: Any) -> Non
 
 def tie(block: nn.Module, pair: Pair, factors: Tensor, config: Any) -> Tensor:
     """`factors` [in] with one value, the geometric mean, for columns that one source row feeds (grouped queries)."""
-    rows = source_rows(block, pair, config)
+    rows = source_rows(block, pair, config).to(factors.device)
     total = torch.zeros(int(rows.max()) + 1, device=factors.device)
     logs = total.index_add(0, rows, factors.log())
     counts = total.index_add(0, rows, torch.ones_like(factors))
@@ -83,43 +97,65 @@ def scale_columns(block: nn.Module, names: Iterable[str], factors: Tensor) -> No
         set_weight(module, weight_of(module).float() * factors)
 
 
-def rotate_block(block: nn.Module, family: Family, matrix: Tensor) -> None:
-    """Turn a block's side of the residual stream by the orthogonal `matrix` [width, width], norms' gains folded away first.
+def rotate_block(block: nn.Module, family: Family, signs: Tensor) -> None:
+    """Turn a block's side of the residual stream by the rotation with these `signs` [width], norms' gains folded away first.
 
     Raises `RecipeError` for norms that do not commute with a rotation (LayerNorm, or one that writes the stream).
     """
-    check_rotatable(block, family)
+    _check_norms(block, family)
     reading: list[str] = []
     for norm in norms(block, family):
         if not norm.readers:
             continue
         gain = gain_of(block, norm.name)
         assert gain is not None
-        fold_norm(block, family, norm, gain.float() + family.gain_offset)
+        scale_columns(block, norm.readers, gain.float() + family.gain_offset)
+        with torch.no_grad():
+            gain.fill_(1.0 - family.gain_offset)  # a gain of 0 is folded like any other
         reading += norm.readers
     for name in reading:
         module = block.get_submodule(name)
-        set_weight(module, (weight_of(module).double() @ matrix).float())
+        set_weight(module, _turned(weight_of(module), signs))
     for name in linears(block, family):
-        if name not in reading and shape_of(block.get_submodule(name))[0] == len(matrix):
-            _turn_rows(block.get_submodule(name), matrix)
+        if name not in reading and shape_of(block.get_submodule(name))[0] == len(signs):
+            _turn_rows(block.get_submodule(name), signs)
 
 
-def rotate_rest(model: nn.Module, family: Family, matrix: Tensor) -> None:
-    """Turn the embeddings and the head, the final norm's gain folded into the head; the two must not be tied any more."""
+def rotate_rest(model: nn.Module, family: Family, signs: Tensor) -> None:
+    """Turn the embeddings and the head, the final norm's gain folded into the head.
+
+    The two must not be one tensor: the table is turned as it is, the head with the gain in it.
+    """
     for name in family.embeddings:
         table = model.get_submodule(name)
-        set_weight(table, (weight_of(table).double() @ matrix).float())
+        set_weight(table, _turned(weight_of(table), signs))
     head, norm = model.get_submodule(family.head), model.get_submodule(family.final_norm)
     gain = dict(norm.named_parameters())["weight"]
     with torch.no_grad():
-        set_weight(head, (weight_of(head).double() * (gain.double() + family.gain_offset) @ matrix).float())
+        set_weight(head, _turned(weight_of(head).double() * (gain.double() + family.gain_offset), signs))
         gain.fill_(1.0 - family.gain_offset)
 
 
-def check_rotatable(block: nn.Module, family: Family) -> None:
+def check_rotatable(model: nn.Module, family: Family) -> None:
     """Raise `RecipeError` unless every norm on the residual stream is an RMSNorm read by linears alone."""
-    for norm in norms(block, family):
+    final = find(model, family.final_norm) if family.final_norm else None
+    head = find(model, family.head)
+    if final is None or bias_of(final) is not None or isinstance(final, nn.LayerNorm) or head is None:
+        kind = "no final norm that is known" if final is None else f"a {type(final).__name__} before the head"
+        raise RecipeError(
+            f"{type(model).__name__} has {kind}: its residual stream cannot be rotated; leave rotate out"
+        )
+    for _, block in blocks(model, family):
+        _check_norms(block, family)
+
+
+def _check_norms(block: nn.Module, family: Family) -> None:
+    found = norms(block, family)
+    if not any(norm.readers for norm in found):
+        raise RecipeError(
+            f"nothing is known of the norms of {type(block).__name__}: its residual stream cannot be rotated; leave rotate out"
+        )
+    for norm in found:
         module = block.get_submodule(norm.name)
         inside_head = norm.name.rpartition(".")[2] in ("q_norm", "k_norm")
         if inside_head and not norm.readers:
@@ -136,16 +172,43 @@ def check_rotatable(block: nn.Module, family: Family) -> None:
             )
 
 
-def scaling_sites(block: nn.Module, family: Family, config: Any) -> list[tuple[tuple[str, ...], Norm | Pair]]:
-    """Where factors can be folded: (readers of one input, what produces it), in order of use."""
+def inner_readers(block: nn.Module, family: Family) -> tuple[str, ...]:
+    """The linears that read what the MLP makes inside: no norm's output and no values of the attention.
+
+    Raises `RecipeError` where the family does not say who reads the norms.
+    """
+    outer = {name for norm in norms(block, family) for name in norm.readers}
+    if not outer:
+        raise RecipeError(
+            f"nothing is known of the inputs of {type(block).__name__}: leave rotate-mlp out for this model"
+        )
+    values = {name for pair in family.pairs if pair.layout != "rows" for name in pair.readers}
+    return tuple(name for name in linears(block, family) if name not in outer | values)
+
+
+def scaling_sites(
+    block: nn.Module, family: Family, config: Any, turned: Iterable[str] = ()
+) -> list[tuple[tuple[str, ...], Norm | Pair]]:
+    """Where factors can be folded: (readers of one input, what produces it), in order of use.
+
+    Not through the rotation before the linears `turned`.
+    """
     folding = [norm for norm in norms(block, family) if norm.exclusive and norm.readers]
-    producers: list[Norm | Pair] = [*folding, *pairs(block, family, config)]
+    straight = [pair for pair in pairs(block, family, config) if not set(pair.readers) & set(turned)]
+    producers: list[Norm | Pair] = [*folding, *straight]
     return [(producer.readers, producer) for producer in producers]
 
 
-def _turn_rows(module: nn.Module, matrix: Tensor) -> None:
-    set_weight(module, (matrix.T @ weight_of(module).double()).float())
+def _turned(rows: Tensor, signs: Tensor) -> Tensor:
+    """`rows` [n, width] times the rotation with these signs, fp32."""
+    parts = [turn_inputs(part.double() * signs).float() for part in rows.split(ROWS)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _turn_rows(module: nn.Module, signs: Tensor) -> None:
+    """Turn what a linear writes."""
+    set_weight(module, _turned(weight_of(module).T, signs).T)
     bias = bias_of(module)
     if bias is not None:
         with torch.no_grad():
-            bias.copy_((matrix.T @ bias.double()).float())
+            bias.copy_(_turned(bias[None], signs)[0])

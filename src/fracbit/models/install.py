@@ -12,6 +12,7 @@ from torch import nn
 
 from fracbit.errors import SourceError, WeightError
 from fracbit.models.blocks import is_transposed, weight_of
+from fracbit.models.family import Family
 
 
 def set_weight(module: nn.Module, weight: torch.Tensor) -> None:
@@ -39,6 +40,14 @@ def replace(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
     return before
 
 
+def untie_head(model: nn.Module, family: Family) -> None:
+    """Give a head that is its embedding table a matrix of its own, equal to it."""
+    head = model.get_submodule(family.head)
+    table = model.get_submodule(family.embeddings[0])
+    if head.weight is table.weight:
+        head.weight = nn.Parameter(weight_of(table).clone(), requires_grad=False)
+
+
 def materialize(
     root: nn.Module,
     tensors: Mapping[str, torch.Tensor],
@@ -58,6 +67,7 @@ def materialize(
     for name, tensor in tensors.items():
         cast = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
         _assign(root, _sharing(state, tensors, name), cast)
+    _move_buffers(root, device)
     if not partial:
         left = [name for name, tensor in root.state_dict().items() if tensor.is_meta]
         if left:
@@ -72,8 +82,18 @@ def release(root: nn.Module) -> None:
     ties stay.
     """
     state = root.state_dict(keep_vars=True)
+    _move_buffers(root, "cpu")
     for name in state:
         _assign(root, _aliases(state, name), torch.empty_like(state[name], device="meta"))
+
+
+def _move_buffers(root: nn.Module, device: torch.device | str) -> None:
+    """Bring the buffers that no checkpoint holds (rotary frequencies, masks) to where the weights are."""
+    for module in root.modules():
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers.get(name)
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
 
 
 def _check(state: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fracbit.kernels import Activations, PackedLinear
 from fracbit.numerics.bits import unpack_bits
 from fracbit.numerics.blocks import spread_rows
-from fracbit.numerics.inputs import int8_product, is_int8, round_inputs
+from fracbit.numerics.inputs import int8_pays, int8_product, is_int8, round_inputs
 from fracbit.numerics.packed import (
     PackedTensor,
     dense_scales,
@@ -28,6 +28,7 @@ from fracbit.numerics.packed import (
 )
 from fracbit.records.inputs import Inputs
 from fracbit.records.scheme import Scheme
+from fracbit.transforms.rotation import turn_factors, turn_inputs
 
 
 class _PackedBuffers(nn.Module):
@@ -52,9 +53,13 @@ class _PackedBuffers(nn.Module):
 
     def multiply(self, x: Tensor) -> Tensor:
         """`x` [..., in] -> [..., out] through the kernel for this scheme and device, prepared at the first call."""
+        return self.ready()(x)
+
+    def ready(self) -> PackedLinear:
+        """The packed weight with its kernel, prepared once."""
         if self._ready is None:
             self._ready = PackedLinear(self.packed, self.activations)
-        return self._ready(x)
+        return self._ready
 
     def choose(self, activations: Activations) -> None:
         """Multiply by exact activations (`"float"`) or by ones rounded to 8 bits (`"int8"`, faster on CPUs)."""
@@ -102,24 +107,31 @@ class QuantLinear(_PackedBuffers):
         outliers: int = 0,
         sixteen: torch.dtype = torch.bfloat16,
         inputs: Inputs | None = None,
+        rotated: bool = False,
     ) -> None:
         super().__init__(scheme, shape, outliers, sixteen)
-        self.inputs = inputs
+        self.inputs, self.rotated = inputs, rotated
+        self._turn: tuple[Tensor, ...] | None = None
         self.in_features, self.out_features = shape[1], shape[0]
         self.bias = nn.Parameter(torch.empty(shape[0]), requires_grad=False) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply `x` [..., in], rounded as `inputs` says, by the packed weight."""
+        """Multiply `x` [..., in], rotated and rounded as the checkpoint says, by the packed weight."""
+        x = self._turned(x) if self.rotated else x
         y = self.multiply(x) if self.inputs is None else self._multiply_rounded(x, self.inputs)
         return y if self.bias is None else y + self.bias
 
+    def _turned(self, x: Tensor) -> Tensor:
+        """`x` times the Hadamard matrix whose inverse is in the weight."""
+        if self._turn is None or any(factor.device != x.device for factor in self._turn):
+            self._turn = turn_factors(self.in_features, x.device)
+        return turn_inputs(x, self._turn)
+
     def _multiply_rounded(self, x: Tensor, inputs: Inputs) -> Tensor:
         packed = self.packed
-        return (
-            int8_product(x, packed, inputs)
-            if is_int8(packed, inputs)
-            else self.multiply(round_inputs(x, inputs))
-        )
+        if is_int8(packed, inputs) and int8_pays(packed, x.numel() // x.shape[-1]):
+            return int8_product(x, packed, inputs)
+        return self.multiply(round_inputs(x, inputs))
 
 
 class QuantEmbedding(_PackedBuffers):
@@ -150,9 +162,14 @@ class TiedHead(nn.Module):
         super().__init__()
         self._shared = (embedding,)  # a tuple hides it from the module tree: the bytes are saved once
 
+    @property
+    def embedding(self) -> QuantEmbedding:
+        """Whose bytes are multiplied."""
+        return self._shared[0]
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits [..., vocabulary] of hidden states `x` [..., width]."""
-        return self._shared[0].multiply(x)
+        return self.embedding.multiply(x)
 
 
 def buffer_name(part: str) -> str:

@@ -52,7 +52,7 @@ class DataType:
             top = self.levels - 1
             return torch.add(x, 1.0).div_(self.step).round_().clamp_(0, top).to(torch.uint8)
         if self.boundaries.shape[0] == 1:
-            return torch.bucketize(x, self.boundaries[0], out_int32=True).to(torch.uint8)
+            return torch.bucketize(x.contiguous(), self.boundaries[0], out_int32=True).to(torch.uint8)
         return torch.searchsorted(self.boundaries, x.contiguous(), out_int32=True).to(torch.uint8)
 
     def rows(self, first: int, last: int) -> DataType:

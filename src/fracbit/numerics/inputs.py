@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fracbit.errors import SchemeError
+from fracbit.numerics.bits import unpack_bits
 from fracbit.numerics.datatypes import DataType, fixed_type
 from fracbit.numerics.packed import PackedTensor
 from fracbit.records.inputs import Inputs
@@ -36,30 +37,71 @@ def input_scale(inputs: Inputs, x: Tensor) -> Tensor:
 
 def round_inputs(x: Tensor, inputs: Inputs) -> Tensor:
     """`x` [..., in] rounded, in the type of `x`; what lies beyond a static scale is clipped."""
-    table = input_type(inputs).to(x.device)
+    codes, scale = input_codes(x, inputs)
+    values = input_type(inputs).to(x.device).look_up(codes.reshape(1, -1))
+    return (values.view(x.shape) * scale).to(x.dtype)
+
+
+def input_codes(x: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Codes uint8 of `x` [..., in] in `input_type(inputs)`, and the scales, fp32, that their values are multiplied by."""
     values = x.float()
     scale = input_scale(inputs, values)
     unit = (values * torch.where(scale > 0, 1 / scale, 0.0)).clamp(-1, 1)
-    codes = table.nearest(unit.reshape(1, -1))
-    return (table.look_up(codes).view(values.shape) * scale).to(x.dtype)
+    return input_type(inputs).to(x.device).nearest(unit.reshape(1, -1)).view(x.shape), scale
+
+
+def round_through(x: Tensor, inputs: Inputs) -> Tensor:
+    """`round_inputs`, through which gradients pass as if it were not there (straight-through, arXiv:1308.3432)."""
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return round_inputs(x, inputs)
+    return x + (round_inputs(x.detach(), inputs) - x.detach())
 
 
 def is_int8(packed: PackedTensor, inputs: Inputs) -> bool:
-    """Whether the product can be taken in integers: symmetric 8-bit integers, a scale per output row, int8 activations."""
+    """Whether the product can be taken in integers: symmetric integers with a scale per output row, int8 activations."""
     scheme = packed.scheme
-    plain = scheme.dtype == "int" and scheme.bits == 8 and scheme.offset == "none" and scheme.axis == "in"
+    plain = scheme.dtype == "int" and scheme.bits >= 2 and scheme.offset == "none" and scheme.axis == "in"
     alone = scheme.block == "row" and isinstance(scheme.scale, str) and packed.columns is None
     return plain and alone and inputs.dtype == "int" and inputs.bits == 8
 
 
+def int8_pays(packed: PackedTensor, rows: int) -> bool:
+    """Whether so many rows are worth it: for few the packed product reads less, and narrow codes have to be unpacked first."""
+    return rows >= (8 if packed.scheme.bits == 8 else 64)
+
+
 def int8_product(x: Tensor, packed: PackedTensor, inputs: Inputs) -> Tensor:
     """`round_inputs(x) W^T` with `W` [out, in] as in `is_int8`, multiplied in int8 and summed exactly in int32."""
-    values = x.float().reshape(-1, x.shape[-1])
-    scale = input_scale(inputs, values)
-    inverse = torch.where(scale > 0, TOP / scale, 0.0)
-    left = (values * inverse).round_().clamp_(-TOP, TOP).to(torch.int8)
-    right = (packed.codes.view(packed.shape).to(torch.int16) - TOP).to(torch.int8)
+    codes, scale = input_codes(x.reshape(-1, x.shape[-1]), inputs)
+    right, top = int8_weight(packed)
     assert isinstance(packed.scales, Tensor)
-    sums = torch._int_mm(left, right.T)
-    result = sums.float() * (scale / TOP) * (packed.scales.float().T / TOP)
+    result = (
+        int_matmul((codes - TOP).view(torch.int8), right.T).float()
+        * (scale / TOP)
+        * (packed.scales.float().T / top)
+    )
     return result.to(x.dtype).view(*x.shape[:-1], packed.shape[0])
+
+
+def int8_weight(packed: PackedTensor) -> tuple[Tensor, int]:
+    """The codes of a weight as in `is_int8`, as int8 [out, in] about zero, and the largest of them."""
+    bits, top = packed.scheme.bits, 2 ** (packed.scheme.bits - 1) - 1
+    codes = packed.codes.view(packed.shape) if bits == 8 else unpack_bits(packed.codes, bits, packed.shape[1])
+    return (codes - top).view(torch.int8), top  # uint8 wraps around: what is below zero is so as int8
+
+
+def int_matmul(left: Tensor, right: Tensor) -> Tensor:
+    """`left` [m, k] times `right` [k, n], int8, exact in int32; padded to what torch takes on the device."""
+    rows, columns = len(left), right.shape[1]
+    if left.device.type == "cpu":
+        return torch._int_mm(left, right)
+    return torch._int_mm(*padded(left, right))[:rows, :columns]
+
+
+def padded(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Zeros around two int8 matrices until CUDA multiplies them: more than 16 rows, other sides divisible by 8."""
+    rows, inner, columns = len(left), left.shape[1], right.shape[1]
+    pad = torch.nn.functional.pad
+    wide = pad(left, (0, -inner % 8, 0, max(0, 17 - rows)))
+    tall = pad(right.T, (0, -inner % 8, 0, -columns % 8)).T  # column-major, as it is read
+    return wide, tall

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fracbit.errors import FormatError
+from fracbit.errors import FormatError, RecipeError
 from fracbit.numerics.bits import row_bytes, unpack_bits
 from fracbit.numerics.blocks import scales_shape, spread
 from fracbit.numerics.datatypes import DataType, fixed_type, is_fitted, nearest_type
@@ -206,3 +206,10 @@ def kept_columns(columns: Tensor, count: int) -> Tensor:
     mask = torch.ones(count, dtype=torch.bool, device=columns.device)
     mask[columns.long()] = False
     return mask.nonzero().squeeze(1)
+
+
+def kept_count(inputs: int, share: float) -> int:
+    """How many of `inputs` columns a share keeps: rounded, at least one, never all. Raises `RecipeError` outside (0, 1)."""
+    if not 0 < share < 1:
+        raise RecipeError(f"the share of 16-bit columns must lie between 0 and 1, got {share}")
+    return min(max(1, round(inputs * share)), inputs - 1)

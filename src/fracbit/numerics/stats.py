@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fracbit.errors import WeightError
+from fracbit.numerics.linalg import add_gram
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +33,7 @@ def observe(stats: Stats, x: Tensor) -> Stats:
     energy = x.square().sum(0)
     if not bool(torch.isfinite(energy).all()):
         raise WeightError(f"{int((~torch.isfinite(x)).any(1).sum())} of {len(x)} input rows hold NaN or Inf")
-    gram = None if stats.gram is None else torch.addmm(stats.gram, x.T, x)
+    gram = None if stats.gram is None else add_gram(stats.gram, x)
     absmax = torch.maximum(stats.absmax, x.abs().amax(0)) if len(x) else stats.absmax
     return Stats(stats.tokens + len(x), gram, absmax, stats.energy + energy)
 

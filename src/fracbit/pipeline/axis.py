@@ -23,7 +23,7 @@ from fracbit.models.walk import Hidden, record, replay
 from fracbit.numerics.linalg import gram_errors
 from fracbit.numerics.packed import decode
 from fracbit.numerics.stats import Stats
-from fracbit.quantizers import Quantizer, RoundToNearest
+from fracbit.quantizers import Quantizer, nearest_of
 from fracbit.quantizers.adadim import predicted_axis
 from fracbit.records.calibration import AxisChoice
 from fracbit.records.scheme import Axis, Scheme
@@ -48,7 +48,7 @@ def choose_axes(
     if how == "predicted":
         weights = {name: weight_of(block.get_submodule(name)) for name in group}
         return {n: replace(s, axis=predicted_axis(weights[n], stats.energy)) for n, s in chosen.items()}
-    method = RoundToNearest(search=getattr(fill, "search", False)) if how == "nearest" else fill
+    method = nearest_of(fill, getattr(fill, "search", False)) if how == "nearest" else fill
     calls: dict[tuple[str, ...], list[Call]] = {}
     for name in group:
         unit = unit_of(family, name)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from fracbit.checkpoint.load import load, open_checkpoint
 from fracbit.errors import DataError
@@ -24,7 +25,8 @@ from fracbit.evaluate import generation_speed
 from fracbit.kernels import Activations
 from fracbit.models.cache import cache_bytes
 from fracbit.models.quant_linear import QuantEmbedding, TiedHead
-from fracbit.pipeline.serve import choose_activations, new_cache
+from fracbit.models.store import StoreCache
+from fracbit.pipeline.serve import Step, choose_activations, new_cache, step_of
 
 READS = 7
 LARGEST_READ = 1 << 30  # more bytes than any cache holds; a larger buffer reads no slower
@@ -58,6 +60,7 @@ class Measured:
     resident_bytes: int | None
     file_bytes: int
     threads: int
+    step: str
 
     def to_json(self) -> dict[str, Any]:
         """The object that `--json` prints."""
@@ -80,8 +83,9 @@ def measure(
     ids = torch.randint(
         0, loaded.config.get_text_config().vocab_size, (load_.prompt_tokens,), generator=_seeded()
     )
-    cache = new_cache(loaded, load_.kv_bits)
-    speed = generation_speed(loaded, ids.to(device), load_.new_tokens, cache)
+    step = step_of(loaded, load_.kv_bits)
+    cache = new_cache(loaded, load_.kv_bits, step, load_.prompt_tokens + load_.new_tokens)
+    speed = generation_speed(loaded, ids.to(device), load_.new_tokens, cache, _advance(step, cache))
     gc.collect()
     after, kept = resident(), cache_bytes(cache)
     weights = bytes_read(loaded)
@@ -98,7 +102,15 @@ def measure(
         resident_bytes=None if before is None or after is None else after - before,
         file_bytes=open_checkpoint(model, trust).bytes,
         threads=torch.get_num_threads(),
+        step=step.name,
     )
+
+
+def _advance(step: Step, cache: Cache) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    if step.decoder is None or not isinstance(cache, StoreCache):
+        return None
+    decoder, pads = step.decoder, torch.zeros(1, dtype=torch.long)
+    return lambda token: decoder.advance(token, pads, cache)
 
 
 def bytes_read(model: PreTrainedModel) -> int:

@@ -5,8 +5,8 @@ A block leaves here exactly as it will be read back, so that a run that is resum
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,15 +25,16 @@ from fracbit.models.family import Family
 from fracbit.models.install import materialize, release, set_weight
 from fracbit.models.tweak import Evidence, tweak_block
 from fracbit.models.walk import Hidden, advance
-from fracbit.numerics.inputs import round_inputs
+from fracbit.numerics.inputs import round_through
 from fracbit.numerics.packed import decode
 from fracbit.numerics.stats import Stats
 from fracbit.pipeline.axis import choose_axes
 from fracbit.pipeline.observe import borrow, observe_all, observe_some
 from fracbit.pipeline.rewrite import rewrite_block
+from fracbit.pipeline.rotate import fed_through, turn_block, turned_inputs
 from fracbit.pipeline.run import Progress, check_finite
 from fracbit.pipeline.schedule import Item
-from fracbit.quantizers import Quantizer, RoundToNearest
+from fracbit.quantizers import Quantizer, nearest_of
 from fracbit.quantizers.group import quantize_group
 from fracbit.quantizers.quantizer import Quantized
 from fracbit.records.calibration import Calibration
@@ -46,7 +47,11 @@ HELD_OUT = 8  # one batch in so many judges the corrections, which do not see it
 
 @dataclass(frozen=True)
 class Work:
-    """What every block of a run needs: the same for all of them, and nothing that changes."""
+    """What every block of a run needs: the same for all of them, and nothing that changes.
+
+    `dtype` is that of the forward passes, `stored` the source's own; `stream` has the signs of the residual stream's
+    rotation, or is None, and `untied` says that the rotation made two matrices of one table.
+    """
 
     recipe: Recipe
     plan: Calibration
@@ -56,51 +61,58 @@ class Work:
     fill: Quantizer
     dtype: torch.dtype
     stored: torch.dtype
+    device: torch.device
+    stream: Tensor | None
+    untied: bool
     show: Progress
 
 
-def load_block(work: Work, items: Sequence[Item], path: str, block: nn.Module) -> dict[str, Any]:
-    """Bring the float block into memory; returns the record to fill, with the hashes of what was read."""
+def load_block(
+    work: Work, items: Sequence[Item], path: str, block: nn.Module
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Bring the float block to the device, rotated where the recipe asks for it.
+
+    Returns the record to fill, with the hashes of what was read, and the linears whose inputs are rotated at run time.
+    """
     record: dict[str, Any] = {"hashes": {}, "layers": {}}
     tensors = {item.name.removeprefix(f"{path}."): read_item(item, work.source, record) for item in items}
-    materialize(block, tensors, work.dtype)
-    return record
+    materialize(block, tensors, work.dtype, work.device)
+    quantized = [item.layer.name.removeprefix(f"{path}.") for item in items if item.layer and item.stored]
+    return record, turn_block(block, work.family, work.stream, work.plan.transforms, quantized)
 
 
 def do_block(
     work: Work, target: Output, shard: str, items: Sequence[Item], path: str, block: nn.Module, hidden: Hidden
 ) -> Hidden:
     """Observe, quantize, install, correct, advance, write."""
-    record = load_block(work, items, path, block)
+    record, turned = load_block(work, items, path, block)
     stored = {i.layer.name.removeprefix(f"{path}."): i.stored for i in items if i.layer and i.stored}
     schemes = {name: layer.scheme for name, layer in stored.items()}
-    made, floats, rounding = quantize_block(work, path, block, hidden, schemes, record)
-    for name, found in made.items():
-        record["layers"][f"{path}.{name}"] = facts_of(found, stored[name].kind, rounding.get(name))
-    tensors = shard_tensors(
-        work, items, path, block, {f"{path}.{name}": found for name, found in made.items()}
-    )
-    for item in items:
-        if item.name.removeprefix(f"{path}.").removesuffix(".weight") not in made:
-            set_tensor(
-                block, item.name.removeprefix(f"{path}."), tensors[item.name]
-            )  # as it will be read back
-    target.write_shard(shard, tensors, record)
-    if work.plan.chain == "float":
-        assert floats is not None
-        release(block)
-        return floats
-    with rounded_inputs(block, rounding):
-        hidden = advance(block, hidden, hidden.states)
-    release(block)
-    return hidden
+    with turned_inputs(block, turned):
+        made, floats, rounding = quantize_block(work, path, block, hidden, schemes, record, turned)
+        for name, found in made.items():
+            facts = facts_of(found, stored[name].kind, rounding.get(name), name in turned)
+            record["layers"][f"{path}.{name}"] = facts
+        tensors = shard_tensors(
+            work, items, path, block, {f"{path}.{name}": found for name, found in made.items()}
+        )
+        for item in items:
+            inside = item.name.removeprefix(f"{path}.")
+            if inside.removesuffix(".weight") not in made:
+                set_tensor(block, inside, tensors[item.name])  # as it will be read back
+        target.write_shard(shard, tensors, record)
+        if work.plan.chain == "float":
+            assert floats is not None
+            release(block)
+            return floats
+        return leave_block(work, block, hidden, rounding)
 
 
 def redo_block(
     work: Work, target: Output, shard: str, items: Sequence[Item], path: str, block: nn.Module, hidden: Hidden
 ) -> Hidden:
     """Walk through a block that an earlier run finished: float, or as it was stored."""
-    load_block(work, items, path, block)
+    _, turned = load_block(work, items, path, block)
     rounding: dict[str, Inputs] = {}
     if work.plan.chain == "quantized":
         record, tensors = target.record(shard), load_file(target.folder / shard)
@@ -116,8 +128,15 @@ def redo_block(
             name = inside.removesuffix(".weight")
             set_weight(block.get_submodule(name), decode(packed))
             rounding |= {} if stored.inputs is None else {name: stored.inputs}
-    with rounded_inputs(block, rounding):
-        hidden = advance(block, hidden, hidden.states)
+    with turned_inputs(block, turned):
+        return leave_block(work, block, hidden, rounding)
+
+
+def leave_block(work: Work, block: nn.Module, hidden: Hidden, rounding: Mapping[str, Inputs]) -> Hidden:
+    """Advance to the next block, where there is one, and free this one."""
+    if hidden.index + 1 < len(blocks(work.model, work.family)):
+        with rounded_inputs(block, rounding):
+            hidden = advance(block, hidden, hidden.states)
     release(block)
     return hidden
 
@@ -129,8 +148,9 @@ def quantize_block(
     hidden: Hidden,
     schemes: Mapping[str, Scheme],
     record: dict[str, Any],
+    turned: Sequence[str] = (),
 ) -> tuple[dict[str, Quantized], Hidden | None, dict[str, Inputs]]:
-    """Quantize, install and tweak a block.
+    """Quantize, install and tweak a block whose linears `turned` see rotated inputs.
 
     Returns what was made, the float block's states where they are needed, and how inputs are rounded.
     """
@@ -143,7 +163,9 @@ def quantize_block(
         or bool(work.plan.transforms)
     )
     stats, floats = observe_block(work, path, block, hidden, order, gram)
-    rewrite_block(work.plan.transforms, block, work.family, work.model.config, schemes, stats, work.stored)
+    rewrite_block(
+        work.plan.transforms, block, work.family, work.model.config, schemes, stats, work.stored, turned
+    )
     rounding = roundings(work.plan.inputs, order, stats)
     weights = {name: weight_of(block.get_submodule(name)).clone() for group in order for name in group}
     made: dict[str, Quantized] = {}
@@ -157,6 +179,7 @@ def quantize_block(
         for name, found in quantize_names(work.fill, path, block, group, chosen, own[group[0]]).items():
             note = (notes[group[0]],) if group[0] in notes else ()
             made[name] = replace(found, notes=(*found.notes, *note))
+            work.show(f"{path}.{name} {found.loss:.2e}", len(made), len(schemes))
             if work.plan.sequential:
                 set_weight(block.get_submodule(name), decode(found.packed))
     for name, found in made.items():
@@ -188,18 +211,11 @@ def roundings(
     return {name: replace(inputs, scale=scale) for name, scale in scales.items()}
 
 
-@contextmanager
-def rounded_inputs(block: nn.Module, rounding: Mapping[str, Inputs]) -> Iterator[None]:
-    """Round what the named linears are fed while the context is open; no hook stays behind."""
-
-    def before(inputs: Inputs, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (round_inputs(args[0], inputs), *args[1:])
-
-    with ExitStack() as handles:
-        for name, inputs in rounding.items():
-            handle = block.get_submodule(name).register_forward_pre_hook(partial(before, inputs))
-            handles.callback(handle.remove)
-        yield
+def rounded_inputs(block: nn.Module, rounding: Mapping[str, Inputs]) -> AbstractContextManager[None]:
+    """A context in which the named linears are fed rounded inputs."""
+    return fed_through(
+        block, {name: partial(round_through, inputs=inputs) for name, inputs in rounding.items()}
+    )
 
 
 def observe_block(
@@ -221,7 +237,7 @@ def quantize_names(
 ) -> dict[str, Quantized]:
     """The linears of one group, quantized. Raises `WeightError` naming the group."""
     weights = [weight_of(block.get_submodule(name)) for name in group]
-    method = RoundToNearest(search=True) if stats is None else fill
+    method = nearest_of(fill, search=True) if stats is None else fill
     try:
         found = quantize_group(method, weights, [schemes[name] for name in group], stats)
     except WeightError as error:
@@ -236,7 +252,7 @@ def shard_tensors(
     tensors: dict[str, Tensor] = {}
     for item in items:
         if item.layer is not None and item.layer.name in made:
-            tensors |= tensor_names(item.layer.name, made[item.layer.name].packed)
+            tensors |= tensor_names(item.layer.name, made[item.layer.name].packed.to("cpu"))
         else:
             tensors[item.name] = stored_float(item, work, block, item.name.removeprefix(f"{path}."))
     return tensors
@@ -245,17 +261,21 @@ def shard_tensors(
 def stored_float(item: Item, work: Work, block: nn.Module, inside: str) -> Tensor:
     """A float tensor to write: the source's own bytes, unless a correction changed it."""
     original = item.origin.read(read_tensor(work.source, item.origin.name))
-    held: Tensor = block.state_dict()[inside]
+    held: Tensor = block.state_dict()[inside].cpu()
     if torch.equal(held, original.to(held.dtype)):
         return original
     return held.to(original.dtype)
 
 
-def facts_of(found: Quantized, kind: Any, inputs: Inputs | None = None) -> dict[str, Any]:
+def facts_of(
+    found: Quantized, kind: Any, inputs: Inputs | None = None, rotated: bool = False
+) -> dict[str, Any]:
     """What the record of a shard says of a layer."""
     stored: StoredLayer = stored_layer(found.packed, kind)
     facts = {"loss": found.loss, "bits_per_weight": stored.bits_per_weight, "notes": list(found.notes)}
     facts |= {"scheme": stored.scheme.to_json(), "outliers": stored.outliers}
+    facts |= {"outlier_dtype": stored.outlier_dtype} if stored.outliers else {}
+    facts |= {"rotated": True} if rotated else {}
     return facts if inputs is None else facts | {"inputs": inputs.to_json()}
 
 
@@ -289,5 +309,12 @@ def item_as_stored(item: Item, layers: Mapping[str, Any]) -> Item:
         return item
     scheme, inputs = Scheme.from_json(facts["scheme"]), facts.get("inputs")
     rounding = None if inputs is None else Inputs.from_json(inputs)
-    stored = replace(item.stored, scheme=scheme, outliers=facts.get("outliers", 0), inputs=rounding)
+    stored = replace(
+        item.stored,
+        scheme=scheme,
+        outliers=facts.get("outliers", 0),
+        outlier_dtype=facts.get("outlier_dtype", "bf16"),
+        inputs=rounding,
+        rotated=facts.get("rotated", False),
+    )
     return replace(item, stored=stored, bytes=stored.bytes)

@@ -18,7 +18,7 @@ from fracbit.pipeline.plan import (
 )
 from fracbit.pipeline.preset import preset
 from fracbit.pipeline.subject import Progress, load_subject
-from fracbit.pipeline.texts import samples_of
+from fracbit.pipeline.texts import overlap_of, samples_of
 from fracbit.records.allocation import read_levels
 from fracbit.records.recipe import Recipe
 from fracbit.records.scores import Losses, Scores, load_scores
@@ -96,4 +96,6 @@ def budgeted(
     measured = contest(
         subject, problem.units, plan.chosen.allocation, unseen, problem.levels, problem.budget.bits
     )
-    return allocated(recipe, measured.winner), (*notes, *measured.winner.notes)
+    texts = () if recipe.calibration is None else recipe.calibration.texts
+    shared = overlap_of(spending.held_out, texts, recipe.model, subject) if texts else ()
+    return allocated(recipe, measured.winner), (*notes, *measured.winner.notes, *shared)

@@ -18,10 +18,12 @@ from fracbit.checkpoint.card import Facts, model_card
 from fracbit.checkpoint.format import StoredLayer, quantization_config
 from fracbit.checkpoint.output import MANIFEST, Output, copy_file, write_json, write_text
 from fracbit.checkpoint.source import INDEX, PICKLES, Source, combined_hash
+from fracbit.models.experts import SplitExperts
 from fracbit.pipeline.schedule import Schedule
 from fracbit.records.recipe import Recipe, key
 from fracbit.records.version import __version__
 
+NOTES = 24  # lines on single layers that a result shows
 NOT_COPIED = (
     "*.safetensors",
     INDEX,
@@ -43,12 +45,17 @@ def finish(
     schedule: Schedule,
     model: PreTrainedModel,
     texts: Sequence[Mapping[str, object]] = (),
+    changed: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write everything but the shards; returns the totals that `Result` shows."""
+    """Write everything but the shards; returns the totals that `Result` shows.
+
+    `changed`: keys of config.json that the run set.
+    """
     records = {shard: target.record(shard) or {} for shard in schedule.shards}
     made = {name: facts for record in records.values() for name, facts in record["layers"].items()}
     layers = stored_layers(schedule)
     totals = _totals(target, source, schedule, layers)
+    totals["notes"] = (*totals["notes"], *layer_notes(made))
     if len(schedule.shards) > 1:
         write_json(target.folder / INDEX, _index(target, schedule))
     copy_rest(source, target)
@@ -63,10 +70,28 @@ def finish(
         _card_name(source), type(model).__name__, totals, layers, {n: f["loss"] for n, f in made.items()}
     )
     write_text(target.folder / "README.md", model_card(facts))
-    target.finish(
-        {**source.config, "quantization_config": quantization_config(layers)} if layers else source.config
-    )
+    config = {**source.config, **(changed or {})}
+    # Experts are stored one by one, which transformers itself does not read, even where none is quantized.
+    ours = bool(layers) or any(isinstance(module, SplitExperts) for module in model.modules())
+    target.finish({**config, "quantization_config": quantization_config(layers)} if ours else config)
     return totals
+
+
+def layer_notes(made: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    """What single layers have to say, one line for all that say the same; the manifest has every one beside its layer."""
+    named: dict[str, list[str]] = {}
+    for layer, facts in made.items():
+        for note in facts.get("notes", ()):
+            named.setdefault(note, []).append(layer)
+    lines = [f"{note} ({some_of(layers)})" for note, layers in named.items()]
+    rest = [f"{len(lines) - NOTES} more notes on layers: see {MANIFEST}"] if len(lines) > NOTES else []
+    return (*lines[:NOTES], *rest)
+
+
+def some_of(names: Sequence[str], limit: int = 4) -> str:
+    """The first names of many, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def _card_name(source: Source) -> str:

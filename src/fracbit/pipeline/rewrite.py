@@ -19,7 +19,7 @@ from fracbit.models.family import Family, Norm
 from fracbit.models.fold import fold_norm, fold_pair, scaling_sites, storable, tie
 from fracbit.numerics.stats import Stats, merge
 from fracbit.records.scheme import Scheme
-from fracbit.transforms import factors_of
+from fracbit.transforms import TRANSFORMS, factors_of
 
 
 def rewrite_block(
@@ -30,14 +30,16 @@ def rewrite_block(
     schemes: Mapping[str, Scheme],
     stats: dict[str, Stats],
     stored: torch.dtype,
+    turned: Sequence[str] = (),
 ) -> None:
-    """Fold the transforms `names` into `block`, in place; `stats`, by the first linear of each group, follows.
+    """Fold the factors of the transforms `names` into `block`, in place; `stats`, by the first linear of each group, follows.
 
-    `stored` is the type in which norms are saved: factors are chosen so that it holds the gains that are left.
+    `stored` is the type in which norms are saved: factors are chosen so that it holds the gains that are left. The inputs of
+    the linears `turned` are rotated at run time: nothing can be folded through that.
     """
-    for name in names:
+    for name in (name for name in names if name in TRANSFORMS):
         factors_for = factors_of(name)
-        for readers, producer in scaling_sites(block, family, config):
+        for readers, producer in scaling_sites(block, family, config, turned):
             known = [reader for reader in readers if reader in stats]
             quantized = [reader for reader in readers if reader in schemes]
             if not known or not quantized:

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from fracbit.checkpoint.format import StoredLayer
 from fracbit.checkpoint.source import Source, read_tensor
 from fracbit.errors import RecipeError, SourceError, near_matches
+from fracbit.models.family import Family
 from fracbit.models.find import family_of
-from fracbit.models.skeleton import Layer, Origin, origins, quantizable
+from fracbit.models.skeleton import Layer, Origin, Origins, origins, quantizable
 from fracbit.numerics.datatypes import check_datatype
 from fracbit.records.recipe import Recipe, key
 from fracbit.records.scheme import Scheme
@@ -67,15 +68,21 @@ class Schedule:
 
 
 def make_schedule(
-    recipe: Recipe, source: Source, model: PreTrainedModel, shard_bytes: int = SHARD_BYTES
+    recipe: Recipe,
+    source: Source,
+    model: PreTrainedModel,
+    shard_bytes: int = SHARD_BYTES,
+    untied: bool = False,
 ) -> Schedule:
-    """Schedule `recipe` over the tensors of `source`; `model` is its skeleton.
+    """Schedule `recipe` over the tensors of `source`; `model` is its skeleton, `untied` when the source ties head and table.
 
     Raises `SourceError` when tensors are missing, `RecipeError` when an override matches nothing.
     """
     layers = quantizable(model, include_head=True, include_embeddings=True)
     decisions, notes = decide(recipe, layers)
+    family = family_of(model)
     places = origins(model, source.tensors)
+    places = with_both(places, family) if untied else places
     _check_causal(source, model, bool(places.missing))
     if places.missing:
         raise SourceError(
@@ -86,7 +93,6 @@ def make_schedule(
     ]
     items += [Item(name, Origin(name), source.tensors[name].bytes, unused=True) for name in places.unused]
     items = _without_tied(items, source, model)
-    family = family_of(model)
     notes = (*notes, *([family.note] if family.note else []))
     if places.unused:
         notes = (
@@ -94,6 +100,16 @@ def make_schedule(
             f"{len(places.unused)} tensors belong to no module and were copied: {places.unused[0]}, ...",
         )
     return Schedule(_key(recipe, source, shard_bytes), _shards(items, shard_bytes), decisions, notes)
+
+
+def with_both(places: Origins, family: Family) -> Origins:
+    """The places of a model whose head is untied: where the source holds one tensor for head and table, both read it."""
+    head, table = f"{family.head}.weight", f"{family.embeddings[0]}.weight"
+    found = dict(places.tensors)
+    for name, other in ((head, table), (table, head)):
+        if name not in found and other in found:
+            found[name] = found[other]
+    return Origins(found, places.unused, tuple(name for name in places.missing if name not in found))
 
 
 def _check_causal(source: Source, model: PreTrainedModel, incomplete: bool) -> None:

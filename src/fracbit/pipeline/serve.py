@@ -1,7 +1,8 @@
 """Serving: prompts in, text out as it is made, and how fast it was. `fracbit generate` and `fracbit chat` print it.
 
 transformers' `generate` runs the model; a streamer takes the tokens and the times. The first token marks the end of
-prefill, which reads long prompts in chunks so that activations stay small.
+prefill, which reads long prompts in chunks so that activations stay small. Where the model has a native decode step
+(`fracbit.models.step`), that takes the place of transformers' loop inside the same `generate`; `Generation.step` says which.
 """
 
 from __future__ import annotations
@@ -13,13 +14,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from fracbit.errors import DataError
 from fracbit.kernels import Activations
 from fracbit.models.cache import PackedCache, cache_bytes
 from fracbit.models.quant_linear import QuantEmbedding, QuantLinear
+from fracbit.models.step import Decoder, obstacle
+from fracbit.models.store import StoreCache
 
 Show = Callable[[str], None]
 PREFILL_CHUNK = 512
@@ -57,6 +67,7 @@ class Generation:
     prefill: float
     decode: float
     cache_bytes: int
+    step: str  # how a token was made
 
 
 class _Clock(BaseStreamer):  # type: ignore[no-untyped-call, unused-ignore]
@@ -94,9 +105,34 @@ def choose_activations(model: PreTrainedModel, activations: Activations) -> None
             module.choose(activations)
 
 
-def new_cache(model: PreTrainedModel, kv_bits: int) -> Cache:
-    """An empty KV cache for `model`: 16 is the model's own type, 8 and 4 are packed."""
-    return DynamicCache(config=model.config) if kv_bits == 16 else PackedCache(model.config, kv_bits)
+@dataclass(frozen=True)
+class Step:
+    """How a model makes a token: by the native step of `decoder`, or, without one, layer by layer. `name` says why."""
+
+    decoder: Decoder | None
+    name: str
+
+
+NATIVE_STEP = "native step"
+
+
+def step_of(model: PreTrainedModel, kv_bits: int = 16) -> Step:
+    """The fastest way there is for this model and a KV cache of `kv_bits`. Activations must have been chosen before."""
+    reason = obstacle(model) if kv_bits == 16 else f"the KV cache has {kv_bits} bits"
+    return Step(Decoder(model), NATIVE_STEP) if reason is None else Step(None, f"layer by layer: {reason}")
+
+
+def new_cache(model: PreTrainedModel, kv_bits: int, step: Step | None = None, room: int = 0) -> Cache:
+    """An empty KV cache for `model`: 16 is the model's own type, 8 and 4 are packed. A native step needs one in one piece,
+    with `room` tokens to begin with.
+    """
+    if kv_bits != 16:
+        return PackedCache(model.config, kv_bits)
+    return (
+        StoreCache(model.config, room)
+        if step is not None and step.decoder
+        else DynamicCache(config=model.config)
+    )
 
 
 def encode_batch(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -135,7 +171,9 @@ def generate(
     Raises `DataError` for an empty prompt or one that leaves no room in the model's positions.
     """
     ids, mask = encode_batch(tokenizer, prompts)
-    return continue_ids(model, tokenizer, ids, mask, settings, new_cache(model, settings.kv_bits), show, True)
+    step = step_of(model, settings.kv_bits)
+    cache = new_cache(model, settings.kv_bits, step, ids.shape[1] + settings.max_new_tokens)
+    return continue_ids(model, tokenizer, ids, mask, settings, cache, step, show, True)
 
 
 def continue_ids(
@@ -145,6 +183,7 @@ def continue_ids(
     mask: Tensor,
     settings: Settings,
     cache: Cache,
+    step: Step,
     show: Show | None = None,
     show_prompt: bool = False,
 ) -> Generation:
@@ -155,6 +194,10 @@ def continue_ids(
     how: dict[str, Any] = {"do_sample": False}
     if settings.temperature:
         how = {"do_sample": True, "temperature": settings.temperature}
+    if step.decoder is not None:
+        how["custom_generate"] = _decoding(
+            step.decoder, mask, clock, settings.prefill_chunk, padding(tokenizer)
+        )
     started = time.perf_counter()
     found = model.generate(  # type: ignore[operator]
         input_ids=ids.to(model.device),
@@ -179,7 +222,55 @@ def continue_ids(
         prefill=len(ids) * (ids.shape[1] - held) / (first - started),
         decode=len(ids) * steps / (last - first) if steps else 0.0,
         cache_bytes=cache_bytes(cache),
+        step=step.name,
     )
+
+
+def _decoding(
+    decoder: Decoder, mask: Tensor, clock: _Clock, chunk: int, filler: int
+) -> Callable[..., Tensor]:
+    """A decoding method for transformers' `generate`: its processors and stopping criteria, our step.
+
+    `generate` hands a method of others neither the streamer nor the chunk, and drops a mask of ones: they come from here.
+    The names of further parameters would be taken for options, so the cache comes in `held`.
+    """
+
+    def decode(
+        model: PreTrainedModel, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any,
+        generation_config: GenerationConfig, **held: Any,
+    ) -> Tensor:  # fmt: skip
+        cache, pads = held["past_key_values"], (mask == 0).sum(1)
+        going = torch.ones(len(input_ids), dtype=torch.bool)
+        logits = read_prompt(model, input_ids, mask, cache, chunk)
+        while True:
+            scores = logits_processor(input_ids, logits)
+            following = scores.argmax(-1)
+            if generation_config.do_sample:
+                following = torch.multinomial(scores.softmax(-1), 1)[:, 0]
+            following = following.masked_fill(~going, filler)
+            input_ids = torch.cat([input_ids, following[:, None]], 1)
+            clock.put(following)
+            going = going & ~stopping_criteria(input_ids, None)
+            if not going.any():
+                break
+            logits = decoder.advance(following, pads, cache)
+        clock.end()
+        return input_ids
+
+    return decode
+
+
+def read_prompt(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache, chunk: int) -> Tensor:
+    """Let the model read what `cache` does not hold of `ids` [prompts, tokens]; fp32 logits [prompts, vocabulary]."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    for begin in range(int(cache.get_seq_length()), ids.shape[1], chunk):
+        part = slice(begin, begin + chunk)
+        state = model(
+            input_ids=ids[:, part], attention_mask=mask[:, : part.stop], position_ids=positions[:, part],
+            past_key_values=cache, use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+    logits: Tensor = state.logits[:, -1].float()
+    return logits
 
 
 def _check_room(model: PreTrainedModel, tokens: int, settings: Settings) -> None:
@@ -205,7 +296,8 @@ class Chat:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.messages: list[dict[str, str]] = []
         self.read: list[int] = []
-        self.cache = new_cache(model, settings.kv_bits)
+        self.step = step_of(model, settings.kv_bits)
+        self.cache = new_cache(model, settings.kv_bits, self.step)
 
     def say(self, text: str, show: Show | None = None) -> Generation:
         """Answer the user's `text`; both stay in the history."""
@@ -214,9 +306,11 @@ class Chat:
         ids: list[int] = list(self.tokenizer(words, add_special_tokens=False)["input_ids"])
         held = self.cache.get_seq_length()
         if ids[:held] != self.read[:held] or held >= len(ids):
-            self.cache = new_cache(self.model, self.settings.kv_bits)
+            self.cache = new_cache(self.model, self.settings.kv_bits, self.step)
         row, mask = pad_left([ids], 0)
-        found = continue_ids(self.model, self.tokenizer, row, mask, self.settings, self.cache, show)
+        found = continue_ids(
+            self.model, self.tokenizer, row, mask, self.settings, self.cache, self.step, show
+        )
         self.messages = [*messages, {"role": "assistant", "content": found.texts[0]}]
         self.read = list(found.ids[0])
         return found

@@ -73,9 +73,12 @@ class Gptq:
         gram = _gram_of(stats, weight)
         if columns is not None and len(columns):
             return self._with_columns(weight, scheme, gram, columns)
-        coupling = self.couple(gram) if coupling is None else coupling
-        packed, notes = self._quantize(weight, scheme, gram, coupling)
-        return Quantized(packed, relative_loss(weight, packed, gram), notes)
+        return self.rows(weight, scheme, gram, self.couple(gram) if coupling is None else coupling).whole()
+
+    def rows(self, weight: Tensor, scheme: Scheme, gram: Tensor, coupling: Coupling) -> Rows:
+        """Quantize `weight` fp32 [out, in] and say of every output row what it cost."""
+        packed, costs, notes = self._quantize(weight, scheme, gram, coupling)
+        return Rows(packed, costs, gram_errors(weight, gram), notes)
 
     def couple(self, gram: Tensor) -> Coupling:
         """How errors feed back: one factorization for all linears that read the same inputs."""
@@ -83,7 +86,7 @@ class Gptq:
 
     def _quantize(
         self, weight: Tensor, scheme: Scheme, gram: Tensor, coupling: Coupling
-    ) -> tuple[PackedTensor, tuple[str, ...]]:
+    ) -> tuple[PackedTensor, Tensor, tuple[str, ...]]:
         notes: tuple[str, ...] = ()
         if coupling.damping > self.damping:
             notes = (
@@ -94,8 +97,8 @@ class Gptq:
         solution = self._solve(weight, start, energy, coupling)
         if self.rounds:
             solution = refine(weight, gram, solution, coupling, self.damping, self.rounds)
-        packed, kept = _not_worse(weight, gram, start, solution)
-        return packed, notes + kept
+        packed, costs, kept = _not_worse(weight, gram, start, solution)
+        return packed, costs, notes + kept
 
     def _solve(self, weight: Tensor, grid: Grid, energy: Tensor, coupling: Coupling) -> Solution:
         """GPTQ itself: one causal sweep, with the grid fitted on the way where columns carry their own scales."""
@@ -115,11 +118,25 @@ class Gptq:
         if not len(kept):
             raise WeightError(f"all {len(free)} columns are to stay in 16 bits: nothing is left to quantize")
         reduced, follow = eliminate(gram, kept, free, self.damping)
-        packed, notes = self._quantize(weight[:, kept], scheme, reduced, self.couple(reduced))
+        packed, _, notes = self._quantize(weight[:, kept], scheme, reduced, self.couple(reduced))
         moved_columns = weight[:, free] + (weight[:, kept] - decode(packed)) @ follow
         shape = (weight.shape[0], weight.shape[1])
         packed = replace(packed, shape=shape, columns=columns, outliers=in_16_bits(moved_columns))
         return Quantized(packed, relative_loss(weight, packed, gram), notes)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """A quantized weight with the cost of each output row, and of its zero: both [out]."""
+
+    packed: PackedTensor
+    costs: Tensor
+    powers: Tensor
+    notes: tuple[str, ...]
+
+    def whole(self) -> Quantized:
+        """All rows as one."""
+        return Quantized(self.packed, relative(self.costs, self.powers), self.notes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,19 +206,26 @@ class _ColumnFits:
 
 def relative_loss(weight: Tensor, packed: PackedTensor, gram: Tensor) -> float:
     """tr((W - Q) G (W - Q)^T) / tr(W G W^T); 0 for a weight or inputs of zeros."""
-    total = float(gram_errors(weight, gram).sum())
-    return float(gram_errors(weight - decode(packed), gram).sum()) / total if total > 0 else 0.0
+    return relative(gram_errors(weight - decode(packed), gram), gram_errors(weight, gram))
+
+
+def relative(costs: Tensor, powers: Tensor) -> float:
+    """The sum of `costs` over that of `powers`, 0 where that is 0."""
+    total = float(powers.sum())
+    return float(costs.sum()) / total if total > 0 else 0.0
 
 
 def _not_worse(
     weight: Tensor, gram: Tensor, start: Grid, solution: Solution
-) -> tuple[PackedTensor, tuple[str, ...]]:
-    """The solution, or round-to-nearest on the grid it started from where that costs less."""
+) -> tuple[PackedTensor, Tensor, tuple[str, ...]]:
+    """The solution, or round-to-nearest on the grid it started from where that costs less; and what each row costs."""
+    packed = pack(solution.codes, solution.grid)
+    costs = gram_errors(weight - decode(packed), gram)
     codes = codes_of(weight, start)
-    nearest = gram_errors(weight - values_of(codes, start), gram).sum()
-    if float(nearest) < float(gram_errors(solution.error.T, gram).sum()):
-        return pack(codes, start), ("round-to-nearest kept: feeding errors back cost more",)
-    return pack(solution.codes, solution.grid), ()
+    nearest = gram_errors(weight - values_of(codes, start), gram)
+    if float(nearest.sum()) < float(costs.sum()):
+        return pack(codes, start), nearest, ("round-to-nearest kept: feeding errors back cost more",)
+    return packed, costs, ()
 
 
 def _gram_of(stats: Stats | None, weight: Tensor) -> Tensor:

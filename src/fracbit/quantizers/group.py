@@ -17,7 +17,7 @@ from torch import Tensor
 from fracbit.numerics.datatypes import is_fitted
 from fracbit.numerics.packed import PackedTensor
 from fracbit.numerics.stats import Stats
-from fracbit.quantizers.gptq import Gptq, relative_loss
+from fracbit.quantizers.gptq import Gptq, relative
 from fracbit.quantizers.quantizer import Quantized, Quantizer
 from fracbit.records.scheme import Scheme
 
@@ -34,12 +34,14 @@ def quantize_group(
     if len(set(schemes)) > 1 or not rows_stand_alone(schemes[0]):
         pairs = zip(weights, schemes, strict=True)
         return [quantizer(weight, scheme, stats, coupling=coupling) for weight, scheme in pairs]
-    whole = quantizer(torch.cat([weight.float() for weight in weights]), schemes[0], stats, coupling=coupling)
-    parts = split_rows(whole.packed, [len(weight) for weight in weights])
-    return [
-        Quantized(part, relative_loss(weight.float(), part, stats.gram), whole.notes)
-        for part, weight in zip(parts, weights, strict=True)
-    ]
+    whole = quantizer.rows(
+        torch.cat([weight.float() for weight in weights]), schemes[0], stats.gram, coupling
+    )
+    sizes = [len(weight) for weight in weights]
+    parts = zip(
+        split_rows(whole.packed, sizes), whole.costs.split(sizes), whole.powers.split(sizes), strict=True
+    )
+    return [Quantized(packed, relative(costs, powers), whole.notes) for packed, costs, powers in parts]
 
 
 def rows_stand_alone(scheme: Scheme) -> bool:

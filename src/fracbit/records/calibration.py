@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Tweak = Literal["none", "auto", "adam", "closed"]
+Transform = Literal["smooth", "awq", "rotate", "rotate-mlp"]
 AxisChoice = Literal["scheme", "nearest", "gptq", "predicted"]
 
 
@@ -17,9 +18,11 @@ class Calibration(BaseModel):
     - `samples` of `length` ids each, `batch` of them through a block at a time.
     - `chain`: a block sees what the quantized blocks before it give, or what the float ones would.
     - `sequential`: inside a block, linears are observed after those before them are quantized.
-    - `transforms`: equal-function rewrites of each block before it is quantized, in order.
+    - `transforms`: equal-function rewrites before a block is quantized, rotations first, then factors in the order given:
+      `smooth`, `awq`, `rotate` (the residual stream, folded), `rotate-mlp` (a Hadamard matrix at run time).
     - `inputs`: how activations are rounded at run time: None, or `int8`, `int8/tensor`, `power8/token`.
     - `axis`: the scheme's own, or per layer the better of both by trial (`nearest`, `gptq`) or from the scales (`predicted`).
+    - `outliers`: share of the input columns of every linear kept in 16 bits, those whose rounding would cost most.
     - `tweak`: norm tweaking after each block: Adam as the paper, closed form, or (`auto`) whichever helps held-out samples.
     - `distill`: epochs of training everything stored, codes included, on the float model's own predictions; `rate` is Adam's.
     - `dtype`: of the forward passes; `auto` is bfloat16 where the machine multiplies it natively and the model is stored in it.
@@ -33,9 +36,10 @@ class Calibration(BaseModel):
     batch: int = Field(default=8, ge=1)
     chain: Literal["quantized", "float"] = "quantized"
     sequential: bool = False
-    transforms: tuple[Literal["smooth", "awq"], ...] = ()
+    transforms: tuple[Transform, ...] = ()
     inputs: str | None = None
     axis: AxisChoice = "scheme"
+    outliers: float = Field(default=0, ge=0, lt=1)
     tweak: Tweak = "none"
     distill: int = Field(default=0, ge=0)
     rate: float = Field(default=5e-3, gt=0)

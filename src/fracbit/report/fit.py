@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy.optimize import least_squares
 from scipy.stats import pearsonr
 
-from fracbit.records.row import Row, label
+from fracbit.records.row import Row, label, run_key
 
 Floats = NDArray[np.float64]
 
@@ -107,12 +107,24 @@ class Advice:
 
 
 def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Finished rows that may be compared: by the text (its hash) and the windows they were judged on."""
-    found: dict[str, list[Row]] = defaultdict(list)
+    """Finished rows that may be compared: by the text (its hash) and the windows they were judged on.
+
+    Of runs that differ in their zero-shot tasks alone, the one that was asked most stands for all.
+    """
+    found: dict[str, dict[str, Row]] = defaultdict(dict)
     for row in rows:
         if row.status == "done" and row.nll is not None:
-            found[f"{row.text_sha256[:12]}/{len(row.window_nll)}/{sum(row.window_tokens)}"].append(row)
-    return dict(found)
+            group = found[f"{row.text_sha256[:12]}/{len(row.window_nll)}/{sum(row.window_tokens)}"]
+            run = _without_tasks(row)
+            if run not in group or len(group[run].accuracies) < len(row.accuracies):
+                group[run] = row
+    return {name: list(members.values()) for name, members in found.items()}
+
+
+def _without_tasks(row: Row) -> str:
+    """The key that the row's run would have without tasks."""
+    evaluation = row.run.evaluation.model_copy(update={"tasks": (), "limit": None})
+    return run_key(row.run.model_copy(update={"evaluation": evaluation}))
 
 
 def bits_of(row: Row) -> int:
@@ -146,7 +158,8 @@ def slices(rows: Sequence[Row], precisions: int = 3, models: int = 2) -> dict[Sl
         if len({bits_of(row) for row in members}) >= precisions
         and len({row.run.recipe.model for row in members}) >= models
     }
-    return dict(sorted(enough.items(), key=lambda item: (-len(item[1]), str(item[0]))))
+    # Of equally full ones those in blocks of 64 come first, the usual choice.
+    return dict(sorted(enough.items(), key=lambda item: (-len(item[1]), item[0].block != "64", str(item[0]))))
 
 
 def size_of(row: Row) -> float:
@@ -165,17 +178,25 @@ def front(rows: Sequence[Row]) -> list[Row]:
 
 
 def offsets(rows: Sequence[Row], reference: int = 4, draws: int = DRAWS, seed: int = 0) -> list[Offset]:
-    """Offsets of every precision of a slice from the `reference` precision, with bootstrap intervals over windows."""
+    """Offsets of every precision of a slice from the `reference` precision, with bootstrap intervals over windows.
+
+    Two curves go through the models that both precisions have: a missing one would bend one curve alone.
+    """
     if reference not in {bits_of(row) for row in rows}:
         return []
     points = sorted(rows, key=size_of)
     losses = resampled(points, draws, seed)  # [1 + draws, rows], the first as measured
     precision = np.array([bits_of(row) for row in points])
     sizes = np.array([size_of(row) for row in points])
-    base = precision == reference
+    models = np.array([row.run.recipe.model for row in points])
     found = []
     for bits in sorted(set(precision.tolist()) - {reference}):
-        own = precision == bits
+        shared = set(models[precision == bits]) & set(models[precision == reference])
+        both = np.isin(models, list(shared))
+        own, base = (np.flatnonzero(both & (precision == width)) for width in (bits, reference))
+        if not shared:
+            found.append(Offset(bits, reference, None, None))
+            continue
         curves = (sizes[own], losses[:, own], sizes[base], losses[:, base])
         found.append(Offset(bits, reference, _interval(_gaps(*curves)), _interval(_shifts(*curves))))
     return found

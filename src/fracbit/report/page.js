@@ -113,16 +113,19 @@ function drawTypes() {
   const bits = +at("type-bits").value;
   const float = group.rows.find((r) => r.model === model && r.bits === 16);
   const rows = group.rows.filter((r) => r.model === model && r.bits === bits && ["round to nearest", "zero point", "centered"].includes(r.kind));
-  const order = (b) => (/^\d+$/.test(b) ? +b : b.startsWith("flat:") ? +b.slice(5) + 0.5 : b === "row" ? 1e6 : 1e7);
-  const blocks = unique(rows.map((r) => r.block)).sort((a, b) => order(a) - order(b));
-  const name = (r) => r.dtype + (r.kind === "round to nearest" ? "" : ", " + r.kind);
+  // Blocks that run on across rows are another line at the same lengths.
+  const flat = (r) => r.block.startsWith("flat:");
+  const length = (r) => (flat(r) ? r.block.slice(5) : r.block);
+  const order = (b) => (/^\d+$/.test(b) ? +b : b === "row" ? 1e6 : 1e7);
+  const blocks = unique(rows.map(length)).sort((a, b) => order(a) - order(b));
+  const name = (r) => r.dtype + (r.kind === "round to nearest" ? "" : ", " + r.kind) + (flat(r) ? ", across rows" : "");
   const values = [];
   const traces = unique(rows.map(name)).map((type, index) => {
-    const own = rows.filter((r) => name(r) === type).sort((a, b) => order(a.block) - order(b.block));
+    const own = rows.filter((r) => name(r) === type).sort((a, b) => order(length(a)) - order(length(b)));
     const y = own.map((r) => (float ? r.nll - float.nll : r.nll));
     values.push(...y);
     return {
-      name: type, mode: "lines+markers", x: own.map((r) => r.block), y, customdata: own.map((r) => r.key), hovertext: own.map(hover), hoverinfo: "text",
+      name: type, mode: "lines+markers", x: own.map(length), y, customdata: own.map((r) => r.key), hovertext: own.map(hover), hoverinfo: "text",
       line: { color: TYPE_COLORS[index % TYPE_COLORS.length], dash: index >= TYPE_COLORS.length ? "dot" : "solid" },
     };
   });

@@ -1,7 +1,8 @@
 """What a sweep would cost, before it starts: runs left, time and disk.
 
-Time comes from measured rows: those of the same model in the store, else those of other models scaled by parameters (a run is
-little more than its evaluation, which grows with them), else one run of the smallest model, measured for the purpose.
+Time comes from measured rows that were judged as the grid's will be, on the same text and tasks: those of the same model, else
+those of other models scaled by parameters (a run is little more than its evaluation, which grows with them), else one run of
+the smallest model, measured for the purpose.
 """
 
 from __future__ import annotations
@@ -71,14 +72,21 @@ def estimate(
     runs = Counter(run.recipe.model for run in expansion.runs.values())
     done = Counter(run.recipe.model for key, run in expansion.runs.items() if key in stored)
     plans = []
+    alike = measured_alike(expansion, rows)
     for model in expansion.models:
-        each, basis = _seconds_per_run(model, rows, parameters.get(model), probe)
+        each, basis = _seconds_per_run(model, alike, parameters.get(model), probe)
         left = runs[model] - done[model]
         seconds = 0.0 if left == 0 else None if each is None else each * left
         plans.append(ModelPlan(model, runs[model], done[model], seconds, basis))
     windows = max((len(row.window_nll) for row in rows), default=64)
     missing = sum(runs.values()) - sum(done.values())
     return Estimate(tuple(plans), expansion.skipped, missing * (ROW_BYTES + WINDOW_BYTES * windows))
+
+
+def measured_alike(expansion: Expansion, rows: Sequence[Row]) -> list[Row]:
+    """The rows that tell how long the grid's runs will take: done, and judged on the same text and tasks."""
+    wanted = {run.evaluation for run in expansion.runs.values()}
+    return [row for row in rows if row.status == "done" and row.seconds > 0 and row.run.evaluation in wanted]
 
 
 def parameters_of(model: str, root: Path) -> int | None:
@@ -103,13 +111,12 @@ def cheapest(expansion: Expansion, parameters: Mapping[str, int | None]) -> Run 
 def _seconds_per_run(
     model: str, rows: Sequence[Row], size: int | None, probe: tuple[int, float] | None
 ) -> tuple[float | None, str]:
-    done = [row for row in rows if row.status == "done" and row.seconds > 0]
-    own = [row.seconds for row in done if row.run.recipe.model == model]
+    own = [row.seconds for row in rows if row.run.recipe.model == model]
     if own:
         return median(own), f"median of {len(own)} stored runs"
-    if size and done:
-        rate = median(row.seconds / row.parameters for row in done)
-        return rate * size, f"{len(done)} runs of other models, by parameters"
+    if size and rows:
+        rate = median(row.seconds / row.parameters for row in rows)
+        return rate * size, f"{len(rows)} runs of other models, by parameters"
     if size and probe:
         return probe[1] * size / probe[0], "one run measured now, by parameters"
     return None, "unknown: not a local checkpoint, and none of its runs is stored"

@@ -195,10 +195,14 @@ def _points(grid: Grid, arm: Arm) -> Iterator[dict[str, Any]]:
 def _illegal(point: Mapping[str, Any], grid: Grid) -> str:
     """Why a point cannot be run, "" when it can."""
     reason = _scheme_fault(*(point[name] for name in ("dtype", "bits", "block", "axis", "offset", "scale")))
-    needs_text = point["outliers"].startswith("activation") or QUANTIZERS[point["quantizer"]]().needs
-    if not reason and needs_text and grid.calibration is None:
+    if not reason and _needs_text(point) and grid.calibration is None:
         return "needs calibration text: add a [calibration] table"
     return reason
+
+
+def _needs_text(point: Mapping[str, Any]) -> bool:
+    sees = QUANTIZERS[point["quantizer"]]().needs
+    return bool(sees) or point["outliers"].startswith("activation") or point["correction"] != "none"
 
 
 @lru_cache(maxsize=4096)
@@ -223,15 +227,12 @@ def _run(grid: Grid, point: Mapping[str, Any]) -> Run:
         seed=point["seed"],
     )
     outliers = outliers_of(point["outliers"])
-    sees_text = bool(QUANTIZERS[recipe.quantizer]().needs) or (
-        outliers is not None and outliers.chosen == "activation"
-    )
     return Run(
         recipe=recipe,
         evaluation=grid.evaluation,
         outliers=outliers,
         correction=point["correction"],
-        calibration=grid.calibration if sees_text or CORRECTIONS[point["correction"]].needs_text else None,
+        calibration=grid.calibration if _needs_text(point) else None,
     )
 
 

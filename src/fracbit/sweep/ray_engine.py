@@ -140,7 +140,9 @@ class _Pool:
 
     def _hire(self) -> None:
         worker, self.next_worker = self.next_worker, self.next_worker + 1
-        device = "cuda" if self.engine.gpus else "cpu"
+        # Ray shows a worker its own GPUs alone; several hold one model together.
+        gpus = self.engine.gpus
+        device = "auto" if gpus > 1 else "cuda" if gpus else "cpu"
         self.actors[worker] = self.make.remote(
             str(self.engine.root.resolve()), device, max(1, int(self.engine.cpus))
         )

@@ -16,12 +16,13 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from fracbit.errors import FormatError, OutputError
 from fracbit.records.row import Row, label
+from fracbit.records.scheme import scale_label
 
 try:
     import sqlalchemy as sa
@@ -29,7 +30,7 @@ try:
 except ImportError as error:  # an extra; everything else of fracbit works without it
     raise OutputError("a store needs SQLAlchemy 2: pip install 'fracbit[store]'") from error
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2 added the columns scale, search and text_sha256
 LEASE = 120.0
 HEARTBEAT = 15.0
 
@@ -49,7 +50,9 @@ ROWS = sa.Table(
     sa.Column("block", sa.String(32)),
     sa.Column("axis", sa.String(4)),
     sa.Column("offset_kind", sa.String(8)),
+    sa.Column("scale", sa.String(32)),
     sa.Column("quantizer", sa.String(32)),
+    sa.Column("search", sa.Boolean),
     sa.Column("correction", sa.String(32)),
     sa.Column("outliers", sa.String(32)),
     sa.Column("seed", sa.BigInteger),
@@ -70,6 +73,7 @@ ROWS = sa.Table(
     sa.Column("notes", sa.Text),
     sa.Column("error", sa.Text),
     sa.Column("created", sa.String(32)),
+    sa.Column("text_sha256", sa.String(64)),
     sa.Column("record", sa.Text, nullable=False),  # the whole row as JSON: what `rows` reads back
 )
 CLAIMS = sa.Table(
@@ -153,11 +157,17 @@ class Store:
         """Store a row and drop its claim, in one transaction. False when the key was there already: the first one stays."""
         try:
             with self._begin() as link:
-                link.execute(sa.insert(ROWS).values(**_columns(row)))
+                link.execute(sa.insert(ROWS).values(**columns_of(row)))
                 link.execute(sa.delete(CLAIMS).where(CLAIMS.c.key == row.key))
         except exc.IntegrityError:
             return False
         return True
+
+    def add(self, rows: Iterable[Row]) -> int:
+        """Store rows that were measured elsewhere, those that are not there yet; how many they were."""
+        there = self.keys()
+        new = {row.key: row for row in rows if row.key not in there}
+        return sum(self.write(row) for row in new.values())
 
     def recover(self) -> int:
         """Drop the claims of drivers that are gone; how many there were."""
@@ -187,7 +197,8 @@ class Store:
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT):
-            with self._begin() as link:
+            # A store that cannot be written now is told of by the next row, in the driver's own thread.
+            with suppress(OutputError), self._begin() as link:
                 link.execute(
                     sa.update(OWNERS).where(OWNERS.c.owner == self.owner).values(heartbeat=time.time())
                 )
@@ -207,26 +218,6 @@ def open_store(where: str) -> Store:
     with _explained(where):
         _check_schema(engine, where)
     return Store(engine, where)
-
-
-def export_parquet(rows: Sequence[Row], path: Path) -> None:
-    """Write rows as one Parquet file: plain columns, lists for the windows, JSON for nested records.
-
-    Raises `OutputError` when pyarrow is missing or the file cannot be written.
-    """
-    try:
-        import pyarrow as pa
-        from pyarrow import parquet
-    except ImportError as error:
-        raise OutputError("Parquet needs pyarrow: pip install 'fracbit[store]'") from error
-    flat = [_exported(row) for row in rows]
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        parquet.write_table(pa.Table.from_pylist(flat), temporary, compression="zstd")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {error}") from error
 
 
 def _engine(where: str) -> sa.Engine:
@@ -273,12 +264,33 @@ def _check_schema(engine: sa.Engine, where: str) -> None:
                 _insert_version(link)
         return
     with engine.begin() as link:
-        version = link.scalar(sa.select(ABOUT.c.value).where(ABOUT.c.name == "schema"))
-    if version != str(SCHEMA_VERSION):
+        _migrate(link, where)
+
+
+def _migrate(link: sa.Connection, where: str) -> None:
+    """Bring an older schema up to this one, in the transaction of `link`; a newer one is refused.
+
+    A row's columns are an index of its record, so a migration adds the columns that are missing and fills all from the records.
+    Versions differ in columns of `rows` alone.
+    """
+    chosen = sa.select(ABOUT.c.value).where(ABOUT.c.name == "schema")
+    version = link.scalar(chosen.with_for_update())  # another driver may be at it
+    if version == str(SCHEMA_VERSION):
+        return
+    if version is None or not version.isdigit() or int(version) > SCHEMA_VERSION:
         raise FormatError(
-            f"{shown(where)} has schema version {version}, this fracbit reads {SCHEMA_VERSION}: open it with the fracbit "
-            "that wrote it (`fracbit sweep --export rows.parquet` there keeps the figures), or name another file"
+            f"{shown(where)} has schema version {version}, this fracbit reads up to {SCHEMA_VERSION}: open it with the fracbit "
+            "that wrote it (`fracbit sweep --export rows.parquet` there, `--import rows.parquet` here), or name another file"
         )
+    there = {column["name"] for column in sa.inspect(link).get_columns(ROWS.name)}
+    for column in ROWS.columns:
+        if column.name not in there:
+            kind = column.type.compile(link.dialect)
+            link.exec_driver_sql(f'ALTER TABLE rows ADD COLUMN "{column.name}" {kind}')
+    for record in link.scalars(sa.select(ROWS.c.record)).all():
+        row = Row.model_validate_json(record)
+        link.execute(sa.update(ROWS).where(ROWS.c.key == row.key).values(**columns_of(row)))
+    link.execute(sa.update(ABOUT).where(ABOUT.c.name == "schema").values(value=str(SCHEMA_VERSION)))
 
 
 def _insert_version(link: sa.Connection) -> None:
@@ -341,7 +353,8 @@ def _born(pid: int) -> str:
     return "gone" if after_name[0] in "ZX" else after_name[19]
 
 
-def _columns(row: Row) -> dict[str, Any]:
+def columns_of(row: Row) -> dict[str, Any]:
+    """A row as the columns of `ROWS`; all of them follow from its record."""
     scheme = row.run.recipe.scheme if row.run.quantized else None
     return {
         "key": row.key,
@@ -353,7 +366,9 @@ def _columns(row: Row) -> dict[str, Any]:
         "block": str(scheme.block) if scheme else None,
         "axis": scheme.axis if scheme else None,
         "offset_kind": scheme.offset if scheme else None,
+        "scale": scale_label(scheme.scale) if scheme else None,
         "quantizer": row.run.recipe.quantizer if scheme else None,
+        "search": row.run.recipe.search if scheme else None,
         "correction": row.run.correction,
         "outliers": str(row.run.outliers) if row.run.outliers else None,
         "seed": row.run.recipe.seed,
@@ -373,15 +388,9 @@ def _columns(row: Row) -> dict[str, Any]:
         "notes": json.dumps(row.notes),
         "error": row.error,
         "created": row.created,
+        "text_sha256": row.text_sha256,
         "record": row.model_dump_json(),
     }
-
-
-def _exported(row: Row) -> dict[str, Any]:
-    """A row's columns, its run as JSON, and its windows as lists."""
-    columns = {name: value for name, value in _columns(row).items() if name != "record"}
-    run = row.run.model_dump_json(exclude_defaults=True)
-    return columns | {"run": run, "window_nll": row.window_nll, "window_tokens": row.window_tokens}
 
 
 def _batches(keys: Sequence[str], size: int = 500) -> Iterator[Sequence[str]]:

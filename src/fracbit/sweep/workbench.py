@@ -30,7 +30,8 @@ from fracbit.errors import FracbitError, RecipeError, SourceError
 from fracbit.evaluate.logits import ScoredRows, scored_rows, vocabulary_of
 from fracbit.evaluate.perplexity import Perplexity, default_window, summarize, window_nll
 from fracbit.evaluate.windows import Plan, plan_windows
-from fracbit.models.blocks import blocks, groups, linears, weight_of
+from fracbit.evaluate.zero_shot import Questions, ask, prepare, tasks_of
+from fracbit.models.blocks import blocks, groups, linears, norms, weight_of
 from fracbit.models.family import Family
 from fracbit.models.find import family_of
 from fracbit.models.install import set_weight
@@ -43,7 +44,8 @@ from fracbit.numerics.stats import observe as add
 from fracbit.quantizers import QUANTIZERS
 from fracbit.records.row import Calibration, Evaluation, Row, Run, run_key
 from fracbit.records.scheme import Scheme
-from fracbit.sweep.corrections import CORRECTIONS
+from fracbit.records.version import __version__
+from fracbit.sweep.corrections import CORRECTIONS, Subject
 from fracbit.sweep.outliers import choose_columns, producer_scores
 from fracbit.sweep.schedule import Source
 
@@ -64,15 +66,21 @@ class Workbench:
     """Measures runs of one model. Its only state is the model's weights, which every run writes anew, and what is kept."""
 
     def __init__(self, source: Source, root: Path, device: str = "cpu") -> None:
-        """Load the model and the text. `root`: folder that relative paths of the grid start from. Raises `SourceError`."""
+        """Load the model and the text. `root`: folder that relative paths of the grid start from. Raises `SourceError`.
+
+        `device` "auto" spreads the model over all GPUs of this process. The kept copy is in the host's memory.
+        """
         self.source, self.root, self.device = source, root, device
-        self.model, self.tokenizer, self.source_bits = _load(source, root, device)
+        self.model, self.tokenizer, self.stored_type = _load(source, root, device)
         self.family = family_of(self.model)
         self.layers = _layers(self.model, self.family)
-        self.kept = {name: weight_of(module).clone() for name, module in self.layers.items()}
+        self.kept = {name: weight_of(module).to("cpu", copy=True) for name, module in self.layers.items()}
         self.text = self._read(source.evaluation.text)
         self.plan = _plan(self.model, self.text, source.evaluation)
+        self.questions = self._questions()
         self.dirty: set[str] = set()
+        self.norms = _norms(self.model, self.family)
+        self.norms_kept = [parameter.clone() for parameter in self.norms]
         self.ranges: dict[tuple[str, Scheme], WeightGrid] = {}
         self.statistics: dict[tuple[Calibration, bool], dict[str, Stats]] = {}
 
@@ -85,40 +93,62 @@ class Workbench:
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )  # fmt: skip
         try:
-            figures = {**self._quantize(run), **self._evaluate(run)}
+            figures, notes = self._quantize(run)
+            judged, asked = self._evaluate()
         except RUN_FAILURES as error:
             return row.model_copy(
                 update={"status": "failed", "error": explain(error), "seconds": _since(started)}
             )
-        return row.model_copy(update={**figures, "seconds": _since(started)})
+        notes = (*row.notes, *notes, *asked)
+        return row.model_copy(update={**figures, **judged, "notes": notes, "seconds": _since(started)})
 
-    def _quantize(self, run: Run) -> dict[str, object]:
-        """Install the run's weights; bits and the relative squared error of what was quantized."""
+    def _quantize(self, run: Run) -> tuple[dict[str, object], tuple[str, ...]]:
+        """Install the run's weights; bits and the relative squared error of what was quantized, and notes."""
+        self._float_logprobs  # noqa: B018 - computed now, while the float model can be had
         chosen = self._schemes(run)
         columns = self._columns(run, chosen)
         stats = self._stats(run, chosen)
         self._restore(chosen)
         bits = weights = 0
         error = power = 0.0
+        notes: list[str] = []
         for name, scheme in chosen.items():
-            packed = self._pack(name, scheme, run, stats.get(name), columns.get(name))
-            weight, decoded = self.kept[name], decode(packed)
+            packed, said = self._pack(name, scheme, run, stats.get(name), columns.get(name))
+            notes += [f"{name}: {note}" for note in said]
+            weight, decoded = self._float(name), decode(packed)
             set_weight(self.layers[name], decoded)
             self.dirty.add(name)
             bits, weights = bits + stored_bits(packed), weights + weight.numel()
             error += float((decoded - weight).square().sum())
             power += float(weight.square().sum())
-        CORRECTIONS[run.correction].apply(self.model, self.family, run)
+        notes += self._correct(run, chosen)
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        model_bits = bits + (parameters - weights) * self.source_bits
-        return {
+        model_bits = bits + (parameters - weights) * 8 * self.stored_type.itemsize
+        figures: dict[str, object] = {
             "parameters": parameters, "weights": weights, "stored_bits": bits, "model_bits": model_bits,
             "weight_error": error / power if power else None,
         }  # fmt: skip
+        return figures, tuple(notes)
 
-    def _evaluate(self, run: Run) -> dict[str, object]:
+    def _correct(self, run: Run, chosen: dict[str, Scheme]) -> tuple[str, ...]:
+        """Apply the run's correction; norms are rounded to the type in which a checkpoint stores them."""
+        correction = CORRECTIONS[run.correction]
+        if correction is None:
+            return ()
+        calibration = _calibration_of(run)
+        stats, ids = self.statistics[calibration, True], self._samples(calibration)
+        floats = {name: self._float(name) for name in chosen}
+        with torch.enable_grad():
+            notes = correction(Subject(self.model, self.family, floats, ids, stats))
+        with torch.no_grad():
+            for parameter in self.norms:
+                parameter.copy_(parameter.to(self.stored_type))
+        return notes
+
+    def _evaluate(self) -> tuple[dict[str, object], tuple[str, ...]]:
+        """Loss, divergence, accuracies, and notes."""
         found, divergence, agreement = self._pass(self._float_logprobs)
-        return {
+        figures: dict[str, object] = {
             "nll": found.nll,
             "perplexity": found.perplexity if math.isfinite(found.perplexity) else None,
             "divergence": divergence,
@@ -126,23 +156,28 @@ class Workbench:
             "window_nll": tuple(round(nats, 4) for nats in found.window_nll),
             "window_tokens": found.window_tokens,
             "evaluation_seconds": found.seconds,
-            "accuracies": self._ask(run.evaluation) if run.evaluation.tasks else {},
         }
+        accuracies, notes = self._ask()
+        return {**figures, "accuracies": accuracies}, notes
 
-    def _ask(self, evaluation: Evaluation) -> dict[str, float]:
+    def _ask(self) -> tuple[dict[str, float], tuple[str, ...]]:
         """Zero-shot accuracies by lm-eval; `mean_of_four` when all of the scaling paper's tasks are asked."""
-        from fracbit.evaluate.local_tasks import LocalTask
-        from fracbit.evaluate.zero_shot import zero_shot
+        if self.questions is None or self.tokenizer is None:
+            return {}, ()
+        limit = self.source.evaluation.limit
+        found = ask(self.model, self.tokenizer, self.questions, limit=limit, quiet=True)
+        accuracies = {score.task: score.accuracy for score in found.scores if score.accuracy is not None}
+        if found.paper_mean is not None:
+            accuracies["mean_of_four"] = found.paper_mean
+        return accuracies, tuple(f"{score}, lm-eval {found.lm_eval}" for score in found.scores)
 
+    def _questions(self) -> Questions | None:
+        """The tasks of the evaluation, read once. Raises `DataError`, `SourceError` for a model without a tokenizer."""
+        if not self.source.evaluation.tasks:
+            return None
         if self.tokenizer is None:
             raise SourceError(f"model {self.source.model} has no tokenizer: zero-shot tasks are text")
-        tasks = [
-            LocalTask(Path(task).stem, self.root / task) if task.endswith(".yaml") else task
-            for task in evaluation.tasks
-        ]
-        found = zero_shot(self.model, self.tokenizer, tasks, limit=evaluation.limit)
-        scores = {score.task: score.accuracy for score in found.scores if score.accuracy is not None}
-        return scores if found.paper_mean is None else {**scores, "mean_of_four": found.paper_mean}
+        return prepare(tasks_of(self.source.evaluation.tasks, self.root))
 
     def _pass(self, reference: dict[int, Tensor]) -> tuple[Perplexity, float | None, float | None]:
         """One pass over the text gives the loss and, where the float model's are kept, what moved."""
@@ -164,7 +199,6 @@ class Workbench:
     @cached_property
     def _float_logprobs(self) -> dict[int, Tensor]:
         """Log-probabilities [scored, vocabulary] of the float model, window by window while they fit."""
-        now = {name: weight_of(self.layers[name]).clone() for name in self.dirty}
         self._restore({})
         room = FLOAT_LOGITS_BYTES
         kept = {}
@@ -173,15 +207,15 @@ class Workbench:
             if size <= room:
                 kept[rows.index] = logprobs(rows)
                 room -= size
-        for name, weight in now.items():
-            set_weight(self.layers[name], weight)
-            self.dirty.add(name)
         return kept
 
     def _restore(self, chosen: dict[str, Scheme]) -> None:
         for name in self.dirty - chosen.keys():
             set_weight(self.layers[name], self.kept[name])
         self.dirty &= chosen.keys()
+        with torch.no_grad():
+            for parameter, kept in zip(self.norms, self.norms_kept, strict=True):
+                parameter.copy_(kept)
 
     def _schemes(self, run: Run) -> dict[str, Scheme]:
         """The scheme of every layer that the run quantizes."""
@@ -223,21 +257,33 @@ class Workbench:
         return producer_scores(self.model, self.family)
 
     def _stats(self, run: Run, chosen: dict[str, Scheme]) -> dict[str, Stats]:
+        """What the run's quantizer and correction look at, observed before anything is quantized."""
         needs = QUANTIZERS[run.recipe.quantizer]().needs
-        return self._stats_of(run, gram="gram" in needs) if needs and chosen else {}
+        corrected = run.correction != "none"
+        if not chosen or not (needs or corrected):
+            return {}
+        found = self._stats_of(run, gram="gram" in needs or corrected)
+        return found if needs else {}
 
     def _stats_of(self, run: Run, gram: bool) -> dict[str, Stats]:
-        """Statistics of the float model's inputs, by layer; once per calibration text."""
-        if run.calibration is None:
-            raise RecipeError(f"{run}: calibration text is needed: add a [calibration] table to the grid")
-        found = self.statistics.get((run.calibration, gram))
-        if found is None:
-            self._restore({})
-            tokens = self._read(run.calibration.text)
-            drawn = sample(tokens, samples=run.calibration.samples, length=run.calibration.length, seed=0)
-            found = collect_stats(self.model, self.family, drawn.ids, gram)
-            self.statistics[run.calibration, gram] = found
+        """Statistics of the float model's inputs, by layer; once per calibration text. Those with gram matrices hold all."""
+        calibration = _calibration_of(run)
+        for held in (True, gram):
+            if (calibration, held) in self.statistics:
+                return self.statistics[calibration, held]
+        self._restore({})
+        found = collect_stats(self.model, self.family, self._samples(calibration), gram)
+        self.statistics[calibration, gram] = found
         return found
+
+    def _samples(self, calibration: Calibration) -> Tensor:
+        """Calibration ids int64 [samples, tokens]."""
+        tokens = self._read(calibration.text)
+        return sample(tokens, samples=calibration.samples, length=calibration.length, seed=0).ids
+
+    def _float(self, name: str) -> Tensor:
+        """A layer's float weight [out, in] in fp32, where the layer is."""
+        return self.kept[name].to(weight_of(self.layers[name]).device).float()
 
     def _read(self, text: str) -> Tokens:
         """A source of the data room; a path is looked for beside the grid first."""
@@ -247,17 +293,36 @@ class Workbench:
 
     def _pack(
         self, name: str, scheme: Scheme, run: Run, stats: Stats | None, columns: Tensor | None
-    ) -> PackedTensor:
-        weight, search = self.kept[name], run.recipe.search
+    ) -> tuple[PackedTensor, tuple[str, ...]]:
+        """A layer's packed weight, and notes."""
+        weight, search = self._float(name), run.recipe.search
+        columns = None if columns is None else columns.to(weight.device)
         if run.recipe.quantizer != "rtn":
-            return QUANTIZERS[run.recipe.quantizer](search=search)(weight, scheme, stats).packed
+            made = QUANTIZERS[run.recipe.quantizer](search=search)(weight, scheme, stats)
+            return made.packed, made.notes
         if columns is not None or search or is_fitted(scheme) or scheme.offset == "zero":
-            return quantize_tensor(weight, scheme, None, search, columns)
+            return quantize_tensor(weight, scheme, None, search, columns), ()
         shared = replace(scheme, dtype="int", bits=8)
         if (name, shared) not in self.ranges:
             self.ranges[name, shared] = fit(weight, shared)
         grid = replace(self.ranges[name, shared], scheme=scheme, table=fixed_type(scheme).to(weight.device))
-        return encode(weight, grid)
+        return encode(weight, grid), ()
+
+
+def _calibration_of(run: Run) -> Calibration:
+    if run.calibration is None:
+        raise RecipeError(f"{run}: calibration text is needed: add a [calibration] table to the grid")
+    return run.calibration
+
+
+def _norms(model: PreTrainedModel, family: Family) -> list[nn.Parameter]:
+    """Gains and biases of the norms of all blocks: what corrections may move."""
+    return [
+        parameter
+        for _, block in blocks(model, family)
+        for norm in norms(block, family)
+        for parameter in block.get_submodule(norm.name).parameters(recurse=False)
+    ]
 
 
 def collect_stats(model: PreTrainedModel, family: Family, ids: Tensor, gram: bool) -> dict[str, Stats]:
@@ -266,10 +331,7 @@ def collect_stats(model: PreTrainedModel, family: Family, ids: Tensor, gram: boo
     found: dict[str, Stats] = {}
     for prefix, block in blocks(model, family):
         first = {group[0]: group for group in groups(block, family)}
-        sums = {
-            name: empty(weight_of(block.get_submodule(name)).shape[1], gram, hidden.states.device)
-            for name in first
-        }
+        sums = {name: _nothing_of(block.get_submodule(name), gram) for name in first}
 
         def visit(name: str, x: Tensor, sums: dict[str, Stats] = sums) -> None:
             sums[name] = add(sums[name], x)
@@ -277,6 +339,12 @@ def collect_stats(model: PreTrainedModel, family: Family, ids: Tensor, gram: boo
         hidden = observe(block, hidden, list(first), visit, hidden.states)
         found |= {f"{prefix}.{name}": sums[head] for head, group in first.items() for name in group}
     return found
+
+
+def _nothing_of(linear: nn.Module, gram: bool) -> Stats:
+    """Empty statistics of a linear's inputs, where the linear is."""
+    weight = weight_of(linear)
+    return empty(weight.shape[1], gram, weight.device)
 
 
 def logprobs(rows: ScoredRows) -> Tensor:
@@ -291,7 +359,9 @@ def explain(error: BaseException) -> str:
 
 
 def device_name(device: str) -> str:
-    """What a row says of where it was measured: `cpu x86_64, 2 threads`, or the GPU's name."""
+    """What a row says of where it was measured: `cpu x86_64, 2 threads`, the GPU's name, or `8 x` that name."""
+    if device == "auto" and torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(torch.device(device))
     return f"{device} {platform.machine()}, {torch.get_num_threads()} threads"
@@ -300,6 +370,7 @@ def device_name(device: str) -> str:
 def versions() -> dict[str, str]:
     """The versions that a figure depends on."""
     return {
+        "fracbit": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
@@ -308,8 +379,11 @@ def versions() -> dict[str, str]:
 
 def _load(
     source: Source, root: Path, device: str
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, int]:
-    """The model in fp32 on `device`, its tokenizer if it has one, and the bits of a stored float parameter."""
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, torch.dtype]:
+    """The model, its tokenizer if it has one, and the type in which it is stored.
+
+    On a CPU it runs in fp32; on GPUs in the type in which it is stored, which is what they are fast in.
+    """
     beside = root / source.model
     where = (
         str(bundled_model())
@@ -319,8 +393,8 @@ def _load(
         else source.model
     )
     model = load(where, "auto", device, source.trust_remote_code, source.revision)
-    bits = 8 * next(parameter.element_size() for parameter in model.parameters())
-    return model.float(), tokenizer_or_none(where), bits
+    stored: torch.dtype = next(parameter.dtype for parameter in model.parameters())
+    return model.float() if device == "cpu" else model, tokenizer_or_none(where), stored
 
 
 def _layers(model: PreTrainedModel, family: Family) -> dict[str, nn.Module]:

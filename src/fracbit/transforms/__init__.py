@@ -12,6 +12,7 @@ from fracbit.errors import RecipeError, near_matches
 from fracbit.numerics.stats import Stats
 from fracbit.records.scheme import Scheme
 from fracbit.transforms.awq import awq_factors
+from fracbit.transforms.rotation import hadamard, rotation, turn_columns, turn_factors, turn_inputs
 from fracbit.transforms.smooth import smooth_factors
 
 Factors = Callable[[Sequence[Tensor], Sequence[Scheme], Stats], Tensor]
@@ -27,4 +28,15 @@ def factors_of(name: str) -> Factors:
     return TRANSFORMS[name]
 
 
-__all__ = ["TRANSFORMS", "Factors", "awq_factors", "factors_of", "smooth_factors"]
+__all__ = [
+    "TRANSFORMS",
+    "Factors",
+    "awq_factors",
+    "factors_of",
+    "hadamard",
+    "rotation",
+    "smooth_factors",
+    "turn_columns",
+    "turn_factors",
+    "turn_inputs",
+]

@@ -8,7 +8,7 @@
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include <immintrin.h>
 
-#include "row_kernel.h"
+#include "step_kernel.h"
 
 namespace fracbit {
 namespace {
@@ -24,11 +24,25 @@ struct Avx2 {
         __m256i half[2];
     };
     static constexpr int kOverread = 16;           // words are read as whole registers
-    static constexpr int kRows[3] = {2, 1, 1};  // weight rows at a time for 1, 2 and 4 rows of activations
 
     static Floats zero_floats() { return {{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
     static Ints zero_ints() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
     static Floats load(const float* p) { return {{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}}; }
+    template <Float type>
+    static Floats load_as(const void* p) {
+        if constexpr (type == Float::f32) return load(static_cast<const float*>(p));
+        const auto* halves = static_cast<const __m128i*>(p);
+        Floats to;
+        for (int i = 0; i < 2; ++i) {
+            const __m128i half = _mm_loadu_si128(halves + i);
+            if constexpr (type == Float::f16) {
+                to.half[i] = _mm256_cvtph_ps(half);
+            } else {
+                to.half[i] = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+            }
+        }
+        return to;
+    }
     static Floats all(float value) { return {{_mm256_set1_ps(value), _mm256_set1_ps(value)}}; }
     static void store(const Floats& v, float* p) {
         _mm256_storeu_ps(p, v.half[0]);
@@ -51,8 +65,7 @@ struct Avx2 {
     static Ints shift_left(const Ints& v) { return {{_mm256_slli_epi32(v.half[0], count), _mm256_slli_epi32(v.half[1], count)}}; }
 
     // Lane positions lie in 0..15: a permutation of each half and a choice by bit 3.
-    static Floats pick_floats(const float* p, const int32_t* lane) {
-        const Floats from = load(p);
+    static Floats pick(const Floats& from, const int32_t* lane) {
         Floats to;
         for (int i = 0; i < 2; ++i) {
             const __m256i index = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lane + 8 * i));
@@ -226,6 +239,7 @@ struct Avx2 {
 const Isa kAvx2 = {
     "avx2", false, transpose_lanes, quantize_lanes, sum_lanes, Avx2::to_float, floats_to, multiply_int8<Avx2>,
     multiply_float<Avx2>, multiply_weights, weights_of_row, read_bytes, look_up_row,
+    multiply_dense<Avx2>, normalize, gate_with, attend<Avx2>,
 };
 
 }  // namespace

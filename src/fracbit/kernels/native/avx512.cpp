@@ -7,7 +7,7 @@
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
 #include <immintrin.h>
 
-#include "row_kernel.h"
+#include "step_kernel.h"
 
 namespace fracbit {
 namespace {
@@ -52,11 +52,17 @@ struct Avx512 {
     using Ints = __m512i;
     using Bytes = __m512i;
     static constexpr int kOverread = 0;
-    static constexpr int kRows[3] = {4, 2, 2};  // weight rows at a time for 1, 2 and 4 rows of activations
 
     static Floats zero_floats() { return _mm512_setzero_ps(); }
     static Ints zero_ints() { return _mm512_setzero_si512(); }
     static Floats load(const float* p) { return _mm512_loadu_ps(p); }
+    template <Float type>
+    static Floats load_as(const void* p) {
+        if constexpr (type == Float::f32) return _mm512_loadu_ps(p);
+        const __m256i half = _mm256_loadu_si256(static_cast<const __m256i*>(p));
+        if constexpr (type == Float::f16) return _mm512_cvtph_ps(half);
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    }
     static Floats all(float value) { return _mm512_set1_ps(value); }
     static void store(Floats v, float* p) { _mm512_storeu_ps(p, v); }
     static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
@@ -65,9 +71,7 @@ struct Avx512 {
     static float total(Floats v) { return _mm512_reduce_add_ps(v); }
     template <int count>
     static Ints shift_left(Ints v) { return _mm512_slli_epi32(v, count); }
-    static Floats pick_floats(const float* p, const int32_t* lane) {
-        return _mm512_permutexvar_ps(_mm512_loadu_si512(lane), _mm512_loadu_ps(p));
-    }
+    static Floats pick(Floats scales, const int32_t* lane) { return _mm512_permutexvar_ps(_mm512_loadu_si512(lane), scales); }
     static Ints dot(Ints sum, Bytes u, const int8_t* a) { return _mm512_dpbusd_epi32(sum, u, _mm512_loadu_si512(a)); }
     static Ints dot_small(Ints sum, Bytes u, const int8_t* a) { return dot(sum, u, a); }
 
@@ -245,6 +249,7 @@ void quantize512(float* x, int64_t chunks, int bits, int8_t* a, float* a_scale, 
 const Isa kAvx512 = {
     "avx512", true, transpose512, quantize512, sum_lanes, Avx512::to_float, floats_to, multiply_int8<Avx512>, multiply_float<Avx512>,
     multiply_weights, weights_of_row, read_bytes, look_up_row,
+    multiply_dense<Avx512>, normalize, gate_with, attend<Avx512>,
 };
 
 }  // namespace

@@ -13,7 +13,6 @@ constexpr int64_t kChunk = 128;      // weights read at a time
 constexpr int64_t kLanes = 16;       // sums kept apart inside a chunk
 constexpr int64_t kLowBits = 7;      // a table value is 128 * (high - 128) + low in units of a step: 15 bits
 constexpr int64_t kMaxBatch = 4;     // activation rows that share one reading of the codes
-constexpr int kMaxRows = 4;          // weight rows that share one reading of the activations
 constexpr int64_t kBatchRows = 32;   // activation rows of a job
 
 constexpr int kTableBits = 5;        // the float path looks up to here, and converts integers beyond
@@ -25,15 +24,12 @@ inline int64_t table_width(int bits) { return bits < 4 ? 16 : int64_t{1} << bits
 
 enum class Float : int { f32 = 0, f16 = 1, bf16 = 2 };
 
-// Rows of a weight times `batch` rows of activations. The rows up to row_end lie in kMaxRows bands of `gap` rows; a call is for
-// rows [first, last) of the first band and for the rows beside them in the others.
+// Rows of a weight times `batch` rows of activations.
 struct RowJob {
     // Codes: uint8 [rows, stride], dense little-endian bit streams.
     const uint8_t* codes;
     int64_t stride;
     int64_t chunks;
-    int64_t gap;
-    int64_t row_end;
     int bits;
     bool affine;  // value = step * code + constant: no table is needed
 
@@ -54,8 +50,10 @@ struct RowJob {
     int64_t block;
     bool flat;             // blocks run on from row to row (multiply_weights only)
     int64_t kept;
-    const int32_t* base;   // [chunks]: first block of a chunk
-    const int32_t* lane;   // [chunks, 16]: block of a lane, relative to base
+    // `period` chunks together have 16 blocks, whatever the block: one load of scales. Lane d of chunk c finds its own at
+    // 16 * (c / period) + lane[c % period, d]. A period of 0: the row has one scale.
+    int64_t period;
+    const int32_t* lane;   // [period, 16]
 
     // Activations in lane order.
     int64_t batch;
@@ -72,7 +70,25 @@ struct RowJob {
 };
 
 // Floats of scratch that a thread needs for scales and offsets.
-inline int64_t scratch_floats(int64_t blocks) { return (2 * kMaxRows + 1) * (blocks + 2 * kLanes); }
+inline int64_t scratch_floats(int64_t blocks) { return 3 * (blocks + 2 * kLanes); }
+
+// Attention of one new token per sequence to all that are held. Heads in groups share keys and values.
+struct Attention {
+    const float* queries;  // [batch, kv_heads, group, head]
+    const void* keys;      // [batch, kv_heads, room, head]
+    const void* values;
+    Float type;
+    int64_t kv_heads;
+    int64_t group;
+    int64_t head;
+    int64_t room;
+    int64_t tokens;        // held, the new one included
+    const int64_t* pads;   // [batch]: positions at the start that count for nothing
+    float scale;
+    float* out;            // as the queries
+};
+
+inline int64_t attention_floats(const Attention& job) { return job.tokens; }
 
 struct Isa {
     const char* name;
@@ -93,6 +109,12 @@ struct Isa {
     uint64_t (*read)(const uint8_t* data, int64_t count);
     // Table values of a row in natural order, [kept].
     void (*look_up)(const uint8_t* codes, int64_t stride, int bits, const float* values, int64_t kept, float* out);
+    // What a decode step does besides: see step_kernel.h.
+    void (*multiply_dense)(const void* weight, Float type, int64_t rows, int64_t columns, int64_t first, int64_t last, const float* x,
+                           int64_t batch, float* y);
+    void (*normalize)(const float* x, const float* gain, float epsilon, int64_t count, float* out);
+    void (*gate)(float* gate, const float* up, int64_t count);
+    void (*attend)(const Attention& job, int64_t n, int64_t kv, float* scores);
 };
 
 // The table of instruction sets, best first; null where this build or this processor lacks one.

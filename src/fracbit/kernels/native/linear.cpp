@@ -10,33 +10,13 @@
 #include <numeric>
 
 #include "pool.h"
+#include "scratch.h"
 
 namespace fracbit {
 namespace {
 
-constexpr int64_t kTaskBytes = 1 << 16;  // codes read per task: enough to hide claiming it, few enough to share evenly
-
-// 64-byte aligned scratch that grows and is kept, one per thread.
-class Workspace {
-  public:
-    float* floats(int64_t count) {
-        if (count > size_) {
-            data_.reset(static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>((count * 4 + 63) / 64 * 64))));
-            if (!data_) throw std::bad_alloc();
-            size_ = count;
-        }
-        return data_.get();
-    }
-
-  private:
-    struct Free {
-        void operator()(float* p) const { std::free(p); }
-    };
-    std::unique_ptr<float, Free> data_;
-    int64_t size_ = 0;
-};
-
-int64_t aligned(int64_t floats) { return (floats + 15) / 16 * 16; }
+constexpr int64_t kMostTaskBytes = 1 << 17;   // codes read per task: enough to hide claiming it and starting a stream,
+constexpr int64_t kLeastTaskBytes = 1 << 14;  // few enough to share evenly
 
 int64_t width(Float type) { return type == Float::f32 ? 4 : 2; }
 
@@ -80,20 +60,10 @@ void detect_affine(Weight& w, const float* table, int64_t levels) {
 
 void set_lanes(Weight& w) {
     const int64_t chunks = w.chunks();
-    w.base.assign(static_cast<size_t>(chunks), 0);
-    w.lane.assign(static_cast<size_t>(chunks * kLanes), 0);
-    if (w.along_out) return;
-    w.whole_lanes = w.block % 8 == 0 || w.blocks == 1;
-    if (w.flat) w.whole_lanes = false;
-    if (!w.whole_lanes || w.blocks == 1) return;
-    for (int64_t c = 0; c < chunks; ++c) {
-        const int64_t base = c * kChunk / w.block;
-        w.base[static_cast<size_t>(c)] = static_cast<int32_t>(base);
-        for (int64_t d = 0; d < kLanes; ++d) {
-            const int64_t block = std::min((c * kChunk + 8 * d) / w.block, w.blocks - 1);
-            w.lane[static_cast<size_t>(c * kLanes + d)] = static_cast<int32_t>(block - base);
-        }
-    }
+    w.whole_lanes = w.along_out || (!w.flat && (w.block % 8 == 0 || w.blocks == 1));
+    w.period = w.along_out || !w.whole_lanes || w.blocks == 1 ? 0 : std::min(w.block / 8, chunks);
+    w.lane.resize(static_cast<size_t>(w.period * kLanes));
+    for (size_t i = 0; i < w.lane.size(); ++i) w.lane[i] = static_cast<int32_t>(static_cast<int64_t>(i) * 8 / w.block);
 }
 
 void set_columns(Weight& w, const int32_t* outlier_columns, int64_t outliers) {
@@ -191,7 +161,7 @@ RowJob job_of(const Weight& w) {
     job.sums_stride = sums_stride(w);
     job.block = w.block;
     job.kept = w.kept;
-    job.base = w.base.data();
+    job.period = w.period;
     job.lane = w.lane.data();
     if (!w.along_out) {
         job.scales = w.scales;
@@ -211,18 +181,15 @@ void with_lanes(RowJob& job, const Lanes& lanes, const float* block_sums) {
 }
 
 // y [batch, rows] += outlier columns times their activations, for one row.
-void add_outliers(const Weight& w, const Isa& isa, const Activations& x, int64_t batch, int64_t row, float* y, float* scratch) {
+void add_outliers(const Weight& w, const Isa& isa, const Activations& x, int64_t batch, int64_t row, const RowJob& job, float* scratch) {
     const auto p = static_cast<int64_t>(w.other_columns.size());
     isa.to_float(at(w.outliers, w.outlier_type, row * p), w.outlier_type, p, scratch);
     for (int64_t n = 0; n < batch; ++n) {
         float sum = 0.0f;
         for (int64_t i = 0; i < p; ++i) sum += scratch[i] * x.others[n * p + i];
-        y[n * w.rows + row] += sum;
+        job.y[n * job.y_stride + row] += sum;
     }
 }
-
-// Rows in a band when `rows` rows are cut into kMaxRows bands.
-int64_t band(int64_t rows) { return (rows + kMaxRows - 1) / kMaxRows; }
 
 struct Call {
     const Weight* w;
@@ -230,9 +197,10 @@ struct Call {
     int64_t batch;
     bool int8;
     Activations x;
-    float* y;            // [batch, rows]
+    float* sums;         // [batch, sums_stride]
     int64_t rows_per_task;
     int64_t tasks_per_block;
+    int64_t tasks;
     int64_t thread_floats;
     float* thread_scratch;
     RowJob job;
@@ -242,7 +210,7 @@ struct Call {
 
 void run_rows(const Call& call, RowJob job, int64_t first, int64_t last, float* scratch) {
     job.scratch = scratch;
-    if (!call.w->along_out && !call.w->whole_lanes) {
+    if (!call.w->whole_lanes) {
         call.isa->multiply_weights(job, *call.isa, first, last);
     } else if (call.int8) {
         call.isa->multiply_int8(job, first, last);
@@ -250,15 +218,12 @@ void run_rows(const Call& call, RowJob job, int64_t first, int64_t last, float* 
         call.isa->multiply_float(job, first, last);
     }
     if (call.w->other_columns.empty()) return;
-    for (int64_t row = first; row < last; ++row)
-        for (int64_t own = row, r = 0; r < kMaxRows && own < job.row_end; ++r, own += job.gap)
-            add_outliers(*call.w, *call.isa, call.x, call.batch, own, call.y, scratch);
+    for (int64_t row = first; row < last; ++row) add_outliers(*call.w, *call.isa, call.x, call.batch, row, job, scratch);
 }
 
-void task_along_in(void* context, int64_t index, int worker) {
-    const auto& call = *static_cast<Call*>(context);
+void task_along_in(const Call& call, int64_t index, int worker) {
     const int64_t first = index * call.rows_per_task;
-    run_rows(call, call.job, first, std::min(first + call.rows_per_task, call.job.gap), call.scratch(worker));
+    run_rows(call, call.job, first, std::min(first + call.rows_per_task, call.w->rows), call.scratch(worker));
 }
 
 float dot(const float* a, const float* b, int64_t count) {
@@ -284,12 +249,11 @@ void offsets_of(const Weight& w, const Isa& isa, int64_t group, int64_t width, f
 }
 
 // Blocks of output channels: the scales of the group are folded into its activations, the rest is a plain dot product.
-void task_along_out(void* context, int64_t index, int worker) {
-    const auto& call = *static_cast<Call*>(context);
+void task_along_out(const Call& call, int64_t index, int worker) {
     const Weight& w = *call.w;
     const int64_t group = index / call.tasks_per_block, part = index % call.tasks_per_block;
-    const int64_t begin = group * w.block, end = std::min(begin + w.block, w.rows), gap = band(end - begin);
-    const int64_t first = begin + part * call.rows_per_task, last = std::min(first + call.rows_per_task, begin + gap);
+    const int64_t begin = group * w.block, end = std::min(begin + w.block, w.rows);
+    const int64_t first = begin + part * call.rows_per_task, last = std::min(first + call.rows_per_task, end);
     if (first >= last) return;
     const int64_t width = call.x.width, chunks = w.chunks();
     float* memory = call.scratch(worker);
@@ -311,17 +275,16 @@ void task_along_out(void* context, int64_t index, int worker) {
     }
     RowJob job = call.job;
     with_lanes(job, lanes, sums);
-    job.gap = gap;
-    job.row_end = end;
     run_rows(call, job, first, last, rest);
     if (w.offsets == nullptr && w.zeros.empty()) return;
     for (int64_t n = 0; n < call.batch; ++n)
-        for (int64_t row = first; row < last; ++row)
-            for (int64_t own = row, r = 0; r < kMaxRows && own < end; ++r, own += gap) call.y[n * w.rows + own] += shift[n];
+        for (int64_t row = first; row < last; ++row) job.y[n * job.y_stride + row] += shift[n];
 }
 
-int64_t rows_per_task(const Weight& w, int64_t rows) {
-    return std::clamp<int64_t>(kTaskBytes / std::max<int64_t>(w.stride(), 1), 1, std::max<int64_t>(rows, 1));
+int64_t rows_per_task(const Weight& w, int64_t rows, int threads) {
+    const int64_t stride = std::max<int64_t>(w.stride(), 1);
+    const int64_t bytes = std::clamp(rows * stride / (4 * threads), kLeastTaskBytes, kMostTaskBytes);
+    return std::clamp<int64_t>(bytes / stride, 1, std::max<int64_t>(rows, 1));
 }
 
 struct DecodeCall {
@@ -331,6 +294,7 @@ struct DecodeCall {
     int64_t first;
     int64_t last;
     Matrix out;
+    int threads;
     int64_t thread_floats;
     float* thread_scratch;
 };
@@ -364,7 +328,7 @@ void decode_row(const DecodeCall& call, int64_t row, float* scratch) {
 
 void decode_task(void* context, int64_t index, int worker) {
     const auto& call = *static_cast<DecodeCall*>(context);
-    const int64_t step = rows_per_task(*call.w, call.last - call.first);
+    const int64_t step = rows_per_task(*call.w, call.last - call.first, call.threads);
     const int64_t begin = call.first + index * step, end = std::min(begin + step, call.last);
     for (int64_t row = begin; row < end; ++row) decode_row(call, row, call.thread_scratch + worker * call.thread_floats);
 }
@@ -394,94 +358,139 @@ void derive(Weight& w, const float* table, int64_t levels, const uint8_t* packed
 
 namespace {
 
-// At most kBatchRows rows of activations.
-void multiply_some(const Weight& w, const Isa& isa, const Matrix& x, const Matrix& y, int64_t batch, bool int8, int threads) {
-    threads = std::clamp(threads, 1, kMaxThreads);
-    const int64_t chunks = w.chunks();
-    const auto p = static_cast<int64_t>(w.other_columns.size());
-    Call call{};
-    call.w = &w;
-    call.isa = &isa;
-    call.batch = batch;
-    call.int8 = int8;
+// The activations of one weight serve another.
+bool same_form(const Weight& a, const Weight& b) {
+    const bool plain = a.other_columns.empty() && b.other_columns.empty() && a.columns == b.columns;
+    const bool lanes = !a.along_out && !b.along_out && a.whole_lanes && b.whole_lanes && a.blocks == b.blocks && a.block == b.block;
+    return plain && lanes && (a.bits == 4) == (b.bits == 4) && sums_stride(a) == sums_stride(b);
+}
+
+void load_activations(Call& call, const Matrix& x, Scratch& scratch) {
+    const Weight& w = *call.w;
+    const int64_t chunks = w.chunks(), batch = call.batch;
     call.x.width = chunks * kChunk;
-    const int64_t row_scratch = aligned(std::max(scratch_floats(w.along_out ? 1 : w.blocks), chunks * kChunk + p));
-    call.thread_floats = row_scratch;
-    if (w.along_out) call.thread_floats += 4 * call.x.width + aligned(batch) + batch * sums_stride(w) + Lanes::floats(batch, chunks);
-
-    const bool direct = y.type == Float::f32 && y.stride == w.rows;
-    const int64_t sizes[] = {batch * call.x.width, aligned(batch * p), aligned(w.columns),
-                             w.along_out ? 0 : Lanes::floats(batch, chunks), direct ? 0 : aligned(batch * w.rows),
-                             call.thread_floats * threads,
-                             w.along_out ? 0 : batch * sums_stride(w)};
-    int64_t total = 0;
-    for (const int64_t size : sizes) total += size;
-    static thread_local Workspace workspace;
-    float* memory = workspace.floats(total);
-    const auto take = [&memory](int64_t size) {
-        float* result = memory;
-        memory += size;
-        return result;
-    };
-    call.x.kept = take(sizes[0]);
-    call.x.others = take(sizes[1]);
-    float* row = take(sizes[2]);
-    const Lanes lanes(take(sizes[3]), batch, w.along_out ? 0 : chunks);
-    float* buffer = take(sizes[4]);
-    call.y = direct ? static_cast<float*>(y.data) : buffer;
-    call.thread_scratch = take(sizes[5]);
-    float* sums = take(sizes[6]);
-
-    call.job = job_of(w);
-    call.job.batch = batch;
-    call.job.bias = bias_of(w, isa, int8);
-    call.job.y = call.y;
-    call.job.y_stride = w.rows;
-    for (int64_t n = 0; n < batch; ++n) {
-        load(w, isa, x, n, call.x, row);
-        if (w.along_out || !w.whole_lanes) continue;
-        fill(lanes, w, isa, call.x.kept + n * call.x.width, n, int8);
-        sum_blocks(w, lanes.x_sum + n * chunks * kLanes, sums + n * sums_stride(w));
-    }
-    with_lanes(call.job, lanes, sums);
+    call.x.kept = scratch.floats(batch * call.x.width);
+    call.x.others = scratch.floats(batch * static_cast<int64_t>(w.other_columns.size()));
+    float* row = scratch.floats(w.columns);
+    for (int64_t n = 0; n < batch; ++n) load(w, *call.isa, x, n, call.x, row);
     if (!w.whole_lanes) call.job.x = call.x.kept;
+    if (w.along_out || !w.whole_lanes) return;
+    const Lanes lanes(scratch.floats(Lanes::floats(batch, chunks)), batch, chunks);
+    call.sums = scratch.floats(batch * sums_stride(w));
+    for (int64_t n = 0; n < batch; ++n) {
+        fill(lanes, w, *call.isa, call.x.kept + n * call.x.width, n, call.int8);
+        sum_blocks(w, lanes.x_sum + n * chunks * kLanes, call.sums + n * sums_stride(w));
+    }
+    with_lanes(call.job, lanes, call.sums);
+}
+
+void share_activations(Call& call, const Call& from) {
+    call.x = from.x;
+    call.sums = from.sums;
+    call.job.x = from.job.x;
+    call.job.a = from.job.a;
+    call.job.a_scale = from.job.a_scale;
+    call.job.block_sums = from.job.block_sums;
+}
+
+void cut_into_tasks(Call& call, int threads, Scratch& scratch) {
+    const Weight& w = *call.w;
+    const int64_t chunks = w.chunks(), batch = call.batch;
+    const auto p = static_cast<int64_t>(w.other_columns.size());
+    call.thread_floats = aligned(std::max(scratch_floats(w.along_out ? 1 : w.blocks), chunks * kChunk + p));
     if (w.along_out) {
-        const int64_t groups = (w.rows + w.block - 1) / w.block;
+        call.thread_floats += 4 * call.x.width + aligned(batch) + batch * sums_stride(w) + Lanes::floats(batch, chunks);
+        const int64_t groups = (w.rows + w.block - 1) / w.block, height = std::min(w.block, w.rows);
         // A group shares its folded activations: cut it only when there are too few groups to go round.
         const int64_t parts = groups >= 2 * threads ? 1 : (4 * threads + groups - 1) / groups;
-        const int64_t height = band(std::min(w.block, w.rows));
         call.rows_per_task = std::max<int64_t>((height + parts - 1) / parts, 1);
         call.tasks_per_block = (height + call.rows_per_task - 1) / call.rows_per_task;
-        run_tasks(threads, groups * call.tasks_per_block, task_along_out, &call);
+        call.tasks = groups * call.tasks_per_block;
     } else {
-        call.job.gap = band(w.rows);
-        call.job.row_end = w.rows;
-        call.rows_per_task = rows_per_task(w, call.job.gap);
-        run_tasks(threads, (call.job.gap + call.rows_per_task - 1) / call.rows_per_task, task_along_in, &call);
+        call.rows_per_task = rows_per_task(w, w.rows, threads);
+        call.tasks = (w.rows + call.rows_per_task - 1) / call.rows_per_task;
     }
-    if (direct) return;
-    for (int64_t n = 0; n < batch; ++n)
-        isa.from_float(call.y + n * w.rows, y.type, w.rows, static_cast<char*>(y.data) + n * y.stride * width(y.type));
+    call.thread_scratch = scratch.floats(call.thread_floats * threads);
+}
+
+struct Calls {
+    Call call[kMostTogether];
+    int64_t count;
+};
+
+void multiply_task(void* context, int64_t index, int worker) {
+    const auto& calls = *static_cast<Calls*>(context);
+    const Call* call = calls.call;
+    for (; index >= call->tasks; ++call) index -= call->tasks;
+    call->w->along_out ? task_along_out(*call, index, worker) : task_along_in(*call, index, worker);
+}
+
+Matrix rows_from(const Matrix& m, int64_t n) {
+    return {static_cast<char*>(m.data) + n * m.stride * width(m.type), m.type, m.stride};
+}
+
+// At most kBatchRows rows of activations.
+void multiply_some(const Product* products, int64_t count, const Isa& isa, const Matrix& x, int64_t from, int64_t batch, bool int8, int threads) {
+    static thread_local Scratch scratch;
+    scratch.reset();
+    Calls calls;
+    calls.count = count;
+    int64_t tasks = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        Call& call = calls.call[i];
+        call = Call{};
+        call.w = products[i].weight;
+        call.isa = &isa;
+        call.batch = batch;
+        call.int8 = int8;
+        call.job = job_of(*call.w);
+        call.job.batch = batch;
+        call.job.bias = bias_of(*call.w, isa, int8);
+        const Matrix y = rows_from(products[i].y, from);
+        const bool direct = y.type == Float::f32;
+        call.job.y = direct ? static_cast<float*>(y.data) : scratch.floats(batch * call.w->rows);
+        call.job.y_stride = direct ? y.stride : call.w->rows;
+        if (i > 0 && same_form(*calls.call[i - 1].w, *call.w)) {
+            share_activations(call, calls.call[i - 1]);
+        } else {
+            load_activations(call, rows_from(x, from), scratch);
+        }
+        cut_into_tasks(call, threads, scratch);
+        tasks += call.tasks;
+    }
+    run_tasks(threads, tasks, multiply_task, &calls);
+    for (int64_t i = 0; i < count; ++i) {
+        const Matrix y = rows_from(products[i].y, from);
+        if (y.type == Float::f32) continue;
+        const Call& call = calls.call[i];
+        for (int64_t n = 0; n < batch; ++n)
+            isa.from_float(call.job.y + n * call.w->rows, y.type, call.w->rows, rows_from(y, n).data);
+    }
 }
 
 }  // namespace
 
-void multiply(const Weight& w, const Isa& isa, const Matrix& x, const Matrix& y, int64_t batch, bool int8, int threads) {
-    for (int64_t n = 0; n < batch; n += kBatchRows) {
-        const Matrix from{static_cast<char*>(x.data) + n * x.stride * width(x.type), x.type, x.stride};
-        const Matrix to{static_cast<char*>(y.data) + n * y.stride * width(y.type), y.type, y.stride};
-        multiply_some(w, isa, from, to, std::min(kBatchRows, batch - n), int8, threads);
-    }
+void multiply(const Product* products, int64_t count, const Isa& isa, const Matrix& x, int64_t batch, bool int8, int threads) {
+    threads = std::clamp(threads, 1, kMaxThreads);
+    for (int64_t first = 0; first < count; first += kMostTogether)
+        for (int64_t n = 0; n < batch; n += kBatchRows)
+            multiply_some(products + first, std::min(kMostTogether, count - first), isa, x, n, std::min(kBatchRows, batch - n), int8, threads);
+}
+
+void multiply(const Weight& weight, const Isa& isa, const Matrix& x, const Matrix& y, int64_t batch, bool int8, int threads) {
+    const Product product{&weight, y};
+    multiply(&product, 1, isa, x, batch, int8, threads);
 }
 
 void decode(const Weight& w, const Isa& isa, int64_t first, int64_t last, const Matrix& out, int threads) {
     if (first >= last) return;
     threads = std::clamp(threads, 1, kMaxThreads);
     const auto p = static_cast<int64_t>(w.other_columns.size());
-    DecodeCall call{&w, &isa, job_of(w), first, last, out, 3 * aligned(std::max(w.kept, p)) + aligned(w.columns), nullptr};
-    static thread_local Workspace workspace;
-    call.thread_scratch = workspace.floats(call.thread_floats * threads);
-    const int64_t step = rows_per_task(w, last - first);
+    DecodeCall call{&w, &isa, job_of(w), first, last, out, threads, 3 * aligned(std::max(w.kept, p)) + aligned(w.columns), nullptr};
+    static thread_local Scratch scratch;
+    scratch.reset();
+    call.thread_scratch = scratch.floats(call.thread_floats * threads);
+    const int64_t step = rows_per_task(w, last - first, threads);
     run_tasks(threads, (last - first + step - 1) / step, decode_task, &call);
 }
 
@@ -494,10 +503,10 @@ uint64_t read(const Isa& isa, const uint8_t* data, int64_t count, int threads) {
     } call{&isa, data, count};
     const auto task = [](void* context, int64_t index, int) {
         auto& c = *static_cast<Read*>(context);
-        const int64_t first = index * kTaskBytes;
-        c.sum.fetch_xor(c.isa->read(c.data + first, std::min(kTaskBytes, c.count - first)), std::memory_order_relaxed);
+        const int64_t first = index * kMostTaskBytes;
+        c.sum.fetch_xor(c.isa->read(c.data + first, std::min(kMostTaskBytes, c.count - first)), std::memory_order_relaxed);
     };
-    run_tasks(std::clamp(threads, 1, kMaxThreads), (count + kTaskBytes - 1) / kTaskBytes, task, &call);
+    run_tasks(std::clamp(threads, 1, kMaxThreads), (count + kMostTaskBytes - 1) / kMostTaskBytes, task, &call);
     return call.sum.load();
 }
 

@@ -41,7 +41,8 @@ struct Weight {
     std::vector<int32_t> other_columns;  // those of the outliers
 
     bool whole_lanes = true;         // every block is a number of lanes
-    std::vector<int32_t> base, lane;  // where a lane finds its block
+    int64_t period = 0;         // where a lane finds its block: see RowJob
+    std::vector<int32_t> lane;
 
     int64_t stride() const { return (kept * bits + 7) / 8; }
     int64_t chunks() const { return (kept + kChunk - 1) / kChunk; }
@@ -57,7 +58,16 @@ struct Matrix {
 void derive(Weight& weight, const float* table, int64_t levels, const uint8_t* packed_zeros, int64_t zero_rows,
             int64_t zero_columns, const int32_t* outlier_columns, int64_t outliers);
 
-// y [batch, rows] = x [batch, columns] W^T, with activations rounded to 8 bits or as they are.
+// One of several weights that read the same activations, and where its product goes.
+struct Product {
+    const Weight* weight;
+    Matrix y;  // [batch, rows]
+};
+constexpr int64_t kMostTogether = 4;  // products that are shared out among the threads as one job
+
+// y [batch, rows] = x [batch, columns] W^T for every weight, with activations rounded to 8 bits or as they are. Weights of the
+// same form, one after another, share what is derived from the activations.
+void multiply(const Product* products, int64_t count, const Isa& isa, const Matrix& x, int64_t batch, bool int8, int threads);
 void multiply(const Weight& weight, const Isa& isa, const Matrix& x, const Matrix& y, int64_t batch, bool int8, int threads);
 
 // Rows [first, last) of W, [last - first, columns].

@@ -6,16 +6,19 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
 
 #include "linear.h"
 #include "pool.h"
+#include "step.h"
 
 namespace nb = nanobind;
 using namespace fracbit;
@@ -23,7 +26,7 @@ using namespace fracbit;
 namespace {
 
 // Raised whenever a signature below changes, so that Python refuses an extension left over from another version.
-constexpr int kAbi = 2;
+constexpr int kAbi = 3;
 
 using Array = nb::ndarray<nb::ro, nb::device::cpu>;
 using Output = nb::ndarray<nb::device::cpu>;
@@ -148,12 +151,14 @@ class PackedWeight {
     // Bytes derived at load time, besides the arrays that are shared with the caller.
     int64_t derived_bytes() const {
         return static_cast<int64_t>(w_.zeros.size() + w_.high.size() + w_.low.size() + 4 * w_.values.size() + 4 * w_.steps.size() +
-                                    4 * (w_.base.size() + w_.lane.size() + w_.kept_columns.size() + w_.other_columns.size()));
+                                    4 * (w_.lane.size() + w_.kept_columns.size() + w_.other_columns.size()));
     }
     bool whole_lanes() const { return w_.whole_lanes; }
     std::string isa() const { return isa_.name; }
+    const Weight& weight() const { return w_; }
 
-  private:
+    const Isa& set() const { return isa_; }
+
     template <class A>
     static Matrix matrix(const A& array, const char* name, int64_t columns) {
         const Float type = float_type(array, name);
@@ -165,6 +170,7 @@ class PackedWeight {
         return {const_cast<void*>(static_cast<const void*>(array.data())), type, one_row ? columns : array.stride(0)};
     }
 
+  private:
     int64_t set_outliers(const std::optional<Array>& columns, const std::optional<Array>& outliers) {
         if (columns.has_value() != outliers.has_value()) refuse("outlier columns and their weights come together");
         if (!columns) return 0;
@@ -236,6 +242,129 @@ class PackedWeight {
     std::vector<Array> held_;
 };
 
+// y [batch, rows] of several weights that read the same x.
+void multiply_together(const std::vector<const PackedWeight*>& weights, const Array& x, const std::vector<Output>& y, bool int8, int threads) {
+    if (weights.empty() || weights.size() != y.size()) refuse("weights and results must be as many, and at least one");
+    const Matrix from = PackedWeight::matrix(x, "x", weights[0]->weight().columns);
+    std::vector<Product> products;
+    for (size_t i = 0; i < y.size(); ++i) {
+        if (weights[i]->weight().columns != weights[0]->weight().columns) refuse("weights that share x must have as many columns");
+        if (y[i].ndim() != 2 || y[i].shape(0) != x.shape(0)) refuse("x and y must have the same number of rows");
+        products.push_back({&weights[i]->weight(), PackedWeight::matrix(y[i], "y", weights[i]->weight().rows)});
+    }
+    const auto batch = static_cast<int64_t>(x.shape(0));
+    nb::gil_scoped_release release;
+    multiply(products.data(), static_cast<int64_t>(products.size()), weights[0]->set(), from, batch, int8, threads);
+}
+
+// A decoder that keeps the arrays and weights it reads alive.
+class PyDecoder {
+  public:
+    using Layer = std::pair<nb::object, std::optional<Array>>;  // a PackedWeight or a float array [rows, columns], and a bias
+
+    PyDecoder(int64_t hidden, int64_t heads, int64_t kv_heads, int64_t head, double epsilon, double scale, bool int8,
+              const Layer& embedding, const Layer& logits, const Array& gain, const std::string& isa)
+        : isa_(isa_named(isa)) {
+        constexpr int64_t kMost = 1 << 24;
+        d_.hidden = positive(hidden, "hidden", kMost);
+        d_.heads = positive(heads, "heads", kMost);
+        d_.kv_heads = positive(kv_heads, "kv_heads", heads);
+        d_.head = positive(head, "head", 1 << 14);
+        if (head % 2 != 0 || heads % kv_heads != 0) refuse("a head must be even, and heads a multiple of kv_heads");
+        d_.epsilon = static_cast<float>(epsilon);
+        d_.scale = static_cast<float>(scale);
+        d_.int8 = int8;
+        d_.embedding = projection(embedding, "embedding", -1, hidden);
+        d_.logits = projection(logits, "logits", -1, hidden);
+        d_.gain = floats(gain, "gain", hidden);
+    }
+
+    // Layers: query, key, value, out, gate, up, down; gains: before attention, before the MLP, of queries, of keys.
+    void add_block(const std::vector<Layer>& layers, const std::vector<std::optional<Array>>& gains) {
+        if (layers.size() != 7 || gains.size() != 4 || !gains[0] || !gains[1]) refuse("a block has seven layers and two to four gains");
+        const int64_t width = d_.heads * d_.head, kv_width = d_.kv_heads * d_.head;
+        Block b;
+        b.query = projection(layers[0], "query", width, d_.hidden);
+        b.key = projection(layers[1], "key", kv_width, d_.hidden);
+        b.value = projection(layers[2], "value", kv_width, d_.hidden);
+        b.out = projection(layers[3], "out", d_.hidden, width);
+        b.gate = projection(layers[4], "gate", -1, d_.hidden);
+        b.up = projection(layers[5], "up", b.gate.rows, d_.hidden);
+        b.down = projection(layers[6], "down", d_.hidden, b.gate.rows);
+        b.attention_gain = floats(*gains[0], "gain", d_.hidden);
+        b.mlp_gain = floats(*gains[1], "gain", d_.hidden);
+        if (gains[2]) b.query_gain = floats(*gains[2], "gain", d_.head);
+        if (gains[3]) b.key_gain = floats(*gains[3], "gain", d_.head);
+        d_.blocks.push_back(b);
+    }
+
+    void advance(const Output& store, int64_t held, const Array& tokens, const Array& pads, const Array& cosines, const Array& sines,
+                 const Output& logits, int threads) {
+        if (store.ndim() != 6) refuse("the store must have shape [blocks, 2, batch, kv_heads, room, head]");
+        const auto batch = static_cast<int64_t>(store.shape(2)), room = static_cast<int64_t>(store.shape(4));
+        const Float type = float_type(store, "the store");
+        check_layout(store, "the store", {static_cast<int64_t>(d_.blocks.size()), 2, batch, d_.kv_heads, room, d_.head});
+        if (held < 0 || held >= room) refuse("the store has no room for a token at " + std::to_string(held));
+        check_floats(cosines, "cosines", {room, d_.head});
+        check_floats(sines, "sines", {room, d_.head});
+        if (float_type(cosines, "cosines") != Float::f32 || float_type(sines, "sines") != Float::f32) refuse("rotations must be float32");
+        check_layout(logits, "logits", {batch, d_.logits.rows});
+        if (float_type(logits, "logits") != Float::f32) refuse("logits must be float32");
+        const int64_t* ids = integers(tokens, "tokens", batch, d_.embedding.rows - 1);
+        const int64_t* starts = integers(pads, "pads", batch, held);
+        const Store kept{store.data(), type, batch, room, static_cast<const float*>(cosines.data()), static_cast<const float*>(sines.data())};
+        nb::gil_scoped_release release;
+        const std::lock_guard<std::mutex> one(busy_);
+        fracbit::advance(d_, isa_, kept, held, ids, starts, static_cast<float*>(logits.data()), scratch_, threads);
+    }
+
+  private:
+    const float* floats(const Array& array, const char* name, int64_t count) {
+        if (check_floats(array, name, {count}) != Float::f32) refuse(std::string(name) + " must be float32");
+        arrays_.push_back(array);
+        return static_cast<const float*>(array.data());
+    }
+
+    static const int64_t* integers(const Array& array, const char* name, int64_t count, int64_t most) {
+        if (!is_type(array, nb::dlpack::dtype_code::Int, 64)) refuse(std::string(name) + " must be int64");
+        check_layout(array, name, {count});
+        const auto* data = static_cast<const int64_t*>(array.data());
+        for (int64_t i = 0; i < count; ++i)
+            if (data[i] < 0 || data[i] > most) refuse(std::string(name) + " must lie in 0.." + std::to_string(most));
+        return data;
+    }
+
+    // Rows of -1: as many as there are.
+    Projection projection(const Layer& layer, const char* name, int64_t rows, int64_t columns) {
+        Projection p;
+        if (nb::isinstance<PackedWeight>(layer.first)) {
+            p.packed = &nb::cast<const PackedWeight&>(layer.first).weight();
+            p.rows = p.packed->rows;
+            p.columns = p.packed->columns;
+            held_.push_back(layer.first);
+        } else {
+            const auto array = nb::cast<Array>(layer.first);
+            if (array.ndim() != 2) refuse(std::string(name) + " must be a packed weight or an array [rows, columns]");
+            p.rows = static_cast<int64_t>(array.shape(0));
+            p.columns = static_cast<int64_t>(array.shape(1));
+            p.type = check_floats(array, name, {p.rows, p.columns});
+            p.dense = array.data();
+            arrays_.push_back(array);
+        }
+        if ((rows >= 0 && p.rows != rows) || p.columns != columns)
+            refuse(std::string(name) + " should have shape " + shape_text({rows < 0 ? p.rows : rows, columns}) + ", got " + shape_text({p.rows, p.columns}));
+        if (layer.second) p.bias = floats(*layer.second, name, p.rows);
+        return p;
+    }
+
+    Decoder d_;
+    const Isa& isa_;
+    std::vector<nb::object> held_;
+    std::vector<Array> arrays_;
+    std::mutex busy_;
+    Scratch scratch_;
+};
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -272,4 +401,16 @@ NB_MODULE(_native, m) {
         .def_prop_ro("derived_bytes", &PackedWeight::derived_bytes)
         .def_prop_ro("whole_lanes", &PackedWeight::whole_lanes)
         .def_prop_ro("isa", &PackedWeight::isa);
+    m.def("multiply_together", &multiply_together, nb::arg("weights"), nb::arg("x"), nb::arg("y"), nb::arg("int8"), nb::arg("threads"),
+          "y [batch, rows] of several weights that read the same x [batch, columns]; its rounding is done once.");
+    nb::class_<PyDecoder>(m, "Decoder", "Blocks of Llama's shape that are run one token at a time.")
+        .def(nb::init<int64_t, int64_t, int64_t, int64_t, double, double, bool, const PyDecoder::Layer&, const PyDecoder::Layer&,
+                      const Array&, const std::string&>(),
+             nb::arg("hidden"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("head"), nb::arg("epsilon"), nb::arg("scale"),
+             nb::arg("int8"), nb::arg("embedding"), nb::arg("logits"), nb::arg("gain"), nb::arg("isa") = "")
+        .def("add_block", &PyDecoder::add_block, nb::arg("layers"), nb::arg("gains"),
+             "Layers: query, key, value, out, gate, up, down; gains: before attention, before the MLP, of queries, of keys.")
+        .def("advance", &PyDecoder::advance, nb::arg("store"), nb::arg("held"), nb::arg("tokens"), nb::arg("pads"),
+             nb::arg("cosines"), nb::arg("sines"), nb::arg("logits"), nb::arg("threads"),
+             "Read tokens [batch] after `held` others; fills logits [batch, vocabulary] and the store.");
 }

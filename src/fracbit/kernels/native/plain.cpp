@@ -1,6 +1,6 @@
 // Plain C++: every processor. The compiler vectorises what it can.
 #include "isa.h"
-#include "row_kernel.h"
+#include "step_kernel.h"
 
 namespace fracbit {
 namespace {
@@ -16,13 +16,18 @@ struct Plain {
         uint8_t v[64];
     };
     static constexpr int kOverread = 0;
-    static constexpr int kRows[3] = {1, 1, 1};  // weight rows at a time for 1, 2 and 4 rows of activations
 
     static Floats zero_floats() { return Floats{}; }
     static Ints zero_ints() { return Ints{}; }
     static Floats load(const float* p) {
         Floats r;
         std::memcpy(r.v, p, sizeof r.v);
+        return r;
+    }
+    template <Float type>
+    static Floats load_as(const void* p) {
+        Floats r;
+        floats_from(p, type, kLanes, r.v);
         return r;
     }
     static Floats all(float value) {
@@ -57,9 +62,9 @@ struct Plain {
         for (int d = 0; d < kLanes; ++d) r.v[d] = a.v[d] * (1 << count);
         return r;
     }
-    static Floats pick_floats(const float* p, const int32_t* lane) {
+    static Floats pick(const Floats& scales, const int32_t* lane) {
         Floats r;
-        for (int d = 0; d < kLanes; ++d) r.v[d] = p[lane[d]];
+        for (int d = 0; d < kLanes; ++d) r.v[d] = scales.v[lane[d]];
         return r;
     }
     static Ints dot(Ints sum, const Bytes& u, const int8_t* a) {
@@ -129,6 +134,7 @@ struct Plain {
 const Isa kPlain = {
     "plain", true, transpose_lanes, quantize_lanes, sum_lanes, floats_from, floats_to, multiply_int8<Plain>, multiply_float<Plain>,
     multiply_weights, weights_of_row, read_bytes, look_up_row,
+    multiply_dense<Plain>, normalize, gate_with, attend<Plain>,
 };
 
 }  // namespace

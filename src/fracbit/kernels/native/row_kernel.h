@@ -9,6 +9,7 @@
 //   look_up<bits>(u, table)   table bytes of codes
 //   dot(sum, u, a)            sum += u * a over the four bytes of a lane; u as the kernel's `high` (see Isa::biased)
 //   dot_small(sum, u, a)      the same for u < 128
+//   pick(scales, lane)        scales of the lanes, from 16 of them
 //   words<bits>(p), pick<bits, j>(words, table)   table floats of the j-th code of every lane
 #pragma once
 
@@ -16,6 +17,13 @@
 #include <cstring>
 
 #include "isa.h"
+
+// Registers must not pass through memory.
+#if defined(__GNUC__)
+#define FRACBIT_INLINE __attribute__((always_inline)) inline
+#else
+#define FRACBIT_INLINE inline
+#endif
 
 namespace fracbit {
 namespace {
@@ -170,13 +178,6 @@ inline unsigned code_at(const uint8_t* row, int64_t stride, int bits, int64_t in
     return (word >> (bit & 7)) & ((1u << bits) - 1u);
 }
 
-// What is prepared for a row: its scales as floats, and for every row of activations the lanes its sum starts with [batch, 16]:
-// constants and offsets, which see the activations only as sums of blocks.
-struct RowScales {
-    const float* scale[kMaxRows];
-    const float* start[kMaxRows];
-};
-
 inline int64_t scratch_stride(const RowJob& job) { return job.blocks + 2 * kLanes; }
 
 inline float dot_floats(const float* a, const float* b, int64_t count) {
@@ -211,7 +212,7 @@ void prepare_row(const RowJob& job, int64_t row, float* scale, float step, const
         for (uintptr_t i = 0; i < size; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(address + 4 * size + i));
         S::to_float(static_cast<const char*>(job.scales) + first * width, job.scale_type, job.blocks, scale);
         S::store(S::zero_floats(), scale + job.blocks);
-        float* offset = job.scratch + 2 * kMaxRows * scratch_stride(job);
+        float* offset = job.scratch + 2 * scratch_stride(job);
         if (job.offsets != nullptr) {
             S::to_float(static_cast<const char*>(job.offsets) + first * width, job.scale_type, job.blocks, offset);
         } else if (job.zeros != nullptr) {
@@ -229,233 +230,203 @@ void prepare_row(const RowJob& job, int64_t row, float* scale, float step, const
         add_products<S>(scale, job.block_sums + n * job.sums_stride, job.blocks, job.bias, start + n * kLanes);
 }
 
-// The chunks of some rows: those that can be read where they lie, then a padded copy of the rest. Made before the loop,
-// which must not call anything: a call would spill every vector register.
-template <class S, int bits, int rows>
+// The chunks of a row: those that can be read where they lie, then a padded copy of the rest. Made before the loop, which
+// must not call anything: a call would spill every vector register.
+template <class S, int bits>
 struct Chunks {
     int64_t end[2];
-    const uint8_t* row[2][rows];
-    uint8_t rest[rows][2 * kChunk + S::kOverread];
+    const uint8_t* data[2];
+    uint8_t rest[2 * kChunk + S::kOverread];
 
     Chunks(const RowJob& job, const uint8_t* codes) {
         constexpr int64_t bytes = 16 * bits;
-        int64_t whole = (job.stride - S::kOverread) / bytes;
-        if (job.stride < S::kOverread) whole = 0;
+        const int64_t whole = job.stride < S::kOverread ? 0 : (job.stride - S::kOverread) / bytes;
         end[0] = whole < job.chunks ? whole : job.chunks;
         end[1] = job.chunks;
-        const int64_t left = job.stride - end[0] * bytes;
-        for (int r = 0; r < rows; ++r) {
-            row[0][r] = codes + r * job.gap * job.stride;
-            row[1][r] = rest[r];
-            if (end[0] == end[1]) continue;
-            std::memset(rest[r], 0, sizeof rest[r]);
-            std::memcpy(rest[r], row[0][r] + end[0] * bytes, static_cast<size_t>(left));
-        }
+        data[0] = codes;
+        data[1] = rest;
+        if (end[0] == end[1]) return;
+        std::memset(rest, 0, sizeof rest);
+        std::memcpy(rest, codes + end[0] * bytes, static_cast<size_t>(job.stride - end[0] * bytes));
     }
 };
 
-// `rows` rows from `row` on times `batch` activation rows from n0 on: sums before step, constants and offsets.
-// Reading the activations once for several rows matters: they cost as many loads as the codes. The rows are job.gap apart, so
-// that each is a stream of its own through memory; neighbours would make short streams, which arrive at half the speed.
-template <class S, int bits, bool affine, int batch, int rows>
-void int8_rows(const RowJob& job, int64_t row, const RowScales& scales, int64_t n0, float* out) {
-    using Floats = typename S::Floats;
-    using Ints = typename S::Ints;
-    typename S::template ByteTable<bits> high[rows], low[rows];
-    if (!affine) {
-        for (int r = 0; r < rows; ++r) {
-            const int64_t at = (row + r * job.gap) * job.table_stride;
-            high[r].load(job.high + at);
-            low[r].load(job.low + at);
-        }
-    }
-    Floats sum[rows][batch];
-    for (int r = 0; r < rows; ++r)
-        for (int n = 0; n < batch; ++n) sum[r][n] = S::load(scales.start[r] + (n0 + n) * kLanes);
-    const Chunks<S, bits, rows> chunks(job, job.codes + row * job.stride);
-    int64_t c = 0;
+// Calls step(chunk, codes, scales of the chunk's lanes) for every chunk of a row. Codes are one stream through memory: four
+// streams side by side arrive at little more than half the speed. Scales are loaded once for 16 blocks.
+template <class S, int bits, bool single, class Step>
+FRACBIT_INLINE void each_chunk(const RowJob& job, const uint8_t* codes, const float* scale, const Step& step) {
+    const Chunks<S, bits> chunks(job, codes);
+    typename S::Floats sixteen = S::all(1.0f);
+    int64_t c = 0, left = 0;  // chunks until the next load of scales
+    const int32_t* lane = job.lane;
     for (int half = 0; half < 2; ++half) {
-      for (const int64_t start = c; c < chunks.end[half]; ++c) {
-        for (int r = 0; r < rows; ++r) {
-            typename S::Bytes u0, u1, h0, h1, l0, l1;
-            S::template unpack<bits>(chunks.row[half][r] + (c - start) * 16 * bits, u0, u1);
-            if (affine) {
-                h0 = S::template clean<bits>(u0);
-                h1 = S::template clean<bits>(u1);
-            } else {
-                h0 = high[r].look_up(u0);
-                h1 = high[r].look_up(u1);
-                l0 = low[r].look_up(u0);
-                l1 = low[r].look_up(u1);
+        const uint8_t* p = chunks.data[half];
+        while (c < chunks.end[half]) {
+            if (single) left = job.chunks;
+            if (left == 0) {
+                sixteen = S::load(scale);
+                scale += kLanes;
+                lane = job.lane;
+                left = job.period;
             }
-            const Floats scale = S::pick_floats(scales.scale[r] + job.base[c], job.lane + c * kLanes);
-            for (int n = 0; n < batch; ++n) {
-                const int64_t at = (n0 + n) * job.chunks + c;
-                const int8_t* a = job.a + at * kChunk;
-                Ints dot = S::zero_ints();
-                if (affine && bits < 8) {
-                    dot = S::dot_small(S::dot_small(dot, h0, a), h1, a + 64);
-                } else {
-                    dot = S::dot(S::dot(dot, h0, a), h1, a + 64);
-                }
-                if (!affine) dot = S::dot_small(S::dot_small(S::template shift_left<kLowBits>(dot), l0, a), l1, a + 64);
-                const Floats both = S::multiply(scale, S::load(job.a_scale + at * kLanes));
-                sum[r][n] = S::fma(S::to_floats(dot), both, sum[r][n]);
-            }
+            const int64_t stop = c + left < chunks.end[half] ? c + left : chunks.end[half];
+            left -= stop - c;
+            for (; c < stop; ++c, p += 16 * bits, lane += kLanes) step(c, p, single ? sixteen : S::pick(sixteen, lane));
         }
-      }
     }
-    for (int r = 0; r < rows; ++r)
-        for (int n = 0; n < batch; ++n) out[r * batch + n] = S::total(sum[r][n]);
 }
 
-template <class S, int bits, bool number, int j, int batch, int rows>
-inline void float_step(const typename S::template FloatWords<bits> (&words)[rows],
-                       const typename S::template FloatTable<bits> (&table)[rows], const float* const (&x)[batch],
-                       typename S::Floats (&part)[rows][batch]) {
-    if constexpr (j < 8) {
-        typename S::Floats w[rows];
-        for (int r = 0; r < rows; ++r) {
-            if constexpr (number) {
-                w[r] = words[r].template number<j>();
-            } else {
-                w[r] = table[r].template pick<j>(words[r]);
-            }
+// A weight row times `batch` activation rows from n0 on: sums, before step. `single`: the row has one scale.
+template <class S, int bits, bool affine, bool single, int batch>
+void int8_row(const RowJob& job, int64_t row, const float* scale, const float* start, int64_t n0, float* out) {
+    using Floats = typename S::Floats;
+    using Ints = typename S::Ints;
+    typename S::template ByteTable<bits> high, low;
+    if (!affine) {
+        high.load(job.high + row * job.table_stride);
+        low.load(job.low + row * job.table_stride);
+    }
+    Floats sum[batch];
+    for (int n = 0; n < batch; ++n) sum[n] = single ? S::zero_floats() : S::load(start + (n0 + n) * kLanes);
+    const int8_t* a0 = job.a + n0 * job.chunks * kChunk;
+    const float* a_scale0 = job.a_scale + n0 * job.chunks * kLanes;
+    each_chunk<S, bits, single>(job, job.codes + row * job.stride, scale, [&](int64_t c, const uint8_t* p, const Floats& scales) {
+        typename S::Bytes u0, u1, h0, h1, l0, l1;
+        S::template unpack<bits>(p, u0, u1);
+        if (affine) {
+            h0 = S::template clean<bits>(u0);
+            h1 = S::template clean<bits>(u1);
+        } else {
+            h0 = high.look_up(u0);
+            h1 = high.look_up(u1);
+            l0 = low.look_up(u0);
+            l1 = low.look_up(u1);
         }
         for (int n = 0; n < batch; ++n) {
-            const typename S::Floats a = S::load(x[n] + j * kLanes);
-            for (int r = 0; r < rows; ++r) part[r][n] = S::fma(w[r], a, part[r][n]);
+            const int8_t* a = a0 + (n * job.chunks + c) * kChunk;
+            Ints dot = S::zero_ints();
+            if (affine && bits < 8) {
+                dot = S::dot_small(S::dot_small(dot, h0, a), h1, a + 64);
+            } else {
+                dot = S::dot(S::dot(dot, h0, a), h1, a + 64);
+            }
+            if (!affine) dot = S::dot_small(S::dot_small(S::template shift_left<kLowBits>(dot), l0, a), l1, a + 64);
+            Floats both = S::load(a_scale0 + (n * job.chunks + c) * kLanes);
+            if (!single) both = S::multiply(scales, both);
+            sum[n] = S::fma(S::to_floats(dot), both, sum[n]);
         }
-        float_step<S, bits, number, j + 1, batch, rows>(words, table, x, part);
+    });
+    for (int n = 0; n < batch; ++n)
+        out[n] = S::total(single ? S::fma(sum[n], S::all(scale[0]), S::load(start + (n0 + n) * kLanes)) : sum[n]);
+}
+
+template <class S, int bits, bool number, int j, int batch>
+FRACBIT_INLINE void float_step(const typename S::template FloatWords<bits>& words, const typename S::template FloatTable<bits>& table,
+                               const float* const (&x)[batch], typename S::Floats (&part)[batch]) {
+    if constexpr (j < 8) {
+        typename S::Floats w;
+        if constexpr (number) {
+            w = words.template number<j>();
+        } else {
+            w = table.template pick<j>(words);
+        }
+        for (int n = 0; n < batch; ++n) part[n] = S::fma(w, S::load(x[n] + j * kLanes), part[n]);
+        float_step<S, bits, number, j + 1, batch>(words, table, x, part);
     }
 }
 
 // `number`: the value is step * (code + bias), the code is converted.
-template <class S, int bits, bool number, int batch, int rows>
-void float_rows(const RowJob& job, int64_t row, const RowScales& scales, int64_t n0, float* out) {
+template <class S, int bits, bool number, bool single, int batch>
+void float_row(const RowJob& job, int64_t row, const float* scale, const float* start, int64_t n0, float* out) {
     using Floats = typename S::Floats;
-    typename S::template FloatTable<bits> table[rows];
-    if (!number)
-        for (int r = 0; r < rows; ++r) table[r].load(job.values + (row + r * job.gap) * job.table_stride);
-    Floats sum[rows][batch];
-    for (int r = 0; r < rows; ++r)
-        for (int n = 0; n < batch; ++n) sum[r][n] = S::load(scales.start[r] + (n0 + n) * kLanes);
-    const Chunks<S, bits, rows> chunks(job, job.codes + row * job.stride);
-    int64_t c = 0;
-    for (int half = 0; half < 2; ++half) {
-      for (const int64_t start = c; c < chunks.end[half]; ++c) {
-        typename S::template FloatWords<bits> words[rows];
-        Floats part[rows][batch];
+    typename S::template FloatTable<bits> table;
+    if (!number) table.load(job.values + row * job.table_stride);
+    Floats sum[batch];
+    for (int n = 0; n < batch; ++n) sum[n] = single ? S::zero_floats() : S::load(start + (n0 + n) * kLanes);
+    each_chunk<S, bits, single>(job, job.codes + row * job.stride, scale, [&](int64_t c, const uint8_t* p, const Floats& scales) {
+        typename S::template FloatWords<bits> words;
+        words.load(p);
+        Floats part[batch];
         const float* x[batch];
-        for (int r = 0; r < rows; ++r) {
-            words[r].load(chunks.row[half][r] + (c - start) * 16 * bits);
-            for (int n = 0; n < batch; ++n) part[r][n] = S::zero_floats();
+        for (int n = 0; n < batch; ++n) {
+            part[n] = S::zero_floats();
+            x[n] = job.x + ((n0 + n) * job.chunks + c) * kChunk;
         }
-        for (int n = 0; n < batch; ++n) x[n] = job.x + ((n0 + n) * job.chunks + c) * kChunk;
-        float_step<S, bits, number, 0, batch, rows>(words, table, x, part);
-        for (int r = 0; r < rows; ++r) {
-            const Floats scale = S::pick_floats(scales.scale[r] + job.base[c], job.lane + c * kLanes);
-            for (int n = 0; n < batch; ++n) sum[r][n] = S::fma(part[r][n], scale, sum[r][n]);
-        }
-      }
-    }
-    for (int r = 0; r < rows; ++r)
-        for (int n = 0; n < batch; ++n) out[r * batch + n] = S::total(sum[r][n]);
+        float_step<S, bits, number, 0, batch>(words, table, x, part);
+        for (int n = 0; n < batch; ++n) sum[n] = S::fma(part[n], scales, sum[n]);
+    });
+    for (int n = 0; n < batch; ++n)
+        out[n] = S::total(single ? S::fma(sum[n], S::all(scale[0]), S::load(start + (n0 + n) * kLanes)) : sum[n]);
 }
 
-using RowFunction = void (*)(const RowJob& job, int64_t row, const RowScales& scales, int64_t n0, float* out);
-
-// Functions for 1, 2 and 4 activation rows: for as many weight rows as fill the registers, and for one.
+// Functions for 1, 2 and 4 activation rows.
+using RowFunction = void (*)(const RowJob& job, int64_t row, const float* scale, const float* start, int64_t n0, float* out);
 struct RowFunctions {
-    RowFunction many[3];
-    RowFunction one[3];
+    RowFunction of[3];
 };
 
-template <class S, int bits, bool affine>
+template <class S, int bits, bool affine, bool single>
 constexpr RowFunctions int8_functions() {
-    return {{int8_rows<S, bits, affine, 1, S::kRows[0]>, int8_rows<S, bits, affine, 2, S::kRows[1]>,
-             int8_rows<S, bits, affine, 4, S::kRows[2]>},
-            {int8_rows<S, bits, affine, 1, 1>, int8_rows<S, bits, affine, 2, 1>, int8_rows<S, bits, affine, 4, 1>}};
+    return {{int8_row<S, bits, affine, single, 1>, int8_row<S, bits, affine, single, 2>, int8_row<S, bits, affine, single, 4>}};
 }
 
-template <class S, int bits, bool number>
+template <class S, int bits, bool number, bool single>
 constexpr RowFunctions float_functions() {
-    return {{float_rows<S, bits, number, 1, S::kRows[0]>, float_rows<S, bits, number, 2, S::kRows[1]>,
-             float_rows<S, bits, number, 4, S::kRows[2]>},
-            {float_rows<S, bits, number, 1, 1>, float_rows<S, bits, number, 2, 1>, float_rows<S, bits, number, 4, 1>}};
+    return {{float_row<S, bits, number, single, 1>, float_row<S, bits, number, single, 2>, float_row<S, bits, number, single, 4>}};
 }
 
 template <class S, int bits>
-RowFunctions choose_int8(bool affine) {
-    return affine ? int8_functions<S, bits, true>() : int8_functions<S, bits, false>();
+RowFunctions choose_int8(bool affine, bool single) {
+    if (affine) return single ? int8_functions<S, bits, true, true>() : int8_functions<S, bits, true, false>();
+    return single ? int8_functions<S, bits, false, true>() : int8_functions<S, bits, false, false>();
 }
 
 template <class S, int bits>
-RowFunctions choose_float(bool affine) {
+RowFunctions choose_float(bool affine, bool single) {
     if constexpr (bits > kTableBits) {
-        if (affine) return float_functions<S, bits, true>();
+        if (affine) return single ? float_functions<S, bits, true, true>() : float_functions<S, bits, true, false>();
     }
-    return float_functions<S, bits, false>();
+    return single ? float_functions<S, bits, false, true>() : float_functions<S, bits, false, false>();
 }
 
-// Rows row, row + gap, ... of a job, as many as there are, and what is prepared for them.
-struct Group {
-    int64_t row;
-    int count;
-    RowScales scales;
-    float step[kMaxRows];
-    float start[kMaxRows][kBatchRows * kLanes];
+// What is prepared for a row: its scales as floats, and for every row of activations the lanes its sum starts with: constants
+// and offsets, which see the activations only as sums of blocks.
+struct Row {
+    const float* scale;
+    float step;
+    float start[kBatchRows * kLanes];
 };
 
 template <class S>
-void prepare_group(const RowJob& job, bool steps, int64_t row, float* scratch, Group& group) {
-    group.row = row;
-    group.count = 0;
-    for (int64_t own = row; group.count < kMaxRows && own < job.row_end; own += job.gap) {
-        const int r = group.count++;
-        float* scale = scratch + r * scratch_stride(job);
-        group.scales.scale[r] = scale;
-        group.step[r] = steps ? job.steps[job.table_stride == 0 ? 0 : own] : 1.0f;
-        group.scales.start[r] = group.start[r];
-        prepare_row<S>(job, own, scale, group.step[r], job.values + own * job.table_stride, group.start[r]);
-    }
+void prepare(const RowJob& job, bool steps, int64_t row, float* scratch, Row& prepared) {
+    prepared.scale = scratch;
+    prepared.step = steps ? job.steps[job.table_stride == 0 ? 0 : row] : 1.0f;
+    prepare_row<S>(job, row, scratch, prepared.step, job.values + row * job.table_stride, prepared.start);
 }
 
 template <class S>
-void multiply_group(const RowJob& job, const RowFunctions& functions, const Group& group) {
-    float out[kMaxRows * kMaxBatch];
+void multiply_row(const RowJob& job, const RowFunctions& functions, int64_t row, const Row& prepared) {
+    float out[kMaxBatch];
     for (int64_t n = 0; n < job.batch;) {
         const int64_t left = job.batch - n;
         const int size = left >= 4 ? 2 : left >= 2 ? 1 : 0, take = 1 << size;
-        for (int r = 0; r < group.count;) {
-            const int rows = group.count - r >= S::kRows[size] ? S::kRows[size] : 1;
-            const int64_t own = group.row + r * job.gap;
-            RowScales from;
-            for (int i = 0; i < rows; ++i) {
-                from.scale[i] = group.scales.scale[r + i];
-                from.start[i] = group.scales.start[r + i];
-            }
-            (rows > 1 ? functions.many : functions.one)[size](job, own, from, n, out);
-            for (int i = 0; i < rows; ++i)
-                for (int b = 0; b < take; ++b)
-                    job.y[(n + b) * job.y_stride + own + i * job.gap] = out[i * take + b] * group.step[r + i];
-            r += rows;
-        }
+        functions.of[size](job, row, prepared.scale, prepared.start, n, out);
+        for (int b = 0; b < take; ++b) job.y[(n + b) * job.y_stride + row] = out[b] * prepared.step;
         n += take;
     }
 }
 
-// Rows [first, last) of the first of kMaxRows bands, and the rows beside them in the others. Scales are prepared one group
-// ahead: loads that straddle stores still under way would wait for them to reach the cache.
+// Rows [first, last). Scales are prepared one row ahead: loads that straddle stores still under way would wait for them to
+// reach the cache.
 template <class S>
 void multiply(const RowJob& job, const RowFunctions& functions, bool steps, int64_t first, int64_t last) {
-    Group groups[2];
-    float* scratch[2] = {job.scratch, job.scratch + kMaxRows * scratch_stride(job)};
-    prepare_group<S>(job, steps, first, scratch[0], groups[0]);
+    Row rows[2];
+    float* scratch[2] = {job.scratch, job.scratch + scratch_stride(job)};
+    prepare<S>(job, steps, first, scratch[0], rows[0]);
     for (int64_t row = first; row < last; ++row) {
         const int64_t now = (row - first) % 2, next = 1 - now;
-        if (row + 1 < last) prepare_group<S>(job, steps, row + 1, scratch[next], groups[next]);
-        multiply_group<S>(job, functions, groups[now]);
+        if (row + 1 < last) prepare<S>(job, steps, row + 1, scratch[next], rows[next]);
+        multiply_row<S>(job, functions, row, rows[now]);
     }
 }
 
@@ -473,12 +444,12 @@ void multiply(const RowJob& job, const RowFunctions& functions, bool steps, int6
 
 template <class S>
 RowFunctions int8_by_bits(const RowJob& job) {
-    FRACBIT_BY_BITS(choose_int8, job.affine)
+    FRACBIT_BY_BITS(choose_int8, job.affine, job.period == 0)
 }
 
 template <class S>
 RowFunctions float_by_bits(const RowJob& job) {
-    FRACBIT_BY_BITS(choose_float, job.affine)
+    FRACBIT_BY_BITS(choose_float, job.affine, job.period == 0)
 }
 
 template <class S>
@@ -548,12 +519,11 @@ inline void weights_of_row(const RowJob& job, const Isa& isa, int64_t row, float
 // [batch, chunks * 128], and `job.scratch` holds a row of weights.
 inline void multiply_weights(const RowJob& job, const Isa& isa, int64_t first, int64_t last) {
     float* weights = job.scratch;
-    for (int64_t row = first; row < last; ++row)
-        for (int64_t own = row, r = 0; r < kMaxRows && own < job.row_end; ++r, own += job.gap) {
-            weights_of_row(job, isa, own, weights);
-            for (int64_t n = 0; n < job.batch; ++n)
-                job.y[n * job.y_stride + own] = dot_floats(weights, job.x + n * job.chunks * kChunk, job.kept);
-        }
+    for (int64_t row = first; row < last; ++row) {
+        weights_of_row(job, isa, row, weights);
+        for (int64_t n = 0; n < job.batch; ++n)
+            job.y[n * job.y_stride + row] = dot_floats(weights, job.x + n * job.chunks * kChunk, job.kept);
+    }
 }
 
 }  // namespace

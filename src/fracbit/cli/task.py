@@ -1,0 +1,60 @@
+"""`fracbit task`: task files for zero-shot evaluation where the hub cannot be reached."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fracbit.cli.show import print_json
+from fracbit.errors import DataError
+
+KINDS = ("continuation", "lambada")
+
+
+def task(
+    kind: Annotated[
+        str, typer.Argument(help="continuation: which of four goes on; lambada: the last word of passages.")
+    ],
+    source: Annotated[
+        str, typer.Argument(help="Held-out text as for `fracbit eval --text`; for lambada its JSON lines.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the task file and its data.")],
+    model: Annotated[
+        str | None, typer.Option(help="Model whose tokenizer turns a file of ids into text.")
+    ] = None,
+    items: Annotated[int, typer.Option(help="Questions to cut.")] = 500,
+    context: Annotated[int, typer.Option(help="Words before the continuation.")] = 60,
+    words: Annotated[int, typer.Option(help="Words of each continuation.")] = 12,
+    seed: Annotated[int, typer.Option(help="Decides what is cut.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Write a task for `fracbit eval --tasks FOLDER/NAME.yaml`, for a grid's `tasks`, and for lm-eval itself."""
+    if kind not in KINDS:
+        raise DataError(f"no task is called {kind!r}: use {' or '.join(KINDS)}")
+    from fracbit.evaluate import write_continuation, write_lambada
+
+    if kind == "lambada":
+        written = write_lambada(Path(source), output)
+    else:
+        texts = _texts(source, model)
+        written = write_continuation(
+            texts, output, items=items, context_words=context, choice_words=words, seed=seed
+        )
+    if json:
+        print_json({"task": written.name, "output": str(written.path)})
+    else:
+        print(f"{written.path}: task {written.name}")
+
+
+def _texts(source: str, model: str | None) -> list[str]:
+    """The documents of a source as text: read with the model's tokenizer, and decoded by it."""
+    from fracbit.checkpoint.load import load_tokenizer
+    from fracbit.data import read_documents
+
+    if model is None:
+        raise DataError("--model names the model whose tokenizer reads the text")
+    tokenizer = load_tokenizer(model)
+    documents = read_documents(source, tokenizer, len(tokenizer)).documents
+    return [str(tokenizer.decode(document.tolist(), skip_special_tokens=True)) for document in documents]

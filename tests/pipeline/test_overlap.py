@@ -1,0 +1,79 @@
+"""Judging a model on its own calibration text is noticed, by `fracbit eval` and by a contest; so is not knowing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from fracbit.cli import app
+from fracbit.data import read_documents
+from fracbit.pipeline.overlap import calibration_sources, overlap_notes
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+
+@pytest.fixture(scope="module")
+def files(tiny_llama: Callable[..., LlamaForCausalLM], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, its calibration ids, and evaluation ids of which 2 of 6 documents stand in them."""
+    folder = tmp_path_factory.mktemp("overlap")
+    tiny_llama().save_pretrained(folder / "float")
+    rows = np.random.default_rng(0).integers(3, 96, (14, 96), dtype=np.uint16)
+    rows[:10].tofile(folder / "seen.u16")
+    rows[8:].tofile(folder / "other.u16")
+    rows[10:].tofile(folder / "fresh.u16")
+    more = np.random.default_rng(1).integers(3, 96, (86, 96), dtype=np.uint16)
+    np.concatenate([rows[10:], more]).tofile(folder / "held.u16")
+    return folder
+
+
+def ran(*words: object) -> dict[str, Any]:
+    done = CliRunner().invoke(app, [str(word) for word in words] + ["--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_a_checkpoint_remembers_what_it_was_calibrated_with(files: Path, tmp_path: Path) -> None:
+    seen = f"{files / 'seen.u16'}?length=96"
+    ran(
+        "quantize", files / "float", "-o", files / "q", "--quantizer", "gptq", "--calibration", seen,
+        "--samples", 8, "--length", 96,
+    )  # fmt: skip
+    assert [source["source"] for source in calibration_sources(files / "q")] == [seen]
+    told = ran("eval", files / "q", "--text", f"{files / 'other.u16'}?length=96")["notes"]
+    assert told == [
+        f"2 of 6 documents of {files / 'other.u16'}?length=96 stand in the calibration text {seen}: "
+        "figures on them flatter the model"
+    ]
+    assert ran("eval", files / "q", "--text", f"{files / 'fresh.u16'}?length=96")["notes"] == []
+    assert ran("eval", files / "float", "--text", seen)["notes"] == []
+    np.full(96, 5, dtype=np.uint16).tofile(files / "seen.u16")
+    changed = ran("eval", files / "q", "--text", f"{files / 'fresh.u16'}?length=96")["notes"]
+    assert len(changed) == 1
+    assert "no longer the file" in changed[0]
+    (files / "seen.u16").unlink()
+    gone = ran("eval", files / "q", "--text", f"{files / 'fresh.u16'}?length=96")["notes"]
+    assert len(gone) == 1
+    assert "is not known" in gone[0]
+
+
+def test_a_contest_on_calibration_text_is_noticed(files: Path, tmp_path: Path) -> None:
+    told = ran(
+        "quantize", files / "float", "-o", tmp_path / "q", "--average-bits", 3.6, "--calibration",
+        f"{files / 'fresh.u16'}?length=96", "--samples", 2, "--length", 96, "--held-out",
+        f"{files / 'held.u16'}?length=96", "--quantizer", "gptq", "--levels", "int4z/64,int3z/64",
+    )["notes"]  # fmt: skip
+    assert any(note.startswith("4 of 90 documents") and "flatter" in note for note in told), told
+
+
+def test_generated_text_is_nobodys(files: Path) -> None:
+    text = read_documents(f"{files / 'fresh.u16'}?length=96", None, 96)
+    assert overlap_notes(text, [{"source": "generated", "sha256": "0"}], None, 96) == ()

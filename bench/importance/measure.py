@@ -114,7 +114,7 @@ def measure_scores(study: Study, granularity: str, out: Path) -> None:
         if not table.has(**key):
             level = read_level(low) if low else None
             found = make_scores(study.subject, units, score, level, study.calibration, seed)
-            table.add({**key, "unit": unit, "value": value} for unit, value in found.values.items())
+            table.add({**key, "unit": unit, "value": f"{value:.6g}"} for unit, value in found.values.items())
 
 
 def masks_of(study: Study, low: str, out: Path) -> Iterator[tuple[int, ...]]:

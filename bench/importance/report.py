@@ -196,7 +196,8 @@ def main() -> None:
     for model in models:
         if model not in depths:
             draw_orders(folder, model, scores, subsets)
-            draw_pruning(folder, model, scores, subsets)
+            if ("int4z/64", "dropped") in pairs_of(subsets, model):
+                draw_pruning(folder, model, scores, subsets)
     if depths:
         draw_depths(folder, depths, scores, subsets)
 

@@ -19,6 +19,7 @@ from fracbit.records.scheme import Scheme
 # Distinct in grey and to colour-blind eyes (Okabe & Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
 MARKS = "osD^vPX*"
+DPI = 110
 FORMATS = (".png", ".svg", ".pdf")
 
 
@@ -269,6 +270,6 @@ def _plain_ticks(axis: Any) -> None:
 
 def _save(figure: Any, path: Path) -> None:
     try:
-        figure.savefig(path, dpi=130)
+        figure.savefig(path, dpi=DPI)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror}") from error

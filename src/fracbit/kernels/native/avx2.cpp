@@ -166,7 +166,7 @@ struct Avx2 {
     template <int bits>
     struct ByteTable {
         static constexpr int kParts = bits <= 4 ? 1 : 1 << (bits - 4);
-        const uint8_t* memory;
+        const uint8_t* memory = nullptr;
         void load(const uint8_t* table) { memory = table; }
         __m256i part(int i) const {
             return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(memory + 16 * i)));
@@ -208,7 +208,7 @@ struct Avx2 {
     template <int bits>
     struct FloatTable {
         Floats part;
-        const float* memory;
+        const float* memory = nullptr;
         void load(const float* table) {
             memory = table;
             part = Avx2::load(table);

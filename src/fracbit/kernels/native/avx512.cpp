@@ -178,7 +178,7 @@ struct Avx512 {
     template <int bits>
     struct FloatTable {
         __m512 part[2];
-        const float* memory;
+        const float* memory = nullptr;
         void load(const float* table) {
             memory = table;
             if constexpr (bits == 5) {

@@ -159,7 +159,7 @@ struct Neon {
 
     template <int bits>
     struct ByteTable {
-        const uint8_t* memory;
+        const uint8_t* memory = nullptr;
         void load(const uint8_t* table) { memory = table; }
         uint8x16x4_t part(int i) const {
             const uint8_t* p = memory + 64 * i;
@@ -207,7 +207,7 @@ struct Neon {
 
     template <int bits>
     struct FloatTable {
-        const float* memory;
+        const float* memory = nullptr;
         void load(const float* table) { memory = table; }
         template <int j>
         Floats pick(const FloatWords<bits>& words) const {

@@ -97,7 +97,7 @@ struct Plain {
 
     template <int bits>
     struct ByteTable {
-        const uint8_t* memory;
+        const uint8_t* memory = nullptr;
         void load(const uint8_t* table) { memory = table; }
         Bytes look_up(const Bytes& u) const {
             Bytes r;
@@ -124,7 +124,7 @@ struct Plain {
 
     template <int bits>
     struct FloatTable {
-        const float* memory;
+        const float* memory = nullptr;
         void load(const float* table) { memory = table; }
         template <int j>
         Floats pick(const FloatWords<bits>& words) const {

@@ -69,7 +69,7 @@ def postgresql_server() -> Iterator[str]:
     if programs is None:
         pytest.skip("no PostgreSQL server here (Debian: apt-get install postgresql)")
     user = _server_user()
-    folder = Path(tempfile.mkdtemp(prefix="fracbit-pg-", dir="/tmp"))  # a socket's path must be short
+    folder = Path(tempfile.mkdtemp(prefix="fracbit-"))  # outside of pytest: a socket's path must be short
     shutil.chown(folder, user)
     run = {"user": user, "check": True, "stdout": subprocess.DEVNULL, "cwd": folder}
     control = [str(Path(programs).with_name("pg_ctl")), "-D", str(folder / "data"), "-w"]

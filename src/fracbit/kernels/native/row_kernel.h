@@ -242,6 +242,14 @@ struct Chunks {
     }
 };
 
+// Scales are needed at once, and a row of them is too short for a hardware prefetcher: ask early. Only a hint, which may lead
+// beyond the last row.
+FRACBIT_INLINE void prefetch_scales(const RowJob& job, int64_t row) {
+    const int64_t width = job.scale_type == Float::f32 ? 4 : 2;
+    const auto first = reinterpret_cast<uintptr_t>(job.scales) + static_cast<uintptr_t>(row * job.scale_stride * width);
+    for (int64_t i = 0; i < job.blocks * width; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(first + static_cast<uintptr_t>(i)));
+}
+
 // Rows [first, last) times `batch` rows of activations from n0 on. begin(row) makes ready what belongs to a row, and
 // step(chunk, codes, scales of its lanes, sums) adds a chunk. Codes are one stream through memory: several side by side
 // arrive at little more than half the speed. Scales come straight from where they are stored, 16 blocks at a time: a narrow
@@ -255,6 +263,7 @@ FRACBIT_INLINE void each_row(const RowJob& job, bool steps, int64_t first, int64
         const uint8_t* codes = job.codes + row * job.stride;
         const float size = steps ? job.steps[job.table_stride == 0 ? 0 : row] : 1.0f, per_step = 1.0f / size;
         if (chunks.end[0] != chunks.end[1]) chunks.copy_rest(job, codes);
+        if (!single) prefetch_scales(job, row + 4);
         begin(row);
         Floats sum[batch], sixteen = S::all(1.0f);
         for (int n = 0; n < batch; ++n) sum[n] = S::zero_floats();

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "gram.h"
 #include "linear.h"
 #include "pool.h"
 #include "step.h"
@@ -261,6 +262,34 @@ bool step(int64_t head, Float type) {
     return good;
 }
 
+// g + x^T x of bfloat16 rows that lie `stride` apart, on machines that have these products.
+bool gram(int64_t tokens, int64_t width, int64_t stride) {
+    if (!has_gram()) return true;
+    Exact<uint16_t> x(tokens ? (tokens - 1) * stride + width : 0);
+    Exact<float> floats(x.size), g(width * width);
+    for (int64_t i = 0; i < x.size; ++i) {
+        const float value = random_float();
+        uint32_t word;
+        std::memcpy(&word, &value, 4);
+        x.data[i] = static_cast<uint16_t>(word >> 16);
+        word = uint32_t{x.data[i]} << 16;
+        std::memcpy(&floats.data[i], &word, 4);
+    }
+    for (int64_t i = 0; i < width; ++i)
+        for (int64_t j = 0; j < width; ++j) g.data[i * width + j] = static_cast<float>(i + j);
+    add_gram(x.data.get(), stride, tokens, width, g.data.get(), 2);
+    for (int64_t i = 0; i < width; ++i)
+        for (int64_t j = 0; j < width; ++j) {
+            double sum = static_cast<double>(i + j);
+            for (int64_t t = 0; t < tokens; ++t) sum += double(floats.data[t * stride + i]) * floats.data[t * stride + j];
+            if (!(std::fabs(g.data[i * width + j] - sum) < 1e-4 * (1 + std::fabs(sum) + double(tokens)))) {
+                std::printf("x^T x of %ld x %ld is wrong at %ld, %ld\n", long(tokens), long(width), long(i), long(j));
+                return false;
+            }
+        }
+    return true;
+}
+
 }  // namespace
 
 // check [n]: every n-th weight.
@@ -269,6 +298,8 @@ int main(int count, char** arguments) {
     int failed = !together(), done = 0, run_so_far = 0;
     for (const int64_t head : {2, 6, 16, 80})
         for (const Float type : {Float::f32, Float::bf16}) failed += !step(head, type);
+    for (const int64_t width : {1, 8, 47, 48, 100})
+        for (const int64_t tokens : {0, 1, 7, 513}) failed += !gram(tokens, width, width + tokens % 3);
     const int64_t shapes[][2] = {{1, 1}, {1, 9}, {5, 127}, {7, 128}, {6, 129}, {9, 172}, {3, 400}};
     for (const auto& shape : shapes)
         for (int bits = 1; bits <= 8; ++bits)

@@ -3,7 +3,8 @@
     python bench/kernels/decode.py                                   fracbit and transformers' bf16
     python bench/kernels/decode.py --peers gptqmodel llama-cpp-python  each installed into an environment of its own
 
-Every number is the median step after a prompt, and every ratio is of one run. The share is that of a plain read of the
+Every number is the median step after a prompt, then the median of rounds in which everything runs in turn.
+The share is that of a plain read of the
 bytes that a step reads. Peers keep the output head in float, llama.cpp rounds it to 6 bits: fracbit is shown both ways.
 """
 
@@ -139,7 +140,8 @@ def show(row: dict[str, Any], first: float) -> None:
     speed, more = row["tokens_per_second"], ""
     if "share" in row:
         more = f"  share of a plain read {row['share']:.2f}; layer by layer {row['layer_by_layer']:.1f}"
-    print(f"  {row['name']:<44} {speed:7.1f} tokens/s  {first / speed:5.2f}{more}", flush=True)
+    spread = f"({row['least']:.0f} to {row['most']:.0f})"
+    print(f"  {row['name']:<44} {speed:7.1f} {spread:<14} tokens/s  {first / speed:5.2f}{more}", flush=True)
 
 
 def main() -> None:
@@ -149,6 +151,7 @@ def main() -> None:
     )
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--peers", nargs="*", default=["transformers"], choices=list(PEERS))
     parser.add_argument("--environments", type=Path, default=Path.home() / ".cache" / "fracbit" / "bench")
@@ -165,18 +168,32 @@ def main() -> None:
     if arguments.json and arguments.json.exists():
         result["shapes"] = json.loads(arguments.json.read_text())["shapes"]
     for shape in arguments.shapes:
-        print(f"{shape}: tokens per second, and how many times as fast the first line is")
-        rows = []
-        for dtype, bits, head in OWN:
-            rows.append(own(shape, dtype, bits, head, arguments.tokens))
-            show(rows[-1], rows[0]["tokens_per_second"])
-        for name in arguments.peers:
-            for row in peer(name, shape, arguments):
-                rows.append(row)
-                show(row, rows[0]["tokens_per_second"])
-        result["shapes"][shape] = rows
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        rounds = [one_round(shape, arguments) for _ in range(arguments.rounds)]
+        rows = medians(rounds)
+        print(f"{shape}: tokens per second, and how many times as fast the first line is; medians of rounds")
+        for row in rows:
+            show(row, rows[0]["tokens_per_second"])
+        result["shapes"][shape] = {"rounds": rounds, "medians": rows}
+        if arguments.json:
+            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def one_round(shape: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Everything once, in turns: the speed of a shared machine drifts by more than what is compared."""
+    rows = [own(shape, dtype, bits, head, arguments.tokens) for dtype, bits, head in OWN]
+    return rows + [row for name in arguments.peers for row in peer(name, shape, arguments)]
+
+
+def medians(rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The median of every figure over the rounds, row by row; least and most tokens a second beside it."""
+    names = list(dict.fromkeys(row["name"] for rows in rounds for row in rows))
+    found = []
+    for name in names:
+        same = [row for rows in rounds for row in rows if row["name"] == name]
+        speeds = [row["tokens_per_second"] for row in same]
+        middle = {key: statistics.median(row[key] for row in same) for key in same[0] if key != "name"}
+        found.append({"name": name, **middle, "least": min(speeds), "most": max(speeds)})
+    return found
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ def observe(stats: Stats, x: Tensor, add: Callable[[Tensor, Tensor], Tensor] = a
     energy = stats.energy + x.float().square().sum(0) if gram is None else gram.diagonal().clone()
     if not bool(torch.isfinite(energy).all()):
         raise WeightError(f"{int((~torch.isfinite(x)).any(1).sum())} of {len(x)} input rows hold NaN or Inf")
-    absmax = torch.maximum(stats.absmax, x.abs().amax(0).float())  # aminmax takes eight times as long in bfloat16
+    # aminmax takes eight times as long in bfloat16
+    absmax = torch.maximum(stats.absmax, x.abs().amax(0).float())
     return Stats(stats.tokens + len(x), gram, absmax, energy)
 
 

@@ -32,7 +32,12 @@ def __getattr__(name: str) -> Any:
     """Import a function of the interface when it is first used."""
     if name not in _API:
         raise AttributeError(f"module 'fracbit' has no attribute {name!r}")
-    return getattr(importlib.import_module(_API[name]), name)
+    found = getattr(importlib.import_module(_API[name]), name)
+    if (
+        "fracbit.evaluate" in sys.modules
+    ):  # that room, imported on the way, would hide the function of its name
+        globals()["evaluate"] = importlib.import_module(_API["evaluate"]).evaluate
+    return found
 
 
 class _Registrar(importlib.abc.MetaPathFinder, importlib.abc.Loader):

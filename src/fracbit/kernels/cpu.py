@@ -148,4 +148,11 @@ def _supports(scheme: Scheme, device: torch.device, shape: tuple[int, int]) -> b
     return NATIVE is not None and device.type == "cpu"
 
 
-CPU = Kernel(name="cpu", supports=_supports, prepare=prepare, run=run, explain=lambda: NOTE)
+CPU = Kernel(
+    name="cpu",
+    supports=_supports,
+    prepare=prepare,
+    run=run,
+    explain=lambda: NOTE,
+    paths=("float", "int8"),
+)

@@ -10,7 +10,7 @@ A code of k bits starts at bit i * k of its row: bytes i * k // 8 and the one af
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import triton
 import triton.language as tl
@@ -89,19 +89,27 @@ def _linear(
     )
 
 
-def launch(prepared: Prepared, x: Tensor, y: Tensor, dot: bool) -> None:
-    """Fill `y` [n, out] fp32 from `x` [n, kept]; `dot` chooses matrix units (GEMM) over sums (GEMV)."""
-    rows, kept = prepared.shape[0], x.shape[1]
-    count = x.shape[0]
-    if count == 0:
-        return
+def constants_of(prepared: Prepared, count: int, dot: bool) -> dict[str, Any]:
+    """What the program is compiled for: the form of the weight, and tiles for `count` rows of activations."""
     tile_n = 32 if dot else min(triton.next_power_of_2(count), 16)
     tile_o, tile_i = (64, 64) if dot else (max(1, 16 // tile_n), 256)
-    grid = (triton.cdiv(rows, tile_o), triton.cdiv(count, tile_n))
+    return {
+        "BITS": prepared.bits, "BLOCK": prepared.block, "ALONG_OUT": prepared.along_out,
+        "SHIFTED": prepared.shift is not None, "OWN_TABLE": prepared.table.shape[0] > 1,
+        "DOT": dot, "TILE_N": tile_n, "TILE_O": tile_o, "TILE_I": tile_i,
+    }  # fmt: skip
+
+
+def launch(prepared: Prepared, x: Tensor, y: Tensor, dot: bool) -> None:
+    """Fill `y` [n, out] fp32 from `x` [n, kept]; `dot` chooses matrix units (GEMM) over sums (GEMV)."""
+    rows, (count, kept) = prepared.shape[0], x.shape
+    if count == 0:
+        return
+    constants = constants_of(prepared, count, dot)
+    grid = (triton.cdiv(rows, constants["TILE_O"]), triton.cdiv(count, constants["TILE_N"]))
     shift = prepared.scale if prepared.shift is None else prepared.shift
     blocks = prepared.scale.numel() // rows if not prepared.along_out else 1
     _linear[grid](
         x, prepared.codes, prepared.scale, shift, prepared.table, y, count, rows, kept, prepared.codes.shape[1], blocks,
-        BITS=prepared.bits, BLOCK=prepared.block, ALONG_OUT=prepared.along_out, SHIFTED=prepared.shift is not None,
-        OWN_TABLE=prepared.table.shape[0] > 1, DOT=dot, TILE_N=tile_n, TILE_O=tile_o, TILE_I=tile_i,
+        **constants,
     )  # fmt: skip

@@ -11,6 +11,7 @@ import typer
 from fracbit.cli.show import bytes_text, print_json, print_notes, print_table, progress
 from fracbit.errors import RecipeError
 from fracbit.records.allocation import read_levels, recipe_text, save_allocation
+from fracbit.records.files import check_file, write_text
 from fracbit.records.recipe import Recipe
 
 
@@ -78,6 +79,8 @@ def plan(
     )
     if picture is not None:
         check_picture(picture)
+    if output is not None:
+        check_file(output)
     given = named_scores(score)
     if text is not None and text == held_out:
         raise RecipeError(
@@ -101,7 +104,7 @@ def plan(
             )
             allocation = measured.winner
     if output is not None and output.suffix == ".toml":
-        output.write_text(recipe_text(allocation, model), encoding="utf-8")
+        write_text(recipe_text(allocation, model), output)
     elif output is not None:
         save_allocation(allocation, output)
     if picture is not None:

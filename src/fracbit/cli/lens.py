@@ -10,6 +10,7 @@ import typer
 
 from fracbit.cli.show import print_json, print_table, progress
 from fracbit.errors import RecipeError
+from fracbit.records.files import check_file
 from fracbit.records.scores import save_json
 
 
@@ -60,6 +61,8 @@ def lens(
         raise RecipeError(
             "an allocation chooses for blocks or linears; take --granularity block or linear with --scores"
         )
+    if scores is not None:
+        check_file(scores)
     subject = load_subject(model)
     planted = 0 if plant is None else plant_outliers(subject, plant)
     if plant is not None and planted == 0:

@@ -9,6 +9,7 @@ import typer
 
 from fracbit.cli.show import print_json, print_notes, print_table, progress
 from fracbit.records.allocation import read_level, read_levels
+from fracbit.records.files import check_file
 from fracbit.records.scores import Losses, Scores, save_json
 
 
@@ -49,6 +50,8 @@ def score(
     from fracbit.pipeline.texts import samples_of
 
     unit = check_granularity(granularity)
+    if output is not None:
+        check_file(output)
     found: Scores | Losses
     with progress(json) as show:
         weights: Any

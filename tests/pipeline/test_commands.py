@@ -80,6 +80,27 @@ def test_losses_of_any_score_divide_the_budget_of_a_run(files: Path) -> None:
         assert len(mine) <= 1
 
 
+def test_an_allocation_is_carried_out_and_refused_for_another_model(
+    files: Path, tiny_llama: Callable[..., LlamaForCausalLM]
+) -> None:
+    """What `fracbit plan -o` writes as JSON, edited or not, is what `fracbit quantize` stores; flags win."""
+    model, path = str(files / "model"), files / "allocation.json"
+    made = command("plan", model, "--average-bits", "3.6", "--keep", "*.layers.1.*", "-o", str(path))
+    written = json.loads(path.read_text())
+    assert written == made["allocation"]
+    command("quantize", model, str(path), "-o", str(files / "carried"), "--keep", "*.layers.2.mlp.up_proj")
+    looked: dict[str, dict[str, str]] = command("inspect", str(files / "carried"))["layers"]  # type: ignore[assignment]
+    for name, number in written["layers"].items():
+        scheme = written["schemes"][number]
+        expected = None if scheme is None or "layers.2.mlp.up" in name else scheme["label"]
+        assert looked[name]["scheme"] == (expected or "bf16"), name
+    tiny_llama(seed=1).bfloat16().save_pretrained(files / "other")
+    with pytest.raises(FracbitError, match="other weights"):
+        CliRunner().invoke(
+            app, ["quantize", str(files / "other"), str(path), "-o", "x"], catch_exceptions=False
+        )
+
+
 def test_a_run_keeps_a_size_and_fused_layers_together(files: Path) -> None:
     done = command(
         "quantize", str(files / "model"), "-o", str(files / "sized"), "--size", "65kB", "--fused", "--levels",
@@ -182,6 +203,13 @@ def test_planted_outliers_break_int8_activations(files: Path) -> None:
         (["quantize", "MODEL", "-o", "x", "--average-bits", "9"], "above the highest"),
         (["quantize", "MODEL", "-o", "x", "--score", "zd"], "go with a budget"),
         (["quantize", "MODEL", "-o", "x", "--average-bits", "3", "--score", "gone.json"], "cannot be read"),
+        (["quantize", "MODEL", "-o", "x", "--average-bits", "3", "--bits", "8"], "leave out --dtype"),
+        (["quantize", "MODEL", "-o", "x", "--average-bits", "3", "--keep", "*"], "name every linear"),
+        (
+            ["quantize", "MODEL", "-o", "x", "--average-bits", "3", "--preset", "best", "--fused"],
+            "for itself",
+        ),
+        (["quantize", "MODEL", "-o", "x", "--solver", "order"], "go with a budget"),
         (["score", "MODEL", "--granularity", "row"], "use block or linear"),
         (["prune", "MODEL"], "nothing to do"),
         (["lens", "MODEL", "--text", "TEXT", "--seeds", "2"], "at least 5"),

@@ -15,7 +15,7 @@ from fracbit.pipeline.run import run
 from fracbit.pipeline.score import make_losses, make_scores
 from fracbit.pipeline.subject import load_subject
 from fracbit.records.allocation import read_levels, recipe_text, uniform
-from fracbit.records.recipe import Recipe, make_recipe, read_toml
+from fracbit.records.recipe import Override, Recipe, make_recipe, read_toml
 from fracbit.records.scheme import Scheme
 from fracbit.records.scores import Losses, Scores
 
@@ -56,6 +56,34 @@ def test_a_file_size_is_kept(folder: Path, tmp_path: Path) -> None:
         assert result.bytes <= plan.chosen.file_bytes <= size
         q, k = (plan.chosen.allocation.schemes[f"model.layers.0.self_attn.{n}_proj"] for n in "qk")
         assert q == k
+
+
+@pytest.mark.parametrize("granularity", ["block", "linear"])
+def test_what_the_recipe_names_is_left_alone_and_counts(
+    folder: Path, tmp_path: Path, granularity: str
+) -> None:
+    """Overrides hold under a budget; a head with a scheme is quantized too, and the average is over it as well."""
+    down = Override(layers="*.down_proj", scheme=Scheme("nf", 4, 32))
+    first = Override(layers="model.layers.0.*", keep=True)
+    recipe = Recipe(model=str(folder), head=Scheme(bits=8), overrides=(down, first))
+    for ask in (Ask(average_bits=4.2), Ask(size=90_000)):
+        problem = make_problem(recipe, TWO, ask, granularity)  # type: ignore[arg-type]
+        scores = make_scores(problem.weights, problem.weights.units(granularity), "first")  # type: ignore[arg-type]
+        plan = make_plan(problem, scores, "order")
+        assert len(set(plan.chosen.allocation.schemes.values())) == 2
+        result = run(allocated(recipe, plan.chosen.allocation), tmp_path / plan.budget, overwrite=True)
+        assert result.bits_per_weight == pytest.approx(plan.chosen.bits_per_weight, rel=1e-12)
+        assert result.bytes <= plan.chosen.file_bytes <= result.bytes + 1000
+        assert result.bits_per_weight <= (ask.average_bits or 9)
+        assert result.bytes <= (ask.size or 10**6)
+        whole = problem.spelled_out(plan.chosen.allocation).schemes
+        assert {whole[name] for name in whole if "layers.0." in name} == {None}
+        assert {whole[name] for name in whole if name.endswith("down_proj")} == {None, down.scheme}
+        (tmp_path / "plan.toml").write_text(recipe_text(problem.spelled_out(plan.chosen.allocation), recipe))
+        read = make_recipe(read_toml(tmp_path / "plan.toml"))
+        assert run(read, tmp_path / "read", overwrite=True).bytes == result.bytes
+    with pytest.raises(RecipeError, match="name every linear"):
+        make_problem(Recipe(model=str(folder), overrides=(Override(layers="*", keep=True),)), TWO, ask)
 
 
 def test_a_device_must_also_hold_the_cache(folder: Path) -> None:
@@ -103,7 +131,7 @@ def test_scores_and_losses_can_be_brought_along(folder: Path) -> None:
 def test_a_plan_becomes_a_recipe_file(folder: Path, tmp_path: Path) -> None:
     levels = read_levels("int2z/32,nf4/16 out s=int8:64,float")
     plan = make_plan(make_problem(Recipe(model=str(folder)), levels, Ask(average_bits=7.0), "linear"))
-    (tmp_path / "plan.toml").write_text(recipe_text(plan.chosen.allocation, str(folder)))
+    (tmp_path / "plan.toml").write_text(recipe_text(plan.chosen.allocation, Recipe(model=str(folder))))
     recipe = make_recipe(read_toml(tmp_path / "plan.toml"))
     assert recipe.overrides == allocated(Recipe(model=str(folder)), plan.chosen.allocation).overrides
     assert {override.keep for override in recipe.overrides} == {True, False}

@@ -12,7 +12,8 @@ from fracbit.cli.show import bytes_text, print_json, print_notes, print_table, p
 from fracbit.errors import RecipeError
 from fracbit.records.allocation import read_levels, recipe_text, save_allocation
 from fracbit.records.files import check_file, write_text
-from fracbit.records.recipe import Recipe
+from fracbit.records.recipe import Override, Recipe
+from fracbit.records.scheme import parse_scheme
 
 
 def plan(
@@ -40,6 +41,11 @@ def plan(
     whole: Annotated[
         bool, typer.Option("--whole", help="Read all of large weights instead of a sample of their rows.")
     ] = False,
+    embeddings: Annotated[str | None, typer.Option(help="Scheme of the embeddings, such as int8:64.")] = None,
+    head: Annotated[str | None, typer.Option(help="Scheme of the output head, such as int8:64.")] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Pattern of layer names that stay float; repeatable.")
+    ] = None,
     text: Annotated[str | None, typer.Option(help="Text for scores that read some.")] = None,
     held_out: Annotated[
         str | None, typer.Option(help="Other text: measure against the best uniform scheme on it.")
@@ -86,9 +92,14 @@ def plan(
         raise RecipeError(
             "--held-out is the text that scores saw; name another, or the comparison flatters the allocation"
         )
-    problem = make_problem(
-        Recipe(model=model, seed=seed), read_levels(levels), ask, check_granularity(granularity), fused, whole
+    recipe = Recipe(
+        model=model,
+        seed=seed,
+        embeddings=parse_scheme(embeddings) if embeddings else None,
+        head=parse_scheme(head) if head else None,
+        overrides=tuple(Override(layers=pattern, keep=True) for pattern in keep or ()),
     )
+    problem = make_problem(recipe, read_levels(levels), ask, check_granularity(granularity), fused, whole)
     with progress(json) as show:
         subject = load_subject(model) if text or held_out else None
         ids = samples_of(text, model, subject, samples, length, seed) if text and subject else None
@@ -103,12 +114,13 @@ def plan(
                 subject, problem.units, allocation, unseen, problem.levels, problem.budget.bits
             )
             allocation = measured.winner
+    allocation = problem.spelled_out(allocation)
     if output is not None and output.suffix == ".toml":
-        write_text(recipe_text(allocation, model), output)
+        write_text(recipe_text(allocation, recipe), output)
     elif output is not None:
         save_allocation(allocation, output)
     if picture is not None:
-        shapes = {name: shape for unit in problem.units for name, shape in unit.shapes.items()}
+        shapes = {name: (layer.out, layer.width) for name, layer in problem.weights.layers.items()}
         draw_bits(picture, allocation.schemes, shapes, problem.weights.blocks)
         curve = picture.with_name(f"{picture.stem}-curve{picture.suffix}")
         draw_plan(
@@ -149,7 +161,7 @@ def plan(
     needs = made.needs
     print(
         f"the run: about {bytes_text(needs.memory_bytes)} of memory, {bytes_text(needs.disk_bytes)} on disk, "
-        f"{needs.seconds:.0f} s for round-to-nearest"
+        f"{needs.seconds:.2g} s for round-to-nearest"
     )
 
 

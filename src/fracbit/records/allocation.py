@@ -14,6 +14,7 @@ from typing import Any
 
 from fracbit.errors import FormatError, RecipeError, SchemeError
 from fracbit.records.files import check_keys, read_json, write_json
+from fracbit.records.recipe import Recipe
 from fracbit.records.scheme import Scheme
 from fracbit.records.scores import read_scheme
 
@@ -77,8 +78,8 @@ def uniform(names: Iterable[str], scheme: Scheme | None, model: str = "") -> All
     return Allocation(dict.fromkeys(names, scheme), model, {"solver": "uniform"})
 
 
-def check_allocation(allocation: Allocation, names: Sequence[str]) -> None:
-    """Refuse an allocation that does not name exactly these layers. Raises `RecipeError`."""
+def check_allocation(allocation: Allocation, names: Sequence[str], model: str = "") -> None:
+    """Refuse an allocation that does not name exactly these layers, or was made for another `model`. Raises `RecipeError`."""
     missing = [name for name in names if name not in allocation.schemes]
     unknown = [name for name in allocation.schemes if name not in set(names)]
     if missing or unknown:
@@ -86,6 +87,11 @@ def check_allocation(allocation: Allocation, names: Sequence[str]) -> None:
         raise RecipeError(
             f"this allocation belongs to another model: it {'lacks' if missing else 'names the unknown'} {some}; "
             f"the model has {len(names)} layers"
+        )
+    if model and allocation.model and allocation.model != model:
+        raise RecipeError(
+            f"this allocation was made for model {allocation.model}, this one is {model}: the layers have the same names but "
+            "other weights. Plan for this model, or take the fingerprint out of the file to use it anyway"
         )
 
 
@@ -99,9 +105,12 @@ def load_allocation(path: Path) -> Allocation:
     return Allocation.from_json(read_json(path))
 
 
-def recipe_text(allocation: Allocation, model: str) -> str:
-    """The allocation as a recipe in TOML, one override a layer, for `fracbit quantize recipe.toml -o OUT`."""
-    lines = [f"# {note}" for note in allocation.notes] + [f"model = {json.dumps(model)}"]
+def recipe_text(allocation: Allocation, recipe: Recipe) -> str:
+    """The recipe's model, embeddings and head with the allocation, one override a layer, as TOML for `fracbit quantize`."""
+    lines = [f"# {note}" for note in allocation.notes] + [f"model = {json.dumps(recipe.model)}"]
+    for name, scheme in (("embeddings", recipe.embeddings), ("head", recipe.head)):
+        if scheme is not None:
+            lines.append(f"{name} = {_inline(scheme.to_json())}")
     for name, scheme in allocation.schemes.items():
         chosen = "keep = true" if scheme is None else f"scheme = {_inline(scheme.to_json())}"
         lines += ["", "[[overrides]]", f"layers = {json.dumps(name)}", chosen]

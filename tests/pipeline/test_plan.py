@@ -1,5 +1,6 @@
 """Plans: predicted sizes hold when a plan is carried out, budgets of every kind are kept, uniform is taken when it wins."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,6 +109,19 @@ def test_the_candidates_are_ordered_and_the_curve_falls(folder: Path) -> None:
     exact = plan.curve["exact"]
     assert [loss for _, loss in exact] == sorted((loss for _, loss in exact), reverse=True)
     assert all(e <= o + 1e-9 for (_, e), (_, o) in zip(exact, plan.curve["order"], strict=True))
+
+
+def test_the_order_needs_no_scipy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("scipy", "scipy.optimize", "scipy.sparse"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr("fracbit.pipeline.plan.find_spec", lambda name: None)
+    problem = make_problem(Recipe(model=str(folder)), TWO, Ask(average_bits=3.5))
+    plan = make_plan(problem, solver="order", curve=True)
+    assert [candidate.name for candidate in plan.candidates] == ["order", "uniform"]
+    assert set(plan.curve) == {"order", "uniform"}
+    assert any("scipy" in note for note in plan.notes)
+    with pytest.raises(RecipeError, match="needs scipy"):
+        make_plan(problem)
 
 
 def test_scores_and_losses_can_be_brought_along(folder: Path) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
+from importlib.util import find_spec
 from typing import Literal, TypeVar, cast, get_args
 
 from torch import Tensor
@@ -229,13 +230,19 @@ def make_plan(
     named, losses = _valued(problem, scores, subject, ids, progress)
     chosen = _solve(problem, problem.budget, named, losses, solver)
     found: dict[str, Solution] = {solver: chosen}
-    other: Solver = "order" if solver == "exact" else "exact"
-    found[other] = _solve(problem, problem.budget, named, losses, other)
+    for other in _solvers():
+        if other != solver:
+            found[other] = _solve(problem, problem.budget, named, losses, other)
     level = best_uniform(problem.units, problem.levels, problem.budget.bits, losses)
     if level is not None:
         found["uniform"] = level
     candidates = tuple(_candidate(problem, name, solution, losses.method) for name, solution in found.items())
-    notes = (*chosen.notes, *_left_over(problem, chosen), *sampling_notes(losses.protocol))
+    alone = (
+        ()
+        if "exact" in found
+        else ("the exact optimum is not beside it: that needs scipy (fracbit[budget])",)
+    )
+    notes = (*chosen.notes, *alone, *_left_over(problem, chosen), *sampling_notes(losses.protocol))
     needs = needs_of(problem, candidates[0].allocation)
     figure = problem.budget.figure(problem.budget.bits)
     curves = _curves(problem, named, losses) if curve else {}
@@ -492,6 +499,11 @@ def _lift(problem: Problem, losses: Losses) -> Scores:
     return replace(worth, values={name: value / price[name] for name, value in worth.values.items()})
 
 
+def _solvers() -> tuple[Solver, ...]:
+    """Those that can run here: the exact one needs scipy, an extra."""
+    return ("exact", "order") if find_spec("scipy") else ("order",)
+
+
 def _solve(problem: Problem, budget: Budget, scores: Scores, losses: Losses, solver: Solver) -> Solution:
     if solver == "exact":
         return exact(problem.units, problem.levels, budget, losses)
@@ -535,8 +547,7 @@ def _curves(problem: Problem, scores: Scores, losses: Losses) -> dict[str, tuple
         for i in range(STEPS)
     ]
     curves: dict[str, tuple[tuple[float, float], ...]] = {}
-    solvers: tuple[Solver, ...] = ("exact", "order")
-    for solver in solvers:
+    for solver in _solvers():
         solved = [_solve(problem, budget, scores, losses, solver) for budget in budgets]
         curves[solver] = tuple((problem.budget.per_weight(s.bits), s.loss) for s in solved)
     points = []

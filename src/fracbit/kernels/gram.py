@@ -19,7 +19,7 @@ def add_gram(gram: Tensor, x: Tensor) -> Tensor:
 
 
 def add_gram_(gram: Tensor, x: Tensor) -> Tensor:
-    """`add_gram` that may write the sum into `gram`: a new matrix for every batch costs as much as half its products."""
+    """`add_gram` that may write the sum into `gram`: a new matrix for every batch is paid in page faults."""
     here = NATIVE is not None and NATIVE.has_gram() and x.device.type == "cpu" and x.dtype == torch.bfloat16
     if not here:
         return linalg.add_gram(gram, x.float())

@@ -47,7 +47,7 @@ from fracbit.records.scheme import Scheme
 from fracbit.transforms import TRANSFORMS
 
 SPILL_BYTES = 4 << 30
-CACHED_TOKENS = 1024  # through a block at a time: the forward passes take 0.9 of the time of 4096
+CACHED_TOKENS = 1024  # through a block at a time: a tenth less memory than 4096 and no slower
 ID_FORMATS = ("u16", "u32", "npy")
 
 
@@ -276,7 +276,7 @@ def batch_of(plan: Calibration, device: torch.device) -> int:
     """Samples through a block at a time, `plan.batch` at most.
 
     Few enough that a correction is judged by a batch that it was not fitted on; where nothing is fitted to a batch, a CPU
-    takes no more than what its caches hold, which is faster and gives the same.
+    takes no more than what its caches hold, which saves memory and gives the same.
     """
     if plan.tweak != "none":
         return min(plan.batch, plan.samples // 2)

@@ -27,10 +27,19 @@ SCHEMES = [
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-@pytest.mark.parametrize("grad", [False, True])
-def test_opcheck(scheme: Scheme, grad: bool) -> None:
-    x = torch.randn(2, 3, 96, requires_grad=grad)
-    torch.library.opcheck(linear_op, arguments(weight_of(scheme), x))
+@pytest.mark.parametrize(
+    ("shape", "activations", "grad"),
+    [
+        ((2, 3, 96), "float", False),
+        ((2, 3, 96), "float", True),
+        ((0, 96), "float", False),
+        ((96,), "int8", False),
+    ],
+    ids=str,
+)
+def test_opcheck(scheme: Scheme, shape: tuple[int, ...], activations: str, grad: bool) -> None:
+    x = torch.randn(shape, requires_grad=grad)
+    torch.library.opcheck(linear_op, arguments(weight_of(scheme), x, activations))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)

@@ -22,6 +22,7 @@ import time
 import venv
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,16 @@ def peer(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
-        pip = [str(python), "-m", "pip", "install", "--quiet", "torch", "numpy", *PEERS[name]]
+        pip = [
+            str(python),
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            f"torch=={version('torch').split('+')[0]}",
+            "numpy",
+            *PEERS[name],
+        ]
         done = subprocess.run(pip, capture_output=True, text=True, check=False)
         if done.returncode:
             print(f"{name}: does not install here: {done.stderr.strip().splitlines()[-1:]}")

@@ -33,7 +33,7 @@ from fracbit.records.scheme import Scheme, flat_block
 if TYPE_CHECKING:
     from types import ModuleType
 
-ABI = 5
+ABI = 6
 PREFILL_ROWS = 32  # from here on decoding a tile and calling the matrix product is faster
 TILE_BYTES = 1 << 20  # of decoded weights: about a core's second-level cache
 

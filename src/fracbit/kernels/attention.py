@@ -22,7 +22,8 @@ def attends(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
     return (
         NATIVE is not None
         and NATIVE.has_causal()
-        and all(x.device.type == "cpu" and x.dtype == torch.float32 and x.stride(-1) == 1 for x in tensors)
+        and all(type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
+        and all(x.stride(-1) == 1 for x in tensors)
         and not any(x.requires_grad for x in tensors)
         and queries.shape[2:] == keys.shape[2:] == values.shape[2:]
         and queries.shape[3] % HEAD_STEP == 0

@@ -216,6 +216,11 @@ def test_a_store_that_cannot_be_opened(tmp_path: Path) -> None:
         open_store(str(tmp_path / "no" / "folder" / "s.db"))
 
 
+def test_other_databases_are_refused_with_those_that_are_known() -> None:
+    with pytest.raises(OutputError, match="in mysql: name an SQLite file or postgresql://"):
+        open_store("mysql://host/name")
+
+
 def test_a_password_is_not_printed() -> None:
     pytest.importorskip("psycopg", reason="PostgreSQL needs psycopg")
     with pytest.raises(OutputError) as caught:

@@ -229,6 +229,9 @@ def _engine(where: str) -> sa.Engine:
     url = where.replace("postgres://", "postgresql://", 1).replace(
         "postgresql://", "postgresql+psycopg://", 1
     )
+    if not url.startswith(("postgresql", "sqlite")):
+        kind = where.partition("://")[0]
+        raise OutputError(f"no store can be in {kind}: name an SQLite file or postgresql://USER@HOST/NAME")
     try:
         return sa.create_engine(url, pool_pre_ping=True)
     except exc.ArgumentError as error:

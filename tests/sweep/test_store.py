@@ -51,6 +51,14 @@ def test_a_row_reads_back_as_it_was(where: str) -> None:
         assert store.keys() == {FULL.key}
 
 
+def test_many_drivers_may_start_on_an_empty_store(where: str) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        stores = list(pool.map(open_store, [where] * 8))
+    for store in stores:
+        with store:
+            assert store.keys() == set()
+
+
 def test_a_row_is_written_once(where: str) -> None:
     with open_store(where) as store:
         assert store.write(make_row(nll=1.0))

@@ -80,7 +80,8 @@ def sweep(
         print_json({"store": shown(store), **figures})
     else:
         print(
-            f"{outcome.measured} runs measured in {outcome.seconds:.0f} s, {outcome.total} of the grid are in {shown(store)}"
+            f"{outcome.measured} rows written in {outcome.seconds:.0f} s; "
+            f"all {outcome.total} runs of the grid are in {shown(store)}"
         )
         print(check_complete(outcome), end="\n" if failed else "")
     if failed:

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fracbit.bundled import bundled_model
 from fracbit.checkpoint.load import load, tokenizer_or_none
 from fracbit.data import Tokens, read_documents, sample
-from fracbit.errors import FracbitError, RecipeError, SourceError
+from fracbit.errors import DataError, FracbitError, RecipeError, SourceError
 from fracbit.evaluate.logits import ScoredRows, scored_rows, vocabulary_of
 from fracbit.evaluate.perplexity import Perplexity, default_window, finite_nll, summarize, window_nll
 from fracbit.evaluate.windows import Plan, plan_windows
@@ -301,9 +301,17 @@ class Workbench:
 
     def _read(self, text: str) -> Tokens:
         """A source of the data room; a path is looked for beside the grid first."""
-        beside = self.root / text.partition("?")[0]
+        location = text.partition("?")[0]
+        beside = self.root / location
         source = str(self.root / text) if beside.exists() else text
-        return read_documents(source, self.tokenizer, vocabulary_of(self.model))
+        try:
+            return read_documents(source, self.tokenizer, vocabulary_of(self.model))
+        except DataError as error:
+            if ":" in location or beside.exists() or Path(location).exists():
+                raise
+            raise DataError(
+                f"{error} Below the root of the grid, {self.root}, there is none either."
+            ) from error
 
     def _pack(
         self, name: str, scheme: Scheme, run: Run, stats: Stats | None, columns: Tensor | None

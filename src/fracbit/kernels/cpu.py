@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 
 ABI = 6
 TILE_BYTES = 1 << 20  # of decoded weights: about a core's second-level cache
-TILE_ROWS = 128  # at least, and a multiple of half of it: torch multiplies by few or odd rows at half the speed
+TILE_ROWS = (
+    128  # at least, and a multiple of half of it: torch multiplies by few or odd rows at half the speed
+)
 
 
 def _load() -> tuple[ModuleType | None, str]:

@@ -142,7 +142,9 @@ def run_peer(peer: str, model: str, widths: list[int], work: Path, ids: Path, en
     if settings:
         order = command(peer, environments, folder_of(model), ids, out, settings)
         with (out / "log.txt").open("a") as log:
-            subprocess.run(order, cwd=out, env=surroundings(), stdout=log, stderr=log, check=False)  # some litter
+            subprocess.run(
+                order, cwd=out, env=surroundings(), stdout=log, stderr=log, check=False
+            )  # some litter
 
 
 def run_fracbit(model: str, width: int, work: Path, ids: Path) -> Path:

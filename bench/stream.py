@@ -1,10 +1,14 @@
 """How fast, and in how much memory, a checkpoint of 7B shape is quantized, beside plain copying of the same files.
 
     python bench/stream.py --work FOLDER [--dtype int --bits 4 --block 64] [--blocks 32] [-o bench/results/stream.json]
+    python bench/stream.py --work FOLDER --size 3.5GB -o bench/results/planned.json
+
+With `--size`, `fracbit plan` divides that budget first, and the run is set beside what the plan said it would need.
 
 Makes a Llama of 7B shape with random bf16 weights (13 GB; `--blocks` makes it smaller) in FOLDER, copies its weight files
-with the same flush to disk that fracbit does, and runs `fracbit quantize` on it in a process of its own. Rates are MB of
-source per second of wall clock; memory is the child's peak resident size as the kernel accounts it, mapped files included.
+with the same flush to disk that fracbit does (not with `--size`), and runs `fracbit quantize` on it in a process of its own.
+Rates are MB of source per second of wall clock; memory is the process's peak resident size as the kernel accounts it, mapped
+files included.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -82,6 +87,33 @@ def copy(source: Path, target: Path) -> float:
     return seconds
 
 
+def run(*command: str) -> tuple[dict[str, Any], float, resource.struct_rusage]:
+    """What a command of fracbit prints as JSON, its seconds, and what the kernel accounts to its process alone."""
+    started = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "fracbit", *command], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    printed = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"fracbit {command[0]} failed")
+    return json.loads(printed), time.perf_counter() - started, usage
+
+
+def plan(source: Path, size: str, recipe: Path) -> dict[str, object]:
+    """What `fracbit plan` says of a budget; the recipe is written."""
+    found, seconds, _ = run("plan", str(source), "--size", size, "-o", str(recipe), "--json")
+    planned = next(each for each in found["candidates"] if each["name"] == "exact")
+    return {
+        "scheme": f"planned for {size}",
+        "plan_seconds": seconds,
+        "planned_output_megabytes": planned["file_bytes"] / 1e6,
+        "planned_bits_per_weight": planned["bits_per_weight"],
+        "predicted_megabytes_of_memory": found["needs"]["memory_bytes"] / 1e6,
+        "predicted_megabytes_of_disk": found["needs"]["disk_bytes"] / 1e6,
+        "predicted_seconds": found["needs"]["seconds"],
+    }
+
+
 def main() -> None:
     """Measure and print one JSON object."""
     parser = argparse.ArgumentParser(
@@ -92,31 +124,33 @@ def main() -> None:
     parser.add_argument("--dtype", default="int")
     parser.add_argument("--bits", default="4")
     parser.add_argument("--block", default="64")
+    parser.add_argument(
+        "--size", help="of all weight files, such as 3.5GB: plan first, then carry the plan out"
+    )
     parser.add_argument("-o", "--output", type=Path)
     given = parser.parse_args()
     source, target = given.work / f"llama-{given.blocks}", given.work / "quantized"
     make_model(source, given.blocks)
     megabytes = sum(path.stat().st_size for path in source.glob("*.safetensors")) / 1e6
-    copied = copy(source, given.work / "copied")
-    command = [
-        sys.executable, "-m", "fracbit", "quantize", str(source), "-o", str(target), "--overwrite", "--json",
-        "--dtype", given.dtype, "--bits", given.bits, "--block", given.block,
-    ]  # fmt: skip
-    started = time.perf_counter()
-    printed = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    seconds = time.perf_counter() - started
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    recipe = given.work / "plan.toml"
+    if given.size:
+        beside, how = plan(source, given.size, recipe), [str(recipe)]
+    else:
+        rate = megabytes / copy(source, given.work / "copied")
+        beside = {"scheme": f"{given.dtype}{given.bits}/{given.block}", "copy_megabytes_per_second": rate}
+        how = ["--dtype", given.dtype, "--bits", given.bits, "--block", given.block]
+    options = ["-o", str(target), "--overwrite", "--json"]
+    printed, seconds, usage = run("quantize", str(source), *how, *options)
     result = {
         "source_megabytes": megabytes,
-        "scheme": f"{given.dtype}{given.bits}/{given.block}",
+        **beside,
         "bits_per_weight": printed["bits_per_weight"],
         "output_megabytes": printed["bytes"] / 1e6,
-        "copy_megabytes_per_second": megabytes / copied,
         "quantize_megabytes_per_second": megabytes / seconds,
         "seconds": seconds,
         "peak_resident_megabytes": usage.ru_maxrss / 1024 * 1.048576,
         "processors_used": (usage.ru_utime + usage.ru_stime) / seconds,
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
         "machine": platform.machine(),
         "torch": torch.__version__,
     }

@@ -221,7 +221,7 @@ def measure_activations(study: Study, setting: str) -> None:
 
 def measure_profiles(study: Study) -> None:
     """Error against |x| of the weights of all linears, W4 per row."""
-    if study.has("profiles.csv"):
+    if study.has("error-profiles.csv"):
         return
     rows: list[dict[str, object]] = []
     for dtype in ("int", "nf", "power:1/3", "power:1/2", "kmeans"):
@@ -235,7 +235,7 @@ def measure_profiles(study: Study) -> None:
             {"type": dtype, "size": f"{size:.5f}", "error": f"{error:.5f}"}
             for size, error in zip(np.mean(sizes, 0), np.mean(errors, 0), strict=True)
         ]
-    study.add("profiles.csv", rows)
+    study.add("error-profiles.csv", rows)
 
 
 Jobs = Iterator[tuple[str, Callable[[], None]]]

@@ -70,7 +70,7 @@ def main() -> None:
             folder / f"against-gaussian-{model}.png", panels, "relative intensity",
             "loss change over that of Gaussian noise", (True, False),
         )  # fmt: skip
-    profiles = read(folder / "profiles.csv")
+    profiles = read(folder / "error-profiles.csv")
     panels = {}
     for model in dict.fromkeys(row["model"] for row in profiles if not row["model"].endswith("planted")):
         lines: dict[str, list[tuple[float, float]]] = {}

@@ -144,6 +144,17 @@ def test_pruning_compares_and_writes(files: Path) -> None:
     assert done["equal_size"][0][0] == done["equal_size"][0][1]  # type: ignore[index]
 
 
+def test_pruning_takes_edited_scores_of_its_own_model(files: Path) -> None:
+    model, path = str(files / "model"), files / "edited.json"
+    scores = command("score", model, "--method", "first", "-o", str(path))
+    path.write_text(json.dumps(scores | {"values": scores["values"] | {"model.layers.0": -9.0}}))  # type: ignore[operator]
+    done = command("prune", model, "-o", str(files / "edited"), "--score", str(path))
+    assert done["dropped"] == ["model.layers.0"]
+    path.write_text(json.dumps(scores | {"model": "0" * 16}))
+    with pytest.raises(FracbitError, match="other weights"):
+        CliRunner().invoke(app, ["prune", model, "-o", "x", "--score", str(path)], catch_exceptions=False)
+
+
 def test_the_lens_reports_and_draws(files: Path) -> None:
     pytest.importorskip("matplotlib")
     done = command(
@@ -212,6 +223,11 @@ def test_planted_outliers_break_int8_activations(files: Path) -> None:
         (["quantize", "MODEL", "-o", "x", "--solver", "order"], "go with a budget"),
         (["score", "MODEL", "--granularity", "row"], "use block or linear"),
         (["prune", "MODEL"], "nothing to do"),
+        (["prune", "MODEL", "-o", "x", "--score", "first", "--picture", "p.png"], "of the comparison"),
+        (
+            ["prune", "MODEL", "--score", "first", "--held-out", "TEXT", "--low", "float", *SAMPLES],
+            "no fewer bits",
+        ),
         (["lens", "MODEL", "--text", "TEXT", "--seeds", "2"], "at least 5"),
         (["lens", "MODEL", "--text", "TEXT", "--intensities", "0,x", *SAMPLES], "takes numbers"),
         (["lens", "MODEL", "--text", "TEXT", "--intensities", "0", *SAMPLES], "is none"),

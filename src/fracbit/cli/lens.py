@@ -53,7 +53,7 @@ def lens(
     from fracbit.pipeline.lens import SEEDS, additivity, fragility, plant_outliers, sensitivity_scores
     from fracbit.pipeline.lens_report import draw_report, make_report
     from fracbit.pipeline.subject import load_subject
-    from fracbit.pipeline.texts import samples_of
+    from fracbit.pipeline.texts import known_samples_of
 
     if seeds < SEEDS:
         raise RecipeError(f"{seeds} seeds say little about noise; take at least {SEEDS}")
@@ -69,7 +69,7 @@ def lens(
         raise RecipeError(
             f"{model} has no norm that linears alone read: no outliers can be planted without changing it"
         )
-    ids = samples_of(text, model, subject, samples, length)
+    ids, seen = known_samples_of(text, model, subject, samples, length)
     with progress(json) as show:
         report = make_report(
             subject, ids, _split(kinds), _numbers(intensities), target, granularity, at, range(seeds), show
@@ -86,7 +86,7 @@ def lens(
             )
         save_json(
             sensitivity_scores(
-                subject, weights, kind, {"intensity": at, "seeds": seeds, "tokens": ids.numel()}
+                subject, weights, kind, {"intensity": at, "seeds": seeds, "tokens": ids.numel(), "text": seen}
             ),
             scores,
         )

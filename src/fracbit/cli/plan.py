@@ -78,7 +78,7 @@ def plan(
         make_problem,
     )
     from fracbit.pipeline.subject import load_subject
-    from fracbit.pipeline.texts import samples_of
+    from fracbit.pipeline.texts import known_samples_of, samples_of, seen_notes
 
     ask = Ask(
         average_bits, read_size(size) if size else None, read_size(fits) if fits else None, context, batch
@@ -102,18 +102,22 @@ def plan(
     problem = make_problem(recipe, read_levels(levels), ask, check_granularity(granularity), fused, whole)
     with progress(json) as show:
         subject = load_subject(model) if text or held_out else None
-        ids = samples_of(text, model, subject, samples, length, seed) if text and subject else None
+        ids, seen = None, None
+        if text and subject:
+            ids, seen = known_samples_of(text, model, subject, samples, length, seed)
         made = make_plan(
             problem, given, check_solver(solver), subject if text else None, ids, picture is not None, show
         )
         chosen = made.chosen
         allocation, measured = chosen.allocation, None
+        overlap: tuple[str, ...] = ()
         if held_out and subject:
             unseen = samples_of(held_out, model, subject, samples, length, seed)
             measured = contest(
                 subject, problem.units, allocation, unseen, problem.levels, problem.budget.bits
             )
             allocation = measured.winner
+            overlap = seen_notes(held_out, seen or made.losses.protocol.get("text"), model, subject)
     allocation = problem.spelled_out(allocation)
     if output is not None and output.suffix == ".toml":
         write_text(recipe_text(allocation, recipe), output)
@@ -127,7 +131,12 @@ def plan(
             curve, made.curve, (chosen.bits_per_weight, chosen.predicted_loss or 0.0), made.losses.method
         )
     unchecked = () if held_out else (UNCHECKED,)
-    notes = (*made.notes, *(note for note in allocation.notes if note not in made.notes), *unchecked)
+    notes = (
+        *made.notes,
+        *(note for note in allocation.notes if note not in made.notes),
+        *overlap,
+        *unchecked,
+    )
     if json:
         print_json(
             {

@@ -34,11 +34,9 @@ from fracbit.records.scheme import Scheme, flat_block
 if TYPE_CHECKING:
     from types import ModuleType
 
-ABI = 5
+ABI = 6
 TILE_BYTES = 1 << 20  # of decoded weights: about a core's second-level cache
-TILE_ROWS = (
-    128  # at least, and a multiple of half of it: torch multiplies by few or odd rows at half the speed
-)
+TILE_ROWS = 128  # at least, and a multiple of half of it: torch multiplies by few or odd rows at half the speed
 
 
 def _load() -> tuple[ModuleType | None, str]:

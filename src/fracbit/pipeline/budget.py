@@ -19,7 +19,7 @@ from fracbit.pipeline.plan import (
 )
 from fracbit.pipeline.preset import preset
 from fracbit.pipeline.subject import Progress, load_subject, weights_on_disk
-from fracbit.pipeline.texts import overlap_of, samples_of
+from fracbit.pipeline.texts import overlap_of, samples_of, seen_notes
 from fracbit.records.allocation import check_allocation, load_allocation, read_levels
 from fracbit.records.recipe import Recipe
 from fracbit.records.scores import Losses, Scores, load_scores
@@ -125,4 +125,5 @@ def budgeted(
     )
     texts = () if recipe.calibration is None else recipe.calibration.texts
     shared = overlap_of(spending.held_out, texts, recipe.model, subject) if texts else ()
+    shared += seen_notes(spending.held_out, plan.losses.protocol.get("text"), recipe.model, subject)
     return allocated(recipe, measured.winner), (*notes, *measured.winner.notes, *shared)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
+from importlib.util import find_spec
 from typing import Literal, TypeVar, cast, get_args
 
 from torch import Tensor
@@ -36,12 +37,14 @@ from fracbit.importance import (
     exact,
     file_size,
     predict_losses,
-    scheme_bits,
 )
+from fracbit.models.blocks import blocks
+from fracbit.models.find import family_of
 from fracbit.models.skeleton import skeleton
 from fracbit.numerics.datatypes import check_datatype
-from fracbit.numerics.packed import part_shapes
+from fracbit.numerics.packed import kept_count, part_shapes
 from fracbit.pipeline.memory import running_memory
+from fracbit.pipeline.rotate import untie
 from fracbit.pipeline.run import model_config
 from fracbit.pipeline.sampling import sampling_notes
 from fracbit.pipeline.schedule import SHARD_BYTES, Item, Schedule, make_schedule
@@ -165,17 +168,17 @@ def make_problem(
     source = open_source(recipe.model, recipe.revision, recipe.trust_remote_code)
     weights = weights_on_disk(recipe.model, recipe.trust_remote_code, whole)
     named = _overridden(recipe, weights.layers)
-    units = weights.units(granularity, fused, named)
+    units = _as_run(recipe, weights.units(granularity, fused, named))
     layers = {name for unit in units for name in unit.shapes if name not in unit.shared}
-    schedule = _schedule(recipe, source, {name for unit in units for name in unit.shapes})
+    schedule, shards = _schedule(recipe, source, {name for unit in units for name in unit.shapes})
     items = [item for items in schedule.shards.values() for item in items]
     others = [item for item in items if item.name.removesuffix(".weight") not in layers]
-    shapes = {name: shape for item in others for name, shape in _written_shapes(item, source).items()}
-    rest = sum(item.bytes for item in others)
-    other = rest + _most_header_bytes(units, levels, shapes, schedule.bytes, len(schedule.shards))
+    shapes = {name: shape for item in others for name, shape in _written_shapes(recipe, item, source).items()}
+    rest = sum(_written_bytes(recipe, item) for item in others)
+    other = rest + _most_header_bytes(units, levels, shapes, schedule.bytes, shards)
     count = sum(unit.weights for unit in units)
     stored = [item.stored for item in others if item.stored is not None]
-    fixed_bits = sum(8 * each.bytes for each in stored)
+    fixed_bits = sum(8 * _written_bytes(recipe, item) for item in others if item.stored is not None)
     fixed_weights = sum(math.prod(each.shape) for each in stored)
     if ask.average_bits is not None:
         budget = average_bits(ask.average_bits, count, fixed_bits, fixed_weights)
@@ -186,9 +189,7 @@ def make_problem(
         budget = device_memory(ask.fits or 0, count, other + running.bytes)
     budget = replace(budget, fixed_bits=fixed_bits, fixed_weights=fixed_weights)
     fixed = {name: schedule.decisions[name].scheme for name in named}
-    return Problem(
-        recipe, source, weights, units, tuple(levels), budget, fixed, rest, shapes, len(schedule.shards)
-    )
+    return Problem(recipe, source, weights, units, tuple(levels), budget, fixed, rest, shapes, shards)
 
 
 def _overridden(recipe: Recipe, layers: Iterable[str]) -> tuple[str, ...]:
@@ -205,11 +206,31 @@ def _overridden(recipe: Recipe, layers: Iterable[str]) -> tuple[str, ...]:
     return named
 
 
-def _written_shapes(item: Item, source: Source) -> dict[str, Sequence[int]]:
+def _as_run(recipe: Recipe, units: Iterable[Unit]) -> tuple[Unit, ...]:
+    """The units with what a calibrated run adds to their schemes: columns in 16 bits, an axis that it chooses."""
+    plan = recipe.calibration
+    if plan is None:
+        return tuple(units)
+    return tuple(replace(unit, outliers=plan.outliers, either_axis=plan.axis != "scheme") for unit in units)
+
+
+def _fixed_unit(recipe: Recipe, item: Item) -> Unit:
+    """A quantized tensor that shares no budget, as a unit; only linears of the blocks have what `_as_run` adds."""
+    assert item.layer is not None
+    assert item.stored is not None
+    unit = Unit(item.layer.name, {item.layer.name: item.stored.shape})
+    return _as_run(recipe, [unit])[0] if item.layer.kind == "linear" else unit
+
+
+def _written_bytes(recipe: Recipe, item: Item) -> int:
+    return item.bytes if item.stored is None else _fixed_unit(recipe, item).bits(item.stored.scheme) // 8
+
+
+def _written_shapes(recipe: Recipe, item: Item, source: Source) -> dict[str, Sequence[int]]:
     """The tensors that an item becomes in the file, by name."""
     if item.stored is None:
         return {item.name: source.tensors[item.origin.name].shape}
-    return dict(_stored_shapes(item.name.removesuffix(".weight"), item.stored.shape, item.stored.scheme))
+    return dict(_stored_shapes(_fixed_unit(recipe, item), item.stored.scheme))
 
 
 def make_plan(
@@ -229,13 +250,19 @@ def make_plan(
     named, losses = _valued(problem, scores, subject, ids, progress)
     chosen = _solve(problem, problem.budget, named, losses, solver)
     found: dict[str, Solution] = {solver: chosen}
-    other: Solver = "order" if solver == "exact" else "exact"
-    found[other] = _solve(problem, problem.budget, named, losses, other)
+    for other in _solvers():
+        if other != solver:
+            found[other] = _solve(problem, problem.budget, named, losses, other)
     level = best_uniform(problem.units, problem.levels, problem.budget.bits, losses)
     if level is not None:
         found["uniform"] = level
     candidates = tuple(_candidate(problem, name, solution, losses.method) for name, solution in found.items())
-    notes = (*chosen.notes, *_left_over(problem, chosen), *sampling_notes(losses.protocol))
+    alone = (
+        ()
+        if "exact" in found
+        else ("the exact optimum is not beside it: that needs scipy (fracbit[budget])",)
+    )
+    notes = (*chosen.notes, *alone, *_left_over(problem, chosen), *sampling_notes(losses.protocol))
     needs = needs_of(problem, candidates[0].allocation)
     figure = problem.budget.figure(problem.budget.bits)
     curves = _curves(problem, named, losses) if curve else {}
@@ -267,16 +294,11 @@ def allocated(recipe: Recipe, allocation: Allocation) -> Recipe:
 
 def written_bytes(problem: Problem, schemes: Mapping[str, Scheme | None]) -> int:
     """Bytes of the weight files with these schemes: never less than what will be written, and closer than 1 kB a shard."""
-    shapes = {
-        name: shape
-        for unit in problem.units
-        for name, shape in unit.shapes.items()
-        if name not in unit.shared
-    }
-    bits = sum(scheme_bits(schemes[name], shape) for name, shape in shapes.items())
+    given = [(unit, schemes[next(iter(unit.shapes))]) for unit in problem.units]
+    bits = sum(unit.bits(scheme) for unit, scheme in given)
     names = dict(problem.other_shapes)
-    for name, shape in shapes.items():
-        names |= _stored_shapes(name, shape, schemes[name])
+    for unit, scheme in given:
+        names |= _stored_shapes(unit, scheme)
     size = problem.other_bytes + bits // 8
     return size + _header_bytes(names, size, problem.shards)
 
@@ -291,20 +313,24 @@ def _most_header_bytes(
     """Bytes of the headers when every layer has every part that some level stores."""
     names = dict(names)
     for unit in units:
-        for name, shape in unit.shapes.items():
-            for level in levels if name not in unit.shared else ():
-                names |= _stored_shapes(name, shape, level)
+        for level in levels:
+            names |= _stored_shapes(unit, level)
     return _header_bytes(names, size, shards)
 
 
-def _stored_shapes(layer: str, shape: tuple[int, int], scheme: Scheme | None) -> dict[str, tuple[int, ...]]:
-    if scheme is None:
-        return {f"{layer}.weight": shape}
-    parts = part_shapes(scheme, shape)
-    return {
-        tensor_name(layer, part): (math.prod(size),) if part == "codes" else size
-        for part, (_, size) in parts.items()
-    }
+def _stored_shapes(unit: Unit, scheme: Scheme | None) -> dict[str, tuple[int, ...]]:
+    """The tensors of a unit in the file, by name, and how the header writes their shapes."""
+    names: dict[str, tuple[int, ...]] = {}
+    for layer, shape in unit.shapes.items():
+        if layer in unit.shared:
+            continue
+        if scheme is None:
+            names[f"{layer}.weight"] = shape
+            continue
+        kept = kept_count(shape[1], unit.outliers) if unit.outliers else 0
+        for part, (_, size) in part_shapes(scheme, shape, kept).items():
+            names[tensor_name(layer, part)] = (math.prod(size),) if part == "codes" else size
+    return names
 
 
 def _header_bytes(names: Mapping[str, Sequence[int]], size: int, shards: int) -> int:
@@ -492,6 +518,11 @@ def _lift(problem: Problem, losses: Losses) -> Scores:
     return replace(worth, values={name: value / price[name] for name, value in worth.values.items()})
 
 
+def _solvers() -> tuple[Solver, ...]:
+    """Those that can run here: the exact one needs scipy, an extra."""
+    return ("exact", "order") if find_spec("scipy") else ("order",)
+
+
 def _solve(problem: Problem, budget: Budget, scores: Scores, losses: Losses, solver: Solver) -> Solution:
     if solver == "exact":
         return exact(problem.units, problem.levels, budget, losses)
@@ -535,8 +566,7 @@ def _curves(problem: Problem, scores: Scores, losses: Losses) -> dict[str, tuple
         for i in range(STEPS)
     ]
     curves: dict[str, tuple[tuple[float, float], ...]] = {}
-    solvers: tuple[Solver, ...] = ("exact", "order")
-    for solver in solvers:
+    for solver in _solvers():
         solved = [_solve(problem, budget, scores, losses, solver) for budget in budgets]
         curves[solver] = tuple((problem.budget.per_weight(s.bits), s.loss) for s in solved)
     points = []
@@ -548,10 +578,16 @@ def _curves(problem: Problem, scores: Scores, losses: Losses) -> dict[str, tuple
     return curves
 
 
-def _schedule(recipe: Recipe, source: Source, layers: Iterable[str]) -> Schedule:
-    """What will be written, as if the budget's `layers` stayed float."""
+def _schedule(recipe: Recipe, source: Source, layers: Iterable[str]) -> tuple[Schedule, int]:
+    """What will be written, as if the budget's `layers` stayed float, and over how many files.
+
+    A calibrated run writes a file for each block and one for the rest; a rotation makes two matrices of a tied head and table.
+    """
     floats = allocated(recipe, Allocation(dict.fromkeys(layers)))
-    shell = skeleton(
-        model_config(source, recipe.trust_remote_code), trust_remote_code=recipe.trust_remote_code
-    )
-    return make_schedule(floats, source, shell)
+    config = model_config(source, recipe.trust_remote_code)
+    untied = recipe.calibration is not None and untie(config, recipe.calibration.transforms)
+    shell = skeleton(config, trust_remote_code=recipe.trust_remote_code)
+    schedule = make_schedule(floats, source, shell, untied=untied)
+    if recipe.calibration is None:
+        return schedule, len(schedule.shards)
+    return schedule, 1 + len(list(blocks(shell, family_of(shell))))

@@ -42,6 +42,8 @@ def test_rows_move_to_another_store_by_parquet(study: Path) -> None:
     rows = study / "rows.parquet"
     assert sweep(study, "--export", str(rows))[1]["measured"] == 13
     (study / "s.db").rename(study / "old.db")
+    planned = sweep(study, "--import", str(rows), "--dry-run")[1]
+    assert (planned["done"], (study / "s.db").exists()) == (13, False)
     assert sweep(study, "--import", str(rows))[1]["measured"] == 0
     pytest.importorskip("plotly", reason="the page is an extra: fracbit[report]")
     for place in (rows, study / "folder"):

@@ -103,9 +103,7 @@ def main() -> None:
         for name, one in parts.items():
             print(f"{model:9} {name:10} {one['runs']:4.0f} runs  {60 * one['runs'] / one['wall']:8.1f} runs a minute  "
                   f"{one['wall'] / one['runs']:6.2f} s and {one['cpu'] / one['runs']:6.2f} CPU s a run")  # fmt: skip
-        share = {
-            key: parts["bare"][key] * parts["sweep"]["runs"] / parts["sweep"][key] for key in ("wall", "cpu")
-        }
+        share = {key: each(parts["bare"], key) / each(parts["sweep"], key) for key in ("wall", "cpu")}
         print(
             f"{model:9} {share['wall']:.0%} of a sweep's run is its bare evaluation ({share['cpu']:.0%} of its CPU time)"
         )
@@ -157,8 +155,12 @@ def together(models: list[dict]) -> dict:
 
 def times(parts: dict, key: str) -> float:
     """How many runs the sweep does while the plain loop does one."""
-    sweep, plain = parts["sweep"], parts["plain loop"]
-    return plain[key] / plain["runs"] * sweep["runs"] / sweep[key]
+    return each(parts["plain loop"], key) / each(parts["sweep"], key)
+
+
+def each(part: dict, key: str) -> float:
+    """Seconds a run."""
+    return part[key] / part["runs"]
 
 
 def sweep_all(grid: Path, store: Path, count: int) -> tuple[dict, dict]:

@@ -16,6 +16,7 @@ from fracbit.models.find import family_of
 from fracbit.models.install import set_weight
 from fracbit.numerics import decode, quantize_tensor, stored_bits
 from fracbit.numerics.linalg import gram_errors
+from fracbit.quantizers import QUANTIZERS
 from fracbit.records.recipe import Override, Recipe
 from fracbit.records.row import KEEP_ALL, Calibration, Evaluation, Run, outliers_of
 from fracbit.records.scheme import Scheme
@@ -143,6 +144,18 @@ def test_kept_columns_are_counted(bench: Workbench, chosen: str) -> None:
     assert row.error is None
     assert row.stored_bits > plain.stored_bits
     assert (row.weight_error or 1) < (plain.weight_error or 0)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_every_quantizer_keeps_columns(bench: Workbench, quantizer: str) -> None:
+    """They cost their 16 bits, and the model moves less."""
+    few, plain = (
+        bench.measure(make_run(quantizer=quantizer, outliers=kept, calibration=CALIBRATION))
+        for kept in (outliers_of("activation:0.1"), None)
+    )
+    assert few.status == plain.status == "done"
+    assert few.stored_bits > plain.stored_bits
+    assert (few.divergence or 1) < (plain.divergence or 0)
 
 
 def test_random_columns_follow_the_seed(bench: Workbench) -> None:

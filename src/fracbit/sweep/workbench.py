@@ -258,8 +258,6 @@ class Workbench:
     def _columns(self, run: Run, chosen: dict[str, Scheme]) -> dict[str, Tensor]:
         if run.outliers is None:
             return {}
-        if run.recipe.quantizer != "rtn":
-            raise RecipeError(f"16-bit columns go with quantizer rtn, not {run.recipe.quantizer}")
         widths = {name: self.kept[name].shape[1] for name in chosen if name in self._proxy_scores}
         stats = self._stats_of(run, gram=False) if run.outliers.chosen == "activation" else {}
         scores = self._proxy_scores if run.outliers.chosen == "proxy" else {}
@@ -320,7 +318,7 @@ class Workbench:
         weight, search = self._float(name), run.recipe.search
         columns = None if columns is None else columns.to(weight.device)
         if run.recipe.quantizer != "rtn":
-            made = QUANTIZERS[run.recipe.quantizer](search=search)(weight, scheme, stats)
+            made = QUANTIZERS[run.recipe.quantizer](search=search)(weight, scheme, stats, columns=columns)
             return made.packed, made.notes
         if columns is not None or search or is_fitted(scheme) or scheme.offset == "zero":
             return quantize_tensor(weight, scheme, None, search, columns), ()

@@ -2,9 +2,9 @@
 
     python bench/calibrated/measure.py PART [PART...] [--models NAME...] [-o bench/results]
 
-Parts: tweak, axis, predictor, text, planted, tables, columns. Each writes calibrated-PART.json, a list of rows. Loss is nats
-per token on text that no run was calibrated with; `gap` is what a run adds to the float model's. Models: tales-s and tales-xs
-of the shared folder (FRACBIT_SHARED, or ../shared) and the bundled one.
+Parts: tweak, iterations, axis, predictor, text, planted, tables, columns. Each writes calibrated-PART.json, a list of rows.
+Loss is nats per token on text that no run was calibrated with; `gap` is what a run adds to the float model's. Models: tales-s
+and tales-xs of the shared folder (FRACBIT_SHARED, or ../shared) and the bundled one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from fracbit.bundled import bundled_model
 from fracbit.checkpoint.load import load, load_tokenizer
 from fracbit.data import read_documents
 from fracbit.evaluate import perplexity
+from fracbit.models import tweak as tweaking
 from fracbit.models.blocks import blocks, groups, weight_of
 from fracbit.models.find import family_of
 from fracbit.models.walk import advance, embed
@@ -167,6 +169,46 @@ def drift(where: Bed, folder: Path) -> list[float]:
             states.append(hidden.states.flatten(0, 1))
         walked.append(states)
     return [round(float(((a - b).mean(0).abs() / a.std(0)).mean()), 5) for a, b in zip(*walked, strict=True)]
+
+
+def mean_square(found: Tensor, wanted: Tensor) -> Tensor:
+    return (found - wanted).square().mean()
+
+
+def divergence(found: Tensor, wanted: Tensor) -> Tensor:
+    """Of the channels of every token, each read as a distribution."""
+    return torch.nn.functional.kl_div(
+        found.log_softmax(-1), wanted.log_softmax(-1), reduction="batchmean", log_target=True
+    )
+
+
+def iterations() -> list[Row]:
+    """Norm tweaking by Adam: 1, 5, 20 and 50 passes at one learning rate, and three distances, each at three rates."""
+    rows: list[Row] = []
+    ours, rate, once = tweaking.distance, tweaking.LEARNING_RATE, tweaking.adam
+    distances = {"channel means and variances": ours, "mean square": mean_square, "divergence": divergence}
+    tries = [("channel means and variances", passes, 1.0) for passes in (5, 20, 50)]
+    tries += [(name, 1, factor) for name in distances for factor in (0.3, 1.0, 3.0)]
+    for name in MODELS or ("tales-s", "bundled"):
+        where = bed(name)
+        without = plain(trial(where, int_z(2), "gptq"))
+        rows.append(without)
+        for distance, passes, factor in tries:
+
+            def repeated(block: Any, family: Any, evidence: Any, lr: float, passes: int = passes) -> None:
+                once(block, family, replace(evidence, train=list(evidence.train) * passes), lr)
+
+            with (
+                mock.patch.object(tweaking, "distance", distances[distance]),
+                mock.patch.object(tweaking, "LEARNING_RATE", factor * rate),
+                mock.patch.object(tweaking, "adam", repeated),
+            ):
+                row = plain(trial(where, int_z(2), "gptq", tweak="adam"))
+            share = round(1 - row["gap"] / without["gap"], 4)
+            rows.append(
+                row | {"distance": distance, "passes": passes, "rate": factor * rate, "recovered": share}
+            )
+    return rows
 
 
 def axis() -> list[Row]:
@@ -311,8 +353,8 @@ def columns() -> list[Row]:
 
 
 PARTS: dict[str, Callable[[], list[Row]]] = {
-    "tweak": tweak, "axis": axis, "predictor": predictor, "text": text, "planted": planted, "tables": tables,
-    "columns": columns,
+    "tweak": tweak, "iterations": iterations, "axis": axis, "predictor": predictor, "text": text,
+    "planted": planted, "tables": tables, "columns": columns,
 }  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import fracbit.models.attention as attention
 from fracbit.kernels.attention import attend_causal
@@ -43,6 +43,14 @@ def test_logits_are_equal_and_every_layer_took_it(calls: list[int]) -> None:
         found = model(input_ids=ids, use_cache=False).logits
     assert calls == [40, 40]
     assert model.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_every_family_says_the_same(model: PreTrainedModel, tokens: torch.Tensor) -> None:
+    expected = model(input_ids=tokens, use_cache=False).logits
+    with attention.native_attention(model):
+        found = model(input_ids=tokens, use_cache=False).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

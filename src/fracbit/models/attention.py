@@ -51,9 +51,12 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 @contextmanager
 def native_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Within it, a model that asks for torch's attention gets the native one where that fits; its config is put back after."""
+    """Within it, a model that asks for torch's attention gets the native one where that fits; its config is put back after.
+
+    Models that choose their attention and mask themselves (Falcon) are left alone: another name would give them another mask.
+    """
     config = model.config.get_text_config()
-    if config._attn_implementation != "sdpa":
+    if config._attn_implementation != "sdpa" or not model._supports_attention_backend:
         yield
         return
     config._attn_implementation = NAME

@@ -22,6 +22,8 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +132,10 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     given = parser.parse_args()
     source, target = given.work / f"llama-{given.blocks}", given.work / "quantized"
-    make_model(source, given.blocks)
+    with ProcessPoolExecutor(
+        1, get_context("spawn")
+    ) as apart:  # its memory would count as that of the processes after it
+        apart.submit(make_model, source, given.blocks).result()
     megabytes = sum(path.stat().st_size for path in source.glob("*.safetensors")) / 1e6
     recipe = given.work / "plan.toml"
     if given.size:

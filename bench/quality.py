@@ -142,7 +142,9 @@ def run_peer(peer: str, model: str, widths: list[int], work: Path, ids: Path, en
     if settings:
         order = command(peer, environments, folder_of(model), ids, out, settings)
         with (out / "log.txt").open("a") as log:
-            subprocess.run(order, env=surroundings(), stdout=log, stderr=log, check=False)
+            subprocess.run(
+                order, cwd=out, env=surroundings(), stdout=log, stderr=log, check=False
+            )  # some litter
 
 
 def run_fracbit(model: str, width: int, work: Path, ids: Path) -> Path:
@@ -293,8 +295,9 @@ def main() -> None:
     parser.add_argument("--only", choices=("run", "table"), help="run the tools, or evaluate what they left")
     parser.add_argument("--json", type=Path, default=Path("bench/results/quality.json"))
     given = parser.parse_args()
+    given.work = given.work.resolve()
     given.work.mkdir(parents=True, exist_ok=True)
-    environments = given.environments or given.work / "environments"
+    environments = (given.environments or given.work / "environments").resolve()
     rows: list[Row] = []
     floats: dict[str, tuple[float, float]] = {}
     for model in given.models:

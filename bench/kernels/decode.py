@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import venv
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,11 @@ def peer(name: str, shape: str, arguments: argparse.Namespace) -> list[dict[str,
         python = folder / "bin" / "python"
         if not python.exists():
             venv.create(folder, with_pip=True)
-            wanted = PEERS[name] if "llama" in name else [*PEERS[name], "torch", "transformers"]
+            wanted = (
+                PEERS[name]
+                if "llama" in name
+                else [*PEERS[name], f"torch=={version('torch').split('+')[0]}", "transformers"]
+            )
             done = subprocess.run(
                 [python, "-m", "pip", "install", "-q", "numpy", *wanted],
                 capture_output=True,

@@ -2,11 +2,12 @@
 
     python bench/kernels/linear.py                               our kernels beside a plain read of the same bytes
     python bench/kernels/linear.py --peers torchao bitsandbytes  each installed into an environment of its own and measured
-    python bench/kernels/linear.py --json out.json
+    python bench/kernels/linear.py --schemes int4 nf4 --peers bitsandbytes --turns 3 --json out.json
 
 Machines are shared and noisy, so everything is a ratio within one run: a plain read of as many bytes, the packed product and
 torch's float product take turns, each over enough copies of the weight to leave the cache, and medians are compared. A peer
-runs in a process of its own with the same shapes and copies; its rate counts the bytes of its own packed weight.
+runs in a process of its own with the same shapes and copies; its rate counts the bytes of its own packed weight. With `--turns`
+everything is measured so often, ours and then each peer, and medians of the turns are kept: load then falls on all alike.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 import venv
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +116,7 @@ def own(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         " float: us  GB/s  fraction (best) | bf16 us"
     )
     for rows, columns in arguments.shapes:
-        for dtype, bits in SCHEMES:
+        for dtype, bits in arguments.schemes:
             for axis in ("in", "out") if bits == 4 and dtype in ("int", "nf") else ("in",):
                 r = measure_own(rows, columns, dtype, bits, axis, arguments.rounds, arguments.batch)
                 results.append(r)
@@ -135,7 +137,16 @@ def peer(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
-        pip = [str(python), "-m", "pip", "install", "--quiet", "torch", "numpy", *PEERS[name]]
+        pip = [
+            str(python),
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            f"torch=={version('torch').split('+')[0]}",
+            "numpy",
+            *PEERS[name],
+        ]
         done = subprocess.run(pip, capture_output=True, text=True, check=False)
         if done.returncode:
             print(f"{name}: does not install here: {done.stderr.strip().splitlines()[-1:]}")
@@ -155,6 +166,20 @@ def peer(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
+def medians(turns: list[list[dict[str, Any]]], names: tuple[str, ...]) -> list[dict[str, Any]]:
+    """One row for all rows that agree in `names`: the median of every number."""
+    same: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in (row for turn in turns for row in turn):
+        same.setdefault(tuple(row[name] for name in names), []).append(row)
+    return [
+        {
+            key: rows[0][key] if isinstance(rows[0][key], str) else statistics.median(r[key] for r in rows)
+            for key in rows[0]
+        }
+        for rows in same.values()
+    ]
+
+
 def main() -> None:
     """Parse, measure, print, write JSON."""
     parser = argparse.ArgumentParser(
@@ -163,16 +188,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--shapes", nargs="+", type=lambda s: tuple(map(int, s.split("x"))), default=SHAPES)
+    schemes = {f"{dtype}{bits}": (dtype, bits) for dtype, bits in SCHEMES}
+    parser.add_argument("--schemes", nargs="+", choices=list(schemes), default=list(schemes))
+    parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--peers", nargs="*", default=[], choices=list(PEERS))
     parser.add_argument("--environments", type=Path, default=Path.home() / ".cache" / "fracbit" / "bench")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    arguments.schemes = [schemes[name] for name in arguments.schemes]
     result: dict[str, Any] = {
         "processor": platform.processor() or platform.machine(),
         "python": sys.version.split()[0],
     }
-    result["own"] = own(arguments)
-    result["peers"] = [r for name in arguments.peers for r in peer(name, arguments)]
+    turns = [
+        (own(arguments), [r for name in arguments.peers for r in peer(name, arguments)])
+        for _ in range(arguments.turns)
+    ]
+    result["turns"] = arguments.turns
+    result["own"] = medians([ours for ours, _ in turns], ("rows", "columns", "scheme"))
+    result["peers"] = medians([theirs for _, theirs in turns], ("rows", "columns", "name"))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1))
 

@@ -1,11 +1,12 @@
 """AutoRound; settings: bits, group, sym, iters, and group_down for a layer whose input the group does not divide."""
 
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from auto_round import AutoRound
-from frame import Sizes, Weights, linears, main
+from frame import Sizes, Weights, linears, main, stored_bytes, stored_tensors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -21,18 +22,18 @@ def run(model: str, ids: torch.Tensor, setting: dict, folder: Path) -> tuple[Wei
         layer_config=special or None, seed=0,
     )  # fmt: skip
     done, _ = method.quantize()
-    weights: Weights = {}
-    sizes: Sizes = {}
-    for name in names:
-        layer = done.get_submodule(name)
-        if getattr(layer, "scale", None) is None:
-            continue  # left float: the bench counts it at 16 bits
-        weights[name] = layer.weight.detach().float()
-        scale = layer.scale
-        count = layer.weight.numel()
-        groups = scale.numel()
-        # As its checkpoints store it: packed codes, 16-bit scales, packed zero points also where they are symmetric.
-        sizes[name] = (count * setting["bits"] + groups * (16 + setting["bits"]) + 7) // 8
+    # Cloned, since packing replaces the layers. One without a scale was left float: the bench counts it at 16 bits.
+    layers = {name: done.get_submodule(name) for name in names}
+    weights = {
+        n: m.weight.detach().float().clone()
+        for n, m in layers.items()
+        if getattr(m, "scale", None) is not None
+    }
+    place = folder / "checkpoint"
+    # Not "auto_round": at 4 bits with zero points that takes a packing for AWQ, which fails in this version.
+    method.save_quantized(str(place), format="auto_gptq")
+    sizes = stored_bytes(stored_tensors(place), list(weights), ("g_idx",))
+    shutil.rmtree(place)
     return weights, sizes, []
 
 

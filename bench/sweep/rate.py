@@ -2,9 +2,10 @@
 
     python bench/sweep/rate.py [--models tales-s tales-m] [--plain 6] [--out bench/results/rate.json]
 
-Both do the same runs of one grid a model and must find the same losses. The plain loop is measured on every n-th run, spread
-over the grid, since its runs do not depend on each other. CPU seconds are printed beside wall clock: on a machine that others
-use too, they are the fairer figure.
+Both do the same runs of one grid a model, one after the other with the same number of threads, and must find the same losses.
+The plain loop is measured on every n-th run, spread over the grid, since its runs do not depend on each other. CPU seconds are
+printed beside wall clock: on a machine that others use too, they are the fairer figure. Beside both stands what no run can go
+below: a bare perplexity of the loaded model.
 """
 
 from __future__ import annotations
@@ -58,6 +59,27 @@ def plain(run_json: str) -> float:
     return perplexity(model, documents, window=run.evaluation.window).nll
 
 
+def bare(run_json: str, passes: int = 5) -> dict:
+    """The evaluation alone, of a model that is loaded and stays as it is: the fastest of some passes."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from fracbit.data import read_documents
+    from fracbit.evaluate import perplexity
+    from fracbit.records.row import Run
+
+    run = Run.model_validate_json(run_json)
+    model = AutoModelForCausalLM.from_pretrained(SHARED / run.recipe.model, dtype=torch.float32)
+    documents = read_documents(str(SHARED / run.evaluation.text), None, model.config.vocab_size).documents
+    taken = []
+    for _ in range(passes):
+        started, cpu = time.perf_counter(), cpu_seconds()
+        perplexity(model, documents, window=run.evaluation.window)
+        taken.append((time.perf_counter() - started, cpu_seconds() - cpu))
+    walls, cpus = zip(*taken, strict=True)
+    return {"runs": 1, "wall": min(walls), "cpu": min(cpus)}
+
+
 def cpu_seconds() -> float:
     """CPU time of this process and of its children that ended."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -81,6 +103,12 @@ def main() -> None:
         for name, one in parts.items():
             print(f"{model:9} {name:10} {one['runs']:4.0f} runs  {60 * one['runs'] / one['wall']:8.1f} runs a minute  "
                   f"{one['wall'] / one['runs']:6.2f} s and {one['cpu'] / one['runs']:6.2f} CPU s a run")  # fmt: skip
+        share = {
+            key: parts["bare"][key] * parts["sweep"]["runs"] / parts["sweep"][key] for key in ("wall", "cpu")
+        }
+        print(
+            f"{model:9} {share['wall']:.0%} of a sweep's run is its bare evaluation ({share['cpu']:.0%} of its CPU time)"
+        )
         print(
             f"{model:9} the sweep does {times(parts, 'wall'):.1f} times as many ({times(parts, 'cpu'):.1f} by CPU time)"
         )
@@ -108,7 +136,14 @@ def measure(model: str, plain: int) -> dict:
     looped, expected = loop([run.model_dump_json() for run in chosen.values()])
     for (key, run), nll in zip(chosen.items(), expected, strict=True):
         assert abs(losses[key] - nll) < 1e-5, (str(run), losses[key], nll)
-    return {"sweep": swept, "plain loop": looped}
+    one = next(iter(chosen.values())).model_dump_json()
+    return {"sweep": swept, "plain loop": looped, "bare": json.loads(child("--bare", one))}
+
+
+def child(task: str, run: str) -> str:
+    """What this file prints about a run in a new process."""
+    command = [sys.executable, __file__, task]
+    return subprocess.run(command, input=run, check=True, text=True, stdout=subprocess.PIPE).stdout
 
 
 def together(models: list[dict]) -> dict:
@@ -116,7 +151,7 @@ def together(models: list[dict]) -> dict:
     return {
         name: {"runs": len(models)} | {key: sum(part[name][key] / part[name]["runs"] for part in models)
                                        for key in ("wall", "cpu")}
-        for name in ("sweep", "plain loop")
+        for name in ("sweep", "plain loop", "bare")
     }  # fmt: skip
 
 
@@ -145,17 +180,14 @@ def sweep_all(grid: Path, store: Path, count: int) -> tuple[dict, dict]:
 def loop(runs: list[str]) -> tuple[dict, list[float]]:
     """A process a run."""
     started, cpu = time.perf_counter(), cpu_seconds()
-    found = []
-    for run in runs:
-        result = subprocess.run(
-            [sys.executable, __file__, "--one"], input=run, check=True, text=True, stdout=subprocess.PIPE
-        )
-        found.append(float(result.stdout.split()[-1]))
+    found = [float(child("--one", run).split()[-1]) for run in runs]
     return {"runs": len(runs), "wall": time.perf_counter() - started, "cpu": cpu_seconds() - cpu}, found
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--one"]:
         print(plain(sys.stdin.read()))
+    elif sys.argv[1:] == ["--bare"]:
+        print(json.dumps(bare(sys.stdin.read())))
     else:
         main()

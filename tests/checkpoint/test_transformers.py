@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import pipeline
 
-from fracbit.checkpoint.load import load
+from fracbit.bundled import bundled_model
+from fracbit.checkpoint.load import load, load_tokenizer
 from fracbit.models.quant_linear import QuantLinear
 from fracbit.pipeline.run import run
 from fracbit.records.recipe import Recipe
@@ -122,7 +124,20 @@ def test_a_format_of_the_future_is_refused(folder: Path, tmp_path: Path) -> None
         load(tmp_path / "new")
 
 
-def test_generation_and_pipelines(folder: Path) -> None:
+def test_generation(folder: Path) -> None:
     model = load(folder)
     ids = model.generate(torch.arange(3, 8)[None], max_new_tokens=5, do_sample=False, pad_token_id=0)
     assert ids.shape == (1, 10)
+
+
+def test_pipelines(tmp_path: Path) -> None:
+    """A stock pipeline from the folder's name alone, one text and a batch: what `generate` writes."""
+    run(Recipe(model=str(bundled_model()), scheme=Scheme("int", 4, 64)), tmp_path / "q")
+    writer = pipeline("text-generation", model=str(tmp_path / "q"), dtype="float32")
+    how = {"max_new_tokens": 6, "do_sample": False}
+    tokenizer, prompt = load_tokenizer(tmp_path / "q"), "def main("
+    inputs = tokenizer(prompt, return_tensors="pt")
+    expected = load(tmp_path / "q", "float32").generate(inputs.input_ids, **how)[0]
+    alone = writer(prompt, **how)[0]["generated_text"]
+    assert alone == tokenizer.decode(expected, skip_special_tokens=True)
+    assert [found[0]["generated_text"] for found in writer([prompt, prompt], **how)] == [alone, alone]

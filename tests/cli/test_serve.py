@@ -53,7 +53,7 @@ def test_generate_streams(model: str) -> None:
         app, ["generate", model, "Once upon", "--max-new-tokens", "6", "--activations", "int8"]
     )
     assert done.exit_code == 0
-    assert done.stdout.startswith("Once upon")
+    assert done.stdout.startswith("Once upon") and done.stdout.endswith("\n")
     assert "tokens/s" in done.stderr
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import sys
 
 import pytest
@@ -238,6 +239,21 @@ def test_without_scipy_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     losses = Losses((INT[0], INT[2]), {u.name: (1.0, 0.0) for u in UNITS}, "m", "")
     with pytest.raises(RecipeError, match=r"fracbit\[budget\]"):
         exact(UNITS, [INT[0], INT[2]], average_bits(3.5, 4096), losses)
+
+
+def test_what_the_solver_prints_is_not_among_the_results(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """HiGHS writes past Python, straight to the file descriptor."""
+    import scipy.optimize
+
+    solve = scipy.optimize.milp
+    monkeypatch.setattr(
+        scipy.optimize, "milp", lambda *args, **kwargs: (os.write(1, b"HiGHS"), solve(*args, **kwargs))[1]
+    )
+    losses = Losses((INT[0], INT[2]), {u.name: (1.0, 0.0) for u in UNITS}, "m", "")
+    exact(UNITS, [INT[0], INT[2]], average_bits(3.5, 4096), losses)
+    assert capfd.readouterr() == ("", "HiGHS")
 
 
 def test_losses_from_scores() -> None:

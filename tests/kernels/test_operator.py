@@ -4,9 +4,11 @@ import gc
 
 import pytest
 import torch
+from torch import nn
 
 from fracbit.errors import FormatError, KernelError
 from fracbit.kernels import PackedLinear, linear_op, op, reference, spec_of
+from fracbit.models.quant_linear import QuantEmbedding, QuantLinear, TiedHead
 from fracbit.numerics import PackedTensor, decode, parts_of, quantize_tensor
 from fracbit.records.scheme import Scheme
 
@@ -16,7 +18,12 @@ def weight_of(scheme: Scheme, shape: tuple[int, int] = (48, 96)) -> PackedTensor
 
 
 def arguments(weight: PackedTensor, x: torch.Tensor, activations: str = "float") -> tuple[object, ...]:
-    return x, [part for _, part in parts_of(weight)], spec_of(weight), activations
+    return (
+        x,
+        list(dict(parts_of(weight)).values()),
+        spec_of(weight.scheme, weight.shape, dict(parts_of(weight))),
+        activations,
+    )
 
 
 SCHEMES = [
@@ -27,10 +34,19 @@ SCHEMES = [
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-@pytest.mark.parametrize("grad", [False, True])
-def test_opcheck(scheme: Scheme, grad: bool) -> None:
-    x = torch.randn(2, 3, 96, requires_grad=grad)
-    torch.library.opcheck(linear_op, arguments(weight_of(scheme), x))
+@pytest.mark.parametrize(
+    ("shape", "activations", "grad"),
+    [
+        ((2, 3, 96), "float", False),
+        ((2, 3, 96), "float", True),
+        ((0, 96), "float", False),
+        ((96,), "int8", False),
+    ],
+    ids=str,
+)
+def test_opcheck(scheme: Scheme, shape: tuple[int, ...], activations: str, grad: bool) -> None:
+    x = torch.randn(shape, requires_grad=grad)
+    torch.library.opcheck(linear_op, arguments(weight_of(scheme), x, activations))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -85,7 +101,8 @@ def test_writing_to_a_part_prepares_again() -> None:
 
 def test_spec_and_parts_are_the_whole_weight() -> None:
     weight = weight_of(SCHEMES[2])
-    again = op.packed_of([part for _, part in parts_of(weight)], spec_of(weight))
+    parts = dict(parts_of(weight))
+    again = op.packed_of(list(parts.values()), spec_of(weight.scheme, weight.shape, parts))
     assert torch.equal(decode(again), decode(weight))
 
 
@@ -98,3 +115,16 @@ def test_wrong_arguments_are_refused() -> None:
         linear_op(x, [parts[0][:, :-1].contiguous(), *parts[1:]], spec, "float")
     with pytest.raises(KernelError, match="96 input channels"):
         linear_op(torch.randn(1, 95), parts, spec, "float")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_layers_that_never_ran_compile_whole(scheme: Scheme) -> None:
+    """A graph needs nothing that a first call prepares: linears, an embedding, and the head that shares its bytes."""
+    embedding = QuantEmbedding(scheme, (48, 96), torch.float32)
+    embedding.fill(weight_of(scheme))
+    square = QuantLinear(scheme, (96, 96))
+    square.fill(weight_of(scheme, (96, 96)))
+    model = nn.Sequential(embedding, square, TiedHead(embedding))
+    ids = torch.tensor([[3, 0, 47]])
+    whole = torch.compile(model, backend="aot_eager", fullgraph=True)(ids)
+    torch.testing.assert_close(whole, model(ids), rtol=1e-5, atol=1e-5)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fracbit.errors import KernelError
-from fracbit.kernels import KERNELS, PackedLinear, choose, kernel_report, reference
-from fracbit.kernels.cpu import CPU, NATIVE, PREFILL_ROWS, prepare, run
+from fracbit.kernels import KERNELS, PackedLinear, choose, cpu, kernel_report, reference
+from fracbit.kernels.cpu import CPU, NATIVE, prepare, run, tiles_from
 from fracbit.numerics import PackedTensor, quantize_tensor
 from fracbit.records.scheme import Scheme
 
@@ -103,7 +103,7 @@ def test_odd_shapes(isa: str, shape: tuple[int, int], bits: int) -> None:
 
 @native
 @pytest.mark.parametrize("axis", ["in", "out"])
-@pytest.mark.parametrize("rows", [0, 1, 2, 3, 5, 8, PREFILL_ROWS, 70])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 5, 8, 33, 70])
 def test_batches(axis: str, rows: int) -> None:
     weight = packed(Scheme("nf", 4, 32, axis), (96, 200), outliers=3)
     x = batch_of(rows, 200)
@@ -114,14 +114,24 @@ def test_batches(axis: str, rows: int) -> None:
 
 
 @native
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_types_of_activations(dtype: torch.dtype) -> None:
-    weight = packed(Scheme("int", 4, 64, offset="float"), (96, 256))
-    for rows in (2, PREFILL_ROWS):
-        x = batch_of(rows, 256, dtype)
-        y = PackedLinear(weight)(x)
-        assert y.dtype == dtype
-        assert distance(y, reference.linear(x.float(), weight)) < 2 * torch.finfo(dtype).eps
+@pytest.mark.parametrize("avx512", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_way_for_many_rows(
+    dtype: torch.dtype, bf16: bool, avx512: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By rows of codes or by tiles, as this processor or another would take them: one product; the last tile is short."""
+    monkeypatch.setattr(cpu, "BF16_PRODUCTS", bf16)
+    monkeypatch.setattr(cpu, "AVX512", avx512)
+    weight = packed(Scheme("int", 4, 64, offset="float"), (cpu.TILE_ROWS + 37, 2200), outliers=2)
+    assert tiles_from(False, dtype) < 130
+    for rows in (2, 33, 130):
+        x = batch_of(rows, 2200, dtype)
+        expected = reference.linear(x.float(), weight)
+        for path, tolerance in TOLERANCE.items():
+            y = PackedLinear(weight, path)(x)
+            assert y.dtype == dtype
+            assert distance(y, expected) < tolerance + (dtype != torch.float32) * 2 * torch.finfo(dtype).eps
 
 
 @native

@@ -139,6 +139,26 @@ def test_a_searched_exponent_is_not_worse_than_any_fixed_one(block: int | str) -
         assert errors.pop("fit") <= 1.002 * min(errors.values())
 
 
+@pytest.mark.parametrize("scheme", [each for each in fixed_grid() if each.offset == "none"], ids=str)
+def test_cells_give_the_codes_that_a_search_gives(scheme: Scheme) -> None:
+    """Also at a boundary and beside it, beyond the ends, and without a crash where a number is none."""
+    table = fixed_type(scheme)
+    edges = table.boundaries[0]
+    beside = [torch.nextafter(edges, torch.full_like(edges, side)) for side in (-9.0, 9.0)]
+    drawn = torch.randn(1 << 13, generator=torch.Generator().manual_seed(0)) / 2
+    x = torch.cat([drawn, edges, *beside, torch.tensor([-torch.inf, -1.0, -0.0, 0.0, 1.0, torch.inf])])
+    expected = torch.bucketize(x, edges).to(torch.uint8)
+    assert table.cells is not None or scheme.bits > 6
+    if table.cells is not None:
+        assert torch.equal(table.cells.count(x), expected)
+        assert torch.equal(
+            table.cells.count(drawn.view(2, -1)[:, ::2]), expected[: len(drawn)].view(2, -1)[:, ::2]
+        )
+        assert table.cells.count(torch.tensor([torch.nan])) <= len(edges)
+    if table.step is None:
+        assert torch.equal(table.nearest(x[None])[0], expected)
+
+
 @pytest.mark.parametrize("dtype", dtypes())
 @pytest.mark.parametrize("axis", ["in", "out"])
 def test_error_falls_with_bits(dtype: str, axis: str) -> None:

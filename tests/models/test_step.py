@@ -174,6 +174,7 @@ def test_layers_that_stand_in_the_way() -> None:
     assert "rounds activations" in str(obstacle(model))
     first.mlp.up_proj.inputs, first.mlp.down_proj.rotated = None, True
     assert "rotates activations" in str(obstacle(model))
+    assert "computes in torch.float64" in str(obstacle(model.double()))
 
 
 def test_the_store_is_a_cache(tiny_llama: Callable[..., hf.LlamaForCausalLM]) -> None:

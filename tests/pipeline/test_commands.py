@@ -80,6 +80,27 @@ def test_losses_of_any_score_divide_the_budget_of_a_run(files: Path) -> None:
         assert len(mine) <= 1
 
 
+def test_an_allocation_is_carried_out_and_refused_for_another_model(
+    files: Path, tiny_llama: Callable[..., LlamaForCausalLM]
+) -> None:
+    """What `fracbit plan -o` writes as JSON, edited or not, is what `fracbit quantize` stores; flags win."""
+    model, path = str(files / "model"), files / "allocation.json"
+    made = command("plan", model, "--average-bits", "3.6", "--keep", "*.layers.1.*", "-o", str(path))
+    written = json.loads(path.read_text())
+    assert written == made["allocation"]
+    command("quantize", model, str(path), "-o", str(files / "carried"), "--keep", "*.layers.2.mlp.up_proj")
+    looked: dict[str, dict[str, str]] = command("inspect", str(files / "carried"))["layers"]  # type: ignore[assignment]
+    for name, number in written["layers"].items():
+        scheme = written["schemes"][number]
+        expected = None if scheme is None or "layers.2.mlp.up" in name else scheme["label"]
+        assert looked[name]["scheme"] == (expected or "bf16"), name
+    tiny_llama(seed=1).bfloat16().save_pretrained(files / "other")
+    with pytest.raises(FracbitError, match="other weights"):
+        CliRunner().invoke(
+            app, ["quantize", str(files / "other"), str(path), "-o", "x"], catch_exceptions=False
+        )
+
+
 def test_a_run_keeps_a_size_and_fused_layers_together(files: Path) -> None:
     done = command(
         "quantize", str(files / "model"), "-o", str(files / "sized"), "--size", "65kB", "--fused", "--levels",
@@ -121,6 +142,17 @@ def test_pruning_compares_and_writes(files: Path) -> None:
     for pruned, quantized in done["equal_size"]:  # type: ignore[attr-defined]
         assert quantized is None or quantized[0] <= pruned[0] + 1e-6
     assert done["equal_size"][0][0] == done["equal_size"][0][1]  # type: ignore[index]
+
+
+def test_pruning_takes_edited_scores_of_its_own_model(files: Path) -> None:
+    model, path = str(files / "model"), files / "edited.json"
+    scores = command("score", model, "--method", "first", "-o", str(path))
+    path.write_text(json.dumps(scores | {"values": scores["values"] | {"model.layers.0": -9.0}}))  # type: ignore[operator]
+    done = command("prune", model, "-o", str(files / "edited"), "--score", str(path))
+    assert done["dropped"] == ["model.layers.0"]
+    path.write_text(json.dumps(scores | {"model": "0" * 16}))
+    with pytest.raises(FracbitError, match="other weights"):
+        CliRunner().invoke(app, ["prune", model, "-o", "x", "--score", str(path)], catch_exceptions=False)
 
 
 def test_the_lens_reports_and_draws(files: Path) -> None:
@@ -174,13 +206,28 @@ def test_planted_outliers_break_int8_activations(files: Path) -> None:
         (["plan", "MODEL", "--average-bits", "3", "--score", "limm"], "did you mean 'lim'"),
         (["plan", "MODEL", "--average-bits", "3", "--picture", "plan.jpeg2"], "no kind of picture"),
         (["plan", "MODEL", "--average-bits", "3", "--text", "a.u16", "--held-out", "a.u16"], "flatters"),
+        (["plan", "MODEL", "--average-bits", "3", "-o", "gone/plan.toml"], "gone is no folder"),
         (["score", "MODEL", "--method", "lim"], "reads text"),
+        (["score", "MODEL", "-o", "gone/scores.json"], "gone is no folder"),
+        (["lens", "MODEL", "--text", "TEXT", "--scores", "gone/lens.json"], "gone is no folder"),
         (["quantize", "MODEL", "-o", "x", "--average-bits", "3", "--score", "lim"], "measure it first"),
         (["quantize", "MODEL", "-o", "x", "--average-bits", "9"], "above the highest"),
         (["quantize", "MODEL", "-o", "x", "--score", "zd"], "go with a budget"),
         (["quantize", "MODEL", "-o", "x", "--average-bits", "3", "--score", "gone.json"], "cannot be read"),
+        (["quantize", "MODEL", "-o", "x", "--average-bits", "3", "--bits", "8"], "leave out --dtype"),
+        (["quantize", "MODEL", "-o", "x", "--average-bits", "3", "--keep", "*"], "name every linear"),
+        (
+            ["quantize", "MODEL", "-o", "x", "--average-bits", "3", "--preset", "best", "--fused"],
+            "for itself",
+        ),
+        (["quantize", "MODEL", "-o", "x", "--solver", "order"], "go with a budget"),
         (["score", "MODEL", "--granularity", "row"], "use block or linear"),
         (["prune", "MODEL"], "nothing to do"),
+        (["prune", "MODEL", "-o", "x", "--score", "first", "--picture", "p.png"], "of the comparison"),
+        (
+            ["prune", "MODEL", "--score", "first", "--held-out", "TEXT", "--low", "float", *SAMPLES],
+            "no fewer bits",
+        ),
         (["lens", "MODEL", "--text", "TEXT", "--seeds", "2"], "at least 5"),
         (["lens", "MODEL", "--text", "TEXT", "--intensities", "0,x", *SAMPLES], "takes numbers"),
         (["lens", "MODEL", "--text", "TEXT", "--intensities", "0", *SAMPLES], "is none"),

@@ -74,6 +74,22 @@ def test_a_contest_on_calibration_text_is_noticed(files: Path, tmp_path: Path) -
     assert any(note.startswith("4 of 90 documents") and "flatter" in note for note in told), told
 
 
+def test_a_contest_on_the_text_of_a_score_is_noticed(files: Path, tmp_path: Path) -> None:
+    """A score's file remembers its text, however long ago it was made."""
+    seen, held = f"{files / 'fresh.u16'}?length=96", f"{files / 'held.u16'}?length=96"
+    words = ("--text", seen, "--samples", 2, "--length", 96)
+    ran("score", files / "float", "--method", "lim", *words, "-o", tmp_path / "lim.json")
+    budget = ("--average-bits", 3.6, "--score", tmp_path / "lim.json", "--granularity", "block")
+    for command in (
+        ("plan", files / "float", *budget, "--length", 96),
+        ("quantize", files / "float", "-o", tmp_path / "q", *budget),
+    ):
+        told = [note for note in ran(*command, "--held-out", held)["notes"] if "flatter" in note]
+        assert told == [
+            f"4 of 90 documents of {held} stand in the text that the score saw {seen}: figures on them flatter the model"
+        ]
+
+
 def test_generated_text_is_nobodys(files: Path) -> None:
     text = read_documents(f"{files / 'fresh.u16'}?length=96", None, 96)
     assert overlap_notes(text, [{"source": "generated", "sha256": "0"}], None, 96) == ()

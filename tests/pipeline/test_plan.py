@@ -1,5 +1,6 @@
 """Plans: predicted sizes hold when a plan is carried out, budgets of every kind are kept, uniform is taken when it wins."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,13 +10,15 @@ import torch
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from fracbit.errors import BudgetError, RecipeError
+from fracbit.pipeline.calibrated import run_calibrated
 from fracbit.pipeline.memory import running_memory
-from fracbit.pipeline.plan import Ask, allocated, contest, make_plan, make_problem
+from fracbit.pipeline.plan import Ask, allocated, contest, make_plan, make_problem, written_bytes
 from fracbit.pipeline.run import run
 from fracbit.pipeline.score import make_losses, make_scores
 from fracbit.pipeline.subject import load_subject
 from fracbit.records.allocation import read_levels, recipe_text, uniform
-from fracbit.records.recipe import Recipe, make_recipe, read_toml
+from fracbit.records.calibration import Calibration
+from fracbit.records.recipe import Override, Recipe, make_recipe, read_toml
 from fracbit.records.scheme import Scheme
 from fracbit.records.scores import Losses, Scores
 
@@ -58,6 +61,66 @@ def test_a_file_size_is_kept(folder: Path, tmp_path: Path) -> None:
         assert q == k
 
 
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"transforms": ("rotate",)},
+        {"outliers": 0.1},
+        {"axis": "nearest"},
+        {"transforms": ("rotate",), "outliers": 0.1, "axis": "predicted"},
+    ],
+    ids=str,
+)
+def test_what_a_calibrated_run_adds_is_in_the_budget(
+    tmp_path: Path, tiny_llama: Callable[..., LlamaForCausalLM], plan: dict[str, object]
+) -> None:
+    """A head that a rotation unties, columns in 16 bits, an axis that is chosen later: the files stay within the size."""
+    tiny_llama(tie_word_embeddings=True, intermediate_size=68).bfloat16().save_pretrained(tmp_path / "model")
+    np.random.default_rng(0).integers(3, 90, 4 * 16, dtype=np.uint16).tofile(tmp_path / "ids.u16")
+    calibration = Calibration(
+        texts=(f"{tmp_path / 'ids.u16'}?length=16",), samples=4, length=16, batch=4, **plan
+    )  # type: ignore[arg-type]
+    recipe = Recipe(
+        model=str(tmp_path / "model"), calibration=calibration,
+        overrides=(Override(layers="*.0.mlp.up_proj", scheme=Scheme(block=16)),),
+    )  # fmt: skip
+    dearest = make_problem(recipe, TWO[1:], Ask(size=10**6), "linear")
+    most = written_bytes(dearest, {name: TWO[1] for unit in dearest.units for name in unit.shapes})
+    for size in (most - 4_000, most - 1_000):
+        chosen = make_plan(make_problem(recipe, TWO, Ask(size=size), "linear")).chosen
+        result = run_calibrated(allocated(recipe, chosen.allocation), tmp_path / "out", overwrite=True)
+        assert result.bytes <= chosen.file_bytes <= size
+        assert chosen.file_bytes <= result.bytes + 2000
+
+
+@pytest.mark.parametrize("granularity", ["block", "linear"])
+def test_what_the_recipe_names_is_left_alone_and_counts(
+    folder: Path, tmp_path: Path, granularity: str
+) -> None:
+    """Overrides hold under a budget; a head with a scheme is quantized too, and the average is over it as well."""
+    down = Override(layers="*.down_proj", scheme=Scheme("nf", 4, 32))
+    first = Override(layers="model.layers.0.*", keep=True)
+    recipe = Recipe(model=str(folder), head=Scheme(bits=8), overrides=(down, first))
+    for ask in (Ask(average_bits=4.2), Ask(size=90_000)):
+        problem = make_problem(recipe, TWO, ask, granularity)  # type: ignore[arg-type]
+        scores = make_scores(problem.weights, problem.weights.units(granularity), "first")  # type: ignore[arg-type]
+        plan = make_plan(problem, scores, "order")
+        assert len(set(plan.chosen.allocation.schemes.values())) == 2
+        result = run(allocated(recipe, plan.chosen.allocation), tmp_path / plan.budget, overwrite=True)
+        assert result.bits_per_weight == pytest.approx(plan.chosen.bits_per_weight, rel=1e-12)
+        assert result.bytes <= plan.chosen.file_bytes <= result.bytes + 1000
+        assert result.bits_per_weight <= (ask.average_bits or 9)
+        assert result.bytes <= (ask.size or 10**6)
+        whole = problem.spelled_out(plan.chosen.allocation).schemes
+        assert {whole[name] for name in whole if "layers.0." in name} == {None}
+        assert {whole[name] for name in whole if name.endswith("down_proj")} == {None, down.scheme}
+        (tmp_path / "plan.toml").write_text(recipe_text(problem.spelled_out(plan.chosen.allocation), recipe))
+        read = make_recipe(read_toml(tmp_path / "plan.toml"))
+        assert run(read, tmp_path / "read", overwrite=True).bytes == result.bytes
+    with pytest.raises(RecipeError, match="name every linear"):
+        make_problem(Recipe(model=str(folder), overrides=(Override(layers="*", keep=True),)), TWO, ask)
+
+
 def test_a_device_must_also_hold_the_cache(folder: Path) -> None:
     recipe = Recipe(model=str(folder))
     config = AutoConfig.from_pretrained(folder)
@@ -82,6 +145,19 @@ def test_the_candidates_are_ordered_and_the_curve_falls(folder: Path) -> None:
     assert all(e <= o + 1e-9 for (_, e), (_, o) in zip(exact, plan.curve["order"], strict=True))
 
 
+def test_the_order_needs_no_scipy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("scipy", "scipy.optimize", "scipy.sparse"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr("fracbit.pipeline.plan.find_spec", lambda name: None)
+    problem = make_problem(Recipe(model=str(folder)), TWO, Ask(average_bits=3.5))
+    plan = make_plan(problem, solver="order", curve=True)
+    assert [candidate.name for candidate in plan.candidates] == ["order", "uniform"]
+    assert set(plan.curve) == {"order", "uniform"}
+    assert any("scipy" in note for note in plan.notes)
+    with pytest.raises(RecipeError, match="needs scipy"):
+        make_plan(problem)
+
+
 def test_scores_and_losses_can_be_brought_along(folder: Path) -> None:
     problem = make_problem(Recipe(model=str(folder)), TWO, Ask(average_bits=3.5))
     names = [unit.name for unit in problem.units]
@@ -103,7 +179,7 @@ def test_scores_and_losses_can_be_brought_along(folder: Path) -> None:
 def test_a_plan_becomes_a_recipe_file(folder: Path, tmp_path: Path) -> None:
     levels = read_levels("int2z/32,nf4/16 out s=int8:64,float")
     plan = make_plan(make_problem(Recipe(model=str(folder)), levels, Ask(average_bits=7.0), "linear"))
-    (tmp_path / "plan.toml").write_text(recipe_text(plan.chosen.allocation, str(folder)))
+    (tmp_path / "plan.toml").write_text(recipe_text(plan.chosen.allocation, Recipe(model=str(folder))))
     recipe = make_recipe(read_toml(tmp_path / "plan.toml"))
     assert recipe.overrides == allocated(Recipe(model=str(folder)), plan.chosen.allocation).overrides
     assert {override.keep for override in recipe.overrides} == {True, False}

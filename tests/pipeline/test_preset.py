@@ -23,12 +23,13 @@ def test_best_keeps_to_the_budget(tiny_llama: Callable[..., LlamaForCausalLM], t
     tiny_llama().save_pretrained(tmp_path / "float")
     np.random.default_rng(0).integers(3, 96, 16 * 24, dtype=np.uint16).tofile(tmp_path / "ids.u16")
     plan = Calibration(texts=(f"{tmp_path / 'ids.u16'}?length=24",), samples=16, length=24, distill=0)
-    asked = preset("best", Recipe(model=str(tmp_path / "float"), calibration=plan), 3.0)
+    recipe = Recipe(model=str(tmp_path / "float"), calibration=plan)
+    asked = preset("best", recipe, 3.0)
     assert asked.quantizer == "descent"
     assert 2.7 < (run_calibrated(asked, tmp_path / "q").bits_per_weight or 0) <= 3.0
     with pytest.raises(RecipeError, match="--calibration"):
         preset("best", Recipe(model=str(tmp_path / "float")), 3.0)
     with pytest.raises(RecipeError, match="did you mean 'best'"):
-        preset("fast", asked, 3.0)
+        preset("fast", recipe, 3.0)
     with pytest.raises(BudgetError):
-        preset("best", asked, 0.4)
+        preset("best", recipe, 0.4)

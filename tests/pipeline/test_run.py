@@ -83,6 +83,18 @@ def test_bytes_are_those_of_the_files(source: Path, tmp_path: Path) -> None:
     assert all(layer["reason"] for layer in manifest["layers"].values())
 
 
+@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
+def test_whoever_may_read_the_folder_may_read_its_files(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "q"
+    folder.mkdir()
+    folder.chmod(0o755)
+    run(Recipe(model=str(source)), folder)
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in folder.iterdir()} == {
+        path.name: "0o644" for path in folder.iterdir()
+    }
+    assert (folder / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("axis", ["in", "out"])
 def test_embeddings_and_head(tiny_llama: Maker, tmp_path: Path, tied: bool, axis: str) -> None:

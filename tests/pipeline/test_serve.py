@@ -12,7 +12,9 @@ from transformers import DynamicCache
 
 from fracbit.checkpoint.load import load, load_tokenizer
 from fracbit.errors import DataError, SchemeError
+from fracbit.kernels import cpu
 from fracbit.kernels.cpu import NATIVE
+from fracbit.models import step as native_step
 from fracbit.models.cache import CHANNEL, TOKEN, PackedCache, cache_bytes, restore_states, round_states
 from fracbit.models.quant_linear import QuantLinear
 from fracbit.pipeline.bench import Load, bytes_read, measure
@@ -22,6 +24,7 @@ from fracbit.pipeline.serve import (
     Chat,
     Settings,
     Step,
+    choose_activations,
     continue_ids,
     encode_batch,
     generate,
@@ -251,6 +254,33 @@ def test_bench_counts_what_a_step_reads(tiny_llama: Callable[..., LlamaForCausal
     assert found.decode_tokens_per_second > 0 and found.bandwidth > 0
     assert found.step == "layer by layer: the KV cache has 8 bits"
     assert new_cache(model, 16).get_seq_length() == 0
+
+
+def test_bench_refuses_more_tokens_than_positions(
+    tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path
+) -> None:
+    model = tiny_llama()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="positions"):
+        measure(str(tmp_path), Load(model.config.max_position_embeddings, 1))
+
+
+def test_activations_that_no_kernel_rounds_are_said_to_stay_exact(
+    small_tales: tuple[PreTrainedModel, PreTrainedTokenizerBase, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer, _ = small_tales
+    reason = "the native module was not built"
+    for module in (cpu, native_step):
+        monkeypatch.setattr(module, "NATIVE", None)
+    monkeypatch.setattr(native_step, "NOTE", reason)
+    try:
+        choose_activations(model, "int8")
+        found = generate(model, tokenizer, ["The dog"], Settings(max_new_tokens=2))
+        assert found.step == f"layer by layer: {reason}; activations stay exact: no kernel here rounds them"
+        choose_activations(model, "float")
+        assert step_of(model).name == f"layer by layer: {reason}"
+    finally:
+        choose_activations(model, "float")
 
 
 def test_a_loaded_model_holds_the_bytes_of_its_file(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fracbit.errors import FormatError, RecipeError, SchemeError
+from fracbit.errors import FormatError, OutputError, RecipeError, SchemeError
 from fracbit.records.allocation import (
     Allocation,
     check_allocation,
@@ -133,6 +133,17 @@ def test_fingerprints_tell_models_apart() -> None:
             '{"scores": 1, "method": "m", "model": "", "kind": "order", "values": {"a": "x"}}',
             "expected a number",
         ),
+        ('{"scores": 1, "method": "m", "model": "", "kind": "order", "values": [1]}', "expected an object"),
+        (
+            '{"scores": 1, "method": "m", "model": "", "kind": "order", "values": {"a": 1}, "protocol": [1]}',
+            "protocol of scores",
+        ),
+        ('{"losses": 1, "method": 3, "model": "", "schemes": [], "rows": {}}', "expected a string"),
+        ('{"losses": 1, "method": "m", "model": "", "schemes": [4], "rows": {}}', "object or null"),
+        (
+            '{"losses": 1, "method": "m", "model": "", "schemes": [null], "rows": {"a": 1}}',
+            "array of numbers",
+        ),
     ],
 )
 def test_broken_files_say_what_is_wrong(tmp_path: Path, text: str, says: str) -> None:
@@ -142,12 +153,21 @@ def test_broken_files_say_what_is_wrong(tmp_path: Path, text: str, says: str) ->
         load_scores(path)
 
 
+def test_a_file_that_cannot_be_written_is_one_of_our_errors(tmp_path: Path) -> None:
+    scores = Scores({"a": 1.0}, "lim", "")
+    with pytest.raises(OutputError, match="is no folder; make it first"):
+        save_json(scores, tmp_path / "gone" / "scores.json")
+    with pytest.raises(OutputError, match="is a folder; name a file"):
+        save_json(scores, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("data", "says"),
     [
         ({"allocation": 2}, "version"),
-        ({"allocation": 1, "schemes": []}, "lacks the keys"),
+        ({"allocation": 1, "schemes": []}, "lack the keys"),
         ({"allocation": 1, "schemes": [3], "layers": {}}, "expected an object"),
+        ({"allocation": 1, "schemes": [], "layers": [0]}, "layers of allocation"),
         ({"allocation": 1, "schemes": [], "layers": {"a": 0}}, "points to scheme 0"),
     ],
 )

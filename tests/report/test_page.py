@@ -33,6 +33,17 @@ def make_row(model: str, size: int, bits: int, dtype: str = "int", **fields: obj
     )  # fmt: skip
 
 
+def with_tables(row: Row) -> Row:
+    """The row of a run whose embeddings and head are quantized too, and that is asked questions."""
+    head = Scheme("int", 8, "row", scale=Scheme("int", 8, 256))
+    recipe = row.run.recipe.model_copy(
+        update={"embeddings": Scheme("nf", 4), "head": head, "trust_remote_code": True}
+    )
+    asked = row.run.evaluation.model_copy(update={"tasks": ("piqa", "a.yaml"), "limit": 7})
+    run = row.run.model_copy(update={"recipe": recipe, "evaluation": asked})
+    return row.model_copy(update={"run": run, "key": run_key(run)})
+
+
 def study_rows() -> list[Row]:
     rows = [
         make_row(f"models/m{size}", size, bits, dtype)
@@ -85,7 +96,7 @@ def test_commands_make_rows_again() -> None:
         "fracbit quantize 'a b' -o OUT --dtype power:1/2 --bits 3 --block flat:64 --axis out --offset zero "
         "--scale int8:256 --search"
     )
-    assert command_of(make_row("m", 10, 16)) == "fracbit eval m --text 'ids.u16?length=32'"
+    assert command_of(make_row("m", 10, 16)) == "fracbit eval m --text 'ids.u16?length=32' --window 16"
     assert command_of(make_row("m", 10, 4, outliers=outliers_of("proxy:2%"))).startswith(
         "fracbit sweep one.toml"
     )
@@ -97,6 +108,7 @@ def test_commands_make_rows_again() -> None:
         make_row("m", 10, 3, "nf"),
         make_row("m", 10, 3, outliers=outliers_of("activation:0.02"), calibration=Calibration(text="c.u16")),
         make_row("m", 10, 16),
+        with_tables(make_row("m", 10, 3)),
     ],
     ids=lambda row: str(row.run),
 )

@@ -42,6 +42,8 @@ def test_rows_move_to_another_store_by_parquet(study: Path) -> None:
     rows = study / "rows.parquet"
     assert sweep(study, "--export", str(rows))[1]["measured"] == 13
     (study / "s.db").rename(study / "old.db")
+    planned = sweep(study, "--import", str(rows), "--dry-run")[1]
+    assert (planned["done"], (study / "s.db").exists()) == (13, False)
     assert sweep(study, "--import", str(rows))[1]["measured"] == 0
     pytest.importorskip("plotly", reason="the page is an extra: fracbit[report]")
     for place in (rows, study / "folder"):
@@ -57,10 +59,20 @@ def test_failed_runs_are_exit_code_1_and_a_list(study: Path) -> None:
     (study / "broken").mkdir()
     result = CLI.invoke(app, ["sweep", str(grid), "--store", str(study / "s.db")])
     assert result.exit_code == 1
-    assert "5 of 5 runs failed" in result.stdout
+    closing = result.stdout[result.stdout.index("5 of 5 runs failed; --retry-failed") :].splitlines()
+    assert len(closing) == 3  # one reason for all five, in the order of the grid
+    assert closing[-1].strip().startswith("broken float, broken int4/16, ")
     code, again = sweep(study)
     assert code == 1
     assert len(again["failed"]) == 5  # type: ignore[arg-type]
+
+
+def test_a_text_that_is_nowhere_says_where_it_was_looked_for(study: Path) -> None:
+    grid = study / "grid.toml"
+    grid.write_text(grid.read_text().replace("ids.u16", "none.u16").replace("[2, 3, 4]", "[4]"))
+    code, done = sweep(study)
+    assert code == 1
+    assert f"Below the root of the grid, {study}, there is none" in str(done["failed"])
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--workers", "0"), ("--retries", "-1"), ("--cpus", "-1")])

@@ -26,6 +26,7 @@ def test_parameters_are_read_from_the_file(study: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(study / "tiny")
     assert parameters_of("tiny", study) == sum(parameter.numel() for parameter in model.parameters())
     assert parameters_of("away/model", study) is None
+    assert parameters_of("bundled", study) == 252_080
 
 
 def test_nothing_is_known_without_rows_or_sizes(study: Path) -> None:

@@ -51,6 +51,14 @@ def test_a_row_reads_back_as_it_was(where: str) -> None:
         assert store.keys() == {FULL.key}
 
 
+def test_many_drivers_may_start_on_an_empty_store(where: str) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        stores = list(pool.map(open_store, [where] * 8))
+    for store in stores:
+        with store:
+            assert store.keys() == set()
+
+
 def test_a_row_is_written_once(where: str) -> None:
     with open_store(where) as store:
         assert store.write(make_row(nll=1.0))
@@ -214,6 +222,11 @@ def test_foreign_files_are_refused_untouched(tmp_path: Path) -> None:
 def test_a_store_that_cannot_be_opened(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot be used"):
         open_store(str(tmp_path / "no" / "folder" / "s.db"))
+
+
+def test_other_databases_are_refused_with_those_that_are_known() -> None:
+    with pytest.raises(OutputError, match="in mysql: name an SQLite file or postgresql://"):
+        open_store("mysql://host/name")
 
 
 def test_a_password_is_not_printed() -> None:

@@ -10,6 +10,7 @@ import fracbit
 from fracbit.data import read_documents
 from fracbit.errors import DataError
 from fracbit.evaluate import perplexity, write_continuation
+from fracbit.evaluate.zero_shot import PAPER_TASKS, TaskScore, ZeroShot
 from fracbit.models.blocks import blocks, linears, weight_of
 from fracbit.models.find import family_of
 from fracbit.models.install import set_weight
@@ -18,6 +19,7 @@ from fracbit.numerics.linalg import gram_errors
 from fracbit.records.recipe import Override, Recipe
 from fracbit.records.row import KEEP_ALL, Calibration, Evaluation, Run, outliers_of
 from fracbit.records.scheme import Scheme
+from fracbit.sweep import workbench
 from fracbit.sweep.schedule import source_of
 from fracbit.sweep.workbench import Workbench, collect_stats
 
@@ -235,6 +237,19 @@ def test_gptq_beats_rounding_on_what_it_minimizes(bench: Workbench) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # the harness and what it brings warn about one another
+@pytest.mark.parametrize("asked", [PAPER_TASKS, PAPER_TASKS[:3]], ids=len)
+def test_the_mean_of_the_papers_tasks_is_stored_by_name(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, asked: tuple[str, ...]
+) -> None:
+    scores = [TaskScore(task, {"acc": 0.1 * index}, 10, "1") for index, task in enumerate(asked, 1)]
+    monkeypatch.setattr(bench, "questions", object())
+    monkeypatch.setattr(bench, "tokenizer", object())
+    monkeypatch.setattr(workbench, "ask", lambda *_, **__: ZeroShot(tuple(scores), "0", 0.0))
+    found = bench.measure(make_run(Scheme(block=16))).accuracies
+    assert found.get("mean_of_four") == (pytest.approx(0.25) if len(asked) == 4 else None)
+    assert set(asked) <= found.keys()
+
+
 def test_accuracies_stand_beside_the_loss(shared: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="zero-shot is an extra: fracbit[eval]")
     text = " ".join(f"word{number}" for number in range(400))

@@ -126,6 +126,8 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     with _disk_errors(path.parent):
         try:
             write(temporary)
+            # safetensors makes files for their owner alone; a server often runs as somebody else.
+            temporary.chmod(path.parent.stat().st_mode & 0o666)
             _flush(temporary)
             os.replace(temporary, path)
             _flush(path.parent)

@@ -60,7 +60,8 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            print("fracbit: stopped; what is finished stays, continue with --resume", file=sys.stderr)
+            onwards = "continue quantize with --resume, sweep with the same command"
+            print(f"fracbit: stopped; what is finished stays ({onwards})", file=sys.stderr)
         raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -54,6 +54,8 @@ def generate(
     if json:
         print_json(_object(model, found))
         return
+    if streams:
+        write("\n")
     for whole in () if streams else found.whole:
         write(f"{whole}\n---\n")
     print_speed(found)

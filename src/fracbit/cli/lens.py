@@ -10,6 +10,7 @@ import typer
 
 from fracbit.cli.show import print_json, print_table, progress
 from fracbit.errors import RecipeError
+from fracbit.records.files import check_file
 from fracbit.records.scores import save_json
 
 
@@ -52,7 +53,7 @@ def lens(
     from fracbit.pipeline.lens import SEEDS, additivity, fragility, plant_outliers, sensitivity_scores
     from fracbit.pipeline.lens_report import draw_report, make_report
     from fracbit.pipeline.subject import load_subject
-    from fracbit.pipeline.texts import samples_of
+    from fracbit.pipeline.texts import known_samples_of
 
     if seeds < SEEDS:
         raise RecipeError(f"{seeds} seeds say little about noise; take at least {SEEDS}")
@@ -60,13 +61,15 @@ def lens(
         raise RecipeError(
             "an allocation chooses for blocks or linears; take --granularity block or linear with --scores"
         )
+    if scores is not None:
+        check_file(scores)
     subject = load_subject(model)
     planted = 0 if plant is None else plant_outliers(subject, plant)
     if plant is not None and planted == 0:
         raise RecipeError(
             f"{model} has no norm that linears alone read: no outliers can be planted without changing it"
         )
-    ids = samples_of(text, model, subject, samples, length)
+    ids, seen = known_samples_of(text, model, subject, samples, length)
     with progress(json) as show:
         report = make_report(
             subject, ids, _split(kinds), _numbers(intensities), target, granularity, at, range(seeds), show
@@ -83,7 +86,7 @@ def lens(
             )
         save_json(
             sensitivity_scores(
-                subject, weights, kind, {"intensity": at, "seeds": seeds, "tokens": ids.numel()}
+                subject, weights, kind, {"intensity": at, "seeds": seeds, "tokens": ids.numel(), "text": seen}
             ),
             scores,
         )

@@ -11,7 +11,9 @@ import typer
 from fracbit.cli.show import bytes_text, print_json, print_notes, print_table, progress
 from fracbit.errors import RecipeError
 from fracbit.records.allocation import read_levels, recipe_text, save_allocation
-from fracbit.records.recipe import Recipe
+from fracbit.records.files import check_file, write_text
+from fracbit.records.recipe import Override, Recipe
+from fracbit.records.scheme import parse_scheme
 
 
 def plan(
@@ -39,6 +41,11 @@ def plan(
     whole: Annotated[
         bool, typer.Option("--whole", help="Read all of large weights instead of a sample of their rows.")
     ] = False,
+    embeddings: Annotated[str | None, typer.Option(help="Scheme of the embeddings, such as int8:64.")] = None,
+    head: Annotated[str | None, typer.Option(help="Scheme of the output head, such as int8:64.")] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Pattern of layer names that stay float; repeatable.")
+    ] = None,
     text: Annotated[str | None, typer.Option(help="Text for scores that read some.")] = None,
     held_out: Annotated[
         str | None, typer.Option(help="Other text: measure against the best uniform scheme on it.")
@@ -71,48 +78,65 @@ def plan(
         make_problem,
     )
     from fracbit.pipeline.subject import load_subject
-    from fracbit.pipeline.texts import samples_of
+    from fracbit.pipeline.texts import known_samples_of, samples_of, seen_notes
 
     ask = Ask(
         average_bits, read_size(size) if size else None, read_size(fits) if fits else None, context, batch
     )
     if picture is not None:
         check_picture(picture)
+    if output is not None:
+        check_file(output)
     given = named_scores(score)
     if text is not None and text == held_out:
         raise RecipeError(
             "--held-out is the text that scores saw; name another, or the comparison flatters the allocation"
         )
-    problem = make_problem(
-        Recipe(model=model, seed=seed), read_levels(levels), ask, check_granularity(granularity), fused, whole
+    recipe = Recipe(
+        model=model,
+        seed=seed,
+        embeddings=parse_scheme(embeddings) if embeddings else None,
+        head=parse_scheme(head) if head else None,
+        overrides=tuple(Override(layers=pattern, keep=True) for pattern in keep or ()),
     )
+    problem = make_problem(recipe, read_levels(levels), ask, check_granularity(granularity), fused, whole)
     with progress(json) as show:
         subject = load_subject(model) if text or held_out else None
-        ids = samples_of(text, model, subject, samples, length, seed) if text and subject else None
+        ids, seen = None, None
+        if text and subject:
+            ids, seen = known_samples_of(text, model, subject, samples, length, seed)
         made = make_plan(
             problem, given, check_solver(solver), subject if text else None, ids, picture is not None, show
         )
         chosen = made.chosen
         allocation, measured = chosen.allocation, None
+        overlap: tuple[str, ...] = ()
         if held_out and subject:
             unseen = samples_of(held_out, model, subject, samples, length, seed)
             measured = contest(
                 subject, problem.units, allocation, unseen, problem.levels, problem.budget.bits
             )
             allocation = measured.winner
+            overlap = seen_notes(held_out, seen or made.losses.protocol.get("text"), model, subject)
+    allocation = problem.spelled_out(allocation)
     if output is not None and output.suffix == ".toml":
-        output.write_text(recipe_text(allocation, model), encoding="utf-8")
+        write_text(recipe_text(allocation, recipe), output)
     elif output is not None:
         save_allocation(allocation, output)
     if picture is not None:
-        shapes = {name: shape for unit in problem.units for name, shape in unit.shapes.items()}
+        shapes = {name: (layer.out, layer.width) for name, layer in problem.weights.layers.items()}
         draw_bits(picture, allocation.schemes, shapes, problem.weights.blocks)
         curve = picture.with_name(f"{picture.stem}-curve{picture.suffix}")
         draw_plan(
             curve, made.curve, (chosen.bits_per_weight, chosen.predicted_loss or 0.0), made.losses.method
         )
     unchecked = () if held_out else (UNCHECKED,)
-    notes = (*made.notes, *(note for note in allocation.notes if note not in made.notes), *unchecked)
+    notes = (
+        *made.notes,
+        *(note for note in allocation.notes if note not in made.notes),
+        *overlap,
+        *unchecked,
+    )
     if json:
         print_json(
             {
@@ -146,7 +170,7 @@ def plan(
     needs = made.needs
     print(
         f"the run: about {bytes_text(needs.memory_bytes)} of memory, {bytes_text(needs.disk_bytes)} on disk, "
-        f"{needs.seconds:.0f} s for round-to-nearest"
+        f"{needs.seconds:.2g} s for round-to-nearest"
     )
 
 

@@ -11,7 +11,7 @@ import typer
 from fracbit.cli.show import bytes_text, print_json, print_notes, print_table, progress
 from fracbit.errors import RecipeError
 from fracbit.records.allocation import read_level
-from fracbit.records.scores import Scores, load_scores
+from fracbit.records.scores import Scores, check_scores, load_scores
 
 
 def prune(
@@ -48,25 +48,23 @@ def prune(
             "nothing to do; name a folder to write with -o, or a text to compare on with --held-out"
         )
     if picture is not None:
+        if held_out is None:
+            raise RecipeError("the picture is of the comparison: name a text to compare on with --held-out")
         check_picture(picture)
     subject = load_subject(model)
     units = subject.weights.units()
     names = [unit.name for unit in units]
     with progress(json) as show:
         ids = samples_of(text, model, subject, samples, length, seed) if text else None
-        if Path(score).suffix == ".json":
-            loaded = load_scores(Path(score))
-            if not isinstance(loaded, Scores):
-                raise RecipeError(f"{score} holds losses; pruning takes scores, one number a block")
-            scores = loaded
-        else:
-            scores = make_scores(subject, units, score, read_level(low), ids, seed, show)
+        given = _given(score, names, subject.weights.model)
+        scores = given or make_scores(subject, units, score, read_level(low), ids, seed, show)
         dropped = least_important(scores, drop, names)
         lines = None
         if held_out is not None:
             unseen = samples_of(held_out, model, subject, samples, length, seed)
-            schemes = [scheme for scheme in (read_level(high), read_level(low)) if scheme is not None]
-            lines = compare_with_quantizing(subject, units, scores, schemes[0], schemes[-1], unseen, show)
+            lines = compare_with_quantizing(
+                subject, units, scores, read_level(high), read_level(low), unseen, show
+            )
     if picture is not None and lines is not None:
         draw_lines(
             picture,
@@ -100,3 +98,14 @@ def prune(
         print(
             f"{result.output}: {result.blocks} blocks, {result.parameters:,} parameters, {bytes_text(result.bytes)}"
         )
+
+
+def _given(score: str, names: list[str], model: str) -> Scores | None:
+    """The scores of a JSON file, which must be of this model; None when `score` is the name of one."""
+    if Path(score).suffix != ".json":
+        return None
+    loaded = load_scores(Path(score))
+    if not isinstance(loaded, Scores):
+        raise RecipeError(f"{score} holds losses; pruning takes scores, one number a block")
+    check_scores(loaded, names, model)
+    return loaded

@@ -19,7 +19,12 @@ def quantize(
         str | None,
         typer.Argument(help="Folder or hub id of the float model; not needed where the recipe names it."),
     ] = None,
-    recipe: Annotated[Path | None, typer.Argument(help="Recipe file (TOML); flags override it.")] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Recipe (TOML), or an allocation (JSON) that `fracbit plan -o` wrote; flags override it."
+        ),
+    ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="int, float, nf, dynamic, quantile, power, kmeans; see docs/guide.md.")
@@ -73,12 +78,17 @@ def quantize(
     size: Annotated[str | None, typer.Option(help="Size of all weight files, such as 1.2GB.")] = None,
     fits: Annotated[str | None, typer.Option(help="Memory of a device, such as 8GB; see --context.")] = None,
     context: Annotated[int, typer.Option(help="Tokens of context that must fit beside the weights.")] = 2048,
+    batch: Annotated[int, typer.Option(help="Sequences at once, with --fits.")] = 1,
     levels: Annotated[
         str | None, typer.Option(help="Schemes a budget chooses from, such as nf4/64,nf2/64.")
     ] = None,
     score: Annotated[
         str, typer.Option(help="Data-free score that divides a budget, or a JSON file of scores or losses.")
     ] = "weight-error",
+    solver: Annotated[
+        str,
+        typer.Option(help="How a budget is divided: exact (least predicted loss) or order (of the score)."),
+    ] = "exact",
     granularity: Annotated[str, typer.Option(help="What a budget chooses for: block or linear.")] = "linear",
     fused: Annotated[
         bool, typer.Option("--fused", help="Keep linears that read one input together.")
@@ -107,6 +117,8 @@ def quantize(
     """Quantize MODEL into a folder that transformers loads once fracbit is imported."""
     if recipe is None and model is not None and model.endswith(".toml"):
         recipe, model = Path(model), None
+    allocation = recipe if recipe is not None and recipe.suffix == ".json" else None
+    recipe = None if allocation else recipe
     scheme = {
         "dtype": dtype,
         "bits": bits,
@@ -138,17 +150,30 @@ def quantize(
         "axis": "gptq" if axis == "auto" else None,
     }
     made = merged_recipe(recipe, flags, scheme, keep or [], plan)
-    from fracbit.pipeline.budget import Spending, budgeted
+    from fracbit.pipeline.budget import Spending, budgeted, planned
 
     if output is None:
         raise RecipeError("no output folder; name one with -o OUT")
     if shard_size < 1:
         raise RecipeError(f"--shard-size must be at least 1 (MB), got {shard_size}")
     spending = Spending(
-        preset, average_bits, size, fits, context, levels, score, held_out, granularity, fused
+        preset,
+        average_bits,
+        size,
+        fits,
+        context,
+        levels,
+        score,
+        held_out,
+        granularity,
+        fused,
+        batch,
+        solver,
     )
     with progress(json) as show:
+        made, said = planned(made, allocation) if allocation else (made, ())
         made, notes = budgeted(made, spending, show)
+        notes = (*said, *notes)
         if made.calibration is not None:
             from fracbit.pipeline.calibrated import run_calibrated
 

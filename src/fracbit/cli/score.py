@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 
 from fracbit.cli.show import print_json, print_notes, print_table, progress
 from fracbit.records.allocation import read_level, read_levels
+from fracbit.records.files import check_file
 from fracbit.records.scores import Losses, Scores, save_json
 
 
@@ -46,23 +48,27 @@ def score(
     from fracbit.pipeline.sampling import sampling_notes
     from fracbit.pipeline.score import make_losses, make_scores
     from fracbit.pipeline.subject import load_subject, weights_on_disk
-    from fracbit.pipeline.texts import samples_of
+    from fracbit.pipeline.texts import known_samples_of
 
     unit = check_granularity(granularity)
+    if output is not None:
+        check_file(output)
     found: Scores | Losses
     with progress(json) as show:
         weights: Any
         if score_method(method).data_free or text is None:
-            weights, ids = weights_on_disk(model, whole=whole), None
+            weights, ids, seen = weights_on_disk(model, whole=whole), None, {}
             units = weights.units(unit, fused)
         else:
             weights = load_subject(model)
-            ids = samples_of(text, model, weights, samples, length, seed)
+            ids, entry = known_samples_of(text, model, weights, samples, length, seed)
+            seen = {"text": entry}
             units = weights.weights.units(unit, fused)
         if levels is None:
             found = make_scores(weights, units, method, read_level(low), ids, seed, show)
         else:
             found = make_losses(weights, units, method, read_levels(levels), ids, seed, show)
+    found = replace(found, protocol={**found.protocol, **seen})
     if output is not None:
         save_json(found, output)
     if json:

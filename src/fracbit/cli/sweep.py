@@ -60,7 +60,8 @@ def sweep(
     expansion = expand(read)
     root = (grid.parent / read.root).resolve()
     if dry_run:
-        _print_estimate(_estimate(expansion, store, root, device), json)
+        brought = [] if imported is None else import_parquet(imported)
+        _print_estimate(_estimate(expansion, store, root, device, brought), json)
         return
     engine = _engine(root, device, ray or address is not None, address, workers, cpus, gpus, memory, retries)
     with open_store(store) as opened:
@@ -80,7 +81,8 @@ def sweep(
         print_json({"store": shown(store), **figures})
     else:
         print(
-            f"{outcome.measured} runs measured in {outcome.seconds:.0f} s, {outcome.total} of the grid are in {shown(store)}"
+            f"{outcome.measured} rows written in {outcome.seconds:.0f} s; "
+            f"all {outcome.total} runs of the grid are in {shown(store)}"
         )
         print(check_complete(outcome), end="\n" if failed else "")
     if failed:
@@ -117,24 +119,25 @@ def _show(row: Row, done: int, total: int) -> None:
     print(f"{done}/{total} {row.run}: {figures}", flush=True)
 
 
-def _estimate(expansion: Expansion, store: str, root: Path, device: str) -> Estimate:
+def _estimate(expansion: Expansion, store: str, root: Path, device: str, brought: list[Row]) -> Estimate:
     from fracbit.sweep.estimate import cheapest, estimate, measured_alike, parameters_of
     from fracbit.sweep.store import open_store
 
-    rows: list[Row] = []
+    rows = {row.key: row for row in brought}
     if "://" in store or Path(store).exists():
         with open_store(store) as opened:
-            rows = opened.rows()
+            rows |= {row.key: row for row in opened.rows()}
+    known = list(rows.values())
     parameters = {model: parameters_of(model, root) for model in expansion.models}
     probe = None
-    run = None if measured_alike(expansion, rows) else cheapest(expansion, parameters)
+    run = None if measured_alike(expansion, known) else cheapest(expansion, parameters)
     if run is not None:
         from fracbit.sweep.schedule import source_of
         from fracbit.sweep.workbench import Workbench
 
         row = Workbench(source_of(run), root, device).measure(run)
         probe = (row.parameters, row.seconds) if row.status == "done" else None
-    return estimate(expansion, rows, parameters, probe)
+    return estimate(expansion, known, parameters, probe)
 
 
 def _print_estimate(found: Estimate, json: bool) -> None:

@@ -11,7 +11,6 @@ from fracbit.evaluate.local_tasks import (
 from fracbit.evaluate.logits import Progress, longest_window
 from fracbit.evaluate.perplexity import Perplexity, default_window, perplexity
 from fracbit.evaluate.reference import FloatLogits, keep_logits, open_logits
-from fracbit.evaluate.speed import Speed, generation_speed
 from fracbit.evaluate.windows import Ids, Plan, Protocol, Window, plan_windows
 from fracbit.evaluate.zero_shot import (
     PAPER_TASKS,
@@ -36,7 +35,6 @@ __all__ = [
     "Progress",
     "Protocol",
     "Questions",
-    "Speed",
     "TaskScore",
     "Window",
     "ZeroShot",
@@ -45,7 +43,6 @@ __all__ = [
     "continuation_items",
     "default_window",
     "divergence",
-    "generation_speed",
     "keep_logits",
     "longest_window",
     "open_logits",

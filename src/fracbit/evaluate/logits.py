@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from fracbit.errors import DataError
 from fracbit.evaluate.windows import Plan, Window
+from fracbit.models.attention import native_attention
 
 Progress = Callable[[int, int], None]
 
@@ -108,7 +109,7 @@ def predict(model: PreTrainedModel, ids: Tensor) -> Tensor:
     if training:
         model.train(False)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), native_attention(model):
             logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
             return logits
     finally:

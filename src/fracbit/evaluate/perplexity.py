@@ -98,6 +98,11 @@ def window_nll(rows: ScoredRows) -> float:
     total = 0.0
     for chunk in row_chunks(*rows.logits.shape):
         total += float(token_nll(rows.logits[chunk], rows.targets[chunk]).double().sum())
+    return finite_nll(rows, total)
+
+
+def finite_nll(rows: ScoredRows, total: float) -> float:
+    """`total`, a window's sum in nats. Raises: WeightError when it is NaN or infinite."""
     if not math.isfinite(total):
         raise WeightError(broken_window(rows, total))
     return total

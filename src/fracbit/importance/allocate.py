@@ -11,7 +11,9 @@ Both never exceed the budget, and leave less of it over than the smallest step t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 
@@ -232,13 +234,14 @@ def _solve(extra: list[list[int]], losses: list[list[float]], room: int) -> tupl
     one_each = csr_array(
         (np.ones(len(owner)), (owner, np.arange(len(owner)))), shape=(len(sizes), len(owner))
     )
-    result = milp(
-        flat_loss,
-        integrality=np.ones(len(owner)),
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(flat_cost[None], -np.inf, room)],
-        options={"mip_rel_gap": 0.0, "time_limit": SECONDS},
-    )
+    with _results_kept_clean():
+        result = milp(
+            flat_loss,
+            integrality=np.ones(len(owner)),
+            bounds=Bounds(0, 1),
+            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(flat_cost[None], -np.inf, room)],
+            options={"mip_rel_gap": 0.0, "time_limit": SECONDS},
+        )
     if result.x is None:
         raise BudgetError(f"the solver found no allocation: {result.message}")
     taken = [int(np.argmax(part)) for part in np.split(result.x, np.cumsum(sizes)[:-1])]
@@ -248,6 +251,18 @@ def _solve(extra: list[list[int]], losses: list[list[float]], room: int) -> tupl
         else (f"the solver stopped after {SECONDS:.0f} s within {result.mip_gap:.2g} of the best",)
     )
     return taken, notes
+
+
+@contextmanager
+def _results_kept_clean() -> Iterator[None]:
+    """Standard output goes to standard error: HiGHS prints a line at some solutions, unasked, and `--json` must stay JSON."""
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _json(value: float) -> float | None:

@@ -35,6 +35,7 @@ class Budget:
     - `bits`: at most this many; `weights`: how many weights share them.
     - `other_bytes`: what else the answer counts: the float tensors and headers of a file, on a device also cache and
       activations.
+    - `fixed_bits` of `fixed_weights`: quantized as the recipe says, whatever the budget; they count in an average.
     - `question`: what was asked for; only for how figures are printed and how much may be left over.
     """
 
@@ -42,21 +43,31 @@ class Budget:
     weights: int
     question: Question
     other_bytes: int = 0
+    fixed_bits: int = 0
+    fixed_weights: int = 0
+
+    def per_weight(self, bits: int) -> float:
+        """Stored bits per quantized weight when the layers that share the budget take `bits`."""
+        return (bits + self.fixed_bits) / (self.weights + self.fixed_weights)
 
     def figure(self, bits: int) -> str:
         """`bits` of the quantized layers in the unit of the question, such as `3.502 bits per weight` or `1.203 GB`."""
         if self.question == "average bits":
-            return f"{bits / self.weights:.4f} bits per weight"
+            return f"{self.per_weight(bits):.4f} bits per weight"
         return print_size(self.other_bytes + -(-bits // 8))
 
 
-def average_bits(bits: float, weights: int) -> Budget:
-    """At most `bits` stored bits per quantized weight, any fraction. Raises `BudgetError` for NaN, 0 and below."""
+def average_bits(bits: float, weights: int, fixed_bits: int = 0, fixed_weights: int = 0) -> Budget:
+    """At most `bits` stored bits per quantized weight, any fraction, the fixed ones among them.
+
+    Raises `BudgetError` for NaN, 0 and below.
+    """
     if not (math.isfinite(bits) and bits > 0):
         raise BudgetError(
             f"an average of {bits} bits per weight is no budget; ask for a number above 0, such as 3.5"
         )
-    return Budget(math.floor(bits * weights), weights, "average bits")
+    room = math.floor(bits * (weights + fixed_weights)) - fixed_bits
+    return Budget(room, weights, "average bits", fixed_bits=fixed_bits, fixed_weights=fixed_weights)
 
 
 def file_size(size: int, weights: int, other_bytes: int) -> Budget:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Literal, TypeAlias, get_args
 
 from fracbit.errors import RecipeError
-from fracbit.numerics.packed import part_shapes
-from fracbit.records.scheme import Scheme
+from fracbit.numerics.packed import kept_count, part_shapes
+from fracbit.records.scheme import Axis, Scheme
 
 Granularity: TypeAlias = Literal["block", "linear"]
 Choices: TypeAlias = Sequence[Scheme | None]
@@ -36,11 +37,16 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Unit:
-    """Layers with one scheme. `shapes`: layer name -> [out, in]; `shared`: those of them that are tied to another."""
+    """Layers with one scheme. `shapes`: layer name -> [out, in]; `shared`: those of them that are tied to another.
+
+    `outliers`: share of the input columns kept in 16 bits; `either_axis`: whether the run chooses the axis of the blocks.
+    """
 
     name: str
     shapes: Mapping[str, tuple[int, int]]
     shared: frozenset[str] = field(default_factory=frozenset)
+    outliers: float = 0.0
+    either_axis: bool = False
 
     @property
     def weights(self) -> int:
@@ -50,15 +56,30 @@ class Unit:
     def bits(self, scheme: Scheme | None) -> int:
         """Bits that the unit takes on disk under `scheme`: codes, scales, offsets, tables and padding; 16 a weight for None."""
         return sum(
-            scheme_bits(scheme, shape) for name, shape in self.shapes.items() if name not in self.shared
+            scheme_bits(scheme, shape, self.outliers, self.either_axis)
+            for name, shape in self.shapes.items()
+            if name not in self.shared
         )
 
 
-def scheme_bits(scheme: Scheme | None, shape: tuple[int, int]) -> int:
-    """Stored bits of a weight [out, in] under `scheme`, exactly those that `numerics.stored_bits` will count."""
+@lru_cache(maxsize=4096)
+def scheme_bits(
+    scheme: Scheme | None, shape: tuple[int, int], outliers: float = 0.0, either_axis: bool = False
+) -> int:
+    """Stored bits of a weight [out, in] under `scheme`, exactly those that `numerics.stored_bits` will count.
+
+    A share `outliers` of its columns is kept in 16 bits; of `either_axis`, the dearer counts.
+    """
     if scheme is None:
         return FLOAT_BITS * shape[0] * shape[1]
-    return sum(8 * kinds[0].itemsize * math.prod(size) for kinds, size in part_shapes(scheme, shape).values())
+    kept = kept_count(shape[1], outliers) if outliers else 0
+    schemes = [replace(scheme, axis=axis) for axis in get_args(Axis)] if either_axis else [scheme]
+    return max(
+        sum(
+            8 * kinds[0].itemsize * math.prod(size) for kinds, size in part_shapes(each, shape, kept).values()
+        )
+        for each in schemes
+    )
 
 
 def make_units(
@@ -83,20 +104,7 @@ def make_units(
 
 def cost_table(units: Sequence[Unit], choices: Choices) -> list[list[int]]:
     """Stored bits [unit][choice]."""
-    known: dict[tuple[Scheme | None, tuple[int, int]], int] = {}
-
-    def bits(scheme: Scheme | None, shape: tuple[int, int]) -> int:
-        if (scheme, shape) not in known:
-            known[scheme, shape] = scheme_bits(scheme, shape)
-        return known[scheme, shape]
-
-    return [
-        [
-            sum(bits(scheme, shape) for name, shape in unit.shapes.items() if name not in unit.shared)
-            for scheme in choices
-        ]
-        for unit in units
-    ]
+    return [[unit.bits(scheme) for scheme in choices] for unit in units]
 
 
 def _unit(name: str, layers: Sequence[LayerShape]) -> Unit:

@@ -10,13 +10,14 @@ Two paths, the user's choice:
 Instruction sets, chosen when a process starts: AVX-512 with VNNI and VBMI, AVX2, NEON with and without the dot product of
 ARMv8.2, plain C++. NEON was tested in an emulator; no ARM machine has timed it.
 
-Few rows of activations (decode) go through the kernel of `native/row_kernel.h`; many (prefill) are cheaper as tiles of
-decoded rows that stay in the cache, multiplied by torch's own matrix product.
+Few rows of activations (decode) go through the kernel of `native/row_kernel.h`. Many (prefill) may be cheaper as tiles of
+decoded rows, multiplied exactly by torch's own matrix product; `tiles_from` says from how many on.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +34,11 @@ from fracbit.records.scheme import Scheme, flat_block
 if TYPE_CHECKING:
     from types import ModuleType
 
-ABI = 5
-PREFILL_ROWS = 32  # from here on decoding a tile and calling the matrix product is faster
+ABI = 6
 TILE_BYTES = 1 << 20  # of decoded weights: about a core's second-level cache
+TILE_ROWS = (
+    128  # at least, and a multiple of half of it: torch multiplies by few or odd rows at half the speed
+)
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -49,6 +52,8 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 NATIVE, NOTE = _load()
+AVX512 = NATIVE is not None and NATIVE.instruction_sets()[0] == "avx512"
+BF16_PRODUCTS = NATIVE is not None and bool(NATIVE.has_gram())
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,20 +96,32 @@ def prepare(packed: PackedTensor, activations: Activations, isa: str = "") -> Pr
 def run(prepared: Prepared, x: Tensor) -> Tensor:
     """`x` [n, in] with contiguous rows -> [n, out]."""
     y = x.new_empty((x.shape[0], prepared.rows))
-    if x.shape[0] >= PREFILL_ROWS:
-        return _prefill(prepared, x, y)
+    if x.shape[0] >= tiles_from(prepared.int8, x.dtype):
+        return _by_tiles(prepared, x, y)
     # Capsules: asking a tensor for one in Python takes longer than a small product.
     prepared.weight.multiply(to_dlpack(x.detach()), to_dlpack(y), prepared.int8, torch.get_num_threads())
     return y
 
 
-def _prefill(prepared: Prepared, x: Tensor, y: Tensor) -> Tensor:
-    step = max(1, min(prepared.rows, TILE_BYTES // (prepared.columns * x.element_size())))
-    tile = x.new_empty((step, prepared.columns))
+def tiles_from(int8: bool, dtype: torch.dtype) -> float:
+    """Rows of activations from which tiles take less time than the row kernel: measured by bench/kernels/prefill.py."""
+    if not AVX512:
+        return 32
+    if dtype == torch.bfloat16 and BF16_PRODUCTS:
+        return 128 if int8 else 32
+    return math.inf if int8 else 64
+
+
+def _by_tiles(prepared: Prepared, x: Tensor, y: Tensor) -> Tensor:
+    # Where the processor has no products of 16-bit floats, torch takes up to ten times as long for them as for fp32.
+    exact = x if x.dtype == torch.bfloat16 and BF16_PRODUCTS else x.float()
+    fitting = TILE_BYTES // (prepared.columns * exact.element_size())
+    step = max(TILE_ROWS, fitting - fitting % (TILE_ROWS // 2))
+    tile = exact.new_empty((min(step, prepared.rows), prepared.columns))
     for first in range(0, prepared.rows, step):
         part = tile[: prepared.rows - first]
         prepared.weight.decode(first, part, torch.get_num_threads())
-        y[:, first : first + step] = x @ part.T
+        y[:, first : first + step] = exact @ part.T
     return y
 
 
@@ -131,4 +148,11 @@ def _supports(scheme: Scheme, device: torch.device, shape: tuple[int, int]) -> b
     return NATIVE is not None and device.type == "cpu"
 
 
-CPU = Kernel(name="cpu", supports=_supports, prepare=prepare, run=run, explain=lambda: NOTE)
+CPU = Kernel(
+    name="cpu",
+    supports=_supports,
+    prepare=prepare,
+    run=run,
+    explain=lambda: NOTE,
+    paths=("float", "int8"),
+)

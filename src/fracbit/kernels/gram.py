@@ -15,10 +15,14 @@ from fracbit.numerics import linalg
 
 def add_gram(gram: Tensor, x: Tensor) -> Tensor:
     """`gram` fp32 [in, in] + x^T x of `x` [tokens, in], any float type."""
+    return add_gram_(gram.clone(), x)
+
+
+def add_gram_(gram: Tensor, x: Tensor) -> Tensor:
+    """`add_gram` that may write the sum into `gram`: a new matrix for every batch is paid in page faults."""
     here = NATIVE is not None and NATIVE.has_gram() and x.device.type == "cpu" and x.dtype == torch.bfloat16
     if not here:
         return linalg.add_gram(gram, x.float())
     assert NATIVE is not None
-    result = gram.clone()
-    NATIVE.add_gram(x if x.stride(-1) == 1 else x.contiguous(), result, torch.get_num_threads())
-    return result
+    NATIVE.add_gram(x if x.stride(-1) == 1 else x.contiguous(), gram, torch.get_num_threads())
+    return gram

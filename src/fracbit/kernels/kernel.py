@@ -29,6 +29,7 @@ class Kernel:
     - `supports(scheme, device, shape)`: whether the kernel can run weights `[out, in]` of this scheme there, now.
     - `prepare(packed, activations)`: whatever `run` needs, made once. It shares memory with `packed`.
     - `run(prepared, x)`: `x` [n, in] with contiguous rows, of a type in `FLOAT_TYPES` -> [n, out] of the same type.
+    - `paths`: those that it computes as asked; activations of another path are multiplied exactly, which is no less right.
     - `explain()`: one sentence for people: what it is, and why it does not run here if it does not.
     """
 
@@ -37,6 +38,7 @@ class Kernel:
     prepare: Callable[[PackedTensor, Activations], Any]
     run: Callable[[Any, Tensor], Tensor]
     explain: Callable[[], str]
+    paths: tuple[Activations, ...] = ("float",)
 
 
 def check_activations(activations: str) -> None:
@@ -50,7 +52,9 @@ def check_activations(activations: str) -> None:
 def check_input(x: Tensor, columns: int, device: torch.device) -> None:
     """Raises `KernelError` when `x` is not [..., columns] of a float type on `device`."""
     if x.dtype not in FLOAT_TYPES:
-        raise KernelError(f"activations are {x.dtype}; a packed linear takes float32, float16 or bfloat16")
+        raise KernelError(
+            f"activations are {x.dtype}; a packed linear takes float32, float16 or bfloat16: load the model in one of them"
+        )
     if x.dim() == 0 or x.shape[-1] != columns:
         raise KernelError(
             f"activations of shape {tuple(x.shape)} do not fit a weight with {columns} input channels"

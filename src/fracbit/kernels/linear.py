@@ -34,8 +34,9 @@ class PackedLinear:
         self._run = self.kernel.run
         self._rows, self._columns = packed.shape
         self._device = packed.codes.device
-        self._parts = [part for _, part in parts_of(packed)]
-        self._spec = spec_of(packed)
+        parts = dict(parts_of(packed))
+        self._parts = list(parts.values())
+        self._spec = spec_of(packed.scheme, packed.shape, parts)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The product. Raises `KernelError` when `x` does not fit."""

@@ -1,10 +1,11 @@
 """`torch.ops.fracbit.linear`: the packed product as an operator that torch.compile, export and autograd understand.
 
     fracbit::linear(Tensor x, Tensor[] parts, str spec, str activations) -> Tensor
+    fracbit::rows(Tensor rows, Tensor[] parts, str spec) -> Tensor
 
-`parts` are the stored tensors of the weight in the order of `parts_of`, `spec` is the rest of it as JSON (`spec_of`): scheme,
-shape, names of the parts. A graph thus holds the packed buffers and nothing else. Kernels derive small tables from a weight
-when they first see it; these are kept for as long as the tensor of codes lives, and made again when a part was written to.
+`parts` are the stored tensors of the weight, codes first, `spec` is the rest of it as JSON (`spec_of`): scheme, shape, names of
+the parts. A graph thus holds the packed buffers and nothing else. Kernels derive small tables from a weight when they first
+see it; these are kept for as long as the tensor of codes lives, and made again when a part was written to.
 
 The gradient with respect to `x` is grad @ W; the packed weight itself is not trained.
 """
@@ -12,7 +13,7 @@ The gradient with respect to `x` is grad @ W; the packed weight itself is not tr
 from __future__ import annotations
 
 import json
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from functools import lru_cache
 from typing import Any
 
@@ -22,21 +23,20 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fracbit.kernels.kernel import Kernel, check_activations, check_input
 from fracbit.kernels.table import choose
-from fracbit.numerics.packed import PackedTensor, decode, from_parts, parts_of
+from fracbit.numerics.packed import PackedTensor, decode, decode_rows, from_parts
 from fracbit.records.scheme import Scheme
 
 _Entry = tuple[tuple[int, ...], tuple[int, ...], str, Kernel, Any]
 _prepared: MutableMapping[Tensor, _Entry] = WeakIdKeyDictionary()
 
 
-def spec_of(packed: PackedTensor) -> str:
-    """Everything about `packed` that is not a tensor, as JSON: the `spec` of the operator."""
-    names = [name for name, _ in parts_of(packed)]
-    return json.dumps({"scheme": packed.scheme.to_json(), "shape": list(packed.shape), "parts": names})
+def spec_of(scheme: Scheme, shape: tuple[int, int], names: Iterable[str]) -> str:
+    """Everything about a packed weight that is not a tensor, as JSON: the `spec` of the operator. `names` of its parts."""
+    return json.dumps({"scheme": scheme.to_json(), "shape": list(shape), "parts": list(names)})
 
 
 def packed_of(parts: list[Tensor], spec: str) -> PackedTensor:
-    """Inverse of `spec_of` and `parts_of`. Raises `FormatError` when a part does not fit."""
+    """The weight of `parts` and `spec_of`. Raises `FormatError` when a part does not fit."""
     scheme, shape, names = _read(spec)
     return from_parts(scheme, shape, dict(zip(names, parts, strict=True)))
 
@@ -69,6 +69,17 @@ def gradient_op(grad: Tensor, parts: list[Tensor], spec: str) -> Tensor:
 @gradient_op.register_fake
 def _(grad: Tensor, parts: list[Tensor], spec: str) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], _read(spec)[1][1]))
+
+
+@torch.library.custom_op("fracbit::rows", mutates_args=())
+def rows_op(rows: Tensor, parts: list[Tensor], spec: str) -> Tensor:
+    """Rows `rows` [n] of the packed weight, fp32 [n, in]: an embedding's lookup."""
+    return decode_rows(packed_of(parts, spec), rows)
+
+
+@rows_op.register_fake
+def _(rows: Tensor, parts: list[Tensor], spec: str) -> Tensor:
+    return parts[0].new_empty((len(rows), _read(spec)[1][1]), dtype=torch.float32)
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, list[Tensor], str, str], output: Tensor) -> None:

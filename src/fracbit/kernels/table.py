@@ -17,5 +17,5 @@ def choose(scheme: Scheme, device: torch.device, shape: tuple[int, int]) -> Kern
 
 
 def kernel_report() -> str:
-    """What runs here and what does not, one line a kernel: for `fracbit info`, and for the notes of a row."""
+    """What runs here and what does not, one line a kernel."""
     return "\n".join(f"{kernel.name}: {kernel.explain()}" for kernel in KERNELS)

@@ -10,7 +10,7 @@ A code of k bits starts at bit i * k of its row: bytes i * k // 8 and the one af
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import triton
 import triton.language as tl
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @triton.jit
 def _weights(
     codes, scale, shift, table, o, i, rows, kept, stride, blocks,
-    BITS: tl.constexpr, BLOCK: tl.constexpr, ALONG_OUT: tl.constexpr, SHIFTED: tl.constexpr, OWN_TABLE: tl.constexpr,
+    BITS: tl.constexpr, BLOCK: tl.constexpr, ALONG_OUT: tl.constexpr, SHIFTED: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """Weights [rows of o, inputs of i] in fp32; zero outside."""
     inside = (o[:, None] < rows) & (i[None, :] < kept)
@@ -34,7 +34,10 @@ def _weights(
         following = inside & ((bit // 8 + 1 < stride)[None, :])
         word |= tl.load(at + 1, mask=following, other=0).to(tl.int32) << 8
     code = (word >> (bit % 8)[None, :]) & ((1 << BITS) - 1)
-    if OWN_TABLE:  # noqa: SIM108 - a constant condition: the other branch is not compiled
+    if TABLE == "even":  # a line costs no look-up in memory
+        least = tl.load(table)
+        value = least + (tl.load(table + 1) - least) * code.to(tl.float32)
+    elif TABLE == "own":
         value = tl.load(table + o[:, None] * (1 << BITS) + code, mask=inside, other=0.0)
     else:
         value = tl.load(table + code)
@@ -51,12 +54,15 @@ def _weights(
 @triton.jit
 def _linear(
     x, codes, scale, shift, table, y, n_rows, rows, kept, stride, blocks,
-    BITS: tl.constexpr, BLOCK: tl.constexpr, ALONG_OUT: tl.constexpr, SHIFTED: tl.constexpr, OWN_TABLE: tl.constexpr,
+    BITS: tl.constexpr, BLOCK: tl.constexpr, ALONG_OUT: tl.constexpr, SHIFTED: tl.constexpr, TABLE: tl.constexpr,
     DOT: tl.constexpr, TILE_N: tl.constexpr, TILE_O: tl.constexpr, TILE_I: tl.constexpr,
 ):  # fmt: skip
     o = tl.program_id(0) * TILE_O + tl.arange(0, TILE_O)
     n = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
-    total = tl.zeros((TILE_N, TILE_O), dtype=tl.float32)
+    if DOT:
+        total = tl.zeros((TILE_N, TILE_O), dtype=tl.float32)
+    else:  # one sum for every place of the tile: threads meet once, after the loop
+        sums = tl.zeros((TILE_N, TILE_O, TILE_I), dtype=tl.float32)
     for start in range(0, kept, TILE_I):
         i = start + tl.arange(0, TILE_I)
         w = _weights(
@@ -74,14 +80,16 @@ def _linear(
             BLOCK,
             ALONG_OUT,
             SHIFTED,
-            OWN_TABLE,
+            TABLE,
         )
         inside = (n[:, None] < n_rows) & (i[None, :] < kept)
         a = tl.load(x + n[:, None].to(tl.int64) * kept + i[None, :], mask=inside, other=0.0)
         if DOT:
             total = tl.dot(a, tl.trans(w).to(a.dtype), total, input_precision="ieee")
         else:
-            total += tl.sum(a.to(tl.float32)[:, None, :] * w[None, :, :], axis=2)
+            sums += a.to(tl.float32)[:, None, :] * w[None, :, :]
+    if not DOT:
+        total = tl.sum(sums, axis=2)
     tl.store(
         y + n[:, None].to(tl.int64) * rows + o[None, :],
         total,
@@ -89,19 +97,27 @@ def _linear(
     )
 
 
-def launch(prepared: Prepared, x: Tensor, y: Tensor, dot: bool) -> None:
-    """Fill `y` [n, out] fp32 from `x` [n, kept]; `dot` chooses matrix units (GEMM) over sums (GEMV)."""
-    rows, kept = prepared.shape[0], x.shape[1]
-    count = x.shape[0]
-    if count == 0:
-        return
+def constants_of(prepared: Prepared, count: int, dot: bool) -> dict[str, Any]:
+    """What the program is compiled for: the form of the weight, and tiles for `count` rows of activations."""
     tile_n = 32 if dot else min(triton.next_power_of_2(count), 16)
     tile_o, tile_i = (64, 64) if dot else (max(1, 16 // tile_n), 256)
-    grid = (triton.cdiv(rows, tile_o), triton.cdiv(count, tile_n))
+    return {
+        "BITS": prepared.bits, "BLOCK": prepared.block, "ALONG_OUT": prepared.along_out,
+        "SHIFTED": prepared.shift is not None, "TABLE": prepared.form,
+        "DOT": dot, "TILE_N": tile_n, "TILE_O": tile_o, "TILE_I": tile_i,
+    }  # fmt: skip
+
+
+def launch(prepared: Prepared, x: Tensor, y: Tensor, dot: bool) -> None:
+    """Fill `y` [n, out] fp32 from `x` [n, kept]; `dot` chooses matrix units (GEMM) over sums (GEMV)."""
+    rows, (count, kept) = prepared.shape[0], x.shape
+    if count == 0:
+        return
+    constants = constants_of(prepared, count, dot)
+    grid = (triton.cdiv(rows, constants["TILE_O"]), triton.cdiv(count, constants["TILE_N"]))
     shift = prepared.scale if prepared.shift is None else prepared.shift
     blocks = prepared.scale.numel() // rows if not prepared.along_out else 1
     _linear[grid](
         x, prepared.codes, prepared.scale, shift, prepared.table, y, count, rows, kept, prepared.codes.shape[1], blocks,
-        BITS=prepared.bits, BLOCK=prepared.block, ALONG_OUT=prepared.along_out, SHIFTED=prepared.shift is not None,
-        OWN_TABLE=prepared.table.shape[0] > 1, DOT=dot, TILE_N=tile_n, TILE_O=tile_o, TILE_I=tile_i,
+        **constants,
     )  # fmt: skip

@@ -14,17 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from fracbit.kernels import Activations, PackedLinear
-from fracbit.numerics.bits import unpack_bits
-from fracbit.numerics.blocks import spread_rows
+from fracbit.kernels.op import linear_op, rows_op, spec_of
 from fracbit.numerics.inputs import int8_pays, int8_product, is_int8, round_inputs
 from fracbit.numerics.packed import (
     PackedTensor,
-    dense_scales,
+    decode_rows,
     from_parts,
-    kept_columns,
     part_shapes,
     parts_of,
-    table_of,
 )
 from fracbit.records.inputs import Inputs
 from fracbit.records.scheme import Scheme
@@ -39,6 +36,7 @@ class _PackedBuffers(nn.Module):
         self.scheme, self.shape, self._parts = scheme, shape, part_shapes(scheme, shape, outliers)
         self.activations: Activations = "float"
         self._ready: PackedLinear | None = None
+        self._spec = spec_of(scheme, shape, self._parts)
         for name, (dtypes, size) in self._parts.items():
             dtype = sixteen if name == "outliers" else dtypes[0]
             buffer = torch.empty(torch.Size(size).numel() if name == "codes" else size, dtype=dtype)
@@ -47,12 +45,21 @@ class _PackedBuffers(nn.Module):
     @property
     def packed(self) -> PackedTensor:
         """The packed weight, sharing the buffers' memory."""
+        return from_parts(self.scheme, self.shape, self._stored())
+
+    def _stored(self) -> dict[str, Tensor]:
+        """The parts of the packed weight by their names, codes first."""
         parts = {name: getattr(self, buffer_name(name)) for name in self._parts}
         parts["codes"] = parts["codes"].view(self._parts["codes"][1])
-        return from_parts(self.scheme, self.shape, parts)
+        return parts
 
     def multiply(self, x: Tensor) -> Tensor:
         """`x` [..., in] -> [..., out] through the kernel for this scheme and device, prepared at the first call."""
+        if (
+            torch.compiler.is_compiling()
+        ):  # a graph holds the bytes; what a kernel derives from them is made when it runs
+            product: Tensor = linear_op(x, list(self._stored().values()), self._spec, self.activations)
+            return product
         return self.ready()(x)
 
     def ready(self) -> PackedLinear:
@@ -151,7 +158,11 @@ class QuantEmbedding(_PackedBuffers):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Embeddings [..., width] of token `ids` [...]; only the rows asked for are decoded."""
-        rows = decode_rows(self.packed, ids.reshape(-1))
+        flat = ids.reshape(-1)
+        if torch.compiler.is_compiling():
+            rows: Tensor = rows_op(flat, list(self._stored().values()), self._spec)
+        else:
+            rows = decode_rows(self.packed, flat)
         return (rows * self.factor).to(self.dtype).view(*ids.shape, -1)
 
 
@@ -175,22 +186,3 @@ class TiedHead(nn.Module):
 def buffer_name(part: str) -> str:
     """Name of the buffer, and of the stored tensor after the layer's name, that holds a part of a packed tensor."""
     return "weight" if part == "codes" else f"weight_{part}"
-
-
-def decode_rows(packed: PackedTensor, rows: Tensor) -> Tensor:
-    """Rows `rows` [n] of the weight, fp32 [n, in]; nothing else is decoded."""
-    kept = (packed.shape[0], packed.kept)
-    scale, shift = dense_scales(packed)
-    codes = unpack_bits(packed.codes[rows], packed.scheme.bits, packed.kept)
-    table = table_of(packed)
-    values = (
-        table.look_up(codes) if table.values.shape[0] == 1 else table.values[rows].gather(1, codes.long())
-    )
-    values = values * spread_rows(scale, kept, packed.scheme, rows)
-    values = values if shift is None else values + spread_rows(shift, kept, packed.scheme, rows)
-    if packed.columns is None or packed.outliers is None:
-        return values
-    full = values.new_empty(len(rows), packed.shape[1])
-    full[:, kept_columns(packed.columns, packed.shape[1])] = values
-    full[:, packed.columns.long()] = packed.outliers[rows].float()
-    return full

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from fracbit.errors import KernelError
 from fracbit.kernels import Activations, DecoderBlock, DecoderShape, NativeDecoder, PackedLinear
 from fracbit.kernels.cpu import NATIVE, NOTE
+from fracbit.kernels.kernel import FLOAT_TYPES
 from fracbit.models.quant_linear import QuantEmbedding, QuantLinear, TiedHead
 from fracbit.models.store import StoreCache
 
@@ -38,6 +39,8 @@ def obstacle(model: PreTrainedModel) -> str | None:
         return NOTE
     if model.device.type != "cpu":
         return f"the model is on {model.device}, the native step runs on CPUs"
+    if model.dtype not in FLOAT_TYPES:
+        return f"it computes in {model.dtype}"
     if config.model_type not in MODEL_TYPES:
         return f"models of type {config.model_type} are not among {', '.join(MODEL_TYPES)}"
     if getattr(config, "hidden_act", "silu") != "silu":

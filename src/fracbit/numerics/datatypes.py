@@ -15,9 +15,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from statistics import NormalDist
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,9 +26,48 @@ from fracbit.errors import SchemeError, near_matches
 from fracbit.records.scheme import Scheme
 
 FIT_SAMPLE = 1 << 20  # a quantile of a million values is known to 0.1 %; sorting more buys nothing
+MANY = 1 << 12  # numbers from which cells are worth making
+MOST_CELLS = 1 << 16
 LLOYD_STEPS = 60
 EXPONENTS = ("0.2", "0.25", "1/3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9", "1")
 SEARCHED = "fit"
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """[-1, 1] in cells of equal width, none with more than one boundary: a code is counted without a search for it.
+
+    `below` uint8 [cells + 1] boundaries in earlier cells; `inside` fp32 [cells + 1] the one in the cell, inf without one.
+    """
+
+    below: Tensor
+    inside: Tensor
+
+    def count(self, x: Tensor) -> Tensor:
+        """How many boundaries are less than each `x`, uint8 of its shape: what `torch.bucketize` finds, tenfold as fast."""
+        cell = cell_of(x, len(self.below) - 1).view(-1)
+        more = x.reshape(-1) > self.inside.index_select(0, cell)
+        return self.below.index_select(0, cell).add_(more).view(x.shape)
+
+
+def cell_of(x: Tensor, cells: int) -> Tensor:
+    """The cell int32 of each `x`, never smaller for a larger x; what lies outside [-1, 1] is in the first or the last."""
+    place = torch.add(x, 1.0).mul_(cells / 2).clamp_(0, cells)
+    return place.to(torch.int32).clamp_(min=0)  # a NaN has a cell, too
+
+
+def make_cells(boundaries: Tensor) -> Cells | None:
+    """Cells around `boundaries` [n] ascending: the fewest that are enough, None above `MOST_CELLS`."""
+    cells = 2
+    while cells <= MOST_CELLS:
+        own = cell_of(boundaries, cells).long()
+        if bool((own[1:] > own[:-1]).all()):
+            inside = torch.full((cells + 1,), torch.inf, device=boundaries.device)
+            holds = inside.new_zeros(cells + 1)
+            inside[own], holds[own] = boundaries, 1.0
+            return Cells((holds.cumsum(0) - holds).to(torch.uint8), inside)
+        cells *= 2
+    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +92,15 @@ class DataType:
             top = self.levels - 1
             return torch.add(x, 1.0).div_(self.step).round_().clamp_(0, top).to(torch.uint8)
         if self.boundaries.shape[0] == 1:
+            if x.numel() >= MANY and x.device.type == "cpu" and self.cells is not None:
+                return self.cells.count(x)
             return torch.bucketize(x.contiguous(), self.boundaries[0], out_int32=True).to(torch.uint8)
         return torch.searchsorted(self.boundaries, x.contiguous(), out_int32=True).to(torch.uint8)
+
+    @cached_property
+    def cells(self) -> Cells | None:
+        """The boundaries of a table with one row as cells, None when they lie too near to each other."""
+        return make_cells(self.boundaries[0])
 
     def rows(self, first: int, last: int) -> DataType:
         """The table of rows `first` to `last`; itself when all rows share one."""
@@ -183,7 +230,7 @@ def fit_quantile(x: Tensor, weights: Tensor, scales: Tensor, bits: int, paramete
     `x` is the normalized tensor; its quantiles are taken in weight space (times `scales`), as the paper does.
     """
     _no_parameter("quantile", parameter)
-    raw = _sample(x * scales).double().sort().values
+    raw = _sorted(_sample(x * scales)).double()
     count = 2**bits - 1
     off = 1 / (2 * count)
     ranks = torch.linspace(off, 1 - off, count, dtype=torch.float64, device=raw.device) * (len(raw) - 1)
@@ -305,6 +352,12 @@ def _sample(x: Tensor) -> Tensor:
     """An evenly spaced sample of at most `FIT_SAMPLE` values: deterministic, and it touches every row."""
     flat = x.reshape(-1)
     return flat if flat.numel() <= FIT_SAMPLE else flat[:: -(-flat.numel() // FIT_SAMPLE)]
+
+
+def _sorted(x: Tensor) -> Tensor:
+    """`x` [n] ascending. torch's sort also finds the order, which takes four times as long on a CPU."""
+    plain = type(x) is Tensor and x.device.type == "cpu"
+    return torch.from_numpy(np.sort(x.numpy())) if plain else x.sort().values
 
 
 def _lloyd(x: Tensor, weights: Tensor, levels: int) -> Tensor:

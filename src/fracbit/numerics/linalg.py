@@ -26,6 +26,7 @@ from fracbit.errors import WeightError
 DAMPING = 0.01  # of the mean diagonal, as GPTQ
 LARGEST_DAMPING = 10.0
 PANELS = 8  # of a product of which half suffices: 56 % of it is done
+ROWS = 512  # of errors whose products are taken at a time
 NARROWEST = 128  # columns; narrower panels cost more in calls than they save
 
 
@@ -65,9 +66,9 @@ def by_energy(gram: Tensor) -> Tensor:
 
 def feedback(gram: Tensor, order: Tensor, damping: float = DAMPING) -> Coupling:
     """Coupling (1) of GPTQ. Where the damped matrix is not positive definite, the damping is raised until it is."""
-    used = damping
+    used, backwards = damping, order.flip(0)
     while True:
-        matrix = damped(gram, used)[order][:, order].flip(0, 1)
+        matrix = damped(gram, used).index_select(0, backwards).index_select(1, backwards)
         factor, failed = torch.linalg.cholesky_ex(matrix)
         if int(failed):
             factor, failed = torch.linalg.cholesky_ex(matrix.double())
@@ -78,9 +79,8 @@ def feedback(gram: Tensor, order: Tensor, damping: float = DAMPING) -> Coupling:
             raise WeightError(
                 "the gram matrix cannot be factored at any damping; the calibration activations are not finite"
             )
-    upper = factor.flip(0, 1)
-    coupling = (upper / upper.diagonal()).float().triu_(1)
-    return Coupling(order, coupling, used, causal=True)
+    upper = factor.div_(factor.diagonal().clone()).float().flip(0, 1)
+    return Coupling(order, upper.fill_diagonal_(0), used, causal=True)
 
 
 def descent(gram: Tensor, order: Tensor, damping: float = DAMPING) -> Coupling:
@@ -106,15 +106,19 @@ def eliminate(gram: Tensor, kept: Tensor, free: Tensor, damping: float = DAMPING
 def gram_errors(error: Tensor, gram: Tensor) -> Tensor:
     """Each row's part of tr(E G E^T): [out] for `error` [out, in] and a symmetric `gram` [in, in].
 
-    Only the panels of the upper triangle are multiplied: the others would give the same numbers again.
+    Only the panels of the upper triangle are multiplied: the others would give the same numbers again. Rows go in runs
+    whose products stay in the cache.
     """
+    return torch.cat([_gram_errors(part.contiguous(), gram) for part in error.split(ROWS)])
+
+
+def _gram_errors(error: Tensor, gram: Tensor) -> Tensor:
     total = error.new_zeros(len(error))
     for first, last in panels(error.shape[1]):
         part = error[:, first:last]
         product = part @ gram[first:last, first:]
-        total += (product[:, : last - first] * part).sum(1) + 2 * (
-            product[:, last - first :] * error[:, last:]
-        ).sum(1)
+        product[:, last - first :] *= 2
+        total += product.mul_(error[:, first:]).sum(1)
     return total
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fracbit.errors import FormatError, RecipeError
 from fracbit.numerics.bits import row_bytes, unpack_bits
-from fracbit.numerics.blocks import scales_shape, spread
+from fracbit.numerics.blocks import scales_shape, spread, spread_rows
 from fracbit.numerics.datatypes import DataType, fixed_type, is_fitted, nearest_type
 from fracbit.records.scheme import Scheme
 
@@ -120,6 +120,25 @@ def decode(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     for first, part in decoded_parts(packed):
         kept[first : first + len(part)] = part
     return kept if packed.columns is None else _with_outliers(packed, kept)
+
+
+def decode_rows(packed: PackedTensor, rows: Tensor) -> Tensor:
+    """Rows `rows` [n] of the weight, fp32 [n, in]; nothing else is decoded."""
+    kept = (packed.shape[0], packed.kept)
+    scale, shift = dense_scales(packed)
+    codes = unpack_bits(packed.codes[rows], packed.scheme.bits, packed.kept)
+    table = table_of(packed)
+    values = (
+        table.look_up(codes) if table.values.shape[0] == 1 else table.values[rows].gather(1, codes.long())
+    )
+    values = values * spread_rows(scale, kept, packed.scheme, rows)
+    values = values if shift is None else values + spread_rows(shift, kept, packed.scheme, rows)
+    if packed.columns is None or packed.outliers is None:
+        return values
+    full = values.new_empty(len(rows), packed.shape[1])
+    full[:, kept_columns(packed.columns, packed.shape[1])] = values
+    full[:, packed.columns.long()] = packed.outliers[rows].float()
+    return full
 
 
 def decoded_parts(packed: PackedTensor) -> Iterator[tuple[int, Tensor]]:

@@ -29,7 +29,10 @@ def empty(inputs: int, gram: bool = True, device: torch.device | str = "cpu") ->
 
 
 def observe(stats: Stats, x: Tensor, add: Callable[[Tensor, Tensor], Tensor] = add_gram) -> Stats:
-    """Add the inputs `x` [tokens, in]; `add` gives the gram matrix with theirs. Raises `WeightError` on NaN or Inf."""
+    """Add the inputs `x` [tokens, in]. Raises `WeightError` on NaN or Inf.
+
+    `add` gives the gram matrix with theirs; where it writes into the old one, the old `stats` are of no more use.
+    """
     if not len(x):
         return stats
     gram = None if stats.gram is None else add(stats.gram, x)

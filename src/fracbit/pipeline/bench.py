@@ -3,12 +3,15 @@
     bytes per token = weights read + KV cache read         (embeddings are looked up: one row, unless they are the head too)
     share = decode tokens/s x bytes per token / bandwidth   (bandwidth: a plain read of as many bytes, the best of several)
 
-Decode is memory bound at batch 1, so a share of 1 would be the machine's limit.
+Decode is memory bound at batch 1, so a share of 1 would be the machine's limit. Nothing is timed cold: a prompt is read once
+before the readings that count, and the first step is not counted. Both are medians.
 """
 
 from __future__ import annotations
 
 import gc
+import inspect
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,14 +24,14 @@ from transformers import Cache, PreTrainedModel
 
 from fracbit.checkpoint.load import load, open_checkpoint
 from fracbit.errors import DataError
-from fracbit.evaluate import Speed, generation_speed
 from fracbit.kernels import Activations
 from fracbit.models.cache import cache_bytes
 from fracbit.models.quant_linear import QuantEmbedding, TiedHead
 from fracbit.models.store import StoreCache
-from fracbit.pipeline.serve import Step, choose_activations, new_cache, step_of
+from fracbit.pipeline.serve import PREFILL_CHUNK, Step, check_room, choose_activations, new_cache, step_of
 
 READS = 7
+PROMPTS = 3  # readings of the prompt that count
 LARGEST_READ = 1 << 30  # more bytes than any cache holds; a larger buffer reads no slower
 
 
@@ -75,10 +78,14 @@ def measure(
     device: str = "cpu",
     trust: bool = False,
 ) -> Measured:
-    """Load `model`, run `load_`, and read as many bytes plainly. The model is freed again."""
+    """Load `model`, run `load_`, and read as many bytes plainly. The model is freed again.
+
+    Raises `DataError` when the model has fewer positions than `load_` has tokens.
+    """
     gc.collect()
     before = resident()
     loaded = load(model, dtype, device, trust)
+    check_room(loaded, load_.prompt_tokens, load_.new_tokens)
     choose_activations(loaded, _activations(activations))
     ids = torch.randint(
         0, loaded.config.get_text_config().vocab_size, (load_.prompt_tokens,), generator=_seeded()
@@ -104,18 +111,45 @@ def measure(
     )
 
 
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second: `prefill` of the prompt, `decode` of new tokens."""
+
+    prefill: float
+    decode: float
+
+
+@torch.inference_mode()
 def speed_of(
     model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, kv_bits: int = 16
 ) -> tuple[Speed, Cache, str]:
     """Speed of reading `ids` [tokens] and of `new_tokens` after them, the cache they are in, and how they were made."""
-    step = step_of(model, kv_bits)
-    cache = new_cache(model, kv_bits, step, len(ids) + new_tokens)
-    return generation_speed(model, ids, new_tokens, cache, _advance(step, cache)), cache, step.name
+    step, readings, steps = step_of(model, kv_bits), [], []
+    for _ in range(PROMPTS + 1):
+        cache = new_cache(model, kv_bits, step, len(ids) + new_tokens)
+        started = time.perf_counter()
+        token = _read(model, ids, cache)
+        readings.append(time.perf_counter() - started)
+    advance = _advance(model, step, cache)
+    for _ in range(new_tokens):
+        started = time.perf_counter()
+        token = torch.tensor([advance(token).argmax().item()], device=ids.device)
+        steps.append(time.perf_counter() - started)
+    prefill, decode = statistics.median(readings[1:]), statistics.median(steps[1:] or steps)
+    return Speed(len(ids) / prefill, 1 / decode), cache, step.name
 
 
-def _advance(step: Step, cache: Cache) -> Callable[[torch.Tensor], torch.Tensor] | None:
+def _read(model: PreTrainedModel, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
+    """Read `ids` [tokens] in chunks, as `generate` does; the likeliest token after them [1]."""
+    how = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    for part in ids.split(PREFILL_CHUNK):
+        logits = model(part[None], past_key_values=cache, use_cache=True, **how).logits[:, -1]
+    return torch.tensor([logits.argmax().item()], device=ids.device)  # a number: it waits for the device
+
+
+def _advance(model: PreTrainedModel, step: Step, cache: Cache) -> Callable[[torch.Tensor], torch.Tensor]:
     if step.decoder is None or not isinstance(cache, StoreCache):
-        return None
+        return lambda token: model(token[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
     decoder, pads = step.decoder, torch.zeros(1, dtype=torch.long)
     return lambda token: decoder.advance(token, pads, cache)
 

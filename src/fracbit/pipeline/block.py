@@ -167,7 +167,8 @@ def quantize_block(
         work.plan.transforms, block, work.family, work.model.config, schemes, stats, work.stored, turned
     )
     rounding = roundings(work.plan.inputs, order, stats)
-    weights = {name: weight_of(block.get_submodule(name)).clone() for group in order for name in group}
+    compared = order if work.plan.tweak != "none" else []
+    weights = {name: weight_of(block.get_submodule(name)).clone() for group in compared for name in group}
     made: dict[str, Quantized] = {}
     for number, group in enumerate(order):
         if work.plan.sequential and number:

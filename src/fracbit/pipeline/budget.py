@@ -12,14 +12,15 @@ from fracbit.pipeline.plan import (
     Ask,
     allocated,
     check_granularity,
+    check_solver,
     contest,
     make_plan,
     make_problem,
 )
 from fracbit.pipeline.preset import preset
-from fracbit.pipeline.subject import Progress, load_subject
-from fracbit.pipeline.texts import overlap_of, samples_of
-from fracbit.records.allocation import read_levels
+from fracbit.pipeline.subject import Progress, load_subject, weights_on_disk
+from fracbit.pipeline.texts import overlap_of, samples_of, seen_notes
+from fracbit.records.allocation import check_allocation, load_allocation, read_levels
 from fracbit.records.recipe import Recipe
 from fracbit.records.scores import Losses, Scores, load_scores
 
@@ -43,6 +44,8 @@ class Spending:
     held_out: str | None = None
     granularity: str = "linear"
     fused: bool = False
+    batch: int = 1
+    solver: str = "exact"
 
     @property
     def asked(self) -> bool:
@@ -55,29 +58,53 @@ def named_scores(score: str) -> str | Scores | Losses:
     return load_scores(Path(score)) if Path(score).suffix == ".json" else score
 
 
+def planned(recipe: Recipe, path: Path) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe with the schemes of an allocation that `fracbit plan -o` wrote, and its notes; the recipe's own overrides win.
+
+    Raises `FormatError`, `RecipeError` for an allocation of another model.
+    """
+    allocation = load_allocation(path)
+    weights = weights_on_disk(recipe.model, recipe.trust_remote_code)
+    check_allocation(allocation, list(weights.layers), weights.model)
+    first = allocated(recipe.model_copy(update={"overrides": ()}), allocation)
+    return recipe.model_copy(update={"overrides": (*first.overrides, *recipe.overrides)}), allocation.notes
+
+
 def budgeted(
     recipe: Recipe, spending: Spending, progress: Progress | None = None
 ) -> tuple[Recipe, tuple[str, ...]]:
-    """The recipe with a scheme for every layer that the budget buys, and notes.
+    """The recipe with a scheme for every layer that the budget buys, and notes; its own overrides hold, within the budget.
 
     With `held_out`, the allocation is measured against the best uniform scheme of no more bytes, which is taken when it
     wins. Raises `BudgetError` (with the reachable range), `RecipeError`, `SourceError`, `DataError`.
     """
     if not spending.asked:
-        if replace(spending, context=Spending.context) != Spending():
+        if spending != Spending():
             raise BudgetError(
-                "--levels, --score, --granularity, --fused and --held-out go with a budget: --average-bits, --size or --fits"
+                "--levels, --score, --solver, --granularity, --fused, --held-out, --context and --batch go with a budget: "
+                "--average-bits, --size or --fits"
             )
         return recipe, ()
+    if "scheme" in recipe.model_fields_set:
+        raise RecipeError(
+            f"a budget chooses every layer's scheme among --levels {spending.levels or LEVELS}: leave out --dtype, --bits, "
+            "--block, --axis, --offset, --scale and the recipe's [scheme]; [[overrides]] and --keep hold beside it"
+        )
     if spending.preset is not None:
         if spending.average_bits is None:
             raise RecipeError("a preset needs its budget: give --average-bits, such as 3.25")
+        if replace(spending, preset=None, average_bits=None) != Spending():
+            raise RecipeError(
+                f"preset {spending.preset} chooses for itself: beside --average-bits no --size, --fits, --levels, --score, "
+                "--solver, --granularity, --fused or --held-out goes with it"
+            )
         return preset(spending.preset, recipe, spending.average_bits), ()
     ask = Ask(
         spending.average_bits,
         read_size(spending.size) if spending.size else None,
         read_size(spending.fits) if spending.fits else None,
         spending.context,
+        spending.batch,
     )
     granularity = check_granularity(spending.granularity)
     scores = named_scores(spending.score)
@@ -87,7 +114,7 @@ def budgeted(
             f"--granularity {granularity} --levels {spending.levels or LEVELS} -o losses.json, then --score losses.json"
         )
     problem = make_problem(recipe, read_levels(spending.levels or LEVELS), ask, granularity, spending.fused)
-    plan = make_plan(problem, scores, progress=progress)
+    plan = make_plan(problem, scores, check_solver(spending.solver), progress=progress)
     notes = (*plan.notes, f"{plan.chosen.bits_per_weight:.4f} bits per weight divided by {plan.chosen.name}")
     if spending.held_out is None:
         return allocated(recipe, plan.chosen.allocation), (*notes, UNCHECKED)
@@ -98,4 +125,5 @@ def budgeted(
     )
     texts = () if recipe.calibration is None else recipe.calibration.texts
     shared = overlap_of(spending.held_out, texts, recipe.model, subject) if texts else ()
+    shared += seen_notes(spending.held_out, plan.losses.protocol.get("text"), recipe.model, subject)
     return allocated(recipe, measured.winner), (*notes, *measured.winner.notes, *shared)

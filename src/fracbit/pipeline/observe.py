@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fracbit.errors import WeightError
-from fracbit.kernels.gram import add_gram
+from fracbit.kernels.gram import add_gram_
 from fracbit.models.walk import Hidden, observe, peek
 from fracbit.numerics.stats import Stats, empty, merge
 from fracbit.numerics.stats import observe as add
@@ -37,7 +37,7 @@ class Observer:
         """Add the inputs `x` [tokens, in] of the linear `name`. Raises `WeightError` naming layer and place."""
         held = self.stats.get(name) or empty(x.shape[1], self.gram, x.device)
         try:
-            self.stats[name] = add(held, x, add_gram)
+            self.stats[name] = add(held, x, add_gram_)
         except WeightError as error:
             raise WeightError(
                 f"inputs of {self.label}.{name}{self._place(name, held, x)}: {error}"

@@ -35,10 +35,12 @@ def overlap_notes(
     calibration: Iterable[dict[str, Any]],
     tokenizer: PreTrainedTokenizerBase | None,
     vocabulary: int,
+    what: str = "calibration text",
 ) -> tuple[str, ...]:
     """A note for every calibration source that shares documents with `text`, or that cannot be looked at any more.
 
-    `calibration`: as `calibration_sources` gives them; without `sha256` the source is taken as it is now.
+    `calibration`: as `calibration_sources` gives them; without `sha256` the source is taken as it is now. `what`: how the
+    notes call it.
     """
     notes = []
     for entry in calibration:
@@ -48,16 +50,14 @@ def overlap_notes(
                 continue
             seen = read_documents(name, tokenizer, vocabulary)
         except DataError as error:
-            notes.append(
-                f"whether {text.source} shares documents with the calibration text is not known: {error}"
-            )
+            notes.append(f"whether {text.source} shares documents with the {what} is not known: {error}")
             continue
         if entry.get("sha256", seen.sha256) != seen.sha256:
-            notes.append(f"{name} is no longer the file that the model was calibrated with")
+            notes.append(f"{name} is no longer the file that was the {what}")
         shared = shared_documents(text, seen)
         if shared:
             notes.append(
-                f"{shared} of {len(text.starts) - 1} documents of {text.source} stand in the calibration text {name}: "
+                f"{shared} of {len(text.starts) - 1} documents of {text.source} stand in the {what} {name}: "
                 "figures on them flatter the model"
             )
     return tuple(notes)

@@ -14,8 +14,10 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
-from typing import Literal, cast, get_args
+from importlib.util import find_spec
+from typing import Literal, TypeVar, cast, get_args
 
 from torch import Tensor
 
@@ -35,15 +37,17 @@ from fracbit.importance import (
     exact,
     file_size,
     predict_losses,
-    scheme_bits,
 )
+from fracbit.models.blocks import blocks
+from fracbit.models.find import family_of
 from fracbit.models.skeleton import skeleton
 from fracbit.numerics.datatypes import check_datatype
-from fracbit.numerics.packed import part_shapes
+from fracbit.numerics.packed import kept_count, part_shapes
 from fracbit.pipeline.memory import running_memory
+from fracbit.pipeline.rotate import untie
 from fracbit.pipeline.run import model_config
 from fracbit.pipeline.sampling import sampling_notes
-from fracbit.pipeline.schedule import SHARD_BYTES, Schedule, make_schedule
+from fracbit.pipeline.schedule import SHARD_BYTES, Item, Schedule, make_schedule
 from fracbit.pipeline.score import make_losses, make_scores
 from fracbit.pipeline.subject import Progress, Subject, Weights, measure, replaced, rounded, weights_on_disk
 from fracbit.quantizers import RoundToNearest
@@ -53,6 +57,7 @@ from fracbit.records.scheme import Scheme
 from fracbit.records.scores import Losses, Scores, check_scores
 
 Solver = Literal["exact", "order"]
+Value = TypeVar("Value")
 UNCHECKED = (
     "not compared with a uniform scheme of no more bytes: name a text that no score saw with --held-out"
 )
@@ -122,7 +127,8 @@ class Plan:
 class Problem:
     """Everything that decides an allocation but the scores: the model on disk, its units, the levels, the budget.
 
-    `float_bytes` and `float_shapes`: what is written beside the units' layers; `shards`: files it would be spread over.
+    `fixed`: linears that an override of the recipe takes out of the budget; `other_bytes` and `other_shapes`: what is written
+    beside the units' layers; `shards`: files it would be spread over.
     """
 
     recipe: Recipe
@@ -131,14 +137,15 @@ class Problem:
     units: tuple[Unit, ...]
     levels: tuple[Scheme | None, ...]
     budget: Budget
-    float_bytes: int
-    float_shapes: Mapping[str, Sequence[int]]
+    fixed: Mapping[str, Scheme | None]
+    other_bytes: int
+    other_shapes: Mapping[str, Sequence[int]]
     shards: int
 
-    @property
-    def weights_count(self) -> int:
-        """Weights that share the budget."""
-        return sum(unit.weights for unit in self.units)
+    def spelled_out(self, allocation: Allocation) -> Allocation:
+        """The allocation with the layers that the recipe fixes beside it: every linear of the model is named."""
+        schemes = {**self.fixed, **allocation.schemes}
+        return replace(allocation, schemes={name: schemes[name] for name in self.weights.layers})
 
 
 def make_problem(
@@ -151,32 +158,79 @@ def make_problem(
 ) -> Problem:
     """Read a model's headers and work out how many bits its linears may take.
 
-    Embeddings and head follow the recipe; its `scheme` and `overrides` of linears are replaced by the levels. Data-free scores
-    will look at a sample of the rows of large weights, at all of them when `whole`.
-    Raises `SourceError`, `BudgetError`, `SchemeError`.
+    Embeddings, head and linears that an override names follow the recipe; all other linears get one of the levels in place of
+    its `scheme`. Data-free scores will look at a sample of the rows of large weights, at all of them when `whole`.
+    Raises `SourceError`, `BudgetError`, `SchemeError`, `RecipeError` when overrides name every linear.
     """
     for level in levels:
         if level is not None:
             check_datatype(level)
     source = open_source(recipe.model, recipe.revision, recipe.trust_remote_code)
     weights = weights_on_disk(recipe.model, recipe.trust_remote_code, whole)
-    units = weights.units(granularity, fused)
-    count = sum(unit.weights for unit in units)
+    named = _overridden(recipe, weights.layers)
+    units = _as_run(recipe, weights.units(granularity, fused, named))
     layers = {name for unit in units for name in unit.shapes if name not in unit.shared}
-    schedule = _float_schedule(recipe, source, layers)
+    schedule, shards = _schedule(recipe, source, {name for unit in units for name in unit.shapes})
     items = [item for items in schedule.shards.values() for item in items]
     others = [item for item in items if item.name.removesuffix(".weight") not in layers]
-    shapes = {item.name: source.tensors[item.origin.name].shape for item in others}
-    rest = sum(item.bytes for item in others)
-    other = rest + _most_header_bytes(units, levels, shapes, schedule.bytes, len(schedule.shards))
+    shapes = {name: shape for item in others for name, shape in _written_shapes(recipe, item, source).items()}
+    rest = sum(_written_bytes(recipe, item) for item in others)
+    other = rest + _most_header_bytes(units, levels, shapes, schedule.bytes, shards)
+    count = sum(unit.weights for unit in units)
+    stored = [item.stored for item in others if item.stored is not None]
+    fixed_bits = sum(8 * _written_bytes(recipe, item) for item in others if item.stored is not None)
+    fixed_weights = sum(math.prod(each.shape) for each in stored)
     if ask.average_bits is not None:
-        budget = average_bits(ask.average_bits, count)
+        budget = average_bits(ask.average_bits, count, fixed_bits, fixed_weights)
     elif ask.size is not None:
         budget = file_size(ask.size, count, other)
     else:
         running = running_memory(model_config(source, recipe.trust_remote_code), ask.context, ask.batch)
         budget = device_memory(ask.fits or 0, count, other + running.bytes)
-    return Problem(recipe, source, weights, units, tuple(levels), budget, rest, shapes, len(schedule.shards))
+    budget = replace(budget, fixed_bits=fixed_bits, fixed_weights=fixed_weights)
+    fixed = {name: schedule.decisions[name].scheme for name in named}
+    return Problem(recipe, source, weights, units, tuple(levels), budget, fixed, rest, shapes, shards)
+
+
+def _overridden(recipe: Recipe, layers: Iterable[str]) -> tuple[str, ...]:
+    """The linears that an override names. Raises `RecipeError` when that is all of them."""
+    layers = list(layers)
+    named = tuple(
+        name for name in layers if any(fnmatchcase(name, override.layers) for override in recipe.overrides)
+    )
+    if layers and len(named) == len(layers):
+        raise RecipeError(
+            "overrides and --keep name every linear of the model: nothing is left to divide a budget over; take some out, "
+            "or leave the budget out"
+        )
+    return named
+
+
+def _as_run(recipe: Recipe, units: Iterable[Unit]) -> tuple[Unit, ...]:
+    """The units with what a calibrated run adds to their schemes: columns in 16 bits, an axis that it chooses."""
+    plan = recipe.calibration
+    if plan is None:
+        return tuple(units)
+    return tuple(replace(unit, outliers=plan.outliers, either_axis=plan.axis != "scheme") for unit in units)
+
+
+def _fixed_unit(recipe: Recipe, item: Item) -> Unit:
+    """A quantized tensor that shares no budget, as a unit; only linears of the blocks have what `_as_run` adds."""
+    assert item.layer is not None
+    assert item.stored is not None
+    unit = Unit(item.layer.name, {item.layer.name: item.stored.shape})
+    return _as_run(recipe, [unit])[0] if item.layer.kind == "linear" else unit
+
+
+def _written_bytes(recipe: Recipe, item: Item) -> int:
+    return item.bytes if item.stored is None else _fixed_unit(recipe, item).bits(item.stored.scheme) // 8
+
+
+def _written_shapes(recipe: Recipe, item: Item, source: Source) -> dict[str, Sequence[int]]:
+    """The tensors that an item becomes in the file, by name."""
+    if item.stored is None:
+        return {item.name: source.tensors[item.origin.name].shape}
+    return dict(_stored_shapes(_fixed_unit(recipe, item), item.stored.scheme))
 
 
 def make_plan(
@@ -196,13 +250,19 @@ def make_plan(
     named, losses = _valued(problem, scores, subject, ids, progress)
     chosen = _solve(problem, problem.budget, named, losses, solver)
     found: dict[str, Solution] = {solver: chosen}
-    other: Solver = "order" if solver == "exact" else "exact"
-    found[other] = _solve(problem, problem.budget, named, losses, other)
+    for other in _solvers():
+        if other != solver:
+            found[other] = _solve(problem, problem.budget, named, losses, other)
     level = best_uniform(problem.units, problem.levels, problem.budget.bits, losses)
     if level is not None:
         found["uniform"] = level
     candidates = tuple(_candidate(problem, name, solution, losses.method) for name, solution in found.items())
-    notes = (*chosen.notes, *_left_over(problem, chosen), *sampling_notes(losses.protocol))
+    alone = (
+        ()
+        if "exact" in found
+        else ("the exact optimum is not beside it: that needs scipy (fracbit[budget])",)
+    )
+    notes = (*chosen.notes, *alone, *_left_over(problem, chosen), *sampling_notes(losses.protocol))
     needs = needs_of(problem, candidates[0].allocation)
     figure = problem.budget.figure(problem.budget.bits)
     curves = _curves(problem, named, losses) if curve else {}
@@ -234,17 +294,12 @@ def allocated(recipe: Recipe, allocation: Allocation) -> Recipe:
 
 def written_bytes(problem: Problem, schemes: Mapping[str, Scheme | None]) -> int:
     """Bytes of the weight files with these schemes: never less than what will be written, and closer than 1 kB a shard."""
-    shapes = {
-        name: shape
-        for unit in problem.units
-        for name, shape in unit.shapes.items()
-        if name not in unit.shared
-    }
-    bits = sum(scheme_bits(schemes[name], shape) for name, shape in shapes.items())
-    names = dict(problem.float_shapes)
-    for name, shape in shapes.items():
-        names |= _stored_shapes(name, shape, schemes[name])
-    size = problem.float_bytes + bits // 8
+    given = [(unit, schemes[next(iter(unit.shapes))]) for unit in problem.units]
+    bits = sum(unit.bits(scheme) for unit, scheme in given)
+    names = dict(problem.other_shapes)
+    for unit, scheme in given:
+        names |= _stored_shapes(unit, scheme)
+    size = problem.other_bytes + bits // 8
     return size + _header_bytes(names, size, problem.shards)
 
 
@@ -258,20 +313,24 @@ def _most_header_bytes(
     """Bytes of the headers when every layer has every part that some level stores."""
     names = dict(names)
     for unit in units:
-        for name, shape in unit.shapes.items():
-            for level in levels if name not in unit.shared else ():
-                names |= _stored_shapes(name, shape, level)
+        for level in levels:
+            names |= _stored_shapes(unit, level)
     return _header_bytes(names, size, shards)
 
 
-def _stored_shapes(layer: str, shape: tuple[int, int], scheme: Scheme | None) -> dict[str, tuple[int, ...]]:
-    if scheme is None:
-        return {f"{layer}.weight": shape}
-    parts = part_shapes(scheme, shape)
-    return {
-        tensor_name(layer, part): (math.prod(size),) if part == "codes" else size
-        for part, (_, size) in parts.items()
-    }
+def _stored_shapes(unit: Unit, scheme: Scheme | None) -> dict[str, tuple[int, ...]]:
+    """The tensors of a unit in the file, by name, and how the header writes their shapes."""
+    names: dict[str, tuple[int, ...]] = {}
+    for layer, shape in unit.shapes.items():
+        if layer in unit.shared:
+            continue
+        if scheme is None:
+            names[f"{layer}.weight"] = shape
+            continue
+        kept = kept_count(shape[1], unit.outliers) if unit.outliers else 0
+        for part, (_, size) in part_shapes(scheme, shape, kept).items():
+            names[tensor_name(layer, part)] = (math.prod(size),) if part == "codes" else size
+    return names
 
 
 def _header_bytes(names: Mapping[str, Sequence[int]], size: int, shards: int) -> int:
@@ -418,12 +477,14 @@ def _valued(
     names = [unit.name for unit in problem.units]
     where = subject or problem.weights
     if isinstance(scores, Losses):
+        scores = replace(scores, rows=_without_fixed(problem, scores.rows))
         check_scores(scores, names, problem.weights.model)
         missing = [str(level) for level in problem.levels if level not in scores.schemes]
         if missing:
             raise RecipeError(f"these losses do not cover {', '.join(missing)}; measure them for all levels")
         return _lift(problem, scores), scores
     if isinstance(scores, Scores):
+        scores = replace(scores, values=_without_fixed(problem, scores.values))
         check_scores(scores, names, problem.weights.model)
         errors = make_losses(
             problem.weights, problem.units, "weight-error", problem.levels, progress=progress
@@ -433,6 +494,15 @@ def _valued(
     if losses.method == scores:
         return _lift(problem, losses), losses
     return make_scores(where, problem.units, scores, None, ids, problem.recipe.seed, progress), losses
+
+
+def _without_fixed(problem: Problem, values: Mapping[str, Value]) -> dict[str, Value]:
+    """Values of units; those of linears, and of whole blocks of them, that the recipe fixes are not needed."""
+    units = {unit.name for unit in problem.units}
+    gone = set(problem.fixed) | {
+        name for name in values if any(fixed.startswith(f"{name}.") for fixed in problem.fixed)
+    }
+    return {name: value for name, value in values.items() if name in units or name not in gone}
 
 
 def _lift(problem: Problem, losses: Losses) -> Scores:
@@ -448,6 +518,11 @@ def _lift(problem: Problem, losses: Losses) -> Scores:
     return replace(worth, values={name: value / price[name] for name, value in worth.values.items()})
 
 
+def _solvers() -> tuple[Solver, ...]:
+    """Those that can run here: the exact one needs scipy, an extra."""
+    return ("exact", "order") if find_spec("scipy") else ("order",)
+
+
 def _solve(problem: Problem, budget: Budget, scores: Scores, losses: Losses, solver: Solver) -> Solution:
     if solver == "exact":
         return exact(problem.units, problem.levels, budget, losses)
@@ -461,16 +536,25 @@ def _candidate(problem: Problem, name: str, solution: Solution, method: str) -> 
     )  # fmt: skip
     size = written_bytes(problem, allocation.schemes)
     loss = None if solution.loss != solution.loss else solution.loss
-    return Candidate(name, allocation, solution.bits / problem.weights_count, size, loss)
+    return Candidate(name, allocation, problem.budget.per_weight(solution.bits), size, loss)
 
 
 def _left_over(problem: Problem, solution: Solution) -> tuple[str, ...]:
     left = problem.budget.bits - solution.bits
     if left < 0.02 * problem.budget.bits:
         return ()
-    return (
-        f"{100 * left / problem.budget.bits:.1f} % of the budget is left: nothing it could buy is expected to help",
-    )
+    taken = {unit.name: solution.picks[unit.name] for unit in problem.units}
+    costs = cost_table(problem.units, problem.levels)
+    steps = [
+        price - cost[taken[unit.name]]
+        for unit, cost in zip(problem.units, costs, strict=True)
+        for price in cost
+        if price > cost[taken[unit.name]]
+    ]
+    why = "nothing it could buy is expected to help" if steps else "every layer has the dearest level"
+    if steps and min(steps) > left:
+        why = "the smallest step that is left to take costs more"
+    return (f"{100 * left / problem.budget.bits:.1f} % of the budget is left: {why}",)
 
 
 def _curves(problem: Problem, scores: Scores, losses: Losses) -> dict[str, tuple[tuple[float, float], ...]]:
@@ -478,26 +562,32 @@ def _curves(problem: Problem, scores: Scores, losses: Losses) -> dict[str, tuple
     costs = cost_table(problem.units, problem.levels)
     least, most = sum(map(min, costs)), sum(map(max, costs))
     budgets = [
-        Budget(least + (most - least) * i // (STEPS - 1), problem.weights_count, "average bits")
+        replace(problem.budget, bits=least + (most - least) * i // (STEPS - 1), question="average bits")
         for i in range(STEPS)
     ]
     curves: dict[str, tuple[tuple[float, float], ...]] = {}
-    solvers: tuple[Solver, ...] = ("exact", "order")
-    for solver in solvers:
+    for solver in _solvers():
         solved = [_solve(problem, budget, scores, losses, solver) for budget in budgets]
-        curves[solver] = tuple((s.bits / problem.weights_count, s.loss) for s in solved)
+        curves[solver] = tuple((problem.budget.per_weight(s.bits), s.loss) for s in solved)
     points = []
     for i, level in enumerate(problem.levels):
         column = losses.schemes.index(level)
         total = sum(cost[i] for cost in costs)
-        points.append((total / problem.weights_count, sum(row[column] for row in losses.rows.values())))
+        points.append((problem.budget.per_weight(total), sum(row[column] for row in losses.rows.values())))
     curves["uniform"] = tuple(sorted(points))
     return curves
 
 
-def _float_schedule(recipe: Recipe, source: Source, layers: Iterable[str]) -> Schedule:
+def _schedule(recipe: Recipe, source: Source, layers: Iterable[str]) -> tuple[Schedule, int]:
+    """What will be written, as if the budget's `layers` stayed float, and over how many files.
+
+    A calibrated run writes a file for each block and one for the rest; a rotation makes two matrices of a tied head and table.
+    """
     floats = allocated(recipe, Allocation(dict.fromkeys(layers)))
-    shell = skeleton(
-        model_config(source, recipe.trust_remote_code), trust_remote_code=recipe.trust_remote_code
-    )
-    return make_schedule(floats, source, shell)
+    config = model_config(source, recipe.trust_remote_code)
+    untied = recipe.calibration is not None and untie(config, recipe.calibration.transforms)
+    shell = skeleton(config, trust_remote_code=recipe.trust_remote_code)
+    schedule = make_schedule(floats, source, shell, untied=untied)
+    if recipe.calibration is None:
+        return schedule, len(schedule.shards)
+    return schedule, 1 + len(list(blocks(shell, family_of(shell))))

@@ -85,16 +85,21 @@ def compare_with_quantizing(
     subject: Subject,
     units: Sequence[Unit],
     scores: Scores,
-    high: Scheme,
-    low: Scheme,
+    high: Scheme | None,
+    low: Scheme | None,
     held_out: Tensor,
     progress: Progress | None = None,
 ) -> dict[str, list[tuple[float, float]]]:
     """Dropping blocks against lowering them from `high` to `low`, by one order: (stored bits per weight, nats per token).
 
     Bits are over the weights of the whole model, so that what was dropped counts as saved. Both lines start at `high`
-    everywhere; block after block goes, the least important first.
+    everywhere (None: float); block after block goes, the least important first. Raises `RecipeError` when `low` takes no fewer
+    bits than `high`.
     """
+    if sum(unit.bits(low) for unit in units) >= sum(unit.bits(high) for unit in units):
+        raise RecipeError(
+            f"--low {low or 'float'} takes no fewer bits than --high {high or 'float'}; name a smaller scheme"
+        )
     weights = sum(unit.weights for unit in units)
     filled = [
         [rounded(subject, dict.fromkeys(unit.shapes, scheme)) for scheme in (high, low)] for unit in units

@@ -75,9 +75,8 @@ def make_scores(
                 f"score {name!r} looks at what a scheme does to a layer; name the low level, such as nf2/64"
             )
         losses = make_losses(weights, units, name, (scheme,), ids, seed, progress)
-        scores = Scores(
-            {key: row[0] for key, row in losses.rows.items()}, name, losses.model, "order", losses.protocol
-        )
+        values = {key: row[0] for key, row in losses.rows.items()}
+        scores = Scores(values, name, losses.model, "order", {**losses.protocol, "scheme": str(scheme)})
     else:
         assert found.plain is not None
         plain = found.plain

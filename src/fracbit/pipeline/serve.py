@@ -25,7 +25,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from fracbit.errors import DataError
-from fracbit.kernels import Activations
+from fracbit.kernels import Activations, choose
 from fracbit.models.cache import PackedCache, cache_bytes
 from fracbit.models.quant_linear import QuantEmbedding, QuantLinear
 from fracbit.models.step import Decoder, obstacle
@@ -119,7 +119,18 @@ NATIVE_STEP = "native step"
 def step_of(model: PreTrainedModel, kv_bits: int = 16) -> Step:
     """The fastest way there is for this model and a KV cache of `kv_bits`. Activations must have been chosen before."""
     reason = obstacle(model) if kv_bits == 16 else f"the KV cache has {kv_bits} bits"
-    return Step(Decoder(model), NATIVE_STEP) if reason is None else Step(None, f"layer by layer: {reason}")
+    if reason is None:
+        return Step(Decoder(model), NATIVE_STEP)
+    exact = "; activations stay exact: no kernel here rounds them" if _stays_exact(model) else ""
+    return Step(None, f"layer by layer: {reason}{exact}")
+
+
+def _stays_exact(model: PreTrainedModel) -> bool:
+    """Whether a packed layer was asked for a path that its kernel does not have."""
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    return any(
+        layer.activations not in choose(layer.scheme, model.device, layer.shape).paths for layer in layers
+    )
 
 
 def new_cache(model: PreTrainedModel, kv_bits: int, step: Step | None = None, room: int = 0) -> Cache:
@@ -189,7 +200,7 @@ def continue_ids(
 ) -> Generation:
     """Continue `ids` [prompts, tokens], of which `cache` already holds the first ones; `show` may get the prompt too."""
     held = cache.get_seq_length()
-    _check_room(model, ids.shape[1], settings)
+    check_room(model, ids.shape[1], settings.max_new_tokens)
     clock = _Clock(_Shown(tokenizer, show, show_prompt) if show is not None and len(ids) == 1 else None)
     how: dict[str, Any] = {"do_sample": False}
     if settings.temperature:
@@ -273,11 +284,12 @@ def read_prompt(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache,
     return logits
 
 
-def _check_room(model: PreTrainedModel, tokens: int, settings: Settings) -> None:
+def check_room(model: PreTrainedModel, tokens: int, new_tokens: int) -> None:
+    """Raises `DataError` when `model` has too few positions for a prompt of `tokens` and what comes after it."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if limit and tokens + settings.max_new_tokens > limit:
+    if limit and tokens + new_tokens > limit:
         raise DataError(
-            f"{tokens} tokens of prompt and {settings.max_new_tokens} new ones are more than the model's {limit} "
+            f"{tokens} tokens of prompt and {new_tokens} new ones are more than the model's {limit} "
             "positions; shorten the prompt or ask for fewer new tokens"
         )
 

@@ -6,7 +6,7 @@ weights go into the float model in place, the kept copies come back afterwards, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -60,13 +60,16 @@ class Weights:
         sample = b"".join(_some_of(self.read(name)).numpy().tobytes() for name in some)
         return fingerprint(((name, (layer.out, layer.width)) for name, layer in self.layers.items()), sample)
 
-    def units(self, granularity: Granularity = "block", fused: bool = False) -> tuple[Unit, ...]:
-        """The linears gathered into units that get their scheme together."""
+    def units(
+        self, granularity: Granularity = "block", fused: bool = False, without: Collection[str] = ()
+    ) -> tuple[Unit, ...]:
+        """The linears, but those named in `without`, gathered into units that get their scheme together."""
         shapes = [
             LayerShape(
                 layer.name, (layer.out, layer.width), f"{self.blocks}.{layer.block}", layer.group, layer.tied
             )
             for layer in self.layers.values()
+            if layer.name not in without
         ]
         return make_units(shapes, granularity, fused)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -19,8 +19,35 @@ def samples_of(
     text: str, model: str, subject: Subject, samples: int = SAMPLES, length: int = LENGTH, seed: int = 0
 ) -> Tensor:
     """Token ids int64 [samples, length] drawn from `text` (grammar: data/source.py). Raises `DataError`, `SourceError`."""
+    return known_samples_of(text, model, subject, samples, length, seed)[0]
+
+
+def known_samples_of(
+    text: str, model: str, subject: Subject, samples: int = SAMPLES, length: int = LENGTH, seed: int = 0
+) -> tuple[Tensor, dict[str, str]]:
+    """As `samples_of`, and what a score's protocol says of the text: `source` and `sha256`."""
     tokens = read_documents(text, tokenizer_or_none(model), vocabulary_of(subject))
-    return sample(tokens, samples=samples, length=length, seed=seed).ids.to(subject.model.device)
+    ids = sample(tokens, samples=samples, length=length, seed=seed).ids.to(subject.model.device)
+    return ids, {"source": tokens.source, "sha256": tokens.sha256}
+
+
+def seen_notes(text: str, seen: object, model: str, subject: Subject) -> tuple[str, ...]:
+    """Notes where the held-out `text` shares documents with the text that a score saw (`text` of its protocol).
+
+    Raises `DataError`, `SourceError`.
+    """
+    if (
+        not isinstance(seen, Mapping) or "source" not in seen
+    ):  # a score that read nothing, or a file from elsewhere
+        return ()
+    tokenizer, vocabulary = tokenizer_or_none(model), vocabulary_of(subject)
+    return overlap_notes(
+        read_documents(text, tokenizer, vocabulary),
+        [dict(seen)],
+        tokenizer,
+        vocabulary,
+        "text that the score saw",
+    )
 
 
 def overlap_of(text: str, calibration: Sequence[str], model: str, subject: Subject) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fracbit.errors import WeightError
+from fracbit.numerics.blocks import row_chunks
 from fracbit.numerics.datatypes import is_fitted
 from fracbit.numerics.grid import Grid, codes_of, fit, in_16_bits, moved, pack, values_of
 from fracbit.numerics.linalg import (
@@ -40,6 +41,7 @@ from fracbit.quantizers.refit import refit_scales, refit_table
 from fracbit.quantizers.sweep import Lattice, spread_grid, sweep
 from fracbit.records.scheme import Scheme
 
+CHECKED = 1 << 18  # weights of round-to-nearest between two looks at what they cost so far
 ENOUGH = 1e-3  # relative gain of a round below which refinement stops
 
 
@@ -218,14 +220,20 @@ def relative(costs: Tensor, powers: Tensor) -> float:
 def _not_worse(
     weight: Tensor, gram: Tensor, start: Grid, solution: Solution
 ) -> tuple[PackedTensor, Tensor, tuple[str, ...]]:
-    """The solution, or round-to-nearest on the grid it started from where that costs less; and what each row costs."""
-    packed = pack(solution.codes, solution.grid)
-    costs = gram_errors(weight - decode(packed), gram)
-    codes = codes_of(weight, start)
-    nearest = gram_errors(weight - values_of(codes, start), gram)
-    if float(nearest.sum()) < float(costs.sum()):
-        return pack(codes, start), nearest, ("round-to-nearest kept: feeding errors back cost more",)
-    return packed, costs, ()
+    """The solution, or round-to-nearest on the grid it started from where that costs less; and what each row costs.
+
+    Round-to-nearest is dearer as soon as its first rows cost more than all of the solution: the others are not multiplied.
+    """
+    costs = gram_errors(solution.error.T, gram)
+    most, spent = float(costs.sum()), 0.0
+    codes, nearest = codes_of(weight, start), []
+    for first, last in row_chunks(start.shape, start.scheme, CHECKED):
+        rounded = values_of(codes[first:last], start, first, last)
+        nearest.append(gram_errors(weight[first:last] - rounded, gram))
+        spent += float(nearest[-1].sum())
+        if spent >= most:
+            return pack(solution.codes, solution.grid), costs, ()
+    return pack(codes, start), torch.cat(nearest), ("round-to-nearest kept: feeding errors back cost more",)
 
 
 def _gram_of(stats: Stats | None, weight: Tensor) -> Tensor:

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from fracbit.errors import FormatError, RecipeError, SchemeError
+from fracbit.records.files import check_keys, read_json, write_json
+from fracbit.records.recipe import Recipe
 from fracbit.records.scheme import Scheme
-from fracbit.records.scores import read_json
+from fracbit.records.scores import read_scheme
 
 VERSION = 1
+KEYS: dict[str, type] = {"schemes": list, "layers": dict, "model": str, "origin": dict, "notes": list}
 _OFFSETS = {"": "none", "z": "zero", "f": "float", "m": "mean"}
 _LABEL = re.compile(
     r"(?P<dtype>[a-z]+(:[A-Za-z0-9./]+?)?)(?P<bits>\d)(?P<offset>[zfm]?)[/:](?P<block>row|tensor|flat:\d+|\d+)"
@@ -63,14 +66,11 @@ class Allocation:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Allocation:
         """Read what `to_json` wrote. Raises `FormatError` for another version, missing keys or a number without scheme."""
-        if data.get("allocation") != VERSION:
-            raise FormatError(f"expected an allocation of version {VERSION}, got {data.get('allocation')!r}")
-        missing = [key for key in ("schemes", "layers") if key not in data]
-        if missing:
-            raise FormatError(f"the allocation lacks the keys {', '.join(missing)}")
-        schemes = [_scheme(item) for item in data["schemes"]]
+        data = {"model": "", "origin": {}, "notes": [], **data}
+        check_keys(data, "allocation", VERSION, KEYS)
+        schemes = [read_scheme(item) for item in data["schemes"]]
         layers = {name: _numbered(name, number, schemes) for name, number in data["layers"].items()}
-        return Allocation(layers, data.get("model", ""), data.get("origin", {}), tuple(data.get("notes", ())))
+        return Allocation(layers, data["model"], data["origin"], tuple(map(str, data["notes"])))
 
 
 def uniform(names: Iterable[str], scheme: Scheme | None, model: str = "") -> Allocation:
@@ -78,8 +78,8 @@ def uniform(names: Iterable[str], scheme: Scheme | None, model: str = "") -> All
     return Allocation(dict.fromkeys(names, scheme), model, {"solver": "uniform"})
 
 
-def check_allocation(allocation: Allocation, names: Sequence[str]) -> None:
-    """Refuse an allocation that does not name exactly these layers. Raises `RecipeError`."""
+def check_allocation(allocation: Allocation, names: Sequence[str], model: str = "") -> None:
+    """Refuse an allocation that does not name exactly these layers, or was made for another `model`. Raises `RecipeError`."""
     missing = [name for name in names if name not in allocation.schemes]
     unknown = [name for name in allocation.schemes if name not in set(names)]
     if missing or unknown:
@@ -88,13 +88,16 @@ def check_allocation(allocation: Allocation, names: Sequence[str]) -> None:
             f"this allocation belongs to another model: it {'lacks' if missing else 'names the unknown'} {some}; "
             f"the model has {len(names)} layers"
         )
+    if model and allocation.model and allocation.model != model:
+        raise RecipeError(
+            f"this allocation was made for model {allocation.model}, this one is {model}: the layers have the same names but "
+            "other weights. Plan for this model, or take the fingerprint out of the file to use it anyway"
+        )
 
 
 def save_allocation(allocation: Allocation, path: Path) -> None:
-    """Write as readable JSON, under a temporary name first."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(allocation.to_json(), indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    """Write as readable JSON, under a temporary name first. Raises `OutputError`."""
+    write_json(allocation.to_json(), path)
 
 
 def load_allocation(path: Path) -> Allocation:
@@ -102,9 +105,12 @@ def load_allocation(path: Path) -> Allocation:
     return Allocation.from_json(read_json(path))
 
 
-def recipe_text(allocation: Allocation, model: str) -> str:
-    """The allocation as a recipe in TOML, one override a layer, for `fracbit quantize recipe.toml -o OUT`."""
-    lines = [f"# {note}" for note in allocation.notes] + [f"model = {json.dumps(model)}"]
+def recipe_text(allocation: Allocation, recipe: Recipe) -> str:
+    """The recipe's model, embeddings and head with the allocation, one override a layer, as TOML for `fracbit quantize`."""
+    lines = [f"# {note}" for note in allocation.notes] + [f"model = {json.dumps(recipe.model)}"]
+    for name, scheme in (("embeddings", recipe.embeddings), ("head", recipe.head)):
+        if scheme is not None:
+            lines.append(f"{name} = {_inline(scheme.to_json())}")
     for name, scheme in allocation.schemes.items():
         chosen = "keep = true" if scheme is None else f"scheme = {_inline(scheme.to_json())}"
         lines += ["", "[[overrides]]", f"layers = {json.dumps(name)}", chosen]
@@ -141,14 +147,6 @@ def read_level(label: str) -> Scheme | None:
 def read_levels(text: str) -> tuple[Scheme | None, ...]:
     """Schemes from labels with commas between them: `nf4/64,nf3/64,int2z/32`."""
     return tuple(read_level(label) for label in text.split(",") if label.strip())
-
-
-def _scheme(item: object) -> Scheme | None:
-    if item is None:
-        return None
-    if not isinstance(item, Mapping):
-        raise FormatError(f"a scheme of an allocation is {item!r}, expected an object or null")
-    return Scheme.from_json({key: value for key, value in item.items() if key != "label"})
 
 
 def _numbered(name: str, number: object, schemes: list[Scheme | None]) -> Scheme | None:

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fracbit.errors import FormatError, RecipeError
+from fracbit.records.files import check_keys, read_json, write_json
 from fracbit.records.scheme import Scheme
 
 Kind = Literal["order", "sensitivity"]
 """What a score's numbers mean: only an order, or nats of loss per squared relative error of the weights."""
 
 VERSION = 1
+HEAD: dict[str, type] = {"method": str, "model": str, "protocol": dict}
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,11 @@ class Scores:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Scores:
-        """Read what `to_json` wrote. Raises `FormatError` for another version or missing keys."""
-        _check_version(data, "scores", ("method", "model", "kind", "values"))
+        """Read what `to_json` wrote. Raises `FormatError` for another version, missing or misshapen keys."""
+        data = {"protocol": {}, **data}
+        check_keys(data, "scores", VERSION, HEAD | {"kind": str, "values": dict})
         values = {name: _number(name, value) for name, value in data["values"].items()}
-        return Scores(values, data["method"], data["model"], data["kind"], data.get("protocol", {}))
+        return Scores(values, data["method"], data["model"], data["kind"], data["protocol"])
 
 
 @dataclass(frozen=True)
@@ -99,11 +102,12 @@ class Losses:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Losses:
-        """Read what `to_json` wrote. Raises `FormatError` for another version or missing keys."""
-        _check_version(data, "losses", ("method", "model", "schemes", "rows"))
-        schemes = tuple(None if scheme is None else Scheme.from_json(scheme) for scheme in data["schemes"])
-        rows = {name: tuple(_number(name, value) for value in row) for name, row in data["rows"].items()}
-        return Losses(schemes, rows, data["method"], data["model"], data.get("protocol", {}))
+        """Read what `to_json` wrote. Raises `FormatError` for another version, missing or misshapen keys."""
+        data = {"protocol": {}, **data}
+        check_keys(data, "losses", VERSION, HEAD | {"schemes": list, "rows": dict})
+        schemes = tuple(read_scheme(item) for item in data["schemes"])
+        rows = {name: _numbers(name, row) for name, row in data["rows"].items()}
+        return Losses(schemes, rows, data["method"], data["model"], data["protocol"])
 
 
 def fingerprint(layers: Iterable[tuple[str, tuple[int, int]]], sample: bytes = b"") -> str:
@@ -140,23 +144,8 @@ def check_scores(record: Scores | Losses, layers: Sequence[str], model: str | No
 
 
 def save_json(record: Scores | Losses, path: Path) -> None:
-    """Write a record as readable JSON, under a temporary name first."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(record.to_json(), indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises `FormatError` when it cannot be read or is something else."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FormatError(f"{path} cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FormatError(f"{path} is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise FormatError(f"{path} holds a {type(data).__name__}, expected an object")
-    return data
+    """Write a record as readable JSON, under a temporary name first. Raises `OutputError`."""
+    write_json(record.to_json(), path)
 
 
 def load_scores(path: Path) -> Scores | Losses:
@@ -171,18 +160,25 @@ def _head(record: Scores | Losses) -> dict[str, Any]:
     return {"method": record.method, "model": record.model, "protocol": dict(record.protocol)}
 
 
-def _check_version(data: Mapping[str, Any], what: str, keys: Sequence[str]) -> None:
-    if data.get(what) != VERSION:
-        raise FormatError(f"expected {what} of version {VERSION}, got {data.get(what)!r}; make them anew")
-    missing = [key for key in keys if key not in data]
-    if missing:
-        raise FormatError(f"{what} lack the keys {', '.join(missing)}; make them anew")
-
-
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise FormatError(f"the score of {name} is {value!r}, expected a number")
     return float(value)
+
+
+def read_scheme(item: object) -> Scheme | None:
+    """A scheme as an object of its fields, None for null. Raises `FormatError`, `SchemeError`."""
+    if item is None:
+        return None
+    if not isinstance(item, Mapping):
+        raise FormatError(f"a scheme is {item!r}, expected an object or null")
+    return Scheme.from_json({key: value for key, value in item.items() if key != "label"})
+
+
+def _numbers(name: str, row: object) -> tuple[float, ...]:
+    if not isinstance(row, list):
+        raise FormatError(f"the losses of {name} are {row!r}, expected an array of numbers, one a scheme")
+    return tuple(_number(name, value) for value in row)
 
 
 def _check_finite(items: Iterable[tuple[str, float]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 
-from fracbit.records.row import Row
+from fracbit.records.row import Evaluation, Row
 from fracbit.records.scheme import scale_label
 
 
@@ -13,10 +13,10 @@ def command_of(row: Row) -> str:
     """A shell command; for a float row the evaluation, for arms that only studies have the sweep of `grid_of`."""
     run = row.run
     recipe, scheme = run.recipe, run.recipe.scheme
-    model = shlex.quote(recipe.model)
+    model = shlex.quote(recipe.model) + (" --trust-remote-code" if recipe.trust_remote_code else "")
     if not run.quantized:
-        return f"fracbit eval {model} --text {shlex.quote(run.evaluation.text)}"
-    if run.outliers is not None or run.correction != "none" or run.calibration is not None:
+        return " ".join([f"fracbit eval {model}", *_evaluation_flags(run.evaluation)])
+    if run.outliers or run.correction != "none" or run.calibration or recipe.embeddings or recipe.head:
         return "fracbit sweep one.toml --store one.db"
     flags = [
         f"--dtype {shlex.quote(scheme.dtype)}",
@@ -35,7 +35,10 @@ def grid_of(row: Row) -> str:
     """A grid file (TOML) whose only run is this row's."""
     run = row.run
     recipe, scheme = run.recipe, run.recipe.scheme
-    lines = [f"models = {_toml(recipe.model)}", f"baseline = {_toml(not run.quantized)}", "", "[evaluation]"]
+    lines = [f"models = {_toml(recipe.model)}", f"baseline = {_toml(not run.quantized)}"]
+    whole = recipe.model_dump(mode="json", include={"trust_remote_code", "embeddings", "head"})
+    lines += [f"{name} = {_toml(value)}" for name, value in whole.items() if value]
+    lines += ["", "[evaluation]"]
     lines += [
         f"{name} = {_toml(value)}" for name, value in run.evaluation.model_dump(exclude_defaults=True).items()
     ]
@@ -53,6 +56,15 @@ def grid_of(row: Row) -> str:
     )
 
 
+def _evaluation_flags(evaluation: Evaluation) -> list[str]:
+    given = evaluation.model_dump(exclude_defaults=True)
+    if "tasks" in given:
+        given["tasks"] = ",".join(evaluation.tasks)
+    return [f"--{name} {shlex.quote(str(value))}" for name, value in given.items()]
+
+
 def _toml(value: object) -> str:
-    """Strings, numbers, booleans and lists are written in TOML as in JSON."""
+    """Strings, numbers, booleans and lists are written in TOML as in JSON, tables between braces."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{name} = {_toml(item)}" for name, item in value.items()) + " }"
     return json.dumps(value, ensure_ascii=False)

@@ -158,8 +158,10 @@ def slices(rows: Sequence[Row], precisions: int = 3, models: int = 2) -> dict[Sl
         if len({bits_of(row) for row in members}) >= precisions
         and len({row.run.recipe.model for row in members}) >= models
     }
-    # Of equally full ones those in blocks of 64 come first, the usual choice.
-    return dict(sorted(enough.items(), key=lambda item: (-len(item[1]), item[0].block != "64", str(item[0]))))
+    # Of equally full ones the usual choices come first: blocks of 64, and int.
+    return dict(
+        sorted(enough.items(), key=lambda i: (-len(i[1]), i[0].block != "64", i[0].dtype != "int", str(i[0])))
+    )
 
 
 def size_of(row: Row) -> float:

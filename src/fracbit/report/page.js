@@ -41,6 +41,9 @@ function layout(x, y, more) {
   }, more || {});
 }
 function draw(id, traces, shape) {
+  // A long legend below the plot would squeeze it on a phone: it gets room of its own, two names a line.
+  const long = traces.length > 8 && shape.legend.orientation === "h";
+  at(id).style.height = long ? `${18 + 1.1 * traces.length}rem` : "";
   return Plotly.react(id, traces, shape, { responsive: true, displaylogo: false, displayModeBar: false });
 }
 // Logarithms in titles where a collapsed run would flatten all others.

@@ -15,6 +15,7 @@ from statistics import median
 
 from safetensors import SafetensorError, safe_open
 
+from fracbit.bundled import bundled_model
 from fracbit.records.row import Row, Run
 from fracbit.sweep.grid import Expansion
 
@@ -90,10 +91,11 @@ def measured_alike(expansion: Expansion, rows: Sequence[Row]) -> list[Row]:
 
 
 def parameters_of(model: str, root: Path) -> int | None:
-    """Parameters of a local checkpoint, read from its safetensors headers; None for hub ids and unreadable folders."""
+    """Parameters of a local or the bundled checkpoint, from its headers; None for hub ids and unreadable folders."""
+    folder = bundled_model() if model == "bundled" else root / model
     total = 0
     try:
-        for file in sorted((root / model).glob("*.safetensors")):
+        for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, framework="numpy") as tensors:
                 total += sum(_size(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
     except (SafetensorError, OSError):

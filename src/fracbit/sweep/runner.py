@@ -67,7 +67,8 @@ def run_sweep(
                 progress(row, len(runs) - len(missing) + measured - before, len(runs))
         if measured == before:
             time.sleep(POLL)  # another sweep is at what is left
-    failed = tuple(row for row in store.rows("failed") if row.key in runs)
+    there = {row.key: row for row in store.rows("failed")}
+    failed = tuple(there[key] for key in runs if key in there)  # in the order of the grid
     return Outcome(len(runs), measured, failed, time.perf_counter() - started)
 
 
@@ -82,8 +83,11 @@ def failed_row(run: Run, error: str) -> Row:
 
 
 def check_complete(outcome: Outcome) -> str:
-    """The closing list of failed runs, "" when there are none."""
+    """The closing list of failed runs, those of one reason together; "" when there are none."""
     if not outcome.failed:
         return ""
-    lines = [f"  {row.run}: {row.error}" for row in outcome.failed]
-    return "\n".join([f"{len(outcome.failed)} of {outcome.total} runs failed:", *lines])
+    reasons: dict[str, list[str]] = {}
+    for row in outcome.failed:
+        reasons.setdefault(str(row.error), []).append(str(row.run))
+    head = f"{len(outcome.failed)} of {outcome.total} runs failed; --retry-failed tries them again:"
+    return "\n".join([head, *(f"  {error}\n    {', '.join(names)}" for error, names in reasons.items())])

@@ -33,6 +33,7 @@ except ImportError as error:  # an extra; everything else of fracbit works witho
 SCHEMA_VERSION = 2  # 2 added the columns scale, search and text_sha256
 LEASE = 120.0
 HEARTBEAT = 15.0
+CREATING = 0x66726163  # names PostgreSQL's advisory lock: any number that all drivers share
 
 METADATA = sa.MetaData()
 ABOUT = sa.Table(
@@ -229,6 +230,9 @@ def _engine(where: str) -> sa.Engine:
     url = where.replace("postgres://", "postgresql://", 1).replace(
         "postgresql://", "postgresql+psycopg://", 1
     )
+    if not url.startswith(("postgresql", "sqlite")):
+        kind = where.partition("://")[0]
+        raise OutputError(f"no store can be in {kind}: name an SQLite file or postgresql://USER@HOST/NAME")
     try:
         return sa.create_engine(url, pool_pre_ping=True)
     except exc.ArgumentError as error:
@@ -258,10 +262,8 @@ def _check_schema(engine: sa.Engine, where: str) -> None:
             raise FormatError(
                 f"{shown(where)} has tables {sorted(foreign)} but is no fracbit store: name another file"
             )
-        METADATA.create_all(engine)
         with engine.begin() as link:
-            if link.scalar(sa.select(ABOUT.c.value)) is None:
-                _insert_version(link)
+            _create(link)
         return
     with engine.begin() as link:
         _migrate(link, where)
@@ -293,13 +295,16 @@ def _migrate(link: sa.Connection, where: str) -> None:
     link.execute(sa.update(ABOUT).where(ABOUT.c.name == "schema").values(value=str(SCHEMA_VERSION)))
 
 
-def _insert_version(link: sa.Connection) -> None:
-    nested = link.begin_nested()
-    try:
+def _create(link: sa.Connection) -> None:
+    """Make the tables, one driver at a time: several may start on an empty database in the same moment.
+
+    SQLite's write lock is held already; PostgreSQL checks and creates in two steps that others can come between.
+    """
+    if link.dialect.name == "postgresql":
+        link.execute(sa.select(sa.func.pg_advisory_xact_lock(CREATING)))
+    METADATA.create_all(link)
+    if link.scalar(sa.select(ABOUT.c.value)) is None:
         link.execute(sa.insert(ABOUT).values(name="schema", value=str(SCHEMA_VERSION)))
-        nested.commit()
-    except exc.IntegrityError:  # another driver created the store in the same moment
-        nested.rollback()
 
 
 @contextmanager

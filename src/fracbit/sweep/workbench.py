@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -26,9 +26,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fracbit.bundled import bundled_model
 from fracbit.checkpoint.load import load, tokenizer_or_none
 from fracbit.data import Tokens, read_documents, sample
-from fracbit.errors import FracbitError, RecipeError, SourceError
+from fracbit.errors import DataError, FracbitError, RecipeError, SourceError
 from fracbit.evaluate.logits import ScoredRows, scored_rows, vocabulary_of
-from fracbit.evaluate.perplexity import Perplexity, default_window, summarize, window_nll
+from fracbit.evaluate.perplexity import Perplexity, default_window, finite_nll, summarize, window_nll
 from fracbit.evaluate.windows import Plan, plan_windows
 from fracbit.evaluate.zero_shot import Questions, ask, prepare, tasks_of
 from fracbit.models.blocks import blocks, groups, linears, norms, weight_of
@@ -49,7 +49,7 @@ from fracbit.sweep.corrections import CORRECTIONS, Subject
 from fracbit.sweep.outliers import choose_columns, producer_scores
 from fracbit.sweep.schedule import Source
 
-FLOAT_LOGITS_BYTES = 1 << 29
+FLOAT_LOGITS_BYTES = 1 << 30
 RUN_FAILURES: Final = (
     FracbitError,
     SafetensorError,
@@ -60,6 +60,17 @@ RUN_FAILURES: Final = (
     MemoryError,
 )
 """What a model that cannot be loaded, quantized or evaluated raises. Anything else is a bug of ours and stops the sweep."""
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """The float model's next-token distribution at a window's scored ids: `logs`, `chances` fp32 [scored, vocabulary] are the
+    log-probabilities and the probabilities, `top` int64 [scored] the most likely ids.
+    """
+
+    logs: Tensor
+    chances: Tensor
+    top: Tensor
 
 
 class Workbench:
@@ -104,7 +115,7 @@ class Workbench:
 
     def _quantize(self, run: Run) -> tuple[dict[str, object], tuple[str, ...]]:
         """Install the run's weights; bits and the relative squared error of what was quantized, and notes."""
-        self._float_logprobs  # noqa: B018 - computed now, while the float model can be had
+        self._expected  # noqa: B018 - computed now, while the float model can be had
         chosen = self._schemes(run)
         columns = self._columns(run, chosen)
         stats = self._stats(run, chosen)
@@ -147,7 +158,7 @@ class Workbench:
 
     def _evaluate(self) -> tuple[dict[str, object], tuple[str, ...]]:
         """Loss, divergence, accuracies, and notes."""
-        found, divergence, agreement = self._pass(self._float_logprobs)
+        found, divergence, agreement = self._pass(self._expected)
         figures: dict[str, object] = {
             "nll": found.nll,
             "perplexity": found.perplexity if math.isfinite(found.perplexity) else None,
@@ -179,33 +190,36 @@ class Workbench:
             raise SourceError(f"model {self.source.model} has no tokenizer: zero-shot tasks are text")
         return prepare(tasks_of(self.source.evaluation.tasks, self.root))
 
-    def _pass(self, reference: dict[int, Tensor]) -> tuple[Perplexity, float | None, float | None]:
+    def _pass(self, reference: dict[int, Expected]) -> tuple[Perplexity, float | None, float | None]:
         """One pass over the text gives the loss and, where the float model's are kept, what moved."""
         started = time.perf_counter()
         sums = [0.0] * len(self.plan.windows)
         divergence = agreed = 0.0
         compared = 0
         for rows in scored_rows(self.model, self.plan):
-            sums[rows.index] = window_nll(rows)
-            if rows.index in reference:
-                expected = reference[rows.index]
-                found = logprobs(rows)
-                divergence += float((expected.exp() * (expected - found)).sum())
-                agreed += int((expected.argmax(1) == found.argmax(1)).sum())
-                compared += len(found)
+            if rows.index not in reference:
+                sums[rows.index] = window_nll(rows)
+                continue
+            expected, found = reference[rows.index], logprobs(rows)
+            own = found.gather(1, rows.targets[:, None])
+            sums[rows.index] = finite_nll(rows, -float(own.double().sum()))
+            divergence += float((expected.logs - found).mul_(expected.chances).sum())
+            agreed += int((expected.top == found.argmax(1)).sum())
+            compared += len(found)
         result = summarize(self.plan, sums, _since(started))
         return result, divergence / compared if compared else None, agreed / compared if compared else None
 
     @cached_property
-    def _float_logprobs(self) -> dict[int, Tensor]:
-        """Log-probabilities [scored, vocabulary] of the float model, window by window while they fit."""
+    def _expected(self) -> dict[int, Expected]:
+        """What the float model expects, window by window while it fits."""
         self._restore({})
         room = FLOAT_LOGITS_BYTES
         kept = {}
         for rows in scored_rows(self.model, self.plan):
-            size = 4 * rows.logits.numel()
+            size = 8 * rows.logits.numel()
             if size <= room:
-                kept[rows.index] = logprobs(rows)
+                logs = logprobs(rows)
+                kept[rows.index] = Expected(logs, logs.exp(), logs.argmax(1))
                 room -= size
         return kept
 
@@ -287,9 +301,17 @@ class Workbench:
 
     def _read(self, text: str) -> Tokens:
         """A source of the data room; a path is looked for beside the grid first."""
-        beside = self.root / text.partition("?")[0]
+        location = text.partition("?")[0]
+        beside = self.root / location
         source = str(self.root / text) if beside.exists() else text
-        return read_documents(source, self.tokenizer, vocabulary_of(self.model))
+        try:
+            return read_documents(source, self.tokenizer, vocabulary_of(self.model))
+        except DataError as error:
+            if ":" in location or beside.exists() or Path(location).exists():
+                raise
+            raise DataError(
+                f"{error} Below the root of the grid, {self.root}, there is none either."
+            ) from error
 
     def _pack(
         self, name: str, scheme: Scheme, run: Run, stats: Stats | None, columns: Tensor | None

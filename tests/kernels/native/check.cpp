@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "attention.h"
 #include "gram.h"
 #include "linear.h"
 #include "pool.h"
@@ -290,6 +291,36 @@ bool gram(int64_t tokens, int64_t width, int64_t stride) {
     return true;
 }
 
+// Causal attention of whole sequences, heads in groups of two, against sums in double precision.
+bool causal(int64_t tokens, int64_t head) {
+    if (!has_causal()) return true;
+    const int64_t sequences = 2, heads = 4, group = 2, shared = heads / group;
+    Exact<float> q(sequences * heads * tokens * head), k(q.size / group), v(k.size), out(q.size);
+    for (const Exact<float>* array : {&q, &k, &v})
+        for (int64_t i = 0; i < array->size; ++i) array->data[i] = random_float();
+    const Strides own{heads * tokens * head, tokens * head, head}, held{shared * tokens * head, tokens * head, head};
+    const float scale = 0.5f;
+    attend_causal({q.data.get(), k.data.get(), v.data.get(), out.data.get(), own, held, held, own, sequences, heads, group, tokens, head, scale}, 2);
+    for (int64_t row = 0; row < sequences * heads * tokens; ++row) {
+        const int64_t token = row % tokens, other = row / tokens / group * tokens;
+        std::vector<double> sums(static_cast<size_t>(head));
+        double total = 0;
+        for (int64_t j = 0; j <= token; ++j) {
+            double score = 0;
+            for (int64_t d = 0; d < head; ++d) score += double(q.data[row * head + d]) * k.data[(other + j) * head + d];
+            const double weight = std::exp(score * scale);
+            total += weight;
+            for (int64_t d = 0; d < head; ++d) sums[static_cast<size_t>(d)] += weight * v.data[(other + j) * head + d];
+        }
+        for (int64_t d = 0; d < head; ++d)
+            if (!(std::fabs(out.data[row * head + d] - sums[static_cast<size_t>(d)] / total) < 1e-5)) {
+                std::printf("attention over %ld tokens, heads of %ld, is wrong at row %ld\n", long(tokens), long(head), long(row));
+                return false;
+            }
+    }
+    return true;
+}
+
 }  // namespace
 
 // check [n]: every n-th weight.
@@ -298,6 +329,8 @@ int main(int count, char** arguments) {
     int failed = !together(), done = 0, run_so_far = 0;
     for (const int64_t head : {2, 6, 16, 80})
         for (const Float type : {Float::f32, Float::bf16}) failed += !step(head, type);
+    for (const int64_t head : {8, 24})
+        for (const int64_t tokens : {0, 1, 31, 32, 45}) failed += !causal(tokens, head);
     for (const int64_t width : {1, 8, 47, 48, 100})
         for (const int64_t tokens : {0, 1, 7, 513}) failed += !gram(tokens, width, width + tokens % 3);
     const int64_t shapes[][2] = {{1, 1}, {1, 9}, {5, 127}, {7, 128}, {6, 129}, {9, 172}, {3, 400}};

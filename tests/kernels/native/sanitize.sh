@@ -17,6 +17,7 @@ case "$("${CXX:-g++}" -dumpmachine)" in
 x86_64*)
     vectors[avx2]="-mavx2 -mfma -mf16c"
     vectors[avx512]="${vectors[avx2]} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vnni"
+    vectors[attention]="-mavx512f -mfma"
     vectors[gram]="-mavx512f -mavx512bf16"
     ;;
 aarch64* | arm64*) vectors[neon_dot]="-march=armv8.2-a+dotprod" ;;
@@ -25,7 +26,7 @@ compile() { # one file, from the sources or from here
     # shellcheck disable=SC2086 - several flags in one word
     "${CXX:-g++}" "${flags[@]}" ${vectors[$1]-} -c "$2" -o "$build/$1.o"
 }
-sources=("$native"/linear.cpp "$native"/{avx512,avx2,gram,neon,neon_dot,plain,pool,step}.cpp "$here"/check.cpp)
+sources=("$native"/linear.cpp "$native"/{attention,avx512,avx2,gram,neon,neon_dot,plain,pool,step}.cpp "$here"/check.cpp)
 objects=()
 for source in "${sources[@]}"; do
     name="$(basename "$source" .cpp)"

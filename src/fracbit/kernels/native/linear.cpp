@@ -17,6 +17,8 @@ namespace {
 
 constexpr int64_t kMostTaskBytes = 1 << 17;   // codes read per task: enough to hide claiming it and starting a stream,
 constexpr int64_t kLeastTaskBytes = 1 << 14;  // few enough to share evenly
+constexpr int64_t kFoldChunks = 4;      // activations folded at a time: they stay in the first-level cache
+constexpr int64_t kFoldBytes = 1 << 12; // codes asked for meanwhile
 
 int64_t width(Float type) { return type == Float::f32 ? 4 : 2; }
 
@@ -75,6 +77,15 @@ void set_columns(Weight& w, const int32_t* outlier_columns, int64_t outliers) {
         if (!other[static_cast<size_t>(i)]) w.kept_columns.push_back(static_cast<int32_t>(i));
 }
 
+// Into the second-level cache: the first is too small for what is asked.
+void prefetch(const uint8_t* p) {
+#if defined(__GNUC__)
+    __builtin_prefetch(p, 0, 2);
+#else
+    (void)p;
+#endif
+}
+
 // Activations in fp32, natural order, padded with zeros to whole chunks; and those of the outlier columns.
 struct Activations {
     int64_t width = 0;
@@ -117,16 +128,24 @@ struct Lanes {
           a(reinterpret_cast<int8_t*>(a_scale + batch * chunks * kLanes)) {}
 };
 
-void fill(const Lanes& lanes, const Weight& w, const Isa& isa, const float* natural, int64_t n, bool int8) {
-    const int64_t chunks = w.chunks();
-    float* x = lanes.x + n * chunks * kChunk;
-    float* sum = lanes.x_sum + n * chunks * kLanes;
-    isa.transpose(natural, chunks, x);
+// `count` chunks of row n from `first` on.
+void fill(const Lanes& lanes, const Weight& w, const Isa& isa, const float* natural, int64_t n, bool int8, int64_t first, int64_t count) {
+    const int64_t c = n * w.chunks() + first;
+    float* x = lanes.x + c * kChunk;
+    float* sum = lanes.x_sum + c * kLanes;
+    isa.transpose(natural + first * kChunk, count, x);
     if (int8) {
-        isa.quantize(x, chunks, w.bits, lanes.a + n * chunks * kChunk, lanes.a_scale + n * chunks * kLanes, sum);
+        isa.quantize(x, count, w.bits, lanes.a + c * kChunk, lanes.a_scale + c * kLanes, sum);
     } else {
-        isa.lane_sums(x, chunks, sum);
+        isa.lane_sums(x, count, sum);
     }
+}
+
+float total(const float* x, int64_t lanes) {
+    float part[kLanes] = {};
+    for (int64_t i = 0; i < lanes; i += kLanes)
+        for (int64_t d = 0; d < kLanes; ++d) part[d] += x[i + d];
+    return std::accumulate(part, part + kLanes, 0.0f);
 }
 
 // Blocks of a row, padded as the kernels read them.
@@ -136,7 +155,7 @@ int64_t sums_stride(const Weight& w) { return aligned(w.along_out ? 1 : w.blocks
 void sum_blocks(const Weight& w, const float* lane_sums, float* block_sums) {
     std::fill(block_sums, block_sums + sums_stride(w), 0.0f);
     if (w.along_out || w.blocks == 1) {
-        block_sums[0] = std::accumulate(lane_sums, lane_sums + w.chunks() * kLanes, 0.0f);
+        block_sums[0] = total(lane_sums, w.chunks() * kLanes);
         return;
     }
     const int64_t lanes = w.block / 8, all = w.chunks() * kLanes;
@@ -248,6 +267,21 @@ void offsets_of(const Weight& w, const Isa& isa, int64_t group, int64_t width, f
     isa.transpose(offset, width / kChunk, lane_order);
 }
 
+// Activations of row n times the scales of a group, in lane order. Memory would idle for as long as the codes of a few rows take
+// to arrive, so the first of them are asked for meanwhile.
+void fold(const Call& call, const Lanes& lanes, int64_t n, const float* scale, float* scaled, const uint8_t* codes, int64_t bytes) {
+    const Weight& w = *call.w;
+    const float* x = call.x.kept + n * call.x.width;
+    std::fill(scaled + w.kept, scaled + call.x.width, 0.0f);
+    for (int64_t c = 0; c < w.chunks(); c += kFoldChunks) {
+        const int64_t count = std::min(kFoldChunks, w.chunks() - c), end = std::min((c + count) * kChunk, w.kept);
+        if (n == 0)
+            for (int64_t i = c / kFoldChunks * kFoldBytes, stop = std::min(i + kFoldBytes, bytes); i < stop; i += 64) prefetch(codes + i);
+        for (int64_t i = c * kChunk; i < end; ++i) scaled[i] = x[i] * scale[i];
+        fill(lanes, w, *call.isa, scaled, n, call.int8, c, count);
+    }
+}
+
 // Blocks of output channels: the scales of the group are folded into its activations, the rest is a plain dot product.
 void task_along_out(const Call& call, int64_t index, int worker) {
     const Weight& w = *call.w;
@@ -264,13 +298,10 @@ void task_along_out(const Call& call, int64_t index, int worker) {
     call.isa->to_float(at(w.scales, w.scale_type, group * w.kept), w.scale_type, w.kept, scale);
     offsets_of(w, *call.isa, group, width, offset, zero);
     for (int64_t n = 0; n < call.batch; ++n) {
-        const float* x = call.x.kept + n * width;
-        for (int64_t i = 0; i < w.kept; ++i) scaled[i] = x[i] * scale[i];
-        std::fill(scaled + w.kept, scaled + width, 0.0f);
-        fill(lanes, w, *call.isa, scaled, n, call.int8);
+        fold(call, lanes, n, scale, scaled, w.codes + first * w.stride(), (last - first) * w.stride());
         sum_blocks(w, lanes.x_sum + n * chunks * kLanes, sums + n * sums_stride(w));
         shift[n] = 0.0f;
-        if (w.offsets != nullptr) shift[n] = dot(offset, x, w.kept);
+        if (w.offsets != nullptr) shift[n] = dot(offset, call.x.kept + n * width, w.kept);
         if (!w.zeros.empty()) shift[n] = dot(zero, lanes.x + n * width, width);
     }
     RowJob job = call.job;
@@ -378,7 +409,7 @@ void load_activations(Call& call, const Matrix& x, Scratch& scratch) {
     const Lanes lanes(scratch.floats(Lanes::floats(batch, chunks)), batch, chunks);
     call.sums = scratch.floats(batch * sums_stride(w));
     for (int64_t n = 0; n < batch; ++n) {
-        fill(lanes, w, *call.isa, call.x.kept + n * call.x.width, n, call.int8);
+        fill(lanes, w, *call.isa, call.x.kept + n * call.x.width, n, call.int8, 0, chunks);
         sum_blocks(w, lanes.x_sum + n * chunks * kLanes, call.sums + n * sums_stride(w));
     }
     with_lanes(call.job, lanes, call.sums);

@@ -22,6 +22,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "attention.h"
 #include "gram.h"
 #include "linear.h"
 #include "pool.h"
@@ -33,7 +34,7 @@ using namespace fracbit;
 namespace {
 
 // Raised whenever a signature below changes, so that Python refuses an extension left over from another version.
-constexpr int kAbi = 5;
+constexpr int kAbi = 6;
 
 using Array = nb::ndarray<nb::ro, nb::device::cpu>;
 using Output = nb::ndarray<nb::device::cpu>;
@@ -415,6 +416,32 @@ void add_gram_checked(const Array& x, const Output& gram, int threads) {
              static_cast<float*>(gram.data()), threads);
 }
 
+// Where a [sequences, heads, tokens, head] array of floats keeps them; a head lies in one piece.
+Strides strides_of(const nb::ndarray<nb::device::cpu>& array, const char* name, const std::vector<int64_t>& shape) {
+    if (!is_type(array, nb::dlpack::dtype_code::Float, 32)) refuse(std::string(name) + " must be float32");
+    if (shape_of(array) != shape)
+        refuse(std::string(name) + " should have shape " + shape_text(shape) + ", got " + shape_text(shape_of(array)));
+    if (shape[3] > 1 && array.stride(3) != 1) refuse(std::string(name) + " must have contiguous heads");
+    return {array.stride(0), array.stride(1), array.stride(2)};
+}
+
+void attend_causal_checked(const Output& queries, const Output& keys, const Output& values, const Output& out, float scale,
+                           int threads) {
+    if (!has_causal()) refuse("this machine, or the compiler that built this module, has no AVX-512");
+    if (queries.ndim() != 4 || keys.ndim() != 4) refuse("queries and keys must be [sequences, heads, tokens, head]");
+    const auto shape = shape_of(queries);
+    const auto shared = static_cast<int64_t>(keys.shape(1));
+    if (shared < 1 || shape[1] % shared) refuse("the heads of the queries must be a multiple of those of the keys");
+    if (shape[3] < 1 || shape[3] % kHeadStep) refuse("a head must be a multiple of " + std::to_string(kHeadStep));
+    const std::vector<int64_t> held{shape[0], shared, shape[2], shape[3]};
+    const Causal job{static_cast<const float*>(queries.data()), static_cast<const float*>(keys.data()),
+                     static_cast<const float*>(values.data()), static_cast<float*>(out.data()),
+                     strides_of(queries, "queries", shape), strides_of(keys, "keys", held), strides_of(values, "values", held),
+                     strides_of(out, "out", shape), shape[0], shape[1], shape[1] / shared, shape[2], shape[3], scale};
+    nb::gil_scoped_release release;
+    attend_causal(job, threads);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -423,6 +450,9 @@ NB_MODULE(_native, m) {
     m.def("has_gram", &has_gram, "Whether `add_gram` can run here: AVX-512 with bfloat16 products.");
     m.def("add_gram", &add_gram_checked, nb::arg("x"), nb::arg("gram"), nb::arg("threads"),
           "gram [width, width] fp32 += x^T x for x [tokens, width] bfloat16.");
+    m.def("has_causal", &has_causal, "Whether `attend_causal` can run here: AVX-512.");
+    m.def("attend_causal", &attend_causal_checked, nb::arg("queries"), nb::arg("keys"), nb::arg("values"), nb::arg("out"),
+          nb::arg("scale"), nb::arg("threads"), "out = causal attention of [sequences, heads, tokens, head] fp32, whole sequences.");
     m.def("abi", [] { return kAbi; }, "Version of the interface between fracbit's Python and its native kernels.");
     m.def(
         "instruction_sets",

@@ -138,5 +138,5 @@ def test_the_oracle_is_the_loss_of_one_quantized_block(shared: Path) -> None:
     oracle = make_scores(subject, units, "oracle", scheme, ids)
     base = measure(subject, ids).nll
     with replaced(subject, rounded(subject, dict.fromkeys(units[0].shapes, scheme))):
-        assert oracle.values[units[0].name] == pytest.approx(measure(subject, ids).nll - base, abs=1e-6)
+        assert oracle.values[units[0].name] == pytest.approx(measure(subject, ids).nll - base, abs=1e-9)
     assert all(value > 0.01 for value in oracle.values.values())

@@ -106,7 +106,7 @@ def test_any_shape(rows, width, block, axis, offset, scale):
     scheme = Scheme("int", 3, block, axis, offset, scale)
     first, second = (Gptq(rounds=2)(weight, scheme, stats) for _ in range(2))
     assert torch.equal(decode(first.packed), decode(second.packed))
-    assert first.loss == pytest.approx(relative_loss(weight, first.packed, stats.gram), rel=1e-4, abs=1e-9)
+    assert first.loss == pytest.approx(relative_loss(weight, first.packed, stats.gram))
     assert bool(torch.isfinite(decode(first.packed)).all())
 
 

@@ -19,6 +19,7 @@ from fracbit.errors import DataError
 from fracbit.evaluate import longest_window
 from fracbit.evaluate.logits import row_chunks
 from fracbit.evaluate.perplexity import token_nll
+from fracbit.models.attention import native_attention
 from fracbit.models.blocks import blocks, weight_of
 from fracbit.models.install import set_weight
 from fracbit.models.walk import Hidden, advance, embed, head_batches
@@ -53,7 +54,8 @@ def losses_of(
             shared = next((b for b, (a, c) in enumerate(zip(before, these, strict=False)) if a != c), 0)
             del entering[shared + 1 :]
             if not entering:
-                entering.append(embed(subject.model, subject.family, ids, batch))
+                with native_attention(subject.model):
+                    entering.append(embed(subject.model, subject.family, ids, batch))
             for index in range(shared, len(stack)):
                 for name in changed[index]:
                     set_weight(subject.module(name), kept[name])
@@ -64,9 +66,12 @@ def losses_of(
                 for name, weight in (weights or {}).items():
                     set_weight(subject.module(name), weight)
                 hidden = entering[-1]
-                entering.append(
-                    replace(hidden, index=index + 1) if weights is None else advance(stack[index][1], hidden)
-                )
+                with native_attention(subject.model):  # as `evaluate` judges
+                    entering.append(
+                        replace(hidden, index=index + 1)
+                        if weights is None
+                        else advance(stack[index][1], hidden)
+                    )
             before = these
             yield these, _sample_losses(subject, entering[-1], ids)
     finally:

@@ -224,7 +224,8 @@ def _not_worse(
 
     Round-to-nearest is dearer as soon as its first rows cost more than all of the solution: the others are not multiplied.
     """
-    costs = gram_errors(solution.error.T, gram)
+    packed = pack(solution.codes, solution.grid)
+    costs = gram_errors(weight - decode(packed), gram)
     most, spent = float(costs.sum()), 0.0
     codes, nearest = codes_of(weight, start), []
     for first, last in row_chunks(start.shape, start.scheme, CHECKED):
@@ -232,7 +233,7 @@ def _not_worse(
         nearest.append(gram_errors(weight[first:last] - rounded, gram))
         spent += float(nearest[-1].sum())
         if spent >= most:
-            return pack(solution.codes, solution.grid), costs, ()
+            return packed, costs, ()
     return pack(codes, start), torch.cat(nearest), ("round-to-nearest kept: feeding errors back cost more",)
 
 

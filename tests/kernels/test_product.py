@@ -123,7 +123,7 @@ def test_every_way_for_many_rows(
     """By rows of codes or by tiles, as this processor or another would take them: one product; the last tile is short."""
     monkeypatch.setattr(cpu, "BF16_PRODUCTS", bf16)
     monkeypatch.setattr(cpu, "AVX512", avx512)
-    weight = packed(Scheme("int", 4, 64, offset="float"), (cpu.TILE_ROWS + 37, 2200), outliers=2)
+    weight = packed(Scheme("int", 4, 64, offset="float"), (2 * cpu.TILE_ROWS + 37, 2200), outliers=2)
     assert tiles_from(False, dtype) < 130
     for rows in (2, 33, 130):
         x = batch_of(rows, 2200, dtype)

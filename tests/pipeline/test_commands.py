@@ -83,7 +83,7 @@ def test_losses_of_any_score_divide_the_budget_of_a_run(files: Path) -> None:
 def test_an_allocation_is_carried_out_and_refused_for_another_model(
     files: Path, tiny_llama: Callable[..., LlamaForCausalLM]
 ) -> None:
-    """What `fracbit plan -o` writes as JSON, edited or not, is what `fracbit quantize` stores; flags win."""
+    """What `fracbit plan -o` writes as JSON, edited or not, is what `fracbit quantize` stores; `--keep` holds beside it."""
     model, path = str(files / "model"), files / "allocation.json"
     made = command("plan", model, "--average-bits", "3.6", "--keep", "*.layers.1.*", "-o", str(path))
     written = json.loads(path.read_text())
@@ -94,6 +94,16 @@ def test_an_allocation_is_carried_out_and_refused_for_another_model(
         scheme = written["schemes"][number]
         expected = None if scheme is None or "layers.2.mlp.up" in name else scheme["label"]
         assert looked[name]["scheme"] == (expected or "bf16"), name
+    refused = (
+        (["quantize", model, str(path), "-o", "x", "--bits", "8"], "nowhere to go"),
+        (
+            ["plan", model, "--average-bits", "3.6", "--embeddings", "int8:64", "-o", str(path)],
+            "linears alone",
+        ),
+    )
+    for words, said in refused:
+        with pytest.raises(FracbitError, match=said):
+            CliRunner().invoke(app, words, catch_exceptions=False)
     tiny_llama(seed=1).bfloat16().save_pretrained(files / "other")
     with pytest.raises(FracbitError, match="other weights"):
         CliRunner().invoke(

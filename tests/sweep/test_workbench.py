@@ -249,7 +249,6 @@ def test_gptq_beats_rounding_on_what_it_minimizes(bench: Workbench) -> None:
     assert all(losses["gptq"][layer] < losses["rtn"][layer] for layer in stats)
 
 
-@pytest.mark.filterwarnings("ignore")  # the harness and what it brings warn about one another
 @pytest.mark.parametrize("asked", [PAPER_TASKS, PAPER_TASKS[:3]], ids=len)
 def test_the_mean_of_the_papers_tasks_is_stored_by_name(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch, asked: tuple[str, ...]
@@ -263,6 +262,7 @@ def test_the_mean_of_the_papers_tasks_is_stored_by_name(
     assert set(asked) <= found.keys()
 
 
+@pytest.mark.filterwarnings("ignore")  # the harness and what it brings warn about one another
 def test_accuracies_stand_beside_the_loss(shared: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="zero-shot is an extra: fracbit[eval]")
     text = " ".join(f"word{number}" for number in range(400))

@@ -127,7 +127,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
         try:
             write(temporary)
             # safetensors makes files for their owner alone; a server often runs as somebody else.
-            temporary.chmod(path.parent.stat().st_mode & 0o666)
+            temporary.chmod(0o600 | (path.parent.stat().st_mode & 0o044))
             _flush(temporary)
             os.replace(temporary, path)
             _flush(path.parent)

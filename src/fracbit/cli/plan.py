@@ -86,7 +86,7 @@ def plan(
     if picture is not None:
         check_picture(picture)
     if output is not None:
-        check_file(output)
+        _check_output(output, bool(embeddings or head))
     given = named_scores(score)
     if text is not None and text == held_out:
         raise RecipeError(
@@ -176,3 +176,12 @@ def plan(
 
 def _used(allocation: Any) -> str:
     return ", ".join(f"{count} x {scheme or 'float'}" for scheme, count in allocation.used().items())
+
+
+def _check_output(output: Path, ends: bool) -> None:
+    """Raises `RecipeError` for an allocation in JSON, which holds linears alone, where head or embeddings get a scheme too."""
+    check_file(output)
+    if ends and output.suffix != ".toml":
+        raise RecipeError(
+            f"{output} would hold the linears alone, without --embeddings and --head; write a recipe: -o {output.stem}.toml"
+        )

@@ -22,7 +22,7 @@ def quantize(
     recipe: Annotated[
         Path | None,
         typer.Argument(
-            help="Recipe (TOML), or an allocation (JSON) that `fracbit plan -o` wrote; flags override it."
+            help="Recipe (TOML), or an allocation (JSON) that `fracbit plan -o` wrote; flags override a recipe."
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write.")] = None,

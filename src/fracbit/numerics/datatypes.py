@@ -44,7 +44,7 @@ class Cells:
     inside: Tensor
 
     def count(self, x: Tensor) -> Tensor:
-        """How many boundaries are less than each `x`, uint8 of its shape: what `torch.bucketize` finds, tenfold as fast."""
+        """How many boundaries are less than each finite `x`, uint8 of its shape: what `torch.bucketize` finds by a search."""
         cell = cell_of(x, len(self.below) - 1).reshape(-1)
         more = x.reshape(-1) > self.inside.index_select(0, cell)
         return self.below.index_select(0, cell).add_(more).view(x.shape)

@@ -61,8 +61,13 @@ def named_scores(score: str) -> str | Scores | Losses:
 def planned(recipe: Recipe, path: Path) -> tuple[Recipe, tuple[str, ...]]:
     """The recipe with the schemes of an allocation that `fracbit plan -o` wrote, and its notes; the recipe's own overrides win.
 
-    Raises `FormatError`, `RecipeError` for an allocation of another model.
+    Raises `FormatError`, `RecipeError` for an allocation of another model, or a scheme beside it.
     """
+    if "scheme" in recipe.model_fields_set:
+        raise RecipeError(
+            f"{path} names the scheme of every linear, so another has nowhere to go; edit the file, or give --keep, --head or "
+            "--embeddings, which hold beside it"
+        )
     allocation = load_allocation(path)
     weights = weights_on_disk(recipe.model, recipe.trust_remote_code)
     check_allocation(allocation, list(weights.layers), weights.model)

@@ -232,7 +232,7 @@ def _not_worse(
         rounded = values_of(codes[first:last], start, first, last)
         nearest.append(gram_errors(weight[first:last] - rounded, gram))
         spent += float(nearest[-1].sum())
-        if spent >= most:
+        if not spent < most:
             return packed, costs, ()
     return pack(codes, start), torch.cat(nearest), ("round-to-nearest kept: feeding errors back cost more",)
 

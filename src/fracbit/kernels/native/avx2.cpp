@@ -82,10 +82,13 @@ struct Avx2 {
         return to;
     }
 
+    using Activations = const int8_t*;
+    template <bool again>
+    static Activations activations(const int8_t* a) { return a; }
     static __m256i sum_pairs(__m256i sum, __m256i pairs) {
         return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
-    static Ints dot_small(const Ints& sum, const Bytes& u, const int8_t* a) {
+    static Ints dot_small(const Ints& sum, const Bytes& u, Activations a) {
         Ints to;
         for (int i = 0; i < 2; ++i) {
             const __m256i other = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + 32 * i));
@@ -93,7 +96,7 @@ struct Avx2 {
         }
         return to;
     }
-    static Ints dot(const Ints& sum, const Bytes& u, const int8_t* a) {
+    static Ints dot(const Ints& sum, const Bytes& u, Activations a) {
         Ints to;
         for (int i = 0; i < 2; ++i) {
             const __m256i other = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + 32 * i));
@@ -243,7 +246,7 @@ struct Avx2 {
 };
 
 const Isa kAvx2 = {
-    "avx2", false, transpose_lanes, quantize_lanes, sum_lanes, Avx2::to_float, floats_to, multiply_int8<Avx2>,
+    "avx2", false, transpose_lanes, quantize_lanes, nullptr, sum_lanes, Avx2::to_float, floats_to, multiply_int8<Avx2>,
     multiply_float<Avx2>, multiply_weights, weights_of_row, read_bytes, look_up_row,
     multiply_dense<Avx2>, normalize, gate_with, attend<Avx2>,
 };

@@ -88,8 +88,14 @@ struct Avx512 {
     template <int count>
     static Ints shift_left(Ints v) { return _mm512_slli_epi32(v, count); }
     static Floats pick(Floats scales, const int32_t* lane) { return _mm512_permutexvar_ps(_mm512_loadu_si512(lane), scales); }
-    static Ints dot(Ints sum, Bytes u, const int8_t* a) { return _mm512_dpbusd_epi32(sum, u, _mm512_loadu_si512(a)); }
-    static Ints dot_small(Ints sum, Bytes u, const int8_t* a) { return dot(sum, u, a); }
+    using Activations = __m512i;
+    template <bool again>
+    static Activations activations(const int8_t* a) {
+        const __m512i v = _mm512_loadu_si512(a);
+        return again ? loaded(v) : v;
+    }
+    static Ints dot(Ints sum, Bytes u, Activations a) { return _mm512_dpbusd_epi32(sum, u, a); }
+    static Ints dot_small(Ints sum, Bytes u, Activations a) { return dot(sum, u, a); }
 
     // One word of eight codes per lane, for widths up to 4.
     template <int bits>
@@ -216,54 +222,92 @@ struct Avx512 {
 };
 
 // 16 x 8 transposition: input 8d + j of a chunk to plane j, lane d. Three rounds of two-register permutations.
-void transpose512(const float* natural, int64_t chunks, float* lanes) {
+FRACBIT_INLINE void transpose_chunk(__m512 (&v)[8]) {
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-    for (int64_t c = 0; c < chunks; ++c) {
-        __m512 v[8], w[8];
-        for (int i = 0; i < 8; ++i) v[i] = _mm512_loadu_ps(natural + c * kChunk + 16 * i);
-        for (int round = 0; round < 3; ++round) {  // each round rotates the seven bits of the index by one
-            for (int i = 0; i < 4; ++i) {
-                w[i] = _mm512_permutex2var_ps(v[2 * i], even, v[2 * i + 1]);
-                w[i + 4] = _mm512_permutex2var_ps(v[2 * i], odd, v[2 * i + 1]);
-            }
-            for (int i = 0; i < 8; ++i) v[i] = w[i];
+    for (int round = 0; round < 3; ++round) {  // each round rotates the seven bits of the index by one
+        __m512 w[8];
+        for (int i = 0; i < 4; ++i) {
+            w[i] = _mm512_permutex2var_ps(v[2 * i], even, v[2 * i + 1]);
+            w[i + 4] = _mm512_permutex2var_ps(v[2 * i], odd, v[2 * i + 1]);
         }
+        for (int i = 0; i < 8; ++i) v[i] = w[i];
+    }
+}
+
+void transpose512(const float* natural, int64_t chunks, float* lanes) {
+    for (int64_t c = 0; c < chunks; ++c) {
+        __m512 v[8];
+        for (int i = 0; i < 8; ++i) v[i] = _mm512_loadu_ps(natural + c * kChunk + 16 * i);
+        transpose_chunk(v);
         for (int i = 0; i < 8; ++i) _mm512_storeu_ps(lanes + c * kChunk + i * kLanes, v[i]);
     }
 }
 
-// quantize_lanes of row_kernel.h, which says what it does; here for speed, axis "out" calls it once per group of rows.
-void quantize512(float* x, int64_t chunks, int bits, int8_t* a, float* a_scale, float* x_sum) {
-    const int* order = order_of(bits);
-    const __m512 tiny = _mm512_set1_ps(1e-30f), most = _mm512_set1_ps(127.0f), part = _mm512_set1_ps(1.0f / 127.0f);
-    const __m512i byte = _mm512_set1_epi32(255);
+// A chunk of quantize_lanes of row_kernel.h, which says what it does. NaN and Inf are the largest of all magnitudes when these are
+// compared as integers. `x` may be null.
+FRACBIT_INLINE void quantize_chunk(const __m512 (&plane)[8], const int* order, float* x, int8_t* a, float* a_scale, float* x_sum) {
+    __m512i most = _mm512_setzero_si512();
+    for (const __m512 v : plane) most = _mm512_max_epu32(most, _mm512_castps_si512(_mm512_abs_ps(v)));
+    const __m512 top = _mm512_castsi512_ps(most), poison = _mm512_mul_ps(top, _mm512_setzero_ps());
+    const __mmask16 usable = _mm512_cmp_ps_mask(top, _mm512_set1_ps(1e-30f), _CMP_GE_OQ) & _mm512_cmp_ps_mask(poison, poison, _CMP_ORD_Q);
+    const __m512 inverse = _mm512_maskz_div_ps(usable, _mm512_set1_ps(127.0f), top);
+    const __m512 scale = _mm512_add_ps(_mm512_maskz_mul_ps(usable, top, _mm512_set1_ps(1.0f / 127.0f)), poison);
+    __m512i sum = _mm512_setzero_si512(), word[2] = {sum, sum};
+    for (int j = 0; j < 8; ++j) {
+        const __m512i q = _mm512_maskz_cvtps_epi32(usable, _mm512_mul_ps(plane[order[j]], inverse));
+        sum = _mm512_add_epi32(sum, q);
+        word[j / 4] = _mm512_or_si512(word[j / 4], _mm512_slli_epi32(_mm512_and_si512(q, _mm512_set1_epi32(255)), 8 * (j % 4)));
+        if (x != nullptr) _mm512_storeu_ps(x + order[j] * kLanes, _mm512_mul_ps(_mm512_cvtepi32_ps(q), scale));
+    }
+    _mm512_storeu_si512(a, word[0]);
+    _mm512_storeu_si512(a + 64, word[1]);
+    _mm512_storeu_ps(a_scale, scale);
+    _mm512_storeu_ps(x_sum, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale));
+}
+
+template <bool nibbles>
+void quantize_chunks(float* x, int64_t chunks, int8_t* a, float* a_scale, float* x_sum) {
     for (int64_t c = 0; c < chunks; ++c) {
-        __m512 plane[8], top = _mm512_setzero_ps(), poison = _mm512_setzero_ps();
-        for (int j = 0; j < 8; ++j) {
-            plane[j] = _mm512_loadu_ps(x + c * kChunk + order[j] * kLanes);
-            top = _mm512_max_ps(top, _mm512_abs_ps(plane[j]));
-            poison = _mm512_fmadd_ps(plane[j], _mm512_setzero_ps(), poison);
-        }
-        const __mmask16 usable = _mm512_cmp_ps_mask(top, tiny, _CMP_GE_OQ) & _mm512_cmp_ps_mask(poison, poison, _CMP_ORD_Q);
-        const __m512 inverse = _mm512_maskz_div_ps(usable, most, top);
-        const __m512 scale = _mm512_add_ps(_mm512_maskz_mul_ps(usable, top, part), poison);
-        __m512i sum = _mm512_setzero_si512(), word[2] = {sum, sum};
-        for (int j = 0; j < 8; ++j) {
-            const __m512i q = _mm512_maskz_cvtps_epi32(usable, _mm512_mul_ps(plane[j], inverse));
-            sum = _mm512_add_epi32(sum, q);
-            word[j / 4] = _mm512_or_si512(word[j / 4], _mm512_slli_epi32(_mm512_and_si512(q, byte), 8 * (j % 4)));
-            _mm512_storeu_ps(x + c * kChunk + order[j] * kLanes, _mm512_mul_ps(_mm512_cvtepi32_ps(q), scale));
-        }
-        _mm512_storeu_si512(a + c * kChunk, word[0]);
-        _mm512_storeu_si512(a + c * kChunk + 64, word[1]);
-        _mm512_storeu_ps(a_scale + c * kLanes, scale);
-        _mm512_storeu_ps(x_sum + c * kLanes, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale));
+        __m512 plane[8];
+        for (int j = 0; j < 8; ++j) plane[j] = _mm512_loadu_ps(x + c * kChunk + j * kLanes);
+        quantize_chunk(plane, nibbles ? kNibbles : kNatural, x + c * kChunk, a + c * kChunk, a_scale + c * kLanes, x_sum + c * kLanes);
     }
 }
 
+void quantize512(float* x, int64_t chunks, int bits, int8_t* a, float* a_scale, float* x_sum) {
+    (bits == 4 ? quantize_chunks<true> : quantize_chunks<false>)(x, chunks, a, a_scale, x_sum);
+}
+
+template <bool nibbles, Float type>
+void fold_chunks(const float* natural, const void* scales, int64_t chunks, int8_t* a, float* a_scale, float* x_sum) {
+    const auto* from = static_cast<const char*>(scales);
+    for (int64_t c = 0; c < chunks; ++c) {
+        __m512 v[8];
+        for (int i = 0; i < 8; ++i) {
+            const int64_t first = c * kChunk + 16 * i;
+            v[i] = _mm512_mul_ps(_mm512_loadu_ps(natural + first), Avx512::load_as<type>(from + first * (type == Float::f32 ? 4 : 2)));
+        }
+        transpose_chunk(v);
+        quantize_chunk(v, nibbles ? kNibbles : kNatural, nullptr, a + c * kChunk, a_scale + c * kLanes, x_sum + c * kLanes);
+    }
+}
+
+template <bool nibbles>
+void fold_as(const float* natural, const void* scales, Float type, int64_t chunks, int8_t* a, float* a_scale, float* x_sum) {
+    const auto fold = type == Float::f16    ? fold_chunks<nibbles, Float::f16>
+                      : type == Float::bf16 ? fold_chunks<nibbles, Float::bf16>
+                                            : fold_chunks<nibbles, Float::f32>;
+    fold(natural, scales, chunks, a, a_scale, x_sum);
+}
+
+// In registers from end to end: axis "out" pays this for every group of rows.
+void fold512(const float* natural, const void* scales, Float type, int64_t chunks, int bits, int8_t* a, float* a_scale, float* x_sum) {
+    (bits == 4 ? fold_as<true> : fold_as<false>)(natural, scales, type, chunks, a, a_scale, x_sum);
+}
+
 const Isa kAvx512 = {
-    "avx512", true, transpose512, quantize512, sum_lanes, Avx512::to_float, floats_to, multiply_int8<Avx512>, multiply_float<Avx512>,
+    "avx512", true, transpose512, quantize512, fold512, sum_lanes, Avx512::to_float, floats_to, multiply_int8<Avx512>, multiply_float<Avx512>,
     multiply_weights, weights_of_row, read_bytes, look_up_row,
     multiply_dense<Avx512>, normalize, gate_with, attend<Avx512>,
 };

@@ -13,6 +13,7 @@ constexpr int64_t kChunk = 128;      // weights read at a time
 constexpr int64_t kLanes = 16;       // sums kept apart inside a chunk
 constexpr int64_t kLowBits = 7;      // a table value is 128 * (high - 128) + low in units of a step: 15 bits
 constexpr int64_t kMaxBatch = 4;     // activation rows that share one reading of the codes
+constexpr int64_t kAhead = 8192;     // bytes of codes asked for before they are needed
 constexpr int64_t kBatchRows = 32;   // activation rows of a job
 
 constexpr int kTableBits = 5;        // the float path looks up to here, and converts integers beyond
@@ -94,6 +95,8 @@ struct Isa {
     void (*transpose)(const float* natural, int64_t chunks, float* lanes);
     // x [chunks, 8, 16] -> x rounded, a, a_scale, x_sum [chunks, 16]
     void (*quantize)(float* x, int64_t chunks, int bits, int8_t* a, float* a_scale, float* x_sum);
+    // The three at once, natural [chunks * 128] times scales of a type, x itself not kept; null where it would save nothing.
+    void (*fold)(const float* natural, const void* scales, Float type, int64_t chunks, int bits, int8_t* a, float* a_scale, float* x_sum);
     void (*lane_sums)(const float* x, int64_t chunks, float* x_sum);
     void (*to_float)(const void* from, Float type, int64_t count, float* to);
     void (*from_float)(const float* from, Float type, int64_t count, void* to);

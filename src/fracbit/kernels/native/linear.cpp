@@ -128,12 +128,12 @@ struct Lanes {
           a(reinterpret_cast<int8_t*>(a_scale + batch * chunks * kLanes)) {}
 };
 
-// `count` chunks of row n from `first` on.
+// `count` chunks of row n from `first` on, given in natural order.
 void fill(const Lanes& lanes, const Weight& w, const Isa& isa, const float* natural, int64_t n, bool int8, int64_t first, int64_t count) {
     const int64_t c = n * w.chunks() + first;
     float* x = lanes.x + c * kChunk;
     float* sum = lanes.x_sum + c * kLanes;
-    isa.transpose(natural + first * kChunk, count, x);
+    isa.transpose(natural, count, x);
     if (int8) {
         isa.quantize(x, count, w.bits, lanes.a + c * kChunk, lanes.a_scale + c * kLanes, sum);
     } else {
@@ -269,16 +269,26 @@ void offsets_of(const Weight& w, const Isa& isa, int64_t group, int64_t width, f
 
 // Activations of row n times the scales of a group, in lane order. Memory would idle for as long as the codes of a few rows take
 // to arrive, so the first of them are asked for meanwhile.
-void fold(const Call& call, const Lanes& lanes, int64_t n, const float* scale, float* scaled, const uint8_t* codes, int64_t bytes) {
+void fold(const Call& call, const Lanes& lanes, int64_t n, const void* scales, const uint8_t* codes, int64_t bytes) {
     const Weight& w = *call.w;
+    const Isa& isa = *call.isa;
     const float* x = call.x.kept + n * call.x.width;
-    std::fill(scaled + w.kept, scaled + call.x.width, 0.0f);
+    const bool at_once = isa.fold != nullptr && call.int8 && w.zeros.empty();
     for (int64_t c = 0; c < w.chunks(); c += kFoldChunks) {
-        const int64_t count = std::min(kFoldChunks, w.chunks() - c), end = std::min((c + count) * kChunk, w.kept);
+        const int64_t first = c * kChunk, count = std::min(kFoldChunks, w.chunks() - c), kept = std::min(count * kChunk, w.kept - first);
         if (n == 0)
             for (int64_t i = c / kFoldChunks * kFoldBytes, stop = std::min(i + kFoldBytes, bytes); i < stop; i += 64) prefetch(codes + i);
-        for (int64_t i = c * kChunk; i < end; ++i) scaled[i] = x[i] * scale[i];
-        fill(lanes, w, *call.isa, scaled, n, call.int8, c, count);
+        const char* from = at(scales, w.scale_type, first);
+        if (at_once && kept == count * kChunk) {
+            const int64_t to = n * w.chunks() + c;
+            isa.fold(x + first, from, w.scale_type, count, w.bits, lanes.a + to * kChunk, lanes.a_scale + to * kLanes, lanes.x_sum + to * kLanes);
+            continue;
+        }
+        float scaled[kFoldChunks * kChunk];
+        isa.to_float(from, w.scale_type, kept, scaled);
+        for (int64_t i = 0; i < kept; ++i) scaled[i] *= x[first + i];
+        std::fill(scaled + kept, scaled + count * kChunk, 0.0f);
+        fill(lanes, w, isa, scaled, n, call.int8, c, count);
     }
 }
 
@@ -291,14 +301,14 @@ void task_along_out(const Call& call, int64_t index, int worker) {
     if (first >= last) return;
     const int64_t width = call.x.width, chunks = w.chunks();
     float* memory = call.scratch(worker);
-    float *scale = memory, *offset = scale + width, *scaled = offset + width, *zero = scaled + width, *shift = zero + width;
+    float *offset = memory, *zero = offset + width, *shift = zero + width;
     float* sums = shift + aligned(call.batch);
     const Lanes lanes(sums + call.batch * sums_stride(w), call.batch, chunks);
     float* rest = sums + call.batch * sums_stride(w) + Lanes::floats(call.batch, chunks);
-    call.isa->to_float(at(w.scales, w.scale_type, group * w.kept), w.scale_type, w.kept, scale);
+    const void* scales = at(w.scales, w.scale_type, group * w.kept);
     offsets_of(w, *call.isa, group, width, offset, zero);
     for (int64_t n = 0; n < call.batch; ++n) {
-        fold(call, lanes, n, scale, scaled, w.codes + first * w.stride(), (last - first) * w.stride());
+        fold(call, lanes, n, scales, w.codes + first * w.stride(), (last - first) * w.stride());
         sum_blocks(w, lanes.x_sum + n * chunks * kLanes, sums + n * sums_stride(w));
         shift[n] = 0.0f;
         if (w.offsets != nullptr) shift[n] = dot(offset, call.x.kept + n * width, w.kept);
@@ -430,7 +440,7 @@ void cut_into_tasks(Call& call, int threads, Scratch& scratch) {
     const auto p = static_cast<int64_t>(w.other_columns.size());
     call.thread_floats = aligned(chunks * kChunk + p);
     if (w.along_out) {
-        call.thread_floats += 4 * call.x.width + aligned(batch) + batch * sums_stride(w) + Lanes::floats(batch, chunks);
+        call.thread_floats += 2 * call.x.width + aligned(batch) + batch * sums_stride(w) + Lanes::floats(batch, chunks);
         const int64_t groups = (w.rows + w.block - 1) / w.block, height = std::min(w.block, w.rows);
         // A group shares its folded activations: cut it only when there are too few groups to go round.
         const int64_t parts = groups >= 2 * threads ? 1 : (4 * threads + groups - 1) / groups;

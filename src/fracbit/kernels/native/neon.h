@@ -82,6 +82,9 @@ struct Neon {
         });
     }
 
+    using Activations = const int8_t*;
+    template <bool again>
+    static Activations activations(const int8_t* a) { return a; }
     static int32x4_t dot4(int32x4_t sum, int8x16_t u, int8x16_t a) {
 #if defined(__ARM_FEATURE_DOTPROD)
         return vdotq_s32(sum, u, a);
@@ -90,12 +93,12 @@ struct Neon {
         return vaddq_s32(sum, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
 #endif
     }
-    static Ints dot_small(const Ints& sum, const Bytes& u, const int8_t* a) {
+    static Ints dot_small(const Ints& sum, const Bytes& u, Activations a) {
         Ints to;
         for (int i = 0; i < 4; ++i) to.q[i] = dot4(sum.q[i], vreinterpretq_s8_u8(u.q[i]), vld1q_s8(a + 16 * i));
         return to;
     }
-    static Ints dot(const Ints& sum, const Bytes& u, const int8_t* a) {
+    static Ints dot(const Ints& sum, const Bytes& u, Activations a) {
         Bytes signs;
         for (int i = 0; i < 4; ++i) signs.q[i] = veorq_u8(u.q[i], vdupq_n_u8(128));  // u - 128
         return dot_small(sum, signs, a);
@@ -241,7 +244,7 @@ struct Neon {
 
 constexpr Isa neon_named(const char* name) {
     return {
-        name, false, transpose_lanes, quantize_lanes, sum_lanes, Neon::to_float, floats_to, multiply_int8<Neon>,
+        name, false, transpose_lanes, quantize_lanes, nullptr, sum_lanes, Neon::to_float, floats_to, multiply_int8<Neon>,
         multiply_float<Neon>, multiply_weights, weights_of_row, read_bytes, look_up_row,
         multiply_dense<Neon>, normalize, gate_with, attend<Neon>,
     };

@@ -73,12 +73,15 @@ struct Plain {
         for (int d = 0; d < kLanes; ++d) r.v[d] = scales.v[lane[d]];
         return r;
     }
-    static Ints dot(Ints sum, const Bytes& u, const int8_t* a) {
+    using Activations = const int8_t*;
+    template <bool again>
+    static Activations activations(const int8_t* a) { return a; }
+    static Ints dot(Ints sum, const Bytes& u, Activations a) {
         for (int d = 0; d < kLanes; ++d)
             for (int j = 0; j < 4; ++j) sum.v[d] += static_cast<int32_t>(u.v[4 * d + j]) * a[4 * d + j];
         return sum;
     }
-    static Ints dot_small(const Ints& sum, const Bytes& u, const int8_t* a) { return dot(sum, u, a); }
+    static Ints dot_small(const Ints& sum, const Bytes& u, Activations a) { return dot(sum, u, a); }
 
     template <int bits>
     static void unpack(const uint8_t* p, Bytes& u0, Bytes& u1) {
@@ -138,7 +141,7 @@ struct Plain {
 };
 
 const Isa kPlain = {
-    "plain", true, transpose_lanes, quantize_lanes, sum_lanes, floats_from, floats_to, multiply_int8<Plain>, multiply_float<Plain>,
+    "plain", true, transpose_lanes, quantize_lanes, nullptr, sum_lanes, floats_from, floats_to, multiply_int8<Plain>, multiply_float<Plain>,
     multiply_weights, weights_of_row, read_bytes, look_up_row,
     multiply_dense<Plain>, normalize, gate_with, attend<Plain>,
 };

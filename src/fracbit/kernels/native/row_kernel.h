@@ -7,6 +7,7 @@
 //   unpack<bits>(p, u0, u1)   128 codes as bytes, lane order; bits above the code may be anything
 //   clean<bits>(u)            those bits cleared
 //   look_up<bits>(u, table)   table bytes of codes
+//   activations<again>(a)     64 of them, ready for `dot`; `again`: more than once
 //   dot(sum, u, a)            sum += u * a over the four bytes of a lane; u as the kernel's `high` (see Isa::biased)
 //   dot_small(sum, u, a)      the same for u < 128
 //   pick(scales, lane)        scales of the lanes, from 16 of them
@@ -224,6 +225,13 @@ FRACBIT_INLINE typename S::Floats shifts_at(const RowJob& job, const typename S:
     return shift;
 }
 
+// Only a hint: it may lead beyond the last row. Into the second-level cache, the first is too small for what is on its way.
+FRACBIT_INLINE void prefetch(const uint8_t* p) {
+#if defined(__GNUC__)
+    __builtin_prefetch(p, 0, 2);
+#endif
+}
+
 // The chunks of a row: those that can be read where they lie, then a padded copy of the rest.
 template <class S, int bits>
 struct Chunks {
@@ -283,7 +291,10 @@ FRACBIT_INLINE void each_row(const RowJob& job, bool steps, int64_t first, int64
                 }
                 const int64_t stop = c + left < chunks.end[half] ? c + left : chunks.end[half];
                 left -= stop - c;
-                for (; c < stop; ++c, p += 16 * bits, lane += kLanes) step(c, p, single ? sixteen : S::pick(sixteen, lane), sum);
+                for (; c < stop; ++c, p += 16 * bits, lane += kLanes) {
+                    for (int64_t i = 0; i < 16 * bits; i += 64) prefetch(p + kAhead + i);
+                    step(c, p, single ? sixteen : S::pick(sixteen, lane), sum);
+                }
             }
         }
         float scale = 1.0f, shift = 0.0f;
@@ -312,7 +323,7 @@ void int8_rows(const RowJob& job, int64_t first, int64_t last, int64_t n0) {
         high.load(job.high + row * job.table_stride);
         low.load(job.low + row * job.table_stride);
     };
-    const int8_t* a0 = job.a + n0 * job.chunks * kChunk;
+    const int8_t* activations = job.a + n0 * job.chunks * kChunk;
     const float* a_scale0 = job.a_scale + n0 * job.chunks * kLanes;
     each_row<S, bits, single, batch>(job, true, first, last, n0, begin, [&](int64_t c, const uint8_t* p, const Floats& scales, Floats (&sum)[batch]) {
         typename S::Bytes u0, u1, h0, h1, l0, l1;
@@ -327,14 +338,15 @@ void int8_rows(const RowJob& job, int64_t first, int64_t last, int64_t n0) {
             l1 = low.look_up(u1);
         }
         for (int n = 0; n < batch; ++n) {
-            const int8_t* a = a0 + (n * job.chunks + c) * kChunk;
+            const int8_t* a = activations + (n * job.chunks + c) * kChunk;
+            const auto a0 = S::template activations<!affine>(a), a1 = S::template activations<!affine>(a + 64);
             Ints dot = S::zero_ints();
             if (affine && bits < 8) {
-                dot = S::dot_small(S::dot_small(dot, h0, a), h1, a + 64);
+                dot = S::dot_small(S::dot_small(dot, h0, a0), h1, a1);
             } else {
-                dot = S::dot(S::dot(dot, h0, a), h1, a + 64);
+                dot = S::dot(S::dot(dot, h0, a0), h1, a1);
             }
-            if (!affine) dot = S::dot_small(S::dot_small(S::template shift_left<kLowBits>(dot), l0, a), l1, a + 64);
+            if (!affine) dot = S::dot_small(S::dot_small(S::template shift_left<kLowBits>(dot), l0, a0), l1, a1);
             Floats both = S::load(a_scale0 + (n * job.chunks + c) * kLanes);
             if (!single) both = S::multiply(scales, both);
             sum[n] = S::fma(S::to_floats(dot), both, sum[n]);

@@ -1,8 +1,10 @@
 """Law: every kernel computes what the reference computes, for every scheme, shape, batch, type and layout of activations."""
 
 import multiprocessing
+import os
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -198,13 +200,33 @@ def test_threads_and_concurrent_callers(monkeypatch: pytest.MonkeyPatch) -> None
     assert max(errors) < 1e-5
 
 
+@native
+@pytest.mark.skipif(
+    not Path("/proc/self/task").exists() or "OpenMP" not in torch.__config__.parallel_info(),
+    reason="no list of threads, or a torch without OpenMP",
+)
+def test_the_workers_are_those_of_torch() -> None:
+    weight = packed(Scheme("nf", 4, 64), (512, 1024))
+    prepared, x = prepare(weight, "float"), batch_of(1, 1024)
+    y, before = x.new_empty((1, 512)), torch.get_num_threads()
+    torch.set_num_threads(5)
+    try:
+        torch.ones(5, 1 << 18).exp()
+        threads = set(os.listdir("/proc/self/task"))
+        for _ in range(20):
+            prepared.weight.multiply(x, y, False, 5)
+        assert set(os.listdir("/proc/self/task")) <= threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def _in_child(results: "multiprocessing.Queue[float]") -> None:
     weight = packed(Scheme("int", 4, 64), (256, 512))
     results.put(distance(PackedLinear(weight)(batch_of(1, 512)), reference.linear(batch_of(1, 512), weight)))
 
 
 @native
-@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork on this platform")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_forked_child_has_a_pool_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)

@@ -35,6 +35,6 @@ for source in "${sources[@]}"; do
     compile "$name" "$source" &
 done
 for job in $(jobs -p); do wait "$job"; done
-"${CXX:-g++}" "${flags[@]}" "${objects[@]}" -o "$build/check"
+"${CXX:-g++}" "${flags[@]}" "${objects[@]}" -ldl -o "$build/check"
 # shellcheck disable=SC2086 - a command and its arguments
 ASAN_OPTIONS=detect_leaks=1 ${RUN-} "$build/check" "$every"

@@ -1,13 +1,16 @@
 #include "pool.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
+#include <dlfcn.h>
 #include <pthread.h>
 #endif
 
@@ -24,12 +27,43 @@ void pause() {
 #endif
 }
 
+// Of OpenMP as GCC calls it: `body(data)` on that many threads, the caller's among them.
+using Parallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+
+// The function that torch's parallel loops call, or null.
+Parallel parallel_of_torch() {
+#if defined(__linux__)
+    static const Parallel found = [] {
+        void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+        void* own = torch == nullptr ? nullptr : dlsym(torch, "GOMP_parallel");
+        void* preloaded = own == nullptr ? nullptr : dlsym(RTLD_DEFAULT, "GOMP_parallel");
+        return reinterpret_cast<Parallel>(preloaded != nullptr ? preloaded : own);
+    }();
+    return found;
+#else
+    return nullptr;
+#endif
+}
+
+void run_on(Parallel parallel, int threads, int64_t count, Task task, void* context) {
+    struct Job {
+        int64_t count;
+        Task task;
+        void* context;
+        std::atomic<int> workers{0};
+        std::atomic<int64_t> next{0};
+    } job{count, task, context};
+    const auto work = [](void* data) {
+        auto& job = *static_cast<Job*>(data);
+        const int worker = job.workers.fetch_add(1, std::memory_order_relaxed);
+        for (int64_t index; (index = job.next.fetch_add(1, std::memory_order_relaxed)) < job.count;) job.task(job.context, index, worker);
+    };
+    parallel(work, &job, static_cast<unsigned>(threads), 0);
+}
+
 class Pool {
   public:
-    // False when another caller has the pool.
-    bool run(int threads, int64_t count, Task task, void* context) {
-        std::unique_lock<std::mutex> caller(busy_, std::try_to_lock);
-        if (!caller.owns_lock()) return false;
+    void run(int threads, int64_t count, Task task, void* context) {
         while (static_cast<int>(workers_.size()) < threads - 1) {
             const int number = static_cast<int>(workers_.size()) + 1;
             workers_.emplace_back([this, number] { serve(number); });
@@ -49,7 +83,6 @@ class Pool {
         // Close the job, then wait for the workers that entered it.
         epoch_.fetch_add(1, std::memory_order_seq_cst);
         while (inside_.load(std::memory_order_seq_cst) != 0) pause();
-        return true;
     }
 
   private:
@@ -93,7 +126,6 @@ class Pool {
         return epoch;
     }
 
-    std::mutex busy_;
     std::mutex sleep_;
     std::condition_variable wake_;
     std::vector<std::thread> workers_;
@@ -108,28 +140,49 @@ class Pool {
     int threads_ = 1;
 };
 
-// Never destroyed: sleeping workers may outlive static destructors. A fork copies no threads, so the child forgets it.
-std::atomic<Pool*> pool{nullptr};
+std::atomic<bool> forked{false};
 
-Pool& the_pool() {
-    Pool* current = pool.load(std::memory_order_acquire);
-    if (current != nullptr) return *current;
+// Whoever may use more than one thread now, and whose they are. Never destroyed: sleeping workers may outlive static
+// destructors. A fork copies no threads, so the child forgets them.
+struct Threads {
+    std::mutex busy;
+    Parallel parallel = forked ? nullptr : parallel_of_torch();
+    std::unique_ptr<Pool> pool;
+
+    void run(int threads, int64_t count, Task task, void* context) {
+        if (parallel != nullptr) return run_on(parallel, threads, count, task, context);
+        if (pool == nullptr) pool = std::make_unique<Pool>();
+        pool->run(threads, count, task, context);
+    }
+};
+std::atomic<Threads*> current{nullptr};
+
+Threads& the_threads() {
+    Threads* found = current.load(std::memory_order_acquire);
+    if (found != nullptr) return *found;
+    auto* made = new Threads;
+    if (!current.compare_exchange_strong(found, made, std::memory_order_acq_rel)) {
+        delete made;
+        return *found;
+    }
 #if defined(__unix__) || defined(__APPLE__)
-    static const int registered = pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr, std::memory_order_release); });
-    (void)registered;
+    pthread_atfork(nullptr, nullptr, [] {
+        forked = true;
+        current.store(nullptr, std::memory_order_release);
+    });
 #endif
-    Pool* made = new Pool;
-    if (pool.compare_exchange_strong(current, made, std::memory_order_acq_rel)) return *made;
-    delete made;
-    return *current;
+    return *made;
 }
 
 }  // namespace
 
 void run_tasks(int threads, int64_t count, Task task, void* context) {
-    if (threads > kMaxThreads) threads = kMaxThreads;
-    if (threads > count) threads = static_cast<int>(count);
-    if (threads > 1 && the_pool().run(threads, count, task, context)) return;
+    threads = std::min(threads, kMaxThreads);
+    if (threads > 1 && count > 1) {
+        Threads& all = the_threads();
+        const std::unique_lock<std::mutex> caller(all.busy, std::try_to_lock);
+        if (caller.owns_lock()) return all.run(threads, count, task, context);
+    }
     for (int64_t i = 0; i < count; ++i) task(context, i, 0);
 }
 

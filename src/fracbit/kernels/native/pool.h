@@ -1,8 +1,10 @@
-// A small pool of worker threads that share out numbered tasks.
+// Threads that share out numbered tasks.
 //
 // Tasks are claimed one by one, the caller claims too: a worker that is late or descheduled costs nothing, because what it
-// does not claim the others do. Workers spin for some microseconds after a job, since the next layer follows soon, then sleep.
-// A forked child starts a pool of its own. A second caller finds the pool taken and runs its tasks alone.
+// does not claim the others do. The workers are torch's, where it has an OpenMP library with GNU's interface: two pools on the
+// same processors take turns instead of working, since the workers of either spin after a job. Without one, and in a forked
+// child, where that library's threads are missing, they belong to a pool of our own, spin for some microseconds, since the
+// next layer follows soon, then sleep. A second caller at a time runs its tasks alone.
 #pragma once
 
 #include <cstdint>

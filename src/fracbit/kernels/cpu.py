@@ -108,7 +108,7 @@ def tiles_from(int8: bool, dtype: torch.dtype) -> float:
     if not AVX512:
         return 32
     if dtype == torch.bfloat16 and BF16_PRODUCTS:
-        return 128 if int8 else 32
+        return 96 if int8 else 32
     return math.inf if int8 else 64
 
 

@@ -183,13 +183,12 @@ struct Avx512 {
 
     template <int bits>
     struct FloatTable {
-        __m512 part[2];
+        __m512 part[4];
         const float* memory = nullptr;
         void load(const float* table) {
             memory = table;
-            if constexpr (bits == 5) {
-                part[0] = _mm512_loadu_ps(table);
-                part[1] = _mm512_loadu_ps(table + 16);
+            if constexpr (bits == 5 || bits == 6) {
+                for (int i = 0; i < 1 << (bits - 4); ++i) part[i] = _mm512_loadu_ps(table + 16 * i);
             } else if constexpr (bits <= 4) {  // repeated: the instruction reads four bits of the index
                 const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
                 const __m512i repeat = _mm512_and_si512(lane, _mm512_set1_epi32((1 << bits) - 1));
@@ -198,9 +197,14 @@ struct Avx512 {
         }
         template <int j>
         Floats pick(const FloatWords<bits>& words) const {
-            const __m512i index = words.template index<j>();
+            return at(words.template index<j>());
+        }
+        Floats at(__m512i index) const {
             if constexpr (bits <= 4) return _mm512_permutexvar_ps(index, part[0]);
             if constexpr (bits == 5) return _mm512_permutex2var_ps(part[0], index, part[1]);
+            if constexpr (bits == 6)
+                return _mm512_mask_blend_ps(_mm512_test_epi32_mask(index, _mm512_set1_epi32(32)), _mm512_permutex2var_ps(part[0], index, part[1]),
+                                            _mm512_permutex2var_ps(part[2], index, part[3]));
             return _mm512_i32gather_ps(_mm512_and_si512(index, _mm512_set1_epi32((1 << bits) - 1)), memory, 4);
         }
     };
@@ -219,7 +223,44 @@ struct Avx512 {
         }
         floats_from(from, type, count, to);
     }
+
+    static void from_float(const float* from, Float type, int64_t count, void* to) {
+        if (type != Float::f16) return floats_to(from, type, count, to);
+        auto* target = static_cast<uint16_t*>(to);
+        for (int64_t i = 0; i < count; i += 16) {
+            const auto some = static_cast<__mmask16>(count - i >= 16 ? 0xffffu : (1u << (count - i)) - 1u);
+            _mm256_mask_storeu_epi16(target + i, some, _mm512_cvtps_ph(_mm512_maskz_loadu_ps(some, from + i), _MM_FROUND_TO_NEAREST_INT));
+        }
+    }
 };
+
+// Codes in natural order, 64 at a time: eight of them fill `bits` bytes.
+template <int bits>
+void look_up_codes(const uint8_t* codes, const float* values, int64_t kept, float* out) {
+    Avx512::FloatTable<bits> table;
+    table.load(values);
+    const int64_t stride = (kept * bits + 7) / 8;
+    for (int64_t i = 0; i < kept; i += 64) {
+        const int64_t bytes = stride - i / 8 * bits;
+        const __mmask64 there = bytes >= 8 * bits ? ~0ull >> (64 - 8 * bits) : (1ull << bytes) - 1;
+        __m512i z = _mm512_maskz_loadu_epi8(there, codes + i / 8 * bits);
+        if constexpr (bits < 8) z = cut<bits, 8, 0>(spread<bits, 8>(z));
+        const __m128i part[4] = {_mm512_castsi512_si128(z), _mm512_extracti32x4_epi32(z, 1), _mm512_extracti32x4_epi32(z, 2),
+                                 _mm512_extracti32x4_epi32(z, 3)};
+        for (int64_t j = 0, left = kept - i; j < 4 && left > 0; ++j, left -= 16) {
+            const auto some = static_cast<__mmask16>(left >= 16 ? 0xffffu : (1u << left) - 1u);
+            _mm512_mask_storeu_ps(out + i + 16 * j, some, table.at(_mm512_cvtepu8_epi32(part[j])));
+        }
+    }
+}
+
+// Tables of more than four registers stay in memory, where gathering 16 numbers takes longer than one after another.
+void look_up512(const uint8_t* codes, int64_t stride, int bits, const float* values, int64_t kept, float* out) {
+    if (bits > 6) return look_up_row(codes, stride, bits, values, kept, out);
+    constexpr void (*of[])(const uint8_t*, const float*, int64_t, float*) = {look_up_codes<1>, look_up_codes<2>, look_up_codes<3>,
+                                                                            look_up_codes<4>, look_up_codes<5>, look_up_codes<6>};
+    of[bits - 1](codes, values, kept, out);
+}
 
 // 16 x 8 transposition: input 8d + j of a chunk to plane j, lane d. Three rounds of two-register permutations.
 FRACBIT_INLINE void transpose_chunk(__m512 (&v)[8]) {
@@ -307,8 +348,8 @@ void fold512(const float* natural, const void* scales, Float type, int64_t chunk
 }
 
 const Isa kAvx512 = {
-    "avx512", true, transpose512, quantize512, fold512, sum_lanes, Avx512::to_float, floats_to, multiply_int8<Avx512>, multiply_float<Avx512>,
-    multiply_weights, weights_of_row, read_bytes, look_up_row,
+    "avx512", true, transpose512, quantize512, fold512, sum_lanes, Avx512::to_float, Avx512::from_float, multiply_int8<Avx512>, multiply_float<Avx512>,
+    multiply_weights, weights_of_row, read_bytes, look_up512,
     multiply_dense<Avx512>, normalize, gate_with, attend<Avx512>,
 };
 

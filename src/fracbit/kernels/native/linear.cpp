@@ -340,27 +340,35 @@ struct DecodeCall {
     float* thread_scratch;
 };
 
-void decode_row(const DecodeCall& call, int64_t row, float* scratch) {
+// What the worker of a task holds: a row of weights, scales and offsets of its group along out, a row with outliers.
+struct DecodeScratch {
+    float *weights, *scale, *offset, *full;
+    DecodeScratch(const Weight& w, float* memory)
+        : weights(memory), scale(weights + aligned(w.kept)), offset(scale + aligned(w.kept)), full(offset + aligned(w.kept)) {}
+};
+
+void scales_of(const DecodeCall& call, int64_t group, const DecodeScratch& to) {
     const Weight& w = *call.w;
-    float *weights = scratch, *scale = weights + aligned(w.kept), *offset = scale + aligned(w.kept), *full = offset + aligned(w.kept);
+    call.isa->to_float(at(w.scales, w.scale_type, group * w.kept), w.scale_type, w.kept, to.scale);
+    std::fill(to.offset, to.offset + w.kept, 0.0f);
+    if (w.offsets != nullptr) call.isa->to_float(at(w.offsets, w.scale_type, group * w.kept), w.scale_type, w.kept, to.offset);
+    if (w.zeros.empty()) return;  // they come with one table for all rows
+    for (int64_t i = 0; i < w.kept; ++i) to.offset[i] = -to.scale[i] * w.values[w.zeros[static_cast<size_t>(group * w.kept + i)]];
+}
+
+void decode_row(const DecodeCall& call, int64_t row, const DecodeScratch& scratch) {
+    const Weight& w = *call.w;
+    auto [weights, scale, offset, full] = scratch;
     call.isa->weights_of_row(call.job, *call.isa, row, weights);
-    if (w.along_out) {
-        const int64_t group = row / w.block;
-        call.isa->to_float(at(w.scales, w.scale_type, group * w.kept), w.scale_type, w.kept, scale);
-        std::fill(offset, offset + w.kept, 0.0f);
-        if (w.offsets != nullptr) call.isa->to_float(at(w.offsets, w.scale_type, group * w.kept), w.scale_type, w.kept, offset);
-        if (!w.zeros.empty()) {
-            const float* values = w.values.data() + row * call.job.table_stride;
-            for (int64_t i = 0; i < w.kept; ++i) offset[i] = -scale[i] * values[w.zeros[static_cast<size_t>(group * w.kept + i)]];
-        }
+    if (w.along_out)
         for (int64_t i = 0; i < w.kept; ++i) weights[i] = weights[i] * scale[i] + offset[i];
-    }
     const float* result = weights;
     if (!w.other_columns.empty()) {
         const auto p = static_cast<int64_t>(w.other_columns.size());
         for (int64_t i = 0; i < w.kept; ++i) full[w.kept_columns[static_cast<size_t>(i)]] = weights[i];
-        call.isa->to_float(at(w.outliers, w.outlier_type, row * p), w.outlier_type, p, scale);
-        for (int64_t i = 0; i < p; ++i) full[w.other_columns[static_cast<size_t>(i)]] = scale[i];
+        float* others = full + aligned(w.columns);
+        call.isa->to_float(at(w.outliers, w.outlier_type, row * p), w.outlier_type, p, others);
+        for (int64_t i = 0; i < p; ++i) full[w.other_columns[static_cast<size_t>(i)]] = others[i];
         result = full;
     }
     auto* target = static_cast<char*>(call.out.data) + (row - call.first) * call.out.stride * width(call.out.type);
@@ -371,7 +379,11 @@ void decode_task(void* context, int64_t index, int worker) {
     const auto& call = *static_cast<DecodeCall*>(context);
     const int64_t step = rows_per_task(*call.w, call.last - call.first, call.threads);
     const int64_t begin = call.first + index * step, end = std::min(begin + step, call.last);
-    for (int64_t row = begin; row < end; ++row) decode_row(call, row, call.thread_scratch + worker * call.thread_floats);
+    const DecodeScratch scratch(*call.w, call.thread_scratch + worker * call.thread_floats);
+    for (int64_t row = begin; row < end; ++row) {
+        if (call.w->along_out && (row == begin || row % call.w->block == 0)) scales_of(call, row / call.w->block, scratch);
+        decode_row(call, row, scratch);
+    }
 }
 
 }  // namespace
@@ -527,7 +539,7 @@ void decode(const Weight& w, const Isa& isa, int64_t first, int64_t last, const 
     if (first >= last) return;
     threads = std::clamp(threads, 1, kMaxThreads);
     const auto p = static_cast<int64_t>(w.other_columns.size());
-    DecodeCall call{&w, &isa, job_of(w), first, last, out, threads, 3 * aligned(std::max(w.kept, p)) + aligned(w.columns), nullptr};
+    DecodeCall call{&w, &isa, job_of(w), first, last, out, threads, 3 * aligned(w.kept) + aligned(w.columns) + aligned(p), nullptr};
     static thread_local Scratch scratch;
     scratch.reset();
     call.thread_scratch = scratch.floats(call.thread_floats * threads);

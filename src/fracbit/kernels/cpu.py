@@ -34,7 +34,7 @@ from fracbit.records.scheme import Scheme, flat_block
 if TYPE_CHECKING:
     from types import ModuleType
 
-ABI = 6
+ABI = 7
 TILE_BYTES = 1 << 20  # of decoded weights: about a core's second-level cache
 TILE_ROWS = (
     128  # at least, and a multiple of half of it: torch multiplies by few or odd rows at half the speed
@@ -48,7 +48,8 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, f"the native module was not built ({error}); install with a C++17 compiler to have it"
     if native.abi() != ABI:
         return None, f"the native module is of another version ({native.abi()}, needed {ABI}); build it again"
-    return native, f"native, instruction sets {', '.join(native.instruction_sets())}"
+    threads = "threads of torch" if native.on_threads_of_torch() else "its own threads"
+    return native, f"native, instruction sets {', '.join(native.instruction_sets())}, on {threads}"
 
 
 NATIVE, NOTE = _load()

@@ -76,7 +76,6 @@ class NativeDecoder:
                 )
         except (ValueError, TypeError) as error:
             raise KernelError(f"these layers do not make a decoder: {error}") from None
-        self._native.settle()
 
     def advance(
         self, store: Tensor, held: int, tokens: Tensor, pads: Tensor, cosines: Tensor, sines: Tensor

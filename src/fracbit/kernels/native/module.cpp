@@ -15,12 +15,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <thread>
 #include <utility>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "attention.h"
 #include "gram.h"
@@ -34,7 +29,7 @@ using namespace fracbit;
 namespace {
 
 // Raised whenever a signature below changes, so that Python refuses an extension left over from another version.
-constexpr int kAbi = 6;
+constexpr int kAbi = 7;
 
 using Array = nb::ndarray<nb::ro, nb::device::cpu>;
 using Output = nb::ndarray<nb::device::cpu>;
@@ -250,30 +245,6 @@ class PackedWeight {
     std::vector<Array> held_;
 };
 
-struct Bytes {
-    const void* data;
-    size_t count;
-};
-
-// Ask for huge pages behind memory that is read over and over: with small ones every 4 KB is a walk through the page tables
-// and a new start for the prefetcher. Moving takes as long as a copy, so it goes on beside the first tokens. It is a hint that
-// changes no contents: where the system cannot, or the memory is gone by then, nothing happens.
-void use_huge_pages(std::vector<Bytes> parts) {
-#if defined(__linux__)
-    std::thread([parts = std::move(parts)] {
-        constexpr uintptr_t kPage = uintptr_t{1} << 21;
-        constexpr int kCollapse = 25;  // MADV_COLLAPSE, Linux 6.1
-        for (const Bytes& part : parts) {
-            const auto begin = reinterpret_cast<uintptr_t>(part.data), end = begin + part.count;
-            const uintptr_t first = begin & ~(kPage - 1), last = (end + kPage - 1) & ~(kPage - 1);
-            if (part.count >= kPage / 4) (void)madvise(reinterpret_cast<void*>(first), last - first, kCollapse);
-        }
-    }).detach();
-#else
-    (void)parts;
-#endif
-}
-
 // y [batch, rows] of several weights that read the same x.
 void multiply_together(const std::vector<const PackedWeight*>& weights, const Array& x, const std::vector<Output>& y, bool int8, int threads) {
     if (weights.empty() || weights.size() != y.size()) refuse("weights and results must be as many, and at least one");
@@ -330,9 +301,6 @@ class PyDecoder {
         d_.blocks.push_back(b);
     }
 
-    // Call once, when all blocks are there.
-    void settle() { use_huge_pages(std::move(large_)); }
-
     void advance(const Output& store, int64_t held, const Array& tokens, const Array& pads, const Array& cosines, const Array& sines,
                  const Output& logits, int threads) {
         if (store.ndim() != 6) refuse("the store must have shape [blocks, 2, batch, kv_heads, room, head]");
@@ -374,7 +342,6 @@ class PyDecoder {
         Projection p;
         if (nb::isinstance<PackedWeight>(layer.first)) {
             p.packed = &nb::cast<const PackedWeight&>(layer.first).weight();
-            large_.push_back({p.packed->codes, static_cast<size_t>(p.packed->rows * p.packed->stride())});
             p.rows = p.packed->rows;
             p.columns = p.packed->columns;
             held_.push_back(layer.first);
@@ -385,7 +352,6 @@ class PyDecoder {
             p.columns = static_cast<int64_t>(array.shape(1));
             p.type = check_floats(array, name, {p.rows, p.columns});
             p.dense = array.data();
-            large_.push_back({p.dense, array.nbytes()});
             arrays_.push_back(array);
         }
         if ((rows >= 0 && p.rows != rows) || p.columns != columns)
@@ -398,7 +364,6 @@ class PyDecoder {
     const Isa& isa_;
     std::vector<nb::object> held_;
     std::vector<Array> arrays_;
-    std::vector<Bytes> large_;
     std::mutex busy_;
     Scratch scratch_;
 };
@@ -453,6 +418,7 @@ NB_MODULE(_native, m) {
     m.def("has_causal", &has_causal, "Whether `attend_causal` can run here: AVX-512.");
     m.def("attend_causal", &attend_causal_checked, nb::arg("queries"), nb::arg("keys"), nb::arg("values"), nb::arg("out"),
           nb::arg("scale"), nb::arg("threads"), "out = causal attention of [sequences, heads, tokens, head] fp32, whole sequences.");
+    m.def("on_threads_of_torch", &on_threads_of_torch, "Whether tasks are shared out among the threads of torch's OpenMP library.");
     m.def("abi", [] { return kAbi; }, "Version of the interface between fracbit's Python and its native kernels.");
     m.def(
         "instruction_sets",
@@ -493,7 +459,6 @@ NB_MODULE(_native, m) {
              nb::arg("int8"), nb::arg("embedding"), nb::arg("logits"), nb::arg("gain"), nb::arg("isa") = "")
         .def("add_block", &PyDecoder::add_block, nb::arg("layers"), nb::arg("gains"),
              "Layers: query, key, value, out, gate, up, down; gains: before attention, before the MLP, of queries, of keys.")
-        .def("settle", &PyDecoder::settle, "Ask for huge pages behind the weights, beside the first steps.")
         .def("advance", &PyDecoder::advance, nb::arg("store"), nb::arg("held"), nb::arg("tokens"), nb::arg("pads"),
              nb::arg("cosines"), nb::arg("sines"), nb::arg("logits"), nb::arg("threads"),
              "Read tokens [batch] after `held` others; fills logits [batch, vocabulary] and the store.");

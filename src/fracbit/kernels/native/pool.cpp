@@ -17,7 +17,11 @@
 namespace fracbit {
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
 constexpr auto kSpin = std::chrono::microseconds(60);  // a decode step calls the next layer within this time
+constexpr auto kLate = std::chrono::microseconds(500);  // tasks are shorter: who comes later was set aside for another process
+constexpr auto kRest = std::chrono::seconds(1);
 
 void pause() {
 #if defined(__x86_64__) || defined(_M_X64)
@@ -45,20 +49,27 @@ Parallel parallel_of_torch() {
 #endif
 }
 
-void run_on(Parallel parallel, int threads, int64_t count, Task task, void* context) {
+// Returns how long the caller, its own tasks done, waited for the others.
+Clock::duration run_on(Parallel parallel, int threads, int64_t count, Task task, void* context) {
     struct Job {
         int64_t count;
         Task task;
         void* context;
+        std::thread::id caller = std::this_thread::get_id();
+        Clock::duration work{};  // of the caller
         std::atomic<int> workers{0};
         std::atomic<int64_t> next{0};
     } job{count, task, context};
     const auto work = [](void* data) {
         auto& job = *static_cast<Job*>(data);
+        const auto begin = Clock::now();
         const int worker = job.workers.fetch_add(1, std::memory_order_relaxed);
         for (int64_t index; (index = job.next.fetch_add(1, std::memory_order_relaxed)) < job.count;) job.task(job.context, index, worker);
+        if (std::this_thread::get_id() == job.caller) job.work = Clock::now() - begin;
     };
+    const auto begin = Clock::now();
     parallel(work, &job, static_cast<unsigned>(threads), 0);
+    return Clock::now() - begin - job.work;
 }
 
 class Pool {
@@ -111,13 +122,13 @@ class Pool {
             const uint64_t epoch = epoch_.load(std::memory_order_acquire);
             return (epoch & 1) != 0 && epoch != seen ? epoch : 0;
         };
-        const auto until = std::chrono::steady_clock::now() + kSpin;
+        const auto until = Clock::now() + kSpin;
         do {
             for (int i = 0; i < 64; ++i) {
                 if (const uint64_t epoch = open()) return epoch;
                 pause();
             }
-        } while (std::chrono::steady_clock::now() < until);
+        } while (Clock::now() < until);
         std::unique_lock<std::mutex> lock(sleep_);
         sleepers_.fetch_add(1, std::memory_order_release);
         uint64_t epoch = 0;
@@ -142,15 +153,20 @@ class Pool {
 
 std::atomic<bool> forked{false};
 
-// Whoever may use more than one thread now, and whose they are. Never destroyed: sleeping workers may outlive static
+// Whoever may use more than one thread now, and whose they are. Threads of OpenMP wait for each other after a job: on a busy machine
+// one that is set aside keeps all of them for a time slice. Then a pool that waits for nobody without a task rests them. Never destroyed: sleeping workers may outlive static
 // destructors. A fork copies no threads, so the child forgets them.
 struct Threads {
     std::mutex busy;
     Parallel parallel = forked ? nullptr : parallel_of_torch();
+    Clock::time_point rested{};
     std::unique_ptr<Pool> pool;
 
     void run(int threads, int64_t count, Task task, void* context) {
-        if (parallel != nullptr) return run_on(parallel, threads, count, task, context);
+        if (parallel != nullptr && Clock::now() >= rested) {
+            if (run_on(parallel, threads, count, task, context) > kLate) rested = Clock::now() + kRest;
+            return;
+        }
         if (pool == nullptr) pool = std::make_unique<Pool>();
         pool->run(threads, count, task, context);
     }
@@ -175,6 +191,8 @@ Threads& the_threads() {
 }
 
 }  // namespace
+
+bool on_threads_of_torch() { return the_threads().parallel != nullptr; }
 
 void run_tasks(int threads, int64_t count, Task task, void* context) {
     threads = std::min(threads, kMaxThreads);

@@ -27,7 +27,7 @@ void pause() {
 #endif
 }
 
-// Of OpenMP as GCC calls it: `body(data)` on that many threads, the caller's among them.
+// Of OpenMP as GCC calls it: `body(data)` on that many threads, the caller's among them; 0 is the caller's own setting.
 using Parallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
 // The function that torch's parallel loops call, or null.
@@ -45,20 +45,24 @@ Parallel parallel_of_torch() {
 #endif
 }
 
+// On as many threads as torch's own loops take: OpenMP ends and starts threads whenever that number changes. At most `threads`
+// of them work.
 void run_on(Parallel parallel, int threads, int64_t count, Task task, void* context) {
     struct Job {
+        int threads;
         int64_t count;
         Task task;
         void* context;
         std::atomic<int> workers{0};
         std::atomic<int64_t> next{0};
-    } job{count, task, context};
+    } job{threads, count, task, context};
     const auto work = [](void* data) {
         auto& job = *static_cast<Job*>(data);
         const int worker = job.workers.fetch_add(1, std::memory_order_relaxed);
+        if (worker >= job.threads) return;
         for (int64_t index; (index = job.next.fetch_add(1, std::memory_order_relaxed)) < job.count;) job.task(job.context, index, worker);
     };
-    parallel(work, &job, static_cast<unsigned>(threads), 0);
+    parallel(work, &job, 0, 0);
 }
 
 class Pool {
@@ -152,10 +156,18 @@ struct Threads {
     void run(int threads, int64_t count, Task task, void* context) {
         if (parallel != nullptr) return run_on(parallel, threads, count, task, context);
         if (pool == nullptr) pool = std::make_unique<Pool>();
-        pool->run(threads, count, task, context);
+        pool->run(static_cast<int>(std::min<int64_t>(threads, count)), count, task, context);
     }
 };
 std::atomic<Threads*> current{nullptr};
+
+#if defined(__unix__) || defined(__APPLE__)
+// From the start: torch may have had threads before a fork, and we none.
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] {
+    forked = true;
+    current.store(nullptr, std::memory_order_release);
+});
+#endif
 
 Threads& the_threads() {
     Threads* found = current.load(std::memory_order_acquire);
@@ -165,12 +177,6 @@ Threads& the_threads() {
         delete made;
         return *found;
     }
-#if defined(__unix__) || defined(__APPLE__)
-    pthread_atfork(nullptr, nullptr, [] {
-        forked = true;
-        current.store(nullptr, std::memory_order_release);
-    });
-#endif
     return *made;
 }
 

@@ -69,6 +69,13 @@ def test_generate_refuses(model: str, words: list[str], error: type[Exception]) 
     assert isinstance(CliRunner().invoke(app, ["generate", model, "Once", *words]).exception, error)
 
 
+def test_a_seed_that_torch_cannot_hold_is_a_usage_error(model: str) -> None:
+    for command in ("generate", "chat"):
+        done = CliRunner().invoke(app, [command, model, "--seed", str(2**63)])
+        assert done.exit_code == 2
+        assert "'--seed'" in done.stderr
+
+
 def test_generate_without_a_prompt(model: str) -> None:
     assert isinstance(CliRunner().invoke(app, ["generate", model]).exception, DataError)
 

@@ -2,8 +2,10 @@
 
 import multiprocessing
 import os
+import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -168,20 +170,46 @@ def test_strided_unaligned_and_leading_dimensions() -> None:
 
 
 @native
-def test_not_a_number_is_not_hidden() -> None:
-    weight = packed(Scheme("int", 4, 64), (8, 128))
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("axis", ["in", "out"])
+def test_not_a_number_is_not_hidden(axis: str, isa: str) -> None:
+    weight = packed(Scheme("int", 4, 64, axis), (8, 640))
     for bad in (float("nan"), float("inf")):
-        x = batch_of(2, 128)
+        x = batch_of(2, 640)
         x[1, 5] = bad
         for path in TOLERANCE:
-            y = PackedLinear(weight, path)(x)
+            y = run(prepare(weight, path, isa), x)
             assert torch.isfinite(y[0]).all()
             assert not torch.isfinite(y[1]).any()
 
 
 @native
-def test_threads_and_concurrent_callers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("scale", ["fp32", "fp16", "bf16"])
+def test_scales_folded_into_activations(scale: str, isa: str) -> None:
+    """Blocks along `out` of rows that end with a whole chunk or within one; scales that are subnormal in half precision."""
+    for dtype, bits, offset in (("nf", 4, "none"), ("int", 3, "float"), ("int", 4, "zero")):
+        for columns, size in ((640, 1.0), (700, 1.0), (640, 1e-4)):
+            weight = torch.randn(40, columns, generator=torch.Generator().manual_seed(7)) * 0.02 * size
+            stored = quantize_tensor(weight, Scheme(dtype, bits, 16, "out", offset, scale))
+            x = batch_of(8, columns)
+            expected = reference.linear(x, stored)
+            for path, tolerance in TOLERANCE.items():
+                assert distance(run(prepare(stored, path, isa), x), expected) < tolerance
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    """torch, and with it the kernels, on three threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@native
+@pytest.mark.usefixtures("three_threads")
+def test_threads_and_concurrent_callers() -> None:
     weight = packed(Scheme("nf", 4, 64, "out"), (512, 1024))
     linear, x = PackedLinear(weight), batch_of(1, 1024)
     expected = reference.linear(x, weight)
@@ -209,16 +237,11 @@ def test_the_workers_are_those_of_torch() -> None:
     assert "threads of torch" in CPU.explain()
 
 
-def _in_child(results: "multiprocessing.Queue[float]") -> None:
-    weight = packed(Scheme("int", 4, 64), (256, 512))
-    results.put(distance(PackedLinear(weight)(batch_of(1, 512)), reference.linear(batch_of(1, 512), weight)))
-
-
 @native
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_forked_child_has_a_pool_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+@pytest.mark.usefixtures("three_threads")
+def test_forked_child_has_a_pool_of_its_own() -> None:
     weight = packed(Scheme("int", 4, 64), (256, 512))
     prepared, x = prepare(weight, "float"), batch_of(1, 512)
     y = x.new_empty((1, 256))
@@ -238,6 +261,38 @@ def _forked(results: "multiprocessing.Queue[list[float]]", weight: object, x: to
     for _ in range(20):
         weight.multiply(x, y, False, 2)
     results.put(y[0].tolist())
+
+
+FIRST_USED_IN_A_CHILD = """
+import os, signal, torch
+from fracbit.kernels import PackedLinear
+from fracbit.numerics import quantize_tensor
+from fracbit.records.scheme import Scheme
+
+weight = quantize_tensor(torch.randn(512, 1024), Scheme("int", 4, 64))
+torch.set_num_threads(5)
+torch.ones(3, 1 << 18).exp()
+child = os.fork()
+signal.alarm(30)  # a thread that waits for others which the fork left behind waits for ever
+y = PackedLinear(weight)(torch.ones(1, 1024))
+if child == 0:
+    os._exit(0 if torch.isfinite(y).all() else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@native
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_first_used_in_a_child_of_a_process_with_threads() -> None:
+    """A child has no threads of torch, whether or not the kernels ran before; and there may be fewer than asked for."""
+    environment = os.environ | {"OMP_THREAD_LIMIT": "2"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FIRST_USED_IN_A_CHILD],
+        env=environment,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @native

@@ -215,8 +215,14 @@ def test_the_native_step_ends_where_the_text_ends(
 def test_a_prompt_needs_tokens_and_room(tales: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
     with pytest.raises(DataError, match="positions"):
         generate(*tales, ["bird " * 600], Settings())
-    with pytest.raises(DataError, match="at least 1"):
-        Settings(max_new_tokens=0)
+    for wrong in (
+        {"max_new_tokens": 0},
+        {"prefill_chunk": 0},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+    ):
+        with pytest.raises(DataError, match="at least"):
+            Settings(**wrong)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -263,6 +269,18 @@ def test_bench_refuses_more_tokens_than_positions(
     model.save_pretrained(tmp_path)
     with pytest.raises(DataError, match="positions"):
         measure(str(tmp_path), Load(model.config.max_position_embeddings, 1))
+
+
+def test_bench_refuses_before_it_loads() -> None:
+    for words, error in (
+        ({"new_tokens": 0}, DataError),
+        ({"prompt_tokens": -1}, DataError),
+        ({"kv_bits": 3}, SchemeError),
+    ):
+        with pytest.raises(error, match=r"at least 1|16 bits .* 8 or 4, got 3"):
+            Load(**words)
+    with pytest.raises(DataError, match="float or int8, got 'int3'"):
+        measure("no such model", Load(), "int3")
 
 
 def test_activations_that_no_kernel_rounds_are_said_to_stay_exact(

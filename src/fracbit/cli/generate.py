@@ -23,6 +23,7 @@ Activate = Annotated[
     str, typer.Option("--activations", help="float (exact) or int8 (rounded, faster on CPUs).")
 ]
 Dtype = Annotated[str, typer.Option(help="Type of what is not quantized: auto, float32, bfloat16, float16.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")]
 
 
@@ -37,7 +38,7 @@ def generate(
     kv_bits: KvBits = 16,
     activations: Activate = "float",
     prefill_chunk: Annotated[int, typer.Option(help="Tokens of a prompt that are read at once.")] = 512,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     trust_remote_code: Trust = False,

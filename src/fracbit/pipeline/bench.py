@@ -28,7 +28,15 @@ from fracbit.kernels import Activations
 from fracbit.models.cache import cache_bytes
 from fracbit.models.quant_linear import QuantEmbedding, TiedHead
 from fracbit.models.store import StoreCache
-from fracbit.pipeline.serve import PREFILL_CHUNK, Step, check_room, choose_activations, new_cache, step_of
+from fracbit.pipeline.serve import (
+    PREFILL_CHUNK,
+    Step,
+    check_kv_bits,
+    check_room,
+    choose_activations,
+    new_cache,
+    step_of,
+)
 
 READS = 7
 PROMPTS = 3  # readings of the prompt that count
@@ -45,7 +53,10 @@ class Load:
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 1 or self.new_tokens < 1:
-            raise DataError(f"bench needs at least 1 token, got {self.prompt_tokens} and {self.new_tokens}")
+            raise DataError(
+                f"prompt_tokens and new_tokens must be at least 1, got {self.prompt_tokens} and {self.new_tokens}"
+            )
+        check_kv_bits(self.kv_bits)
 
 
 @dataclass(frozen=True)
@@ -82,11 +93,12 @@ def measure(
 
     Raises `DataError` when the model has fewer positions than `load_` has tokens.
     """
+    path = _activations(activations)
     gc.collect()
     before = resident()
     loaded = load(model, dtype, device, trust)
     check_room(loaded, load_.prompt_tokens, load_.new_tokens)
-    choose_activations(loaded, _activations(activations))
+    choose_activations(loaded, path)
     ids = torch.randint(
         0, loaded.config.get_text_config().vocab_size, (load_.prompt_tokens,), generator=_seeded()
     )

@@ -35,6 +35,8 @@ struct Case {
     bool even;  // evenly spaced table
     bool own_tables;
     int outliers;
+    Float scale_type;  // of offsets too
+    Float type;        // of activations, results and outlier columns
 };
 
 template <class T>
@@ -42,6 +44,42 @@ struct Exact {  // no spare room, unlike a vector's
     explicit Exact(int64_t count) : data(new T[static_cast<size_t>(count)]()), size(count) {}
     std::unique_ptr<T[]> data;
     int64_t size;
+};
+
+int64_t width(Float type) { return type == Float::f32 ? 4 : 2; }
+
+// What a type rounds by at most, relative to a number.
+double rounding(Float type) { return type == Float::f32 ? 0.0 : type == Float::f16 ? 0x1p-11 : 0x1p-8; }
+
+// Numbers of a type, spelled bit by bit. What it cannot hold is cut off; numbers below 2^-14 are 0 in half precision.
+struct Numbers {
+    Numbers(int64_t count, Float type) : bytes(count * width(type)), type(type), size(count) {}
+    Exact<uint8_t> bytes;
+    Float type;
+    int64_t size;
+
+    void set(int64_t i, float value) {
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        const int exponent = static_cast<int>(bits >> 23 & 255) - 112;
+        uint32_t half = bits >> 16;
+        if (type == Float::f16) half = (half & 0x8000u) | (exponent <= 0 ? 0 : static_cast<uint32_t>(exponent) << 10 | (bits >> 13 & 1023));
+        std::memcpy(bytes.data.get() + i * width(type), type == Float::f32 ? &bits : &half, static_cast<size_t>(width(type)));
+    }
+    float operator[](int64_t i) const {
+        uint32_t bits = 0;
+        std::memcpy(&bits, bytes.data.get() + i * width(type), static_cast<size_t>(width(type)));
+        if (type == Float::f16) {
+            const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+            const float magnitude = exponent ? std::ldexp(1024.0f + fraction, exponent - 25) : std::ldexp(float(fraction), -24);
+            return bits & 0x8000 ? -magnitude : magnitude;
+        }
+        if (type == Float::bf16) bits <<= 16;
+        float value;
+        std::memcpy(&value, &bits, 4);
+        return value;
+    }
+    Matrix matrix(int64_t stride) { return {bytes.data.get(), type, stride}; }
 };
 
 unsigned code_of(const uint8_t* row, int bits, int64_t i) {
@@ -60,17 +98,17 @@ bool run(const Case& c) {
     const int64_t count = scale_rows * scale_columns, stride = up(kept * c.bits, 8), zero_stride = up(scale_columns * c.bits, 8);
     const int64_t table_rows = c.own_tables ? c.rows : 1;
     Exact<uint8_t> codes(c.rows * stride), zeros(scale_rows * zero_stride);
-    Exact<float> scales(count), offsets(count), table(table_rows * levels), x(3 * c.columns), y(3 * c.rows);
+    Exact<float> table(table_rows * levels);
+    Numbers scales(count, c.scale_type), offsets(count, c.scale_type), x(3 * c.columns, c.type), outliers(c.rows * c.outliers, c.type);
     Exact<int32_t> other(c.outliers);
-    Exact<float> outliers(c.rows * c.outliers);
     for (int64_t i = 0; i < codes.size; ++i) codes.data[i] = static_cast<uint8_t>(generator());
     for (int64_t i = 0; i < zeros.size; ++i) zeros.data[i] = static_cast<uint8_t>(generator());
-    for (int64_t i = 0; i < count; ++i) scales.data[i] = std::fabs(random_float()) + 0.5f;
-    for (int64_t i = 0; i < count; ++i) offsets.data[i] = random_float();
+    for (int64_t i = 0; i < count; ++i) scales.set(i, std::fabs(random_float()) + 0.5f);
+    for (int64_t i = 0; i < count; ++i) offsets.set(i, random_float());
     for (int64_t i = 0; i < table.size; ++i)
         table.data[i] = c.even ? -1.0f + 2.0f * static_cast<float>(i) / static_cast<float>(levels - 1) : random_float();
-    for (int64_t i = 0; i < x.size; ++i) x.data[i] = random_float();
-    for (int64_t i = 0; i < outliers.size; ++i) outliers.data[i] = random_float();
+    for (int64_t i = 0; i < x.size; ++i) x.set(i, random_float());
+    for (int64_t i = 0; i < outliers.size; ++i) outliers.set(i, random_float());
     for (int64_t i = 0; i < c.outliers; ++i) other.data[i] = static_cast<int32_t>(2 * i);
 
     Weight w;
@@ -88,10 +126,12 @@ bool run(const Case& c) {
         w.flat = true;
         w.blocks = kept / block + 2;
     }
-    w.scales = scales.data.get();
-    w.offsets = c.shift == 2 ? offsets.data.get() : nullptr;
+    w.scale_type = c.scale_type;
+    w.scales = scales.bytes.data.get();
+    w.offsets = c.shift == 2 ? offsets.bytes.data.get() : nullptr;
     w.table_rows = table_rows;
-    w.outliers = outliers.data.get();
+    w.outlier_type = c.type;
+    w.outliers = outliers.bytes.data.get();
     derive(w, table.data.get(), levels, c.shift == 1 ? zeros.data.get() : nullptr, scale_rows, scale_columns, other.data.get(), c.outliers);
 
     // `gross`: the parts of a weight without regard to sign. They may cancel, rounding errors do not.
@@ -101,7 +141,7 @@ bool run(const Case& c) {
             double& weight = dense[static_cast<size_t>(o * c.columns + i)];
             double& parts = gross[static_cast<size_t>(o * c.columns + i)];
             if (p < c.outliers && other.data[p] == i) {
-                weight = outliers.data[o * c.outliers + p++];
+                weight = outliers[o * c.outliers + p++];
                 parts = std::fabs(weight);
                 continue;
             }
@@ -112,8 +152,8 @@ bool run(const Case& c) {
             if (c.shift == 1) zero = values[code_of(zeros.data.get() + at / scale_columns * zero_stride, c.bits, at % scale_columns)];
             value -= zero;
             amount += std::fabs(zero);
-            weight = scales.data[at] * value + (c.shift == 2 ? offsets.data[at] : 0.0f);
-            parts = scales.data[at] * amount + (c.shift == 2 ? std::fabs(offsets.data[at]) : 0.0f);
+            weight = scales[at] * value + (c.shift == 2 ? offsets[at] : 0.0f);
+            parts = scales[at] * amount + (c.shift == 2 ? std::fabs(offsets[at]) : 0.0f);
             ++k;
         }
 
@@ -127,30 +167,30 @@ bool run(const Case& c) {
     for (const Isa* isa : instruction_sets()) {
         for (int64_t batch = 1; batch <= 3; batch += 2)
             for (const bool int8 : {false, true}) {
-                Exact<float> result(batch * c.rows);
-                multiply(w, *isa, {x.data.get(), Float::f32, c.columns}, {result.data.get(), Float::f32, c.rows}, batch, int8, 2);
+                Numbers result(batch * c.rows, c.type);
+                multiply(w, *isa, x.matrix(c.columns), result.matrix(c.rows), batch, int8, 2);
                 double error = 0, size = 0;
                 for (int64_t n = 0; n < batch; ++n)
                     for (int64_t o = 0; o < c.rows; ++o) {
                         double sum = 0, magnitude = 0;
                         for (int64_t i = 0; i < c.columns; ++i) {
                             const auto at = static_cast<size_t>(o * c.columns + i);
-                            sum += dense[at] * x.data[n * c.columns + i];
-                            magnitude += std::pow(gross[at] * x.data[n * c.columns + i], 2);
+                            sum += dense[at] * x[n * c.columns + i];
+                            magnitude += std::pow(gross[at] * x[n * c.columns + i], 2);
                         }
-                        error += std::pow(result.data[n * c.rows + o] - sum, 2);
+                        error += std::pow(result[n * c.rows + o] - sum, 2);
                         size += magnitude;
                     }
-                judge(int8 ? "int8" : "float", *isa, std::sqrt(error), std::sqrt(size), int8 ? 3e-2 : 2e-5);
+                judge(int8 ? "int8" : "float", *isa, std::sqrt(error), std::sqrt(size), (int8 ? 3e-2 : 2e-5) + 2 * rounding(c.type));
             }
-        Exact<float> decoded(c.rows * c.columns);
-        decode(w, *isa, 0, c.rows, {decoded.data.get(), Float::f32, c.columns}, 2);
+        Numbers decoded(c.rows * c.columns, c.type);
+        decode(w, *isa, 0, c.rows, decoded.matrix(c.columns), 2);
         double error = 0, size = 0;
         for (size_t i = 0; i < dense.size(); ++i) {
-            error += std::pow(decoded.data[i] - dense[i], 2);
+            error += std::pow(decoded[static_cast<int64_t>(i)] - dense[i], 2);
             size += gross[i] * gross[i];
         }
-        judge("decode", *isa, std::sqrt(error), std::sqrt(size), 1e-6);
+        judge("decode", *isa, std::sqrt(error), std::sqrt(size), 1e-6 + rounding(c.type));
     }
     return good;
 }
@@ -197,27 +237,15 @@ bool together() {
     return good;
 }
 
-void round_to(Float type, const std::vector<float>& from, uint8_t* to) {
-    for (size_t i = 0; i < from.size(); ++i) {
-        uint32_t bits;
-        std::memcpy(&bits, &from[i], 4);
-        const auto upper = static_cast<uint16_t>(bits >> 16);
-        if (type == Float::f32) std::memcpy(to + 4 * i, &bits, 4);
-        if (type == Float::bf16) std::memcpy(to + 2 * i, &upper, 2);
-    }
-}
-
 // A decoder of float layers in buffers of exactly their size: every instruction set gives the same logits.
 bool step(int64_t head, Float type) {
-    const int64_t hidden = 24, heads = 4, kv = 2, inner = 37, words = 11, batch = 3, room = 4, size = type == Float::f32 ? 4 : 2;
-    std::vector<std::unique_ptr<Exact<uint8_t>>> held;
+    const int64_t hidden = 24, heads = 4, kv = 2, inner = 37, words = 11, batch = 3, room = 4;
+    std::vector<std::unique_ptr<Numbers>> held;
     const auto layer = [&](int64_t rows, int64_t columns) {
-        std::vector<float> values(static_cast<size_t>(rows * columns));
-        for (float& value : values) value = 0.2f * random_float();
-        held.push_back(std::make_unique<Exact<uint8_t>>(rows * columns * size));
-        round_to(type, values, held.back()->data.get());
+        held.push_back(std::make_unique<Numbers>(rows * columns, type));
+        for (int64_t i = 0; i < rows * columns; ++i) held.back()->set(i, 0.2f * random_float());
         Projection p;
-        p.dense = held.back()->data.get();
+        p.dense = held.back()->bytes.data.get();
         p.type = type;
         p.rows = rows;
         p.columns = columns;
@@ -248,7 +276,7 @@ bool step(int64_t head, Float type) {
     std::vector<float> first;
     bool good = true;
     for (const Isa* isa : instruction_sets()) {
-        Exact<uint8_t> store(2 * 2 * batch * kv * room * head * size);
+        Exact<uint8_t> store(2 * 2 * batch * kv * room * head * width(type));
         Exact<float> logits(batch * words);
         Scratch scratch;
         const int64_t tokens[] = {1, 10, 0}, pads[] = {0, 1, 0};
@@ -326,14 +354,15 @@ bool causal(int64_t tokens, int64_t head) {
 // check [n]: every n-th weight.
 int main(int count, char** arguments) {
     const int every = count > 1 ? std::atoi(arguments[1]) : 1;
+    const Float types[] = {Float::f32, Float::f16, Float::bf16};
     int failed = !together(), done = 0, run_so_far = 0;
     for (const int64_t head : {2, 6, 16, 80})
-        for (const Float type : {Float::f32, Float::bf16}) failed += !step(head, type);
+        for (const Float type : types) failed += !step(head, type);
     for (const int64_t head : {8, 24})
         for (const int64_t tokens : {0, 1, 31, 32, 45}) failed += !causal(tokens, head);
     for (const int64_t width : {1, 8, 47, 48, 100})
         for (const int64_t tokens : {0, 1, 7, 513}) failed += !gram(tokens, width, width + tokens % 3);
-    const int64_t shapes[][2] = {{1, 1}, {1, 9}, {5, 127}, {7, 128}, {6, 129}, {9, 172}, {3, 400}};
+    const int64_t shapes[][2] = {{1, 1}, {1, 9}, {5, 127}, {7, 128}, {6, 129}, {9, 172}, {3, 400}, {2, 640}};
     for (const auto& shape : shapes)
         for (int bits = 1; bits <= 8; ++bits)
             for (int kind = 0; kind < 4; ++kind)
@@ -342,7 +371,7 @@ int main(int count, char** arguments) {
                         const bool even = done % 2 == 0, own = shift != 1 && done % 5 == 0 && !even;
                         const int outliers = shape[1] > 8 && done % 3 == 0 ? 2 : 0;
                         if (done++ % every != 0) continue;
-                        failed += !run({shape[0], shape[1], bits, kind, block, shift, even, own, outliers});
+                        failed += !run({shape[0], shape[1], bits, kind, block, shift, even, own, outliers, types[done / 7 % 3], types[done / 11 % 3]});
                         ++run_so_far;
                     }
     std::string names;

@@ -236,10 +236,9 @@ struct Avx512 {
 
 // Codes in natural order, 64 at a time: eight of them fill `bits` bytes.
 template <int bits>
-void look_up_codes(const uint8_t* codes, const float* values, int64_t kept, float* out) {
+void look_up_codes(const uint8_t* codes, int64_t stride, const float* values, int64_t kept, float* out) {
     Avx512::FloatTable<bits> table;
     table.load(values);
-    const int64_t stride = (kept * bits + 7) / 8;
     for (int64_t i = 0; i < kept; i += 64) {
         const int64_t bytes = stride - i / 8 * bits;
         const __mmask64 there = bytes >= 8 * bits ? ~0ull >> (64 - 8 * bits) : (1ull << bytes) - 1;
@@ -257,9 +256,9 @@ void look_up_codes(const uint8_t* codes, const float* values, int64_t kept, floa
 // Tables of more than four registers stay in memory, where gathering 16 numbers takes longer than one after another.
 void look_up512(const uint8_t* codes, int64_t stride, int bits, const float* values, int64_t kept, float* out) {
     if (bits > 6) return look_up_row(codes, stride, bits, values, kept, out);
-    constexpr void (*of[])(const uint8_t*, const float*, int64_t, float*) = {look_up_codes<1>, look_up_codes<2>, look_up_codes<3>,
-                                                                            look_up_codes<4>, look_up_codes<5>, look_up_codes<6>};
-    of[bits - 1](codes, values, kept, out);
+    constexpr void (*of[])(const uint8_t*, int64_t, const float*, int64_t, float*) = {
+        look_up_codes<1>, look_up_codes<2>, look_up_codes<3>, look_up_codes<4>, look_up_codes<5>, look_up_codes<6>};
+    of[bits - 1](codes, stride, values, kept, out);
 }
 
 // 16 x 8 transposition: input 8d + j of a chunk to plane j, lane d. Three rounds of two-register permutations.

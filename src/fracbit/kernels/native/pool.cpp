@@ -20,7 +20,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr auto kSpin = std::chrono::microseconds(60);  // a decode step calls the next layer within this time
-constexpr auto kLate = std::chrono::microseconds(500);  // tasks are shorter: who comes later was set aside for another process
+constexpr auto kLate = std::chrono::microseconds(500);  // later than a short job takes: set aside for another process
 constexpr auto kRest = std::chrono::seconds(1);
 
 void pause() {
@@ -31,7 +31,7 @@ void pause() {
 #endif
 }
 
-// Of OpenMP as GCC calls it: `body(data)` on that many threads, the caller's among them.
+// Of OpenMP as GCC calls it: `body(data)` on that many threads, the caller's among them; 0 is the caller's own setting.
 using Parallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
 // The function that torch's parallel loops call, or null.
@@ -49,27 +49,31 @@ Parallel parallel_of_torch() {
 #endif
 }
 
-// Returns how long the caller, its own tasks done, waited for the others.
-Clock::duration run_on(Parallel parallel, int threads, int64_t count, Task task, void* context) {
+// On as many threads as torch's own loops take: OpenMP ends and starts threads whenever that number changes. At most `threads`
+// of them work. Returns whether the caller, its own tasks done, had to wait for one that was set aside.
+bool run_on(Parallel parallel, int threads, int64_t count, Task task, void* context) {
     struct Job {
+        int threads;
         int64_t count;
         Task task;
         void* context;
         std::thread::id caller = std::this_thread::get_id();
-        Clock::duration work{};  // of the caller
+        Clock::duration work = Clock::duration::max();  // of the caller, when it was among those that work
         std::atomic<int> workers{0};
         std::atomic<int64_t> next{0};
-    } job{count, task, context};
+    } job{threads, count, task, context};
     const auto work = [](void* data) {
         auto& job = *static_cast<Job*>(data);
         const auto begin = Clock::now();
         const int worker = job.workers.fetch_add(1, std::memory_order_relaxed);
+        if (worker >= job.threads) return;
         for (int64_t index; (index = job.next.fetch_add(1, std::memory_order_relaxed)) < job.count;) job.task(job.context, index, worker);
         if (std::this_thread::get_id() == job.caller) job.work = Clock::now() - begin;
     };
     const auto begin = Clock::now();
-    parallel(work, &job, static_cast<unsigned>(threads), 0);
-    return Clock::now() - begin - job.work;
+    parallel(work, &job, 0, 0);
+    const auto whole = Clock::now() - begin;
+    return whole > job.work && whole - job.work > std::max<Clock::duration>(kLate, job.work);
 }
 
 class Pool {
@@ -164,14 +168,22 @@ struct Threads {
 
     void run(int threads, int64_t count, Task task, void* context) {
         if (parallel != nullptr && Clock::now() >= rested) {
-            if (run_on(parallel, threads, count, task, context) > kLate) rested = Clock::now() + kRest;
+            if (run_on(parallel, threads, count, task, context)) rested = Clock::now() + kRest;
             return;
         }
         if (pool == nullptr) pool = std::make_unique<Pool>();
-        pool->run(threads, count, task, context);
+        pool->run(static_cast<int>(std::min<int64_t>(threads, count)), count, task, context);
     }
 };
 std::atomic<Threads*> current{nullptr};
+
+#if defined(__unix__) || defined(__APPLE__)
+// From the start: torch may have had threads before a fork, and we none.
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] {
+    forked = true;
+    current.store(nullptr, std::memory_order_release);
+});
+#endif
 
 Threads& the_threads() {
     Threads* found = current.load(std::memory_order_acquire);
@@ -181,12 +193,6 @@ Threads& the_threads() {
         delete made;
         return *found;
     }
-#if defined(__unix__) || defined(__APPLE__)
-    pthread_atfork(nullptr, nullptr, [] {
-        forked = true;
-        current.store(nullptr, std::memory_order_release);
-    });
-#endif
     return *made;
 }
 

@@ -298,7 +298,7 @@ def check_room(model: PreTrainedModel, tokens: int, new_tokens: int) -> None:
     if limit and tokens + new_tokens > limit:
         raise DataError(
             f"{tokens} tokens of prompt and {new_tokens} new ones are more than the model's {limit} "
-            "positions; shorten the prompt or ask for fewer new tokens"
+            "positions; shorten the prompt, begin a new conversation or ask for fewer new tokens"
         )
 
 

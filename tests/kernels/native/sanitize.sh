@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Build the native kernels with sanitizers and run check.cpp over them: sanitize.sh [build folder] [sanitizers] [every n-th weight]
+# `thread` as sanitizers looks for races between those who share out tasks.
 # For another processor, CXX names a cross compiler, RUN what runs its programs; `none` as sanitizers builds without:
 #   CXX=aarch64-linux-gnu-g++ RUN="qemu-aarch64 -L /usr/aarch64-linux-gnu" sanitize.sh build none 13
 set -euo pipefail

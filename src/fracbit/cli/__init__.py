@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 import typer
@@ -63,9 +62,6 @@ def main() -> None:
             onwards = "continue quantize with --resume, sweep with the same command"
             print(f"fracbit: stopped; what is finished stays ({onwards})", file=sys.stderr)
         raise
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
 
 
 __all__ = ["app", "main"]

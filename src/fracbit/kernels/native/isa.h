@@ -23,6 +23,15 @@ inline bool uses_numbers(bool affine, int bits) { return affine && bits > kTable
 // Entries of a table: every code of that width points inside, and a vector of 16 can be loaded.
 inline int64_t table_width(int bits) { return bits < 4 ? 16 : int64_t{1} << bits; }
 
+// Only a hint: it may lead beyond the last row. Into the second-level cache, the first is too small for what is on its way.
+static inline void prefetch(const void* p) {
+#if defined(__GNUC__)
+    __builtin_prefetch(p, 0, 2);
+#else
+    (void)p;
+#endif
+}
+
 enum class Float : int { f32 = 0, f16 = 1, bf16 = 2 };
 
 // Rows of a weight times `batch` rows of activations.

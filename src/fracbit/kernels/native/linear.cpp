@@ -77,15 +77,6 @@ void set_columns(Weight& w, const int32_t* outlier_columns, int64_t outliers) {
         if (!other[static_cast<size_t>(i)]) w.kept_columns.push_back(static_cast<int32_t>(i));
 }
 
-// Into the second-level cache: the first is too small for what is asked.
-void prefetch(const uint8_t* p) {
-#if defined(__GNUC__)
-    __builtin_prefetch(p, 0, 2);
-#else
-    (void)p;
-#endif
-}
-
 // Activations in fp32, natural order, padded with zeros to whole chunks; and those of the outlier columns.
 struct Activations {
     int64_t width = 0;

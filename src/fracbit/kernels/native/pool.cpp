@@ -157,9 +157,9 @@ class Pool {
 
 std::atomic<bool> forked{false};
 
-// Whoever may use more than one thread now, and whose they are. Threads of OpenMP wait for each other after a job: on a busy machine
-// one that is set aside keeps all of them for a time slice. Then a pool that waits for nobody without a task rests them. Never destroyed: sleeping workers may outlive static
-// destructors. A fork copies no threads, so the child forgets them.
+// Whoever may use more than one thread now, and whose they are. Threads of OpenMP wait for each other after a job: on a busy
+// machine one that is set aside keeps all of them for a time slice. Then a pool that waits for nobody without a task rests them.
+// Never destroyed: sleeping workers may outlive static destructors. A fork copies no threads, so the child forgets them.
 struct Threads {
     std::mutex busy;
     Parallel parallel = forked ? nullptr : parallel_of_torch();

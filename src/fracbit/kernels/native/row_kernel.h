@@ -225,13 +225,6 @@ FRACBIT_INLINE typename S::Floats shifts_at(const RowJob& job, const typename S:
     return shift;
 }
 
-// Only a hint: it may lead beyond the last row. Into the second-level cache, the first is too small for what is on its way.
-FRACBIT_INLINE void prefetch(const uint8_t* p) {
-#if defined(__GNUC__)
-    __builtin_prefetch(p, 0, 2);
-#endif
-}
-
 // The chunks of a row: those that can be read where they lie, then a padded copy of the rest.
 template <class S, int bits>
 struct Chunks {

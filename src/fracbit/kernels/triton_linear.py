@@ -258,20 +258,20 @@ def _common(prepared: Prepared, tile_o: int, tile_i: int) -> str:
 def constants_of(prepared: Prepared, count: int, dot: bool) -> dict[str, Any]:
     """What the program is compiled for: the form of the weight, and tiles for `count` rows of activations."""
     if dot:  # the tables of a tile's rows fit into 16 KB
-        tile_n, tile_o, tile_u, warps = (
-            32,
-            min(64, 1 << 12 - prepared.bits) if prepared.form == "own" else 64,
-            8,
-            4,
-        )
+        tile_n, tile_o, tile_u = 32, min(64, 1 << 12 - prepared.bits) if prepared.form == "own" else 64, 8
     else:
-        tile_n, tile_o, warps = min(triton.next_power_of_2(count), 8), 8, 2
+        tile_n, tile_o = min(triton.next_power_of_2(count), 8), 8
         tile_u = min(max(256 // tile_n, 64), triton.next_power_of_2(triton.cdiv(prepared.length, 8)))
     return {
         "BITS": prepared.bits, "LOAD": prepared.load, "BLOCK": prepared.block, "ALONG_OUT": prepared.along_out,
         "SHIFTED": prepared.shift is not None, "FORM": prepared.form, "COMMON": _common(prepared, tile_o, 8 * tile_u),
-        "WHOLE": prepared.length % (8 * tile_u) == 0, "TILE_N": tile_n, "TILE_O": tile_o, "TILE_U": tile_u, "num_warps": warps,
+        "WHOLE": prepared.length % (8 * tile_u) == 0, "TILE_N": tile_n, "TILE_O": tile_o, "TILE_U": tile_u,
     }  # fmt: skip
+
+
+def options_of(dot: bool) -> dict[str, Any]:
+    """How the program is compiled. GEMV takes two warps: what threads do around the loop counts half as much as with four."""
+    return {"num_warps": 4 if dot else 2, "enable_fp_fusion": True}
 
 
 def launch(prepared: Prepared, x: Tensor, y: Tensor, dot: bool) -> None:
@@ -285,5 +285,5 @@ def launch(prepared: Prepared, x: Tensor, y: Tensor, dot: bool) -> None:
     blocks = prepared.scale.numel() // rows if not prepared.along_out else 1
     (_gemm if dot else _gemv)[grid](
         x, prepared.codes, prepared.scale, shift, prepared.table, y, ONE, count, rows, prepared.length, width,
-        prepared.codes.shape[1], blocks, **constants,
+        prepared.codes.shape[1], blocks, **constants, **options_of(dot),
     )  # fmt: skip

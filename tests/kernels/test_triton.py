@@ -95,7 +95,7 @@ def instructions(scheme: Scheme, count: int, activations: str = "*bf16") -> tupl
     blocks = 1 if weight.along_out else weight.scale.shape[1]
     numbers = {"one": ONE, "n_rows": count, "rows": 64, "kept": width, "width": width, "blocks": blocks}
     numbers |= {"stride": weight.codes.shape[1]}
-    codes = {torch.uint8: "*u8", torch.int32: "*i32"}[weight.codes.dtype]
+    codes = f"*i{8 * weight.codes.itemsize}"
     kinds = {"x": activations, "y": activations, "codes": codes, "table": "*fp32"}
     kinds |= dict.fromkeys(("scale", "shift"), "*fp16") | dict.fromkeys(numbers, "i32")
     # What Triton does itself when it runs: an argument of 1 is a constant, one that 16 divides is known to be so.

@@ -27,10 +27,11 @@ ALIGNED = 16  # numbers of a row that starts where loads of 16 bytes may: what T
 
 
 @triton.jit
-def _units(codes, at, inside, stride, BITS: tl.constexpr, LOAD: tl.constexpr):
-    """Units `at` of the rows that begin at `codes`, as integers; `stride` counts what is loaded, integers or bytes."""
+def _units(codes, first, u, inside, stride, BITS: tl.constexpr, LOAD: tl.constexpr):
+    """Units `first` + `u` of the rows that begin at `codes`, as integers; `stride` counts what is loaded, integers or bytes."""
+    at = u + first
     if LOAD == "unit":
-        unit = tl.load(codes + at, mask=inside)
+        unit = tl.load(codes + first + u, mask=inside)
     elif LOAD == "words":  # the two words that hold it
         word = at * BITS // 4
         low = tl.load(codes + word, mask=inside).to(tl.uint32, bitcast=True).to(tl.int64)
@@ -177,7 +178,7 @@ def _gemv(
         i = start + u * EIGHT
         inside = WHOLE | (i < kept)
         value = _values(
-            _units(codes, u + start // EIGHT, inside, stride, BITS, LOAD), entries, one, BITS, FORM
+            _units(codes, start // EIGHT, u, inside, stride, BITS, LOAD), entries, one, BITS, FORM
         )
         a = _eights(x, i, width, WHOLE)
         if COMMON == "rows":
@@ -229,7 +230,7 @@ def _gemm(
     for start in range(0, kept, TILE_U * EIGHT):
         i = start + u * EIGHT
         inside = WHOLE | (i < kept)
-        w = _values(_units(codes, u + start // EIGHT, inside, stride, BITS, LOAD), entries, one, BITS, FORM)
+        w = _values(_units(codes, start // EIGHT, u, inside, stride, BITS, LOAD), entries, one, BITS, FORM)
         if FORM == "even":
             least, span = tl.load(table), tl.load(table + 1)
             w = tl.fma(w, span, least - span)

@@ -60,7 +60,7 @@ def share(instructions_a_weight: float, rate: int, bits: float) -> float:
 def line_of(scheme: Scheme, rows: int) -> str:
     packed = quantize_tensor(torch.randn(64, 4096), scheme)
     bits = stored_bits(packed) / (64 * 4096)
-    tiles = constants_of(prepare(packed, "float"), rows, dot=False)
+    tiles = constants_of(prepare(packed, "float"), torch.empty(rows, 4096, dtype=torch.bfloat16), dot=False)
     code, loop = ([line for line in part if counts(line)] for part in instructions(scheme, rows))
     kinds = Counter(kind_of(line) for line in loop)
     weights = tiles["TILE_O"] * tiles["TILE_U"] * 8 // THREADS

@@ -43,18 +43,25 @@ EVERY = [
 ]
 
 
-# Codes by the byte and a scale for every weight along `out`; whole integers in one whole tile; several tiles, the last in part.
-SIZES = {(21, 172): (1, 3, GEMV_ROWS + 4), (12, 256): (1, 3, GEMV_ROWS, GEMV_ROWS + 4), (9, 2144): (1,)}
+# Codes by the byte and a scale for every weight along `out`; whole integers in one whole tile; several tiles, the last in part;
+# prompts.
+SIZES = {
+    (21, 172): (1, 3, GEMV_ROWS + 4),
+    (12, 256): (1, 3, GEMV_ROWS, GEMV_ROWS + 4),
+    (9, 2144): (1,),
+    (12, 160): (70, 130),
+}
 
 
 def check(device: str, every: int = 1) -> None:
     """GEMV and GEMM on `device`, for the schemes above and every n-th of all data types, axes and offsets."""
     for scheme in SCHEMES + EVERY[::every]:
-        for shape in SIZES if scheme in SCHEMES else list(SIZES)[:2]:
+        for shape in list(SIZES)[: 3 if scheme in SCHEMES else 2]:
             compare(scheme, shape, device)
     compare(Scheme("int", 4, 64), (12, 262), device, outliers=6)
     compare(Scheme("nf", 4, 64, "out"), (12, 256), device, outliers=3)
     compare(Scheme("nf", 4, 64), (12, 256), device, dtype=torch.float16)
+    compare(Scheme("int", 3, 64), (12, 160), device, dtype=torch.float16)
     # One row: the interpreter has no matrix product of bfloat16.
     compare(Scheme("nf", 4, 64), (9, 2144), device, dtype=torch.bfloat16)
 
@@ -64,7 +71,7 @@ def compare(
 ) -> None:
     """Every number of rows of `SIZES`, with `outliers` columns in 16 bits, against the reference in the same type."""
     generator = torch.Generator().manual_seed(1)
-    weight, x = torch.randn(shape, generator=generator), torch.randn((32, shape[1]), generator=generator)
+    weight, x = torch.randn(shape, generator=generator), torch.randn((130, shape[1]), generator=generator)
     columns = torch.arange(0, 5 * outliers, 5) if outliers else None
     packed = quantize_tensor(weight, scheme, columns=columns).to(device)
     x = x.to(device, dtype)
@@ -80,7 +87,9 @@ def compare(
 UNWANTED = ("I2F", "I2FP", "SHFL", "STL", "LDL")
 
 
-def instructions(scheme: Scheme, count: int, activations: str = "*bf16") -> tuple[list[str], list[str]]:
+def instructions(
+    scheme: Scheme, count: int, activations: torch.dtype = torch.bfloat16
+) -> tuple[list[str], list[str]]:
     """Machine code of compute capability 9.0, for which Triton needs no GPU: (all, of the loop over the input)."""
     from triton import compile as compile_source
     from triton.backends.compiler import GPUTarget
@@ -91,12 +100,16 @@ def instructions(scheme: Scheme, count: int, activations: str = "*bf16") -> tupl
 
     dot, width = count > GEMV_ROWS, 2048
     weight = prepare(quantize_tensor(torch.randn(64, width), scheme), "float")
-    program, constants = _gemm if dot else _gemv, constants_of(weight, count, dot)
+    program, constants = (
+        _gemm if dot else _gemv,
+        constants_of(weight, torch.empty(count, width, dtype=activations), dot),
+    )
     blocks = 1 if weight.along_out else weight.scale.shape[1]
     numbers = {"one": ONE, "n_rows": count, "rows": 64, "kept": width, "width": width, "blocks": blocks}
     numbers |= {"stride": weight.codes.shape[1]}
     codes = f"*i{8 * weight.codes.itemsize}"
-    kinds = {"x": activations, "y": activations, "codes": codes, "table": "*fp32"}
+    name = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[activations]
+    kinds = {"x": name, "y": name, "codes": codes, "table": "*fp32"}
     kinds |= dict.fromkeys(("scale", "shift"), "*fp16") | dict.fromkeys(numbers, "i32")
     # What Triton does itself when it runs: an argument of 1 is a constant, one that 16 divides is known to be so.
     free = [parameter.name for parameter in program.params if not parameter.do_not_specialize]
@@ -132,8 +145,10 @@ def compile_for_h100() -> None:
         assert not any(kinds[kind] for kind in UNWANTED), f"{scheme}: {kinds}"
         assert kinds["LDG"] <= weights * (words + 1) // 8 + 16, f"{scheme}: not one load for eight codes"
         assert not matrix_units(code)
-    assert any("LDG.E.128" in line for line in instructions(Scheme("int", 4, 64), 1, "*fp32")[1])
-    assert matrix_units(instructions(Scheme("int", 4, 64), GEMV_ROWS + 1)[1])
+    assert any("LDG.E.128" in line for line in instructions(Scheme("int", 4, 64), 1, torch.float32)[1])
+    prompt = instructions(Scheme("int", 4, 64), 128)[1]
+    assert matrix_units(prompt)
+    assert len(prompt) < 9 * 64 * 64 // 128, "instructions for one weight and 128 rows"
 
 
 def matrix_units(code: list[str]) -> bool:

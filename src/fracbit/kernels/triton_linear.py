@@ -256,12 +256,18 @@ def _common(prepared: Prepared, tile_o: int, tile_i: int) -> str:
     return "eight" if fits or block >= prepared.length else "none"
 
 
-def constants_of(prepared: Prepared, count: int, dot: bool) -> dict[str, Any]:
-    """What the program is compiled for: the form of the weight, and tiles for `count` rows of activations."""
-    if dot:  # the tables of a tile's rows fit into 16 KB
-        tile_n, tile_o, tile_u = 32, min(64, 1 << 12 - prepared.bits) if prepared.form == "own" else 64, 8
+def constants_of(prepared: Prepared, x: Tensor, dot: bool) -> dict[str, Any]:
+    """What the program is compiled for: the form of the weight, and tiles for `x`.
+
+    GEMM decodes a weight again for every tile of rows, so that many rows take large tiles; in fp32, which matrix units do not
+    multiply exactly, registers end at 32. The tables of a tile's rows fit into 16 KB.
+    """
+    many = triton.next_power_of_2(len(x))
+    if dot:
+        tile_n, tile_u = min(max(many, 32), 32 if x.element_size() == 4 else 128), 8
+        tile_o = min(64, 1 << 12 - prepared.bits) if prepared.form == "own" else 64
     else:
-        tile_n, tile_o = min(triton.next_power_of_2(count), 8), 8
+        tile_n, tile_o = min(many, 8), 8
         tile_u = min(max(256 // tile_n, 64), triton.next_power_of_2(triton.cdiv(prepared.length, 8)))
     return {
         "BITS": prepared.bits, "LOAD": prepared.load, "BLOCK": prepared.block, "ALONG_OUT": prepared.along_out,
@@ -271,8 +277,12 @@ def constants_of(prepared: Prepared, count: int, dot: bool) -> dict[str, Any]:
 
 
 def options_of(dot: bool) -> dict[str, Any]:
-    """How the program is compiled. GEMV takes two warps: what threads do around the loop counts half as much as with four."""
-    return {"num_warps": 4 if dot else 2, "enable_fp_fusion": True}
+    """How the program is compiled.
+
+    GEMV takes two warps: what threads do around the loop counts half as much as with four. GEMM takes two stages: with three, a
+    scale for every weight and large tiles exceed the shared memory of GPUs smaller than an H100.
+    """
+    return {"num_warps": 4 if dot else 2, "num_stages": 2, "enable_fp_fusion": True}
 
 
 def launch(prepared: Prepared, x: Tensor, y: Tensor, dot: bool) -> None:
@@ -280,7 +290,7 @@ def launch(prepared: Prepared, x: Tensor, y: Tensor, dot: bool) -> None:
     rows, (count, width) = prepared.shape[0], x.shape
     if count == 0:
         return
-    constants = constants_of(prepared, count, dot)
+    constants = constants_of(prepared, x, dot)
     grid = (triton.cdiv(rows, constants["TILE_O"]), triton.cdiv(count, constants["TILE_N"]))
     shift = prepared.scale if prepared.shift is None else prepared.shift
     blocks = prepared.scale.numel() // rows if not prepared.along_out else 1

@@ -186,6 +186,7 @@ def microseconds(run: Callable[[], object], calls: int, rounds: int) -> float:
     return statistics.median(times[1:])
 
 
+@torch.inference_mode()
 def timed(calls: list[Callable[[], object]], rounds: int) -> tuple[float | None, float]:
     """Microseconds of a call: in a graph, and asked for one by one."""
     replay = recorded(calls)
@@ -193,7 +194,6 @@ def timed(calls: list[Callable[[], object]], rounds: int) -> tuple[float | None,
     return graph, microseconds(lambda: [call() for call in calls], len(calls), rounds)
 
 
-@torch.inference_mode()
 def measure(
     name: str, make: Maker, shape: tuple[int, int], batches: list[int], rounds: int
 ) -> Iterator[dict[str, Any]]:

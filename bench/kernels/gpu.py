@@ -18,7 +18,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,13 @@ Maker = Callable[[Tensor], tuple[Product, float]]  # a bfloat16 weight -> a prod
 
 
 def own(scheme: Scheme, weight: Tensor) -> tuple[Product, float]:
-    packed = repeated(quantize_tensor(weight[:ROWS].float().cpu(), scheme), len(weight) // ROWS)
-    packed = packed.to("cuda")
+    packed = repeated(sample(scheme, weight.shape[1]), len(weight) // ROWS).to("cuda")
     return PackedLinear(packed), stored_bits(packed) / 8
+
+
+@lru_cache
+def sample(scheme: Scheme, columns: int) -> PackedTensor:
+    return quantize_tensor(torch.randn(ROWS, columns) * 0.02, scheme)
 
 
 def repeated(packed: PackedTensor, times: int) -> PackedTensor:
@@ -62,7 +66,7 @@ def repeated(packed: PackedTensor, times: int) -> PackedTensor:
 
 def check(scheme: Scheme) -> None:
     """The kernel against the reference on this GPU, before anything is timed."""
-    packed = quantize_tensor(torch.randn(ROWS, 4096), scheme).to("cuda")
+    packed = sample(scheme, 4096).to("cuda")
     for count, dtype, limit in (
         (1, torch.float32, 1e-5),
         (4, torch.bfloat16, 1e-2),
@@ -231,6 +235,8 @@ def main() -> None:
     rows = []
     for text in arguments.shapes:
         shape = (int(text.split("x")[0]), int(text.split("x")[1]))
+        if shape[0] % ROWS:
+            parser.error(f"{text} has rows that {ROWS} does not divide")
         for name, make in makers():
             for row in measure(name, make, shape, arguments.batches, arguments.rounds):
                 rows.append(row)

@@ -1,12 +1,14 @@
 """One packed linear on a GPU against its memory bandwidth, and against bitsandbytes, torchao and HQQ where they are installed.
 
-    python bench/kernels/gpu.py [--json out.json]
+    python bench/kernels/gpu.py [--shapes 4096x4096 ...] [--batches 1 4 16 512] [--json out.json]
 
 NOT RUN YET: no GPU was at hand when this was written, so nothing here has been measured and no number of it stands anywhere
 in the documentation. What it is to show: at batch 1 and 4 bits, 4096 x 4096 and larger, at least 75 % of the bandwidth that a
 plain read of as many bytes reaches, and less time than each of the others takes for the same shape in the same run.
 
-Times are of CUDA events over copies of the weight that together exceed the cache, the calls taking turns; medians are compared.
+A product of 8 MB takes less time than Python needs to ask for it. So the calls, over copies of the weight that together exceed
+the cache, are recorded in a CUDA graph, and `us` is the time of its replay by the number of calls, the median of some rounds;
+`eager_us` is the same without a graph. What cannot be recorded has `us` null. Activations are bfloat16.
 """
 
 from __future__ import annotations
@@ -15,109 +17,203 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import replace
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
+from torch import Tensor
 
 from fracbit.kernels import PackedLinear, reference
-from fracbit.numerics import quantize_tensor, stored_bits
+from fracbit.numerics import PackedTensor, quantize_tensor, stored_bits
 from fracbit.records.scheme import Scheme
 
 COPIES_BYTES = 400e6  # several times the second-level cache of an H100
-SHAPES = ((4096, 4096), (11008, 4096), (8192, 8192), (28672, 8192))
+SHAPES = ("4096x4096", "11008x4096", "4096x11008", "8192x8192", "28672x8192")
+BATCHES = (1, 4, 16, 512)
+ROWS = 256  # quantized once and repeated: times do not depend on the values
 SCHEMES = (
-    Scheme("int", 4, 64), Scheme("nf", 4, 64), Scheme("kmeans", 4, 64), Scheme("int", 4, 64, "out"), Scheme("int", 3, 64),
-    Scheme("int", 2, 64),
+    Scheme("int", 4, 64), Scheme("nf", 4, 64), Scheme("kmeans", 4, 64),
+    Scheme("int", 4, 64, "out"), Scheme("nf", 4, 64, "out"), Scheme("kmeans", 4, 64, "out"),
+    Scheme("int", 3, 64), Scheme("int", 2, 64),
 )  # fmt: skip
 
-Maker = Callable[[torch.Tensor], tuple[Callable[[torch.Tensor], torch.Tensor], float]]
+Product = Callable[[Tensor], Tensor]
+Maker = Callable[[Tensor], tuple[Product, float]]  # a bfloat16 weight -> a product and the bytes it reads
 
 
-def own(scheme: Scheme, weight: torch.Tensor) -> tuple[Callable[[torch.Tensor], torch.Tensor], float]:
-    packed = quantize_tensor(weight.float().cpu(), scheme).to("cuda")
-    linear = PackedLinear(packed)
-    x = torch.randn(2, weight.shape[1], device="cuda")
-    wrong = (linear(x) - reference.linear(x, packed)).norm() / reference.linear(x, packed).norm()
-    assert wrong < 1e-3, f"{scheme}: the kernel is off by {float(wrong):.1e}"
-    return linear, stored_bits(packed) / 8
+def own(scheme: Scheme, weight: Tensor) -> tuple[Product, float]:
+    packed = repeated(sample(scheme, weight.shape[1]), len(weight) // ROWS).to("cuda")
+    return PackedLinear(packed), stored_bits(packed) / 8
 
 
-def bitsandbytes(weight: torch.Tensor) -> tuple[Callable[[torch.Tensor], torch.Tensor], float]:
+@lru_cache
+def sample(scheme: Scheme, columns: int) -> PackedTensor:
+    return quantize_tensor(torch.randn(ROWS, columns) * 0.02, scheme)
+
+
+def repeated(packed: PackedTensor, times: int) -> PackedTensor:
+    """A weight of `times` as many rows."""
+    assert isinstance(packed.scales, Tensor)
+    shape = (packed.shape[0] * times, packed.shape[1])
+    codes, scales = (part.repeat(times, 1) for part in (packed.codes, packed.scales))
+    return replace(packed, shape=shape, codes=codes, scales=scales)
+
+
+def check(scheme: Scheme) -> None:
+    """The kernel against the reference on this GPU, before anything is timed."""
+    packed = sample(scheme, 4096).to("cuda")
+    for count, dtype, limit in (
+        (1, torch.float32, 1e-5),
+        (4, torch.bfloat16, 1e-2),
+        (32, torch.bfloat16, 1e-2),
+    ):
+        x = torch.randn(count, 4096, device="cuda", dtype=dtype)
+        expected = reference.linear(x, packed).float()
+        error = float((PackedLinear(packed)(x).float() - expected).norm() / expected.norm())
+        if error > limit:
+            raise SystemExit(
+                f"{scheme} {scheme.axis}, {count} rows of {dtype}: the kernel is off by {error:.1e}"
+            )
+
+
+def plain(weight: Tensor) -> tuple[Product, float]:
+    return partial(torch.nn.functional.linear, weight=weight.clone()), weight.numel() * 2
+
+
+def bitsandbytes(weight: Tensor) -> tuple[Product, float]:
     import bitsandbytes as bnb
 
-    layer = bnb.nn.Linear4bit(weight.shape[1], weight.shape[0], False, torch.bfloat16, False, "nf4")
-    layer.load_state_dict({"weight": weight})
-    return layer.cuda(), weight.numel() * (0.5 + 4 / 64)
+    layer = bnb.nn.Linear4bit(
+        weight.shape[1], weight.shape[0], bias=False, compute_dtype=torch.bfloat16, compress_statistics=False,
+        quant_type="nf4",
+    )  # fmt: skip
+    layer.load_state_dict({"weight": weight.cpu()})
+    return layer.to("cuda"), weight.numel() * (0.5 + 4 / 64)  # quantized on its way to the device
 
 
-def torchao(weight: torch.Tensor) -> tuple[Callable[[torch.Tensor], torch.Tensor], float]:
+def torchao(weight: Tensor) -> tuple[Product, float]:
     from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
-    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], False, "cuda", torch.bfloat16)
-    layer.weight.data = weight.clone()
-    quantize_(layer, Int4WeightOnlyConfig(group_size=64))
+    layer = torch.nn.Sequential(float_linear(weight))
+    quantize_(layer, Int4WeightOnlyConfig(group_size=64, int4_packing_format="tile_packed_to_4d"))
     return layer, weight.numel() * (0.5 + 4 / 64)
 
 
-def hqq(weight: torch.Tensor) -> tuple[Callable[[torch.Tensor], torch.Tensor], float]:
+def hqq(patch: Callable[[Any, None], Any], weight: Tensor) -> tuple[Product, float]:
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
+    how = BaseQuantizeConfig(nbits=4, group_size=64, axis=1)
+    layer = HQQLinear(float_linear(weight), how, compute_dtype=torch.bfloat16, device="cuda")
+    return patch(layer, None), weight.numel() * (0.5 + 4 / 64)
+
+
+def float_linear(weight: Tensor) -> torch.nn.Linear:
     layer = torch.nn.Linear(weight.shape[1], weight.shape[0], False, "cuda", torch.bfloat16)
     layer.weight.data = weight.clone()
-    how = BaseQuantizeConfig(nbits=4, group_size=64, axis=1)
-    return HQQLinear(layer, how, compute_dtype=torch.bfloat16, device="cuda"), weight.numel() * (0.5 + 4 / 64)
-
-
-def plain(weight: torch.Tensor) -> tuple[Callable[[torch.Tensor], torch.Tensor], float]:
-    return partial(torch.nn.functional.linear, weight=weight.clone()), weight.numel() * 2
+    return layer
 
 
 def makers() -> Iterator[tuple[str, Maker]]:
     yield from ((f"fracbit {scheme} {scheme.axis}", partial(own, scheme)) for scheme in SCHEMES)
     yield "torch bf16", plain
-    peers: tuple[tuple[str, Maker], ...] = (
-        ("bitsandbytes", bitsandbytes),
-        ("torchao", torchao),
-        ("hqq", hqq),
-    )
-    yield from ((name, make) for name, make in peers if find_spec(name))
+    if find_spec("bitsandbytes"):
+        yield "bitsandbytes nf4/64", bitsandbytes
+    if find_spec("torchao"):
+        yield "torchao int4/64", torchao
+    if find_spec("hqq"):
+        from hqq.backends.torchao import patch_hqq_to_aoint4
+
+        yield "hqq 4/64 tinygemm", partial(hqq, patch_hqq_to_aoint4)
+    if find_spec("hqq") and find_spec("gemlite"):
+        from hqq.backends.gemlite import patch_hqq_to_gemlite
+
+        yield "hqq 4/64 gemlite", partial(hqq, patch_hqq_to_gemlite)
 
 
-def microseconds(calls: list[Callable[[], object]], rounds: int) -> float:
-    """Median time of a call; the copies take turns, the first round warms up."""
-    times = []
-    for number in range(rounds + 1):
-        for call in calls:
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
+@triton.jit
+def _read(words, sums, count, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    tl.store(sums + tl.program_id(0), tl.sum(tl.load(words + at, mask=at < count, other=0)))
+
+
+def reader(size: float) -> Callable[[], object]:
+    """A plain read of as many bytes, 16 of them a load."""
+    words = torch.zeros(int(size) // 4, dtype=torch.int32, device="cuda")
+    programs = triton.cdiv(len(words), 4096)
+    sums = torch.empty(programs, dtype=torch.int32, device="cuda")
+    return lambda: _read[(programs,)](words, sums, len(words), TILE=4096)
+
+
+def copier(size: float) -> Callable[[], object]:
+    """A copy that reads and writes as many bytes together."""
+    words = torch.zeros(int(size) // 8, dtype=torch.int32, device="cuda")
+    other = torch.empty_like(words)
+    return partial(other.copy_, words)
+
+
+def recorded(calls: list[Callable[[], object]]) -> Callable[[], object] | None:
+    """The calls as one CUDA graph; None for calls that wait for the device, which no graph can hold."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles, and fills caches of allocations
+        for call in calls[:2] * 2 + calls:
             call()
-            end.record()
-            end.synchronize()
-            if number:
-                times.append(begin.elapsed_time(end) * 1e3)
-    return statistics.median(times)
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+    except RuntimeError as error:
+        print(f"  not recorded: {str(error).splitlines()[0]}")
+        torch.cuda.synchronize()
+        return None
+    return graph.replay
+
+
+def microseconds(run: Callable[[], object], calls: int, rounds: int) -> float:
+    """Median time of one of the `calls` that `run` makes; a first round warms up."""
+    times = []
+    for _ in range(rounds + 1):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / calls)
+    return statistics.median(times[1:])
 
 
 @torch.inference_mode()
-def measure(name: str, make: Maker, shape: tuple[int, int], batch: int, rounds: int) -> dict[str, Any]:
+def timed(calls: list[Callable[[], object]], rounds: int) -> tuple[float | None, float]:
+    """Microseconds of a call: in a graph, and asked for one by one."""
+    replay = recorded(calls)
+    graph = None if replay is None else microseconds(replay, len(calls), rounds)
+    return graph, microseconds(lambda: [call() for call in calls], len(calls), rounds)
+
+
+def measure(
+    name: str, make: Maker, shape: tuple[int, int], batches: list[int], rounds: int
+) -> Iterator[dict[str, Any]]:
     weight = torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.02
     first, size = make(weight)
-    layers = [first, *(make(weight)[0] for _ in range(max(1, int(COPIES_BYTES // size)) - 1))]
-    x = torch.randn(batch, shape[1], device="cuda", dtype=torch.bfloat16)
-    raw = [torch.zeros(int(size) // 4, device="cuda") for _ in layers]
-    took = microseconds([partial(layer, x) for layer in layers], rounds)
-    read = microseconds([one.sum for one in raw], rounds)
-    return {
-        "name": name,
-        "shape": list(shape),
-        "batch": batch,
-        "us": took,
-        "GBps": size / took / 1e3,
-        "share": read / took,
-    }
+    layers = [first, *(make(weight)[0] for _ in range(int(COPIES_BYTES // size)))]
+    read, copy = (timed([kind(size) for _ in layers], rounds)[0] for kind in (reader, copier))
+    assert read is not None
+    for batch in batches:
+        x = torch.randn(batch, shape[1], device="cuda", dtype=torch.bfloat16)
+        took, eager = timed([partial(layer, x) for layer in layers], rounds)
+        yield {
+            "name": name, "shape": list(shape), "batch": batch, "bytes": size, "us": took, "eager_us": eager,
+            "read_us": read, "copy_us": copy, "GBps": None if took is None else size / took / 1e3,
+            "share_of_read": None if took is None else read / took,
+        }  # fmt: skip
 
 
 def main() -> None:
@@ -126,24 +222,37 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="OUTxIN")
+    parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("there is no CUDA device here; this measures the Triton kernel on one")
+    device = torch.cuda.get_device_name()
+    print(f"{device}; us in a CUDA graph (one by one), share of a plain read of as many bytes")
+    for scheme in SCHEMES:
+        check(scheme)
     rows = []
-    print(f"{torch.cuda.get_device_name()}, batch {arguments.batch}; share: of a plain read of as many bytes")
-    for shape in SHAPES:
+    for text in arguments.shapes:
+        shape = (int(text.split("x")[0]), int(text.split("x")[1]))
+        if shape[0] % ROWS:
+            parser.error(f"{text} has rows that {ROWS} does not divide")
         for name, make in makers():
-            rows.append(measure(name, make, shape, arguments.batch, arguments.rounds))
-            r = rows[-1]
-            print(
-                f"{shape[0]:>6}x{shape[1]:<6} {name:<28} {r['us']:8.1f} us {r['GBps']:7.0f} GB/s  {r['share']:.2f}",
-                flush=True,
-            )
+            for row in measure(name, make, shape, arguments.batches, arguments.rounds):
+                rows.append(row)
+                print(line_of(row), flush=True)
     if arguments.json:
-        result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}
+        result = {"device": device, "torch": torch.__version__, "triton": triton.__version__, "rows": rows}
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def line_of(row: dict[str, Any]) -> str:
+    graph = "       -" if row["us"] is None else f"{row['us']:8.1f}"
+    share = "   -" if row["us"] is None else f"{row['share_of_read']:.2f}"
+    shape = "x".join(str(side) for side in row["shape"])
+    return (
+        f"{shape:>12} batch {row['batch']:<4} {row['name']:<26} {graph} ({row['eager_us']:8.1f}) us  {share}"
+    )
 
 
 if __name__ == "__main__":

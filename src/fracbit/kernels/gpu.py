@@ -1,14 +1,12 @@
 """The packed product in Triton, for CUDA: every data type, width, block along a line, axis and offset.
 
-One kernel family, as on the CPU: codes index the table of the data type, which stays in the first-level cache, or are numbers
-on a line. A program computes a tile [n, rows] of y and walks over the input; a code of any width is cut out of the two bytes it
-touches, so the canonical layout is read as it is. For rows of activations 1-16 the sums are taken on the vector units (GEMV:
-the work is reading codes), beyond that a tile of weights is decoded into registers and multiplied by `tl.dot` (GEMM).
+One kernel family, as on the CPU: codes index the table of the data type, which lies in shared memory, or are numbers on a line.
+A program computes a tile [n, rows] of y, walks over the input and reads the canonical layout as it is, eight codes at a time.
+For rows of activations 1-16 the sums are taken on the vector units (GEMV: the work is reading codes), beyond that a tile of
+weights is decoded into registers and multiplied by `tl.dot` (GEMM).
 
-Tests run it in Triton's interpreter (TRITON_INTERPRET=1) on the CPU and compile it for an H100; it has not been measured on a
-GPU. GEMV there takes two loads a weight, its code and its scale, a third where the table is no line. Reckoned at 32 loads a
-clock that is 60 % of an H100's memory bandwidth at 4 bits, 40 % with a table: the next step is several codes in one load.
-Triton is optional: it comes with torch's CUDA builds on Linux.
+Tests run it in Triton's interpreter (TRITON_INTERPRET=1) on the CPU, compile it for an H100 and hold the machine code to what
+docs/serving.md reckons from it; it has not been timed on a GPU. Triton is optional: it comes with torch's CUDA builds on Linux.
 """
 
 from __future__ import annotations
@@ -27,14 +25,18 @@ from fracbit.records.scheme import Scheme, flat_block
 
 AVAILABLE = find_spec("triton") is not None
 Form = Literal["even", "shared", "own"]
+Load = Literal["unit", "words", "bytes"]
 GEMV_ROWS = 16  # up to here the products are sums on the vector units
+EVEN = 2e-7  # how far, of its range, a table may be from a line: the rule of the CPU kernels
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """Buffers of one weight on its device. `scale` and `shift` [lines, ...] in fp32 or as stored; see the strides.
 
-    `form` of the table: its values are evenly spaced, the same for all rows, or a row's own.
+    - `form` of the table: evenly spaced, the same for all rows, or a row's own. `table` is [2] in the first case, the value of
+      code 0 and 2^bits steps; else [1 or out, 2^bits].
+    - `load`: how eight codes of the `length` quantized inputs of a row are read from `codes`.
     """
 
     codes: Tensor
@@ -46,6 +48,8 @@ class Prepared:
     bits: int
     along_out: bool
     block: int
+    length: int
+    load: Load
     kept: Tensor | None
     columns: Tensor | None
     outliers: Tensor | None
@@ -56,8 +60,7 @@ def prepare(packed: PackedTensor, activations: Activations) -> Prepared:
 
     Zero codes and quantized scales are decoded here, to fp32. Flat blocks that cross rows have no fixed place in a row: they
     get a scale for every weight, which costs the memory that packing saved; use flat blocks that divide the input instead.
-    `activations="int8"` is accepted and computed in float, which
-    is more exact: on a GPU the bytes of the weight are what costs.
+    `activations="int8"` is accepted and computed in float, which is more exact: on a GPU a weight's bytes are what costs.
     """
     check_activations(activations)
     kept = (packed.shape[0], packed.kept)
@@ -70,21 +73,36 @@ def prepare(packed: PackedTensor, activations: Activations) -> Prepared:
         block = packed.kept if packed.scheme.block == "tensor" else 1
         scale = _per_row(scale, packed)
         shift = None if shift is None else _per_row(shift, packed)
-    table = table_of(packed).values
-    levels = 2**packed.scheme.bits
+    form, table = _form(table_of(packed).values, packed.scheme.bits)
+    load, codes = _load(packed.codes, packed.scheme.bits)
     return Prepared(
-        packed.codes, scale.contiguous(), shift, torch.nn.functional.pad(table, (0, levels - table.shape[1]), mode="replicate"),
-        _form(table), packed.shape, packed.scheme.bits,
-        packed.scheme.axis == "out" and not flat and packed.scheme.block != "tensor", block,
+        codes, scale.contiguous(), shift, table, form, packed.shape, packed.scheme.bits,
+        packed.scheme.axis == "out" and not flat and packed.scheme.block != "tensor", block, packed.kept, load,
         None if packed.columns is None else kept_columns(packed.columns, packed.shape[1]), packed.columns, packed.outliers,
     )  # fmt: skip
 
 
-def _form(table: Tensor) -> Form:
-    if table.shape[0] > 1:
-        return "own"
-    steps = table.diff()
-    return "even" if bool(((steps - steps[:, :1]).abs() < 1e-6 * steps[:, :1]).all()) else "shared"
+def _form(table: Tensor, bits: int) -> tuple[Form, Tensor]:
+    """The form of a table [1 or out, levels], and what the kernel reads of it."""
+    rows, levels = table.shape
+    first, last = table[0, 0].double(), table[0, -1].double()
+    line = torch.lerp(first, last, torch.linspace(0, 1, levels, dtype=torch.float64, device=table.device))
+    if rows == 1 and last > first and bool(((line - table).abs() <= EVEN * (last - first)).all()):
+        return "even", torch.stack((first, (last - first) / (levels - 1) * 2**bits)).float()
+    padded = torch.nn.functional.pad(table, (0, 2**bits - levels), mode="replicate")
+    return ("shared" if rows == 1 else "own"), padded
+
+
+def _load(codes: Tensor, bits: int) -> tuple[Load, Tensor]:
+    """How eight codes are loaded, and the codes as what is: an integer of their size, the two words around them, or bytes.
+
+    The first two take rows and a buffer that begin where such integers do.
+    """
+    size = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(bits, torch.int32)
+    aligned = codes.shape[1] % size.itemsize == 0 and codes.data_ptr() % size.itemsize == 0
+    if bits in (1, 7) or not aligned:
+        return "bytes", codes
+    return ("unit" if size.itemsize == bits else "words"), codes.view(size)
 
 
 def _per_row(values: Tensor, packed: PackedTensor) -> Tensor:
@@ -97,8 +115,11 @@ def run(prepared: Prepared, x: Tensor) -> Tensor:
     """`x` [n, in] -> [n, out] in the type of `x`; sums in fp32."""
     from fracbit.kernels import triton_linear
 
-    y = x.new_empty((x.shape[0], prepared.shape[0]), dtype=torch.float32)
     kept = x if prepared.kept is None else x[:, prepared.kept]
+    if short := -kept.shape[1] % triton_linear.ALIGNED:
+        kept = torch.nn.functional.pad(kept, (0, short))
+    others = prepared.columns is not None and prepared.outliers is not None
+    y = x.new_empty((x.shape[0], prepared.shape[0]), dtype=torch.float32 if others else x.dtype)
     triton_linear.launch(prepared, kept.contiguous(), y, dot=x.shape[0] > GEMV_ROWS)
     if prepared.columns is not None and prepared.outliers is not None:
         y += x[:, prepared.columns.long()].float() @ prepared.outliers.float().T

@@ -1,8 +1,10 @@
-"""The Triton program behind `gpu.py`; imported only where Triton is installed.
+"""The Triton programs behind `gpu.py`; imported only where Triton is installed.
 
-    y[n, o] = sum_i x[n, i] * (scale[b] * T[o, code(o, i)] + shift[b]),   b the block of weight (o, i)
+    y[n, o] = sum_i x[n, i] * (scale[b] * T[code(o, i)] + shift[b]),   b the block of weight (o, i)
 
-A code of k bits starts at bit i * k of its row: bytes i * k // 8 and the one after it, shifted by i * k % 8.
+Eight codes of k bits are k bytes, whatever k: a unit, which one thread loads, and out of which it cuts codes by shifts that are
+constants. Tiles are [n, rows, units, 8] with the eight in one thread, so that sums over them cost no exchange, and activations
+are read once for all rows of a tile.
 """
 
 # mypy: ignore-errors
@@ -19,105 +21,280 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fracbit.kernels.gpu import Prepared
 
-
-@triton.jit
-def _weights(
-    codes, scale, shift, table, o, i, rows, kept, stride, blocks,
-    BITS: tl.constexpr, BLOCK: tl.constexpr, ALONG_OUT: tl.constexpr, SHIFTED: tl.constexpr, TABLE: tl.constexpr,
-):  # fmt: skip
-    """Weights [rows of o, inputs of i] in fp32; zero outside."""
-    inside = (o[:, None] < rows) & (i[None, :] < kept)
-    bit = i * BITS
-    at = codes + o[:, None].to(tl.int64) * stride + (bit // 8)[None, :]
-    word = tl.load(at, mask=inside, other=0).to(tl.int32)
-    if 8 % BITS != 0:  # a code may end in the next byte
-        following = inside & ((bit // 8 + 1 < stride)[None, :])
-        word |= tl.load(at + 1, mask=following, other=0).to(tl.int32) << 8
-    code = (word >> (bit % 8)[None, :]) & ((1 << BITS) - 1)
-    if TABLE == "even":  # a line costs no look-up in memory
-        least = tl.load(table)
-        value = least + (tl.load(table + 1) - least) * code.to(tl.float32)
-    elif TABLE == "own":
-        value = tl.load(table + o[:, None] * (1 << BITS) + code, mask=inside, other=0.0)
-    else:
-        value = tl.load(table + code)
-    if ALONG_OUT:
-        block = (o // BLOCK)[:, None].to(tl.int64) * kept + i[None, :]
-    else:
-        block = o[:, None].to(tl.int64) * blocks + (i // BLOCK)[None, :]
-    w = value * tl.load(scale + block, mask=inside, other=0.0).to(tl.float32)
-    if SHIFTED:
-        w += tl.load(shift + block, mask=inside, other=0.0).to(tl.float32)
-    return tl.where(inside, w, 0.0)
+EIGHT = tl.constexpr(8)
+ONE = 0x3F800000  # the bits of 1.0
+ALIGNED = 16  # numbers of a row that starts where loads of 16 bytes may: what Triton compiles a program for
 
 
 @triton.jit
-def _linear(
-    x, codes, scale, shift, table, y, n_rows, rows, kept, stride, blocks,
-    BITS: tl.constexpr, BLOCK: tl.constexpr, ALONG_OUT: tl.constexpr, SHIFTED: tl.constexpr, TABLE: tl.constexpr,
-    DOT: tl.constexpr, TILE_N: tl.constexpr, TILE_O: tl.constexpr, TILE_I: tl.constexpr,
+def _units(codes, first, u, inside, stride, BITS: tl.constexpr, LOAD: tl.constexpr):
+    """Units `first` + `u` of the rows that begin at `codes`, as integers; `stride` counts what is loaded, integers or bytes."""
+    at = u + first
+    if LOAD == "unit":
+        unit = tl.load(codes + first + u, mask=inside)
+    elif LOAD == "words":  # the two words that hold it
+        word = at * BITS // 4
+        low = tl.load(codes + word, mask=inside).to(tl.uint32, bitcast=True).to(tl.int64)
+        high = tl.load(codes + word + 1, mask=inside & (word + 1 < stride)).to(tl.int64)
+        unit = ((high << 32) | low) >> (at * BITS % 4 * 8)
+    else:
+        unit = tl.zeros((1, 1, 1, 1), dtype=tl.int64)
+        for k in tl.static_range(BITS):
+            byte = at * BITS + k
+            unit |= tl.load(codes + byte, mask=inside & (byte < stride), other=0).to(tl.int64) << (8 * k)
+    return unit
+
+
+@triton.jit
+def _entries(table, o, BITS: tl.constexpr, FORM: tl.constexpr):
+    """What `_values` looks up codes in: nothing, the table of all rows, or those of the rows `o`, one after another."""
+    levels = tl.arange(0, 1 << BITS)
+    if FORM == "even":
+        entries = table  # not used
+    elif FORM == "shared":
+        entries = tl.load(table + levels)
+    else:
+        entries = tl.load(table + (o[:, None] << BITS) + levels[None, :]).reshape(o.shape[0] << BITS)
+    return entries
+
+
+@triton.jit
+def _values(unit, entries, one, BITS: tl.constexpr, FORM: tl.constexpr):
+    """Values of the codes of units [1, rows, units, 1], [1, rows, units, 8]: entries or, on a line, 1 + code / 2^bits.
+
+    The latter costs no conversion: the code is the upper bits of a mantissa. `one`, the bits of 1.0, is an argument, since the
+    assembler moves a constant to a register anew for every code.
+    """
+    code = (unit >> (tl.arange(0, EIGHT) * BITS)[None, None, None, :]).to(tl.int32) & ((1 << BITS) - 1)
+    if FORM == "even":
+        value = ((code << (23 - BITS)) | one).to(tl.float32, bitcast=True)
+    else:
+        if FORM == "own":
+            code |= (tl.arange(0, code.shape[1]) << BITS)[None, :, None, None]
+        value = tl.gather(entries, code.reshape(code.shape[1] * code.shape[2] * EIGHT), 0).reshape(code.shape)
+    return value
+
+
+@triton.jit
+def _blocks(
+    o, i, start, kept, blocks,
+    BLOCK: tl.constexpr, ALONG_OUT: tl.constexpr, COMMON: tl.constexpr, TILE_U: tl.constexpr,
 ):  # fmt: skip
-    o = tl.program_id(0) * TILE_O + tl.arange(0, TILE_O)
-    n = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
-    if DOT:
-        total = tl.zeros((TILE_N, TILE_O), dtype=tl.float32)
-    else:  # one sum for every place of the tile: threads meet once, after the loop
-        sums = tl.zeros((TILE_N, TILE_O, TILE_I), dtype=tl.float32)
-    for start in range(0, kept, TILE_I):
-        i = start + tl.arange(0, TILE_I)
-        w = _weights(
-            codes,
-            scale,
-            shift,
-            table,
-            o,
-            i,
-            rows,
-            kept,
-            stride,
-            blocks,
-            BITS,
-            BLOCK,
-            ALONG_OUT,
-            SHIFTED,
-            TABLE,
+    """Where the scales of weights (o, i) lie; if `COMMON` is "eight", [1, rows, units, 1], those of the units from `start` on.
+
+    The latter is a sum of what is the warp's and what is the lane's, so that its constants end up in the load instruction.
+    """
+    if COMMON == "eight":
+        UNITS: tl.constexpr = (BLOCK + EIGHT - 1) // EIGHT
+        WARP: tl.constexpr = min(TILE_U, 32)
+        warp, lane = tl.arange(0, TILE_U // WARP)[:, None], tl.arange(0, WARP)[None, :]
+        at = o * blocks + start // BLOCK + (warp * WARP // UNITS + lane // UNITS).reshape(1, 1, TILE_U, 1)
+    elif ALONG_OUT:
+        at = o // BLOCK * kept + i
+    else:
+        at = o * blocks + i // BLOCK
+    return at
+
+
+@triton.jit
+def _numbers(values, at, inside):
+    """Scales or shifts in fp32; zero outside."""
+    return tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _eights(values, i, length, WHOLE: tl.constexpr):
+    """Numbers of the eight inputs from each of `i` on, [n, 1, units, 8] in fp32; zero beyond `length`.
+
+    In two loads of four, since more than 16 bytes in one would be spread over threads.
+    """
+    four = tl.arange(0, 4)[None, None, None, :]
+    low = tl.load(values + i + four, mask=WHOLE | (i + four < length), other=0.0)
+    high = tl.load(values + 4 + i + four, mask=WHOLE | (i + four + 4 < length), other=0.0)
+    both = tl.join(low, high).permute(0, 1, 2, 4, 3)
+    return both.reshape(low.shape[0], 1, low.shape[2], EIGHT).to(tl.float32)
+
+
+@triton.jit
+def _eighth(tile, k: tl.constexpr):
+    """Element `k` of the last axis, free of cost: a sum of integers, of which all but one are constants."""
+    here = (tl.arange(0, EIGHT) == k)[None, None, None, :]
+    number = tl.where(here, tile.to(tl.int32, bitcast=True), 0)
+    return tl.sum(number, 3, keep_dims=True).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _dot(a, b, total):
+    """`total` + the sum of a * b over the last axis, as a chain of FMAs; `tl.sum` would multiply first and add in a tree."""
+    for k in tl.static_range(EIGHT):
+        total = tl.fma(_eighth(a, k), _eighth(b, k), total)
+    return total
+
+
+@triton.jit
+def _dot_each(
+    a, value, begin, span, total, scale, shift, o, i, kept, blocks,
+    BLOCK: tl.constexpr, ALONG_OUT: tl.constexpr, SHIFTED: tl.constexpr, FORM: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """`_dot` of activations and `_values` where every weight is scaled by itself: blocks that no unit divides."""
+    for k in tl.static_range(EIGHT):
+        at = _blocks(o, i + k, 0, kept, blocks, BLOCK, ALONG_OUT, "none", 1)
+        inside = WHOLE | (i + k < kept)
+        w = _eighth(value, k)
+        if FORM == "even":
+            w += begin
+        w *= _numbers(scale, at, inside)
+        if SHIFTED:
+            w += _numbers(shift, at, inside) / span
+        total = tl.fma(_eighth(a, k), w, total)
+    return total
+
+
+@triton.jit(do_not_specialize=["stride"])
+def _gemv(
+    x, codes, scale, shift, table, y, one, n_rows, rows, kept, width, stride, blocks,
+    BITS: tl.constexpr, LOAD: tl.constexpr, BLOCK: tl.constexpr, ALONG_OUT: tl.constexpr, SHIFTED: tl.constexpr,
+    FORM: tl.constexpr, COMMON: tl.constexpr, WHOLE: tl.constexpr,
+    TILE_N: tl.constexpr, TILE_O: tl.constexpr, TILE_U: tl.constexpr,
+):  # fmt: skip
+    """Sums on the vector units, one for every row and unit of the tile: threads meet once, after the loop.
+
+    A scale multiplies what has it in common: activations, a sum of eight, or a weight. On a line, sums are in units of its
+    span, and what `_values` added to the code goes off the sum of activations. `stride` is not specialized: knowing it
+    divisible, a thread would load neighbouring units, whose activations lie in other threads.
+    """
+    first = tl.program_id(0) * TILE_O
+    row = tl.minimum(first + tl.arange(0, TILE_O), rows - 1)
+    entries = _entries(table, row, BITS, FORM)
+    o = row.to(tl.int64)[None, :, None, None]
+    n = (tl.program_id(1) * TILE_N + tl.arange(0, TILE_N))[:, None, None, None]
+    u = tl.arange(0, TILE_U)[None, None, :, None]
+    x += tl.minimum(n, n_rows - 1).to(tl.int64) * width
+    codes += o * stride
+    span = tl.load(table + 1) if FORM == "even" else 1.0
+    begin = tl.load(table) / span - 1 if FORM == "even" else 0.0
+    sums = tl.zeros((TILE_N, TILE_O, TILE_U, 1), dtype=tl.float32)
+    for start in range(0, kept, TILE_U * EIGHT):
+        i = start + u * EIGHT
+        inside = WHOLE | (i < kept)
+        value = _values(
+            _units(codes, start // EIGHT, u, inside, stride, BITS, LOAD), entries, one, BITS, FORM
         )
-        inside = (n[:, None] < n_rows) & (i[None, :] < kept)
-        a = tl.load(x + n[:, None].to(tl.int64) * kept + i[None, :], mask=inside, other=0.0)
-        if DOT:
-            total = tl.dot(a, tl.trans(w).to(a.dtype), total, input_precision="ieee")
+        a = _eights(x, i, width, WHOLE)
+        if COMMON == "rows":
+            group = (first // BLOCK).to(tl.int64) * kept
+            if SHIFTED:
+                sums += tl.sum(a * _eights(shift + group, i, kept, WHOLE), 3, keep_dims=True) / span
+            a *= _eights(scale + group, i, kept, WHOLE)
+            if FORM == "even":
+                sums += begin * tl.sum(a, 3, keep_dims=True)
+            sums = _dot(a, value, sums)
+        elif COMMON == "eight":
+            at = _blocks(o, i, start, kept, blocks, BLOCK, ALONG_OUT, COMMON, TILE_U)
+            eight = tl.sum(a, 3, keep_dims=True)
+            part = tl.zeros((TILE_N, TILE_O, TILE_U, 1), dtype=tl.float32)
+            if FORM == "even":
+                part += begin * eight
+            sums = tl.fma(_dot(a, value, part), _numbers(scale, at, inside), sums)
+            if SHIFTED:
+                sums = tl.fma(eight / span, _numbers(shift, at, inside), sums)
         else:
-            sums += a.to(tl.float32)[:, None, :] * w[None, :, :]
-    if not DOT:
-        total = tl.sum(sums, axis=2)
-    tl.store(
-        y + n[:, None].to(tl.int64) * rows + o[None, :],
-        total,
-        mask=(n[:, None] < n_rows) & (o[None, :] < rows),
-    )
+            sums = _dot_each(
+                a, value, begin, span, sums, scale, shift, o, i, kept, blocks, BLOCK, ALONG_OUT, SHIFTED, FORM, WHOLE,
+            )  # fmt: skip
+    total = span * tl.sum(tl.sum(sums, 3), 2)
+    n = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)[:, None]
+    o = first + tl.arange(0, TILE_O)[None, :]
+    tl.store(y + n.to(tl.int64) * rows + o, total, mask=(n < n_rows) & (o < rows))
 
 
-def constants_of(prepared: Prepared, count: int, dot: bool) -> dict[str, Any]:
-    """What the program is compiled for: the form of the weight, and tiles for `count` rows of activations."""
-    tile_n = 32 if dot else min(triton.next_power_of_2(count), 16)
-    tile_o, tile_i = (64, 64) if dot else (max(1, 16 // tile_n), 256)
+@triton.jit
+def _gemm(
+    x, codes, scale, shift, table, y, one, n_rows, rows, kept, width, stride, blocks,
+    BITS: tl.constexpr, LOAD: tl.constexpr, BLOCK: tl.constexpr, ALONG_OUT: tl.constexpr, SHIFTED: tl.constexpr,
+    FORM: tl.constexpr, COMMON: tl.constexpr, WHOLE: tl.constexpr,
+    TILE_N: tl.constexpr, TILE_O: tl.constexpr, TILE_U: tl.constexpr,
+):  # fmt: skip
+    """Tiles of weights, decoded into registers and rounded to the type of `x`, on the matrix units."""
+    first = tl.program_id(0) * TILE_O
+    row = tl.minimum(first + tl.arange(0, TILE_O), rows - 1)
+    entries = _entries(table, row, BITS, FORM)
+    o = row.to(tl.int64)[None, :, None, None]
+    n = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)[:, None]
+    u = tl.arange(0, TILE_U)[None, None, :, None]
+    eight = tl.arange(0, EIGHT)[None, None, None, :]
+    column = tl.arange(0, TILE_U * EIGHT)[None, :]
+    x += tl.minimum(n, n_rows - 1).to(tl.int64) * width
+    codes += o * stride
+    total = tl.zeros((TILE_N, TILE_O), dtype=tl.float32)
+    for start in range(0, kept, TILE_U * EIGHT):
+        i = start + u * EIGHT
+        inside = WHOLE | (i < kept)
+        w = _values(_units(codes, start // EIGHT, u, inside, stride, BITS, LOAD), entries, one, BITS, FORM)
+        if FORM == "even":
+            least, span = tl.load(table), tl.load(table + 1)
+            w = tl.fma(w, span, least - span)
+        line = first.to(tl.int64) if COMMON == "rows" else o
+        at = _blocks(line, i + eight, start, kept, blocks, BLOCK, ALONG_OUT, COMMON, TILE_U)
+        known = inside if COMMON == "eight" else WHOLE | (i + eight < kept)
+        w *= _numbers(scale, at, known)
+        if SHIFTED:
+            w += _numbers(shift, at, known)
+        a = tl.load(x + start + column, mask=WHOLE | (start + column < width), other=0.0)
+        w = w.reshape(TILE_O, TILE_U * EIGHT).to(a.dtype)
+        total = tl.dot(a, tl.trans(w), total, input_precision="ieee")
+    o = first + tl.arange(0, TILE_O)[None, :]
+    tl.store(y + n.to(tl.int64) * rows + o, total, mask=(n < n_rows) & (o < rows))
+
+
+def _common(prepared: Prepared, tile_o: int, tile_i: int) -> str:
+    """What shares a scale within a tile: all rows, the eight weights of a unit, or none."""
+    block, (rows, _) = prepared.block, prepared.shape
+    if prepared.along_out:
+        return "rows" if prepared.length % ALIGNED == 0 and (block >= rows or block % tile_o == 0) else "none"
+    fits = block % 8 == 0 and (block % tile_i == 0 or tile_i % block == 0)
+    return "eight" if fits or block >= prepared.length else "none"
+
+
+def constants_of(prepared: Prepared, x: Tensor, dot: bool) -> dict[str, Any]:
+    """What the program is compiled for: the form of the weight, and tiles for `x`.
+
+    GEMM decodes a weight again for every tile of rows, so that many rows take large tiles; in fp32, which matrix units do not
+    multiply exactly, registers end at 32. The tables of a tile's rows fit into 16 KB.
+    """
+    many = triton.next_power_of_2(len(x))
+    if dot:
+        tile_n, tile_u = min(max(many, 32), 32 if x.element_size() == 4 else 128), 8
+        tile_o = min(64, 1 << 12 - prepared.bits) if prepared.form == "own" else 64
+    else:
+        tile_n, tile_o = min(many, 8), 8
+        tile_u = min(max(256 // tile_n, 64), triton.next_power_of_2(triton.cdiv(prepared.length, 8)))
     return {
-        "BITS": prepared.bits, "BLOCK": prepared.block, "ALONG_OUT": prepared.along_out,
-        "SHIFTED": prepared.shift is not None, "TABLE": prepared.form,
-        "DOT": dot, "TILE_N": tile_n, "TILE_O": tile_o, "TILE_I": tile_i,
+        "BITS": prepared.bits, "LOAD": prepared.load, "BLOCK": prepared.block, "ALONG_OUT": prepared.along_out,
+        "SHIFTED": prepared.shift is not None, "FORM": prepared.form, "COMMON": _common(prepared, tile_o, 8 * tile_u),
+        "WHOLE": prepared.length % (8 * tile_u) == 0, "TILE_N": tile_n, "TILE_O": tile_o, "TILE_U": tile_u,
     }  # fmt: skip
 
 
+def options_of(dot: bool) -> dict[str, Any]:
+    """How the program is compiled.
+
+    GEMV takes two warps: what threads do around the loop counts half as much as with four. GEMM takes two stages: with three, a
+    scale for every weight and large tiles exceed the shared memory of GPUs smaller than an H100.
+    """
+    return {"num_warps": 4 if dot else 2, "num_stages": 2, "enable_fp_fusion": True}
+
+
 def launch(prepared: Prepared, x: Tensor, y: Tensor, dot: bool) -> None:
-    """Fill `y` [n, out] fp32 from `x` [n, kept]; `dot` chooses matrix units (GEMM) over sums (GEMV)."""
-    rows, (count, kept) = prepared.shape[0], x.shape
+    """Fill `y` [n, out] from `x` [n, width], zero beyond the weight; `dot` chooses matrix units (GEMM) over sums (GEMV)."""
+    rows, (count, width) = prepared.shape[0], x.shape
     if count == 0:
         return
-    constants = constants_of(prepared, count, dot)
+    constants = constants_of(prepared, x, dot)
     grid = (triton.cdiv(rows, constants["TILE_O"]), triton.cdiv(count, constants["TILE_N"]))
     shift = prepared.scale if prepared.shift is None else prepared.shift
     blocks = prepared.scale.numel() // rows if not prepared.along_out else 1
-    _linear[grid](
-        x, prepared.codes, prepared.scale, shift, prepared.table, y, count, rows, kept, prepared.codes.shape[1], blocks,
-        **constants,
+    (_gemm if dot else _gemv)[grid](
+        x, prepared.codes, prepared.scale, shift, prepared.table, y, ONE, count, rows, prepared.length, width,
+        prepared.codes.shape[1], blocks, **constants, **options_of(dot),
     )  # fmt: skip

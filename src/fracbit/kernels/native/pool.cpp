@@ -21,7 +21,7 @@ using Clock = std::chrono::steady_clock;
 
 constexpr auto kSpin = std::chrono::microseconds(60);  // a decode step calls the next layer within this time
 constexpr auto kLate = std::chrono::microseconds(500);  // later than a short job takes: set aside for another process
-constexpr auto kRest = std::chrono::seconds(1);
+constexpr auto kRest = std::chrono::milliseconds(100);
 
 void pause() {
 #if defined(__x86_64__) || defined(_M_X64)

@@ -158,7 +158,7 @@ class Pool {
 std::atomic<bool> forked{false};
 
 // Whoever may use more than one thread now, and whose they are. Threads of OpenMP wait for each other after a job: on a busy
-// machine one that is set aside keeps all of them for a time slice. Then a pool that waits for nobody without a task rests them.
+// machine one that is set aside keeps all of them for a time slice. Then they rest, and a pool works that waits only for who has a task.
 // Never destroyed: sleeping workers may outlive static destructors. A fork copies no threads, so the child forgets them.
 struct Threads {
     std::mutex busy;

@@ -17,10 +17,10 @@ import torch
 
 from fracbit.bundled import bundled_model
 from fracbit.checkpoint.load import load, load_tokenizer
-from fracbit.evaluate import perplexity
+from fracbit.evaluation import perplexity
 from fracbit.models.quant_linear import QuantLinear
 from fracbit.numerics import decode, quantize_tensor, stored_bits
-from fracbit.pipeline.api import read_text
+from fracbit.pipeline.verbs import read_text
 from fracbit.records.scheme import Scheme
 
 matplotlib.use("Agg")

@@ -34,7 +34,7 @@ from fracbit.bundled import bundled_model
 from fracbit.checkpoint.load import load, load_tokenizer
 from fracbit.data import read_calibration
 from fracbit.data.read import read_documents
-from fracbit.evaluate import perplexity
+from fracbit.evaluation import perplexity
 from fracbit.models.quant_linear import QuantLinear
 from fracbit.numerics import decode
 

@@ -28,16 +28,16 @@ from torch import Tensor
 from fracbit.bundled import bundled_model
 from fracbit.checkpoint.load import load, load_tokenizer
 from fracbit.data import read_documents
-from fracbit.evaluate import perplexity
+from fracbit.evaluation import perplexity
 from fracbit.models import tweak as tweaking
 from fracbit.models.blocks import blocks, groups, weight_of
 from fracbit.models.find import family_of
 from fracbit.models.walk import advance, embed
-from fracbit.pipeline.axis import choose_axes
-from fracbit.pipeline.calibrated import run_calibrated
-from fracbit.pipeline.lens import plant_outliers
-from fracbit.pipeline.observe import observe_all
-from fracbit.pipeline.subject import load_subject
+from fracbit.pipeline.quantize.axis import choose_axes
+from fracbit.pipeline.quantize.calibrated import run_calibrated
+from fracbit.pipeline.quantize.observe import observe_all
+from fracbit.pipeline.study.float_model import load_float
+from fracbit.pipeline.study.lens import plant_outliers
 from fracbit.quantizers import quantizer
 from fracbit.quantizers.adadim import predicted_axis
 from fracbit.records.calibration import Calibration
@@ -300,7 +300,7 @@ def planted() -> list[Row]:
     for name in MODELS or ("tales-s",):
         where = bed(name)
         with tempfile.TemporaryDirectory() as temporary:
-            subject = load_subject(str(where.folder))
+            subject = load_float(str(where.folder))
             plant_outliers(subject, 60.0, 3)
             subject.model.float().save_pretrained(Path(temporary) / "planted")
             for file in where.folder.glob("tokenizer*"):

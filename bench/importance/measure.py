@@ -25,10 +25,10 @@ from torch import Tensor
 
 from fracbit.bundled import bundled_model
 from fracbit.importance import SCORES, Unit, average_bits, by_order, exact
-from fracbit.pipeline.score import make_losses, make_scores
-from fracbit.pipeline.subject import Subject, load_subject, measure, replaced, rounded
-from fracbit.pipeline.texts import samples_of
-from fracbit.pipeline.variants import losses_of
+from fracbit.pipeline.plan.scoring import make_losses, make_scores
+from fracbit.pipeline.study.float_model import FloatModel, load_float, measure, replaced, rounded
+from fracbit.pipeline.study.texts import samples_of
+from fracbit.pipeline.study.variants import losses_of
 from fracbit.records.allocation import read_level, read_levels
 from fracbit.records.scores import Losses
 
@@ -51,7 +51,7 @@ class Study:
     """A model and its texts: `calibration` that scores see, `evaluation` that allocations are judged on."""
 
     name: str
-    subject: Subject
+    subject: FloatModel
     calibration: Tensor
     evaluation: Tensor
 
@@ -90,7 +90,7 @@ def find_study(model: str, calibration: int, evaluation: int, length: int) -> St
     shared = SHARED / "models" / Path(model).name
     tales = shared.is_dir() and not Path(model).is_dir()
     folder = bundled_model() if model == "bundled" else shared if tales else Path(model)
-    subject = load_subject(folder)
+    subject = load_float(folder)
     texts = ("bundled:train", "bundled:held-out")
     if tales:
         texts = tuple(

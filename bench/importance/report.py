@@ -10,7 +10,7 @@ from pathlib import Path
 
 from scipy.stats import spearmanr
 
-from fracbit.pipeline.pictures import draw_panels, write_csv
+from fracbit.pipeline.study.pictures import draw_panels, write_csv
 
 Row = dict[str, str]
 Losses = Mapping[str, float]

@@ -71,8 +71,8 @@ def own(shape: str, dtype: str, bits: int, head: int, tokens: int) -> dict[str, 
 
     from fracbit.kernels.cpu import NATIVE
     from fracbit.models.step import Decoder
-    from fracbit.models.store import StoreCache
-    from fracbit.pipeline.bench import bytes_read
+    from fracbit.models.store_cache import StoreCache
+    from fracbit.pipeline.serve.speed import bytes_read
 
     model, threads = packed_model(shape, dtype, bits, head), torch.get_num_threads()
     size, pads, steps, reads, layers = bytes_read(model), torch.zeros(1, dtype=torch.long), [], [], []

@@ -40,7 +40,7 @@ def in_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, f
     return {name: statistics.median(each) for name, each in seconds.items()}
 
 
-def measure(weight: cpu.Prepared, x: torch.Tensor, rounds: int) -> dict[str, float]:
+def measure(weight: cpu.CpuWeight, x: torch.Tensor, rounds: int) -> dict[str, float]:
     """Times of each way as a share of torch's."""
     plain = torch.randn(weight.rows, weight.columns, dtype=x.dtype)
     y, threads = x.new_empty((len(x), weight.rows)), torch.get_num_threads()

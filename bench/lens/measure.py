@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from fracbit.bundled import bundled_model
-from fracbit.lens import PERTURBATIONS, best_exponent, error_profile, scheme_error
-from fracbit.pipeline.lens import (
+from fracbit.perturbation import PERTURBATIONS, best_exponent, error_profile, scheme_error
+from fracbit.pipeline.study.float_model import FloatModel, load_float, measure, replaced
+from fracbit.pipeline.study.lens import (
     Error,
     LensPoint,
     clip,
@@ -38,8 +39,7 @@ from fracbit.pipeline.lens import (
     rounding,
     unit_effects,
 )
-from fracbit.pipeline.subject import Subject, load_subject, measure, replaced
-from fracbit.pipeline.texts import samples_of
+from fracbit.pipeline.study.texts import samples_of
 from fracbit.records.allocation import read_level
 from fracbit.records.scheme import Scheme
 
@@ -55,7 +55,7 @@ class Study:
     """A model, its text and the folder of the CSV files; `name` ends in ` planted` when it has outliers."""
 
     name: str
-    subject: Subject
+    subject: FloatModel
     ids: Tensor
     out: Path
 
@@ -86,7 +86,7 @@ def find_study(model: str, documents: int, length: int, out: Path, planted: bool
     shared = SHARED / "models" / Path(model).name
     tales = shared.is_dir() and not Path(model).is_dir()
     folder = bundled_model() if model == "bundled" else shared if tales else Path(model)
-    subject = load_subject(folder)
+    subject = load_float(folder)
     text = "bundled:held-out"
     if tales:
         text = f"{SHARED / 'data'}/tales-evaluation.u16?length=512&keep={length}"

@@ -7,8 +7,8 @@ import csv
 import math
 from pathlib import Path
 
-from fracbit.pipeline.lens import LensPoint, additivity, fragility
-from fracbit.pipeline.pictures import draw_intensity, draw_panels, heat_map, write_csv
+from fracbit.pipeline.study.lens import LensPoint, additivity, fragility
+from fracbit.pipeline.study.pictures import draw_intensity, draw_panels, heat_map, write_csv
 
 Row = dict[str, str]
 

@@ -4,7 +4,7 @@
     python bench/sweep/cluster.py --rows docs/scaling/rows [--cores 1 8 64]
 
 Runs are dummies of realistic length: quantizing and evaluating a model of N parameters take the times of `Rates`. The queue is
-`fracbit.sweep.schedule.Queue`, the one that Ray's driver uses; the clock is simulated, so that months take seconds. Workers die
+`fracbit.sweeps.queue.Queue`, the one that Ray's driver uses; the clock is simulated, so that months take seconds. Workers die
 now and then, which loses the run in flight and costs a loading, as in the engine. With `--rows` the runs are those of a study
 that was measured, each as long as it took there.
 """
@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TypeVar
 
-from fracbit.sweep.schedule import Queue
+from fracbit.sweeps.queue import Queue, Workload
 
 S = TypeVar("S", bound=Hashable)
 BILLIONS = {
@@ -189,13 +189,13 @@ def shuffled(
 
 def replay(folder: Path, cores: list[int]) -> None:
     """Print how long a measured study takes on so many cores, its runs as long as they were."""
-    from fracbit.sweep.parquet import import_parquet
-    from fracbit.sweep.schedule import Source, source_of
+    from fracbit.sweeps.parquet import import_parquet
+    from fracbit.sweeps.queue import source_of
 
     rows = {row.key: row for row in import_parquet(folder) if row.status == "done"}
     print("| cores | minutes | working | starting | idle | lost workers |\n|---|---|---|---|---|---|")
     for count in cores:
-        queue: Queue[Source] = Queue([(source_of(row.run), key) for key, row in rows.items()])
+        queue: Queue[Workload] = Queue([(source_of(row.run), key) for key, row in rows.items()])
         result = play(
             [1] * count,
             queue.take,

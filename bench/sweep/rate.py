@@ -41,7 +41,7 @@ def plain(run_json: str) -> float:
     from transformers import AutoModelForCausalLM
 
     from fracbit.data import read_documents
-    from fracbit.evaluate import perplexity
+    from fracbit.evaluation import perplexity
     from fracbit.models.blocks import blocks, linears, weight_of
     from fracbit.models.find import family_of
     from fracbit.models.install import set_weight
@@ -65,7 +65,7 @@ def bare(run_json: str, passes: int = 5) -> dict:
     from transformers import AutoModelForCausalLM
 
     from fracbit.data import read_documents
-    from fracbit.evaluate import perplexity
+    from fracbit.evaluation import perplexity
     from fracbit.records.row import Run
 
     run = Run.model_validate_json(run_json)
@@ -123,7 +123,7 @@ def main() -> None:
 
 def measure(model: str, plain: int) -> dict:
     """Both on one model's grid; their losses must agree."""
-    from fracbit.sweep.grid import expand, read_grid
+    from fracbit.sweeps.spec import expand, read_grid
 
     with tempfile.TemporaryDirectory() as folder:
         grid = Path(folder) / "grid.toml"
@@ -165,7 +165,7 @@ def each(part: dict, key: str) -> float:
 
 def sweep_all(grid: Path, store: Path, count: int) -> tuple[dict, dict]:
     """The whole command, its start included, in a process of its own."""
-    from fracbit.sweep.store import open_store
+    from fracbit.sweeps.store import open_store
 
     started, cpu = time.perf_counter(), cpu_seconds()
     main = [sys.executable, "-c", "import fracbit.cli as cli; cli.main()"]

@@ -14,7 +14,7 @@ from statistics import mean, median
 
 from fracbit.records.row import Row
 from fracbit.report import fit
-from fracbit.sweep.parquet import import_parquet
+from fracbit.sweeps.parquet import import_parquet
 
 MODELS = ("tales-xs", "tales-s", "tales-m", "tales-l", "bundled")
 Point = tuple[str, str, int, str]  # model, data type with what sets it apart, bits, block

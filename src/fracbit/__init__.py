@@ -20,10 +20,10 @@ from fracbit.records.version import __version__
 __all__ = ["Recipe", "Scheme", "__version__", "evaluate", "load", "quantize", "run"]
 
 _API = {
-    "quantize": "fracbit.pipeline.api",
-    "evaluate": "fracbit.pipeline.api",
+    "quantize": "fracbit.pipeline.verbs",
+    "evaluate": "fracbit.pipeline.verbs",
     "load": "fracbit.checkpoint.load",
-    "run": "fracbit.pipeline.run",
+    "run": "fracbit.pipeline.quantize.stream",
 }
 _HOOKED = "transformers.quantizers.auto"
 
@@ -33,10 +33,7 @@ def __getattr__(name: str) -> Any:
     if name not in _API:
         raise AttributeError(f"module 'fracbit' has no attribute {name!r}")
     found = getattr(importlib.import_module(_API[name]), name)
-    if (
-        "fracbit.evaluate" in sys.modules
-    ):  # that room, imported on the way, would hide the function of its name
-        globals()["evaluate"] = importlib.import_module(_API["evaluate"]).evaluate
+    globals()[name] = found
     return found
 
 

@@ -199,5 +199,5 @@ def test_lines_are_split_like_a_shell_would() -> None:
 
 
 def test_the_functions_of_the_interface_stay_functions() -> None:
-    code = "import fracbit; fracbit.quantize; fracbit.load; assert callable(fracbit.evaluate) and callable(fracbit.run)"
+    code = "import fracbit; fracbit.quantize; fracbit.load; assert callable(fracbit.evaluation) and callable(fracbit.run)"
     subprocess.run([sys.executable, "-c", code], check=True)

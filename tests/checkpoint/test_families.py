@@ -12,7 +12,7 @@ from fracbit.checkpoint.load import load
 from fracbit.models.blocks import weight_of
 from fracbit.models.quant_linear import QuantLinear
 from fracbit.numerics import decode
-from fracbit.pipeline.run import run
+from fracbit.pipeline.quantize.stream import run
 from fracbit.records.recipe import Recipe
 from fracbit.records.scheme import Scheme
 

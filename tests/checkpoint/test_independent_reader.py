@@ -21,7 +21,7 @@ from fracbit.checkpoint.format import quantization_config, stored_layer, tensor_
 from fracbit.checkpoint.load import load
 from fracbit.models.quant_linear import QuantEmbedding, QuantLinear
 from fracbit.numerics import decode, quantize_tensor
-from fracbit.pipeline.run import run
+from fracbit.pipeline.quantize.stream import run
 from fracbit.records.recipe import Recipe
 from fracbit.records.scheme import Scheme
 

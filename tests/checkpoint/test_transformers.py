@@ -16,7 +16,7 @@ from transformers import pipeline
 from fracbit.bundled import bundled_model
 from fracbit.checkpoint.load import load, load_tokenizer
 from fracbit.models.quant_linear import QuantLinear
-from fracbit.pipeline.run import run
+from fracbit.pipeline.quantize.stream import run
 from fracbit.records.recipe import Recipe
 from fracbit.records.scheme import Scheme
 

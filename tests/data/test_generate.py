@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fracbit.data import generate_calibration, hash_ids, read_calibration
-from fracbit.data.generate import sampled
 from fracbit.data.languages import first_ids, main_scripts, script_of
+from fracbit.data.self_text import sampled
 from fracbit.errors import DataError, WeightError
 
 VOCABULARY = 259

@@ -7,8 +7,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fracbit.errors import RecipeError
 from fracbit.importance.proxy_columns import largest_columns, random_columns, unit_spread
 from fracbit.models.find import family_of
-from fracbit.numerics.packed import kept_count
-from fracbit.sweep.outliers import producer_scores
+from fracbit.numerics.packed import outlier_count
+from fracbit.sweeps.outliers import producer_scores
 
 
 def test_the_spread_is_per_output_unit() -> None:
@@ -25,13 +25,13 @@ def test_the_largest_columns_come_in_order() -> None:
     ("inputs", "share", "kept"), [(100, 0.02, 2), (64, 0.02, 1), (3, 0.01, 1), (2, 0.99, 1)]
 )
 def test_a_share_keeps_at_least_one_and_never_all(inputs: int, share: float, kept: int) -> None:
-    assert kept_count(inputs, share) == kept
+    assert outlier_count(inputs, share) == kept
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1])
 def test_a_share_outside_its_range(share: float) -> None:
     with pytest.raises(RecipeError, match="between 0 and 1"):
-        kept_count(10, share)
+        outlier_count(10, share)
 
 
 def test_random_columns_are_distinct_and_follow_the_generator() -> None:

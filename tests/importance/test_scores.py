@@ -9,7 +9,7 @@ from torch import Tensor
 from fracbit.errors import DataError, RecipeError, WeightError
 from fracbit.importance import SCORES, LayerView, cosine_sum, error_of, reverse, score_method
 from fracbit.importance.zd import share_above
-from fracbit.numerics.stats import empty, observe
+from fracbit.numerics.stats import add_inputs, empty
 from fracbit.records.scheme import Scheme
 from fracbit.records.scores import Scores
 
@@ -30,7 +30,8 @@ def view(seed: int = 0, index: int = 0, scale: float = 1.0) -> LayerView:
     """A unit of two linears with everything that any score asks for."""
     weights = {"a": normal(24, 64, seed=seed) * scale, "b": normal(64, 24, seed=seed + 1) * scale}
     stats = {
-        name: observe(empty(w.shape[1]), normal(50, w.shape[1], seed=seed + 2)) for name, w in weights.items()
+        name: add_inputs(empty(w.shape[1]), normal(50, w.shape[1], seed=seed + 2))
+        for name, w in weights.items()
     }
     gradients = {name: normal(*w.shape, seed=seed + 3) for name, w in weights.items()}
     slopes = {scheme: torch.stack([slope(weights, scheme, s) for s in range(4)]) for scheme in (INT2, INT4)}
@@ -137,7 +138,7 @@ def test_sequences_and_chance() -> None:
 
 def test_the_gram_error_is_the_error_of_the_outputs() -> None:
     weight, x = normal(6, 64), normal(200, 64, seed=9)
-    unit = LayerView("l", 0, 1, {"w": weight}, {"w": observe(empty(64), x)})
+    unit = LayerView("l", 0, 1, {"w": weight}, {"w": add_inputs(empty(64), x)})
     expected = (x @ error_of(weight, INT2).T).square().sum() / (x @ weight.T).square().sum()
     assert compute("gram-error", unit) == pytest.approx(float(expected), rel=1e-3)
     with pytest.raises(DataError, match="saw 0 tokens"):

@@ -6,7 +6,7 @@ import torch
 from fracbit.errors import WeightError
 from fracbit.kernels.cpu import NATIVE
 from fracbit.kernels.gram import add_gram
-from fracbit.numerics.stats import empty, merge, observe
+from fracbit.numerics.stats import add_inputs, empty, merge
 
 here = pytest.mark.skipif(NATIVE is None or not NATIVE.has_gram(), reason="no native bfloat16 products")
 
@@ -25,9 +25,9 @@ def test_equals_the_definition(tokens: int, width: int):
 
 def test_statistics_are_those_of_the_numbers_themselves():
     x = torch.randn(300, 65, generator=torch.Generator().manual_seed(1)).bfloat16()
-    stats = observe(empty(65), x, add_gram)
-    plain = observe(empty(65), x.float())
-    parts = merge(observe(empty(65), x[:111], add_gram), observe(empty(65), x[111:], add_gram))
+    stats = add_inputs(empty(65), x, add_gram)
+    plain = add_inputs(empty(65), x.float())
+    parts = merge(add_inputs(empty(65), x[:111], add_gram), add_inputs(empty(65), x[111:], add_gram))
     for other in (plain, parts):
         assert stats.tokens == other.tokens
         torch.testing.assert_close(stats.gram, other.gram, rtol=1e-5, atol=1e-3)
@@ -35,7 +35,7 @@ def test_statistics_are_those_of_the_numbers_themselves():
         assert torch.equal(stats.absmax, other.absmax)
     x[200, 3] = float("nan")
     with pytest.raises(WeightError, match="1 of 300"):
-        observe(empty(65), x, add_gram)
+        add_inputs(empty(65), x, add_gram)
 
 
 @here

@@ -17,7 +17,7 @@ from fracbit.kernels.cpu import NATIVE
 from fracbit.models.cache import cache_bytes
 from fracbit.models.quant_linear import QuantEmbedding, QuantLinear, TiedHead
 from fracbit.models.step import LAYERS, Decoder, obstacle
-from fracbit.models.store import StoreCache
+from fracbit.models.store_cache import StoreCache
 from fracbit.numerics import quantize_tensor
 from fracbit.records.inputs import Inputs
 from fracbit.records.scheme import Scheme

@@ -5,7 +5,14 @@ import torch
 
 from fracbit.errors import SchemeError
 from fracbit.numerics import decode, quantize_tensor
-from fracbit.numerics.inputs import int8_product, int8_weight, is_int8, padded, round_inputs, round_through
+from fracbit.numerics.activations import (
+    int8_product,
+    int8_weight,
+    is_int8,
+    padded,
+    round_inputs,
+    round_through,
+)
 from fracbit.records.inputs import Inputs, parse_inputs
 from fracbit.records.scheme import Scheme
 

@@ -20,7 +20,7 @@ from fracbit.models.find import family_of
 from fracbit.models.walk import embed, observe
 from fracbit.numerics import decode
 from fracbit.numerics import stats as statistics
-from fracbit.pipeline.calibrated import run_calibrated
+from fracbit.pipeline.quantize.calibrated import run_calibrated
 from fracbit.quantizers.gptq import Gptq
 from fracbit.quantizers.group import quantize_group
 from fracbit.records.calibration import Calibration

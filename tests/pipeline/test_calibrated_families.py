@@ -14,7 +14,7 @@ import transformers as hf
 from fracbit.checkpoint.load import load
 from fracbit.models.quant_linear import QuantLinear
 from fracbit.models.skeleton import quantizable
-from fracbit.pipeline.calibrated import run_calibrated
+from fracbit.pipeline.quantize.calibrated import run_calibrated
 from fracbit.records.calibration import Calibration
 from fracbit.records.recipe import Recipe
 from fracbit.records.scheme import Scheme

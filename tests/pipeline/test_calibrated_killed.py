@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fracbit.errors import FormatError, SourceError
-from fracbit.pipeline.calibrated import run_calibrated
+from fracbit.pipeline.quantize.calibrated import run_calibrated
 from fracbit.records.calibration import Calibration
 from fracbit.records.recipe import Recipe
 from fracbit.records.scheme import Scheme
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # One process imports everything once and then forks a runner for each kill; it never uses torch itself.
 KILLER = """
 import json, os, signal, sys, time
-from fracbit.pipeline.calibrated import run_calibrated
+from fracbit.pipeline.quantize.calibrated import run_calibrated
 from fracbit.records.recipe import Recipe
 
 asked, folder, points = Recipe.model_validate(json.loads(sys.argv[1])), sys.argv[2], json.loads(sys.argv[3])

@@ -14,9 +14,9 @@ import torch
 from fracbit.errors import RecipeError, SourceError
 from fracbit.models.blocks import blocks
 from fracbit.numerics import decode
-from fracbit.numerics.stats import empty, observe
-from fracbit.pipeline import block as stage
-from fracbit.pipeline.calibrated import run_calibrated
+from fracbit.numerics.stats import add_inputs, empty
+from fracbit.pipeline.quantize import block as stage
+from fracbit.pipeline.quantize.calibrated import run_calibrated
 from fracbit.quantizers import Gptq
 from fracbit.records.calibration import Calibration
 from fracbit.records.recipe import Recipe
@@ -106,10 +106,10 @@ def test_fitted_tables_are_refined_on_the_device(dtype: str) -> None:
     random = torch.Generator().manual_seed(0)
     weight, x = torch.randn(4, 12, generator=random), torch.randn(40, 12, generator=random)
     scheme, fill = Scheme(dtype, 2, 6, scale="int8:8"), Gptq(search=True, rounds=1)
-    here = fill(weight, scheme, observe(empty(12), x))
+    here = fill(weight, scheme, add_inputs(empty(12), x))
     with pretended.accelerator():
         far, seen = weight.to(pretended.DEVICE), x.to(pretended.DEVICE)
-        there = fill(far, scheme, observe(empty(12, device=far.device), seen)).packed.to("cpu")
+        there = fill(far, scheme, add_inputs(empty(12, device=far.device), seen)).packed.to("cpu")
     assert torch.equal(decode(here.packed), decode(there))
 
 

@@ -8,8 +8,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from fracbit.errors import FracbitError, RecipeError
-from fracbit.lens import PERTURBATIONS
-from fracbit.pipeline.lens import (
+from fracbit.perturbation import PERTURBATIONS
+from fracbit.pipeline.study.float_model import FloatModel, float_model_of, measure
+from fracbit.pipeline.study.lens import (
     LensPoint,
     additivity,
     clip,
@@ -29,13 +30,12 @@ from fracbit.pipeline.lens import (
     sensitivity_scores,
     unit_effects,
 )
-from fracbit.pipeline.subject import Subject, measure, subject_of
 from fracbit.records.scheme import Scheme
 
 
 @pytest.fixture
-def subject(tiny_llama: Callable[..., LlamaForCausalLM]) -> Subject:
-    return subject_of(tiny_llama(initializer_range=0.3))
+def subject(tiny_llama: Callable[..., LlamaForCausalLM]) -> FloatModel:
+    return float_model_of(tiny_llama(initializer_range=0.3))
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def ids() -> torch.Tensor:
 @pytest.mark.parametrize("target", ["weights", "activations", "both"])
 @pytest.mark.parametrize("kind", PERTURBATIONS)
 def test_the_intensity_over_the_model_is_the_one_asked_for(
-    subject: Subject, ids: torch.Tensor, kind: str, target: str
+    subject: FloatModel, ids: torch.Tensor, kind: str, target: str
 ) -> None:
     before = {name: tensor.clone() for name, tensor in subject.model.state_dict().items()}
     point = probe(subject, ids, noise(kind, 0.1), kind, target, seeds=(0, 1))  # type: ignore[arg-type]
@@ -57,7 +57,9 @@ def test_the_intensity_over_the_model_is_the_one_asked_for(
     assert not any(module._forward_pre_hooks for module in subject.model.modules())
 
 
-def test_hooks_and_weights_are_as_before_when_something_raises(subject: Subject, ids: torch.Tensor) -> None:
+def test_hooks_and_weights_are_as_before_when_something_raises(
+    subject: FloatModel, ids: torch.Tensor
+) -> None:
     def broken(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         raise KeyboardInterrupt
 
@@ -69,7 +71,7 @@ def test_hooks_and_weights_are_as_before_when_something_raises(subject: Subject,
     assert measure(subject, ids).nll == base
 
 
-def test_activation_noise_is_fresh_and_seeded(subject: Subject, ids: torch.Tensor) -> None:
+def test_activation_noise_is_fresh_and_seeded(subject: FloatModel, ids: torch.Tensor) -> None:
     layers = list(subject.weights.layers)
     with perturbed(subject, noise("gaussian", 0.2), "activations", layers, seed=1):
         one, two = measure(subject, ids).nll, measure(subject, ids).nll
@@ -79,7 +81,7 @@ def test_activation_noise_is_fresh_and_seeded(subject: Subject, ids: torch.Tenso
     assert one == again
 
 
-def test_noise_has_the_strength_of_a_scheme(subject: Subject, ids: torch.Tensor) -> None:
+def test_noise_has_the_strength_of_a_scheme(subject: FloatModel, ids: torch.Tensor) -> None:
     for target, scheme in (("weights", Scheme("nf", 3, 32)), ("activations", Scheme(bits=4, block="row"))):
         real = probe(subject, ids, rounding(scheme), "rounding", target, seeds=(0,))  # type: ignore[arg-type]
         like = probe(subject, ids, noise_like("rademacher", scheme), "like", target, seeds=(0,))  # type: ignore[arg-type]
@@ -88,13 +90,13 @@ def test_noise_has_the_strength_of_a_scheme(subject: Subject, ids: torch.Tensor)
         assert like.intensity == pytest.approx(real.intensity, rel=1e-3 if target == "weights" else 0.2)
 
 
-def test_clipping_and_its_control_have_one_strength(subject: Subject, ids: torch.Tensor) -> None:
+def test_clipping_and_its_control_have_one_strength(subject: FloatModel, ids: torch.Tensor) -> None:
     real = probe(subject, ids, clip(0.01), "clip", "weights", seeds=(0,))
     like = probe(subject, ids, noise_like_clipping(0.01), "control", "weights", seeds=(0, 1))
     assert like.intensity == pytest.approx(real.intensity, rel=1e-3)
 
 
-def test_a_word_names_an_error_and_its_control(subject: Subject, ids: torch.Tensor) -> None:
+def test_a_word_names_an_error_and_its_control(subject: FloatModel, ids: torch.Tensor) -> None:
     """`int3/32` is what the scheme does, `clip:0.01` clips; each stands beside Gaussian noise of its strength."""
     points = fixed_points(subject, ids, ["int3/32", "clip:0.01"], seeds=(0, 1))
     assert [p.kind for p in points] == [
@@ -128,7 +130,7 @@ def test_other_words_name_no_error(word: str, says: str) -> None:
         named_error(word, 0.1)
 
 
-def test_curves_rise(subject: Subject, ids: torch.Tensor) -> None:
+def test_curves_rise(subject: FloatModel, ids: torch.Tensor) -> None:
     points = intensity_curves(subject, ids, ["gaussian", "uniform"], [0.01, 0.3], seeds=(0, 1, 2))
     assert [(p.kind, round(p.intensity, 2)) for p in points] == [
         ("gaussian", 0.01), ("gaussian", 0.3), ("uniform", 0.01), ("uniform", 0.3)
@@ -138,7 +140,7 @@ def test_curves_rise(subject: Subject, ids: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("intensity", [0.0, math.nan])
 def test_bad_arguments_are_refused_before_any_work(
-    subject: Subject, ids: torch.Tensor, intensity: float
+    subject: FloatModel, ids: torch.Tensor, intensity: float
 ) -> None:
     with pytest.raises(RecipeError, match="is none"):
         intensity_curves(subject, ids, ["gaussian"], [0.1, intensity])
@@ -148,7 +150,7 @@ def test_bad_arguments_are_refused_before_any_work(
         probe(subject, ids, noise("gaussian", 0.1), "gaussian", seeds=())
 
 
-def test_units_alone_and_together(subject: Subject, ids: torch.Tensor) -> None:
+def test_units_alone_and_together(subject: FloatModel, ids: torch.Tensor) -> None:
     units = {unit.name: list(unit.shapes) for unit in subject.weights.units()}
     points = unit_effects(subject, ids, units, {"int4": rounding(Scheme(bits=4))}, seeds=(0,))
     assert [point.layers for point in points] == [*units, "all"]
@@ -168,7 +170,7 @@ def fragility_of(points: list[LensPoint], unit: str) -> float:
     return point.change / point.intensity**2
 
 
-def test_modules_gather_over_blocks(subject: Subject) -> None:
+def test_modules_gather_over_blocks(subject: FloatModel) -> None:
     modules = per_module(subject)
     assert list(modules) == [f"self_attn.{n}_proj" for n in "qkvo"] + [
         f"mlp.{n}_proj" for n in ("gate", "up", "down")
@@ -176,7 +178,9 @@ def test_modules_gather_over_blocks(subject: Subject) -> None:
     assert all(len(layers) == 3 for layers in modules.values())
 
 
-def test_planted_outliers_change_activations_and_not_the_model(subject: Subject, ids: torch.Tensor) -> None:
+def test_planted_outliers_change_activations_and_not_the_model(
+    subject: FloatModel, ids: torch.Tensor
+) -> None:
     with torch.no_grad():
         before = subject.model(ids).logits
     token8 = Scheme("int", 8, "tensor")

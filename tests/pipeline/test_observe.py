@@ -4,14 +4,16 @@ import pytest
 import torch
 
 from fracbit.errors import WeightError
-from fracbit.numerics.stats import Stats, empty, observe
-from fracbit.pipeline.observe import FEW_TOKENS, Observer, borrow
+from fracbit.numerics.stats import Stats, add_inputs, empty
+from fracbit.pipeline.quantize.observe import FEW_TOKENS, Observer, borrow
 
 UP, DOWN = "mlp.experts.{}.up_proj", "mlp.experts.{}.down_proj"
 
 
 def seen(tokens: int, width: int = 4) -> Stats:
-    return observe(empty(width), torch.randn(tokens, width, generator=torch.Generator().manual_seed(tokens)))
+    return add_inputs(
+        empty(width), torch.randn(tokens, width, generator=torch.Generator().manual_seed(tokens))
+    )
 
 
 def test_an_expert_with_enough_tokens_keeps_its_own_and_the_others_take_all() -> None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from fracbit.cli import app
 from fracbit.data import read_documents
-from fracbit.pipeline.overlap import calibration_sources, overlap_notes
+from fracbit.pipeline.study.overlap import calibration_sources, overlap_notes
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

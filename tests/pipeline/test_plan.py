@@ -10,12 +10,12 @@ import torch
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from fracbit.errors import BudgetError, RecipeError
-from fracbit.pipeline.calibrated import run_calibrated
-from fracbit.pipeline.memory import running_memory
-from fracbit.pipeline.plan import Ask, allocated, contest, make_plan, make_problem, written_bytes
-from fracbit.pipeline.run import run
-from fracbit.pipeline.score import make_losses, make_scores
-from fracbit.pipeline.subject import load_subject
+from fracbit.pipeline.plan.memory import running_memory
+from fracbit.pipeline.plan.problem import Ask, allocated, contest, make_plan, make_problem, written_bytes
+from fracbit.pipeline.plan.scoring import make_losses, make_scores
+from fracbit.pipeline.quantize.calibrated import run_calibrated
+from fracbit.pipeline.quantize.stream import run
+from fracbit.pipeline.study.float_model import load_float
 from fracbit.records.allocation import read_levels, recipe_text, uniform
 from fracbit.records.calibration import Calibration
 from fracbit.records.recipe import Override, Recipe, make_recipe, read_toml
@@ -148,7 +148,7 @@ def test_the_candidates_are_ordered_and_the_curve_falls(folder: Path) -> None:
 def test_the_order_needs_no_scipy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("scipy", "scipy.optimize", "scipy.sparse"):
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr("fracbit.pipeline.plan.find_spec", lambda name: None)
+    monkeypatch.setattr("fracbit.pipeline.plan.problem.find_spec", lambda name: None)
     problem = make_problem(Recipe(model=str(folder)), TWO, Ask(average_bits=3.5))
     plan = make_plan(problem, solver="order", curve=True)
     assert [candidate.name for candidate in plan.candidates] == ["order", "uniform"]
@@ -220,7 +220,7 @@ def test_memory_of_known_models() -> None:
 def test_the_better_of_searched_and_uniform_is_taken(shared: Path) -> None:
     """At 3 bits of 2 and 4, uniform int3 wins on this model by far, whatever the order; near 4 bits, it does not exist."""
     model = shared / "models" / "tales-s"
-    subject = load_subject(model)
+    subject = load_float(model)
     held_out = ids_of(shared, "evaluation", 8, 256)
     problem = make_problem(Recipe(model=str(model)), TWO, Ask(average_bits=3.4))
     searched = make_plan(problem).chosen.allocation

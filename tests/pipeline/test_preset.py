@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from fracbit.errors import BudgetError, RecipeError
-from fracbit.pipeline.calibrated import run_calibrated
-from fracbit.pipeline.preset import preset
+from fracbit.pipeline.plan.presets import preset
+from fracbit.pipeline.quantize.calibrated import run_calibrated
 from fracbit.records.calibration import Calibration
 from fracbit.records.recipe import Recipe
 

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from fracbit.checkpoint.load import load
 from fracbit.errors import OutputError, RecipeError
 from fracbit.models.blocks import blocks
-from fracbit.pipeline.prune import least_important, prune, pruned_config
-from fracbit.pipeline.subject import load_subject, measure, subject_of
-from fracbit.pipeline.variants import loss_table
+from fracbit.pipeline.study.float_model import float_model_of, load_float, measure
+from fracbit.pipeline.study.prune import least_important, prune, pruned_config
+from fracbit.pipeline.study.variants import loss_table
 from fracbit.records.scores import Scores
 
 _spec = importlib.util.spec_from_file_location(
@@ -32,7 +32,7 @@ def test_every_family_loses_a_block(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(kind(**values)).eval()
     model.save_pretrained(tmp_path / "whole")
-    subject = subject_of(model)
+    subject = float_model_of(model)
     names = [path for path, _ in blocks(subject.model, subject.family)]
     ids = torch.randint(0, families.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1))
     base = measure(subject, ids).nll
@@ -43,7 +43,7 @@ def test_every_family_loses_a_block(name: str, tmp_path: Path) -> None:
     assert measure(subject, ids).nll == base
     loaded = load(tmp_path / "pruned", torch.float32)
     assert sum(p.numel() for p in loaded.parameters()) <= done.parameters
-    assert measure(subject_of(loaded), ids).nll == pytest.approx(inside, abs=1e-6)
+    assert measure(float_model_of(loaded), ids).nll == pytest.approx(inside, abs=1e-6)
     assert inside != base
 
 
@@ -100,4 +100,4 @@ def test_bad_requests_are_refused(tmp_path: Path, tiny_llama: Callable[..., Llam
     with pytest.raises(OutputError, match="not empty"):
         prune(tmp_path / "whole", ["model.layers.0"], tmp_path / "full")
     assert not (tmp_path / "out").exists()
-    assert len(blocks(load_subject(tmp_path / "whole").model, load_subject(tmp_path / "whole").family)) == 3
+    assert len(blocks(load_float(tmp_path / "whole").model, load_float(tmp_path / "whole").family)) == 3

@@ -15,7 +15,7 @@ import torch
 from fracbit.checkpoint.load import load
 from fracbit.errors import FormatError, RecipeError
 from fracbit.models.quant_linear import QuantLinear
-from fracbit.pipeline.calibrated import run_calibrated
+from fracbit.pipeline.quantize.calibrated import run_calibrated
 from fracbit.records.calibration import Calibration
 from fracbit.records.recipe import Override, Recipe
 from fracbit.records.scheme import Scheme

@@ -25,7 +25,7 @@ from fracbit.checkpoint.summary import summarize
 from fracbit.errors import FormatError, OutputError, RecipeError, SchemeError, SourceError, WeightError
 from fracbit.models.quant_linear import QuantEmbedding, QuantLinear, TiedHead
 from fracbit.numerics import decode, quantize_tensor
-from fracbit.pipeline.run import run
+from fracbit.pipeline.quantize.stream import run
 from fracbit.records.recipe import Override, Recipe
 from fracbit.records.scheme import Scheme
 
@@ -178,7 +178,7 @@ def test_everything_kept_is_a_copy(source: Path, tmp_path: Path) -> None:
 
 SCRIPT = """
 import sys, time
-from fracbit.pipeline.run import run
+from fracbit.pipeline.quantize.stream import run
 from fracbit.records.recipe import Recipe
 from fracbit.records.scheme import Scheme
 print("ready", flush=True)
@@ -314,7 +314,9 @@ def test_another_runs_journal_is_not_continued(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("fracbit.pipeline.run.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "fracbit.pipeline.quantize.stream.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             run(Recipe(model=str(source)), tmp_path / "q")
     with pytest.raises(OutputError, match="another recipe"):

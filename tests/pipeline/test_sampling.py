@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from fracbit.errors import SourceError
 from fracbit.importance import SCORES
-from fracbit.pipeline.sampling import group_of, relative_error, sample_rows, sampling_notes
-from fracbit.pipeline.score import make_losses, make_scores
-from fracbit.pipeline.subject import subject_of, weights_on_disk
+from fracbit.pipeline.plan.sampling import group_of, relative_error, sample_rows, sampling_notes
+from fracbit.pipeline.plan.scoring import make_losses, make_scores
+from fracbit.pipeline.study.float_model import float_model_of, weights_on_disk
 from fracbit.records.allocation import read_levels
 from fracbit.records.scheme import Scheme
 
@@ -72,7 +72,7 @@ def test_a_sample_is_off_by_what_it_says(
         for parameter in model.model.layers.parameters():  # heavy tails, rows of different scale
             if parameter.dim() == 2:
                 parameter.mul_(1 + 3 * torch.rand(len(parameter), 1)).copy_(parameter**3)
-    weights = subject_of(model).weights
+    weights = float_model_of(model).weights
     units = weights.units(granularity)  # type: ignore[arg-type]
     levels = (Scheme(bits=2, block=48), Scheme("nf", 3, 8, "out"))
     sampled = replace(weights, sample=1 << 12)

@@ -11,14 +11,14 @@ from transformers import LlamaForCausalLM
 from fracbit.errors import DataError, RecipeError, SourceError
 from fracbit.importance import SCORES
 from fracbit.models.walk import advance, embed
-from fracbit.pipeline.score import make_losses, make_scores
-from fracbit.pipeline.subject import (
-    Subject,
-    load_subject,
+from fracbit.pipeline.plan.scoring import make_losses, make_scores
+from fracbit.pipeline.study.float_model import (
+    FloatModel,
+    float_model_of,
+    load_float,
     measure,
     replaced,
     rounded,
-    subject_of,
     weights_on_disk,
 )
 from fracbit.records.scheme import Scheme
@@ -27,8 +27,8 @@ INT2, INT8 = Scheme(bits=2), Scheme(bits=8)
 
 
 @pytest.fixture
-def subject(tiny_llama: Callable[..., LlamaForCausalLM]) -> Subject:
-    return subject_of(tiny_llama())
+def subject(tiny_llama: Callable[..., LlamaForCausalLM]) -> FloatModel:
+    return float_model_of(tiny_llama())
 
 
 @pytest.fixture
@@ -36,14 +36,14 @@ def ids() -> torch.Tensor:
     return torch.randint(0, 96, (3, 24), generator=torch.Generator().manual_seed(0))
 
 
-def state(subject: Subject) -> dict[str, torch.Tensor]:
+def state(subject: FloatModel) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in subject.model.state_dict().items()}
 
 
 @pytest.mark.parametrize("granularity", ["block", "linear"])
 @pytest.mark.parametrize("name", SCORES)
 def test_every_score_names_every_unit_and_leaves_the_model_alone(
-    subject: Subject, ids: torch.Tensor, name: str, granularity: str
+    subject: FloatModel, ids: torch.Tensor, name: str, granularity: str
 ) -> None:
     before = state(subject)
     units = subject.weights.units(granularity)  # type: ignore[arg-type]
@@ -58,7 +58,7 @@ def test_every_score_names_every_unit_and_leaves_the_model_alone(
 
 @pytest.mark.parametrize("name", ["lim", "weight-error", "gram-error", "fisher", "oracle"])
 def test_losses_cover_every_scheme_and_float_costs_nothing(
-    subject: Subject, ids: torch.Tensor, name: str
+    subject: FloatModel, ids: torch.Tensor, name: str
 ) -> None:
     losses = make_losses(subject, subject.weights.units(), name, (INT2, INT8, None), ids)
     for row in losses.rows.values():
@@ -66,7 +66,7 @@ def test_losses_cover_every_scheme_and_float_costs_nothing(
         assert abs(row[1]) < abs(row[0])
 
 
-def test_lim_is_the_cosine_of_raw_states(subject: Subject, ids: torch.Tensor) -> None:
+def test_lim_is_the_cosine_of_raw_states(subject: FloatModel, ids: torch.Tensor) -> None:
     hidden = embed(subject.model, subject.family, ids)
     scores = make_scores(subject, subject.weights.units(), "lim", ids=ids)
     normed = make_scores(subject, subject.weights.units(), "lim-final-norm", ids=ids)
@@ -82,7 +82,7 @@ def test_lim_is_the_cosine_of_raw_states(subject: Subject, ids: torch.Tensor) ->
         hidden = after
 
 
-def test_what_needs_text_or_a_scheme_says_so(subject: Subject, ids: torch.Tensor) -> None:
+def test_what_needs_text_or_a_scheme_says_so(subject: FloatModel, ids: torch.Tensor) -> None:
     units = subject.weights.units()
     with pytest.raises(RecipeError, match="reads text"):
         make_scores(subject, units, "lim")
@@ -92,7 +92,7 @@ def test_what_needs_text_or_a_scheme_says_so(subject: Subject, ids: torch.Tensor
         make_scores(subject, units, "lim", ids=ids[0])
 
 
-def test_replaced_weights_come_back_when_something_raises(subject: Subject) -> None:
+def test_replaced_weights_come_back_when_something_raises(subject: FloatModel) -> None:
     before = state(subject)
     names = list(subject.weights.layers)
     stack = ExitStack()
@@ -107,13 +107,13 @@ def test_a_model_on_disk_gives_the_scores_of_the_one_in_memory(
     tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path
 ) -> None:
     tiny_llama(seed=4).save_pretrained(tmp_path)
-    disk, memory = weights_on_disk(tmp_path), load_subject(tmp_path)
+    disk, memory = weights_on_disk(tmp_path), load_float(tmp_path)
     for name in ("zd", "weight-error", "reverse:first"):
         one = make_scores(disk, disk.units(), name, INT2)
         assert one == make_scores(memory, memory.weights.units(), name, INT2)
     with pytest.raises(RecipeError, match="reads text"):
         make_scores(disk, disk.units(), "lim", ids=torch.ones(1, 4, dtype=torch.long))
-    assert subject_of(tiny_llama(seed=5)).weights.model != memory.weights.model
+    assert float_model_of(tiny_llama(seed=5)).weights.model != memory.weights.model
 
 
 def test_a_quantized_model_is_refused(tmp_path: Path, tiny_llama: Callable[..., LlamaForCausalLM]) -> None:
@@ -121,14 +121,14 @@ def test_a_quantized_model_is_refused(tmp_path: Path, tiny_llama: Callable[..., 
     from fracbit import quantize
 
     quantize(tmp_path / "float", tmp_path / "small")
-    for opened in (weights_on_disk, load_subject):
+    for opened in (weights_on_disk, load_float):
         with pytest.raises(SourceError, match="quantized already"):
             opened(tmp_path / "small")
 
 
 @pytest.mark.slow
 def test_the_oracle_is_the_loss_of_one_quantized_block(shared: Path) -> None:
-    subject = load_subject(shared / "models" / "tales-xs")
+    subject = load_float(shared / "models" / "tales-xs")
     import numpy as np
 
     tokens = np.fromfile(shared / "data" / "tales-evaluation.u16", dtype="<u2").reshape(-1, 512)[:8, :256]

@@ -17,9 +17,8 @@ from fracbit.kernels.cpu import NATIVE
 from fracbit.models import step as native_step
 from fracbit.models.cache import CHANNEL, TOKEN, PackedCache, cache_bytes, restore_states, round_states
 from fracbit.models.quant_linear import QuantLinear
-from fracbit.pipeline.bench import Load, bytes_read, measure
-from fracbit.pipeline.run import run
-from fracbit.pipeline.serve import (
+from fracbit.pipeline.quantize.stream import run
+from fracbit.pipeline.serve.generation import (
     NATIVE_STEP,
     Chat,
     Settings,
@@ -31,6 +30,7 @@ from fracbit.pipeline.serve import (
     new_cache,
     step_of,
 )
+from fracbit.pipeline.serve.speed import Load, bytes_read, measure
 from fracbit.records.recipe import Recipe
 from fracbit.records.scheme import Scheme
 

@@ -12,9 +12,16 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from fracbit.bundled import HELD_OUT, bundled_model, module_text, training_text
 from fracbit.errors import DataError
 from fracbit.importance import SCORES, average_bits, by_order, exact
-from fracbit.pipeline.score import make_losses, make_scores
-from fracbit.pipeline.subject import Subject, load_subject, measure, replaced, rounded, subject_of
-from fracbit.pipeline.variants import loss_table, losses_of
+from fracbit.pipeline.plan.scoring import make_losses, make_scores
+from fracbit.pipeline.study.float_model import (
+    FloatModel,
+    float_model_of,
+    load_float,
+    measure,
+    replaced,
+    rounded,
+)
+from fracbit.pipeline.study.variants import loss_table, losses_of
 from fracbit.records.allocation import read_levels
 from fracbit.records.scheme import Scheme
 from fracbit.records.scores import Scores
@@ -24,16 +31,16 @@ IDS = torch.randint(0, 96, (5, 24), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
-def subject(tiny_llama: Callable[..., LlamaForCausalLM]) -> Subject:
-    return subject_of(tiny_llama(initializer_range=0.3))
+def subject(tiny_llama: Callable[..., LlamaForCausalLM]) -> FloatModel:
+    return float_model_of(tiny_llama(initializer_range=0.3))
 
 
-def options_of(subject: Subject, *schemes: Scheme | None) -> Callable[[int, int], Mapping[str, Tensor]]:
+def options_of(subject: FloatModel, *schemes: Scheme | None) -> Callable[[int, int], Mapping[str, Tensor]]:
     units = subject.weights.units()
     return lambda block, number: rounded(subject, dict.fromkeys(units[block].shapes, schemes[number]))
 
 
-def test_every_variant_has_the_loss_of_the_whole_model(subject: Subject) -> None:
+def test_every_variant_has_the_loss_of_the_whole_model(subject: FloatModel) -> None:
     units = subject.weights.units()
     every = list(itertools.product((0, 1, 2), repeat=3))
     found = loss_table(subject, reversed(every), options_of(subject, None, INT2, INT4), IDS)
@@ -47,7 +54,7 @@ def test_every_variant_has_the_loss_of_the_whole_model(subject: Subject) -> None
     assert len({round(loss, 9) for loss in found.values()}) == len(every)
 
 
-def test_single_layers_of_a_block_change_and_change_back(subject: Subject) -> None:
+def test_single_layers_of_a_block_change_and_change_back(subject: FloatModel) -> None:
     names = [f"model.layers.1.mlp.{n}_proj" for n in ("up", "down")]
     found = loss_table(
         subject,
@@ -60,7 +67,7 @@ def test_single_layers_of_a_block_change_and_change_back(subject: Subject) -> No
             assert found[0, number, 0] == pytest.approx(measure(subject, IDS).nll, abs=1e-6)
 
 
-def test_weights_come_back_also_when_something_raises(subject: Subject) -> None:
+def test_weights_come_back_also_when_something_raises(subject: FloatModel) -> None:
     before = {name: tensor.clone() for name, tensor in subject.model.state_dict().items()}
     option = options_of(subject, INT2, INT4)
 
@@ -83,7 +90,7 @@ def test_every_allocation_is_tried_and_no_method_beats_the_best() -> None:
     Each method's distance to it is 0 or more, the oracle's less than that of random orders. docs/importance.md reports the
     distances on all models.
     """
-    subject = load_subject(bundled_model())
+    subject = load_float(bundled_model())
     tokenizer = AutoTokenizer.from_pretrained(bundled_model())
     seen, unseen = (
         torch.tensor(tokenizer(text)["input_ids"][: 8 * 96]).view(8, 96)

@@ -4,7 +4,7 @@ import torch
 
 from fracbit.numerics.linalg import gram_errors
 from fracbit.numerics.packed import decode
-from fracbit.numerics.stats import empty, observe
+from fracbit.numerics.stats import add_inputs, empty
 from fracbit.quantizers.adadim import expected_error, predicted_axis
 from fracbit.quantizers.gptq import Gptq
 from fracbit.records.scheme import Scheme
@@ -38,7 +38,7 @@ def test_sign():
 
 def test_it_is_mostly_right():
     x = torch.randn(400, 64, generator=torch.Generator().manual_seed(1))
-    stats = observe(empty(64), x)
+    stats = add_inputs(empty(64), x)
     right = 0
     for seed in range(12):
         one = weight(*((0.6, 0.1) if seed % 2 else (0.1, 0.6)), seed)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from fracbit.errors import WeightError
 from fracbit.numerics import DATATYPES, decode, quantize_tensor, stored_bits
 from fracbit.numerics.linalg import by_energy, damped, descent, eliminate, feedback, gram_errors
-from fracbit.numerics.stats import Stats, empty, observe
+from fracbit.numerics.stats import Stats, add_inputs, empty
 from fracbit.quantizers import quantizer
 from fracbit.quantizers.gptq import Gptq, relative_loss
 from fracbit.quantizers.group import quantize_group, rows_stand_alone
@@ -21,7 +21,7 @@ def inputs(width: int, tokens: int = 800, seed: int = 0) -> Stats:
     """Correlated inputs of unequal energy."""
     random = torch.Generator().manual_seed(seed)
     mix = torch.randn(width, width, generator=random) * torch.rand(width, generator=random)
-    return observe(empty(width), torch.randn(tokens, width, generator=random) @ mix)
+    return add_inputs(empty(width), torch.randn(tokens, width, generator=random) @ mix)
 
 
 def matrix(rows: int, width: int, seed: int = 1) -> torch.Tensor:
@@ -122,7 +122,7 @@ def test_dead_inputs_and_rank_deficiency():
     random = torch.Generator().manual_seed(3)
     x = torch.randn(10, 48, generator=random)
     x[:, [0, 7, 47]] = 0
-    weight, stats = matrix(16, 48), observe(empty(48), x)
+    weight, stats = matrix(16, 48), add_inputs(empty(48), x)
     found = Gptq()(weight, Scheme("int", 4, 16), stats)
     assert found.loss < 0.02
     dead = decode(found.packed)[:, [0, 7, 47]] - weight[:, [0, 7, 47]]

@@ -5,7 +5,7 @@ import torch
 
 from fracbit.errors import RecipeError
 from fracbit.numerics import decode, stored_bits
-from fracbit.numerics.stats import Stats, empty, observe
+from fracbit.numerics.stats import Stats, add_inputs, empty
 from fracbit.quantizers import KeepColumns, quantizer
 from fracbit.quantizers.outliers import costliest_columns
 from fracbit.records.scheme import Scheme
@@ -17,7 +17,7 @@ def given() -> tuple[torch.Tensor, Stats]:
     random = torch.Generator().manual_seed(0)
     x = torch.randn(400, 60, generator=random)
     x[:, [7, 31]] *= 30
-    return torch.randn(24, 60, generator=random), observe(empty(60), x)
+    return torch.randn(24, 60, generator=random), add_inputs(empty(60), x)
 
 
 def test_the_costliest_columns_are_the_ones_that_meet_large_inputs():
@@ -49,7 +49,7 @@ def test_without_data_and_at_the_edges():
     assert fill.search
     assert fill.needs == {"gram", "energy"}
     assert len(fill.nearest(True)(weight, SCHEME, None).packed.columns) == 6
-    one = observe(empty(1), torch.ones(4, 1))
+    one = add_inputs(empty(1), torch.ones(4, 1))
     assert fill(weight[:, :1], SCHEME, one).packed.columns is None, "a single column is never kept"
     with pytest.raises(RecipeError, match="between 0 and 1"):
         costliest_columns(weight, SCHEME, stats.energy, 1.0)

@@ -113,7 +113,7 @@ def test_commands_make_rows_again() -> None:
     ids=lambda row: str(row.run),
 )
 def test_a_grid_of_a_row_expands_to_its_run(row: Row, tmp_path: Path) -> None:
-    from fracbit.sweep.grid import expand, read_grid
+    from fracbit.sweeps.spec import expand, read_grid
 
     (tmp_path / "one.toml").write_text(grid_of(row))
     assert tomllib.loads(grid_of(row))

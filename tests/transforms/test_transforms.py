@@ -13,7 +13,7 @@ from fracbit.models.fold import fold_norm, fold_pair, rotate_block, rotate_rest,
 from fracbit.numerics.grid import quantize_tensor
 from fracbit.numerics.linalg import gram_errors
 from fracbit.numerics.packed import decode
-from fracbit.numerics.stats import empty, observe
+from fracbit.numerics.stats import add_inputs, empty
 from fracbit.records.scheme import Scheme
 from fracbit.transforms import awq_factors, factors_of, smooth_factors
 from fracbit.transforms.rotation import hadamard, random_signs, rotation, turn_columns, turn_inputs
@@ -155,7 +155,7 @@ def outlier_stats(width: int = 64):  # type: ignore[no-untyped-def]
     random = torch.Generator().manual_seed(4)
     x = torch.randn(500, width, generator=random)
     x[:, 7] *= 40
-    return observe(empty(width), x), torch.randn(48, width, generator=random)
+    return add_inputs(empty(width), x), torch.randn(48, width, generator=random)
 
 
 def test_smoothing_evens_the_ranges() -> None:
@@ -163,7 +163,7 @@ def test_smoothing_evens_the_ranges() -> None:
     factors = smooth_factors([weight], [Scheme()], stats)
     inputs, columns = stats.absmax / factors, (weight * factors).abs().amax(0)
     assert torch.allclose(inputs, columns, rtol=1e-4)
-    dead = observe(empty(64), torch.zeros(3, 64))
+    dead = add_inputs(empty(64), torch.zeros(3, 64))
     assert torch.equal(smooth_factors([weight], [Scheme()], dead), torch.ones(64))
 
 

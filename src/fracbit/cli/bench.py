@@ -25,7 +25,7 @@ def bench(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure tokens per second, bytes per token, the share of memory bandwidth they make, and memory."""
-    from fracbit.pipeline.bench import Load, measure
+    from fracbit.pipeline.serve.speed import Load, measure
 
     load = Load(prompt_tokens, new_tokens, kv_bits)
     found = measure(model, load, activations, dtype, device, trust_remote_code).to_json()

@@ -34,7 +34,7 @@ def chat(
     trust_remote_code: Trust = False,
 ) -> None:
     """Talk with a model through its chat template; /exit or the end of the input ends it."""
-    from fracbit.pipeline.serve import Chat, Settings
+    from fracbit.pipeline.serve.generation import Chat, Settings
 
     settings = Settings(max_new_tokens, temperature, kv_bits)
     talk = Chat(*ready(model, dtype, device, trust_remote_code, activations, seed), settings)

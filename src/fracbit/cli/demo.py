@@ -57,7 +57,7 @@ def demo(
 def _quantize(
     name: str, source: str, scheme: Scheme, folder: Path, show: Step, number: int
 ) -> dict[str, Any]:
-    from fracbit.pipeline.run import run
+    from fracbit.pipeline.quantize.stream import run
 
     result = run(Recipe(model=source, scheme=scheme), folder, overwrite=True)
     return _measure(name, str(folder), show, number) | {"bits_per_weight": result.bits_per_weight}
@@ -66,9 +66,9 @@ def _quantize(
 def _measure(name: str, folder: str, show: Step, number: int) -> dict[str, Any]:
     from fracbit.checkpoint.load import load, load_tokenizer
     from fracbit.checkpoint.source import open_source
-    from fracbit.evaluate import perplexity
-    from fracbit.pipeline.api import read_text
-    from fracbit.pipeline.bench import speed_of
+    from fracbit.evaluation import perplexity
+    from fracbit.pipeline.serve.speed import speed_of
+    from fracbit.pipeline.verbs import read_text
 
     model, tokenizer = load(folder), load_tokenizer(folder)
     ids = read_text("bundled:held-out?keep=49152", tokenizer, model).stream

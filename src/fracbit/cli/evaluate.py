@@ -54,7 +54,7 @@ def evaluate(
     if text is None and (tasks is None or against is not None):
         raise DataError("nothing to measure: give --text for perplexity, --tasks for accuracy, or both")
     from fracbit.checkpoint.load import load, load_tokenizer, tokenizer_or_none
-    from fracbit.evaluate import ask, prepare, tasks_of
+    from fracbit.evaluation import ask, prepare, tasks_of
 
     questions = None if tasks is None else prepare(tasks_of(tasks.split(",")))
     loaded = load(model, dtype, device, trust_remote_code)
@@ -89,9 +89,9 @@ def _judge(
     quiet: bool,
 ) -> tuple[dict[str, Any], list[str]]:
     """Perplexity of the model called `name`, and divergence from `reference` (its name, itself): figures and lines."""
-    from fracbit.evaluate import divergence, perplexity
-    from fracbit.pipeline.api import ids_of, read_text
-    from fracbit.pipeline.overlap import calibration_sources, overlap_notes
+    from fracbit.evaluation import divergence, perplexity
+    from fracbit.pipeline.study.overlap import calibration_sources, overlap_notes
+    from fracbit.pipeline.verbs import ids_of, read_text
 
     vocabulary, bos = model.config.get_text_config().vocab_size, protocol["bos"]
     if bos is not None and not 0 <= bos < vocabulary:

@@ -14,7 +14,7 @@ from fracbit.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from fracbit.pipeline.serve import Generation
+    from fracbit.pipeline.serve.generation import Generation
 
 MaxNew = Annotated[int, typer.Option(help="Tokens to write at most.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token, 1 samples as the model says.")]
@@ -45,7 +45,7 @@ def generate(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Stream a continuation of PROMPT, then tokens per second and peak memory on stderr."""
-    from fracbit.pipeline import serve
+    from fracbit.pipeline.serve import generation as serve
 
     batch = read_prompts(text, prompt, prompts, prompt_file)
     settings = serve.Settings(max_new_tokens, temperature, kv_bits, prefill_chunk)
@@ -70,7 +70,7 @@ def ready(
 
     from fracbit.checkpoint.load import load, load_tokenizer
     from fracbit.kernels import Activations
-    from fracbit.pipeline.serve import choose_activations
+    from fracbit.pipeline.serve.generation import choose_activations
 
     if activations not in get_args(Activations):
         raise DataError(f"--activations is float or int8, got {activations!r}")
@@ -105,7 +105,7 @@ def write(text: str) -> None:
 
 def print_speed(found: Generation) -> None:
     """Speeds, how tokens were made, and peak memory, on stderr."""
-    from fracbit.pipeline.run import peak_rss
+    from fracbit.pipeline.quantize.stream import peak_rss
 
     typer.echo(
         f"\n{found.new_tokens} tokens; prefill {found.prefill:.1f}, decode {found.decode:.1f} tokens/s; "
@@ -115,7 +115,7 @@ def print_speed(found: Generation) -> None:
 
 
 def _object(model: str, found: Generation) -> dict[str, Any]:
-    from fracbit.pipeline.run import peak_rss
+    from fracbit.pipeline.quantize.stream import peak_rss
 
     texts = list(found.whole)
     return {

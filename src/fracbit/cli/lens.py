@@ -50,10 +50,10 @@ def lens(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Put noise into MODEL's weights and activations and see what each kind costs."""
-    from fracbit.pipeline.lens import SEEDS, additivity, fragility, plant_outliers, sensitivity_scores
-    from fracbit.pipeline.lens_report import draw_report, make_report
-    from fracbit.pipeline.subject import load_subject
-    from fracbit.pipeline.texts import known_samples_of
+    from fracbit.pipeline.study.float_model import load_float
+    from fracbit.pipeline.study.lens import SEEDS, additivity, fragility, plant_outliers, sensitivity_scores
+    from fracbit.pipeline.study.lens_report import draw_report, make_report
+    from fracbit.pipeline.study.texts import known_samples_of
 
     if seeds < SEEDS:
         raise RecipeError(f"{seeds} seeds say little about noise; take at least {SEEDS}")
@@ -63,7 +63,7 @@ def lens(
         )
     if scores is not None:
         check_file(scores)
-    subject = load_subject(model)
+    subject = load_float(model)
     planted = 0 if plant is None else plant_outliers(subject, plant)
     if plant is not None and planted == 0:
         raise RecipeError(

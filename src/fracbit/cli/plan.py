@@ -66,9 +66,7 @@ def plan(
 ) -> None:
     """Plan how MODEL would spend a budget, before anything is written."""
     from fracbit.importance import read_size
-    from fracbit.pipeline.budget import named_scores
-    from fracbit.pipeline.pictures import check_picture, draw_bits, draw_plan
-    from fracbit.pipeline.plan import (
+    from fracbit.pipeline.plan.problem import (
         UNCHECKED,
         Ask,
         check_granularity,
@@ -77,8 +75,10 @@ def plan(
         make_plan,
         make_problem,
     )
-    from fracbit.pipeline.subject import load_subject
-    from fracbit.pipeline.texts import known_samples_of, samples_of, seen_notes
+    from fracbit.pipeline.plan.spending import named_scores
+    from fracbit.pipeline.study.float_model import load_float
+    from fracbit.pipeline.study.pictures import check_picture, draw_bits, draw_plan
+    from fracbit.pipeline.study.texts import known_samples_of, samples_of, seen_notes
 
     ask = Ask(
         average_bits, read_size(size) if size else None, read_size(fits) if fits else None, context, batch
@@ -101,7 +101,7 @@ def plan(
     )
     problem = make_problem(recipe, read_levels(levels), ask, check_granularity(granularity), fused, whole)
     with progress(json) as show:
-        subject = load_subject(model) if text or held_out else None
+        subject = load_float(model) if text or held_out else None
         ids, seen = None, None
         if text and subject:
             ids, seen = known_samples_of(text, model, subject, samples, length, seed)

@@ -36,12 +36,12 @@ def prune(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Drop blocks of MODEL in the order of a score; with --held-out, beside quantizing them instead."""
-    from fracbit.pipeline.pictures import check_picture, draw_lines
-    from fracbit.pipeline.prune import at_equal_size, compare_with_quantizing, least_important
-    from fracbit.pipeline.prune import prune as write
-    from fracbit.pipeline.score import make_scores
-    from fracbit.pipeline.subject import load_subject
-    from fracbit.pipeline.texts import samples_of
+    from fracbit.pipeline.plan.scoring import make_scores
+    from fracbit.pipeline.study.float_model import load_float
+    from fracbit.pipeline.study.pictures import check_picture, draw_lines
+    from fracbit.pipeline.study.prune import at_equal_size, compare_with_quantizing, least_important
+    from fracbit.pipeline.study.prune import prune as write
+    from fracbit.pipeline.study.texts import samples_of
 
     if output is None and held_out is None:
         raise RecipeError(
@@ -51,7 +51,7 @@ def prune(
         if held_out is None:
             raise RecipeError("the picture is of the comparison: name a text to compare on with --held-out")
         check_picture(picture)
-    subject = load_subject(model)
+    subject = load_float(model)
     units = subject.weights.units()
     names = [unit.name for unit in units]
     with progress(json) as show:

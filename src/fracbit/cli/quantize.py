@@ -150,7 +150,7 @@ def quantize(
         "axis": "gptq" if axis == "auto" else None,
     }
     made = merged_recipe(recipe, flags, scheme, keep or [], plan)
-    from fracbit.pipeline.budget import Spending, budgeted, planned
+    from fracbit.pipeline.plan.spending import Spending, budgeted, planned
 
     if output is None:
         raise RecipeError("no output folder; name one with -o OUT")
@@ -175,13 +175,13 @@ def quantize(
         made, notes = budgeted(made, spending, show)
         notes = (*said, *notes)
         if made.calibration is not None:
-            from fracbit.pipeline.calibrated import run_calibrated
+            from fracbit.pipeline.quantize.calibrated import run_calibrated
 
             result = run_calibrated(made, output, overwrite, resume, show, device=device)
         else:
             if device != "cpu":
                 raise RecipeError("--device goes with --calibration: rounding without data runs on the CPU")
-            from fracbit.pipeline.run import run
+            from fracbit.pipeline.quantize.stream import run
 
             result = run(made, output, overwrite, resume, shard_size << 20, show)
     result = replace(result, notes=(*notes, *result.notes))

@@ -28,7 +28,7 @@ def report(
 ) -> None:
     """Write scaling curves, offsets, the Pareto front and all rows of STORE as one self-contained page."""
     from fracbit.report.page import write_page
-    from fracbit.sweep.parquet import export_parquet
+    from fracbit.sweeps.parquet import export_parquet
 
     rows = _rows(store)
     write_page(rows, output, title)
@@ -49,8 +49,8 @@ def report(
 
 
 def _rows(store: str) -> list[Row]:
-    from fracbit.sweep.parquet import import_parquet
-    from fracbit.sweep.store import open_store
+    from fracbit.sweeps.parquet import import_parquet
+    from fracbit.sweeps.store import open_store
 
     if "://" not in store and not Path(store).exists():
         raise OutputError(f"no store {store}; `fracbit sweep GRID --store {store}` makes one")

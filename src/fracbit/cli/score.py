@@ -44,11 +44,11 @@ def score(
 ) -> None:
     """Score every block or linear of MODEL; larger is more important."""
     from fracbit.importance import score_method
-    from fracbit.pipeline.plan import check_granularity
-    from fracbit.pipeline.sampling import sampling_notes
-    from fracbit.pipeline.score import make_losses, make_scores
-    from fracbit.pipeline.subject import load_subject, weights_on_disk
-    from fracbit.pipeline.texts import known_samples_of
+    from fracbit.pipeline.plan.problem import check_granularity
+    from fracbit.pipeline.plan.sampling import sampling_notes
+    from fracbit.pipeline.plan.scoring import make_losses, make_scores
+    from fracbit.pipeline.study.float_model import load_float, weights_on_disk
+    from fracbit.pipeline.study.texts import known_samples_of
 
     unit = check_granularity(granularity)
     if output is not None:
@@ -60,7 +60,7 @@ def score(
             weights, ids, seen = weights_on_disk(model, whole=whole), None, {}
             units = weights.units(unit, fused)
         else:
-            weights = load_subject(model)
+            weights = load_float(model)
             ids, entry = known_samples_of(text, model, weights, samples, length, seed)
             seen = {"text": entry}
             units = weights.weights.units(unit, fused)

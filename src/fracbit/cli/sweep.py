@@ -12,9 +12,9 @@ from fracbit.errors import RecipeError
 
 if TYPE_CHECKING:
     from fracbit.records.row import Row
-    from fracbit.sweep.estimate import Estimate
-    from fracbit.sweep.grid import Expansion
-    from fracbit.sweep.runner import Engine
+    from fracbit.sweeps.estimate import Estimate
+    from fracbit.sweeps.runner import Engine
+    from fracbit.sweeps.spec import Expansion
 
 
 def sweep(
@@ -48,13 +48,13 @@ def sweep(
     Exit code 1 when a run failed: its row says why, the others are there.
     """
     if address is not None:
-        from fracbit.sweep.address import check_address
+        from fracbit.sweeps.address import check_address
 
         check_address(address)  # before anything slow is imported
-    from fracbit.sweep.grid import expand, read_grid
-    from fracbit.sweep.parquet import export_parquet, import_parquet
-    from fracbit.sweep.runner import check_complete, run_sweep
-    from fracbit.sweep.store import open_store, shown
+    from fracbit.sweeps.parquet import export_parquet, import_parquet
+    from fracbit.sweeps.runner import check_complete, run_sweep
+    from fracbit.sweeps.spec import expand, read_grid
+    from fracbit.sweeps.store import open_store, shown
 
     read = read_grid(grid)
     expansion = expand(read)
@@ -94,12 +94,12 @@ def _engine(
     memory: float | None, retries: int,
 ) -> Engine:  # fmt: skip
     if not on_ray:
-        from fracbit.sweep.in_process import InProcess
+        from fracbit.sweeps.in_process import InProcess
 
         return InProcess(root, device)
     if (workers is not None and workers < 1) or min(cpus, gpus, retries) < 0:
         raise RecipeError("--workers must be at least 1, and --cpus, --gpus and --retries not below 0")
-    from fracbit.sweep.ray_engine import OnRay
+    from fracbit.sweeps.ray_engine import OnRay
 
     size = None if memory is None else int(memory * 1e9)
     return OnRay(root, address, workers, cpus, gpus, size, retries)
@@ -120,8 +120,8 @@ def _show(row: Row, done: int, total: int) -> None:
 
 
 def _estimate(expansion: Expansion, store: str, root: Path, device: str, brought: list[Row]) -> Estimate:
-    from fracbit.sweep.estimate import cheapest, estimate, measured_alike, parameters_of
-    from fracbit.sweep.store import open_store
+    from fracbit.sweeps.estimate import cheapest, estimate, measured_alike, parameters_of
+    from fracbit.sweeps.store import open_store
 
     rows = {row.key: row for row in brought}
     if "://" in store or Path(store).exists():
@@ -132,8 +132,8 @@ def _estimate(expansion: Expansion, store: str, root: Path, device: str, brought
     probe = None
     run = None if measured_alike(expansion, known) else cheapest(expansion, parameters)
     if run is not None:
-        from fracbit.sweep.schedule import source_of
-        from fracbit.sweep.workbench import Workbench
+        from fracbit.sweeps.queue import source_of
+        from fracbit.sweeps.workbench import Workbench
 
         row = Workbench(source_of(run), root, device).measure(run)
         probe = (row.parameters, row.seconds) if row.status == "done" else None

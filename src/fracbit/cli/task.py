@@ -33,7 +33,7 @@ def task(
     """Write a task for `fracbit eval --tasks FOLDER/NAME.yaml`, for a grid's `tasks`, and for lm-eval itself."""
     if kind not in KINDS:
         raise DataError(f"no task is called {kind!r}: use {' or '.join(KINDS)}")
-    from fracbit.evaluate import write_continuation, write_lambada
+    from fracbit.evaluation import write_continuation, write_lambada
 
     if kind == "lambada":
         written = write_lambada(Path(source), output)

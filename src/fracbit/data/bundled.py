@@ -7,10 +7,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fracbit.data.raw import RawTexts, hash_texts, keep_first
-from fracbit.data.source import Source
+from fracbit.data.text_source import TextSource
 
 
-def read_bundled(source: Source) -> RawTexts:
+def read_bundled(source: TextSource) -> RawTexts:
     """Read modules of the standard library: one text, as fracbit.bundled joins it, or a document each.
 
     Raises: DataError when this Python has no source files.

@@ -14,7 +14,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from fracbit.data.raw import Message, Piece, RawTexts
-from fracbit.data.source import Source
+from fracbit.data.text_source import TextSource
 from fracbit.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 BATCH = 256
 
 
-def encode_texts(raw: RawTexts, source: Source, tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
+def encode_texts(raw: RawTexts, source: TextSource, tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
     """Ids of every document, int64 [ids] each.
 
     Raises: DataError for a conversation without a template, for bos=always without a BOS, and for a text
@@ -36,7 +36,7 @@ def encode_texts(raw: RawTexts, source: Source, tokenizer: PreTrainedTokenizerBa
 
 
 def _encode(
-    pieces: Sequence[Piece], names: Sequence[str], source: Source, tokenizer: PreTrainedTokenizerBase
+    pieces: Sequence[Piece], names: Sequence[str], source: TextSource, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[np.ndarray]:
     chat = not isinstance(pieces[0], str)
     texts = [
@@ -53,7 +53,7 @@ def _encode(
         yield np.array(opening + row, dtype=np.int64)
 
 
-def _opening(source: Source, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _opening(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids put before a text by hand."""
     if source.bos != "always":
         return []

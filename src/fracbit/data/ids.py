@@ -10,13 +10,13 @@ import io
 import numpy as np
 
 from fracbit.data.raw import RawIds, read_bytes
-from fracbit.data.source import Source
+from fracbit.data.text_source import TextSource
 from fracbit.errors import DataError
 
 WIDTHS = {"u16": "<u2", "u32": "<u4"}
 
 
-def read_ids(source: Source) -> RawIds:
+def read_ids(source: TextSource) -> RawIds:
     """Read a file of ids: one document, documents of `length=` ids, or the rows of a 2-D array.
 
     Raises: DataError for a file that is cut off, empty, no array of integers, or no whole number of
@@ -30,7 +30,7 @@ def read_ids(source: Source) -> RawIds:
     return RawIds(tuple(rows), hashlib.sha256(data).hexdigest())
 
 
-def _flat(data: bytes, source: Source) -> np.ndarray:
+def _flat(data: bytes, source: TextSource) -> np.ndarray:
     kind = np.dtype(WIDTHS[source.format])
     if len(data) % kind.itemsize:
         raise DataError(
@@ -40,7 +40,7 @@ def _flat(data: bytes, source: Source) -> np.ndarray:
     return np.frombuffer(data, dtype=kind)
 
 
-def _array(data: bytes, source: Source) -> np.ndarray:
+def _array(data: bytes, source: TextSource) -> np.ndarray:
     try:
         ids = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
@@ -51,7 +51,7 @@ def _array(data: bytes, source: Source) -> np.ndarray:
     return ids
 
 
-def _rows(ids: np.ndarray, source: Source) -> np.ndarray:
+def _rows(ids: np.ndarray, source: TextSource) -> np.ndarray:
     """Documents as the rows of a matrix."""
     if ids.ndim == 2 and source.length is not None:
         raise DataError(f"{source}: the array has documents of {ids.shape[1]} ids already; leave length out.")

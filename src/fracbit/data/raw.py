@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fracbit.data.source import Source
+from fracbit.data.text_source import TextSource
 from fracbit.errors import DataError
 
 Message = Mapping[str, Any]
@@ -42,7 +42,7 @@ class RawIds:
     sha256: str
 
 
-def find_file(source: Source) -> Path:
+def find_file(source: TextSource) -> Path:
     """The file of a source. Raises: DataError when there is none."""
     path = Path(source.location)
     if not path.exists():
@@ -52,7 +52,7 @@ def find_file(source: Source) -> Path:
     return path
 
 
-def read_bytes(source: Source) -> bytes:
+def read_bytes(source: TextSource) -> bytes:
     """All bytes of a source's file. Raises: DataError when it is missing or unreadable."""
     path = find_file(source)
     try:
@@ -94,7 +94,9 @@ def hash_texts(texts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def keep_first(source: Source, pieces: Iterable[tuple[str, Piece]], digest: Callable[[], str]) -> RawTexts:
+def keep_first(
+    source: TextSource, pieces: Iterable[tuple[str, Piece]], digest: Callable[[], str]
+) -> RawTexts:
     """Collect the first `first=` of named documents; the rest stays unread. digest: called after the last
     one.
 

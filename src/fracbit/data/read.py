@@ -15,16 +15,16 @@ from fracbit.data.encode import encode_texts
 from fracbit.data.ids import read_ids
 from fracbit.data.raw import RawIds, RawTexts
 from fracbit.data.records import read_jsonl
-from fracbit.data.source import Format, Source, parse_source
 from fracbit.data.tables import read_dataset, read_parquet
 from fracbit.data.text import read_text
+from fracbit.data.text_source import Format, TextSource, parse_source
 from fracbit.data.tokens import Tokens, join_documents
 from fracbit.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-READERS: Mapping[Format, Callable[[Source], RawTexts | RawIds]] = {
+READERS: Mapping[Format, Callable[[TextSource], RawTexts | RawIds]] = {
     "text": read_text,
     "jsonl": read_jsonl,
     "parquet": read_parquet,
@@ -37,7 +37,7 @@ READERS: Mapping[Format, Callable[[Source], RawTexts | RawIds]] = {
 
 
 def read_documents(
-    source: str | Source, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int
+    source: str | TextSource, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int
 ) -> Tokens:
     """Read one source (grammar: source.py) into token ids.
 
@@ -58,14 +58,14 @@ def read_documents(
 
 
 def read_sources(
-    sources: Sequence[str | Source], tokenizer: PreTrainedTokenizerBase | None, vocabulary: int
+    sources: Sequence[str | TextSource], tokenizer: PreTrainedTokenizerBase | None, vocabulary: int
 ) -> tuple[Tokens, ...]:
     """Read the parts of a mixture. Raises: DataError."""
     return tuple(read_documents(source, tokenizer, vocabulary) for source in sources)
 
 
 def _documents(
-    raw: RawTexts | RawIds, source: Source, tokenizer: PreTrainedTokenizerBase | None
+    raw: RawTexts | RawIds, source: TextSource, tokenizer: PreTrainedTokenizerBase | None
 ) -> list[np.ndarray]:
     if isinstance(raw, RawIds):
         return list(raw.documents)
@@ -74,13 +74,13 @@ def _documents(
     return encode_texts(raw, source, tokenizer)
 
 
-def _notes(raw: RawTexts | RawIds, source: Source) -> tuple[str, ...]:
+def _notes(raw: RawTexts | RawIds, source: TextSource) -> tuple[str, ...]:
     if isinstance(raw, RawTexts) and raw.skipped:
         return (f"{source}: {raw.skipped} empty documents left out",)
     return ()
 
 
-def _check(documents: Sequence[np.ndarray], source: Source, vocabulary: int) -> None:
+def _check(documents: Sequence[np.ndarray], source: TextSource, vocabulary: int) -> None:
     if not documents:
         raise DataError(f"{source} holds no documents.")
     for number, document in enumerate(documents):

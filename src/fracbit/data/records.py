@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fracbit.data.raw import Message, Piece, RawTexts, decode_text, find_file, keep_first
-from fracbit.data.source import Source
+from fracbit.data.text_source import TextSource
 from fracbit.errors import DataError
 
 FIELDS = ("text", "messages", "conversations")
@@ -25,7 +25,7 @@ JOINT = "\n\n"
 Record = Mapping[str, Any]
 
 
-def read_jsonl(source: Source) -> RawTexts:
+def read_jsonl(source: TextSource) -> RawTexts:
     """Read JSON lines; the hash covers the lines that were read.
 
     Raises: DataError naming the line that is broken, is no object, has no such field or is empty.
@@ -36,7 +36,7 @@ def read_jsonl(source: Source) -> RawTexts:
 
 
 def collect_records(
-    source: Source, records: Iterable[tuple[str, Record]], digest: Callable[[], str]
+    source: TextSource, records: Iterable[tuple[str, Record]], digest: Callable[[], str]
 ) -> RawTexts:
     """Turn named records into documents. digest: called when all records that are wanted have been read.
 
@@ -48,7 +48,7 @@ def collect_records(
     return keep_first(source, pieces, digest)
 
 
-def pick_field(names: Iterable[str], source: Source, where: str) -> str:
+def pick_field(names: Iterable[str], source: TextSource, where: str) -> str:
     """The field that holds the document. Raises: DataError when none of the names is one."""
     names = list(names)
     wanted = FIELDS if source.field is None else (source.field,)
@@ -61,7 +61,7 @@ def pick_field(names: Iterable[str], source: Source, where: str) -> str:
     )
 
 
-def _joined(source: Source, pieces: Iterable[tuple[str, Piece]], digest: Callable[[], str]) -> RawTexts:
+def _joined(source: TextSource, pieces: Iterable[tuple[str, Piece]], digest: Callable[[], str]) -> RawTexts:
     texts: list[str] = []
     for name, piece in pieces:
         if not isinstance(piece, str):
@@ -75,7 +75,7 @@ def _joined(source: Source, pieces: Iterable[tuple[str, Piece]], digest: Callabl
 
 
 def _json_records(
-    path: Path, source: Source, digest: Callable[[bytes], object]
+    path: Path, source: TextSource, digest: Callable[[bytes], object]
 ) -> Iterator[tuple[str, Record]]:
     offset = 0
     with path.open("rb") as file:
@@ -101,7 +101,7 @@ def _json_record(line: str, where: str) -> Record:
     return record
 
 
-def _document(record: Record, source: Source, name: str) -> Piece:
+def _document(record: Record, source: TextSource, name: str) -> Piece:
     where = f"{source.location}, {name}"
     value = record[pick_field(record, source, where)]
     if value is None:

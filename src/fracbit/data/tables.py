@@ -15,13 +15,13 @@ from typing import Any
 
 from fracbit.data.raw import RawTexts, find_file, hash_file, hash_texts
 from fracbit.data.records import Record, collect_records, pick_field
-from fracbit.data.source import Source
+from fracbit.data.text_source import TextSource
 from fracbit.errors import DataError
 
 _REMEDY = "install it with: pip install 'fracbit[datasets]'"
 
 
-def read_parquet(source: Source) -> RawTexts:
+def read_parquet(source: TextSource) -> RawTexts:
     """Read a Parquet file row by row.
 
     Raises: DataError without pyarrow, for a file that is none, and for a missing column.
@@ -36,7 +36,7 @@ def read_parquet(source: Source) -> RawTexts:
         raise DataError(f"{source.location} is no Parquet file that can be read: {error}") from error
 
 
-def read_dataset(source: Source) -> RawTexts:
+def read_dataset(source: TextSource) -> RawTexts:
     """Read a set: a folder that save_to_disk wrote, or a name on the hub.
 
     Raises: DataError without the library, offline, and when name, config, split or column are not there.
@@ -70,7 +70,7 @@ def _parquet_rows(table: Any, field: str) -> Iterator[tuple[str, Record]]:
             yield f"row {number}", record
 
 
-def _load(source: Source) -> Any:
+def _load(source: TextSource) -> Any:
     folder = Path(source.location)
     if folder.is_dir() and not _saved(folder):
         raise DataError(
@@ -90,7 +90,7 @@ def _saved(folder: Path) -> bool:
     return (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists()
 
 
-def _explain(source: Source, error: Exception) -> str:
+def _explain(source: TextSource, error: Exception) -> str:
     """Why a set could not be loaded: libraries below raise OSError for both a missing set and a missing
     network.
     """
@@ -105,7 +105,7 @@ def _explain(source: Source, error: Exception) -> str:
     return f"{source}: the set cannot be loaded ({first_line}). {remedy}"
 
 
-def _only_split(loaded: Any, source: Source) -> Any:
+def _only_split(loaded: Any, source: TextSource) -> Any:
     """The split asked for; a set with several needs one to be named."""
     if not isinstance(loaded, dict):
         if source.split is not None:

@@ -7,12 +7,12 @@ import re
 from collections.abc import Iterator
 
 from fracbit.data.raw import RawTexts, decode_text, keep_first, read_bytes
-from fracbit.data.source import Source
+from fracbit.data.text_source import TextSource
 
 _GAP = re.compile(r"\n[ \t\r]*\n\s*")
 
 
-def read_text(source: Source) -> RawTexts:
+def read_text(source: TextSource) -> RawTexts:
     """Read a text file (UTF-8). Raises: DataError for a missing file, an empty one, or bytes that are no
     UTF-8.
     """
@@ -21,7 +21,7 @@ def read_text(source: Source) -> RawTexts:
     return keep_first(source, _divide(text, source), hashlib.sha256(data).hexdigest)
 
 
-def _divide(text: str, source: Source) -> Iterator[tuple[str, str]]:
+def _divide(text: str, source: TextSource) -> Iterator[tuple[str, str]]:
     """Documents with their names. Blank lines separate; they are no empty documents."""
     if source.documents == "one":
         yield "the whole file", text

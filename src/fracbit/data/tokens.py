@@ -2,7 +2,7 @@
 
 `Tokens` is what one source was read into: all documents behind each other in one flat array, so that a
 million short documents cost no more than one long one, with the hash of the bytes they came from.
-`Calibration` is what a method sees: a matrix of samples drawn from one or several sources with a seed, and
+`Samples` is what a method sees: a matrix of samples drawn from one or several sources with a seed, and
 the hash of exactly that matrix.
 """
 
@@ -69,7 +69,7 @@ class Tokens:
 
 
 @dataclass(frozen=True, eq=False)
-class Calibration:
+class Samples:
     """Samples for the methods that look at data.
 
     ids: int64 [samples, length]. sha256: hash_ids(ids). seed: of the draw. sources: what each sample came
@@ -114,7 +114,7 @@ def hash_ids(ids: Tensor) -> str:
 
 def sample(
     parts: Tokens | Sequence[Tokens], *, samples: int, length: int, seed: int, bos: Opening = "stored"
-) -> Calibration:
+) -> Samples:
     """Draw `samples` pieces of `length` ids, from several sources in the ratio of their weights.
 
     The documents of a source are shuffled and put behind each other; the row is cut into pieces that do not
@@ -138,7 +138,7 @@ def sample(
     ids = ids[torch.randperm(samples, generator=generator)] if len(parts) > 1 else ids
     sources = tuple({**part.to_json(), "samples": share} for part, share in zip(parts, shares, strict=True))
     notes = tuple(note for part in parts for note in part.notes)
-    return Calibration(ids, hash_ids(ids), seed, bos, sources, notes)
+    return Samples(ids, hash_ids(ids), seed, bos, sources, notes)
 
 
 def split_samples(samples: int, weights: Sequence[float]) -> list[int]:

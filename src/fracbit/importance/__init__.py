@@ -1,10 +1,10 @@
 """What a layer is worth and who gets which bits. Tensors and numbers only; passes through a model live in the pipeline."""
 
 from fracbit.importance.allocate import Solution, best_uniform, by_order, exact, predict_losses
-from fracbit.importance.budget import Budget, average_bits, device_memory, file_size, print_size, read_size
 from fracbit.importance.layer import LayerView, error_of
 from fracbit.importance.lim import cosine_sum
-from fracbit.importance.scores import SCORES, ScoreMethod, reverse, score_method
+from fracbit.importance.limits import Budget, average_bits, device_memory, file_size, print_size, read_size
+from fracbit.importance.methods import SCORES, ScoreMethod, reverse, score_method
 from fracbit.importance.units import Granularity, LayerShape, Unit, cost_table, make_units, scheme_bits
 
 __all__ = [

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import reduce
 
 from fracbit.errors import BudgetError, RecipeError
-from fracbit.importance.budget import Budget
+from fracbit.importance.limits import Budget
 from fracbit.importance.units import Choices, Unit, cost_table
 from fracbit.records.allocation import Allocation
 from fracbit.records.scores import Losses, Scores, check_scores

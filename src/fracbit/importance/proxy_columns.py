@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fracbit.numerics.packed import kept_count
+from fracbit.numerics.packed import outlier_count
 
 
 def unit_spread(weight: Tensor) -> Tensor:
@@ -24,10 +24,10 @@ def unit_spread(weight: Tensor) -> Tensor:
 def largest_columns(scores: Tensor, share: float) -> Tensor:
     """The `share` of columns with the largest `scores` [in], ascending, int32 [p]. Ties go to the earlier column."""
     order = scores.argsort(descending=True, stable=True)
-    return order[: kept_count(len(scores), share)].sort().values.to(torch.int32)
+    return order[: outlier_count(len(scores), share)].sort().values.to(torch.int32)
 
 
 def random_columns(inputs: int, share: float, generator: torch.Generator) -> Tensor:
     """The control: as many columns, drawn without replacement from `generator`; int32 [p] ascending."""
-    drawn = torch.randperm(inputs, generator=generator)[: kept_count(inputs, share)]
+    drawn = torch.randperm(inputs, generator=generator)[: outlier_count(inputs, share)]
     return drawn.sort().values.to(torch.int32)

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Literal, TypeAlias, get_args
 
 from fracbit.errors import RecipeError
-from fracbit.numerics.packed import kept_count, part_shapes
+from fracbit.numerics.packed import outlier_count, part_shapes
 from fracbit.records.scheme import Axis, Scheme
 
 Granularity: TypeAlias = Literal["block", "linear"]
@@ -72,7 +72,7 @@ def scheme_bits(
     """
     if scheme is None:
         return FLOAT_BITS * shape[0] * shape[1]
-    kept = kept_count(shape[1], outliers) if outliers else 0
+    kept = outlier_count(shape[1], outliers) if outliers else 0
     schemes = [replace(scheme, axis=axis) for axis in get_args(Axis)] if either_axis else [scheme]
     return max(
         sum(

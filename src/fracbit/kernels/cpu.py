@@ -27,7 +27,7 @@ from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 from fracbit.errors import KernelError
 from fracbit.kernels.kernel import Activations, Kernel, check_activations
-from fracbit.numerics.blocks import scales_shape
+from fracbit.numerics.layout import scales_shape
 from fracbit.numerics.packed import PackedTensor, decode, table_of
 from fracbit.records.scheme import Scheme, flat_block
 
@@ -58,7 +58,7 @@ BF16_PRODUCTS = NATIVE is not None and bool(NATIVE.has_gram())
 
 
 @dataclass(frozen=True, eq=False)
-class Prepared:
+class CpuWeight:
     """A weight as the native module holds it, and which path it takes."""
 
     weight: Any
@@ -67,7 +67,7 @@ class Prepared:
     int8: bool
 
 
-def prepare(packed: PackedTensor, activations: Activations, isa: str = "") -> Prepared:
+def prepare(packed: PackedTensor, activations: Activations, isa: str = "") -> CpuWeight:
     """Hand `packed` to the native module, which shares its memory. `isa` names an instruction set; empty is the best.
 
     Quantized scales (double quantization) are decoded to fp32 here: 32 bits a block in memory instead of 8.
@@ -78,7 +78,7 @@ def prepare(packed: PackedTensor, activations: Activations, isa: str = "") -> Pr
         raise KernelError(NOTE)
     scheme = packed.scheme
     zeros = scheme.offset == "zero"
-    stored = scales_shape((packed.shape[0], packed.kept), scheme)
+    stored = scales_shape((packed.shape[0], packed.quantized_width), scheme)
     kind, block = _blocks(scheme)
     offsets = None if packed.offsets is None or zeros else _floats(packed.offsets, stored)
     try:
@@ -91,10 +91,10 @@ def prepare(packed: PackedTensor, activations: Activations, isa: str = "") -> Pr
         raise KernelError(
             f"a packed weight of scheme {scheme} and shape {packed.shape} is broken: {error}"
         ) from None
-    return Prepared(weight, *packed.shape, activations == "int8")
+    return CpuWeight(weight, *packed.shape, activations == "int8")
 
 
-def run(prepared: Prepared, x: Tensor) -> Tensor:
+def run(prepared: CpuWeight, x: Tensor) -> Tensor:
     """`x` [n, in] with contiguous rows -> [n, out]."""
     y = x.new_empty((x.shape[0], prepared.rows))
     if x.shape[0] >= tiles_from(prepared.int8, x.dtype):
@@ -113,7 +113,7 @@ def tiles_from(int8: bool, dtype: torch.dtype) -> float:
     return math.inf if int8 else 64
 
 
-def _by_tiles(prepared: Prepared, x: Tensor, y: Tensor) -> Tensor:
+def _by_tiles(prepared: CpuWeight, x: Tensor, y: Tensor) -> Tensor:
     # Where the processor has no products of 16-bit floats, torch takes up to ten times as long for them as for fp32.
     exact = x if x.dtype == torch.bfloat16 and BF16_PRODUCTS else x.float()
     fitting = TILE_BYTES // (prepared.columns * exact.element_size())

@@ -97,7 +97,7 @@ class NativeDecoder:
 def _native(weight: Weight) -> Any:
     if isinstance(weight, Tensor):
         return weight.detach().contiguous()
-    if not isinstance(weight.prepared, cpu.Prepared):
+    if not isinstance(weight.prepared, cpu.CpuWeight):
         raise KernelError(f"the kernel {weight.kernel.name} has no native weight")
     return weight.prepared.weight
 

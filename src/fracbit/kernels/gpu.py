@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from fracbit.kernels.kernel import Activations, Kernel, check_activations
-from fracbit.numerics.blocks import block_length, spread
-from fracbit.numerics.packed import PackedTensor, dense_scales, kept_columns, table_of
+from fracbit.numerics.layout import block_length, spread
+from fracbit.numerics.packed import PackedTensor, dense_scales, quantized_columns, table_of
 from fracbit.records.scheme import Scheme, flat_block
 
 AVAILABLE = find_spec("triton") is not None
@@ -31,7 +31,7 @@ EVEN = 2e-7  # how far, of its range, a table may be from a line: the rule of th
 
 
 @dataclass(frozen=True, eq=False)
-class Prepared:
+class GpuWeight:
     """Buffers of one weight on its device. `scale` and `shift` [lines, ...] in fp32 or as stored; see the strides.
 
     - `form` of the table: evenly spaced, the same for all rows, or a row's own. `table` is [2] in the first case, the value of
@@ -50,12 +50,12 @@ class Prepared:
     block: int
     length: int
     load: Load
-    kept: Tensor | None
+    quantized: Tensor | None
     columns: Tensor | None
     outliers: Tensor | None
 
 
-def prepare(packed: PackedTensor, activations: Activations) -> Prepared:
+def prepare(packed: PackedTensor, activations: Activations) -> GpuWeight:
     """Bring scales and shifts to one form: a number per block, in the stored order.
 
     Zero codes and quantized scales are decoded here, to fp32. Flat blocks that cross rows have no fixed place in a row: they
@@ -63,22 +63,22 @@ def prepare(packed: PackedTensor, activations: Activations) -> Prepared:
     `activations="int8"` is accepted and computed in float, which is more exact: on a GPU a weight's bytes are what costs.
     """
     check_activations(activations)
-    kept = (packed.shape[0], packed.kept)
+    inner = (packed.shape[0], packed.quantized_width)
     scale, shift = dense_scales(packed)
     if isinstance(packed.scales, Tensor):
         scale = packed.scales
     flat = flat_block(packed.scheme.block)
-    block = block_length(kept, packed.scheme)
-    if packed.scheme.block == "tensor" or (flat and packed.kept % block):
-        block = packed.kept if packed.scheme.block == "tensor" else 1
+    block = block_length(inner, packed.scheme)
+    if packed.scheme.block == "tensor" or (flat and packed.quantized_width % block):
+        block = packed.quantized_width if packed.scheme.block == "tensor" else 1
         scale = _per_row(scale, packed)
         shift = None if shift is None else _per_row(shift, packed)
     form, table = _form(table_of(packed).values, packed.scheme.bits)
     load, codes = _load(packed.codes, packed.scheme.bits)
-    return Prepared(
+    return GpuWeight(
         codes, scale.contiguous(), shift, table, form, packed.shape, packed.scheme.bits,
-        packed.scheme.axis == "out" and not flat and packed.scheme.block != "tensor", block, packed.kept, load,
-        None if packed.columns is None else kept_columns(packed.columns, packed.shape[1]), packed.columns, packed.outliers,
+        packed.scheme.axis == "out" and not flat and packed.scheme.block != "tensor", block, packed.quantized_width, load,
+        None if packed.columns is None else quantized_columns(packed.columns, packed.shape[1]), packed.columns, packed.outliers,
     )  # fmt: skip
 
 
@@ -107,20 +107,20 @@ def _load(codes: Tensor, bits: int) -> tuple[Load, Tensor]:
 
 def _per_row(values: Tensor, packed: PackedTensor) -> Tensor:
     """One value for all weights of a row, or one for each: what a tensor block and flat blocks across rows come to."""
-    spread_out = spread(values, (packed.shape[0], packed.kept), packed.scheme)
+    spread_out = spread(values, (packed.shape[0], packed.quantized_width), packed.scheme)
     return spread_out.expand(packed.shape[0], -1).contiguous()
 
 
-def run(prepared: Prepared, x: Tensor) -> Tensor:
+def run(prepared: GpuWeight, x: Tensor) -> Tensor:
     """`x` [n, in] -> [n, out] in the type of `x`; sums in fp32."""
     from fracbit.kernels import triton_linear
 
-    kept = x if prepared.kept is None else x[:, prepared.kept]
-    if short := -kept.shape[1] % triton_linear.ALIGNED:
-        kept = torch.nn.functional.pad(kept, (0, short))
+    inner = x if prepared.quantized is None else x[:, prepared.quantized]
+    if short := -inner.shape[1] % triton_linear.ALIGNED:
+        inner = torch.nn.functional.pad(inner, (0, short))
     others = prepared.columns is not None and prepared.outliers is not None
     y = x.new_empty((x.shape[0], prepared.shape[0]), dtype=torch.float32 if others else x.dtype)
-    triton_linear.launch(prepared, kept.contiguous(), y, dot=x.shape[0] > GEMV_ROWS)
+    triton_linear.launch(prepared, inner.contiguous(), y, dot=x.shape[0] > GEMV_ROWS)
     if prepared.columns is not None and prepared.outliers is not None:
         y += x[:, prepared.columns.long()].float() @ prepared.outliers.float().T
     return y.to(x.dtype)

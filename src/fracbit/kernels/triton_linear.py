@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from fracbit.kernels.gpu import Prepared
+    from fracbit.kernels.gpu import GpuWeight
 
 EIGHT = tl.constexpr(8)
 ONE = 0x3F800000  # the bits of 1.0
@@ -247,7 +247,7 @@ def _gemm(
     tl.store(y + n.to(tl.int64) * rows + o, total, mask=(n < n_rows) & (o < rows))
 
 
-def _common(prepared: Prepared, tile_o: int, tile_i: int) -> str:
+def _common(prepared: GpuWeight, tile_o: int, tile_i: int) -> str:
     """What shares a scale within a tile: all rows, the eight weights of a unit, or none."""
     block, (rows, _) = prepared.block, prepared.shape
     if prepared.along_out:
@@ -256,7 +256,7 @@ def _common(prepared: Prepared, tile_o: int, tile_i: int) -> str:
     return "eight" if fits or block >= prepared.length else "none"
 
 
-def constants_of(prepared: Prepared, x: Tensor, dot: bool) -> dict[str, Any]:
+def constants_of(prepared: GpuWeight, x: Tensor, dot: bool) -> dict[str, Any]:
     """What the program is compiled for: the form of the weight, and tiles for `x`.
 
     GEMM decodes a weight again for every tile of rows, so that many rows take large tiles; in fp32, which matrix units do not
@@ -285,7 +285,7 @@ def options_of(dot: bool) -> dict[str, Any]:
     return {"num_warps": 4 if dot else 2, "num_stages": 2, "enable_fp_fusion": True}
 
 
-def launch(prepared: Prepared, x: Tensor, y: Tensor, dot: bool) -> None:
+def launch(prepared: GpuWeight, x: Tensor, y: Tensor, dot: bool) -> None:
     """Fill `y` [n, out] from `x` [n, width], zero beyond the weight; `dot` chooses matrix units (GEMM) over sums (GEMV)."""
     rows, (count, width) = prepared.shape[0], x.shape
     if count == 0:

@@ -23,7 +23,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from fracbit.errors import SchemeError
-from fracbit.models.store import StoreCache, store_bytes
+from fracbit.models.store_cache import StoreCache, store_bytes
 
 KV_BITS = (8, 4)
 CHANNEL, TOKEN = -2, -1  # the dimension of [batch, heads, groups, group, head size] that shares a range

@@ -48,7 +48,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Unit:
+class Sublayer:
     """The modules, applied in this order, whose output judges a change of `linears` (AdaDim,
     arXiv:2309.15531, Eq. 1).
     """
@@ -85,7 +85,7 @@ class Family:
     embeddings: tuple[str, ...]
     head: str
     linears: tuple[tuple[str, ...], ...]
-    units: tuple[Unit, ...] = ()
+    units: tuple[Sublayer, ...] = ()
     norms: tuple[Norm, ...] = ()
     pairs: tuple[Pair, ...] = ()
     final_norm: str = ""

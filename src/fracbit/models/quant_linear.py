@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fracbit.kernels import Activations, PackedLinear
 from fracbit.kernels.op import linear_op, rows_op, spec_of
-from fracbit.numerics.inputs import int8_pays, int8_product, is_int8, round_inputs
+from fracbit.numerics.activations import int8_pays, int8_product, is_int8, round_inputs
 from fracbit.numerics.packed import (
     PackedTensor,
     decode_rows,

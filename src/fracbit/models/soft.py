@@ -14,10 +14,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fracbit.numerics.blocks import spread
 from fracbit.numerics.datatypes import is_fitted, nearest_type
 from fracbit.numerics.grid import Grid, codes_in, grid_of, moved, pack, with_table
-from fracbit.numerics.packed import PackedTensor, kept_columns
+from fracbit.numerics.layout import spread
+from fracbit.numerics.packed import PackedTensor, quantized_columns
 
 
 class SoftLinear(nn.Module):
@@ -45,7 +45,7 @@ class SoftLinear(nn.Module):
         kept = (
             weight.float()
             if packed.columns is None
-            else weight.float()[:, kept_columns(packed.columns, packed.shape[1])]
+            else weight.float()[:, quantized_columns(packed.columns, packed.shape[1])]
         )
         wanted = (kept - self._spread_shift(self.base.scale)) / self._spread(self.base.scale.clamp(min=1e-12))
         low, high = cell_of(self.base.table.values, self.base.table.boundaries, codes)
@@ -80,7 +80,7 @@ class SoftLinear(nn.Module):
             return kept
         assert self.packed_like.columns is not None
         full = kept.new_empty(self.packed_like.shape)
-        full = full.index_copy(1, kept_columns(self.packed_like.columns, full.shape[1]), kept)
+        full = full.index_copy(1, quantized_columns(self.packed_like.columns, full.shape[1]), kept)
         return full.index_copy(1, self.packed_like.columns.long(), self.outliers)
 
     def forward(self, x: Tensor) -> Tensor:

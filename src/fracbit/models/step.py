@@ -17,7 +17,7 @@ from fracbit.kernels import Activations, DecoderBlock, DecoderShape, NativeDecod
 from fracbit.kernels.cpu import NATIVE, NOTE
 from fracbit.kernels.kernel import FLOAT_TYPES
 from fracbit.models.quant_linear import QuantEmbedding, QuantLinear, TiedHead
-from fracbit.models.store import StoreCache
+from fracbit.models.store_cache import StoreCache
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 FIXED_ROTATIONS = (

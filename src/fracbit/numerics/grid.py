@@ -14,15 +14,6 @@ from torch import Tensor
 
 from fracbit.errors import SchemeError, WeightError
 from fracbit.numerics.bits import pack_bits, unpack_bits
-from fracbit.numerics.blocks import (
-    block_length,
-    block_sums,
-    lines_of,
-    row_chunks,
-    spread,
-    stored_order,
-    to_blocks,
-)
 from fracbit.numerics.datatypes import (
     DataType,
     check_datatype,
@@ -31,12 +22,21 @@ from fracbit.numerics.datatypes import (
     is_fitted,
     nearest_type,
 )
+from fracbit.numerics.layout import (
+    block_length,
+    block_sums,
+    lines_of,
+    row_chunks,
+    spread,
+    stored_order,
+    to_blocks,
+)
 from fracbit.numerics.packed import (
     SCALE_DTYPES,
     PackedTensor,
     decode,
     dense_scales,
-    kept_columns,
+    quantized_columns,
     table_of,
     zeros_shape,
 )
@@ -103,7 +103,7 @@ def fit(weight: Tensor, scheme: Scheme, importance: Tensor | None = None, search
 
 def grid_of(packed: PackedTensor) -> Grid:
     """The grid that a packed tensor's kept columns lie on, to move it or to choose other codes."""
-    shape = (packed.shape[0], packed.kept)
+    shape = (packed.shape[0], packed.quantized_width)
     scale, shift = dense_scales(packed)
     zeros = None
     if packed.scheme.offset == "zero":
@@ -126,7 +126,7 @@ def grid_of(packed: PackedTensor) -> Grid:
 
 def codes_in(packed: PackedTensor) -> Tensor:
     """The codes uint8 [out, kept] of a packed tensor."""
-    return unpack_bits(packed.codes, packed.scheme.bits, packed.kept)
+    return unpack_bits(packed.codes, packed.scheme.bits, packed.quantized_width)
 
 
 def moved(grid: Grid, scale: Tensor, shift: Tensor | None = None, zeros: Tensor | None = None) -> Grid:
@@ -201,7 +201,7 @@ def _quantize_kept(
     weight: Tensor, scheme: Scheme, importance: Tensor | None, search: bool, columns: Tensor
 ) -> PackedTensor:
     columns = columns.to(torch.int32).sort().values
-    kept = kept_columns(columns, weight.shape[1])
+    kept = quantized_columns(columns, weight.shape[1])
     if not len(kept):
         raise SchemeError(
             f"all {weight.shape[1]} input columns are kept in 16 bits: leave the layer float instead"

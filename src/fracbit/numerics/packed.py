@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fracbit.errors import FormatError, RecipeError
 from fracbit.numerics.bits import row_bytes, unpack_bits
-from fracbit.numerics.blocks import scales_shape, spread, spread_rows
 from fracbit.numerics.datatypes import DataType, fixed_type, is_fitted, nearest_type
+from fracbit.numerics.layout import scales_shape, spread, spread_rows
 from fracbit.records.scheme import Scheme
 
 DECODE_CHUNK = 1 << 21  # weights decoded at a time: temporaries stay in the cache and off the memory peak
@@ -26,10 +26,10 @@ DECODE_CHUNK = 1 << 21  # weights decoded at a time: temporaries stay in the cac
 
 @dataclass(frozen=True, eq=False)
 class PackedTensor:
-    """The stored form of a weight `[out, in]`; `kept = in - len(columns)` input columns are quantized.
+    """The stored form of a weight `[out, in]`; `quantized_width = in - len(columns)` input columns are quantized.
 
-    - `codes` uint8 [out, ceil(kept * bits / 8)]: row-major over output rows whatever the axis, dense, LSB first.
-    - `scales` [out, blocks], [blocks, kept] (axis out), [1, 1] (tensor) or [blocks] (flat), in the scheme's scale type;
+    - `codes` uint8 [out, ceil(quantized_width * bits / 8)]: row-major over output rows whatever the axis, dense, LSB first.
+    - `scales` [out, blocks], [blocks, quantized_width] (axis out), [1, 1] (tensor) or [blocks] (flat), in the scale type;
       or a `PackedTensor` [1, n] when the scales are themselves quantized.
     - `offsets`: None; as `scales` (float, mean); or uint8 [rows of scales, ceil(columns * bits / 8)], packed zero codes.
     - `table`: fp16 [1 or out, 2^bits] of a fitted data type, None for a fixed one.
@@ -46,7 +46,7 @@ class PackedTensor:
     outliers: Tensor | None = None
 
     @property
-    def kept(self) -> int:
+    def quantized_width(self) -> int:
         """Input columns that are quantized."""
         return self.shape[1] - (0 if self.columns is None else len(self.columns))
 
@@ -116,7 +116,7 @@ def stored_bits(packed: PackedTensor) -> int:
 
 def decode(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight [out, in] that `packed` stands for, computed in fp32 and rounded once to `dtype`."""
-    kept = packed.codes.new_empty((packed.shape[0], packed.kept), dtype=dtype)
+    kept = packed.codes.new_empty((packed.shape[0], packed.quantized_width), dtype=dtype)
     for first, part in decoded_parts(packed):
         kept[first : first + len(part)] = part
     return kept if packed.columns is None else _with_outliers(packed, kept)
@@ -124,9 +124,9 @@ def decode(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def decode_rows(packed: PackedTensor, rows: Tensor) -> Tensor:
     """Rows `rows` [n] of the weight, fp32 [n, in]; nothing else is decoded."""
-    kept = (packed.shape[0], packed.kept)
+    kept = (packed.shape[0], packed.quantized_width)
     scale, shift = dense_scales(packed)
-    codes = unpack_bits(packed.codes[rows], packed.scheme.bits, packed.kept)
+    codes = unpack_bits(packed.codes[rows], packed.scheme.bits, packed.quantized_width)
     table = table_of(packed)
     values = (
         table.look_up(codes) if table.values.shape[0] == 1 else table.values[rows].gather(1, codes.long())
@@ -136,20 +136,20 @@ def decode_rows(packed: PackedTensor, rows: Tensor) -> Tensor:
     if packed.columns is None or packed.outliers is None:
         return values
     full = values.new_empty(len(rows), packed.shape[1])
-    full[:, kept_columns(packed.columns, packed.shape[1])] = values
+    full[:, quantized_columns(packed.columns, packed.shape[1])] = values
     full[:, packed.columns.long()] = packed.outliers[rows].float()
     return full
 
 
 def decoded_parts(packed: PackedTensor) -> Iterator[tuple[int, Tensor]]:
-    """The quantized columns in runs of rows, fp32: (first row, [rows, kept]); never more than a run in memory."""
-    kept_shape = (packed.shape[0], packed.kept)
+    """The quantized columns in runs of rows, fp32: (first row, [rows, quantized_width]); never more than a run in memory."""
+    kept_shape = (packed.shape[0], packed.quantized_width)
     scale, shift = dense_scales(packed)
     table = table_of(packed)
-    step = max(1, DECODE_CHUNK // max(1, packed.kept))
+    step = max(1, DECODE_CHUNK // max(1, packed.quantized_width))
     for first in range(0, packed.shape[0], step):
         last = min(first + step, packed.shape[0])
-        codes = unpack_bits(packed.codes[first:last], packed.scheme.bits, packed.kept)
+        codes = unpack_bits(packed.codes[first:last], packed.scheme.bits, packed.quantized_width)
         part = table.rows(first, last).look_up(codes)
         part *= spread(scale, kept_shape, packed.scheme, first, last)
         if shift is not None:
@@ -159,7 +159,7 @@ def decoded_parts(packed: PackedTensor) -> Iterator[tuple[int, Tensor]]:
 
 def dense_scales(packed: PackedTensor) -> tuple[Tensor, Tensor | None]:
     """Scale and shift of every block, fp32, in the stored shape; the shift is None for offset `none`."""
-    stored = scales_shape((packed.shape[0], packed.kept), packed.scheme)
+    stored = scales_shape((packed.shape[0], packed.quantized_width), packed.scheme)
     scale = _dense(packed.scales, stored)
     if packed.offsets is None:
         return scale, None
@@ -215,19 +215,19 @@ def _with_outliers(packed: PackedTensor, kept: Tensor) -> Tensor:
     assert packed.columns is not None
     assert packed.outliers is not None
     weight = kept.new_empty(packed.shape)
-    weight[:, kept_columns(packed.columns, packed.shape[1])] = kept
+    weight[:, quantized_columns(packed.columns, packed.shape[1])] = kept
     weight[:, packed.columns.long()] = packed.outliers.to(kept.dtype)
     return weight
 
 
-def kept_columns(columns: Tensor, count: int) -> Tensor:
+def quantized_columns(columns: Tensor, count: int) -> Tensor:
     """The input columns, ascending, that are not among the outlier `columns`."""
     mask = torch.ones(count, dtype=torch.bool, device=columns.device)
     mask[columns.long()] = False
     return mask.nonzero().squeeze(1)
 
 
-def kept_count(inputs: int, share: float) -> int:
+def outlier_count(inputs: int, share: float) -> int:
     """How many of `inputs` columns a share keeps: rounded, at least one, never all. Raises `RecipeError` outside (0, 1)."""
     if not 0 < share < 1:
         raise RecipeError(f"the share of 16-bit columns must lie between 0 and 1, got {share}")

@@ -28,7 +28,7 @@ def empty(inputs: int, gram: bool = True, device: torch.device | str = "cpu") ->
     return Stats(0, torch.zeros(inputs, inputs, device=device) if gram else None, zeros, zeros.clone())
 
 
-def observe(stats: Stats, x: Tensor, add: Callable[[Tensor, Tensor], Tensor] = add_gram) -> Stats:
+def add_inputs(stats: Stats, x: Tensor, add: Callable[[Tensor, Tensor], Tensor] = add_gram) -> Stats:
     """Add the inputs `x` [tokens, in]. Raises `WeightError` on NaN or Inf.
 
     `add` gives the gram matrix with theirs; where it writes into the old one, the old `stats` are of no more use.

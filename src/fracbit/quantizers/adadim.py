@@ -7,7 +7,7 @@ up to a constant that both axes share, and an error in column j counts with the 
     axis = argmin sum_ij scale_axis(i, j)^2 h_j.
 
 Two passes over the weight, nothing is rounded. AdaDim itself (Heo et al. 2023, arXiv:2309.15531, Eq. 1) tries both and compares
-what the unit around the linear gives: pipeline/axis.py. bench/calibrated/measure.py says how often the two agree.
+what the unit around the linear gives: pipeline/quantize/axis.py. bench/calibrated/measure.py says how often the two agree.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from fracbit.numerics.blocks import spread
 from fracbit.numerics.grid import fit
+from fracbit.numerics.layout import spread
 from fracbit.records.scheme import Axis, Scheme
 
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from fracbit.errors import WeightError
-from fracbit.numerics.blocks import row_chunks
 from fracbit.numerics.datatypes import is_fitted
 from fracbit.numerics.grid import Grid, codes_of, fit, in_16_bits, moved, pack, values_of
+from fracbit.numerics.layout import row_chunks
 from fracbit.numerics.linalg import (
     DAMPING,
     Coupling,
@@ -34,11 +34,11 @@ from fracbit.numerics.linalg import (
     feedback,
     gram_errors,
 )
-from fracbit.numerics.packed import PackedTensor, decode, kept_columns
+from fracbit.numerics.packed import PackedTensor, decode, quantized_columns
 from fracbit.numerics.stats import Stats
+from fracbit.quantizers.column_loop import Lattice, spread_grid, sweep
 from fracbit.quantizers.quantizer import Quantized
 from fracbit.quantizers.refit import refit_scales, refit_table
-from fracbit.quantizers.sweep import Lattice, spread_grid, sweep
 from fracbit.records.scheme import Scheme
 
 CHECKED = 1 << 18  # weights of round-to-nearest between two looks at what they cost so far
@@ -102,7 +102,7 @@ class Gptq:
         packed, costs, kept = _not_worse(weight, gram, start, solution)
         return packed, costs, notes + kept
 
-    def _solve(self, weight: Tensor, grid: Grid, energy: Tensor, coupling: Coupling) -> Solution:
+    def _solve(self, weight: Tensor, grid: Grid, energy: Tensor, coupling: Coupling) -> Rounded:
         """GPTQ itself: one causal sweep, with the grid fitted on the way where columns carry their own scales."""
         transposed = weight.T.contiguous()
         if own_scales(grid.scheme):
@@ -110,13 +110,13 @@ class Gptq:
             codes, error = sweep(transposed, coupling, fits)
             grid = fits.assembled(grid)
             if isinstance(grid.scheme.scale, str):
-                return Solution(grid, codes.T.contiguous(), error)
+                return Rounded(grid, codes.T.contiguous(), error)
         codes, error = sweep(transposed, coupling, spread_grid(grid))
-        return Solution(grid, codes.T.contiguous(), error)
+        return Rounded(grid, codes.T.contiguous(), error)
 
     def _with_columns(self, weight: Tensor, scheme: Scheme, gram: Tensor, columns: Tensor) -> Quantized:
         columns = columns.to(torch.int32).sort().values
-        free, kept = columns.long(), kept_columns(columns, weight.shape[1])
+        free, kept = columns.long(), quantized_columns(columns, weight.shape[1])
         if not len(kept):
             raise WeightError(f"all {len(free)} columns are to stay in 16 bits: nothing is left to quantize")
         reduced, follow = eliminate(gram, kept, free, self.damping)
@@ -142,7 +142,7 @@ class Rows:
 
 
 @dataclass(frozen=True, eq=False)
-class Solution:
+class Rounded:
     """Codes [out, in] on a grid, and `error` [in, out] = (weight - decoded)^T."""
 
     grid: Grid
@@ -151,8 +151,8 @@ class Solution:
 
 
 def refine(
-    weight: Tensor, gram: Tensor, solution: Solution, coupling: Coupling, damping: float, rounds: int
-) -> Solution:
+    weight: Tensor, gram: Tensor, solution: Rounded, coupling: Coupling, damping: float, rounds: int
+) -> Rounded:
     """Refit grid to codes and codes to grid in turn, at most `rounds` times; the cost never rises."""
     matrix = damped(gram, damping)
     step = descent(gram, coupling.order, damping)
@@ -165,7 +165,7 @@ def refine(
         codes, error = sweep(transposed, step, spread_grid(grid), error)
         new = float(gram_errors(error.T, matrix).sum())
         if new < cost:
-            solution = Solution(grid, codes.T.contiguous(), error)
+            solution = Rounded(grid, codes.T.contiguous(), error)
         if not new < cost * (1 - ENOUGH):
             break
         cost = new
@@ -218,7 +218,7 @@ def relative(costs: Tensor, powers: Tensor) -> float:
 
 
 def _not_worse(
-    weight: Tensor, gram: Tensor, start: Grid, solution: Solution
+    weight: Tensor, gram: Tensor, start: Grid, solution: Rounded
 ) -> tuple[PackedTensor, Tensor, tuple[str, ...]]:
     """The solution, or round-to-nearest on the grid it started from where that costs less; and what each row costs.
 

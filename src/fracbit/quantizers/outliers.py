@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fracbit.numerics.grid import quantize_tensor
-from fracbit.numerics.packed import decode, kept_count
+from fracbit.numerics.packed import decode, outlier_count
 from fracbit.numerics.stats import Stats
 from fracbit.quantizers.gptq import Gptq
 from fracbit.quantizers.quantizer import Quantized
@@ -58,5 +58,5 @@ def costliest_columns(weight: Tensor, scheme: Scheme, energy: Tensor | None, sha
     weight = weight.float()
     cost = (weight - decode(quantize_tensor(weight, scheme))).square().sum(0)
     cost = cost if energy is None else cost * energy
-    count = kept_count(weight.shape[1], share)
+    count = outlier_count(weight.shape[1], share)
     return cost.argsort(descending=True, stable=True)[:count].sort().values.to(torch.int32)

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fracbit.numerics.blocks import block_length, spread
 from fracbit.numerics.grid import Grid, moved, values_of, with_table
+from fracbit.numerics.layout import block_length, spread
 from fracbit.numerics.linalg import gram_errors
 from fracbit.records.scheme import flat_block
 

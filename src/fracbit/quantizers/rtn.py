@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fracbit.numerics.grid import quantize_tensor
-from fracbit.numerics.packed import PackedTensor, decoded_parts, kept_columns
+from fracbit.numerics.packed import PackedTensor, decoded_parts, quantized_columns
 from fracbit.numerics.stats import Stats
 from fracbit.quantizers.quantizer import Quantized
 from fracbit.records.scheme import Scheme
@@ -36,7 +36,7 @@ def relative_error(weight: Tensor, packed: PackedTensor, importance: Tensor | No
 
     Columns that `packed` keeps in 16 bits count as exact. Decodes a run of rows at a time.
     """
-    kept = None if packed.columns is None else kept_columns(packed.columns, packed.shape[1])
+    kept = None if packed.columns is None else quantized_columns(packed.columns, packed.shape[1])
     error = power = 0.0
     for first, part in decoded_parts(packed):
         rows = weight[first : first + len(part)].float()

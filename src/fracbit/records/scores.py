@@ -19,7 +19,7 @@ from fracbit.errors import FormatError, RecipeError
 from fracbit.records.files import check_keys, read_json, write_json
 from fracbit.records.scheme import Scheme
 
-Kind = Literal["order", "sensitivity"]
+ScoreKind = Literal["order", "sensitivity"]
 """What a score's numbers mean: only an order, or nats of loss per squared relative error of the weights."""
 
 VERSION = 1
@@ -40,7 +40,7 @@ class Scores:
     values: Mapping[str, float]
     method: str
     model: str
-    kind: Kind = "order"
+    kind: ScoreKind = "order"
     protocol: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -48,8 +48,10 @@ class Scores:
         if not self.values:
             raise RecipeError("scores name no layer; give every layer of the model a number")
         _check_finite(self.values.items())
-        if self.kind not in get_args(Kind):
-            raise RecipeError(f"scores of kind {self.kind!r} are not known; use {', '.join(get_args(Kind))}")
+        if self.kind not in get_args(ScoreKind):
+            raise RecipeError(
+                f"scores of kind {self.kind!r} are not known; use {', '.join(get_args(ScoreKind))}"
+            )
 
     def order(self) -> tuple[str, ...]:
         """Layers, the most important first; equal scores keep the order of the model."""

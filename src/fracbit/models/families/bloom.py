@@ -7,7 +7,7 @@ their readers.
 
 from dataclasses import replace
 
-from fracbit.models.family import Family, Norm, Pair, Unit
+from fracbit.models.family import Family, Norm, Pair, Sublayer
 
 QKV, OUT, UP, DOWN = (
     "self_attention.query_key_value",
@@ -23,7 +23,7 @@ BLOOM = Family(
     embeddings=("transformer.word_embeddings",),
     head="lm_head",
     linears=((QKV,), (OUT,), (UP,), (DOWN,)),
-    units=(Unit(("self_attention",), (QKV,)), Unit(("mlp",), (UP,))),
+    units=(Sublayer(("self_attention",), (QKV,)), Sublayer(("mlp",), (UP,))),
     norms=(Norm("input_layernorm", (QKV,)), Norm("post_attention_layernorm", (UP,))),
     pairs=(Pair(QKV, (OUT,), "values by head"),),
     final_norm="transformer.ln_f",

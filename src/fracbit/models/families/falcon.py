@@ -5,7 +5,7 @@ multi-query in 7B, in groups `[queries..., key, value]` elsewhere.
 
 from dataclasses import replace
 
-from fracbit.models.family import Family, Norm, Pair, Unit
+from fracbit.models.family import Family, Norm, Pair, Sublayer
 
 QKV, OUT, UP, DOWN = (
     "self_attention.query_key_value",
@@ -22,7 +22,7 @@ FALCON_SEQUENTIAL = Family(
     embeddings=("transformer.word_embeddings",),
     head="lm_head",
     linears=((QKV,), (OUT,), (UP,), (DOWN,)),
-    units=(Unit(("self_attention",), (QKV,)), Unit(("mlp",), (UP,))),
+    units=(Sublayer(("self_attention",), (QKV,)), Sublayer(("mlp",), (UP,))),
     norms=(Norm("input_layernorm", (QKV,)), Norm("post_attention_layernorm", (UP,))),
     pairs=(
         Pair(QKV, (OUT,), "values by head", "num_kv_heads", when=((NEW, (True,)),)),

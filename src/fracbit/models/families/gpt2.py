@@ -1,6 +1,6 @@
 """GPT-2: learned positions, LayerNorm, GELU; its linears are `Conv1D`, whose weight is stored [in, out]."""
 
-from fracbit.models.family import Family, Norm, Pair, Unit
+from fracbit.models.family import Family, Norm, Pair, Sublayer
 
 GPT2 = Family(
     name="gpt2",
@@ -9,7 +9,7 @@ GPT2 = Family(
     embeddings=("transformer.wte", "transformer.wpe"),
     head="lm_head",
     linears=(("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
-    units=(Unit(("attn",), ("attn.c_attn",)), Unit(("mlp",), ("mlp.c_fc",))),
+    units=(Sublayer(("attn",), ("attn.c_attn",)), Sublayer(("mlp",), ("mlp.c_fc",))),
     norms=(Norm("ln_1", ("attn.c_attn",)), Norm("ln_2", ("mlp.c_fc",))),
     pairs=(Pair("attn.c_attn", ("attn.c_proj",), "values last"),),
     final_norm="transformer.ln_f",

@@ -2,7 +2,7 @@
 stream in parallel, each through a norm of its own (or one after the other: the names are the same).
 """
 
-from fracbit.models.family import Family, Norm, Pair, Unit
+from fracbit.models.family import Family, Norm, Pair, Sublayer
 
 QKV, OUT, UP, DOWN = "attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"
 
@@ -13,7 +13,7 @@ GPT_NEOX = Family(
     embeddings=("gpt_neox.embed_in",),
     head="lm_head",
     linears=((QKV,), (OUT,), (UP,), (DOWN,)),
-    units=(Unit(("attention",), (QKV,)), Unit(("mlp",), (UP,))),
+    units=(Sublayer(("attention",), (QKV,)), Sublayer(("mlp",), (UP,))),
     norms=(Norm("input_layernorm", (QKV,)), Norm("post_attention_layernorm", (UP,))),
     pairs=(Pair(QKV, (OUT,), "values by head"),),
     final_norm="gpt_neox.final_layer_norm",

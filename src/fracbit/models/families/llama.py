@@ -4,7 +4,7 @@
 queries and keys that Qwen3 adds act inside a head: no linear reads them.
 """
 
-from fracbit.models.family import Family, Norm, Pair, Unit
+from fracbit.models.family import Family, Norm, Pair, Sublayer
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj")
@@ -18,7 +18,7 @@ LLAMA = Family(
     embeddings=("model.embed_tokens",),
     head="lm_head",
     linears=(ATTENTION, ("self_attn.o_proj",), MLP, ("mlp.down_proj",)),
-    units=(Unit(("self_attn",), ATTENTION), Unit(("mlp",), MLP)),
+    units=(Sublayer(("self_attn",), ATTENTION), Sublayer(("mlp",), MLP)),
     norms=(Norm("input_layernorm", ATTENTION), Norm("post_attention_layernorm", MLP), *HEAD_NORMS),
     pairs=(VALUE, Pair("mlp.up_proj", ("mlp.down_proj",))),
     final_norm="model.norm",

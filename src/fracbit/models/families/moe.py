@@ -8,7 +8,7 @@ router reads the same norm and stays float: its error moves tokens between exper
 from dataclasses import replace
 
 from fracbit.models.families.llama import ATTENTION, HEAD_NORMS, LLAMA, MLP, VALUE
-from fracbit.models.family import Norm, Pair, Unit
+from fracbit.models.family import Norm, Pair, Sublayer
 
 EXPERT = ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")
 SHARED = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")
@@ -29,10 +29,10 @@ MOE = replace(
         ("mlp.down_proj",),
     ),
     units=(
-        Unit(("self_attn",), ATTENTION),
-        Unit(("mlp.shared_expert",), SHARED),
-        Unit(("mlp.experts.*",), EXPERT),
-        Unit(("mlp",), MLP),
+        Sublayer(("self_attn",), ATTENTION),
+        Sublayer(("mlp.shared_expert",), SHARED),
+        Sublayer(("mlp.experts.*",), EXPERT),
+        Sublayer(("mlp",), MLP),
     ),
     norms=(Norm("input_layernorm", ATTENTION), Norm("post_attention_layernorm", READERS), *HEAD_NORMS),
     pairs=(

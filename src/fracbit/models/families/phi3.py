@@ -3,14 +3,14 @@
 from dataclasses import replace
 
 from fracbit.models.families.llama import LLAMA
-from fracbit.models.family import Norm, Pair, Unit
+from fracbit.models.family import Norm, Pair, Sublayer
 
 PHI3 = replace(
     LLAMA,
     name="phi3",
     model_types=("phi3",),
     linears=(("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)),
-    units=(Unit(("self_attn",), ("self_attn.qkv_proj",)), Unit(("mlp",), ("mlp.gate_up_proj",))),
+    units=(Sublayer(("self_attn",), ("self_attn.qkv_proj",)), Sublayer(("mlp",), ("mlp.gate_up_proj",))),
     norms=(
         Norm("input_layernorm", ("self_attn.qkv_proj",)),
         Norm("post_attention_layernorm", ("mlp.gate_up_proj",)),

@@ -1,0 +1,99 @@
+"""A float checkpoint, opened once: its files, its config, and the model's skeleton, from which everything else is read.
+
+Whatever looks at a source before its weights do (the schedule of a run, a plan, a score, the estimate of a sweep) takes an
+`Opened`, so that no command opens the files or builds the skeleton twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from fracbit.checkpoint.source import Source, open_source
+from fracbit.errors import SourceError
+from fracbit.models.family import Family
+from fracbit.models.find import family_of
+from fracbit.models.skeleton import Layer, Origins, origins, quantizable, skeleton
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A float checkpoint on disk and the skeleton of its model, whose weights are on the meta device.
+
+    `untied`: the config of the source ties head and embedding table, and the skeleton was built without that.
+    """
+
+    source: Source
+    model: PreTrainedModel
+    family: Family
+    trust_remote_code: bool = False
+    untied: bool = False
+
+    @cached_property
+    def layers(self) -> dict[str, Layer]:
+        """Every layer that can be quantized, embeddings and head included, by full name."""
+        return quantizable(self.model, self.family, include_head=True, include_embeddings=True)
+
+    @cached_property
+    def linears(self) -> dict[str, Layer]:
+        """The linears of the blocks, by full name."""
+        return quantizable(self.model, self.family)
+
+    @cached_property
+    def origins(self) -> Origins:
+        """Where each tensor of the model lies on disk."""
+        return origins(self.model, self.source.tensors)
+
+
+def open_float(
+    model: str | Path, revision: str | None = None, trust_remote_code: bool = False, untied: bool = False
+) -> Opened:
+    """Open the float checkpoint in a folder or of a hub id. No weight is read.
+
+    `untied` gives the head a matrix of its own where the config ties it to the embedding table.
+    Raises `SourceError` when it cannot be read, is quantized already, or is not a causal language model.
+    """
+    source = open_source(str(model), revision, trust_remote_code)
+    _check_float(source)
+    config = model_config(source, trust_remote_code)
+    untied = untied and bool(config.tie_word_embeddings)
+    if untied:
+        config.tie_word_embeddings = False
+    shell = skeleton(config, trust_remote_code=trust_remote_code)
+    return Opened(source, shell, family_of(shell), trust_remote_code, untied)
+
+
+def model_config(source: Source, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Transformers' config of a source. Raises `SourceError` when transformers does not know it or is not to trust it."""
+    if not trust_remote_code and "auto_map" in source.config and _unknown(source):
+        raise SourceError(f"{source.name} runs code of its own; if you trust it, pass --trust-remote-code")
+    try:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+        raise SourceError(f"{source.name} is not a model that transformers knows: {error}") from error
+    assert isinstance(config, PreTrainedConfig)
+    return config
+
+
+def _unknown(source: Source) -> bool:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return source.config.get("model_type") not in CONFIG_MAPPING
+
+
+def _check_float(source: Source) -> None:
+    """Raise `SourceError` where the weights are quantized already."""
+    quantization = source.config.get("quantization_config")
+    if not quantization:
+        return
+    method = (
+        quantization.get("quant_method", "unknown method")
+        if isinstance(quantization, dict)
+        else quantization
+    )
+    raise SourceError(
+        f"{source.name} is already quantized ({method}); start from the float model, rounding twice loses twice"
+    )

@@ -1,0 +1,225 @@
+"""Where text comes from, in one string: the grammar of calibration and evaluation sources.
+
+    source   = location [ "?" option { "&" option } ] [ "@" weight ]
+    location = FILE                                     its extension is its format
+             | FOLDER                                   a set that datasets' save_to_disk wrote
+             | "datasets:" NAME [ ":" [CONFIG] [ ":" SPLIT ] ]          a set on the hub, or such a folder
+             | "bundled" [ ":" ( "held-out" | "train" ) ]               text of the bundled model
+             | "generated"                              written by the float model itself (generate.py)
+    weight   = a number above 0                         share of the samples in a mixture (default 1)
+
+    option             values                           meaning (default first)
+    documents          one, line, paragraph             of a text: what is a document
+                       each, one                        of records: each is one, or all joined by blank lines
+                       one, each                        of the bundled text: all, or each module
+    length             N                                of ids: cut into documents of N ids (default: one)
+    field              NAME                             of records (default text, messages, conversations)
+    bos                auto, always, never              of texts; auto: as the tokenizer does by itself
+    empty              error, skip                      what an empty document or record is
+    first              N                                only the first N documents (or joined records)
+    keep               N                                only the first N ids of each document
+    format             text, jsonl, parquet,            instead of the file's extension
+                       u16, u32, npy
+
+For example: notes.txt, chats.jsonl?field=messages@0.3, ids.u16?length=512&first=60&keep=256,
+datasets:wikitext:wikitext-2-raw-v1:test?documents=one. A string that names an existing file exactly is that
+file, so that "?" and "@" stay usable in file names.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from fracbit.errors import DataError
+
+TextKind = Literal["file", "datasets", "bundled", "generated"]
+Format = Literal["text", "jsonl", "parquet", "u16", "u32", "npy", "datasets", "bundled", "generated"]
+Division = Literal["one", "each", "line", "paragraph"]
+Bos = Literal["auto", "always", "never"]
+Empty = Literal["error", "skip"]
+
+EXTENSIONS: Mapping[str, Format] = {
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+    ".rst": "text",
+    ".py": "text",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".u16": "u16",
+    ".u32": "u32",
+    ".npy": "npy",
+}
+
+FILE_FORMATS: tuple[str, ...] = tuple(dict.fromkeys(EXTENSIONS.values()))
+
+_EVERYWHERE = frozenset({"first", "keep", "empty"})
+_RECORDS = _EVERYWHERE | {"bos", "field", "documents"}
+OPTIONS: Mapping[Format, frozenset[str]] = {
+    "text": _EVERYWHERE | {"format", "bos", "documents"},
+    "jsonl": _RECORDS | {"format"},
+    "parquet": _RECORDS | {"format"},
+    "u16": _EVERYWHERE | {"format", "length"},
+    "u32": _EVERYWHERE | {"format", "length"},
+    "npy": _EVERYWHERE | {"format", "length"},
+    "datasets": _RECORDS,
+    "bundled": _EVERYWHERE | {"bos", "documents"},
+    "generated": frozenset(),
+}
+
+DIVISIONS: Mapping[Format, tuple[Division, ...]] = {
+    "text": ("one", "line", "paragraph"),
+    "jsonl": ("each", "one"),
+    "parquet": ("each", "one"),
+    "datasets": ("each", "one"),
+    "bundled": ("one", "each"),
+}
+"""What `documents=` may be for each format; the first is the default."""
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """A parsed source (grammar above). text: as it was written. length, first, keep: above 0."""
+
+    text: str
+    format: Format
+    location: str
+    config: str | None = None
+    split: str | None = None
+    field: str | None = None
+    documents: Division = "one"
+    length: int | None = None
+    bos: Bos = "auto"
+    empty: Empty = "error"
+    first: int | None = None
+    keep: int | None = None
+    weight: float = 1.0
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def parse_source(text: str) -> TextSource:
+    """Parse one source string; files are not opened, but an exact file name wins over the grammar.
+
+    Raises: DataError with what is allowed for an unknown extension, option or value.
+    """
+    if not text.strip():
+        raise DataError("an empty source: write a path, datasets:NAME, bundled or generated.")
+    if Path(text).is_file():
+        return _source(text, text, {}, 1.0)
+    rest, weight = _split_weight(text)
+    location, _, options = rest.partition("?")
+    return _source(text, location, _split_options(text, options), weight)
+
+
+def _split_weight(text: str) -> tuple[str, float]:
+    """The weight is a number behind the last "@"; any other "@" belongs to the name."""
+    head, at, tail = text.rpartition("@")
+    try:
+        weight = float(tail) if at else 1.0
+    except ValueError:
+        return text, 1.0
+    if not (weight > 0 and math.isfinite(weight)):
+        raise DataError(f"{text}: the weight {tail} must be a finite number above 0.")
+    return (head, weight) if at else (text, 1.0)
+
+
+def _split_options(text: str, options: str) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for option in filter(None, options.split("&")):
+        name, equals, value = option.partition("=")
+        if not equals or not value:
+            raise DataError(f"{text}: the option {option!r} has no value: write {name}=VALUE.")
+        if name in pairs:
+            raise DataError(f"{text}: the option {name} is given twice.")
+        pairs[name] = value
+    return pairs
+
+
+def _source(text: str, location: str, options: dict[str, str], weight: float) -> TextSource:
+    kind, name, config, split = _locate(text, location)
+    form = _format(text, location, options.get("format")) if kind == "file" else cast("Format", kind)
+    _check_names(text, form, options)
+    divisions = DIVISIONS.get(form, ("one",))
+    return TextSource(
+        text=text,
+        format=form,
+        location=name,
+        config=config,
+        split=split,
+        field=options.get("field"),
+        documents=_choice(text, options, "documents", divisions, divisions[0]),
+        length=_count(text, options, "length"),
+        bos=_choice(text, options, "bos", get_args(Bos), "auto"),
+        empty=_choice(text, options, "empty", get_args(Empty), "error"),
+        first=_count(text, options, "first"),
+        keep=_count(text, options, "keep"),
+        weight=weight,
+    )
+
+
+def _locate(text: str, location: str) -> tuple[TextKind, str, str | None, str | None]:
+    """TextKind, name, config, split."""
+    head, _, tail = location.partition(":")
+    if head == "datasets":
+        name, _, rest = tail.partition(":")
+        config, _, split = rest.partition(":")
+        if not name:
+            raise DataError(f"{text}: which set? Write datasets:NAME[:CONFIG[:SPLIT]].")
+        return "datasets", name, config or None, split or None
+    if head == "bundled":
+        if tail not in ("", "train", "held-out"):
+            raise DataError(f"{text}: the bundled text has the parts train and held-out, not {tail!r}.")
+        return "bundled", "bundled", None, tail or "held-out"
+    if location == "generated":
+        return "generated", location, None, None
+    if Path(location).is_dir():
+        return "datasets", location, None, None
+    return "file", location, None, None
+
+
+def _format(text: str, location: str, wanted: str | None) -> Format:
+    if wanted is not None:
+        return cast("Format", _allowed(text, "format", wanted, FILE_FORMATS))
+    extension = Path(location).suffix.lower()
+    if extension not in EXTENSIONS:
+        raise DataError(
+            f"{text}: the extension {extension or '(none)'} is none of {', '.join(EXTENSIONS)}. "
+            "Add ?format=text (or jsonl, parquet, u16, u32, npy) to say what the file is."
+        )
+    return EXTENSIONS[extension]
+
+
+def _check_names(text: str, form: Format, options: Mapping[str, str]) -> None:
+    for name in options:
+        if name not in OPTIONS[form]:
+            allowed = ", ".join(sorted(OPTIONS[form])) or "no options"
+            near = difflib.get_close_matches(name, sorted(OPTIONS[form]), n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise DataError(f"{text}: a source of the format {form} takes {allowed}, not {name!r}.{hint}")
+
+
+def _choice(text: str, options: Mapping[str, str], name: str, allowed: tuple[str, ...], default: str) -> Any:
+    return _allowed(text, name, options.get(name, default), allowed)
+
+
+def _allowed(text: str, name: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise DataError(f"{text}: {name}={value} is none of {', '.join(allowed)}.")
+    return value
+
+
+def _count(text: str, options: Mapping[str, str], name: str) -> int | None:
+    value = options.get(name)
+    if value is None:
+        return None
+    if not value.isdecimal() or int(value) < 1:
+        raise DataError(f"{text}: {name}={value} must be a whole number of at least 1.")
+    return int(value)

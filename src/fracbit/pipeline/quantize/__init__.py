@@ -1,0 +1,1 @@
+"""Quantizing a model: what will be written, the two loops, and everything that happens inside a block."""

@@ -1,0 +1,95 @@
+"""What the linears of a block are fed: one `Stats` per group of linears that read the same input.
+
+In a mixture of experts each expert sees the tokens routed to it. One that saw fewer tokens than `FEW_TOKENS` borrows the sum
+over all experts of the block, and where there is none either it is quantized without data; both are notes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+
+import torch
+from torch import Tensor, nn
+
+from fracbit.errors import WeightError
+from fracbit.kernels.gram import add_gram_
+from fracbit.models.walk import Hidden, observe, peek
+from fracbit.numerics.stats import Stats, empty, merge
+from fracbit.numerics.stats import add_inputs as add
+
+FEW_TOKENS = 128  # below, a gram matrix says more about chance than about the layer
+_EXPERT = re.compile(r"\.\d+\.")
+
+
+@dataclass
+class Observer:
+    """Sums up the inputs of linears during a walk; a local of the loop, gone with the block."""
+
+    label: str
+    gram: bool
+    length: int
+    stats: dict[str, Stats] = field(default_factory=dict)
+
+    def __call__(self, name: str, x: Tensor) -> None:
+        """Add the inputs `x` [tokens, in] of the linear `name`. Raises `WeightError` naming layer and place."""
+        held = self.stats.get(name) or empty(x.shape[1], self.gram, x.device)
+        try:
+            self.stats[name] = add(held, x, add_gram_)
+        except WeightError as error:
+            raise WeightError(
+                f"inputs of {self.label}.{name}{self._place(name, held, x)}: {error}"
+            ) from error
+
+    def _place(self, name: str, held: Stats, x: Tensor) -> str:
+        """Which sample went wrong; experts see tokens of all samples, mixed."""
+        if _EXPERT.search(name):
+            return ""
+        first = int((~torch.isfinite(x)).any(1).nonzero()[0])
+        return f", sample {(held.tokens + first) // self.length}"
+
+
+def observe_all(
+    block: nn.Module,
+    hidden: Hidden,
+    label: str,
+    groups: Sequence[tuple[str, ...]],
+    gram: bool,
+    out: Tensor | None,
+) -> tuple[dict[str, Stats], Hidden]:
+    """Statistics by the first name of each group, and the states that the block gives."""
+    observer = Observer(label, gram, hidden.states.shape[1])
+    exits = observe(block, hidden, [group[0] for group in groups], observer, out)
+    return observer.stats, exits
+
+
+def observe_some(
+    block: nn.Module, hidden: Hidden, label: str, groups: Sequence[tuple[str, ...]], gram: bool
+) -> dict[str, Stats]:
+    """Statistics of some groups only; each batch stops as soon as they were reached."""
+    observer = Observer(label, gram, hidden.states.shape[1])
+    peek(block, hidden, [group[0] for group in groups], observer)
+    return observer.stats
+
+
+def borrow(
+    stats: dict[str, Stats], groups: Sequence[tuple[str, ...]]
+) -> tuple[dict[str, Stats | None], dict[str, str]]:
+    """Statistics for every group, experts with too few tokens borrowing those of all; notes by group."""
+    result: dict[str, Stats | None] = {}
+    notes: dict[str, str] = {}
+    for group in groups:
+        name = group[0]
+        own = stats.get(name)
+        seen = 0 if own is None else own.tokens
+        if seen >= FEW_TOKENS or not _EXPERT.search(name):
+            result[name] = own
+            continue
+        shape = _EXPERT.sub(".*.", name)
+        alike = [other for key, other in stats.items() if _EXPERT.sub(".*.", key) == shape]
+        result[name] = reduce(merge, alike) if alike else None
+        where = f"{sum(other.tokens for other in alike)} tokens of all experts" if alike else "no data"
+        notes[name] = f"expert saw {seen} tokens, fewer than {FEW_TOKENS}: quantized with {where}"
+    return result, notes

@@ -1,0 +1,1 @@
+"""Running a checkpoint: text from prompts, conversations, and how fast it goes."""

@@ -1,0 +1,1 @@
+"""Studies of a float model in memory: what errors and dropped blocks cost. No checkpoint is written."""

@@ -1,0 +1,90 @@
+"""Who does what next: workers stay with the model they have loaded, and idle ones go where most work waits per worker.
+
+Loading a large model takes longer than many of its runs, so a worker changes models only when its own has no runs left, and
+joins a model that others work on only when the work left per worker outlasts the loading. The same queue drives the
+in-process engine (one worker), Ray, and the simulation of a cluster (bench/sweep/cluster.py).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from fracbit.records.row import Evaluation, Run
+
+S = TypeVar("S", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a workbench is made for. Runs of equal sources share one."""
+
+    model: str
+    revision: str | None
+    trust_remote_code: bool
+    evaluation: Evaluation
+
+
+def source_of(run: Run) -> Workload:
+    """The source that a run needs."""
+    recipe = run.recipe
+    return Workload(recipe.model, recipe.revision, recipe.trust_remote_code, run.evaluation)
+
+
+class Queue(Generic[S]):
+    """Runs that wait, by the source they need. Its state is what waits and which worker has what loaded."""
+
+    def __init__(
+        self,
+        items: Iterable[tuple[S, str]],
+        run_seconds: Callable[[S], float] = lambda _: 1.0,
+        load_seconds: Callable[[S], float] = lambda _: 0.0,
+        fits: Callable[[int, S], bool] = lambda _, __: True,
+    ) -> None:
+        """`items`: (source, key) in order; `run_seconds`, `load_seconds`: estimates per source; `fits(worker, source)`."""
+        self.waiting: dict[S, deque[str]] = {}
+        for source, key in items:
+            self.waiting.setdefault(source, deque()).append(key)
+        self.loaded: dict[int, S] = {}
+        self.run_seconds, self.load_seconds, self.fits = run_seconds, load_seconds, fits
+
+    def __len__(self) -> int:
+        """Runs that wait."""
+        return sum(len(keys) for keys in self.waiting.values())
+
+    def take(self, worker: int) -> tuple[S, str] | None:
+        """The next run for a worker, whose loaded source this becomes; None when nothing is worth its while."""
+        source = self._choose(worker)
+        if source is None:
+            return None
+        self.loaded[worker] = source
+        return source, self.waiting[source].popleft()
+
+    def give_back(self, source: S, key: str) -> None:
+        """A run that was taken and not done (its worker died) comes next."""
+        self.waiting.setdefault(source, deque()).appendleft(key)
+
+    def leave(self, worker: int) -> None:
+        """A worker is gone; what it had loaded no longer counts."""
+        self.loaded.pop(worker, None)
+
+    def drop(self, source: S) -> list[str]:
+        """Take away all runs of a source, one that cannot be loaded; their keys."""
+        return list(self.waiting.pop(source, ()))
+
+    def _choose(self, worker: int) -> S | None:
+        own = self.loaded.get(worker)
+        if own is not None and self.waiting.get(own):
+            return own
+        busy = Counter(source for other, source in self.loaded.items() if other != worker)
+        best, most = None, 0.0
+        for source, keys in self.waiting.items():
+            if not keys or not self.fits(worker, source):
+                continue
+            left = len(keys) * self.run_seconds(source) / (busy[source] + 1)
+            gain = left - self.load_seconds(source) if busy[source] else left
+            if gain > most:
+                best, most = source, gain
+        return best

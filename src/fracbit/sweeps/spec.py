@@ -1,0 +1,313 @@
+"""A grid: a TOML file that spans a study, and its expansion into runs.
+
+    models = ["tales-s", "tales-m"]        # folders below `root`, or hub ids
+    root = "models"                        # where relative paths start: beside this file if it is left out
+    baseline = true                        # the float models too
+
+    [evaluation]
+    text = "tales-evaluation.u16?length=512&first=64"
+
+    [[arm]]                                # the product of all lists; any number of arms
+    dtypes = ["int", "nf"]
+    bits = [3, 4]
+    blocks = [64, 128, "row"]
+    offsets = ["none"]
+
+    [[arm.exclude]]                        # points that match all of a table's keys are left out
+    dtype = "nf"
+    block = "row"
+
+A point that no scheme can express (a 1-bit symmetric int) is left out and counted with its reason; a name that does not exist
+is an error that names its line. Runs that two arms share are one run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from fracbit.errors import FracbitError, RecipeError, SchemeError, near_matches
+from fracbit.numerics import DATATYPES, check_datatype
+from fracbit.quantizers import QUANTIZERS
+from fracbit.records.recipe import Recipe, SchemeField, read_toml
+from fracbit.records.row import KEEP_ALL, Calibration, Evaluation, Run, outliers_of, run_key
+from fracbit.records.scheme import Scheme
+from fracbit.sweeps.corrections import CORRECTIONS
+
+
+def _many(value: object) -> object:
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+Strings = Annotated[tuple[str, ...], BeforeValidator(_many), Field(min_length=1)]
+Integers = Annotated[tuple[int, ...], BeforeValidator(_many), Field(min_length=1)]
+Blocks = Annotated[tuple[int | str, ...], BeforeValidator(_many), Field(min_length=1)]
+Booleans = Annotated[tuple[bool, ...], BeforeValidator(_many), Field(min_length=1)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Exclusion(_Table):
+    """Points to leave out: those that match every key given. A key holds one value or a list."""
+
+    model: Strings | None = None
+    dtype: Strings | None = None
+    bits: Integers | None = None
+    block: Blocks | None = None
+    axis: Strings | None = None
+    offset: Strings | None = None
+    scale: Strings | None = None
+    quantizer: Strings | None = None
+    search: Booleans | None = None
+    correction: Strings | None = None
+    outliers: Strings | None = None
+    seed: Integers | None = None
+
+    def matches(self, point: Mapping[str, object]) -> bool:
+        """Whether every key that is given holds the point's value."""
+        given = {name: getattr(self, name) for name in type(self).model_fields}
+        return all(point[name] in allowed for name, allowed in given.items() if allowed is not None)
+
+
+class Arm(_Table):
+    """A product of lists. Every key takes one value or a list; `models` defaults to the grid's."""
+
+    name: str = ""
+    models: Strings | None = None
+    dtypes: Strings = ("int",)
+    bits: Integers = (4,)
+    blocks: Blocks = (64,)
+    axes: Strings = ("in",)
+    offsets: Strings = ("none",)
+    scales: Strings = ("fp16",)
+    quantizers: Strings = ("rtn",)
+    search: Booleans = (False,)
+    corrections: Strings = ("none",)
+    outliers: Strings = ("none",)
+    seeds: Integers = (0,)
+    exclude: tuple[Exclusion, ...] = ()
+
+
+class Sweep(_Table):
+    """A whole study, as the file states it. `root`: where relative paths start, from the file's own folder on."""
+
+    models: Strings
+    evaluation: Evaluation
+    root: str = "."
+    calibration: Calibration | None = None
+    baseline: bool = True
+    embeddings: SchemeField | None = None
+    head: SchemeField | None = None
+    trust_remote_code: bool = False
+    arm: tuple[Arm, ...] = Field(min_length=1)
+    exclude: tuple[Exclusion, ...] = ()
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """The runs of a grid, each once, in the order of the file; why the other points are not among them."""
+
+    runs: dict[str, Run]
+    skipped: Mapping[str, int]
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models in order of first appearance."""
+        return tuple(dict.fromkeys(run.recipe.model for run in self.runs.values()))
+
+
+def read_grid(path: Path) -> Sweep:
+    """Read a grid file. Raises `RecipeError` that names the key and its line."""
+    data = read_toml(path)
+    text = path.read_text(encoding="utf-8")
+    try:
+        grid = Sweep.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RecipeError(_explain(first["loc"], first["type"], first["msg"], path, text)) from None
+    except FracbitError as error:
+        raise RecipeError(f"{path}: {error}") from error
+    for index, arm in enumerate(grid.arm):
+        _check_names(arm, index, path, text)
+    return grid
+
+
+def expand(grid: Sweep) -> Expansion:
+    """All runs of a grid. Raises `RecipeError` when nothing is left of it."""
+    skipped: Counter[str] = Counter()
+    runs: dict[str, Run] = {}
+    for run in itertools.chain(_baselines(grid), *(_arm_runs(grid, arm, skipped) for arm in grid.arm)):
+        key = run_key(run)
+        if key in runs:
+            skipped["named by an earlier arm"] += 1
+        runs.setdefault(key, run)
+    if not runs:
+        reasons = "; ".join(f"{count} points: {reason}" for reason, count in skipped.items())
+        raise RecipeError(f"the grid has no runs ({reasons}); loosen its exclusions")
+    return Expansion(runs, dict(skipped))
+
+
+def _baselines(grid: Sweep) -> Iterator[Run]:
+    named = itertools.chain(grid.models, *(arm.models or () for arm in grid.arm))
+    for model in dict.fromkeys(named) if grid.baseline else ():
+        recipe = Recipe(model=model, trust_remote_code=grid.trust_remote_code, overrides=(KEEP_ALL,))
+        yield Run(recipe=recipe, evaluation=grid.evaluation)
+
+
+def _arm_runs(grid: Sweep, arm: Arm, skipped: Counter[str]) -> Iterator[Run]:
+    for point in _points(grid, arm):
+        if any(rule.matches(point) for rule in (*grid.exclude, *arm.exclude)):
+            skipped["excluded by the grid"] += 1
+            continue
+        reason = _illegal(point, grid)
+        if reason:
+            skipped[reason] += 1
+            continue
+        yield _run(grid, point)
+
+
+_AXES = {
+    "model": "models", "dtype": "dtypes", "bits": "bits", "block": "blocks", "axis": "axes", "offset": "offsets",
+    "scale": "scales", "quantizer": "quantizers", "search": "search", "correction": "corrections", "outliers": "outliers",
+    "seed": "seeds",
+}  # fmt: skip
+
+
+def _points(grid: Sweep, arm: Arm) -> Iterator[dict[str, Any]]:
+    lists = [
+        grid.models if name == "models" and arm.models is None else getattr(arm, name)
+        for name in _AXES.values()
+    ]
+    for values in itertools.product(*lists):
+        yield dict(zip(_AXES, values, strict=True))
+
+
+def _illegal(point: Mapping[str, Any], grid: Sweep) -> str:
+    """Why a point cannot be run, "" when it can."""
+    reason = _scheme_fault(*(point[name] for name in ("dtype", "bits", "block", "axis", "offset", "scale")))
+    if not reason and _needs_text(point) and grid.calibration is None:
+        return "needs calibration text: add a [calibration] table"
+    return reason
+
+
+def _needs_text(point: Mapping[str, Any]) -> bool:
+    sees = QUANTIZERS[point["quantizer"]]().needs
+    return bool(sees) or point["outliers"].startswith("activation") or point["correction"] != "none"
+
+
+@lru_cache(maxsize=4096)
+def _scheme_fault(*fields: Any) -> str:
+    try:
+        check_datatype(Scheme(*fields))
+    except SchemeError as error:
+        return str(error)
+    return ""
+
+
+def _run(grid: Sweep, point: Mapping[str, Any]) -> Run:
+    names = ("dtype", "bits", "block", "axis", "offset", "scale")
+    recipe = Recipe(
+        model=point["model"],
+        trust_remote_code=grid.trust_remote_code,
+        scheme=Scheme(**{name: point[name] for name in names}),
+        embeddings=grid.embeddings,
+        head=grid.head,
+        quantizer=point["quantizer"],
+        search=point["search"],
+        seed=point["seed"],
+    )
+    outliers = outliers_of(point["outliers"])
+    return Run(
+        recipe=recipe,
+        evaluation=grid.evaluation,
+        outliers=outliers,
+        correction=point["correction"],
+        calibration=grid.calibration if _needs_text(point) else None,
+    )
+
+
+def _check_names(arm: Arm, index: int, path: Path, text: str) -> None:
+    """A misspelt name is an error, where a combination that cannot exist is only left out."""
+    tables: dict[str, tuple[tuple[str, ...], Mapping[str, object]]] = {
+        "dtypes": (tuple(dtype.split(":", 1)[0] for dtype in arm.dtypes), DATATYPES),
+        "quantizers": (arm.quantizers, QUANTIZERS),
+        "corrections": (arm.corrections, CORRECTIONS),
+        "axes": (arm.axes, {"in": 0, "out": 0}),
+        "offsets": (arm.offsets, {"none": 0, "zero": 0, "float": 0, "mean": 0}),
+    }
+    for field, (names, known) in tables.items():
+        for name in names:
+            if name not in known:
+                where = f"{path}{_line_of(('arm', index, field), text)}"
+                raise RecipeError(f"{where}: {field} has no {name!r}; {near_matches(name, known)}")
+    _check_values(arm, index, path, text)
+
+
+def _check_values(arm: Arm, index: int, path: Path, text: str) -> None:
+    checks: list[tuple[str, Any]] = [
+        *(("bits", {"bits": bits}) for bits in arm.bits),
+        *(("blocks", {"block": block}) for block in arm.blocks),
+        *(("scales", {"scale": scale}) for scale in arm.scales),
+    ]
+    key = ""
+    try:
+        for field, fields in checks:
+            key = field
+            Scheme(**fields)
+        key = "outliers"
+        for outliers in arm.outliers:
+            outliers_of(outliers)
+    except (SchemeError, RecipeError) as error:
+        raise RecipeError(f"{path}{_line_of(('arm', index, key), text)}: {error}") from None
+
+
+_MODELS: dict[str, type[BaseModel]] = {
+    "arm": Arm, "exclude": Exclusion, "evaluation": Evaluation, "calibration": Calibration,
+}  # fmt: skip
+
+
+def _explain(location: tuple[int | str, ...], kind: str, message: str, path: Path, text: str) -> str:
+    name = str(location[-1])
+    where = f"{path}{_line_of(location, text)}"
+    tables = [part for part in location[:-1] if part in _MODELS]
+    holder = _MODELS[str(tables[-1])] if tables else Sweep
+    if kind == "extra_forbidden":
+        what = f"[[{tables[-1]}]]" if tables else "a grid"
+        return f"{where}: {what} has no key {name!r}; {near_matches(name, holder.model_fields)}"
+    dotted = ".".join(str(part) for part in location)
+    return f"{where}: {dotted}: {message}"
+
+
+def _line_of(location: tuple[int | str, ...], text: str) -> str:
+    """`, line N` of a key: the first line that sets it inside its table, or the line of the table when it is missing."""
+    lines = text.splitlines()
+    start = 0
+    found = 0
+    for position, part in enumerate(location):
+        if isinstance(part, int):
+            continue
+        nth = (
+            location[position + 1]
+            if position + 1 < len(location) and isinstance(location[position + 1], int)
+            else 0
+        )
+        pattern = re.compile(
+            rf"\s*(\[+\s*[\w.]*\b{re.escape(part)}\s*\]|[\"']?{re.escape(part)}[\"']?\s*[=.])"
+        )
+        hits = [number for number in range(start, len(lines)) if pattern.match(lines[number])]
+        headers = [number for number in hits if lines[number].lstrip().startswith("[")]
+        hit = headers[int(nth)] if int(nth) < len(headers) else (hits[0] if hits else None)
+        if hit is None:
+            break
+        found, start = hit + 1, hit
+    return f", line {found}" if found else ""

@@ -1,6 +1,6 @@
-"""`Allocation`: which scheme each layer gets, as JSON, and `read_level`, which reads a scheme's short label back. Torch-free.
+"""`Allocation`: which scheme each layer gets, as JSON, and `read_level`, which reads a scheme's short label. Torch-free.
 
-What a score and a budget end in (arXiv:2406.17415 and everything finer); the quantizing loop reads nothing else of them.
+It is what a budget makes of scores (arXiv:2406.17415 and finer ones), and all that the quantizing loop sees of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from fracbit.errors import FormatError, RecipeError, SchemeError
 from fracbit.records.files import check_keys, read_json, write_json
-from fracbit.records.recipe import Recipe
+from fracbit.records.recipe import Override, Recipe
 from fracbit.records.scheme import Scheme
 from fracbit.records.scores import read_scheme
 
@@ -22,7 +22,7 @@ VERSION = 1
 KEYS: dict[str, type] = {"schemes": list, "layers": dict, "model": str, "origin": dict, "notes": list}
 _OFFSETS = {"": "none", "z": "zero", "f": "float", "m": "mean"}
 _LABEL = re.compile(
-    r"(?P<dtype>[a-z]+(:[A-Za-z0-9./]+?)?)(?P<bits>\d)(?P<offset>[zfm]?)[/:](?P<block>row|tensor|flat:\d+|\d+)"
+    r"(?P<dtype>[a-z]+(:[A-Za-z0-9./]+?)?)(?P<bits>\d)(?P<offset>[zfm]?)([/:](?P<block>row|tensor|flat:\d+|\d+))?"
     r"(?P<axis> out)?( s=(?P<scale>[a-z0-9:]+))?"
 )
 
@@ -32,7 +32,7 @@ class Allocation:
     """The scheme of every layer; None keeps it float.
 
     - `schemes`: full name of a linear -> scheme.
-    - `model`: fingerprint of the model it was made for; `origin`: budget, score, solver, predicted loss: why it looks so.
+    - `model`: fingerprint of the model it was made for; `origin`: budget, score, solver and predicted loss that led to it.
     - `notes`: what the user should know, such as that the uniform choice won.
     """
 
@@ -49,7 +49,7 @@ class Allocation:
         return counts
 
     def to_json(self) -> dict[str, Any]:
-        """The record as a JSON object: the schemes once each, the layers by their number."""
+        """The record as a JSON object: each scheme once, and for each layer the number of its scheme."""
         used = list(self.used())
         number = {scheme: index for index, scheme in enumerate(used)}
         return {
@@ -65,12 +65,12 @@ class Allocation:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Allocation:
-        """Read what `to_json` wrote. Raises `FormatError` for another version, missing keys or a number without scheme."""
+        """Read what `to_json` wrote. Raises `FormatError` for another version, missing keys or a number without a scheme."""
         data = {"model": "", "origin": {}, "notes": [], **data}
         check_keys(data, "allocation", VERSION, KEYS)
         schemes = [read_scheme(item) for item in data["schemes"]]
         layers = {name: _numbered(name, number, schemes) for name, number in data["layers"].items()}
-        return Allocation(layers, data["model"], data["origin"], tuple(map(str, data["notes"])))
+        return Allocation(layers, data["model"], data["origin"], notes=tuple(map(str, data["notes"])))
 
 
 def uniform(names: Iterable[str], scheme: Scheme | None, model: str = "") -> Allocation:
@@ -85,12 +85,12 @@ def check_allocation(allocation: Allocation, names: Sequence[str], model: str = 
     if missing or unknown:
         some = ", ".join((missing or unknown)[:3])
         raise RecipeError(
-            f"this allocation belongs to another model: it {'lacks' if missing else 'names the unknown'} {some}; "
-            f"the model has {len(names)} layers"
+            f"this allocation belongs to another model: it {'lacks' if missing else 'names the unknown'} {some}, and "
+            f"the model has {len(names)} layers. Plan for this model"
         )
     if model and allocation.model and allocation.model != model:
         raise RecipeError(
-            f"this allocation was made for model {allocation.model}, this one is {model}: the layers have the same names but "
+            f"this allocation was made for model {allocation.model} and not for {model}: the layers have the same names but "
             "other weights. Plan for this model, or take the fingerprint out of the file to use it anyway"
         )
 
@@ -105,8 +105,17 @@ def load_allocation(path: Path) -> Allocation:
     return Allocation.from_json(read_json(path))
 
 
+def allocated(recipe: Recipe, allocation: Allocation) -> Recipe:
+    """The recipe with the allocation as overrides, one a layer, after those it had: later ones win."""
+    mine = tuple(
+        Override(layers=name, keep=True) if scheme is None else Override(layers=name, scheme=scheme)
+        for name, scheme in allocation.schemes.items()
+    )
+    return recipe.model_copy(update={"overrides": (*recipe.overrides, *mine)})
+
+
 def recipe_text(allocation: Allocation, recipe: Recipe) -> str:
-    """The recipe's model, embeddings and head with the allocation, one override a layer, as TOML for `fracbit quantize`."""
+    """The recipe's model, embeddings and head with an override for each layer, as TOML for `fracbit quantize`."""
     lines = [f"# {note}" for note in allocation.notes] + [f"model = {json.dumps(recipe.model)}"]
     for name, scheme in (("embeddings", recipe.embeddings), ("head", recipe.head)):
         if scheme is not None:
@@ -127,7 +136,7 @@ def _inline(value: object) -> str:
 def read_level(label: str) -> Scheme | None:
     """A scheme from its short label, `str(scheme)`: `nf4/64`, `int3z/128 out`, `power:1/24/row s=fp32`; `float` is None.
 
-    A colon may stand for the slash, as in `parse_scheme`. Raises `SchemeError` for anything else.
+    A colon may stand for the slash, as in `parse_scheme`; without a block it is 64. Raises `SchemeError` for anything else.
     """
     text = label.strip()
     if text == "float":
@@ -135,13 +144,21 @@ def read_level(label: str) -> Scheme | None:
     match = _LABEL.fullmatch(text)
     if match is None:
         raise SchemeError(
-            f"{label!r} is no scheme; write TYPE BITS / BLOCK without spaces, such as nf4/64, int3z/128 or kmeans:row2/row, "
-            "then ' out' for the other axis; z, f, m after the bits is the offset; 'float' keeps a layer as it is"
+            f"{label!r} is not a scheme: write TYPE, BITS, a slash and BLOCK without spaces, such as nf4/64, int3z/128 or "
+            "kmeans:row2/row, then ' out' for the other axis; z, f or m after the bits is the offset; float keeps a layer"
         )
-    block: int | str = int(match["block"]) if match["block"].isdecimal() else match["block"]
+    size = match["block"] or "64"
+    block: int | str = int(size) if size.isdecimal() else size
     offset = _OFFSETS[match["offset"]]
     axis = "out" if match["axis"] else "in"
-    return Scheme(match["dtype"], int(match["bits"]), block, axis, offset, match["scale"] or "fp16")  # type: ignore[arg-type]
+    return Scheme(
+        dtype=match["dtype"],
+        bits=int(match["bits"]),
+        block=block,
+        axis=axis,  # type: ignore[arg-type]
+        offset=offset,  # type: ignore[arg-type]
+        scale=match["scale"] or "fp16",
+    )
 
 
 def read_levels(text: str) -> tuple[Scheme | None, ...]:
@@ -151,5 +168,7 @@ def read_levels(text: str) -> tuple[Scheme | None, ...]:
 
 def _numbered(name: str, number: object, schemes: list[Scheme | None]) -> Scheme | None:
     if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(schemes):
-        raise FormatError(f"layer {name} points to scheme {number!r}; the allocation holds {len(schemes)}")
+        raise FormatError(
+            f"layer {name} has scheme number {number!r}, but the allocation holds {len(schemes)}"
+        )
     return schemes[number]

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-Tweak = Literal["none", "auto", "adam", "closed"]
-Transform = Literal["smooth", "awq", "rotate", "rotate-mlp"]
+from fracbit.records.tables import CORRECTIONS, TRANSFORMS
+
+
+def _known_tweak(name: str) -> str:
+    return name if name == "none" else CORRECTIONS.check(name)
+
+
+Tweak = Annotated[str, AfterValidator(_known_tweak)]
+TransformName = Annotated[str, AfterValidator(TRANSFORMS.check)]
 AxisChoice = Literal["scheme", "nearest", "gptq", "predicted"]
 
 
@@ -15,16 +22,17 @@ class Calibration(BaseModel):
     """Calibration data and how it is used.
 
     - `texts`: sources as `fracbit evaluate` takes them, `generated` for text that the model writes itself.
-    - `samples` of `length` ids each, `batch` of them through a block at a time.
-    - `chain`: a block sees what the quantized blocks before it give, or what the float ones would.
+    - `samples`: pieces of text that are read; `length`: ids of each sample; `batch`: samples that pass a block together.
+    - `chain`: a block sees the outputs of the quantized blocks before it, or of the float ones.
     - `sequential`: inside a block, linears are observed after those before them are quantized.
     - `transforms`: equal-function rewrites before a block is quantized, rotations first, then factors in the order given:
       `smooth`, `awq`, `rotate` (the residual stream, folded), `rotate-mlp` (a Hadamard matrix at run time).
     - `inputs`: how activations are rounded at run time: None, or `int8`, `int8/tensor`, `power8/token`.
     - `axis`: the scheme's own, or per layer the better of both by trial (`nearest`, `gptq`) or from the scales (`predicted`).
-    - `outliers`: share of the input columns of every linear kept in 16 bits, those whose rounding would cost most.
-    - `tweak`: norm tweaking after each block: Adam as the paper, closed form, or (`auto`) whichever helps held-out samples.
-    - `distill`: epochs of training everything stored, codes included, on the float model's own predictions; `rate` is Adam's.
+    - `tweak`: correction after each block: `none`, or norm tweaking by `adam` as the paper, in `closed` form, or (`auto`) by
+      whichever of both helps held-out samples.
+    - `distill`: epochs of training everything stored, codes included, on the float model's own predictions;
+      `rate`: learning rate of Adam in them.
     - `dtype`: of the forward passes; `auto` is bfloat16 where the machine multiplies it natively and the model is stored in it.
     """
 
@@ -36,10 +44,9 @@ class Calibration(BaseModel):
     batch: int = Field(default=8, ge=1)
     chain: Literal["quantized", "float"] = "quantized"
     sequential: bool = False
-    transforms: tuple[Transform, ...] = ()
+    transforms: tuple[TransformName, ...] = ()
     inputs: str | None = None
     axis: AxisChoice = "scheme"
-    outliers: float = Field(default=0, ge=0, lt=1)
     tweak: Tweak = "none"
     distill: int = Field(default=0, ge=0)
     rate: float = Field(default=5e-3, gt=0)

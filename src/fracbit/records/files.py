@@ -1,4 +1,4 @@
-"""Small files that a user names: JSON objects and text, read with clear errors, written whole or not at all."""
+"""Small files that a user names: JSON objects and text, read with clear errors and written whole or not at all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check_file(path: Path) -> None:
     if path.is_dir():
         raise OutputError(f"{path} is a folder; name a file")
     if not path.absolute().parent.is_dir():
-        raise OutputError(f"{path.parent} is no folder; make it first")
+        raise OutputError(f"{path.parent} is not a folder; make it first")
 
 
 def write_text(text: str, path: Path) -> None:
@@ -52,10 +52,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def check_keys(data: Mapping[str, Any], what: str, version: int, keys: Mapping[str, type]) -> None:
     """Refuse a record of another version, without a key, or with a value of another type. Raises `FormatError`."""
     if data.get(what) != version:
-        raise FormatError(f"expected {what} of version {version}, got {data.get(what)!r}; make them anew")
+        raise FormatError(f"expected {what} of version {version}, got {data.get(what)!r}; make the file anew")
     missing = [key for key in keys if key not in data]
     if missing:
-        raise FormatError(f"{what} lack the keys {', '.join(missing)}; make them anew")
+        raise FormatError(f"the file of {what} lacks the keys {', '.join(missing)}; make it anew")
     for key, kind in keys.items():
         if not isinstance(data[key], kind):
             expected = JSON_TYPES[kind]

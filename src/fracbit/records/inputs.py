@@ -28,11 +28,11 @@ class Inputs:
     scale: float | None = None
 
     def __post_init__(self) -> None:
-        """Raise `SchemeError` for what cannot be."""
+        """Refuse what cannot exist. Raises `SchemeError`."""
         if self.scope not in get_args(Scope):
-            raise SchemeError(f"activations have a scale per token or per tensor, got {self.scope!r}")
+            raise SchemeError(f"scope {self.scope!r} of activations is not known; use token or tensor")
         if not 2 <= self.bits <= 8:
-            raise SchemeError(f"activations take 2 to 8 bits, got {self.bits}")
+            raise SchemeError(f"activations have 2 to 8 bits, got {self.bits}")
 
     def __str__(self) -> str:
         """A label such as `int8/token`; `parse_inputs` reads it back."""

@@ -13,10 +13,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
 from fracbit.errors import FracbitError, RecipeError, SchemeError, near_matches
 from fracbit.records.calibration import Calibration
+from fracbit.records.outliers import OutliersField
 from fracbit.records.scheme import Scheme
 
 if sys.version_info >= (3, 11):
@@ -45,11 +54,15 @@ class Override(BaseModel):
 class Recipe(BaseModel):
     """What to do to a model.
 
-    - `model`: a folder or a hub id; `revision` and `trust_remote_code` belong to it.
-    - `scheme`: for every linear of the blocks; `embeddings` and `head` stay float unless they are given one.
-    - `quantizer` fills the schemes; `search` looks for block ranges of least error.
+    - `model`: a folder or a hub id; `revision`: branch, tag or commit on the hub;
+      `trust_remote_code`: run the model's own code.
+    - `scheme`: of every linear of the blocks; `embeddings`: scheme of the embedding table, float unless given;
+      `head`: scheme of the output head, float unless given.
+    - `quantizer`: how codes are chosen, rtn, gptq or descent; `search`: look for block ranges of least error.
+    - `outliers`: input columns of every linear that stay in 16 bits, such as cost:0.01; None for none.
     - `calibration`: the texts that quantizers such as gptq look at; None for data-free ones.
-    - `overrides`: later ones win.
+    - `overrides`: other schemes for layers by the pattern of their names; later ones win.
+    - `seed`: of everything random.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -62,9 +75,21 @@ class Recipe(BaseModel):
     head: SchemeField | None = None
     quantizer: str = "rtn"
     search: bool = False
+    outliers: OutliersField = None
     calibration: Calibration | None = None
     overrides: tuple[Override, ...] = ()
     seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_outliers(cls, data: Any) -> Any:
+        """`[calibration] outliers = 0.01`, as recipes of version 0.1 write it, is `outliers = "cost:0.01"`."""
+        plan = data.get("calibration") if isinstance(data, Mapping) else None
+        if not isinstance(plan, Mapping) or "outliers" not in plan:
+            return data
+        share, rest = plan["outliers"], {name: value for name, value in plan.items() if name != "outliers"}
+        given = {"outliers": f"cost:{share}"} if share else {}
+        return {**given, **data, "calibration": rest}
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as a JSON object."""
@@ -72,9 +97,38 @@ class Recipe(BaseModel):
 
 
 def key(recipe: Recipe) -> str:
-    """16 hex digits that name the recipe: equal recipes, and only they, have equal keys."""
-    text = json.dumps(recipe.to_json(), sort_keys=True)
+    """16 hex digits that name the recipe: equal recipes, and only they, have equal keys.
+
+    What has its default value is left out, so that a field that recipes gain later does not rename what was made before.
+    """
+    text = json.dumps(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def recipe_toml(recipe: Recipe) -> str:
+    """The recipe as TOML, without what has its default value; `fracbit quantize` reads it back."""
+    data = recipe.model_dump(mode="json", exclude_defaults=True)
+    tables = {name: value for name, value in data.items() if name in ("scheme", "calibration")}
+    lines = [
+        f"{name} = {inline_toml(value)}" for name, value in data.items() if name not in (*tables, "overrides")
+    ]
+    for name, table in tables.items():
+        lines += ["", f"[{name}]", *_keys(table)]
+    for override in data.get("overrides", ()):
+        lines += ["", "[[overrides]]", *_keys(override)]
+    return "\n".join(lines) + "\n"
+
+
+def _keys(table: Mapping[str, Any]) -> list[str]:
+    return [f"{name} = {inline_toml(value)}" for name, value in table.items() if value is not None]
+
+
+def inline_toml(value: object) -> str:
+    """A value on one line: strings, numbers, booleans and lists as JSON writes them, tables between braces."""
+    if isinstance(value, Mapping):
+        given = {name: item for name, item in value.items() if item is not None}
+        return "{ " + ", ".join(f"{name} = {inline_toml(item)}" for name, item in given.items()) + " }"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -1,61 +1,23 @@
 """`Run`: one experiment, everything that decides what it measures. `Row`: what came out, written once under the run's key.
 
-A run is a recipe plus what only studies vary: input columns kept in 16 bits (proxy quantization, arXiv:2212.09720, Sec. 3), a
-correction, and the text on which it is judged. Total model bits follow that paper: every stored bit of the quantized linears,
-plus all other parameters at the width of the source checkpoint, embeddings included; a tied head is counted once.
+Total model bits follow arXiv:2212.09720: every stored bit of the quantized linears, plus all other parameters at the width of
+the source checkpoint, embeddings included; a tied head is counted once.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fracbit.errors import RecipeError
 from fracbit.records.recipe import Override, Recipe
-
-Choice = Literal["proxy", "random", "activation"]
-_OUTLIERS = re.compile(r"(proxy|random|activation):(0?\.\d+|\d+(?:\.\d+)?%)")
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Outliers(_Frozen):
-    """Input columns kept in 16 bits: a `share` of every linear's columns, above 0 and below 1.
-
-    `chosen`: "proxy", by the weight std of the units that produce them; "random", the control; "activation", by the energy
-    they had on calibration text.
-    """
-
-    chosen: Choice
-    share: float = Field(gt=0, lt=1)
-
-    def __str__(self) -> str:
-        return f"{self.chosen}:{self.share:g}"
-
-
-def outliers_of(text: str) -> Outliers | None:
-    """Read `none`, `proxy:0.02`, `random:2%`, `activation:0.01`. Raises `RecipeError` for anything else."""
-    if text == "none":
-        return None
-    match = _OUTLIERS.fullmatch(text)
-    share = 0.0
-    if match:
-        share = float(match.group(2).removesuffix("%")) / (100 if match.group(2).endswith("%") else 1)
-    if match is None or not 0 < share < 1:
-        raise RecipeError(
-            f"outliers {text!r}: write none, proxy:0.02, random:0.02 or activation:0.02 (a share below 1)"
-        )
-    return Outliers(chosen=match.group(1), share=share)
-
-
-def _outliers(value: object) -> object:
-    return outliers_of(value) if isinstance(value, str) else value
 
 
 class Evaluation(_Frozen):
@@ -72,32 +34,59 @@ class Evaluation(_Frozen):
     limit: int | None = None
 
 
-class Calibration(_Frozen):
-    """What data-driven quantizers and activation-chosen columns see: `samples` pieces of `length` ids of `text`."""
-
-    text: str
-    samples: int = Field(default=32, gt=0)
-    length: int = Field(default=256, gt=0)
-
-
 class Run(_Frozen):
-    """One experiment."""
+    """One experiment: what is done to a model, and on what it is judged."""
 
     recipe: Recipe
     evaluation: Evaluation
-    outliers: Annotated[Outliers | None, BeforeValidator(_outliers)] = None
-    correction: str = "none"
-    calibration: Calibration | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_version_01(cls, data: Any) -> Any:
+        """A run as stores of version 0.1 hold it: columns, correction and calibration text beside the recipe.
+
+        That version calibrated every block on the float model's states, and drew the samples with seed 0 whatever the run's.
+        """
+        if not is_old(data):
+            return data
+        recipe = dict(data["recipe"])
+        if data.get("outliers"):
+            recipe["outliers"] = data["outliers"]
+        if data.get("calibration"):
+            if not str(recipe.get("outliers")).startswith("random"):
+                recipe.pop("seed", None)
+            old = data["calibration"]
+            tweak = str(data.get("correction", "none")).removeprefix("tweak-")
+            sizes = {name: old.get(name, size) for name, size in OLD_SAMPLES.items()}
+            recipe["calibration"] = {"texts": [old["text"]], **sizes, "chain": "float", "tweak": tweak}
+        return {"recipe": recipe, "evaluation": data["evaluation"]}
 
     @property
     def quantized(self) -> bool:
         """False for a float baseline, whose every layer is kept."""
         return KEEP_ALL not in self.recipe.overrides
 
+    @property
+    def chain(self) -> str:
+        """On whose outputs blocks were calibrated, `quantized` or `float`; "" where no calibration data was read."""
+        return "" if self.recipe.calibration is None else self.recipe.calibration.chain
+
+    @property
+    def correction(self) -> str:
+        """The correction after each block; `none` where there is none."""
+        return "none" if self.recipe.calibration is None else self.recipe.calibration.tweak
+
     def __str__(self) -> str:
         return label(self)
 
 
+def is_old(data: object) -> bool:
+    """Whether a run is written as stores of version 0.1 hold it."""
+    return isinstance(data, Mapping) and bool({"outliers", "correction", "calibration"} & data.keys())
+
+
+OLD_SAMPLES = {"samples": 32, "length": 256}
+OLD_ROW = "measured by fracbit 0.1, on the float chain, with samples of seed 0"
 KEEP_ALL = Override(layers="*", keep=True)
 """The override of a baseline run: no layer is quantized."""
 
@@ -116,11 +105,15 @@ def label(run: Run) -> str:
     name = run.recipe.model.rstrip("/").rsplit("/", 1)[-1]
     if not run.quantized:
         return f"{name} float"
-    parts = [name, str(run.recipe.scheme)]
-    parts += [run.recipe.quantizer] if run.recipe.quantizer != "rtn" else []
-    parts += ["search"] if run.recipe.search else []
-    parts += [str(run.outliers)] if run.outliers else []
-    parts += [run.correction] if run.correction != "none" else []
+    recipe, calibration = run.recipe, run.recipe.calibration
+    parts = [name, str(recipe.scheme)]
+    parts += [recipe.quantizer] if recipe.quantizer != "rtn" else []
+    parts += ["search"] if recipe.search else []
+    parts += [str(recipe.outliers)] if recipe.outliers else []
+    if calibration is not None:
+        parts += ["float chain"] if calibration.chain == "float" and recipe.quantizer != "rtn" else []
+        parts += [*calibration.transforms, *([calibration.inputs] if calibration.inputs else [])]
+        parts += [f"tweak-{calibration.tweak}"] if calibration.tweak != "none" else []
     return " ".join(parts)
 
 
@@ -163,6 +156,16 @@ class Row(_Frozen):
     notes: tuple[str, ...] = ()
     created: str = ""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_version_01(cls, data: Any) -> Any:
+        """A row of version 0.1 under the key that its run has now; one that was calibrated says by what."""
+        if not isinstance(data, Mapping) or not is_old(data.get("run")):
+            return data
+        run = Run.model_validate(data["run"])
+        notes = [*data.get("notes", ()), *([OLD_ROW] if run.recipe.calibration else [])]
+        return {**data, "key": run_key(run), "run": run, "notes": notes}
+
     @property
     def bits_per_weight(self) -> float | None:
         """Stored bits per quantized weight; None where nothing was quantized."""
@@ -181,3 +184,8 @@ class Row(_Frozen):
             "bits_per_weight": self.bits_per_weight,
             "bits_per_parameter": self.bits_per_parameter,
         }
+
+
+def failed_row(run: Run, error: str) -> Row:
+    """The row of a run that could not even start."""
+    return Row(key=run_key(run), run=run, status="failed", error=error)

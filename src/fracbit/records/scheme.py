@@ -17,6 +17,8 @@ from fracbit.errors import SchemeError, near_matches
 Axis = Literal["in", "out"]
 Offset = Literal["none", "zero", "float", "mean"]
 FLOAT_SCALES = ("fp32", "fp16", "bf16")
+DATATYPE_NAMES = ("int", "float", "dynamic", "quantile", "nf", "power", "kmeans")
+"""The names in numerics/datatypes.py, where each is made; here so that a name can be checked without torch."""
 _NAMED_BLOCKS = ("row", "tensor")
 _FLAT = re.compile(r"flat:([1-9]\d*)")
 _SCALE_SHORTHAND = re.compile(r"([a-z]+)([1-8]):([1-9]\d*)")
@@ -100,9 +102,9 @@ def flat_block(block: int | str) -> int | None:
 def _scale(scale: object) -> str | Scheme:
     if isinstance(scale, Scheme):
         if isinstance(scale.scale, Scheme):
-            raise SchemeError("scales of scales may not be quantized again: use fp32, fp16 or bf16 for them")
+            raise SchemeError("scales of scales cannot be quantized again; use fp32, fp16 or bf16 for them")
         if scale.axis != "in":
-            raise SchemeError("scales are one long row: their scheme needs axis 'in'")
+            raise SchemeError("a scheme for scales needs axis 'in', since scales are one long row")
         return scale
     if isinstance(scale, str) and scale in FLOAT_SCALES:
         return scale
@@ -111,12 +113,14 @@ def _scale(scale: object) -> str | Scheme:
         allowed = ", ".join(FLOAT_SCALES)
         raise SchemeError(f"scale {scale!r} is not known; use {allowed}, or TYPEBITS:BLOCK such as int8:256")
     dtype, bits, block = match.groups()
-    return Scheme(dtype, int(bits), int(block), "in", "float", "fp32")
+    return Scheme(dtype, int(bits), int(block), axis="in", offset="float", scale="fp32")
 
 
 def _check_dtype(dtype: object) -> None:
     if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype):
-        raise SchemeError(f"data type {dtype!r} is not a name, or a name and a parameter such as power:1/2")
+        raise SchemeError(
+            f"data type {dtype!r} is not known; write a name such as nf, or a name and a parameter such as power:1/2"
+        )
 
 
 def _check_bits(bits: object) -> None:
@@ -130,7 +134,7 @@ def _check_block(block: object) -> None:
     if isinstance(block, str) and (block in _NAMED_BLOCKS or _FLAT.fullmatch(block)):
         return
     raise SchemeError(
-        f"block {block!r} is not a block: use a number above 0, row, tensor, or flat:N such as flat:64"
+        f"block {block!r} is not known; use a number above 0, row, tensor, or flat:N such as flat:64"
     )
 
 

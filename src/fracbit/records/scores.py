@@ -1,8 +1,8 @@
-"""`Scores` and `Losses`: what each layer is worth, as JSON that can be saved, edited by hand and used again. Torch-free.
+"""`Scores` and `Losses`: how important each layer is, as JSON that can be saved, edited by hand and used again. Torch-free.
 
-`Scores` is one float a layer, larger means more important: all that the layer-wise paper (Dumitru et al. 2024,
-arXiv:2406.17415) needs to sort layers. `Losses` is one float a layer and scheme: what an exact allocation minimizes the sum
-of. Both carry the fingerprint of the model they were measured on and are refused for any other.
+`Scores` is one float per layer, larger means more important: all that the layer-wise paper (Dumitru et al. 2024,
+arXiv:2406.17415) needs to sort layers. `Losses` is one float per layer and scheme; an exact allocation minimizes their sum.
+Both carry the fingerprint of the model they were measured on and are refused for any other.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Scores:
 
     - `values`: layer name (a block's or a linear's) -> score.
     - `method`: how they were made, such as `lim`; `kind`: what the numbers mean.
-    - `model`: fingerprint of the model (`fingerprint`); `protocol`: tokens, seeds, schemes: whatever decided the numbers.
+    - `model`: fingerprint of the model (`fingerprint`); `protocol`: tokens, seeds, schemes: all that the numbers depend on.
 
     Raises `RecipeError` when a value is NaN or infinite, or there is none.
     """
@@ -63,18 +63,18 @@ class Scores:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Scores:
-        """Read what `to_json` wrote. Raises `FormatError` for another version, missing or misshapen keys."""
+        """Read what `to_json` wrote. Raises `FormatError` for another version, missing keys or values of another type."""
         data = {"protocol": {}, **data}
         check_keys(data, "scores", VERSION, HEAD | {"kind": str, "values": dict})
         values = {name: _number(name, value) for name, value in data["values"].items()}
-        return Scores(values, data["method"], data["model"], data["kind"], data["protocol"])
+        return Scores(values, data["method"], data["model"], kind=data["kind"], protocol=data["protocol"])
 
 
 @dataclass(frozen=True)
 class Losses:
-    """The predicted loss of each layer under each of several schemes; sums over layers are what an allocation minimizes.
+    """The predicted loss of each layer under each of several schemes; an allocation minimizes the sum over layers.
 
-    `rows`: layer name -> one float for each of `schemes` (None: kept float). The rest as in `Scores`.
+    `rows`: layer name -> one float for each of `schemes` (None: kept float). The rest is as in `Scores`.
     Raises `RecipeError` for NaN, infinity, or a row of another length.
     """
 
@@ -92,9 +92,9 @@ class Losses:
             _check_finite((name, value) for value in row)
 
     def scores(self, low: int, high: int) -> Scores:
-        """What lifting a layer from scheme number `low` to number `high` is worth: the paper's order from measured losses."""
+        """What a layer gains from scheme number `high` instead of `low`: the paper's order from measured losses."""
         values = {name: row[low] - row[high] for name, row in self.rows.items()}
-        return Scores(values, self.method, self.model, "order", self.protocol)
+        return Scores(values, self.method, self.model, kind="order", protocol=self.protocol)
 
     def to_json(self) -> dict[str, Any]:
         """The record as a JSON object; `from_json` reads it back."""
@@ -104,18 +104,18 @@ class Losses:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Losses:
-        """Read what `to_json` wrote. Raises `FormatError` for another version, missing or misshapen keys."""
+        """Read what `to_json` wrote. Raises `FormatError` for another version, missing keys or values of another type."""
         data = {"protocol": {}, **data}
         check_keys(data, "losses", VERSION, HEAD | {"schemes": list, "rows": dict})
         schemes = tuple(read_scheme(item) for item in data["schemes"])
         rows = {name: _numbers(name, row) for name, row in data["rows"].items()}
-        return Losses(schemes, rows, data["method"], data["model"], data["protocol"])
+        return Losses(schemes, rows, data["method"], data["model"], protocol=data["protocol"])
 
 
 def fingerprint(layers: Iterable[tuple[str, tuple[int, int]]], sample: bytes = b"") -> str:
     """16 hex digits of a model: its layers' names and shapes [out, in], and `sample`, bytes of its weights.
 
-    Scores measured on a base model say little about its fine-tuned sibling: with `sample` the two differ.
+    With `sample`, a base model and its fine-tuned sibling differ: scores of one say little about the other.
     """
     digest = hashlib.sha256(json.dumps([[name, list(shape)] for name, shape in layers]).encode())
     digest.update(sample)
@@ -140,7 +140,7 @@ def check_scores(record: Scores | Losses, layers: Sequence[str], model: str | No
         )
     if model is not None and record.model != model:
         raise RecipeError(
-            f"these {record.method} scores were measured on model {record.model}, this one is {model}: the layers have the "
+            f"these {record.method} scores were measured on model {record.model} and not on {model}: the layers have the "
             "same names but other weights. Make new scores, or put this fingerprint into the file to use them anyway"
         )
 
@@ -179,7 +179,9 @@ def read_scheme(item: object) -> Scheme | None:
 
 def _numbers(name: str, row: object) -> tuple[float, ...]:
     if not isinstance(row, list):
-        raise FormatError(f"the losses of {name} are {row!r}, expected an array of numbers, one a scheme")
+        raise FormatError(
+            f"the losses of {name} are {row!r}, expected an array of numbers, one for each scheme"
+        )
     return tuple(_number(name, value) for value in row)
 
 

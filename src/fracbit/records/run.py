@@ -1,0 +1,138 @@
+"""What a run that quantizes a model notes: of every layer, of every shard, and in all. Torch-free; to JSON and back.
+
+A shard's record is written after the shard (checkpoint/output.py), so that a run that was stopped knows what it has done; the
+manifest of the finished checkpoint is made from these records alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fracbit.records.inputs import Inputs
+from fracbit.records.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """How one quantized layer is stored, and what it lost.
+
+    - `scheme`: the one it got, where the run had a choice; `outliers` input columns in `outlier_dtype`.
+    - `inputs`: how its activations are rounded at run time; `rotated`: they are multiplied by a Hadamard matrix before that.
+    - `loss`: the quantizer's own objective, relative to that of a zero weight; `bits_per_weight` from the stored bytes.
+    """
+
+    scheme: Scheme
+    loss: float
+    bits_per_weight: float
+    notes: tuple[str, ...] = ()
+    outliers: int = 0
+    outlier_dtype: str = "bf16"
+    inputs: Inputs | None = None
+    rotated: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object; what has its default value is left out."""
+        facts: dict[str, Any] = {
+            "loss": self.loss,
+            "bits_per_weight": self.bits_per_weight,
+            "notes": list(self.notes),
+            "scheme": self.scheme.to_json(),
+        }
+        if self.outliers:
+            facts |= {"outliers": self.outliers, "outlier_dtype": self.outlier_dtype}
+        if self.inputs is not None:
+            facts["inputs"] = self.inputs.to_json()
+        return facts | ({"rotated": True} if self.rotated else {})
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> LayerRecord:
+        """Read what `to_json` wrote."""
+        fields = dict(data) | {"scheme": Scheme.from_json(data["scheme"]), "notes": tuple(data["notes"])}
+        if "inputs" in fields:
+            fields["inputs"] = Inputs.from_json(fields["inputs"])
+        return LayerRecord(**fields)
+
+
+@dataclass(frozen=True)
+class TweakRecord:
+    """What a correction did to the norms of block number `block`: relative squared error of its output on held-out samples.
+
+    `kept`: the variant that stayed, `none` where none helped.
+    """
+
+    block: int
+    before: float
+    after: float
+    kept: str
+
+
+@dataclass(frozen=True)
+class DistillRecord:
+    """What self-distillation did: nats per token from the float model on held-out samples before and after, epochs done."""
+
+    before: float
+    after: float
+    epochs: int
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What is known of a finished shard.
+
+    `hashes`: SHA-256 of every tensor that was read for it, by its name in the source; `layers`: its quantized layers.
+    """
+
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    layers: Mapping[str, LayerRecord] = field(default_factory=dict)
+    tweak: TweakRecord | None = None
+    distilled: DistillRecord | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        data: dict[str, Any] = {
+            "hashes": dict(self.hashes),
+            "layers": {name: layer.to_json() for name, layer in self.layers.items()},
+        }
+        data |= {} if self.tweak is None else {"tweak": asdict(self.tweak)}
+        return data | ({} if self.distilled is None else {"distilled": asdict(self.distilled)})
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> ShardRecord:
+        """Read what `to_json` wrote."""
+        layers = {name: LayerRecord.from_json(layer) for name, layer in data["layers"].items()}
+        tweak = TweakRecord(**data["tweak"]) if "tweak" in data else None
+        distilled = DistillRecord(**data["distilled"]) if "distilled" in data else None
+        return ShardRecord(data["hashes"], layers, tweak, distilled)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a checkpoint costs. Bits are counted from the stored bytes.
+
+    `bits_per_weight` over the quantized layers (None: there are none), `bits_per_parameter` over everything; `bytes` of all
+    weight files; `source_bytes` of the tensors of the float model.
+    """
+
+    bits_per_weight: float | None
+    bits_per_parameter: float
+    bytes: int
+    source_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Result(Totals):
+    """What a run made: the folder `output`, what it costs, and what the user should know (`notes`).
+
+    `seconds` of this process (a resumed run counts its last part), `peak_rss_bytes` the most memory it had resident.
+    """
+
+    output: str
+    seconds: float
+    peak_rss_bytes: int
+    notes: tuple[str, ...] = ()

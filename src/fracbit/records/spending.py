@@ -1,0 +1,132 @@
+"""`Spending`: what a quantized model may take, and how that is divided over its layers. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+from fracbit.errors import BudgetError, RecipeError, near_matches
+from fracbit.records.allocation import read_levels
+from fracbit.records.scheme import Scheme
+from fracbit.records.scores import Losses, Scores, load_scores
+from fracbit.records.sizes import read_size
+
+Granularity: TypeAlias = Literal["block", "linear"]
+Solver: TypeAlias = Literal["exact", "order"]
+
+LEVELS = "int4z/64,int3z/64,int2z/64"
+PRESETS = ("best",)
+BUDGETS = ("average_bits", "size", "fits")
+ONE_BUDGET = "ask for exactly one of --average-bits 3.5, --size 1.2GB and --fits 8GB"
+
+
+@dataclass(frozen=True)
+class Spending:
+    """A budget and the terms on which it is divided. `Spending()` has no budget and divides nothing.
+
+    - `average_bits`: stored bits per quantized weight; `size`: of all weight files, `1.2GB` or bytes; `fits`: memory of a
+      device that also holds the KV cache and the activations. One of the three.
+    - `context`: tokens of each sequence in that KV cache; `batch`: sequences at once.
+    - `preset`: a combination that was measured to lose least (`best`), with `average_bits` alone beside it.
+    - `levels`: the schemes to choose from, `nf4/64,nf2/64` or schemes themselves; None: `LEVELS`.
+    - `score`: the name of a score, a JSON file of scores or losses, or these themselves.
+    - `text`: the text that the score reads, where it reads any; None: the recipe's calibration texts.
+    - `held_out`: other text, on which the division must beat the best uniform scheme of the same size, or that is used.
+    - `granularity`: one scheme for each block, or for each linear; `fused`: linears that read one input get one scheme.
+    - `solver`: `exact` (least sum of predicted losses) or `order` (layers are lifted in the order of their scores).
+
+    Raises `BudgetError` and `RecipeError` for terms that do not fit together, `SchemeError` for levels that cannot exist.
+    """
+
+    average_bits: float | None = None
+    size: str | int | None = None
+    fits: str | int | None = None
+    context: int = 2048
+    batch: int = 1
+    preset: str | None = None
+    levels: str | Sequence[Scheme | None] | None = None
+    score: str | Path | Scores | Losses = "weight-error"
+    text: str | None = None
+    held_out: str | None = None
+    granularity: Granularity = "linear"
+    fused: bool = False
+    solver: Solver = "exact"
+
+    def __post_init__(self) -> None:
+        """Refuse terms that contradict each other, before anything is read."""
+        given = self._given()
+        _check_budgets(given)
+        if self.preset is not None:
+            _check_preset(self.preset, given)
+        check_choice("granularity", self.granularity, get_args(Granularity))
+        check_choice("solver", self.solver, get_args(Solver))
+        if self.text is not None and self.text == self.held_out:
+            raise RecipeError(
+                f"{self.text} is both the text that scores read and the held-out one: the comparison would flatter the "
+                "allocation; hold out another text"
+            )
+        _ = self.schemes, self.size_bytes, self.fits_bytes
+
+    @property
+    def asked(self) -> bool:
+        """Whether there is a budget at all."""
+        return any(getattr(self, name) is not None for name in BUDGETS)
+
+    @property
+    def schemes(self) -> tuple[Scheme | None, ...]:
+        """The levels as schemes; None keeps a layer float."""
+        levels = LEVELS if self.levels is None else self.levels
+        return read_levels(levels) if isinstance(levels, str) else tuple(levels)
+
+    @property
+    def size_bytes(self) -> int | None:
+        """`size` in bytes."""
+        return None if self.size is None else read_size(str(self.size))
+
+    @property
+    def fits_bytes(self) -> int | None:
+        """`fits` in bytes."""
+        return None if self.fits is None else read_size(str(self.fits))
+
+    def named_score(self) -> str | Scores | Losses:
+        """The name of a score, or scores and losses, read where a file is named. Raises `FormatError`."""
+        if isinstance(self.score, (Scores, Losses)):
+            return self.score
+        return load_scores(Path(self.score)) if Path(self.score).suffix == ".json" else str(self.score)
+
+    def _given(self) -> dict[str, Any]:
+        """What is not as it is by default."""
+        return {
+            field.name: value
+            for field in fields(self)
+            if (value := getattr(self, field.name)) != field.default
+        }
+
+
+def check_choice(what: str, value: str, allowed: Sequence[str]) -> None:
+    """Refuse a value that is not among those allowed. Raises `RecipeError`."""
+    if value not in allowed:
+        raise RecipeError(f"{what} {value!r} is not known; use {' or '.join(allowed)}")
+
+
+def _check_budgets(given: dict[str, Any]) -> None:
+    count = sum(name in given for name in BUDGETS)
+    if count == 0 and given and "preset" not in given:
+        terms = ", ".join(f"spending.{name}" for name in given)
+        raise BudgetError(f"{terms} only with a budget: {ONE_BUDGET}")
+    if count > 1 and "preset" not in given:
+        raise BudgetError(ONE_BUDGET)
+
+
+def _check_preset(name: str, given: dict[str, Any]) -> None:
+    if name not in PRESETS:
+        raise RecipeError(f"unknown preset {name!r}; {near_matches(name, PRESETS)}")
+    others = [term for term in given if term not in ("preset", "average_bits")]
+    if others:
+        raise RecipeError(
+            f"preset {name} chooses for itself and takes --average-bits alone; leave out {', '.join(others)}"
+        )
+    if "average_bits" not in given:
+        raise RecipeError("a preset needs its budget: give --average-bits, such as 3.25")

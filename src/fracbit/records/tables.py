@@ -1,0 +1,139 @@
+"""The tables of everything that has a name, on one page: quantizers, column rules, transforms, corrections, scores, ...
+
+A `Table` says where the object of each name lives and imports it when it is asked for. So a recipe or a command line can check
+a name, and list all names, without torch. To add an entry, write its file and one line here; the law tests then hold it to the
+laws of its kind.
+
+Data types, model families and kernels have tables of their own in their rooms: a lookup there needs the objects themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Generic, TypeVar
+
+from fracbit.errors import RecipeError, near_matches
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Table(Generic[T]):
+    """Names and where their objects live: `entries` maps a name to "module:attribute". `kind` is what a message calls an entry.
+
+    Iteration, `len` and `in` look at names alone; `table[name]` and `items` import.
+    """
+
+    kind: str
+    entries: Mapping[str, str]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, in the order of the page."""
+        return tuple(self.entries)
+
+    def check(self, name: str) -> str:
+        """The name itself where the table has it; nothing is imported. Raises `RecipeError` with near matches."""
+        if name not in self.entries:
+            raise RecipeError(f"unknown {self.kind} {name!r}; {near_matches(name, self.entries)}")
+        return name
+
+    def load(self, name: str) -> T:
+        """The object called `name`. Raises `RecipeError` with near matches."""
+        module, _, attribute = self.entries[self.check(name)].partition(":")
+        found: T = getattr(import_module(module), attribute)
+        return found
+
+    def __getitem__(self, name: str) -> T:
+        return self.load(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def items(self) -> Iterator[tuple[str, T]]:
+        """Every name with its object; imports them all."""
+        return ((name, self.load(name)) for name in self.entries)
+
+
+# Their rooms give these tables their types: `fracbit.quantizers.QUANTIZERS` is a `Table[Callable[[bool], Quantizer]]`.
+
+QUANTIZERS: Table[Any] = Table(
+    "quantizer",
+    {
+        "rtn": "fracbit.quantizers.rtn:RoundToNearest",
+        "gptq": "fracbit.quantizers.gptq:Gptq",
+        "descent": "fracbit.quantizers.gptq:refined",
+    },
+)
+
+COLUMN_RULES: Table[Any] = Table(
+    "column rule",
+    {
+        "cost": "fracbit.quantizers.columns:COST",
+        "activation": "fracbit.quantizers.columns:ACTIVATION",
+        "proxy": "fracbit.quantizers.columns:PROXY",
+        "random": "fracbit.quantizers.columns:RANDOM",
+    },
+)
+
+TRANSFORMS: Table[Any] = Table(
+    "transform",
+    {
+        "smooth": "fracbit.transforms.smooth:SMOOTH",
+        "awq": "fracbit.transforms.awq:AWQ",
+        "rotate": "fracbit.transforms.rotation:STREAM",
+        "rotate-mlp": "fracbit.transforms.rotation:INNER",
+    },
+)
+
+CORRECTIONS: Table[Any] = Table(
+    "correction",
+    {
+        "adam": "fracbit.models.tweak:adam",
+        "closed": "fracbit.models.tweak:closed",
+        "auto": "fracbit.models.tweak:auto",
+    },
+)
+
+SCORES: Table[Any] = Table(
+    "score",
+    {
+        "lim": "fracbit.importance.lim:LIM",
+        "lim-final-norm": "fracbit.importance.lim:BEHIND_THE_FINAL_NORM",
+        "zd": "fracbit.importance.zd:POOLED",
+        "zd-two-sided": "fracbit.importance.zd:TWO_SIDED",
+        "zd-per-matrix": "fracbit.importance.zd:PER_MATRIX",
+        "zd-two-sided-per-matrix": "fracbit.importance.zd:TWO_SIDED_PER_MATRIX",
+        "random": "fracbit.importance.chance:RANDOM",
+        "first": "fracbit.importance.sequence:FIRST",
+        "last": "fracbit.importance.sequence:LAST",
+        "weight-error": "fracbit.importance.weight_error:WEIGHT_ERROR",
+        "gram-error": "fracbit.importance.gram_error:GRAM_ERROR",
+        "gradient": "fracbit.importance.gradient_error:GRADIENT",
+        "fisher": "fracbit.importance.gradient_error:FISHER",
+        "oracle": "fracbit.importance.oracle:ORACLE",
+    },
+)
+
+PERTURBATIONS: Table[Any] = Table(
+    "perturbation",
+    {
+        "gaussian": "fracbit.perturbation.noise:GAUSSIAN",
+        "uniform": "fracbit.perturbation.noise:UNIFORM",
+        "rademacher": "fracbit.perturbation.noise:RADEMACHER",
+        "growing": "fracbit.perturbation.noise:GROWING",
+        "growing-scaled": "fracbit.perturbation.noise:GROWING_SCALED",
+        "shrinking": "fracbit.perturbation.noise:SHRINKING",
+        "shrinking-scaled": "fracbit.perturbation.noise:SHRINKING_SCALED",
+    },
+)
+
+FORMATS: Table[Any] = Table("export format", {"float": "fracbit.checkpoint.export.float:export_float"})

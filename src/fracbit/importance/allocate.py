@@ -55,13 +55,15 @@ def by_order(
     """
     check_scores(scores, [unit.name for unit in units])
     costs = _checked_costs(units, choices, budget)
+    # Every unit starts with its cheapest choice.
     ladders = {unit.name: _ladder(cost) for unit, cost in zip(units, costs, strict=True)}
     cost_of = {unit.name: cost for unit, cost in zip(units, costs, strict=True)}
     steps = dict.fromkeys(ladders, 0)
     left = budget.bits - sum(cost_of[name][ladder[0]] for name, ladder in ladders.items())
+    # All climb level by level; then whatever still fits.
     for level in range(1, max(map(len, ladders.values()))):
-        left = _climb(scores.order(), ladders, cost_of, steps, left, level)
-    left = _climb(scores.order(), ladders, cost_of, steps, left, None)
+        left = _climb(scores.order(), ladders, cost_of, steps, left=left, level=level)
+    left = _climb(scores.order(), ladders, cost_of, steps, left=left, level=None)
     picks = {name: ladders[name][step] for name, step in steps.items()}
     return Solution(picks, budget.bits - left, _sum(losses, picks, choices))
 
@@ -73,9 +75,10 @@ def exact(units: Sequence[Unit], choices: Choices, budget: Budget, losses: Losse
     that it could buy is expected to help. Raises as `by_order`; `RecipeError` also when scipy is not installed.
     """
     check_scores(losses, [unit.name for unit in units])
-    costs = _checked_costs(units, choices, budget)
+    costs = _checked_costs(units, choices, budget)  # [unit][choice]
     column = _columns(losses, choices)
-    rows = [[losses.rows[unit.name][i] for i in column] for unit in units]
+    rows = [[losses.rows[unit.name][i] for i in column] for unit in units]  # [unit][choice]
+    # Only choices that nothing else beats on both cost and loss are put to the solver.
     ladders = [_frontier(cost, row) for cost, row in zip(costs, rows, strict=True)]
     taken, notes = _knapsack(
         [[costs[u][i] for i in ladder] for u, ladder in enumerate(ladders)],
@@ -121,10 +124,12 @@ def predict_losses(scores: Scores, errors: Losses) -> Losses:
         order = scores.order()
         weights = {name: 1 - place / len(order) for place, name in enumerate(order)}
     rows = {name: tuple(weights[name] * error for error in row) for name, row in errors.rows.items()}
-    return Losses(errors.schemes, rows, f"{scores.method} x {errors.method}", scores.model, scores.protocol)
+    method = f"{scores.method} x {errors.method}"
+    return Losses(errors.schemes, rows, method, scores.model, protocol=scores.protocol)
 
 
 def _checked_costs(units: Sequence[Unit], choices: Choices, budget: Budget) -> list[list[int]]:
+    """The cost table [unit][choice] of a problem that leaves something to choose. Raises `BudgetError`."""
     if len(set(choices)) < 2:
         raise BudgetError(
             f"{len(set(choices))} level leaves nothing to choose; give at least two, such as nf4/64,nf2/64"
@@ -218,22 +223,25 @@ def _knapsack(
 
 
 def _solve(extra: list[list[int]], losses: list[list[float]], room: int) -> tuple[list[int], tuple[str, ...]]:
+    """The entry that each row takes; `extra` [unit][choice] are costs above the cheapest, `room` what they may sum to."""
     try:
         import numpy as np
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_array
     except ImportError as error:
         raise RecipeError(
-            "the exact solver needs scipy: pip install 'fracbit[budget]', or take the order (--solver order)"
+            "the exact solver needs scipy: pip install 'fracbit[budget]', or take the order (--set spending.solver=order)"
         ) from error
-    sizes = [len(row) for row in extra]
-    flat_loss = np.array([loss - row[-1] for row in losses for loss in row])
-    flat_cost = np.array([cost for row in extra for cost in row], dtype=float)
+    # One variable for each choice of each unit, all behind each other: 1 where it is taken.
+    sizes = [len(row) for row in extra]  # [units]
+    flat_loss = np.array([loss - row[-1] for row in losses for loss in row])  # [variables]
+    flat_cost = np.array([cost for row in extra for cost in row], dtype=float)  # [variables]
     flat_loss = flat_loss / max(float(flat_loss.max()), 1e-300)
-    owner = np.repeat(np.arange(len(sizes)), sizes)
+    # Every unit takes exactly one choice, and all together keep to the budget.
+    owner = np.repeat(np.arange(len(sizes)), sizes)  # [variables]
     one_each = csr_array(
         (np.ones(len(owner)), (owner, np.arange(len(owner)))), shape=(len(sizes), len(owner))
-    )
+    )  # [units, variables]
     with _results_kept_clean():
         result = milp(
             flat_loss,
@@ -255,7 +263,7 @@ def _solve(extra: list[list[int]], losses: list[list[float]], room: int) -> tupl
 
 @contextmanager
 def _results_kept_clean() -> Iterator[None]:
-    """Standard output goes to standard error: HiGHS prints a line at some solutions, unasked, and `--json` must stay JSON."""
+    """Standard output goes to standard error: HiGHS prints a line at some solutions, and `--json` must stay JSON."""
     kept = os.dup(1)
     os.dup2(2, 1)
     try:

@@ -8,16 +8,22 @@ is left of it is noise, but a sum of absolute values does not cancel; both are o
 Both weight the error that quantization really makes, not the weights as they are: "importance is not fragility".
 """
 
-from fracbit.importance.layer import LayerView, error_of
+from fracbit.importance.methods import ScoreMethod
+from fracbit.importance.view import LayerView, error_of
 from fracbit.records.scheme import Scheme
 
 
 def gradient_error(view: LayerView, scheme: Scheme | None) -> float:
     """Sum over the unit's weights of |gradient x error|, in nats per token."""
-    errors = {name: error_of(weight, scheme) for name, weight in view.weights.items()}
+    errors = {name: error_of(weight, scheme) for name, weight in view.weights.items()}  # [out, in] each
     return sum(float((view.gradients[name] * error).abs().double().sum()) for name, error in errors.items())
 
 
 def fisher_error(view: LayerView, scheme: Scheme | None) -> float:
     """Half the tokens of a sample times the mean squared derivative along the error, in nats per token."""
-    return 0.5 * view.sample_tokens * float(view.slopes[scheme].double().square().mean())
+    slopes = view.slopes[scheme].double()  # [samples]
+    return 0.5 * view.sample_tokens * float(slopes.square().mean())
+
+
+GRADIENT = ScoreMethod("sum of |gradient x error|", None, gradient_error, frozenset({"weights", "gradients"}))
+FISHER = ScoreMethod("second-order loss along the error", None, fisher_error, frozenset({"slopes"}))

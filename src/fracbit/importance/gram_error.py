@@ -8,7 +8,8 @@ GPTQ's objective (arXiv:2210.17323), relative to the output's own energy so that
 from torch import Tensor
 
 from fracbit.errors import DataError
-from fracbit.importance.layer import LayerView, error_of
+from fracbit.importance.methods import ScoreMethod
+from fracbit.importance.view import LayerView, error_of
 from fracbit.records.scheme import Scheme
 
 
@@ -31,4 +32,10 @@ def gram_error(view: LayerView, scheme: Scheme | None) -> float:
 def output_energy(weight: Tensor, gram: Tensor) -> float:
     """tr(W G W^T): squared outputs of `weight` [out, in] summed over the tokens that `gram` [in, in] saw."""
     weight = weight.double()
-    return float(((weight @ gram.double()) * weight).sum())
+    projected = weight @ gram.double()  # [out, in]
+    return float((projected * weight).sum())
+
+
+GRAM_ERROR = ScoreMethod(
+    "relative squared error of the outputs", None, gram_error, frozenset({"weights", "gram"})
+)

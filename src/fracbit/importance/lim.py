@@ -13,7 +13,8 @@ LIM + 1 is ShortGPT's block influence: the two orders are one.
 from torch import Tensor
 
 from fracbit.errors import DataError
-from fracbit.importance.layer import LayerView
+from fracbit.importance.methods import ScoreMethod
+from fracbit.importance.view import LayerView
 
 
 def cosine_sum(entering: Tensor, leaving: Tensor, skip: int = 1) -> tuple[float, int]:
@@ -26,7 +27,7 @@ def cosine_sum(entering: Tensor, leaving: Tensor, skip: int = 1) -> tuple[float,
             f"samples of {entering.shape[1]} tokens leave none when the first {skip} are dropped; use longer ones"
         )
     x, y = entering[:, skip:].double(), leaving[:, skip:].double()  # [samples, tokens, width]
-    norms = x.norm(dim=-1) * y.norm(dim=-1)
+    norms = x.norm(dim=-1) * y.norm(dim=-1)  # [samples, tokens]
     cosines = (x * y).sum(-1) / norms.clamp(min=1e-300)
     return float(cosines.sum()), cosines.numel()
 
@@ -36,3 +37,13 @@ def layer_input_modification(view: LayerView) -> float:
     if view.cosine is None:
         raise ValueError(f"LIM of {view.name} needs the cosine of its block's input and output")
     return -view.cosine
+
+
+LIM = ScoreMethod(
+    "negative cosine of block input and output", layer_input_modification, needs=frozenset({"cosine"})
+)
+BEHIND_THE_FINAL_NORM = ScoreMethod(
+    "lim, the last block read behind the final norm",
+    layer_input_modification,
+    needs=frozenset({"cosine behind the final norm"}),
+)

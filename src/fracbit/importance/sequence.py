@@ -4,7 +4,8 @@ The control that arXiv:2406.17415 must beat: at 2 and 4 bits, protecting the lay
 of the gain of searched allocations (AutoRound's published tables).
 """
 
-from fracbit.importance.layer import LayerView
+from fracbit.importance.methods import ScoreMethod
+from fracbit.importance.view import LayerView
 
 
 def first(view: LayerView) -> float:
@@ -15,3 +16,7 @@ def first(view: LayerView) -> float:
 def last(view: LayerView) -> float:
     """Later is more important: index + 1."""
     return float(view.index + 1)
+
+
+FIRST = ScoreMethod("earlier is more important", first)
+LAST = ScoreMethod("later is more important", last)

@@ -10,13 +10,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Literal, TypeAlias, get_args
+from typing import TypeAlias, get_args
 
 from fracbit.errors import RecipeError
 from fracbit.numerics.packed import outlier_count, part_shapes
 from fracbit.records.scheme import Axis, Scheme
+from fracbit.records.spending import Granularity, check_choice
 
-Granularity: TypeAlias = Literal["block", "linear"]
 Choices: TypeAlias = Sequence[Scheme | None]
 FLOAT_BITS = 16
 
@@ -49,16 +49,19 @@ class Unit:
     either_axis: bool = False
 
     @property
+    def own(self) -> tuple[str, ...]:
+        """The layers that hold a tensor of their own: all but the tied ones."""
+        return tuple(name for name in self.shapes if name not in self.shared)
+
+    @property
     def weights(self) -> int:
         """Weights stored, tied ones counted once."""
-        return sum(out * width for name, (out, width) in self.shapes.items() if name not in self.shared)
+        return sum(math.prod(self.shapes[name]) for name in self.own)
 
     def bits(self, scheme: Scheme | None) -> int:
         """Bits that the unit takes on disk under `scheme`: codes, scales, offsets, tables and padding; 16 a weight for None."""
         return sum(
-            scheme_bits(scheme, shape, self.outliers, self.either_axis)
-            for name, shape in self.shapes.items()
-            if name not in self.shared
+            scheme_bits(scheme, self.shapes[name], self.outliers, self.either_axis) for name in self.own
         )
 
 
@@ -87,8 +90,9 @@ def make_units(
 ) -> tuple[Unit, ...]:
     """Gather layers into units, in the order of the model; `fused` keeps linears that read one input together.
 
-    Raises `RecipeError` when a layer is tied to one that is not there.
+    Raises `RecipeError` for another granularity, and when a layer is tied to one that is not there.
     """
+    check_choice("granularity", granularity, get_args(Granularity))
     layers = list(layers)
     by_name = {layer.name: layer for layer in layers}
     members: dict[str, list[LayerShape]] = {}

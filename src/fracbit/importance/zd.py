@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fracbit.errors import WeightError
-from fracbit.importance.layer import LayerView
+from fracbit.importance.methods import DATA_FREE, ScoreMethod
+from fracbit.importance.view import LayerView
 
 
 def share_above(weights: Sequence[Tensor], two_sided: bool = False) -> float:
@@ -45,3 +46,14 @@ def z_score_distribution(two_sided: bool, per_matrix: bool) -> Callable[[LayerVi
         return -sum(share_above([matrix], two_sided) for matrix in matrices) / len(matrices)
 
     return score
+
+
+def _line(about: str, two_sided: bool, per_matrix: bool) -> ScoreMethod:
+    score = z_score_distribution(two_sided, per_matrix)
+    return ScoreMethod(f"share of weights more than 1 std {about}", score, None, DATA_FREE)
+
+
+POOLED = _line("above the mean, pooled", False, False)
+TWO_SIDED = _line("from the mean, pooled", True, False)
+PER_MATRIX = _line("above the mean, mean over matrices", False, True)
+TWO_SIDED_PER_MATRIX = _line("from the mean, mean over matrices", True, True)

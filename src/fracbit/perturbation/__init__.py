@@ -1,9 +1,9 @@
 """The lens of perturbation: errors of one strength and different character, and those that schemes really make."""
 
 from fracbit.perturbation.exponent import best_exponent
+from fracbit.perturbation.noise import Perturbation
 from fracbit.perturbation.perturb import (
     PERTURBATIONS,
-    Perturbation,
     check_intensity,
     check_share,
     clipping,
@@ -15,23 +15,23 @@ from fracbit.perturbation.perturb import (
     relative_intensity,
     scheme_error,
 )
-from fracbit.perturbation.scaling_units import UnitOf, from_units, to_units
+from fracbit.perturbation.scaling_groups import ScalingGroups, from_groups, to_groups
 
 __all__ = [
     "PERTURBATIONS",
     "Perturbation",
-    "UnitOf",
+    "ScalingGroups",
     "best_exponent",
     "check_intensity",
     "check_share",
     "clipping",
     "error_profile",
-    "from_units",
+    "from_groups",
     "noise_on",
     "perturb",
     "perturb_like",
     "perturbation",
     "relative_intensity",
     "scheme_error",
-    "to_units",
+    "to_groups",
 ]

@@ -1,6 +1,6 @@
 """Perturbations of one strength and different character. Gong et al. 2024, arXiv:2403.06408, section 3.
 
-Every function returns rows [units, length] of any norm; `perturb` scales each unit to the norm that was asked for.
+Every function returns rows [groups, length] of any norm; `perturb` scales each scaling group to the norm that was asked for.
 
 - `gaussian`, `uniform`, `rademacher`: shape only, independent of x.
 - `growing`, `shrinking` (the paper's Delta_M+ and Delta_M-): larger, or smaller, where |x| is larger. The paper's construction
@@ -11,10 +11,24 @@ Every function returns rows [units, length] of any norm; `perturb` scales each u
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
 CAP = 4.0
+Draw: TypeAlias = Callable[[Tensor, Tensor, torch.Generator], Tensor]
+"""(rows of x [units, length], mask of what is no padding, generator) -> rows of noise."""
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """One line of the table: `draw` makes rows of noise from rows of x, `about` says how it relates to x."""
+
+    draw: Draw
+    about: str
 
 
 def gaussian(rows: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
@@ -64,3 +78,12 @@ def _by_rank(rows: Tensor, mask: Tensor, generator: torch.Generator, descending:
     magnitudes = noise.abs().masked_fill(~mask, behind).sort(dim=1, descending=descending).values
     order = rows.abs().masked_fill(~mask, torch.inf).argsort(dim=1)
     return torch.empty_like(noise).scatter_(1, order, magnitudes).masked_fill_(~mask, 0.0) * signs
+
+
+GAUSSIAN = Perturbation(gaussian, "normal, independent of x")
+UNIFORM = Perturbation(uniform, "uniform, independent of x")
+RADEMACHER = Perturbation(rademacher, "plus or minus one magnitude, independent of x")
+GROWING = Perturbation(growing_sorted, "largest where |x| is largest; magnitudes sorted")
+GROWING_SCALED = Perturbation(growing_scaled, "largest where |x| is largest; normal times |x|")
+SHRINKING = Perturbation(shrinking_sorted, "largest where |x| is smallest; magnitudes sorted")
+SHRINKING_SCALED = Perturbation(shrinking_scaled, "largest where |x| is smallest; normal over |x|, capped")

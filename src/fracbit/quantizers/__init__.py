@@ -1,46 +1,37 @@
-"""Quantizers: (weight, scheme, stats) -> Quantized. To add one, write its file and a line in `QUANTIZERS`."""
+"""Quantizers: (weight, scheme, stats) -> Quantized. To add one, write its file and a line in records/tables.py."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
-from fracbit.errors import RecipeError, near_matches
-from fracbit.quantizers.gptq import Gptq
-from fracbit.quantizers.outliers import KeepColumns
+from fracbit.quantizers.columns import Rule
+from fracbit.quantizers.group import quantize_group
 from fracbit.quantizers.quantizer import Quantized, Quantizer
 from fracbit.quantizers.rtn import RoundToNearest
+from fracbit.records import tables
+from fracbit.records.tables import Table
 
-DESCENT_ROUNDS = 12  # at most: rounds end when they gain less than a thousandth
-
-QUANTIZERS: dict[str, Callable[..., Gptq | RoundToNearest]] = {
-    "rtn": RoundToNearest,
-    "gptq": Gptq,
-    "descent": partial(Gptq, rounds=DESCENT_ROUNDS),
-}
+QUANTIZERS: Table[Callable[[bool], Quantizer]] = tables.QUANTIZERS
+COLUMN_RULES: Table[Rule] = tables.COLUMN_RULES
 
 
-def quantizer(name: str, search: bool = False, outliers: float = 0.0) -> Quantizer:
-    """The quantizer called `name`, keeping a share `outliers` of all input columns in 16 bits.
-
-    Raises `RecipeError` with near matches.
-    """
-    if name not in QUANTIZERS:
-        raise RecipeError(f"unknown quantizer {name!r}; {near_matches(name, QUANTIZERS)}")
-    fill = QUANTIZERS[name](search=search)
-    return KeepColumns(fill, outliers) if outliers else fill
+def quantizer(name: str, search: bool = False) -> Quantizer:
+    """The quantizer called `name`. Raises `RecipeError` with near matches."""
+    return QUANTIZERS.load(name)(search)
 
 
-def nearest_of(fill: Quantizer, search: bool) -> Quantizer:
-    """Round-to-nearest with whatever `fill` keeps in 16 bits."""
-    return fill.nearest(search) if isinstance(fill, KeepColumns) else RoundToNearest(search)
+def nearest(search: bool) -> Quantizer:
+    """Round-to-nearest: what is used where a linear saw no data, and what every other quantizer must beat."""
+    return RoundToNearest(search)
 
 
 __all__ = [
+    "COLUMN_RULES",
     "QUANTIZERS",
-    "Gptq",
-    "KeepColumns",
     "Quantized",
     "Quantizer",
-    "RoundToNearest",
-    "nearest_of",
+    "Rule",
+    "nearest",
+    "quantize_group",
     "quantizer",
 ]

@@ -57,43 +57,52 @@ def sweep(
     Returns codes uint8 and error, both [in, out].
     """
     order, matrix = coupling.order, coupling.matrix
-    weight = weight[order]
+    weight = weight[order]  # [in, out], in visiting order from here on
     error = torch.zeros_like(weight) if error is None else error[order]
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     for first in range(0, len(weight), BATCH):
         last = min(first + BATCH, len(weight))
+        # What the columns outside the batch ask of it: one product.
         seen = first if coupling.causal else len(weight)
-        target = torch.addmm(weight[first:last], matrix[:seen, first:last].T, error[:seen])
-        here = order[first:last]
+        target = torch.addmm(weight[first:last], matrix[:seen, first:last].T, error[:seen])  # [batch, out]
+        here = order[first:last]  # [batch]
         part = lattice.columns(here) if isinstance(lattice, Lattice) else lattice(target, here)
-        _round_batch(weight, error, codes, target, matrix[first:last, first:last], part, first)
+        # What its columns ask of one another: a rank-1 step each.
+        inside = matrix[first:last, first:last]  # [batch, batch]
+        _round_batch(
+            target, inside, part, weight=weight[first:last], error=error[first:last], codes=codes[first:last]
+        )
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     return codes[back], error[back]
 
 
 def _round_batch(
-    weight: Tensor, error: Tensor, codes: Tensor, target: Tensor, matrix: Tensor, lattice: Lattice, first: int
+    target: Tensor, matrix: Tensor, lattice: Lattice, *, weight: Tensor, error: Tensor, codes: Tensor
 ) -> None:
-    """Round the columns of one batch in order; `error` and `codes` are this sweep's own and are written to."""
+    """Round the columns of one batch in order: all but `matrix` [batch, batch] are [batch, out].
+
+    `target`, `error` and `codes` are this sweep's own and are written to.
+    """
     rounding = _uniform(lattice) if lattice.table.step is not None else _table(lattice)
     for i in range(len(target)):
         code, value = rounding(target[i], i)
-        new = weight[first + i] - value
+        new = weight[i] - value  # [out]
         if i + 1 < len(target):
-            target[i + 1 :].addr_(matrix[i, i + 1 :], new - error[first + i])
-        error[first + i] = new
-        codes[first + i] = code
+            target[i + 1 :].addr_(matrix[i, i + 1 :], new - error[i])
+        error[i] = new
+        codes[i] = code
 
 
 Rounding = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""(target [out], its column's number in the batch) -> codes [out] and their values [out]."""
 
 
 def _uniform(lattice: Lattice) -> Rounding:
     """Evenly spaced values: a rounding of numbers, four times as fast as a search in a table."""
     assert lattice.table.step is not None
     top = lattice.table.levels - 1
-    step = lattice.scale * lattice.table.step
+    step = lattice.scale * lattice.table.step  # [in or 1, out or 1]
     base = -lattice.scale if lattice.shift is None else lattice.shift - lattice.scale
     inverse = torch.where(step > 0, 1 / step, 0.0)
 

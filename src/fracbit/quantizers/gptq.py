@@ -42,6 +42,7 @@ from fracbit.quantizers.refit import refit_scales, refit_table
 from fracbit.records.scheme import Scheme
 
 CHECKED = 1 << 18  # weights of round-to-nearest between two looks at what they cost so far
+DESCENT_ROUNDS = 12  # at most
 ENOUGH = 1e-3  # relative gain of a round below which refinement stops
 
 
@@ -61,34 +62,35 @@ class Gptq:
         self,
         weight: Tensor,
         scheme: Scheme,
-        stats: Stats | None,
+        stats: Stats | None = None,
+        *,
         columns: Tensor | None = None,
         coupling: Coupling | None = None,
     ) -> Quantized:
-        """Quantize `weight` [out, in]; the loss is tr((W - Q) G (W - Q)^T) relative to that of Q = 0.
+        """Quantize `weight` [out, in]; the costs are the rows' parts of tr((W - Q) G (W - Q)^T).
 
-        `columns` int [p] stay in 16 bits and are moved to where they best repair the error of the others. `coupling` is
-        `self.couple(stats.gram)` when several linears share their inputs. Raises `WeightError` without a gram matrix or
-        when it does not fit.
+        `columns` int [p] stay in 16 bits and are moved to where they best repair the error of the others. Raises
+        `WeightError` without a gram matrix or when it does not fit.
         """
         weight = weight.float()
         gram = _gram_of(stats, weight)
         if columns is not None and len(columns):
             return self._with_columns(weight, scheme, gram, columns)
-        return self.rows(weight, scheme, gram, self.couple(gram) if coupling is None else coupling).whole()
-
-    def rows(self, weight: Tensor, scheme: Scheme, gram: Tensor, coupling: Coupling) -> Rows:
-        """Quantize `weight` fp32 [out, in] and say of every output row what it cost."""
+        coupling = self._feedback(gram) if coupling is None else coupling
         packed, costs, notes = self._quantize(weight, scheme, gram, coupling)
-        return Rows(packed, costs, gram_errors(weight, gram), notes)
+        return Quantized(packed, costs, gram_errors(weight, gram), notes)
 
-    def couple(self, gram: Tensor) -> Coupling:
+    def couple(self, stats: Stats | None) -> Coupling | None:
         """How errors feed back: one factorization for all linears that read the same inputs."""
+        return None if stats is None or stats.gram is None else self._feedback(stats.gram)
+
+    def _feedback(self, gram: Tensor) -> Coupling:
         return feedback(gram, by_energy(gram), self.damping)
 
     def _quantize(
         self, weight: Tensor, scheme: Scheme, gram: Tensor, coupling: Coupling
     ) -> tuple[PackedTensor, Tensor, tuple[str, ...]]:
+        """The packed weight, what each row costs [out], and notes."""
         notes: tuple[str, ...] = ()
         if coupling.damping > self.damping:
             notes = (
@@ -98,47 +100,44 @@ class Gptq:
         start = fit(weight, scheme, energy, self.search)
         solution = self._solve(weight, start, energy, coupling)
         if self.rounds:
-            solution = refine(weight, gram, solution, coupling, self.damping, self.rounds)
+            solution = refine(weight, gram, solution, coupling, damping=self.damping, rounds=self.rounds)
         packed, costs, kept = _not_worse(weight, gram, start, solution)
         return packed, costs, notes + kept
 
     def _solve(self, weight: Tensor, grid: Grid, energy: Tensor, coupling: Coupling) -> Rounded:
         """GPTQ itself: one causal sweep, with the grid fitted on the way where columns carry their own scales."""
-        transposed = weight.T.contiguous()
+        transposed = weight.T.contiguous()  # [in, out]
         if own_scales(grid.scheme):
             fits = _ColumnFits(grid.scheme, energy, self.search)
             codes, error = sweep(transposed, coupling, fits)
             grid = fits.assembled(grid)
             if isinstance(grid.scheme.scale, str):
                 return Rounded(grid, codes.T.contiguous(), error)
+            # Scales that are quantized are known only now: round again, to what is stored.
         codes, error = sweep(transposed, coupling, spread_grid(grid))
         return Rounded(grid, codes.T.contiguous(), error)
 
     def _with_columns(self, weight: Tensor, scheme: Scheme, gram: Tensor, columns: Tensor) -> Quantized:
-        columns = columns.to(torch.int32).sort().values
+        columns = columns.to(torch.int32).sort().values  # [p]
         free, kept = columns.long(), quantized_columns(columns, weight.shape[1])
         if not len(kept):
-            raise WeightError(f"all {len(free)} columns are to stay in 16 bits: nothing is left to quantize")
-        reduced, follow = eliminate(gram, kept, free, self.damping)
-        packed, _, notes = self._quantize(weight[:, kept], scheme, reduced, self.couple(reduced))
-        moved_columns = weight[:, free] + (weight[:, kept] - decode(packed)) @ follow
+            raise WeightError(
+                f"all {len(free)} columns are to stay in 16 bits, nothing is left to quantize; keep fewer, or leave "
+                "the layer float"
+            )
+        # Quantize the others against the gram matrix that is left when these columns repair what they can.
+        reduced, follow = eliminate(gram, kept, free, self.damping)  # [kept, kept], [kept, p]
+        packed, _, notes = self._quantize(weight[:, kept], scheme, reduced, self._feedback(reduced))
+        # Move them to where they do.
+        repaired = weight[:, free] + (weight[:, kept] - decode(packed)) @ follow  # [out, p]
         shape = (weight.shape[0], weight.shape[1])
-        packed = replace(packed, shape=shape, columns=columns, outliers=in_16_bits(moved_columns))
-        return Quantized(packed, relative_loss(weight, packed, gram), notes)
+        packed = replace(packed, shape=shape, columns=columns, outliers=in_16_bits(repaired))
+        return Quantized(packed, gram_errors(weight - decode(packed), gram), gram_errors(weight, gram), notes)
 
 
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """A quantized weight with the cost of each output row, and of its zero: both [out]."""
-
-    packed: PackedTensor
-    costs: Tensor
-    powers: Tensor
-    notes: tuple[str, ...]
-
-    def whole(self) -> Quantized:
-        """All rows as one."""
-        return Quantized(self.packed, relative(self.costs, self.powers), self.notes)
+def refined(search: bool = False) -> Gptq:
+    """GPTQ refined by rounds of closed-form refits and coordinate descent."""
+    return Gptq(search, rounds=DESCENT_ROUNDS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,17 +150,19 @@ class Rounded:
 
 
 def refine(
-    weight: Tensor, gram: Tensor, solution: Rounded, coupling: Coupling, damping: float, rounds: int
+    weight: Tensor, gram: Tensor, solution: Rounded, coupling: Coupling, *, damping: float, rounds: int
 ) -> Rounded:
     """Refit grid to codes and codes to grid in turn, at most `rounds` times; the cost never rises."""
-    matrix = damped(gram, damping)
+    matrix = damped(gram, damping)  # [in, in]
     step = descent(gram, coupling.order, damping)
-    transposed = weight.T.contiguous()
+    transposed = weight.T.contiguous()  # [in, out]
     cost = float(gram_errors(solution.error.T, matrix).sum())
     for _ in range(rounds):
+        # The grid for these codes, ...
         grid = refit_scales(weight, matrix, solution.grid, solution.codes)
         grid, codes = refit_table(weight, matrix, grid, solution.codes)
-        error = (weight - values_of(codes, grid)).T
+        # ... and the codes for this grid.
+        error = (weight - values_of(codes, grid)).T  # [in, out]
         codes, error = sweep(transposed, step, spread_grid(grid), error)
         new = float(gram_errors(error.T, matrix).sum())
         if new < cost:
@@ -195,26 +196,15 @@ class _ColumnFits:
 
     def assembled(self, like: Grid) -> Grid:
         """One grid in the stored order of columns, its scales rounded to what `like` stores."""
-        place = torch.cat(self.columns).argsort()
+        place = torch.cat(self.columns).argsort()  # [in]
 
         def joined(part: Callable[[Grid], Tensor | None]) -> Tensor | None:
             parts = [x for x in map(part, self.grids) if x is not None]
-            return torch.cat(parts, 1)[:, place] if parts else None
+            return torch.cat(parts, 1)[:, place] if parts else None  # [blocks, in]
 
         scale = joined(lambda grid: grid.scale)
         assert scale is not None
         return moved(like, scale, joined(lambda grid: grid.shift), joined(lambda grid: grid.zeros))
-
-
-def relative_loss(weight: Tensor, packed: PackedTensor, gram: Tensor) -> float:
-    """tr((W - Q) G (W - Q)^T) / tr(W G W^T); 0 for a weight or inputs of zeros."""
-    return relative(gram_errors(weight - decode(packed), gram), gram_errors(weight, gram))
-
-
-def relative(costs: Tensor, powers: Tensor) -> float:
-    """The sum of `costs` over that of `powers`, 0 where that is 0."""
-    total = float(powers.sum())
-    return float(costs.sum()) / total if total > 0 else 0.0
 
 
 def _not_worse(
@@ -225,7 +215,7 @@ def _not_worse(
     Round-to-nearest is dearer as soon as its first rows cost more than all of the solution: the others are not multiplied.
     """
     packed = pack(solution.codes, solution.grid)
-    costs = gram_errors(weight - decode(packed), gram)
+    costs = gram_errors(weight - decode(packed), gram)  # [out]
     most, spent = float(costs.sum()), 0.0
     codes, nearest = codes_of(weight, start), []
     for first, last in row_chunks(start.shape, start.scheme, CHECKED):

@@ -1,8 +1,9 @@
 """Linears that read the same inputs, quantized as one: their statistics, the factorization and the column loop are shared.
 
 Where every row of a scheme stands for itself (blocks along the input, scales stored as floats, no table for the whole
-tensor), the weights are stacked, quantized in one sweep and cut apart again; the result is the same, bit for bit, and the
-column loop runs once for q, k and v. Elsewhere only the factorization is shared.
+tensor), the weights are stacked, quantized in one sweep and cut apart again: the column loop runs once for q, k and v.
+Elsewhere, and where columns stay in 16 bits, only the factorization is shared. A quantizer that shares nothing between linears
+(`couple` gives None) takes them one by one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from torch import Tensor
 from fracbit.numerics.datatypes import is_fitted
 from fracbit.numerics.packed import PackedTensor
 from fracbit.numerics.stats import Stats
-from fracbit.quantizers.gptq import Gptq, relative
 from fracbit.quantizers.quantizer import Quantized, Quantizer
 from fracbit.records.scheme import Scheme
 
@@ -25,23 +25,27 @@ _BY_ROW = ("codes", "scales", "offsets", "outliers")
 
 
 def quantize_group(
-    quantizer: Quantizer, weights: Sequence[Tensor], schemes: Sequence[Scheme], stats: Stats | None
+    fill: Quantizer,
+    weights: Sequence[Tensor],
+    schemes: Sequence[Scheme],
+    stats: Stats | None,
+    columns: Sequence[Tensor | None] | None = None,
 ) -> list[Quantized]:
-    """Quantize the `weights` [out, in] of linears with one input, each by its scheme; in the order given."""
-    if not isinstance(quantizer, Gptq) or stats is None or stats.gram is None or len(weights) == 1:
-        return [quantizer(weight, scheme, stats) for weight, scheme in zip(weights, schemes, strict=True)]
-    coupling = quantizer.couple(stats.gram)
-    if len(set(schemes)) > 1 or not rows_stand_alone(schemes[0]):
-        pairs = zip(weights, schemes, strict=True)
-        return [quantizer(weight, scheme, stats, coupling=coupling) for weight, scheme in pairs]
-    whole = quantizer.rows(
-        torch.cat([weight.float() for weight in weights]), schemes[0], stats.gram, coupling
-    )
-    sizes = [len(weight) for weight in weights]
-    parts = zip(
-        split_rows(whole.packed, sizes), whole.costs.split(sizes), whole.powers.split(sizes), strict=True
-    )
-    return [Quantized(packed, relative(costs, powers), whole.notes) for packed, costs, powers in parts]
+    """Quantize the `weights` [out, in] of linears with one input, each by its scheme; in the order given.
+
+    `columns`: for every weight the numbers int [p] of its input columns that stay in 16 bits, or None.
+    """
+    kept = [None] * len(weights) if columns is None else [_some(numbers) for numbers in columns]
+    shares = len(weights) > 1 and any(numbers is None for numbers in kept)
+    coupling = fill.couple(stats) if shares else None
+    stacks = coupling is not None and not any(numbers is not None for numbers in kept)
+    if stacks and len(set(schemes)) == 1 and rows_stand_alone(schemes[0]):
+        whole = fill(torch.cat([w.float() for w in weights]), schemes[0], stats, coupling=coupling)
+        return split_quantized(whole, [len(weight) for weight in weights])
+    return [
+        fill(weight, scheme, stats, columns=numbers, coupling=coupling if numbers is None else None)
+        for weight, scheme, numbers in zip(weights, schemes, kept, strict=True)
+    ]
 
 
 def rows_stand_alone(scheme: Scheme) -> bool:
@@ -49,6 +53,15 @@ def rows_stand_alone(scheme: Scheme) -> bool:
     inside = isinstance(scheme.block, int) or scheme.block == "row"
     own_table = scheme.dtype.endswith(":row") or not is_fitted(scheme)
     return scheme.axis == "in" and inside and own_table and isinstance(scheme.scale, str)
+
+
+def split_quantized(whole: Quantized, sizes: Sequence[int]) -> list[Quantized]:
+    """Cut a quantized stack whose rows stand alone into runs of `sizes` rows; notes go to every part."""
+    parts = zip(
+        split_rows(whole.packed, sizes), whole.costs.split(list(sizes)), whole.powers.split(list(sizes)),
+        strict=True,
+    )  # fmt: skip
+    return [Quantized(packed, costs, powers, whole.notes) for packed, costs, powers in parts]
 
 
 def split_rows(packed: PackedTensor, sizes: Sequence[int]) -> list[PackedTensor]:
@@ -61,6 +74,10 @@ def split_rows(packed: PackedTensor, sizes: Sequence[int]) -> list[PackedTensor]
         table = packed.table if packed.table is None or len(packed.table) == 1 else packed.table[rows].clone()
         result.append(replace(packed, shape=(size, packed.shape[1]), table=table, **cut))
     return result
+
+
+def _some(columns: Tensor | None) -> Tensor | None:
+    return columns if columns is not None and len(columns) else None
 
 
 def _rows(part: Tensor | None, rows: slice) -> Tensor | None:

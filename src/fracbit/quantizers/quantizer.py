@@ -1,10 +1,17 @@
-"""What a quantizer is: a function from a weight, a scheme and statistics to a packed tensor, its loss and notes."""
+"""What a quantizer is: a function from a weight, a scheme and statistics to a packed tensor and what every row of it cost.
+
+Nothing outside a quantizer's own class asks which one it is. What it reads, what linears with one input share and which
+columns stay in 16 bits are all part of the protocol, so that a new quantizer needs no line anywhere but in the table.
+"""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
+from fracbit.numerics.linalg import Coupling
 from fracbit.numerics.packed import PackedTensor
 from fracbit.numerics.stats import Stats
 from fracbit.records.scheme import Scheme
@@ -12,21 +19,56 @@ from fracbit.records.scheme import Scheme
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """A quantized weight. `loss` is the quantizer's own objective, relative to that of the zero matrix (0 is perfect)."""
+    """A quantized weight: `costs` [out] is the quantizer's own objective, row by row, `powers` [out] that of zero weights."""
 
     packed: PackedTensor
-    loss: float
+    costs: Tensor
+    powers: Tensor
     notes: tuple[str, ...] = ()
+
+    @property
+    def loss(self) -> float:
+        """The objective of the whole relative to that of zero weights: 0 is perfect; 0 as well where zeros cost nothing."""
+        total = float(self.powers.sum())
+        return float(self.costs.sum()) / total if total > 0 else 0.0
 
 
 class Quantizer(Protocol):
-    """`needs` names the statistics that `__call__` reads: any of "gram", "energy", "absmax"; empty for data-free ones."""
+    """A way to choose codes.
+
+    - `needs` names the statistics that a call reads: any of "gram", "energy", "absmax"; empty for data-free quantizers.
+    - `search` says that the range of every block is searched for the least error.
+    """
 
     @property
     def needs(self) -> frozenset[str]:
         """Statistics that must be observed before the call."""
         ...
 
-    def __call__(self, weight: Tensor, scheme: Scheme, stats: Stats | None) -> Quantized:
-        """Quantize `weight` [out, in]; nothing that was passed in is written to."""
+    @property
+    def search(self) -> bool:
+        """Whether block ranges of least error are searched."""
+        ...
+
+    def couple(self, stats: Stats | None) -> Coupling | None:
+        """What all linears that read these inputs share, computed once; None where they share nothing.
+
+        A quantizer that returns something may be given several weights stacked, where their scheme lets rows stand alone.
+        """
+        ...
+
+    def __call__(
+        self,
+        weight: Tensor,
+        scheme: Scheme,
+        stats: Stats | None = None,
+        *,
+        columns: Tensor | None = None,
+        coupling: Coupling | None = None,
+    ) -> Quantized:
+        """Quantize `weight` [out, in]; nothing that was passed in is written to.
+
+        The input `columns` int [p] stay in 16 bits. `coupling` is `couple(stats)` where the caller has it already.
+        Raises `WeightError` when statistics that it `needs` are missing or do not fit.
+        """
         ...

@@ -23,94 +23,107 @@ PRIOR = 1e-4  # of the diagonal, pulls towards the present values: keeps nearly 
 def refit_scales(weight: Tensor, gram: Tensor, grid: Grid, codes: Tensor) -> Grid:
     """The grid with the scales (and float offsets) of least cost for `codes` [out, in] of `weight` [out, in]."""
     scheme = grid.scheme
-    units = grid.table.look_up(codes)
+    # What is multiplied by the scales: table values, less the zero point where that is a code.
+    units = grid.table.look_up(codes)  # [out, in]
     if grid.zeros is not None:
-        zeros = grid.table.look_up(grid.zeros).view(grid.zeros.shape)
+        zeros = grid.table.look_up(grid.zeros).view(grid.zeros.shape)  # as the scales
         units = units - spread(zeros, grid.shape, scheme)
     with_shift = grid.shift is not None and grid.zeros is None
+    # The systems that couple as few scales as the blocks allow.
     if scheme.block == "tensor":
-        found = _one_block(weight, gram, units, grid, with_shift)
+        solve = _one_block
     elif flat_block(scheme.block) and grid.shape[1] % block_length(grid.shape, scheme):
         return grid  # blocks that cross rows couple all rows: no small system
     elif scheme.axis == "in" or flat_block(scheme.block):
-        found = _row_systems(weight, gram, units, grid, with_shift)
+        solve = _row_systems
     else:
-        found = _band_systems(weight, gram, units, grid, with_shift)
-    scale, shift = found
+        solve = _band_systems
+    scale, shift = solve(weight, gram, units, grid, with_shift=with_shift)
+    # Rounded to what is stored, and kept where that is better.
     scale = torch.where(scale > 0, scale.view(grid.scale.shape), grid.scale)
-    if with_shift:
-        assert shift is not None
-        shift = shift.view(grid.scale.shape)
-    return _better(weight, gram, codes, grid, moved(grid, scale, shift))
+    shift = None if shift is None else shift.view(grid.scale.shape)
+    return _better(weight, gram, codes, grid, candidate=moved(grid, scale, shift))
 
 
 def refit_table(weight: Tensor, gram: Tensor, grid: Grid, codes: Tensor) -> tuple[Grid, Tensor]:
     """The grid with the fitted table of least cost for `codes`, and the codes renumbered where values changed places."""
     if grid.stored_table is None:
         return grid, codes
-    scale = spread(grid.scale, grid.shape, grid.scheme).expand(grid.shape)
+    # One system of [levels] unknowns a row: the weights of one level move together, by their scales.
+    scale = spread(grid.scale, grid.shape, grid.scheme).expand(grid.shape)  # [out, in]
     wanted = weight if grid.shift is None else weight - spread(grid.shift, grid.shape, grid.scheme)
     index, levels = codes.long(), grid.table.levels
-    right = _per_level((wanted @ gram) * scale, index, levels)
+    right = _per_level((wanted @ gram) * scale, index, levels)  # [out, levels]
     left = torch.stack(
         [
             _per_level((torch.where(index == level, scale, 0.0) @ gram) * scale, index, levels)
             for level in range(levels)
         ],
         1,
-    )
+    )  # [out, levels, levels]
     if len(grid.stored_table) == 1:
-        left, right = left.sum(0, keepdim=True), right.sum(0, keepdim=True)
-    table = _solve(left, right, grid.table.values).half()
+        left, right = left.sum(0, keepdim=True), right.sum(0, keepdim=True)  # one table for all rows
+    table = _solve(left, right, grid.table.values).half()  # [1 or out, levels]
+    # A stored table ascends: the codes follow their values to the new places.
     table, places = table.sort(dim=1, stable=True)
-    renumber = places.argsort(dim=1).expand(len(codes), -1)
-    renamed = renumber.gather(1, index).to(torch.uint8)
+    renumber = places.argsort(dim=1).expand(len(codes), -1)  # [out, levels]
+    renamed = renumber.gather(1, index).to(torch.uint8)  # [out, in]
+    # Kept where it costs less: as a whole, or row by row where rows have tables of their own.
     candidate = with_table(grid, table)
     old, new = (gram_errors(weight - values_of(c, g), gram) for c, g in ((codes, grid), (renamed, candidate)))
     if len(table) == 1:
         return (candidate, renamed) if float(new.sum()) < float(old.sum()) else (grid, codes)
-    take = (new < old)[:, None]
+    take = (new < old)[:, None]  # [out, 1]
     table = torch.where(take, table, grid.stored_table)
     return with_table(grid, table), torch.where(take, renamed, codes)
 
 
 def _row_systems(
-    weight: Tensor, gram: Tensor, units: Tensor, grid: Grid, with_shift: bool
+    weight: Tensor, gram: Tensor, units: Tensor, grid: Grid, *, with_shift: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Blocks along the input: one system of [blocks] (or twice that, with offsets) unknowns per output row."""
     block = block_length(grid.shape, grid.scheme)
     rows, width = units.shape
     starts = range(0, width, block)
+    # d cost / d scale = 0, block by block.
     products = [units[:, a : a + block] @ gram[a : a + block] for a in starts]  # [out, in] each
     left = torch.stack([_block_sums(p * units, block) for p in products], 1)  # [out, blocks, blocks]
-    desired = weight @ gram
-    right = _block_sums(desired * units, block)
-    old = grid.scale.view(rows, -1)
+    desired = weight @ gram  # [out, in]
+    right = _block_sums(desired * units, block)  # [out, blocks]
+    old = grid.scale.view(rows, -1)  # [out, blocks]
     if not with_shift:
         return _solve(left, right, old), None
+    # Offsets are a second set of unknowns, whose units are all one.
     assert grid.shift is not None
-    across = torch.stack([_block_sums(p, block) for p in products], 1)
-    ones = _block_sums(_block_sums(gram, block).T, block).T.expand(rows, -1, -1)
-    left = torch.cat([torch.cat([left, across], 2), torch.cat([across.mT, ones], 2)], 1)
-    right = torch.cat([right, _block_sums(desired, block)], 1)
+    across = torch.stack([_block_sums(p, block) for p in products], 1)  # [out, blocks, blocks]
+    ones = _block_sums(_block_sums(gram, block).T, block).T.expand(rows, -1, -1)  # [out, blocks, blocks]
+    left = torch.cat(
+        [torch.cat([left, across], 2), torch.cat([across.mT, ones], 2)], 1
+    )  # [out, 2 blocks, 2 blocks]
+    right = torch.cat([right, _block_sums(desired, block)], 1)  # [out, 2 blocks]
     found = _solve(left, right, torch.cat([old, grid.shift.view(rows, -1)], 1))
     return found[:, : old.shape[1]], found[:, old.shape[1] :]
 
 
 def _band_systems(
-    weight: Tensor, gram: Tensor, units: Tensor, grid: Grid, with_shift: bool
+    weight: Tensor, gram: Tensor, units: Tensor, grid: Grid, *, with_shift: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Blocks along the output: one system of [in] (or twice that) unknowns per band of rows that share their scales."""
     block = block_length(grid.shape, grid.scheme)
     scales, shifts = [], []
     for band, first in enumerate(range(0, len(units), block)):
-        part, desired = units[first : first + block], weight[first : first + block] @ gram
-        left, right = gram * (part.T @ part), (part * desired).sum(0)
-        old = grid.scale[band]
+        part, desired = (
+            units[first : first + block],
+            weight[first : first + block] @ gram,
+        )  # [rows of the band, in]
+        left, right = gram * (part.T @ part), (part * desired).sum(0)  # [in, in], [in]
+        old = grid.scale[band]  # [in]
         if with_shift:
             assert grid.shift is not None
-            across = gram * part.sum(0)[:, None]
-            left = torch.cat([torch.cat([left, across], 1), torch.cat([across.T, gram * len(part)], 1)])
+            across = gram * part.sum(0)[:, None]  # [in, in]
+            left = torch.cat(
+                [torch.cat([left, across], 1), torch.cat([across.T, gram * len(part)], 1)]
+            )  # [2 in, 2 in]
             right, old = torch.cat([right, desired.sum(0)]), torch.cat([old, grid.shift[band]])
         found = _solve(left[None], right[None], old[None])[0]
         scales.append(found[: units.shape[1]])
@@ -119,7 +132,7 @@ def _band_systems(
 
 
 def _one_block(
-    weight: Tensor, gram: Tensor, units: Tensor, grid: Grid, with_shift: bool
+    weight: Tensor, gram: Tensor, units: Tensor, grid: Grid, *, with_shift: bool
 ) -> tuple[Tensor, Tensor | None]:
     """One scale (and offset) for the tensor."""
     old = (
@@ -127,16 +140,20 @@ def _one_block(
         if grid.shift is None or not with_shift
         else torch.cat([grid.scale[0], grid.shift[0]])
     )
-    basis = [units, torch.ones_like(units)] if with_shift else [units]
-    products = [x @ gram for x in basis]
-    left = torch.stack([torch.stack([(p * x).sum() for x in basis]) for p in products])
-    right = torch.stack([(p * weight).sum() for p in products])
+    basis = (
+        [units, torch.ones_like(units)] if with_shift else [units]
+    )  # what scale and offset are multiplied by
+    products = [x @ gram for x in basis]  # [out, in] each
+    left = torch.stack(
+        [torch.stack([(p * x).sum() for x in basis]) for p in products]
+    )  # [unknowns, unknowns]
+    right = torch.stack([(p * weight).sum() for p in products])  # [unknowns]
     found = _solve(left[None], right[None], old[None])[0]
     return found[:1], found[1:] if with_shift else None
 
 
 def _solve(left: Tensor, right: Tensor, old: Tensor) -> Tensor:
-    """`left` x = `right` for a stack of symmetric systems, pulled slightly towards `old`; unused unknowns stay as they are."""
+    """`left` [n, k, k] x = `right` [n, k] for n symmetric systems, pulled slightly to `old`, where unused unknowns stay."""
     left, right = left.double(), right.double()
     prior = PRIOR * left.diagonal(dim1=-2, dim2=-1)
     prior = torch.where(prior > 0, prior, 1.0)
@@ -147,20 +164,21 @@ def _solve(left: Tensor, right: Tensor, old: Tensor) -> Tensor:
 
 def _block_sums(x: Tensor, block: int) -> Tensor:
     """Sums over runs of `block` columns: [rows, blocks]; the last run may be short."""
-    x = torch.nn.functional.pad(x, (0, -x.shape[1] % block))
+    x = torch.nn.functional.pad(x, (0, -x.shape[1] % block))  # [rows, blocks * block]
     return x.view(len(x), -1, block).sum(-1)
 
 
 def _per_level(x: Tensor, index: Tensor, levels: int) -> Tensor:
+    """Sums of `x` [rows, in] over the columns of each code in `index` [rows, in]: [rows, levels]."""
     return x.new_zeros(len(x), levels).scatter_add_(1, index, x)
 
 
-def _better(weight: Tensor, gram: Tensor, codes: Tensor, grid: Grid, candidate: Grid) -> Grid:
+def _better(weight: Tensor, gram: Tensor, codes: Tensor, grid: Grid, *, candidate: Grid) -> Grid:
     """The candidate in the rows where it costs less; as a whole where rows share scales or the scales are quantized."""
     old, new = (gram_errors(weight - values_of(codes, g), gram) for g in (grid, candidate))
     if grid.scheme.axis == "out" or grid.scale.shape[0] != len(old) or not isinstance(grid.scheme.scale, str):
         return candidate if float(new.sum()) < float(old.sum()) else grid
-    take = (new < old)[:, None]
+    take = (new < old)[:, None]  # [out, 1]
     scale = torch.where(take, candidate.scale, grid.scale)
     shift = (
         None

@@ -4,11 +4,15 @@ With `search`, each block's range is shrunk to the least squared error, weighted
 given (as AWQ and llama.cpp's importance matrix do), plain otherwise.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fracbit.numerics.grid import quantize_tensor
+from fracbit.numerics.linalg import Coupling
 from fracbit.numerics.packed import PackedTensor, decoded_parts, quantized_columns
 from fracbit.numerics.stats import Stats
 from fracbit.quantizers.quantizer import Quantized
@@ -17,37 +21,49 @@ from fracbit.records.scheme import Scheme
 
 @dataclass(frozen=True)
 class RoundToNearest:
-    """Round-to-nearest; `search` looks for the block range of least error, `columns` are kept in 16 bits."""
+    """Round-to-nearest; `search` looks for the block range of least error. Rows and linears share nothing."""
 
     search: bool = False
     needs: frozenset[str] = frozenset()
 
+    def couple(self, stats: Stats | None) -> Coupling | None:
+        """Nothing."""
+        return None
+
     def __call__(
-        self, weight: Tensor, scheme: Scheme, stats: Stats | None = None, columns: Tensor | None = None
+        self,
+        weight: Tensor,
+        scheme: Scheme,
+        stats: Stats | None = None,
+        *,
+        columns: Tensor | None = None,
+        coupling: Coupling | None = None,
     ) -> Quantized:
-        """Quantize `weight` [out, in]; the loss is the relative squared error, weighted by input energy when known."""
-        importance = None if stats is None else stats.energy / max(stats.tokens, 1)
-        packed = quantize_tensor(weight, scheme, importance, self.search, columns)
-        return Quantized(packed, relative_error(weight, packed, importance))
+        """Quantize `weight` [out, in]; costs are squared errors, weighted by input energy where statistics are given."""
+        importance = None if stats is None else stats.energy / max(stats.tokens, 1)  # [in]
+        packed = quantize_tensor(weight, scheme, importance, search=self.search, columns=columns)
+        costs, powers = squared_errors(weight, packed, importance)
+        return Quantized(packed, costs, powers)
 
 
-def relative_error(weight: Tensor, packed: PackedTensor, importance: Tensor | None = None) -> float:
-    """Sum h (w - q)^2 / sum h w^2 with the input channels' importance h [in]; 0 for a weight of zeros.
+def squared_errors(
+    weight: Tensor, packed: PackedTensor, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sum over a row of h (w - q)^2 and of h w^2, with the importance h [in] of the inputs: [out] each.
 
     Columns that `packed` keeps in 16 bits count as exact. Decodes a run of rows at a time.
     """
     kept = None if packed.columns is None else quantized_columns(packed.columns, packed.shape[1])
-    error = power = 0.0
-    for first, part in decoded_parts(packed):
+    inner = importance if kept is None or importance is None else importance[kept]  # [quantized columns]
+    costs, powers = [], []
+    for first, part in decoded_parts(packed):  # [rows, quantized columns]
         rows = weight[first : first + len(part)].float()
-        power += _weighted_squares(rows, importance)
+        powers.append(_weighted_squares(rows, importance))
         rows = rows if kept is None else rows[:, kept]
-        error += _weighted_squares(
-            part.sub_(rows), importance if kept is None or importance is None else importance[kept]
-        )
-    return error / power if power > 0 else 0.0
+        costs.append(_weighted_squares(part.sub_(rows), inner))
+    return torch.cat(costs), torch.cat(powers)
 
 
-def _weighted_squares(x: Tensor, importance: Tensor | None) -> float:
+def _weighted_squares(x: Tensor, importance: Tensor | None) -> Tensor:
     squares = x.square() if importance is None else x.square().mul_(importance)
-    return float(squares.sum())
+    return squares.sum(1)

@@ -1,41 +1,36 @@
 """Equal-function rewrites: numbers that move difficulty between a linear's inputs and its weight. Tensors only.
 
-What they give is folded into the model by models/fold.py: the producer of the inputs is divided by the factors, the columns
-that read them are multiplied; the float model's output stays the same.
+To add one, write its file and a line in records/tables.py.
 """
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Sequence
 
-from fracbit.errors import RecipeError, near_matches
-from fracbit.numerics.stats import Stats
-from fracbit.records.scheme import Scheme
+from fracbit.records import tables
+from fracbit.records.tables import Table
 from fracbit.transforms.awq import awq_factors
 from fracbit.transforms.rotation import hadamard, rotation, turn_columns, turn_factors, turn_inputs
 from fracbit.transforms.smooth import smooth_factors
+from fracbit.transforms.transform import Factors, Transform
 
-Factors = Callable[[Sequence[Tensor], Sequence[Scheme], Stats], Tensor]
-"""(weights [out, in] of the linears that read one input, their schemes, that input's statistics) -> factors [in] > 0."""
-
-TRANSFORMS: dict[str, Factors] = {"smooth": smooth_factors, "awq": awq_factors}
+TRANSFORMS: Table[Transform] = tables.TRANSFORMS
 
 
-def factors_of(name: str) -> Factors:
-    """The transform called `name`. Raises `RecipeError` with near matches."""
-    if name not in TRANSFORMS:
-        raise RecipeError(f"unknown transform {name!r}; {near_matches(name, TRANSFORMS)}")
-    return TRANSFORMS[name]
+def transforms_of(names: Sequence[str]) -> tuple[Transform, ...]:
+    """The transforms of these names, in their order. Raises `RecipeError` with near matches."""
+    return tuple(TRANSFORMS[name] for name in names)
 
 
 __all__ = [
     "TRANSFORMS",
     "Factors",
+    "Transform",
     "awq_factors",
-    "factors_of",
     "hadamard",
     "rotation",
     "smooth_factors",
+    "transforms_of",
     "turn_columns",
     "turn_factors",
     "turn_inputs",

@@ -20,6 +20,7 @@ from fracbit.numerics.linalg import gram_errors
 from fracbit.numerics.packed import decode
 from fracbit.numerics.stats import Stats
 from fracbit.records.scheme import Scheme
+from fracbit.transforms.transform import Transform
 
 STEPS = 20
 
@@ -34,8 +35,10 @@ def awq_factors(weights: Sequence[Tensor], schemes: Sequence[Scheme], stats: Sta
     ones = torch.ones_like(stats.energy)
     if all(scheme.axis == "out" for scheme in schemes):
         return ones
-    size = (stats.energy / max(stats.tokens, 1)).sqrt()
+    # Magnitude of each input; a dead one counts as the quietest that is alive.
+    size = (stats.energy / max(stats.tokens, 1)).sqrt()  # [in]
     size = torch.where(size > 0, size, size[size > 0].min() if bool((size > 0).any()) else ones)
+    # Powers of it, from none to all.
     best, best_loss = ones, _loss(weights, schemes, stats.gram, ones)
     for step in range(1, STEPS):
         factors = size ** (step / STEPS)
@@ -49,6 +52,9 @@ def awq_factors(weights: Sequence[Tensor], schemes: Sequence[Scheme], stats: Sta
 def _loss(weights: Sequence[Tensor], schemes: Sequence[Scheme], gram: Tensor, factors: Tensor) -> float:
     total = 0.0
     for weight, scheme in zip(weights, schemes, strict=True):
-        decoded = decode(quantize_tensor(weight.float() * factors, scheme)) / factors
+        decoded = decode(quantize_tensor(weight.float() * factors, scheme)) / factors  # [out, in]
         total += float(gram_errors(weight.float() - decoded, gram).sum())
     return total
+
+
+AWQ = Transform(awq_factors)

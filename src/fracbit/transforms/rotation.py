@@ -16,6 +16,8 @@ import math
 import torch
 from torch import Tensor
 
+from fracbit.transforms.transform import Transform
+
 LARGEST = 64  # side of a Hadamard factor: H of a power of two is the Kronecker product of smaller ones
 
 
@@ -57,8 +59,10 @@ def turn_inputs(x: Tensor, factors: tuple[Tensor, ...] | None = None) -> Tensor:
     turned = x if x.dtype == torch.float64 else x.float()
     for factor in reversed(turn_factors(x.shape[-1], x.device, turned.dtype) if factors is None else factors):
         size = len(factor)
-        product = turned.reshape(-1, size) @ factor  # the last axis; then the next one moves to its place
-        turned = product.view(-1, x.shape[-1] // size, size).transpose(1, 2)
+        product = turned.reshape(-1, size) @ factor  # [everything else, size]: the last axis is turned, ...
+        turned = product.view(-1, x.shape[-1] // size, size).transpose(
+            1, 2
+        )  # ... and the next one moves to its place
     return turned.reshape(x.shape).to(x.dtype)
 
 
@@ -85,3 +89,7 @@ def _cosine(size: int) -> Tensor:
     result = torch.cos(math.pi / size * (index[None] + 0.5) * index[:, None]) * math.sqrt(2 / size)
     result[0] /= math.sqrt(2)
     return result
+
+
+STREAM = Transform(stream_signs=random_signs)
+INNER = Transform(turns_inner=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fracbit.numerics.stats import Stats
 from fracbit.records.scheme import Scheme
+from fracbit.transforms.transform import Transform
 
 ALPHA = 0.5
 LIMIT = 1e4  # factors beyond are channels that are dead on one side
@@ -23,7 +24,10 @@ def smooth_factors(
     weights: Sequence[Tensor], schemes: Sequence[Scheme], stats: Stats, alpha: float = ALPHA
 ) -> Tensor:
     """Factors [in] for the columns of `weights` [out, in]; the inputs are to be divided by them. Dead channels keep 1."""
-    columns = torch.stack([weight.float().abs().amax(0) for weight in weights]).amax(0)
-    alive = (stats.absmax > 0) & (columns > 0)
+    columns = torch.stack([weight.float().abs().amax(0) for weight in weights]).amax(0)  # [in]
+    alive = (stats.absmax > 0) & (columns > 0)  # [in]
     found = stats.absmax.clamp(min=1e-12) ** alpha / columns.clamp(min=1e-12) ** (1 - alpha)
     return torch.where(alive, found.clamp(1 / LIMIT, LIMIT), 1.0)
+
+
+SMOOTH = Transform(smooth_factors)

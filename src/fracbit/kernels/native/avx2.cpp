@@ -8,7 +8,7 @@
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include <immintrin.h>
 
-#include "step_kernel.h"
+#include "isa_of.h"
 
 namespace fracbit {
 namespace {
@@ -245,11 +245,7 @@ struct Avx2 {
     }
 };
 
-const Isa kAvx2 = {
-    "avx2", false, transpose_lanes, quantize_lanes, nullptr, sum_lanes, Avx2::to_float, floats_to, multiply_int8<Avx2>,
-    multiply_float<Avx2>, multiply_weights, weights_of_row, read_bytes, look_up_row,
-    multiply_dense<Avx2>, normalize, gate_with, attend<Avx2>,
-};
+constexpr Isa kAvx2 = isa_of<Avx2>("avx2", false);
 
 }  // namespace
 

@@ -7,7 +7,7 @@
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
 #include <immintrin.h>
 
-#include "step_kernel.h"
+#include "isa_of.h"
 
 namespace fracbit {
 namespace {
@@ -234,19 +234,21 @@ struct Avx512 {
     }
 };
 
-// Codes in natural order, 64 at a time: eight of them fill `bits` bytes.
+constexpr int64_t kLookUp = 64;  // codes at a time, in natural order: a register of bytes
+
 template <int bits>
-void look_up_codes(const uint8_t* codes, int64_t stride, const float* values, int64_t kept, float* out) {
+void look_up_codes(const Codes& codes, int64_t row, const float* values, float* out) {
     Avx512::FloatTable<bits> table;
     table.load(values);
-    for (int64_t i = 0; i < kept; i += 64) {
-        const int64_t bytes = stride - i / 8 * bits;
+    const uint8_t* from = codes.row(row);
+    for (int64_t i = 0; i < codes.kept; i += kLookUp) {
+        const int64_t first = code_bytes(i, bits), bytes = codes.stride - first;
         const __mmask64 there = bytes >= 8 * bits ? ~0ull >> (64 - 8 * bits) : (1ull << bytes) - 1;
-        __m512i z = _mm512_maskz_loadu_epi8(there, codes + i / 8 * bits);
+        __m512i z = _mm512_maskz_loadu_epi8(there, from + first);
         if constexpr (bits < 8) z = cut<bits, 8, 0>(spread<bits, 8>(z));
         const __m128i part[4] = {_mm512_castsi512_si128(z), _mm512_extracti32x4_epi32(z, 1), _mm512_extracti32x4_epi32(z, 2),
                                  _mm512_extracti32x4_epi32(z, 3)};
-        for (int64_t j = 0, left = kept - i; j < 4 && left > 0; ++j, left -= 16) {
+        for (int64_t j = 0, left = codes.kept - i; j < 4 && left > 0; ++j, left -= 16) {
             const auto some = static_cast<__mmask16>(left >= 16 ? 0xffffu : (1u << left) - 1u);
             _mm512_mask_storeu_ps(out + i + 16 * j, some, table.at(_mm512_cvtepu8_epi32(part[j])));
         }
@@ -254,11 +256,11 @@ void look_up_codes(const uint8_t* codes, int64_t stride, const float* values, in
 }
 
 // Tables of more than four registers stay in memory, where gathering 16 numbers takes longer than one after another.
-void look_up512(const uint8_t* codes, int64_t stride, int bits, const float* values, int64_t kept, float* out) {
-    if (bits > 6) return look_up_row(codes, stride, bits, values, kept, out);
-    constexpr void (*of[])(const uint8_t*, int64_t, const float*, int64_t, float*) = {
+void look_up512(const Codes& codes, int64_t row, const float* values, float* out) {
+    if (codes.bits > 6) return look_up_row(codes, row, values, out);
+    constexpr void (*of[])(const Codes&, int64_t, const float*, float*) = {
         look_up_codes<1>, look_up_codes<2>, look_up_codes<3>, look_up_codes<4>, look_up_codes<5>, look_up_codes<6>};
-    of[bits - 1](codes, stride, values, kept, out);
+    of[codes.bits - 1](codes, row, values, out);
 }
 
 // 16 x 8 transposition: input 8d + j of a chunk to plane j, lane d. Three rounds of two-register permutations.
@@ -284,15 +286,15 @@ void transpose512(const float* natural, int64_t chunks, float* lanes) {
     }
 }
 
-// A chunk of quantize_lanes of row_kernel.h, which says what it does. NaN and Inf are the largest of all magnitudes when these are
-// compared as integers. `x` may be null.
-FRACBIT_INLINE void quantize_chunk(const __m512 (&plane)[8], const int* order, float* x, int8_t* a, float* a_scale, float* x_sum) {
+// A chunk of quantize_lanes of lanes.h, which says what it does. Compared as integers, NaN and Inf are the largest magnitudes. `x`
+// may be null.
+FRACBIT_INLINE void quantize_chunk(const __m512 (&plane)[8], const int* order, float* x, const RoundedLanes& to) {
     __m512i most = _mm512_setzero_si512();
     for (const __m512 v : plane) most = _mm512_max_epu32(most, _mm512_castps_si512(_mm512_abs_ps(v)));
     const __m512 top = _mm512_castsi512_ps(most), poison = _mm512_mul_ps(top, _mm512_setzero_ps());
-    const __mmask16 usable = _mm512_cmp_ps_mask(top, _mm512_set1_ps(1e-30f), _CMP_GE_OQ) & _mm512_cmp_ps_mask(poison, poison, _CMP_ORD_Q);
-    const __m512 inverse = _mm512_maskz_div_ps(usable, _mm512_set1_ps(127.0f), top);
-    const __m512 scale = _mm512_add_ps(_mm512_maskz_mul_ps(usable, top, _mm512_set1_ps(1.0f / 127.0f)), poison);
+    const __mmask16 usable = _mm512_cmp_ps_mask(top, _mm512_set1_ps(kLeastTop), _CMP_GE_OQ) & _mm512_cmp_ps_mask(poison, poison, _CMP_ORD_Q);
+    const __m512 inverse = _mm512_maskz_div_ps(usable, _mm512_set1_ps(kByteMost), top);
+    const __m512 scale = _mm512_add_ps(_mm512_maskz_mul_ps(usable, top, _mm512_set1_ps(1.0f / kByteMost)), poison);
     __m512i sum = _mm512_setzero_si512(), word[2] = {sum, sum};
     for (int j = 0; j < 8; ++j) {
         const __m512i q = _mm512_maskz_cvtps_epi32(usable, _mm512_mul_ps(plane[order[j]], inverse));
@@ -300,57 +302,61 @@ FRACBIT_INLINE void quantize_chunk(const __m512 (&plane)[8], const int* order, f
         word[j / 4] = _mm512_or_si512(word[j / 4], _mm512_slli_epi32(_mm512_and_si512(q, _mm512_set1_epi32(255)), 8 * (j % 4)));
         if (x != nullptr) _mm512_storeu_ps(x + order[j] * kLanes, _mm512_mul_ps(_mm512_cvtepi32_ps(q), scale));
     }
-    _mm512_storeu_si512(a, word[0]);
-    _mm512_storeu_si512(a + 64, word[1]);
-    _mm512_storeu_ps(a_scale, scale);
-    _mm512_storeu_ps(x_sum, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale));
+    _mm512_storeu_si512(to.a, word[0]);
+    _mm512_storeu_si512(to.a + kChunk / 2, word[1]);
+    _mm512_storeu_ps(to.scale, scale);
+    _mm512_storeu_ps(to.sum, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale));
 }
 
 template <bool nibbles>
-void quantize_chunks(float* x, int64_t chunks, int8_t* a, float* a_scale, float* x_sum) {
+void quantize_chunks(float* x, int64_t chunks, const RoundedLanes& to) {
     for (int64_t c = 0; c < chunks; ++c) {
         __m512 plane[8];
         for (int j = 0; j < 8; ++j) plane[j] = _mm512_loadu_ps(x + c * kChunk + j * kLanes);
-        quantize_chunk(plane, nibbles ? kNibbles : kNatural, x + c * kChunk, a + c * kChunk, a_scale + c * kLanes, x_sum + c * kLanes);
+        quantize_chunk(plane, nibbles ? kNibbles : kNatural, x + c * kChunk, to.from(c));
     }
 }
 
-void quantize512(float* x, int64_t chunks, int bits, int8_t* a, float* a_scale, float* x_sum) {
-    (bits == 4 ? quantize_chunks<true> : quantize_chunks<false>)(x, chunks, a, a_scale, x_sum);
+void quantize512(float* x, int64_t chunks, int bits, const RoundedLanes& to) {
+    (bits == 4 ? quantize_chunks<true> : quantize_chunks<false>)(x, chunks, to);
 }
 
 template <bool nibbles, Float type>
-void fold_chunks(const float* natural, const void* scales, int64_t chunks, int8_t* a, float* a_scale, float* x_sum) {
-    const auto* from = static_cast<const char*>(scales);
+void fold_chunks(const float* natural, const void* scales, int64_t chunks, const RoundedLanes& to) {
     for (int64_t c = 0; c < chunks; ++c) {
         __m512 v[8];
         for (int i = 0; i < 8; ++i) {
             const int64_t first = c * kChunk + 16 * i;
-            v[i] = _mm512_mul_ps(_mm512_loadu_ps(natural + first), Avx512::load_as<type>(from + first * (type == Float::f32 ? 4 : 2)));
+            v[i] = _mm512_mul_ps(_mm512_loadu_ps(natural + first), Avx512::load_as<type>(number_at(scales, type, first)));
         }
         transpose_chunk(v);
-        quantize_chunk(v, nibbles ? kNibbles : kNatural, nullptr, a + c * kChunk, a_scale + c * kLanes, x_sum + c * kLanes);
+        quantize_chunk(v, nibbles ? kNibbles : kNatural, nullptr, to.from(c));
     }
 }
 
 template <bool nibbles>
-void fold_as(const float* natural, const void* scales, Float type, int64_t chunks, int8_t* a, float* a_scale, float* x_sum) {
+void fold_as(const float* natural, const void* scales, Float type, int64_t chunks, const RoundedLanes& to) {
     const auto fold = type == Float::f16    ? fold_chunks<nibbles, Float::f16>
                       : type == Float::bf16 ? fold_chunks<nibbles, Float::bf16>
                                             : fold_chunks<nibbles, Float::f32>;
-    fold(natural, scales, chunks, a, a_scale, x_sum);
+    fold(natural, scales, chunks, to);
 }
 
 // In registers from end to end: axis "out" pays this for every group of rows.
-void fold512(const float* natural, const void* scales, Float type, int64_t chunks, int bits, int8_t* a, float* a_scale, float* x_sum) {
-    (bits == 4 ? fold_as<true> : fold_as<false>)(natural, scales, type, chunks, a, a_scale, x_sum);
+void fold512(const float* natural, const void* scales, Float type, int64_t chunks, int bits, const RoundedLanes& to) {
+    (bits == 4 ? fold_as<true> : fold_as<false>)(natural, scales, type, chunks, to);
 }
 
-const Isa kAvx512 = {
-    "avx512", true, transpose512, quantize512, fold512, sum_lanes, Avx512::to_float, Avx512::from_float, multiply_int8<Avx512>, multiply_float<Avx512>,
-    multiply_weights, weights_of_row, read_bytes, look_up512,
-    multiply_dense<Avx512>, normalize, gate_with, attend<Avx512>,
-};
+constexpr Isa avx512() {
+    Isa isa = isa_of<Avx512>("avx512", true);
+    isa.transpose = transpose512;
+    isa.quantize = quantize512;
+    isa.fold = fold512;
+    isa.from_float = Avx512::from_float;
+    isa.look_up = look_up512;
+    return isa;
+}
+constexpr Isa kAvx512 = avx512();
 
 }  // namespace
 

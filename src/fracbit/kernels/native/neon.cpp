@@ -6,7 +6,7 @@
 
 namespace fracbit {
 const Isa* isa_neon() {
-    static const Isa isa = neon_named("neon");
+    static constexpr Isa isa = isa_of<Neon>("neon", false);
     return &isa;
 }
 }  // namespace fracbit

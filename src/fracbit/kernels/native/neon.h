@@ -6,7 +6,7 @@
 
 #include <arm_neon.h>
 
-#include "step_kernel.h"
+#include "isa_of.h"
 
 namespace fracbit {
 namespace {
@@ -241,14 +241,6 @@ struct Neon {
         for (; i < count; ++i) to[i] = half_to_float(source[i]);
     }
 };
-
-constexpr Isa neon_named(const char* name) {
-    return {
-        name, false, transpose_lanes, quantize_lanes, nullptr, sum_lanes, Neon::to_float, floats_to, multiply_int8<Neon>,
-        multiply_float<Neon>, multiply_weights, weights_of_row, read_bytes, look_up_row,
-        multiply_dense<Neon>, normalize, gate_with, attend<Neon>,
-    };
-}
 
 }  // namespace
 }  // namespace fracbit

@@ -10,7 +10,7 @@
 
 namespace fracbit {
 const Isa* isa_neon_dot() {
-    static const Isa isa = neon_named("neon dot");
+    static constexpr Isa isa = isa_of<Neon>("neon dot", false);
 #if defined(__linux__)
     constexpr unsigned long kDotProducts = 1ul << 20;  // HWCAP_ASIMDDP
     return (getauxval(AT_HWCAP) & kDotProducts) != 0 ? &isa : nullptr;

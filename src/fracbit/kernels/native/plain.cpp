@@ -1,6 +1,5 @@
-// Plain C++: every processor. The compiler vectorises what it can.
-#include "isa.h"
-#include "step_kernel.h"
+// Plain C++, for every processor. The compiler vectorises what it can.
+#include "isa_of.h"
 
 namespace fracbit {
 namespace {
@@ -140,11 +139,7 @@ struct Plain {
     static void to_float(const void* from, Float type, int64_t count, float* to) { floats_from(from, type, count, to); }
 };
 
-const Isa kPlain = {
-    "plain", true, transpose_lanes, quantize_lanes, nullptr, sum_lanes, floats_from, floats_to, multiply_int8<Plain>, multiply_float<Plain>,
-    multiply_weights, weights_of_row, read_bytes, look_up_row,
-    multiply_dense<Plain>, normalize, gate_with, attend<Plain>,
-};
+constexpr Isa kPlain = isa_of<Plain>("plain", true);
 
 }  // namespace
 

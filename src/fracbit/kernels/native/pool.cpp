@@ -20,8 +20,9 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr auto kSpin = std::chrono::microseconds(60);  // a decode step calls the next layer within this time
-constexpr auto kLate = std::chrono::microseconds(500);  // later than a short job takes: set aside for another process
-constexpr auto kRest = std::chrono::milliseconds(100);
+constexpr int kSpinsPerLook = 64;                       // at the clock, which takes longer than a look for a job
+constexpr auto kLate = std::chrono::microseconds(500);  // more than a short job takes: a thread had to wait for another process
+constexpr auto kRest = std::chrono::milliseconds(100);  // how long torch's threads are then left alone; measured in docs/LOG.md
 
 void pause() {
 #if defined(__x86_64__) || defined(_M_X64)
@@ -31,7 +32,9 @@ void pause() {
 #endif
 }
 
-// Of OpenMP as GCC calls it: `body(data)` on that many threads, the caller's among them; 0 is the caller's own setting.
+// --- threads of torch --------------------------------------------------------------------------------------------------
+
+// OpenMP as GCC calls it: `body(data)` on that many threads, the caller's among them; 0 is the number that the caller has set.
 using Parallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
 // The function that torch's parallel loops call, or null.
@@ -49,41 +52,43 @@ Parallel parallel_of_torch() {
 #endif
 }
 
-// On as many threads as torch's own loops take: OpenMP ends and starts threads whenever that number changes. At most `threads`
-// of them work. Returns whether the caller, its own tasks done, had to wait for one that was set aside.
-bool run_on(Parallel parallel, int threads, int64_t count, Task task, void* context) {
-    struct Job {
-        int threads;
-        int64_t count;
-        Task task;
-        void* context;
-        std::thread::id caller = std::this_thread::get_id();
-        Clock::duration work = Clock::duration::max();  // of the caller, when it was among those that work
-        std::atomic<int> workers{0};
-        std::atomic<int64_t> next{0};
-    } job{threads, count, task, context};
-    const auto work = [](void* data) {
-        auto& job = *static_cast<Job*>(data);
-        const auto begin = Clock::now();
-        const int worker = job.workers.fetch_add(1, std::memory_order_relaxed);
-        if (worker >= job.threads) return;
-        for (int64_t index; (index = job.next.fetch_add(1, std::memory_order_relaxed)) < job.count;) job.task(job.context, index, worker);
-        if (std::this_thread::get_id() == job.caller) job.work = Clock::now() - begin;
-    };
+struct TorchJob {
+    int threads;
+    int64_t count;
+    Task task;
+    void* context;
+    std::thread::id caller = std::this_thread::get_id();
+    Clock::duration work = Clock::duration::max();  // of the caller, when it was among those that work
+    std::atomic<int> workers{0};
+    std::atomic<int64_t> next{0};
+};
+
+void work_for_torch(void* data) {
+    auto& job = *static_cast<TorchJob*>(data);
     const auto begin = Clock::now();
-    parallel(work, &job, 0, 0);
+    const int worker = job.workers.fetch_add(1, std::memory_order_relaxed);
+    if (worker >= job.threads) return;
+    for (int64_t index; (index = job.next.fetch_add(1, std::memory_order_relaxed)) < job.count;) job.task(job.context, index, worker);
+    if (std::this_thread::get_id() == job.caller) job.work = Clock::now() - begin;
+}
+
+// Runs tasks on as many threads as torch's own loops take, since OpenMP ends and starts threads whenever that number changes; at most
+// `threads` of them work. Returns whether the caller, its own tasks done, had to wait for a thread that was set aside.
+bool run_on_torch(Parallel parallel, int threads, int64_t count, Task task, void* context) {
+    TorchJob job{threads, count, task, context};
+    const auto begin = Clock::now();
+    parallel(work_for_torch, &job, 0, 0);
     const auto whole = Clock::now() - begin;
     return whole > job.work && whole - job.work > std::max<Clock::duration>(kLate, job.work);
 }
 
+// --- threads of our own ------------------------------------------------------------------------------------------------
+
+// One job at a time, which is open while `epoch_` is odd. Threads are started when a job first needs them.
 class Pool {
   public:
     void run(int threads, int64_t count, Task task, void* context) {
-        while (static_cast<int>(workers_.size()) < threads - 1) {
-            const int number = static_cast<int>(workers_.size()) + 1;
-            workers_.emplace_back([this, number] { serve(number); });
-            workers_.back().detach();
-        }
+        while (static_cast<int>(workers_.size()) < threads - 1) start_worker();
         task_ = task;
         context_ = context;
         count_ = count;
@@ -91,7 +96,7 @@ class Pool {
         next_.store(0, std::memory_order_relaxed);
         {
             std::lock_guard<std::mutex> lock(sleep_);
-            epoch_.fetch_add(1, std::memory_order_release);  // odd: open
+            epoch_.fetch_add(1, std::memory_order_release);
         }
         if (sleepers_.load(std::memory_order_acquire) > 0) wake_.notify_all();
         work(0);
@@ -101,6 +106,12 @@ class Pool {
     }
 
   private:
+    void start_worker() {
+        const int number = static_cast<int>(workers_.size()) + 1;
+        workers_.emplace_back([this, number] { serve(number); });
+        workers_.back().detach();
+    }
+
     void work(int worker) {
         for (;;) {
             const int64_t index = next_.fetch_add(1, std::memory_order_relaxed);
@@ -121,6 +132,7 @@ class Pool {
         }
     }
 
+    // Returns the epoch of the next job after `seen`.
     uint64_t wait_for_job(uint64_t seen) {
         const auto open = [&] {
             const uint64_t epoch = epoch_.load(std::memory_order_acquire);
@@ -128,7 +140,7 @@ class Pool {
         };
         const auto until = Clock::now() + kSpin;
         do {
-            for (int i = 0; i < 64; ++i) {
+            for (int i = 0; i < kSpinsPerLook; ++i) {
                 if (const uint64_t epoch = open()) return epoch;
                 pause();
             }
@@ -155,11 +167,14 @@ class Pool {
     int threads_ = 1;
 };
 
-std::atomic<bool> forked{false};
+// --- which of them -----------------------------------------------------------------------------------------------------
 
-// Whoever may use more than one thread now, and whose they are. Threads of OpenMP wait for each other after a job: on a busy
-// machine one that is set aside keeps all of them for a time slice. Then they rest, and a pool works that waits only for who has a task.
-// Never destroyed: sleeping workers may outlive static destructors. A fork copies no threads, so the child forgets them.
+std::atomic<bool> forked{false};
+std::atomic<bool> torch_allowed{true};
+
+// Whoever may use more than one thread now, and whose they are. Threads of OpenMP wait for each other after a job: on a busy machine
+// one that is set aside keeps all of them for a time slice. Then they rest, and our pool works, which waits only for threads that have a task.
+// Never destroyed: sleeping threads may outlive static destructors. A fork copies no threads, so the child forgets them.
 struct Threads {
     std::mutex busy;
     Parallel parallel = forked ? nullptr : parallel_of_torch();
@@ -167,8 +182,8 @@ struct Threads {
     std::unique_ptr<Pool> pool;
 
     void run(int threads, int64_t count, Task task, void* context) {
-        if (parallel != nullptr && Clock::now() >= rested) {
-            if (run_on(parallel, threads, count, task, context)) rested = Clock::now() + kRest;
+        if (parallel != nullptr && torch_allowed && Clock::now() >= rested) {
+            if (run_on_torch(parallel, threads, count, task, context)) rested = Clock::now() + kRest;
             return;
         }
         if (pool == nullptr) pool = std::make_unique<Pool>();
@@ -178,7 +193,7 @@ struct Threads {
 std::atomic<Threads*> current{nullptr};
 
 #if defined(__unix__) || defined(__APPLE__)
-// From the start: torch may have had threads before a fork, and we none.
+// Registered when the library is loaded: torch may have threads before a fork while we have none.
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] {
     forked = true;
     current.store(nullptr, std::memory_order_release);
@@ -198,7 +213,9 @@ Threads& the_threads() {
 
 }  // namespace
 
-bool on_threads_of_torch() { return the_threads().parallel != nullptr; }
+void allow_threads_of_torch(bool allowed) { torch_allowed = allowed; }
+
+bool on_threads_of_torch() { return torch_allowed && the_threads().parallel != nullptr; }
 
 void run_tasks(int threads, int64_t count, Task task, void* context) {
     threads = std::min(threads, kMaxThreads);

@@ -1,10 +1,12 @@
-// Threads that share out numbered tasks.
+// Threads that share numbered tasks.
 //
-// Tasks are claimed one by one, the caller claims too: a worker that is late or descheduled costs nothing, because what it
-// does not claim the others do. The workers are torch's, where it has an OpenMP library with GNU's interface: two pools on the
-// same processors take turns instead of working, since the workers of either spin after a job. Without one, in a forked child,
-// where that library's threads are missing, and while other processes want the processors, they belong to a pool of our own,
-// spin for some microseconds, since the next layer follows soon, then sleep. A second caller at a time runs its tasks alone.
+// Tasks are claimed one by one, and the caller claims too: a thread that is late costs nothing, since the others do its tasks. A
+// second caller at the same time runs its tasks alone.
+//
+// The threads are those of torch, where it has an OpenMP library with GNU's interface: threads of both kinds spin after a job, so two
+// pools on the same processors would take turns instead of working. A pool of our own works without such a library, in a forked child
+// (which has none of that library's threads), while other processes keep torch's threads waiting, and when a user turns torch's off.
+// Its threads spin for some microseconds, since the next layer follows soon, then sleep.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +18,10 @@ using Task = void (*)(void* context, int64_t index, int worker);
 // Run task(context, i, worker) for i in [0, count) on at most `threads` threads, the caller included; 0 <= worker < threads.
 void run_tasks(int threads, int64_t count, Task task, void* context);
 
-// Whether torch's threads were found.
+// Whether the threads of torch may be used; they are unless this says no.
+void allow_threads_of_torch(bool allowed);
+
+// Whether they are: allowed and found.
 bool on_threads_of_torch();
 
 // The most threads that `run_tasks` ever uses.

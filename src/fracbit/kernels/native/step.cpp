@@ -2,48 +2,45 @@
 
 #include <algorithm>
 
+#include "decode.h"
 #include "pool.h"
+#include "product.h"
+#include "tasks.h"
 
 namespace fracbit {
 namespace {
 
-constexpr int64_t kDenseTaskBytes = 1 << 17;
-
 struct Dense {
-    const Projection* p;
-    const Isa* isa;
-    const float* x;
-    float* y;
-    int64_t batch;
-    int64_t step;
+    const Isa& isa;
+    DenseJob job;
+    int64_t rows;  // of a task
 };
 
 void dense_task(void* context, int64_t index, int) {
-    const auto& d = *static_cast<Dense*>(context);
-    const int64_t first = index * d.step, last = std::min(first + d.step, d.p->rows);
-    d.isa->multiply_dense(d.p->dense, d.p->type, d.p->rows, d.p->columns, first, last, d.x, d.batch, d.y);
+    const auto& dense = *static_cast<const Dense*>(context);
+    const int64_t first = index * dense.rows;
+    dense.isa.multiply_dense(dense.job, first, std::min(first + dense.rows, dense.job.rows));
 }
 
 void multiply_dense(const Projection& p, const Isa& isa, const float* x, int64_t batch, float* y, int threads) {
-    const int64_t bytes = p.columns * (p.type == Float::f32 ? 4 : 2);
-    Dense dense{&p, &isa, x, y, batch, std::max<int64_t>(kDenseTaskBytes / std::max<int64_t>(bytes, 1), 1)};
-    run_tasks(threads, (p.rows + dense.step - 1) / dense.step, dense_task, &dense);
+    const int64_t bytes = std::max<int64_t>(p.columns * size_of(p.type), 1);
+    Dense dense{isa, {p.dense, p.type, p.rows, p.columns, x, batch, y}, std::max<int64_t>(kMostTaskBytes / bytes, 1)};
+    run_tasks(threads, tasks_for(p.rows, dense.rows), dense_task, &dense);
 }
 
 struct Attend {
-    const Isa* isa;
+    const Isa& isa;
     Attention job;
-    int64_t kv_heads;
     float* scores;
-    int64_t thread_floats;
+    int64_t worker_floats;
 };
 
 void attend_task(void* context, int64_t index, int worker) {
-    const auto& a = *static_cast<Attend*>(context);
-    a.isa->attend(a.job, index / a.kv_heads, index % a.kv_heads, a.scores + worker * a.thread_floats);
+    const auto& a = *static_cast<const Attend*>(context);
+    a.isa.attend(a.job, index / a.job.kv_heads, index % a.job.kv_heads, a.scores + worker * a.worker_floats);
 }
 
-// What a step needs from beginning to end.
+// What a step needs from its beginning to its end; `x` [batch, hidden] is the stream to which every block adds.
 struct Run {
     const Decoder& d;
     const Isa& isa;
@@ -55,8 +52,6 @@ struct Run {
     float *x, *normed, *queries, *keys, *values, *attended, *gate, *up, *sum;
 
     int64_t batch() const { return store.batch; }
-    int64_t width() const { return d.heads * d.head; }
-    int64_t kv_width() const { return d.kv_heads * d.head; }
 
     // Packed weights that read the same input go together; y [batch, rows] each.
     void project(std::initializer_list<const Projection*> projections, const float* input, std::initializer_list<float*> outputs) {
@@ -75,11 +70,13 @@ struct Run {
         const Matrix from{const_cast<float*>(input), Float::f32, columns};
         multiply(together, count, isa, from, batch(), d.int8, threads);
         y = outputs.begin();
-        for (const Projection* p : projections) {
-            for (int64_t n = 0; p->bias != nullptr && n < batch(); ++n)
-                for (int64_t i = 0; i < p->rows; ++i) (*y)[n * p->rows + i] += p->bias[i];
-            ++y;
-        }
+        for (const Projection* p : projections) add_bias(*p, *y++);
+    }
+
+    void add_bias(const Projection& p, float* y) const {
+        if (p.bias == nullptr) return;
+        for (int64_t n = 0; n < batch(); ++n)
+            for (int64_t i = 0; i < p.rows; ++i) y[n * p.rows + i] += p.bias[i];
     }
 
     void normalize(const float* gain, const float* from, float* to) {
@@ -90,51 +87,55 @@ struct Run {
         for (int64_t i = 0; i < batch() * d.hidden; ++i) x[i] += from[i];
     }
 
-    // Norms inside the heads, then the rotation of pairs (i, i + head / 2) by the position: Su et al. 2021, arXiv:2104.09864.
+    // Norms inside the heads, then their rotation by the position.
     void turn(float* states, int64_t heads, const float* gain) {
-        const int64_t half = d.head / 2;
         for (int64_t n = 0; n < batch(); ++n) {
             const int64_t position = held - pads[n];
-            const float *cosines = store.cosines + position * d.head, *sines = store.sines + position * d.head;
             for (int64_t h = 0; h < heads; ++h) {
-                float* s = states + (n * heads + h) * d.head;
-                if (gain != nullptr) isa.normalize(s, gain, d.epsilon, d.head, s);
-                for (int64_t i = 0; i < half; ++i) {
-                    const float low = s[i], high = s[i + half];
-                    s[i] = low * cosines[i] - high * sines[i];
-                    s[i + half] = high * cosines[i + half] + low * sines[i + half];
-                }
+                float* head = states + (n * heads + h) * d.head;
+                if (gain != nullptr) isa.normalize(head, gain, d.epsilon, d.head, head);
+                rotate(head, store.cosines + position * d.head, store.sines + position * d.head);
             }
         }
     }
 
-    char* place(int64_t block, int64_t which) const {
-        const int64_t size = store.type == Float::f32 ? 4 : 2;
-        return static_cast<char*>(store.data) + (2 * block + which) * batch() * d.kv_heads * store.room * d.head * size;
+    // Pairs (i, i + head / 2): Su et al. 2021, arXiv:2104.09864.
+    void rotate(float* head, const float* cosines, const float* sines) const {
+        const int64_t half = d.head / 2;
+        for (int64_t i = 0; i < half; ++i) {
+            const float low = head[i], high = head[i + half];
+            head[i] = low * cosines[i] - high * sines[i];
+            head[i + half] = high * cosines[i + half] + low * sines[i + half];
+        }
     }
 
-    void keep(char* to, const float* states) const {
-        const int64_t size = store.type == Float::f32 ? 4 : 2;
+    // The keys (0) or values (1) of a block in the store.
+    void* place(int64_t block, int64_t which) const {
+        return number_at(store.data, store.type, (2 * block + which) * batch() * d.kv_heads * store.room * d.head);
+    }
+
+    // The new token's states to the store.
+    void keep(void* to, const float* states) const {
         for (int64_t i = 0; i < batch() * d.kv_heads; ++i)
-            isa.from_float(states + i * d.head, store.type, d.head, to + (i * store.room + held) * d.head * size);
+            isa.from_float(states + i * d.head, store.type, d.head, number_at(to, store.type, (i * store.room + held) * d.head));
     }
 
     void attend(const Block& block, int64_t index) {
         project({&block.query, &block.key, &block.value}, normed, {queries, keys, values});
         turn(queries, d.heads, block.query_gain);
         turn(keys, d.kv_heads, block.key_gain);
-        char *kept_keys = place(index, 0), *kept_values = place(index, 1);
+        void *kept_keys = place(index, 0), *kept_values = place(index, 1);
         keep(kept_keys, keys);
         keep(kept_values, values);
-        Attend call{&isa, {}, d.kv_heads, nullptr, 0};
-        call.job = {queries, kept_keys, kept_values, store.type, d.kv_heads, d.heads / d.kv_heads, d.head, store.room, held + 1, pads, d.scale, attended};
-        call.thread_floats = aligned(attention_floats(call.job));
-        call.scores = scores(call.thread_floats * threads);
+        const int64_t tokens = held + 1, floats = aligned(tokens);
+        const Attention job{queries, kept_keys, kept_values, store.type, d.kv_heads, d.heads / d.kv_heads, d.head, store.room, tokens, pads, d.scale, attended};
+        Attend call{isa, job, scores(floats * threads), floats};
         run_tasks(threads, batch() * d.kv_heads, attend_task, &call);
         project({&block.out}, attended, {sum});
         add_to_x(sum);
     }
 
+    // Memory that all blocks share.
     float* scores(int64_t count) {
         if (score_floats < count) score = scratch.floats(score_floats = count);
         return score;
@@ -154,8 +155,7 @@ struct Run {
             if (table.packed != nullptr) {
                 decode(*table.packed, isa, tokens[n], tokens[n] + 1, {to, Float::f32, d.hidden}, 1);
             } else {
-                const int64_t size = table.type == Float::f32 ? 4 : 2;
-                isa.to_float(static_cast<const char*>(table.dense) + tokens[n] * d.hidden * size, table.type, d.hidden, to);
+                isa.to_float(number_at(table.dense, table.type, tokens[n] * d.hidden), table.type, d.hidden, to);
             }
         }
     }

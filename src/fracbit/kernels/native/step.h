@@ -1,4 +1,4 @@
-// One step of a decoder: the newest token of every sequence in, logits out, without a return to Python between the layers.
+// One step of a decoder: the newest token of every sequence in, logits out, without going back to Python between the layers.
 //
 // The decoder has Llama's shape (Touvron et al. 2023, arXiv:2302.13971, section 2.2): x + o(attention(norm(x))), then
 // x + down(silu(gate(norm(x))) * up(norm(x))), RMS norms, rotated queries and keys, grouped heads. Sums are fp32 throughout.
@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "linear.h"
 #include "scratch.h"
+#include "weight.h"
 
 namespace fracbit {
 

@@ -1,29 +1,31 @@
-// What a decode step does besides multiplying packed weights, over the vector operations of row_kernel.h. As there, everything is in an unnamed namespace and nothing of the standard library is called.
+// The other parts of a decode step: products of float weights, RMS norms, the gate of an MLP, attention of one token. They are written over
+// the vector operations `S` of row_kernel.h, and as there, everything is in an unnamed namespace and calls nothing of the standard library.
 #pragma once
 
-#include "row_kernel.h"
+#include "floats.h"
+#include "jobs.h"
 
 namespace fracbit {
 namespace {
 
+constexpr float kLog2E = 1.44269504f;
+constexpr float kLeastExponent = -87.0f;  // e^-87 is near the smallest normal float
+constexpr int32_t kExponentBias = 127, kFractionBits = 23;  // of a float
+
 // e^x for x <= 0 to a relative error of about 1e-7: 2^n by the exponent, 2^f by a polynomial, |f| <= 1/2.
 inline float exponential(float x) {
-    const float t = (x < -87.0f ? -87.0f : x) * 1.44269504f;
-    const float shifted = t + 12582912.0f;  // rounds: the integer is in the low bits
-    const float f = t - (shifted - 12582912.0f);
-    int32_t n;
-    std::memcpy(&n, &shifted, 4);
-    float p = 1.5403530e-4f;
+    const float t = (x < kLeastExponent ? kLeastExponent : x) * kLog2E;
+    const float shifted = t + kRounder;
+    const float f = t - (shifted - kRounder);
+    const auto n = static_cast<int32_t>(bits_of(shifted)) - kRounderBits;
+    float p = 1.5403530e-4f;  // (ln 2)^k / k! for k from 6 down to 0
     p = p * f + 1.3333558e-3f;
     p = p * f + 9.6181291e-3f;
     p = p * f + 5.5504109e-2f;
     p = p * f + 2.4022651e-1f;
     p = p * f + 6.9314718e-1f;
     p = p * f + 1.0f;
-    const int32_t power = (n - 0x4b400000 + 127) << 23;
-    float two;
-    std::memcpy(&two, &power, 4);
-    return p * two;
+    return p * float_of(static_cast<uint32_t>(n + kExponentBias) << kFractionBits);
 }
 
 // gate [count] = silu(gate) * up, silu(x) = x / (1 + e^-x); the exponential is taken of -|x|, which cannot overflow.
@@ -40,35 +42,31 @@ inline void normalize(const float* x, const float* gain, float epsilon, int64_t 
     for (int64_t i = 0; i < count; ++i) out[i] = x[i] * factor * gain[i];
 }
 
-template <Float type>
-inline const char* number(const void* data, int64_t index) {
-    return static_cast<const char*>(data) + index * (type == Float::f32 ? 4 : 2);
-}
-
 // The last numbers of a row whose length is no multiple of 16, then zeros.
 template <class S, Float type>
 inline typename S::Floats load_rest(const void* row, int64_t from, int64_t count) {
     float rest[kLanes] = {};
-    floats_from(number<type>(row, from), type, count - from, rest);
+    floats_from(number_at(row, type, from), type, count - from, rest);
     return S::load(rest);
 }
 
-// y [batch, rows], of the rows [first, last), of a float weight [rows, columns]; x [batch, columns].
+// Results of `batch` rows of activations from n0 on, for the rows [first, last) of the weight.
 template <class S, Float type, int batch>
-void dense_rows(const void* weight, int64_t rows, int64_t columns, int64_t first, int64_t last, const float* x, float* y) {
-    const int64_t whole = columns / kLanes * kLanes;
+void dense_rows(const DenseJob& job, int64_t first, int64_t last, int64_t n0) {
+    const int64_t columns = job.columns, whole = columns / kLanes * kLanes;
+    const float* x = job.x + n0 * columns;
     for (int64_t row = first; row < last; ++row) {
-        const char* w = number<type>(weight, row * columns);
+        const char* w = number_at(job.weight, type, row * columns);
         typename S::Floats sum[batch][2];
         for (int n = 0; n < batch; ++n) sum[n][0] = sum[n][1] = S::zero_floats();
         int64_t i = 0;
         for (; i + 2 * kLanes <= whole; i += 2 * kLanes)
             for (int half = 0; half < 2; ++half) {
-                const typename S::Floats weights = S::template load_as<type>(number<type>(w, i + half * kLanes));
+                const typename S::Floats weights = S::template load_as<type>(number_at(w, type, i + half * kLanes));
                 for (int n = 0; n < batch; ++n) sum[n][half] = S::fma(weights, S::load(x + n * columns + i + half * kLanes), sum[n][half]);
             }
         for (; i < whole; i += kLanes) {
-            const typename S::Floats weights = S::template load_as<type>(number<type>(w, i));
+            const typename S::Floats weights = S::template load_as<type>(number_at(w, type, i));
             for (int n = 0; n < batch; ++n) sum[n][0] = S::fma(weights, S::load(x + n * columns + i), sum[n][0]);
         }
         for (int n = 0; n < batch; ++n) {
@@ -77,36 +75,35 @@ void dense_rows(const void* weight, int64_t rows, int64_t columns, int64_t first
                 const typename S::Floats a = load_rest<S, type>(w, whole, columns), b = load_rest<S, Float::f32>(x + n * columns, whole, columns);
                 result += S::total(S::multiply(a, b));
             }
-            y[n * rows + row] = result;
+            job.y[(n0 + n) * job.rows + row] = result;
         }
     }
 }
 
 template <class S, Float type>
-void dense_of(const void* weight, int64_t rows, int64_t columns, int64_t first, int64_t last, const float* x, int64_t batch, float* y) {
+void dense_of(const DenseJob& job, int64_t first, int64_t last) {
     int64_t n = 0;
-    for (; n + 4 <= batch; n += 4) dense_rows<S, type, 4>(weight, rows, columns, first, last, x + n * columns, y + n * rows);
-    for (; n < batch; ++n) dense_rows<S, type, 1>(weight, rows, columns, first, last, x + n * columns, y + n * rows);
+    for (; n + 4 <= job.batch; n += 4) dense_rows<S, type, 4>(job, first, last, n);
+    for (; n < job.batch; ++n) dense_rows<S, type, 1>(job, first, last, n);
 }
 
-#define FRACBIT_BY_TYPE(type, function, ...)                           \
-    switch (type) {                                                    \
-        case Float::f16: return function<S, Float::f16>(__VA_ARGS__);  \
+#define FRACBIT_BY_TYPE(type, function, ...)                            \
+    switch (type) {                                                     \
+        case Float::f16: return function<S, Float::f16>(__VA_ARGS__);   \
         case Float::bf16: return function<S, Float::bf16>(__VA_ARGS__); \
-        default: return function<S, Float::f32>(__VA_ARGS__);          \
+        default: return function<S, Float::f32>(__VA_ARGS__);           \
     }
 
 template <class S>
-void multiply_dense(const void* weight, Float type, int64_t rows, int64_t columns, int64_t first, int64_t last, const float* x,
-                    int64_t batch, float* y) {
-    FRACBIT_BY_TYPE(type, dense_of, weight, rows, columns, first, last, x, batch, y)
+void multiply_dense(const DenseJob& job, int64_t first, int64_t last) {
+    FRACBIT_BY_TYPE(job.type, dense_of, job, first, last)
 }
 
 template <class S, Float type>
 inline float dot_with(const float* query, const char* key, int64_t size) {
     typename S::Floats sum = S::zero_floats();
     int64_t i = 0;
-    for (; i + kLanes <= size; i += kLanes) sum = S::fma(S::load(query + i), S::template load_as<type>(number<type>(key, i)), sum);
+    for (; i + kLanes <= size; i += kLanes) sum = S::fma(S::load(query + i), S::template load_as<type>(number_at(key, type, i)), sum);
     if (i < size) sum = S::fma(load_rest<S, Float::f32>(query, i, size), load_rest<S, type>(key, i, size), sum);
     return S::total(sum);
 }
@@ -134,15 +131,15 @@ inline void mix(const float* weights, const char* values, int64_t count, int64_t
         typename S::Floats sum[4] = {S::zero_floats(), S::zero_floats(), S::zero_floats(), S::zero_floats()};
         for (int64_t t = 0; t < count; ++t)
             for (int j = 0; j < 4; ++j)
-                sum[j] = S::fma(S::all(weights[t]), S::template load_as<type>(number<type>(values, t * size + i + j * kLanes)), sum[j]);
+                sum[j] = S::fma(S::all(weights[t]), S::template load_as<type>(number_at(values, type, t * size + i + j * kLanes)), sum[j]);
         for (int j = 0; j < 4; ++j) S::store(sum[j], out + i + j * kLanes);
     }
     for (; i < size; i += kLanes) {
         typename S::Floats sum = S::zero_floats();
         for (int64_t t = 0; t < count; ++t) {
             const bool whole = i + kLanes <= size;
-            const char* value = number<type>(values, t * size);
-            const typename S::Floats v = whole ? S::template load_as<type>(number<type>(value, i)) : load_rest<S, type>(value, i, size);
+            const char* value = number_at(values, type, t * size);
+            const typename S::Floats v = whole ? S::template load_as<type>(number_at(value, type, i)) : load_rest<S, type>(value, i, size);
             sum = S::fma(S::all(weights[t]), v, sum);
         }
         float rest[kLanes];
@@ -154,10 +151,10 @@ inline void mix(const float* weights, const char* values, int64_t count, int64_t
 template <class S, Float type>
 void attend_as(const Attention& job, int64_t n, int64_t kv, float* scores) {
     const int64_t first = job.pads[n], count = job.tokens - first, plane = ((n * job.kv_heads + kv) * job.room + first) * job.head;
-    const char *keys = number<type>(job.keys, plane), *values = number<type>(job.values, plane);
+    const char *keys = number_at(job.keys, type, plane), *values = number_at(job.values, type, plane);
     for (int64_t g = 0; g < job.group; ++g) {
         const int64_t at = ((n * job.kv_heads + kv) * job.group + g) * job.head;
-        for (int64_t t = 0; t < count; ++t) scores[t] = job.scale * dot_with<S, type>(job.queries + at, number<type>(keys, t * job.head), job.head);
+        for (int64_t t = 0; t < count; ++t) scores[t] = job.scale * dot_with<S, type>(job.queries + at, number_at(keys, type, t * job.head), job.head);
         soften(scores, count);
         mix<S, type>(scores, values, count, job.head, job.out + at);
     }

@@ -13,7 +13,7 @@ class FracbitError(Exception):
 
 
 class SchemeError(FracbitError):
-    """A scheme cannot exist: unknown data type, bits outside 1..8, a block of no size. `key` is an unknown key's name."""
+    """A scheme cannot exist: unknown data type, bits outside 1..8, a block of no size. `key`: an unknown key."""
 
     def __init__(self, message: str, key: str | None = None) -> None:
         super().__init__(message)
@@ -29,7 +29,7 @@ class SourceError(FracbitError):
 
 
 class WeightError(FracbitError):
-    """A weight or an activation holds NaN or Inf, or does not fit the type that should hold it."""
+    """A weight or an activation is NaN or Inf, or does not fit its type."""
 
 
 class DataError(FracbitError):
@@ -41,7 +41,7 @@ class OutputError(FracbitError):
 
 
 class BudgetError(FracbitError):
-    """A bit budget lies outside what the offered schemes can reach."""
+    """No combination of the offered schemes meets a bit budget."""
 
 
 class FormatError(FracbitError):

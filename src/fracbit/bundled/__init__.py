@@ -1,8 +1,8 @@
 """The bundled model: a small Llama that predicts Python source, and the text it was trained and is judged on.
 
-Every machine that runs fracbit has the Python standard library, so its source is a corpus nobody has to download. The
-model in this folder was trained on it by `examples/train_bundled.py`; the modules in `HELD_OUT` were never shown to it
-and are what demos and tests measure perplexity on. This file needs no torch: it deals in paths and strings.
+Every machine that runs fracbit has the Python standard library, so its source is a corpus that need not be downloaded. The
+model in this folder was trained on it by `examples/train_bundled.py`, without the modules in `HELD_OUT`, on which demos and
+tests measure perplexity. This file needs no torch: it handles paths and strings only.
 
 The text is read from the running interpreter. Another Python version has slightly different modules, so its perplexity
 differs, by some 5 %, from the figures in the model card, which name the version they were measured with.
@@ -45,10 +45,10 @@ HELD_OUT: tuple[str, ...] = (
 )
 """Modules that training never saw, as paths below the standard library folder.
 
-In an order that makes a short piece from the front about as hard to predict as the whole."""
+Their order makes a short piece from the front about as hard to predict as the whole."""
 
-# Tests, and parts that distributions ship apart or that later versions dropped: not on every machine. Tables of
-# characters (encodings) and the documentation dump (pydoc_data) are not Python anybody writes.
+# Tests, and parts that distributions package separately or that later versions dropped, are not on every machine. Tables
+# of characters (encodings) and the dump of the documentation (pydoc_data) are not Python that people write.
 _LEFT_OUT = frozenset({
     "__phello__", "__pycache__", "dist-packages", "distutils", "encodings", "ensurepip", "idlelib", "lib2to3",
     "pydoc_data", "site-packages", "test", "tests", "tkinter", "turtledemo", "venv",

@@ -1,12 +1,13 @@
-"""Token streams: files, sets and self-generated text, each with the hash of what was read."""
+"""Token streams: files, data sets and self-generated text, each with the hash of the bytes that were read."""
 
 from fracbit.data.read import read_documents, read_sources
 from fracbit.data.samples import read_calibration
 from fracbit.data.self_text import generate_calibration
-from fracbit.data.text_source import TextSource, parse_source
+from fracbit.data.text_source import ID_FORMATS, TextSource, parse_source
 from fracbit.data.tokens import Opening, Samples, Tokens, hash_ids, sample, shared_documents
 
 __all__ = [
+    "ID_FORMATS",
     "Opening",
     "Samples",
     "TextSource",

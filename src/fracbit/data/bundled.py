@@ -1,6 +1,4 @@
-"""The text that comes with every Python: what the bundled model was trained on, and what was held out from
-it.
-"""
+"""The text that comes with every Python: the bundled model's training text, and the text held out from it."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ def read_bundled(source: TextSource) -> RawTexts:
 
     Raises: DataError when this Python has no source files.
     """
-    from fracbit import bundled  # only here: nobody else needs to know where the interpreter keeps its source
+    from fracbit import bundled
 
     held_out = source.split == "held-out"
     if source.documents == "one":

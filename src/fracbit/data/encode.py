@@ -1,8 +1,8 @@
-"""Texts and conversations to ids, with a rule for the BOS that is stated rather than guessed.
+"""Texts and conversations to ids, with an explicit rule for the BOS.
 
-`bos=auto` asks the tokenizer for what it does by itself (Llama and Gemma put a BOS first, GPT-2 and Qwen
-nothing), which is what transformers' own examples measure with. A conversation is rendered by the
-tokenizer's chat template, which writes its own special tokens; none are added to it.
+With `bos=auto` the tokenizer does what it does by itself (Llama and Gemma put a BOS first, GPT-2 and Qwen
+nothing), as in transformers' own examples. A conversation is rendered by the tokenizer's chat template, which
+writes its own special tokens; none are added to it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jinja2 import TemplateError
 
-from fracbit.data.raw import Message, Piece, RawTexts
+from fracbit.data.raw import Message, RawText, RawTexts
 from fracbit.data.text_source import TextSource
 from fracbit.errors import DataError
 
@@ -36,7 +36,7 @@ def encode_texts(raw: RawTexts, source: TextSource, tokenizer: PreTrainedTokeniz
 
 
 def _encode(
-    pieces: Sequence[Piece], names: Sequence[str], source: TextSource, tokenizer: PreTrainedTokenizerBase
+    pieces: Sequence[RawText], names: Sequence[str], source: TextSource, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[np.ndarray]:
     chat = not isinstance(pieces[0], str)
     texts = [
@@ -44,7 +44,7 @@ def _encode(
         for piece, name in zip(pieces, names, strict=False)
     ]
     special = source.bos == "auto" and not chat
-    # verbose=False: a text longer than the model's window is what is wanted here, no cause for a warning.
+    # verbose=False: a text longer than the model's window is intended here and needs no warning.
     rows = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
     opening = _opening(source, tokenizer) if not chat else []
     for name, row in zip(names, rows, strict=False):
@@ -54,7 +54,7 @@ def _encode(
 
 
 def _opening(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids put before a text by hand."""
+    """The ids to put before a text."""
     if source.bos != "always":
         return []
     if tokenizer.bos_token_id is None:
@@ -69,7 +69,7 @@ def render_chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase,
     """
     if not tokenizer.chat_template:
         raise DataError(
-            f"{where} is a conversation, and the tokenizer has no chat template to write it with: add "
+            f"{where} is a conversation, and the tokenizer has no chat template for it: add "
             "chat_template.jinja to the model's folder, or name a field of plain text with ?field=NAME."
         )
     try:

@@ -1,12 +1,12 @@
-"""Which ids may begin a self-generated text: those of the languages that a vocabulary is mostly made of.
+"""Which ids may begin a self-generated text: those of the main languages of a vocabulary.
 
 Norm tweaking (Li et al. 2023, arXiv:2309.02784, section on calibration data) restricts the random first
 token of LLM-QAT's generated texts to the main languages of the training corpus, without saying how they are
 found. The rule here: an id's script is the Unicode script of its first letter (its name's first word:
 LATIN, CYRILLIC, CJK, ...); ids without a letter, special ids and pieces of a character have none. Scripts
 are kept from the most frequent down until they cover `share` of the ids that have one. Of those ids, the
-ones that begin a word (decoded behind another id, they start with a space) are preferred where a vocabulary
-marks such beginnings in a script. A script is not a language: English and French stay one.
+ones that begin a word (decoded after another id, they start with a space) are preferred where a vocabulary
+marks such beginnings in a script. A script is not a language: English and French count as one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def first_ids(tokenizer: PreTrainedTokenizerBase, vocabulary: int, share: float 
     texts = decoded(tokenizer, vocabulary)
     scripts = {index: script for index, text in texts.items() if (script := script_of(text)) is not None}
     if not scripts:
-        raise DataError("no id of the vocabulary has a letter in it: name a text instead of generated.")
+        raise DataError(
+            "no id of the vocabulary has a letter in it, so no text can be generated: name a text instead of generated."
+        )
     kept = main_scripts(scripts.values(), share)
     chosen: list[int] = []
     for script in kept:
@@ -76,7 +78,7 @@ def script_of(text: str) -> str | None:
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> dict[int, str]:
-    """The text of every id that is not special, as it reads behind another, so that leading spaces show."""
+    """The text of every id that is not special, as it reads after another id, so that leading spaces show."""
     anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
     front = len(tokenizer.decode(anchor))
     special = set(tokenizer.all_special_ids)

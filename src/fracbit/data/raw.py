@@ -1,6 +1,4 @@
-"""What a reader hands over before there are tokens: texts, conversations or ids, and the hash of the bytes
-read.
-"""
+"""What readers return before there are tokens: texts, conversations or ids, and the hash of the bytes read."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from fracbit.data.text_source import TextSource
 from fracbit.errors import DataError
 
 Message = Mapping[str, Any]
-Piece = str | Sequence[Message]
+RawText = str | Sequence[Message]
 
 BLOCK_BYTES = 1 << 20
 
@@ -25,10 +23,10 @@ BLOCK_BYTES = 1 << 20
 class RawTexts:
     """Documents of text.
 
-    pieces: a text or a conversation each. names: where each stands ("line 3"). skipped: empty ones left out.
+    pieces: texts or conversations. names: where each stands ("line 3"). skipped: empty ones left out.
     """
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[RawText, ...]
     names: tuple[str, ...]
     sha256: str
     skipped: int = 0
@@ -36,7 +34,7 @@ class RawTexts:
 
 @dataclass(frozen=True, eq=False)
 class RawIds:
-    """Documents of ids, as stored (any integer dtype)."""
+    """Documents of ids [ids] each, in the integer type of the file."""
 
     documents: tuple[np.ndarray, ...]
     sha256: str
@@ -46,7 +44,7 @@ def find_file(source: TextSource) -> Path:
     """The file of a source. Raises: DataError when there is none."""
     path = Path(source.location)
     if not path.exists():
-        raise DataError(f"{source.location}: no such file (looked from {Path.cwd()}).")
+        raise DataError(f"{source.location}: no such file (seen from {Path.cwd()}).")
     if not path.is_file():
         raise DataError(f"{source.location} is not a file.")
     return path
@@ -64,7 +62,7 @@ def read_bytes(source: TextSource) -> bytes:
 def decode_text(data: bytes, where: str, offset: int = 0) -> str:
     """UTF-8 text without its byte order mark. offset: of data[0] in the file, for the message.
 
-    Raises: DataError naming the byte that is no UTF-8.
+    Raises: DataError naming the byte that is not UTF-8.
     """
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
@@ -85,7 +83,7 @@ def hash_file(path: Path) -> str:
 
 
 def hash_texts(texts: Iterable[str]) -> str:
-    """SHA-256 of texts that come from no one file: each as UTF-8 behind its length in bytes."""
+    """SHA-256 of texts that do not come from one file: of each, its length in bytes and its UTF-8."""
     digest = hashlib.sha256()
     for text in texts:
         data = text.encode()
@@ -95,15 +93,14 @@ def hash_texts(texts: Iterable[str]) -> str:
 
 
 def keep_first(
-    source: TextSource, pieces: Iterable[tuple[str, Piece]], digest: Callable[[], str]
+    source: TextSource, pieces: Iterable[tuple[str, RawText]], digest: Callable[[], str]
 ) -> RawTexts:
-    """Collect the first `first=` of named documents; the rest stays unread. digest: called after the last
-    one.
+    """Collect the first `first=` of named documents; the rest stays unread. digest: called after the last one.
 
     Raises: DataError naming an empty document, unless the source skips them.
     """
     names: list[str] = []
-    kept: list[Piece] = []
+    kept: list[RawText] = []
     skipped = 0
     for name, piece in pieces:
         if _empty(piece) and source.empty == "error":
@@ -118,5 +115,5 @@ def keep_first(
     return RawTexts(tuple(kept), tuple(names), digest(), skipped)
 
 
-def _empty(piece: Piece) -> bool:
+def _empty(piece: RawText) -> bool:
     return not (piece.strip() if isinstance(piece, str) else piece)

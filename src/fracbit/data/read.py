@@ -1,6 +1,6 @@
-"""One front door to every kind of source: from its string to token ids.
+"""Reading any kind of source: from its string to token ids.
 
-To add a format: a reader in a file of its own, an extension in source.EXTENSIONS, and one line in READERS.
+To add a format: a reader in a file of its own, an extension in text_source.EXTENSIONS, and a line in READERS.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fracbit.data.arrow import read_dataset, read_parquet
 from fracbit.data.bundled import read_bundled
 from fracbit.data.encode import encode_texts
 from fracbit.data.ids import read_ids
+from fracbit.data.lines import read_jsonl
 from fracbit.data.raw import RawIds, RawTexts
-from fracbit.data.records import read_jsonl
-from fracbit.data.tables import read_dataset, read_parquet
 from fracbit.data.text import read_text
 from fracbit.data.text_source import Format, TextSource, parse_source
 from fracbit.data.tokens import Tokens, join_documents
@@ -39,22 +39,30 @@ READERS: Mapping[Format, Callable[[TextSource], RawTexts | RawIds]] = {
 def read_documents(
     source: str | TextSource, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int
 ) -> Tokens:
-    """Read one source (grammar: source.py) into token ids.
+    """Read one source (grammar: text_source.py) into token ids.
 
     tokenizer: of the model; not needed for files of ids. vocabulary: how many ids the model knows.
 
-    Raises: DataError for everything that is wrong with the source, naming the place in it.
+    Raises: DataError for anything that is wrong with the source, naming the place in it.
     """
     source = parse_source(source) if isinstance(source, str) else source
     if source.format == "generated":
-        raise DataError("generated: text that the model writes is made by generate_calibration, not read.")
+        raise DataError(
+            "generated: the model's own text is written by generate_calibration and cannot be read."
+        )
     raw = READERS[source.format](source)
-    documents = _documents(raw, source, tokenizer)
-    documents = [document[: source.keep] for document in documents]
+    documents = [document[: source.keep] for document in _documents(raw, source, tokenizer)]  # each [ids]
     _check(documents, source, vocabulary)
-    ids, starts = join_documents(documents)
-    bos = _common_bos(documents, tokenizer)
-    return Tokens(ids, starts, str(source), raw.sha256, bos, source.weight, _notes(raw, source))
+    ids, starts = join_documents(documents)  # [count], [documents + 1]
+    return Tokens(
+        ids,
+        starts,
+        source=str(source),
+        sha256=raw.sha256,
+        bos=_common_bos(documents, tokenizer),
+        weight=source.weight,
+        notes=_notes(raw, source),
+    )
 
 
 def read_sources(
@@ -70,7 +78,7 @@ def _documents(
     if isinstance(raw, RawIds):
         return list(raw.documents)
     if tokenizer is None:
-        raise DataError(f"{source} is text, and there is no tokenizer to read it with: use a file of ids.")
+        raise DataError(f"{source} is text, and the model has no tokenizer: use a file of ids.")
     return encode_texts(raw, source, tokenizer)
 
 

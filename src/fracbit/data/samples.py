@@ -1,4 +1,4 @@
-"""From the lines of a recipe to the samples a method sees: read, generate, mix, draw."""
+"""From the sources of a recipe to the samples that a method sees: read, generate, mix, draw."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fracbit.data.read import read_documents
-from fracbit.data.self_text import Progress, generate_calibration
+from fracbit.data.self_text import generate_calibration
 from fracbit.data.text_source import TextSource, parse_source
 from fracbit.data.tokens import Opening, Samples, Tokens, sample, split_samples
 from fracbit.errors import DataError
+from fracbit.records.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,10 +29,10 @@ def read_calibration(
     model: Callable[[], PreTrainedModel] | None = None,
     progress: Progress | None = None,
 ) -> Samples:
-    """Draw calibration samples from a mixture of sources (grammar: source.py) in the ratio of their weights.
+    """Draw calibration samples from a mixture of sources (grammar: text_source.py) by their weights.
 
     model: makes the float model, called only when a source is "generated". progress: of generating. The
-    rest as in read_documents and sample.
+    rest is as in read_documents and sample.
 
     Raises: DataError for every fault of a source, for too few ids, and for "generated" without model or
     tokenizer.
@@ -43,7 +44,10 @@ def read_calibration(
         if source.format != "generated":
             parts.append(read_documents(source, tokenizer, vocabulary))
         else:
-            parts.append(_generate(source, tokenizer, model, max(share, 1), length, seed, progress))
+            written = _generate(
+                source, tokenizer, model, samples=max(share, 1), length=length, seed=seed, progress=progress
+            )
+            parts.append(written)
     return sample(parts, samples=samples, length=length, seed=seed, bos=bos)
 
 
@@ -51,7 +55,8 @@ def _generate(
     source: TextSource,
     tokenizer: PreTrainedTokenizerBase | None,
     model: Callable[[], PreTrainedModel] | None,
-    share: int,
+    *,
+    samples: int,
     length: int,
     seed: int,
     progress: Progress | None,
@@ -59,6 +64,6 @@ def _generate(
     if tokenizer is None or model is None:
         raise DataError("generated text needs the float model and its tokenizer: name a text or ids instead.")
     tokens = generate_calibration(
-        model(), tokenizer, samples=share, length=length, seed=seed, progress=progress
+        model(), tokenizer, samples=samples, length=length, seed=seed, progress=progress
     )
     return replace(tokens, source=str(source), weight=source.weight)

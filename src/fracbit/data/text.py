@@ -13,16 +13,14 @@ _GAP = re.compile(r"\n[ \t\r]*\n\s*")
 
 
 def read_text(source: TextSource) -> RawTexts:
-    """Read a text file (UTF-8). Raises: DataError for a missing file, an empty one, or bytes that are no
-    UTF-8.
-    """
+    """Read a text file (UTF-8). Raises: DataError for a missing or empty file, or one that is not UTF-8."""
     data = read_bytes(source)
     text = decode_text(data, source.location)
     return keep_first(source, _divide(text, source), hashlib.sha256(data).hexdigest)
 
 
 def _divide(text: str, source: TextSource) -> Iterator[tuple[str, str]]:
-    """Documents with their names. Blank lines separate; they are no empty documents."""
+    """Documents with their names. Blank lines separate documents and do not count as empty ones."""
     if source.documents == "one":
         yield "the whole file", text
     elif source.documents == "line":

@@ -5,7 +5,7 @@
              | FOLDER                                   a set that datasets' save_to_disk wrote
              | "datasets:" NAME [ ":" [CONFIG] [ ":" SPLIT ] ]          a set on the hub, or such a folder
              | "bundled" [ ":" ( "held-out" | "train" ) ]               text of the bundled model
-             | "generated"                              written by the float model itself (generate.py)
+             | "generated"                              written by the float model itself (self_text.py)
     weight   = a number above 0                         share of the samples in a mixture (default 1)
 
     option             values                           meaning (default first)
@@ -39,6 +39,8 @@ from fracbit.errors import DataError
 
 TextKind = Literal["file", "datasets", "bundled", "generated"]
 Format = Literal["text", "jsonl", "parquet", "u16", "u32", "npy", "datasets", "bundled", "generated"]
+ID_FORMATS = ("u16", "u32", "npy")
+"""Of files that hold token ids: no tokenizer is needed for them."""
 Division = Literal["one", "each", "line", "paragraph"]
 Bos = Literal["auto", "always", "never"]
 Empty = Literal["error", "skip"]
@@ -106,7 +108,7 @@ class TextSource:
 
 
 def parse_source(text: str) -> TextSource:
-    """Parse one source string; files are not opened, but an exact file name wins over the grammar.
+    """Parse one source string; files are not opened, but the exact name of a file wins over the grammar.
 
     Raises: DataError with what is allowed for an unknown extension, option or value.
     """
@@ -120,7 +122,7 @@ def parse_source(text: str) -> TextSource:
 
 
 def _split_weight(text: str) -> tuple[str, float]:
-    """The weight is a number behind the last "@"; any other "@" belongs to the name."""
+    """The weight is a number after the last "@"; any other "@" belongs to the name."""
     head, at, tail = text.rpartition("@")
     try:
         weight = float(tail) if at else 1.0
@@ -155,10 +157,10 @@ def _source(text: str, location: str, options: dict[str, str], weight: float) ->
         config=config,
         split=split,
         field=options.get("field"),
-        documents=_choice(text, options, "documents", divisions, divisions[0]),
+        documents=_choice(text, options, "documents", allowed=divisions, default=divisions[0]),
         length=_count(text, options, "length"),
-        bos=_choice(text, options, "bos", get_args(Bos), "auto"),
-        empty=_choice(text, options, "empty", get_args(Empty), "error"),
+        bos=_choice(text, options, "bos", allowed=get_args(Bos), default="auto"),
+        empty=_choice(text, options, "empty", allowed=get_args(Empty), default="error"),
         first=_count(text, options, "first"),
         keep=_count(text, options, "keep"),
         weight=weight,
@@ -191,7 +193,7 @@ def _format(text: str, location: str, wanted: str | None) -> Format:
     extension = Path(location).suffix.lower()
     if extension not in EXTENSIONS:
         raise DataError(
-            f"{text}: the extension {extension or '(none)'} is none of {', '.join(EXTENSIONS)}. "
+            f"{text}: the extension {extension or '(none)'} is not one of {', '.join(EXTENSIONS)}. "
             "Add ?format=text (or jsonl, parquet, u16, u32, npy) to say what the file is."
         )
     return EXTENSIONS[extension]
@@ -206,13 +208,15 @@ def _check_names(text: str, form: Format, options: Mapping[str, str]) -> None:
             raise DataError(f"{text}: a source of the format {form} takes {allowed}, not {name!r}.{hint}")
 
 
-def _choice(text: str, options: Mapping[str, str], name: str, allowed: tuple[str, ...], default: str) -> Any:
+def _choice(
+    text: str, options: Mapping[str, str], name: str, *, allowed: tuple[str, ...], default: str
+) -> Any:
     return _allowed(text, name, options.get(name, default), allowed)
 
 
 def _allowed(text: str, name: str, value: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
-        raise DataError(f"{text}: {name}={value} is none of {', '.join(allowed)}.")
+        raise DataError(f"{text}: {name}={value} is not one of {', '.join(allowed)}.")
     return value
 
 

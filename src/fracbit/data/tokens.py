@@ -1,9 +1,8 @@
 """Token ids with their origin, and samples drawn from them.
 
-`Tokens` is what one source was read into: all documents behind each other in one flat array, so that a
-million short documents cost no more than one long one, with the hash of the bytes they came from.
-`Samples` is what a method sees: a matrix of samples drawn from one or several sources with a seed, and
-the hash of exactly that matrix.
+`Tokens` holds one source: all documents one after another in a flat array, so that a million short documents
+cost no more than one long one, with the hash of the bytes they came from. `Samples` is what a method sees: a
+matrix of samples drawn from one or several sources with a seed, and the hash of exactly that matrix.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ Opening = Literal["stored", "window", "none"]
 class Tokens:
     """The documents of one source.
 
-    ids: int32 [count], all documents behind each other. starts: int64 [documents + 1], where each begins,
+    ids: int32 [count], all documents one after another. starts: int64 [documents + 1], where each begins,
     then count. source: as it was written. sha256: hash of the raw bytes that were read. bos: the id that
     opens every document, or None when they do not all open with the tokenizer's BOS. weight: share of the
     samples in a mixture.
@@ -52,7 +51,7 @@ class Tokens:
 
     @property
     def stream(self) -> Tensor:
-        """All documents behind each other as int64 [count]."""
+        """All documents one after another as int64 [count]."""
         return self.ids.long()
 
     def to_json(self) -> dict[str, object]:
@@ -117,11 +116,10 @@ def sample(
 ) -> Samples:
     """Draw `samples` pieces of `length` ids, from several sources in the ratio of their weights.
 
-    The documents of a source are shuffled and put behind each other; the row is cut into pieces that do not
-    overlap, and pieces are drawn from it: no id is used twice, and documents of exactly `length` ids stay
-    whole.
+    The documents of a source are shuffled and joined; the row is cut into pieces that do not overlap, and
+    pieces are drawn from it: no id is used twice, and documents of exactly `length` ids stay whole.
 
-    bos: "stored" keeps the ids as they were read; "window" lets every sample open with the BOS (a piece
+    bos: "stored" keeps the ids as they were read; with "window" every sample opens with the BOS (a piece
     that does not begin a document gets it in front and loses its last id); "none" removes the BOS of the
     documents.
 
@@ -132,13 +130,14 @@ def sample(
     generator = torch.Generator().manual_seed(seed)
     shares = split_samples(samples, [part.weight for part in parts])
     drawn = [
-        _draw(part, share, length, bos, generator) for part, share in zip(parts, shares, strict=True)
-    ]  # [share, length] each
-    ids = torch.cat(drawn)
+        _draw(part, share, length, bos=bos, generator=generator)
+        for part, share in zip(parts, shares, strict=True)
+    ]  # each [share, length]
+    ids = torch.cat(drawn)  # [samples, length]
     ids = ids[torch.randperm(samples, generator=generator)] if len(parts) > 1 else ids
     sources = tuple({**part.to_json(), "samples": share} for part, share in zip(parts, shares, strict=True))
     notes = tuple(note for part in parts for note in part.notes)
-    return Samples(ids, hash_ids(ids), seed, bos, sources, notes)
+    return Samples(ids, hash_ids(ids), seed, bos=bos, sources=sources, notes=notes)
 
 
 def split_samples(samples: int, weights: Sequence[float]) -> list[int]:
@@ -152,16 +151,17 @@ def split_samples(samples: int, weights: Sequence[float]) -> list[int]:
 
 
 def shared_documents(first: Tokens, second: Tokens, *, run: int = 64) -> int:
-    """How many documents of `first` stand in `second`, whole or in part.
+    """How many documents of `first` are also in `second`, whole or in part.
 
-    A document counts when it has a run of `run` ids in common with any document of `second`, wherever it
-    stands there; one shorter than `run` counts when `second` holds the very same. The BOS is left out of
-    the comparison.
+    A document counts when it has a run of `run` ids in common with any document of `second`, at any place;
+    one shorter than `run` counts when `second` holds the same document. The BOS is left out of the comparison.
     """
     ours, theirs = _bare_documents(first), _bare_documents(second)
     runs = [_runs(ids, run) for ids in ours]
     owners = np.repeat(np.arange(len(ours)), [len(hashes) for hashes in runs])
+    # Runs in common, by their hashes.
     met = np.isin(np.concatenate(runs), np.concatenate([_runs(ids, run) for ids in theirs]))
+    # Documents shorter than a run, as wholes.
     short = {ids.tobytes() for ids in theirs if len(ids) < run}
     same = sum(len(ids) < run and ids.tobytes() in short for ids in ours)
     return len(np.unique(owners[met])) + same
@@ -177,27 +177,26 @@ def _runs(ids: np.ndarray, run: int) -> np.ndarray:
     count = len(ids) - run + 1
     if count < 1:
         return np.empty(0, dtype=np.uint64)
-    values = ids.astype(np.uint64) + np.uint64(1)
-    hashes = np.zeros(count, dtype=np.uint64)
+    values = ids.astype(np.uint64) + np.uint64(1)  # [ids]
+    hashes = np.zeros(count, dtype=np.uint64)  # [runs]
     for offset in range(run):
         hashes *= np.uint64(0x9E3779B97F4A7C15)
         hashes += values[offset : offset + count]
     return hashes
 
 
-def _draw(part: Tokens, share: int, length: int, bos: Opening, generator: torch.Generator) -> Tensor:
+def _draw(part: Tokens, share: int, length: int, *, bos: Opening, generator: torch.Generator) -> Tensor:
     """Pieces [share, length] of one source."""
-    row = _shuffled(part, bos, generator)
+    row = _shuffled(part, bos, generator)  # [ids]
     pieces = len(row) // length
     if share > pieces:
         raise DataError(
-            f"{part.source} holds {len(row)} ids, fewer than the {share} samples x {length} ids = "
-            f"{share * length} asked of it: ask for at most {pieces} samples of this length, "
-            "shorten them, or add text."
+            f"{part.source} holds {len(row)} ids, and {share} samples x {length} ids = {share * length} are "
+            f"needed: ask for at most {pieces} samples of this length, shorten them, or add text."
         )
     phase = int(torch.randint(len(row) - pieces * length + 1, (), generator=generator))
-    matrix = row[phase : phase + pieces * length].view(pieces, length)
-    drawn = matrix[torch.randperm(pieces, generator=generator)[:share]].long()
+    matrix = row[phase : phase + pieces * length].view(pieces, length)  # [pieces, length]
+    drawn = matrix[torch.randperm(pieces, generator=generator)[:share]].long()  # [share, length]
     return _open_windows(drawn, part.bos) if bos == "window" else drawn
 
 
@@ -205,21 +204,21 @@ def _shuffled(part: Tokens, bos: Opening, generator: torch.Generator) -> Tensor:
     documents = torch.split(part.ids, part.starts.diff().tolist())
     skip = 1 if bos == "none" and part.bos is not None else 0
     order = torch.randperm(len(documents), generator=generator).tolist()
-    return torch.cat([documents[index][skip:] for index in order])
+    return torch.cat([documents[index][skip:] for index in order])  # [ids]
 
 
 def _open_windows(drawn: Tensor, bos: int | None) -> Tensor:
     if bos is None:
         raise DataError(
-            "samples cannot open with the BOS: the source's documents do not. Read it with ?bos=always, or "
-            'use bos="stored".'
+            "samples cannot open with the BOS, since the source's documents do not. Read it with ?bos=always, "
+            'or use bos="stored".'
         )
-    moved = torch.cat([torch.full_like(drawn[:, :1], bos), drawn[:, :-1]], dim=1)
-    return torch.where(drawn[:, :1] == bos, drawn, moved)
+    moved = torch.cat([torch.full_like(drawn[:, :1], bos), drawn[:, :-1]], dim=1)  # [share, length]
+    return torch.where(drawn[:, :1] == bos, drawn, moved)  # [share, length]
 
 
 def _check_request(parts: Sequence[Tokens], samples: int, length: int) -> None:
     if not parts:
         raise DataError("no source to draw samples from: name at least one.")
     if samples < 1 or length < 1:
-        raise DataError(f"{samples} samples of {length} ids are none: both numbers must be at least 1.")
+        raise DataError(f"got {samples} samples of {length} ids: both numbers must be at least 1.")

@@ -1,7 +1,9 @@
-"""What a model is worth: perplexity over text, and divergence from the float model it was made from."""
+"""Judging models: perplexity over text, divergence from the float model, and zero-shot accuracy."""
 
-from fracbit.evaluation.divergence import Divergence, compare, divergence
+from fracbit.evaluation.divergence import Divergence
 from fracbit.evaluation.float_logits import FloatLogits, keep_logits, open_logits
+from fracbit.evaluation.float_reference import Expected, Reference, keep_expected
+from fracbit.evaluation.judge import Judgement, judge, perplexity
 from fracbit.evaluation.local_tasks import (
     LocalTask,
     TaskItem,
@@ -9,16 +11,16 @@ from fracbit.evaluation.local_tasks import (
     write_continuation,
     write_lambada,
 )
-from fracbit.evaluation.logits import Progress, longest_window
-from fracbit.evaluation.perplexity import Perplexity, default_window, perplexity
-from fracbit.evaluation.windows import Ids, Protocol, Window, Windowing, plan_windows
+from fracbit.evaluation.logits import longest_window
+from fracbit.evaluation.loss import Perplexity, default_window
+from fracbit.evaluation.windows import Ids, Protocol, Window, Windowing, cut_windows
 from fracbit.evaluation.zero_shot import (
     PAPER_TASKS,
     Questions,
     TaskScore,
     ZeroShot,
     ask,
-    prepare,
+    prepare_questions,
     tasks_of,
     zero_shot,
 )
@@ -26,29 +28,31 @@ from fracbit.evaluation.zero_shot import (
 __all__ = [
     "PAPER_TASKS",
     "Divergence",
+    "Expected",
     "FloatLogits",
     "Ids",
+    "Judgement",
     "LocalTask",
     "Perplexity",
-    "Progress",
     "Protocol",
     "Questions",
+    "Reference",
     "TaskItem",
     "TaskScore",
     "Window",
     "Windowing",
     "ZeroShot",
     "ask",
-    "compare",
     "continuation_items",
+    "cut_windows",
     "default_window",
-    "divergence",
+    "judge",
+    "keep_expected",
     "keep_logits",
     "longest_window",
     "open_logits",
     "perplexity",
-    "plan_windows",
-    "prepare",
+    "prepare_questions",
     "tasks_of",
     "write_continuation",
     "write_lambada",

@@ -7,19 +7,12 @@ two models say different things; the divergence cannot, and it needs far less te
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from fracbit.errors import DataError, WeightError
-from fracbit.evaluation.float_logits import FloatLogits, reference_rows
-from fracbit.evaluation.logits import Progress, ScoredRows, row_chunks, scored_rows, vocabulary_of
-from fracbit.evaluation.perplexity import Perplexity, default_window, summarize, window_nll
-from fracbit.evaluation.windows import Ids, Protocol, Windowing, plan_windows
+from fracbit.evaluation.windows import Protocol
 
 
 @dataclass(frozen=True)
@@ -27,7 +20,9 @@ class Divergence:
     """KL(float || quantized) in nats per token, over the scored ids of a text.
 
     kl: mean. kl_median, kl_p99, kl_max: of single tokens. agreement: share of tokens, 0..1, where both
-    models have the same most likely next token. tokens: how many. seconds: wall clock.
+    models have the same most likely next token. tokens: over how many it was taken, fewer than the
+    protocol's when the reference was kept for some windows only. seconds: wall clock of the whole
+    measurement, the reference included.
     """
 
     kl: float
@@ -40,9 +35,14 @@ class Divergence:
     seconds: float
 
     def __str__(self) -> str:
+        part = (
+            ""
+            if self.tokens == self.protocol.tokens
+            else f", over the {self.tokens} tokens that the reference kept"
+        )
         return (
             f"KL {self.kl:.5f} nats per token (99 % below {self.kl_p99:.4f}, at most {self.kl_max:.4f}), "
-            f"same top token {100 * self.agreement:.2f} %"
+            f"same top token {100 * self.agreement:.2f} %{part}"
         )
 
     def to_json(self) -> dict[str, object]:
@@ -50,96 +50,46 @@ class Divergence:
         return {**asdict(self), "protocol": {**self.protocol.to_json(), "text": str(self.protocol)}}
 
 
-def divergence(
-    reference: PreTrainedModel | FloatLogits,
-    model: PreTrainedModel,
-    ids: Ids,
-    *,
-    window: int | None = None,
-    stride: int | None = None,
-    bos: int | None = None,
-    batch: int = 8,
-    progress: Progress | None = None,
-) -> Divergence:
-    """Measure how far `model` is from `reference`, the float model or its kept logits. Arguments as for
-    perplexity.
-
-    Raises: DataError (windows, ids, two vocabularies, logits kept for another text), WeightError (NaN, Inf).
+@dataclass(frozen=True, eq=False)
+class Distribution:
+    """What the float model expects at some ids. logs, chances: log-probabilities and probabilities, fp32
+    [ids, vocabulary]; top: the most likely words, int64 [ids].
     """
-    return compare(
-        reference, model, ids, window=window, stride=stride, bos=bos, batch=batch, progress=progress
-    )[1]
+
+    logs: Tensor
+    chances: Tensor
+    top: Tensor
+
+    def __getitem__(self, ids: slice) -> Distribution:
+        return Distribution(self.logs[ids], self.chances[ids], self.top[ids])
+
+    def to(self, device: torch.device) -> Distribution:
+        """The same on `device`; without a copy where it is there."""
+        return Distribution(self.logs.to(device), self.chances.to(device), self.top.to(device))
 
 
-def compare(
-    reference: PreTrainedModel | FloatLogits,
-    model: PreTrainedModel,
-    ids: Ids,
-    *,
-    window: int | None = None,
-    stride: int | None = None,
-    bos: int | None = None,
-    batch: int = 8,
-    progress: Progress | None = None,
-) -> tuple[Perplexity, Divergence]:
-    """Perplexity and divergence of `model` from a single pass over the text; see both for arguments and
-    errors.
-    """
-    started = time.perf_counter()
-    window = default_window(model) if window is None else window
-    plan = plan_windows(ids, window=window, stride=stride, bos=bos)
-    _check_vocabularies(reference, model)
-    nlls = [0.0] * len(plan.windows)
-    divergences: list[Tensor] = []
-    same = 0
-    ours = scored_rows(model, plan, batch=batch, progress=progress)
-    for theirs, rows in zip(_rows_of(reference, plan, batch), ours, strict=True):
-        nlls[rows.index] = window_nll(rows)
-        divergences.append(_window_divergence(theirs, rows))
-        same += _same_top(theirs, rows)
-    seconds = time.perf_counter() - started
-    return summarize(plan, nlls, seconds), _summarize(plan, torch.cat(divergences), same, seconds)
+def distribution(logits: Tensor) -> Distribution:
+    """The distributions of logits [ids, vocabulary], unnormalized, any float dtype."""
+    logs = torch.log_softmax(logits.float(), dim=1)  # [ids, vocabulary]
+    return Distribution(logs, chances=logs.exp(), top=logits.argmax(1))
 
 
-def token_divergence(reference: Tensor, logits: Tensor) -> Tensor:
-    """KL(reference || logits) of each row in nats, fp32 [tokens]; rounding below zero is cut off.
+def token_divergence(expected: Distribution, logs: Tensor) -> Tensor:
+    """KL(expected || logs) of each row in nats, fp32 [ids]; rounding below zero is cut off.
 
-    reference, logits: [tokens, vocabulary], unnormalized, any float dtype. A word that the reference rules
+    logs: the quantized model's log-probabilities, fp32 [ids, vocabulary]. A word that the float model rules
     out (-inf) adds nothing.
     """
-    p = torch.log_softmax(reference.float(), dim=1)
-    q = torch.log_softmax(logits.float(), dim=1)
-    terms = torch.where(p == -torch.inf, torch.zeros_like(p), p.exp() * (p - q))
-    return terms.sum(dim=1).clamp_min(0)
+    found = (expected.logs - logs).mul_(expected.chances).sum(dim=1)  # [ids]
+    if not bool(found.isfinite().all()):  # -inf times 0: rare, so only then a second look
+        terms = expected.chances * (expected.logs - logs)  # [ids, vocabulary]
+        found = terms.masked_fill_(expected.logs == -torch.inf, 0).sum(dim=1)  # [ids]
+    return found.clamp_min(0)
 
 
-def _rows_of(reference: PreTrainedModel | FloatLogits, plan: Windowing, batch: int) -> Iterator[ScoredRows]:
-    if isinstance(reference, FloatLogits):
-        return reference_rows(reference, plan)
-    return scored_rows(reference, plan, batch=batch)
-
-
-def _window_divergence(theirs: ScoredRows, ours: ScoredRows) -> Tensor:
-    """KL of each scored id of a window, fp32 [scored], on the CPU."""
-    parts = [
-        token_divergence(theirs.logits[chunk].to(ours.logits.device), ours.logits[chunk])
-        for chunk in row_chunks(*ours.logits.shape)
-    ]
-    result = torch.cat(parts).cpu()
-    if not bool(result.isfinite().all()):
-        raise WeightError(
-            f"the divergence in window {ours.index} ({ours.window}) is not finite: one of the two models "
-            "has NaN or infinite logits there."
-        )
-    return result
-
-
-def _same_top(theirs: ScoredRows, ours: ScoredRows) -> int:
-    return int((theirs.logits.argmax(1).cpu() == ours.logits.argmax(1).cpu()).sum())
-
-
-def _summarize(plan: Windowing, values: Tensor, same: int, seconds: float) -> Divergence:
-    ordered = values.double().sort().values
+def divergence_of(values: Tensor, same: int, protocol: Protocol, seconds: float) -> Divergence:
+    """The record of a finished measurement. values: KL of each token, fp32 [tokens]; same: equal top tokens."""
+    ordered = values.double().sort().values  # [tokens]
     last = len(ordered) - 1
     return Divergence(
         kl=float(ordered.mean()),
@@ -148,15 +98,6 @@ def _summarize(plan: Windowing, values: Tensor, same: int, seconds: float) -> Di
         kl_max=float(ordered[last]),
         agreement=same / len(ordered),
         tokens=len(ordered),
-        protocol=plan.protocol,
+        protocol=protocol,
         seconds=seconds,
     )
-
-
-def _check_vocabularies(reference: PreTrainedModel | FloatLogits, model: PreTrainedModel) -> None:
-    theirs = reference.vocabulary if isinstance(reference, FloatLogits) else vocabulary_of(reference)
-    if theirs != vocabulary_of(model):
-        raise DataError(
-            f"the float model has {theirs} words and the quantized one {vocabulary_of(model)}: they are not "
-            "the same model, and their predictions cannot be compared."
-        )

@@ -1,12 +1,12 @@
 """Tasks for the evaluation harness that need no hub: LAMBADA from a file, and choices cut from held-out text.
 
 Each is a YAML file beside its data in a folder of the user's, so that `lm_eval --include_path FOLDER` runs it
-as well.
+too.
 
-The continuation task: a context of `context_words` words and four continuations of `choice_words` words,
-the true one and three from elsewhere in the texts, of nearly its length, because a longer one is less
-likely whatever it says. Chance is 0.25. All four are of one kind of text, so that only what the context
-says can tell them apart; a model that knows the language but not the context stays at chance.
+The continuation task: a context of `context_words` words and four continuations of `choice_words` words: the
+true one, and three from elsewhere in the texts of nearly its length, because longer ones are less likely
+whatever they say. Chance is 0.25. All four come from one kind of text, so that only the context can tell them
+apart: a model that knows the language but not the context stays at chance.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fracbit.errors import DataError, OutputError
 
 CHOICES = 4
 POOL = 32
-"""Wrong continuations drawn for an item, of which the three nearest to the true one in length are taken."""
+"""Wrong continuations drawn for an item; the three nearest to the true one in length are taken."""
 
 _WORD = re.compile(r"\S+")
 
@@ -45,15 +45,15 @@ class TaskItem:
     answer: int
 
     def to_json(self) -> dict[str, object]:
-        """The record as the task's data file holds it."""
+        """A line of the task's data file."""
         return {"context": self.context, "choices": list(self.choices), "answer": self.answer}
 
 
 def write_lambada(source: Path, folder: Path) -> LocalTask:
     """Write the task `lambada_local` over `source`, JSON lines with a passage in "text" each.
 
-    Raises: DataError naming the line that is no passage of two words; OutputError when the folder cannot be
-    written.
+    Raises: DataError naming the line that is not a passage of at least two words; OutputError when the folder
+    cannot be written.
     """
     if not source.is_file():
         raise DataError(f"{source}: no such file; LAMBADA is JSON lines with a passage in the field text.")
@@ -103,7 +103,7 @@ def continuation_items(
 
 
 def _pieces(text: str, context_words: int, choice_words: int) -> Iterator[tuple[str, str]]:
-    """Contexts with their continuations, cut from a text one behind the other, white space kept."""
+    """Contexts with their continuations, cut from a text one after another, with their white space."""
     words = list(_WORD.finditer(text))
     step = context_words + choice_words
     for start in range(0, len(words) - step + 1, step):
@@ -140,7 +140,7 @@ def _check_passage(line: bytes, where: str) -> None:
 def _write(name: str, data: Path, folder: Path) -> LocalTask:
     template = (files("fracbit.evaluation") / "tasks" / f"{name}.yaml").read_text(encoding="utf-8")
     path = folder / f"{name}.yaml"
-    # JSON's quoting is YAML's, whatever stands in a path.
+    # JSON's quoting is YAML's, whatever is in a path.
     _write_text(path, template.replace('"@FILE@"', json.dumps(str(data.resolve()))))
     return LocalTask(name, path)
 

@@ -1,4 +1,4 @@
-"""From a plan of windows to rows of logits, in bounded memory.
+"""From windows to rows of logits, in bounded memory.
 
 The logits of a large vocabulary are the largest tensor of an evaluation (2048 ids x 152 000 words are 1.2
 GB in fp32), so they are never all held in fp32: windows run in batches whose logits stay under
@@ -7,7 +7,7 @@ GB in fp32), so they are never all held in fp32: windows run in batches whose lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,6 @@ from transformers import PreTrainedModel
 from fracbit.errors import DataError
 from fracbit.evaluation.windows import Window, Windowing
 from fracbit.models.attention import native_attention
-
-Progress = Callable[[int, int], None]
 
 LOGIT_BYTES = 1 << 30
 
@@ -49,20 +47,20 @@ def vocabulary_of(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().vocab_size)
 
 
-def check_fits(model: PreTrainedModel, plan: Windowing) -> None:
+def check_fits(model: PreTrainedModel, windows: Windowing) -> None:
     """Refuse windows that the positions do not reach and ids that the embedding does not have.
 
     Raises: DataError.
     """
     limit = longest_window(model)
-    if limit is not None and plan.protocol.window > limit:
+    if limit is not None and windows.protocol.window > limit:
         raise DataError(
-            f"window {plan.protocol.window} is longer than the {limit} positions of the model "
+            f"window {windows.protocol.window} is longer than the {limit} positions of the model "
             f"(max_position_embeddings): use a window of 2..{limit}."
         )
     rows = vocabulary_of(model)
-    for number, document in enumerate(plan.documents):
-        outside = (document < 0) | (document >= rows)
+    for number, document in enumerate(windows.documents):
+        outside = (document < 0) | (document >= rows)  # [ids]
         if bool(outside.any()):
             position = int(outside.nonzero()[0])
             raise DataError(
@@ -71,32 +69,28 @@ def check_fits(model: PreTrainedModel, plan: Windowing) -> None:
             )
 
 
-def scored_rows(
-    model: PreTrainedModel, plan: Windowing, *, batch: int = 8, progress: Progress | None = None
-) -> Iterator[ScoredRows]:
+def scored_rows(model: PreTrainedModel, windows: Windowing, *, batch: int = 8) -> Iterator[ScoredRows]:
     """Run the model over all windows, longest first, and yield the logits of each window's scored ids.
 
-    batch: windows run together; fewer when their logits would pass LOGIT_BYTES. progress: called with
-    (windows done, windows in all). Logits may be NaN: whoever folds them says so.
+    batch: windows run together; fewer when their logits would pass LOGIT_BYTES. Logits may be NaN: whoever
+    reads them says so.
 
     Raises: DataError when the windows do not fit the model.
     """
     if batch < 1:
         raise DataError(f"batch {batch} runs no window: it must be at least 1.")
-    check_fits(model, plan)
-    order = run_order(plan)
-    batch = min(batch, _batch_limit(model, plan.protocol.window))
+    check_fits(model, windows)
+    order = run_order(windows)
+    batch = min(batch, _batch_limit(model, windows.protocol.window))
     for start in range(0, len(order), batch):
-        indices = order[start : start + batch]
-        yield from _run(model, plan, indices)
-        if progress is not None:
-            progress(start + len(indices), len(order))
+        yield from _run(model, windows, order[start : start + batch])
 
 
-def run_order(plan: Windowing) -> list[int]:
+def run_order(windows: Windowing) -> list[int]:
     """Indices of the windows, longest first: windows of like length share a batch, and little is padding."""
-    windows = plan.windows
-    return sorted(range(len(windows)), key=lambda index: windows[index].begin - windows[index].end)
+    return sorted(
+        range(len(windows.all)), key=lambda index: windows.all[index].begin - windows.all[index].end
+    )
 
 
 def predict(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -111,7 +105,7 @@ def predict(model: PreTrainedModel, ids: Tensor) -> Tensor:
     try:
         with torch.no_grad(), native_attention(model):
             logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
-            return logits
+            return logits  # [batch, length, vocabulary]
     finally:
         if training:
             model.train(True)
@@ -123,15 +117,16 @@ def row_chunks(rows: int, vocabulary: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
-def _run(model: PreTrainedModel, plan: Windowing, indices: Sequence[int]) -> Iterator[ScoredRows]:
-    windows = [plan.windows[index] for index in indices]
-    inputs = [plan.inputs(window) for window in windows]
+def _run(model: PreTrainedModel, windows: Windowing, indices: Sequence[int]) -> Iterator[ScoredRows]:
+    together = [windows.all[index] for index in indices]
+    inputs = [windows.inputs(window) for window in together]
     # Padding stands on the right: a causal model's predictions for the ids before it do not see it.
-    logits = predict(model, torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True))
-    for row, (index, window) in enumerate(zip(indices, windows, strict=True)):
+    padded = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True)  # [batch, length]
+    logits = predict(model, padded)  # [batch, length, vocabulary]
+    for row, (index, window) in enumerate(zip(indices, together, strict=True)):
         last = len(inputs[row]) - 1
-        scored = logits[row, last - window.scored : last]
-        yield ScoredRows(index, window, scored, plan.targets(window).to(logits.device))
+        scored = logits[row, last - window.scored : last]  # [scored, vocabulary]
+        yield ScoredRows(index, window, scored, windows.targets(window).to(logits.device))
 
 
 def _batch_limit(model: PreTrainedModel, window: int) -> int:

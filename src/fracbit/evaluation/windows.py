@@ -1,20 +1,21 @@
 """Which ids are fed to the model together, and which of them are scored.
 
-The plan of the sliding-window perplexity in the transformers documentation ("Perplexity of fixed-length
-models"): a window of `window` ids moves by `stride`; ids that an earlier window has scored are context
-only. The first id of a document has no context and is never scored, nor is the first id of a window that
-does not overlap its predecessor. With `bos`, every window opens with that id (context only), and then every
-id of the document is scored.
+The windows are those of the transformers documentation ("Perplexity of fixed-length models"): a window of
+`window` ids moves by `stride`; ids that an earlier window has scored are context only. The first id of a
+document has no context and is never scored, nor is the first id of a window that does not overlap the one
+before it. With `bos`, every window opens with that id (context only), and every id of the document is scored.
 
-Two tools that print different perplexities for one model usually disagree about exactly this, so the plan
-is a value (`Window`) that can be looked at, and its rule a record (`Protocol`) that travels with every
-figure.
+When two tools print different perplexities for one model, they usually differ in this. So the windows are
+values that can be looked at (`Windowing`), and their rule is a record (`Protocol`) printed with every figure.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -63,51 +64,65 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Windowing:
-    """All windows over some documents. documents: int64 [ids] each, without the id that `bos` adds."""
+    """The windows over some documents: all of them, in the order of the text.
+
+    documents: int64 [ids] each, without the id that `bos` adds.
+    """
 
     documents: tuple[Tensor, ...]
-    windows: tuple[Window, ...]
+    all: tuple[Window, ...]
     protocol: Protocol
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256 of what decides predictions besides the model: ids, windows and the id before them."""
+        digest = hashlib.sha256(json.dumps(self.protocol.to_json(), sort_keys=True).encode())
+        for document in self.documents:
+            digest.update(f"{len(document)}:".encode())
+            digest.update(document.numpy().astype("<i8").tobytes())
+        return digest.hexdigest()
 
     def inputs(self, window: Window) -> Tensor:
         """The ids [length] that the model is fed for `window`."""
         ids = self.documents[window.document][window.begin : window.end]
         if self.protocol.bos is None:
             return ids
-        return torch.cat([ids.new_tensor([self.protocol.bos]), ids])
+        return torch.cat([ids.new_tensor([self.protocol.bos]), ids])  # [length]
 
     def targets(self, window: Window) -> Tensor:
         """The ids [scored] whose probability counts."""
-        return self.documents[window.document][window.end - window.scored : window.end]
+        return self.documents[window.document][window.end - window.scored : window.end]  # [scored]
 
 
-def plan_windows(ids: Ids, *, window: int, stride: int | None = None, bos: int | None = None) -> Windowing:
-    """Windowing the windows over one stream (a 1-D tensor) or over documents (a sequence of 1-D tensors).
+def cut_windows(ids: Ids, *, window: int, stride: int | None = None, bos: int | None = None) -> Windowing:
+    """Cut windows from one stream (a 1-D tensor) or from documents (a sequence of 1-D tensors).
 
     window: ids the model sees at once, the added `bos` included, at least 2. stride: how far the window
-    moves, 1..window (default: window, no overlap); with `bos` at most window - 1, the default then.
+    moves, 1..window (default: window, no overlap); with `bos` at most window - 1, which is then the default.
 
     Raises: DataError for an impossible window or stride and for a document without an id to score.
     """
+    # Check the request.
     room = window if bos is None else window - 1
     stride = room if stride is None else stride
     _check_window(window, stride, room)
     documents = tuple(_without_bos(document, bos) for document in _documents(ids))
     _check_documents(documents, 1 if bos is not None else 2)
+    # Windows over each document.
     context = 0 if bos is not None else 1
     windows = tuple(
         piece
         for index, document in enumerate(documents)
-        for piece in _windows(index, len(document), room, stride, context)
+        for piece in _windows(index, len(document), room=room, stride=stride, context=context)
     )
     tokens = sum(piece.scored for piece in windows)
-    return Windowing(documents, windows, Protocol(window, stride, bos, len(documents), tokens))
+    return Windowing(
+        documents, windows, Protocol(window, stride, bos, documents=len(documents), tokens=tokens)
+    )
 
 
-def _windows(document: int, length: int, room: int, stride: int, context: int) -> list[Window]:
-    """Windows over one document; `context` ids at the front of a window have nothing before them to be
-    predicted from.
-    """
+def _windows(document: int, length: int, *, room: int, stride: int, context: int) -> list[Window]:
+    """Windows over one document; the first `context` ids of a window have nothing to be predicted from."""
     windows = []
     scored_to = 0
     for begin in range(0, length, stride):
@@ -153,7 +168,7 @@ def _check_window(window: int, stride: int, room: int) -> None:
 
 def _check_documents(documents: Sequence[Tensor], least: int) -> None:
     if not documents:
-        raise DataError("no documents to evaluate: the text is empty.")
+        raise DataError("there are no documents to evaluate: the text is empty.")
     for index, document in enumerate(documents):
         if len(document) < least:
             raise DataError(

@@ -1,9 +1,9 @@
 """Zero-shot accuracy through EleutherAI's evaluation harness (lm-eval, the extra fracbit[eval]).
 
 The harness's own HFLM class runs the model, float or fracbit, so a figure here is a figure of the harness:
-same prompts, same tokenization, same scores. `PAPER_TASKS` are the four whose mean accuracy the 4-bit
-scaling laws report (Dettmers & Zettlemoyer 2022, arXiv:2212.09720, section 3). Tasks named as strings fetch
-their data from the hub; local tasks (local_tasks.py) do not.
+same prompts, same tokenization, same scores. `PAPER_TASKS` are the four tasks of the 4-bit scaling laws, which
+report their mean accuracy (Dettmers & Zettlemoyer 2022, arXiv:2212.09720, section 3). Tasks named as strings
+fetch their data from the hub; local tasks (local_tasks.py) do not.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PAPER_TASKS = ("lambada_openai", "piqa", "winogrande", "hellaswag")
 
 
 def tasks_of(names: Sequence[str], root: Path | None = None) -> list[str | LocalTask]:
-    """Tasks as grids and the command line name them: `paper` for the four, `*.yaml` for files, below `root` or not."""
+    """Tasks by the names that grids and the command line use: `paper` for the four, `*.yaml` for files, first below `root`."""
     named = [name for item in names for name in (PAPER_TASKS if item == "paper" else (item,))]
     return [_local(name, root or Path()) if name.endswith(".yaml") else name for name in named]
 
@@ -44,8 +44,7 @@ def _local(name: str, root: Path) -> LocalTask:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One task's result. metrics: every figure of the harness by its name ("acc", "acc_stderr",
-    "perplexity", ...).
+    """One task's result. metrics: every figure of the harness by its name ("acc", "acc_stderr", "perplexity").
 
     items: how many questions were asked. version: of the task file. source: SHA-256 of the data of a local task.
     """
@@ -58,7 +57,7 @@ class TaskScore:
 
     @property
     def accuracy(self) -> float | None:
-        """Share of right answers, 0..1; None for a task that has no such figure."""
+        """Share of right answers, 0..1; None for a task without this figure."""
         return self.metrics.get("acc")
 
     def __str__(self) -> str:
@@ -122,17 +121,17 @@ class Questions:
     sources: Mapping[str, str]
 
 
-def prepare(tasks: Sequence[str | LocalTask] = PAPER_TASKS) -> Questions:
+def prepare_questions(tasks: Sequence[str | LocalTask] = PAPER_TASKS) -> Questions:
     """Read tasks: names of the harness's tasks or groups, and local ones.
 
     Raises: DataError without lm-eval, for an unknown task (near matches listed), a local one that cannot be read, and when the
     hub cannot be reached.
     """
     if not tasks:
-        raise DataError("no task to ask: name at least one, such as lambada_openai.")
+        raise DataError("there is no task to ask: name at least one, such as lambada_openai.")
     _library("lm_eval")
     names = [task for task in tasks if isinstance(task, str)]
-    # Reading the harness's thirteen thousand task files takes longer than many an evaluation.
+    # Reading the harness's thirteen thousand task files can take longer than the evaluation.
     manager = _library("lm_eval.tasks").TaskManager(include_defaults=bool(names))
     _check_names(names, manager.all_tasks)
     _check_files([task.path for task in tasks if isinstance(task, LocalTask)])
@@ -194,13 +193,13 @@ def zero_shot(
     batch: int = 8,
     quiet: bool = False,
 ) -> ZeroShot:
-    """`prepare` the tasks and `ask` a model, in one call."""
-    return ask(model, tokenizer, prepare(tasks), limit=limit, batch=batch, quiet=quiet)
+    """`prepare_questions` the tasks and `ask` a model, in one call."""
+    return ask(model, tokenizer, prepare_questions(tasks), limit=limit, batch=batch, quiet=quiet)
 
 
 @contextmanager
 def _silence(quiet: bool) -> Iterator[None]:
-    """Keep the harness off stdout and, when `quiet`, its bars and advice off stderr; errors are raised all the same."""
+    """Keep the harness off stdout and, when `quiet`, its bars and advice off stderr; errors are still raised."""
     if not quiet:
         with redirect_stdout(sys.stderr):
             yield
@@ -257,14 +256,14 @@ def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
 def _check_files(paths: Sequence[Path]) -> None:
     for path in paths:
         if not path.is_file():
-            raise DataError(f"there is no task file {path}: `fracbit task` writes one.")
+            raise DataError(f"there is no task file {path}; `fracbit task` writes one.")
 
 
 def _explain(names: Sequence[str], error: Exception) -> str:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return (
-        f"the tasks {', '.join(names)} cannot be run ({reason}). When their data is not at hand and the hub "
-        "cannot be reached, use local tasks, which `fracbit task` writes."
+        f"the tasks {', '.join(names)} cannot be run ({reason}). If their data is not here and the hub cannot be "
+        "reached, use local tasks, which `fracbit task` writes."
     )
 
 

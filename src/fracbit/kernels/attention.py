@@ -1,7 +1,7 @@
-"""Causal attention of whole sequences in fp32 on a CPU, as judging a model over text takes it.
+"""Causal attention of whole sequences in fp32 on a CPU, as an evaluation over text needs it.
 
 torch's kernel is made for long sequences and wide heads; over windows of some hundred ids and heads of 8 to 64 numbers it takes
-longer than the layers' products. The native kernel holds 32 queries and their scores in the cache; torch's is the definition.
+longer than the linears. The native kernel holds 32 queries and their scores in the cache; torch's is the definition.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fracbit.kernels.cpu import NATIVE
 
 HEAD_STEP = 8
 CACHE_BYTES = 1 << 18
-"""Of a head's keys and values: 512 tokens of 64 numbers."""
+"""The most that a head's keys and values may take: those of 512 tokens of 64 numbers."""
 
 
 def attends(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
@@ -37,10 +37,13 @@ def attends(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
 def attend_causal(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     """softmax(scale x queries keys^T) values over a token and those before it, fp32 [sequences, tokens, heads, head].
 
-    queries: fp32 [sequences, heads, tokens, head]; keys, values: as many heads or a divisor of them, for which `attends` holds.
+    queries: fp32 [sequences, heads, tokens, head]; keys, values: as many heads or a divisor of them. `attends` must hold.
     """
     assert NATIVE is not None
     sequences, heads, tokens, head = queries.shape
-    result = queries.new_empty(sequences, tokens, heads, head)
-    NATIVE.attend_causal(queries, keys, values, result.transpose(1, 2), scale, torch.get_num_threads())
+    result = queries.new_empty(sequences, tokens, heads, head)  # [sequences, tokens, heads, head]
+    by_head = result.transpose(1, 2)  # [sequences, heads, tokens, head]
+    NATIVE.attend_causal(
+        queries=queries, keys=keys, values=values, out=by_head, scale=scale, threads=torch.get_num_threads()
+    )
     return result

@@ -1,17 +1,17 @@
-"""The native CPU kernels: packed codes are multiplied as they lie in memory, nothing is decoded to a full matrix.
+"""The native CPU kernels: packed codes are multiplied as they lie in memory; no full matrix is ever decoded.
 
-Two paths, the user's choice:
+There are two paths, and the user chooses:
 
 - `float`: table values times fp32 activations, summed in fp32; relative error against the reference below 1e-5.
-- `int8`: activations are rounded to 8 bits, eight neighbours sharing a scale, and multiplied as integers; relative error of
-  the product below 5e-3. Codes of evenly spaced types are the integers, other tables are taken with 15 bits, so the
+- `int8`: activations are rounded to 8 bits, eight neighbours share a scale, and are multiplied as integers; relative error of
+  the product below 5e-3. Codes of evenly spaced types are the integers, and other tables are taken with 15 bits, so the
   error is that of the activations. Blocks that are no multiple of 8 along the input run in float on either path.
 
-Instruction sets, chosen when a process starts: AVX-512 with VNNI and VBMI, AVX2, NEON with and without the dot product of
-ARMv8.2, plain C++. NEON was tested in an emulator; no ARM machine has timed it.
+The instruction set is chosen when a process starts: AVX-512 with VNNI and VBMI, AVX2, NEON with and without the dot product of
+ARMv8.2, or plain C++. NEON was tested in an emulator; it has not been timed on an ARM machine.
 
-Few rows of activations (decode) go through the kernel of `native/row_kernel.h`. Many (prefill) may be cheaper as tiles of
-decoded rows, multiplied exactly by torch's own matrix product; `tiles_from` says from how many on.
+Few rows of activations (decode) go through the kernel of `native/row_kernel.h`. Many rows (prefill) may be faster as tiles of
+decoded weights, multiplied exactly by torch's own matrix product; `tiles_from` says from how many rows on.
 """
 
 from __future__ import annotations
@@ -34,11 +34,10 @@ from fracbit.records.scheme import Scheme, flat_block
 if TYPE_CHECKING:
     from types import ModuleType
 
-ABI = 7
+ABI = 8
 TILE_BYTES = 1 << 20  # of decoded weights: about a core's second-level cache
-TILE_ROWS = (
-    128  # at least, and a multiple of half of it: torch multiplies by few or odd rows at half the speed
-)
+TILE_ROWS = 128
+"""A tile has at least so many rows, and a multiple of half of them: torch multiplies by few or odd rows at half the speed."""
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -59,7 +58,7 @@ BF16_PRODUCTS = NATIVE is not None and bool(NATIVE.has_gram())
 
 @dataclass(frozen=True, eq=False)
 class CpuWeight:
-    """A weight as the native module holds it, and which path it takes."""
+    """A weight [rows, columns] as the native module holds it, and whether it takes the path `int8`."""
 
     weight: Any
     rows: int
@@ -68,9 +67,9 @@ class CpuWeight:
 
 
 def prepare(packed: PackedTensor, activations: Activations, isa: str = "") -> CpuWeight:
-    """Hand `packed` to the native module, which shares its memory. `isa` names an instruction set; empty is the best.
+    """Hand `packed` to the native module, which shares its memory. `isa` names an instruction set; empty: the best one.
 
-    Quantized scales (double quantization) are decoded to fp32 here: 32 bits a block in memory instead of 8.
+    Quantized scales (double quantization) are decoded to fp32 here, so that a block takes 32 bits in memory instead of 8.
     Raises `KernelError` when a buffer does not fit the scheme.
     """
     check_activations(activations)
@@ -78,15 +77,24 @@ def prepare(packed: PackedTensor, activations: Activations, isa: str = "") -> Cp
         raise KernelError(NOTE)
     scheme = packed.scheme
     zeros = scheme.offset == "zero"
-    stored = scales_shape((packed.shape[0], packed.quantized_width), scheme)
+    per_block = scales_shape((packed.shape[0], packed.quantized_width), scheme)
     kind, block = _blocks(scheme)
-    offsets = None if packed.offsets is None or zeros else _floats(packed.offsets, stored)
     try:
         weight = NATIVE.PackedWeight(
-            *packed.shape, scheme.bits, kind, block, packed.codes.detach(), _floats(packed.scales, stored), offsets,
-            _part(packed.offsets) if zeros else None, table_of(packed).values.contiguous(), _part(packed.columns),
-            _part(packed.outliers), isa,
-        )  # fmt: skip
+            rows=packed.shape[0],
+            columns=packed.shape[1],
+            bits=scheme.bits,
+            blocks=kind,
+            block=block,
+            codes=packed.codes.detach(),
+            scales=_floats(packed.scales, per_block),
+            offsets=None if packed.offsets is None or zeros else _floats(packed.offsets, per_block),
+            zeros=_part(packed.offsets) if zeros else None,
+            table=table_of(packed).values.contiguous(),
+            outlier_columns=_part(packed.columns),
+            outliers=_part(packed.outliers),
+            isa=isa,
+        )
     except (ValueError, TypeError) as error:
         raise KernelError(
             f"a packed weight of scheme {scheme} and shape {packed.shape} is broken: {error}"
@@ -96,7 +104,7 @@ def prepare(packed: PackedTensor, activations: Activations, isa: str = "") -> Cp
 
 def run(prepared: CpuWeight, x: Tensor) -> Tensor:
     """`x` [n, in] with contiguous rows -> [n, out]."""
-    y = x.new_empty((x.shape[0], prepared.rows))
+    y = x.new_empty((x.shape[0], prepared.rows))  # [n, out]
     if x.shape[0] >= tiles_from(prepared.int8, x.dtype):
         return _by_tiles(prepared, x, y)
     # Capsules: asking a tensor for one in Python takes longer than a small product.
@@ -105,7 +113,7 @@ def run(prepared: CpuWeight, x: Tensor) -> Tensor:
 
 
 def tiles_from(int8: bool, dtype: torch.dtype) -> float:
-    """Rows of activations from which tiles take less time than the row kernel: measured by bench/kernels/prefill.py."""
+    """Rows of activations from which on tiles are faster than the row kernel: measured by bench/kernels/prefill.py."""
     if not AVX512:
         return 32
     if dtype == torch.bfloat16 and BF16_PRODUCTS:
@@ -114,19 +122,21 @@ def tiles_from(int8: bool, dtype: torch.dtype) -> float:
 
 
 def _by_tiles(prepared: CpuWeight, x: Tensor, y: Tensor) -> Tensor:
+    """Fill `y` [n, out] from `x` [n, in], a tile of decoded weights after another."""
     # Where the processor has no products of 16-bit floats, torch takes up to ten times as long for them as for fp32.
-    exact = x if x.dtype == torch.bfloat16 and BF16_PRODUCTS else x.float()
+    exact = x if x.dtype == torch.bfloat16 and BF16_PRODUCTS else x.float()  # [n, in]
     fitting = TILE_BYTES // (prepared.columns * exact.element_size())
     step = max(TILE_ROWS, fitting - fitting % (TILE_ROWS // 2))
-    tile = exact.new_empty((min(step, prepared.rows), prepared.columns))
+    tile = exact.new_empty((min(step, prepared.rows), prepared.columns))  # [tile, in]
     for first in range(0, prepared.rows, step):
-        part = tile[: prepared.rows - first]
+        part = tile[: prepared.rows - first]  # [rows, in]
         prepared.weight.decode(first, part, torch.get_num_threads())
         y[:, first : first + step] = exact @ part.T
     return y
 
 
 def _blocks(scheme: Scheme) -> tuple[str, int]:
+    """How the native module names the layout of blocks, and their length."""
     if isinstance(scheme.block, int):
         return scheme.axis, scheme.block
     if scheme.block == "row":
@@ -135,12 +145,12 @@ def _blocks(scheme: Scheme) -> tuple[str, int]:
     return ("flat", flat) if flat else ("tensor", 1)
 
 
-def _floats(part: Tensor | PackedTensor, stored: tuple[int, ...]) -> Tensor:
-    return decode(part).view(stored) if isinstance(part, PackedTensor) else part.detach()
+def _floats(part: Tensor | PackedTensor, per_block: tuple[int, ...]) -> Tensor:
+    return decode(part).view(per_block) if isinstance(part, PackedTensor) else part.detach()
 
 
 def _part(part: Tensor | PackedTensor | None) -> Tensor | None:
-    """A share of a tensor's memory: the native module must not keep the tensor itself alive, a cache is keyed on it."""
+    """The same memory as another tensor: the native module must not keep the tensor alive, since a cache is keyed on it."""
     assert not isinstance(part, PackedTensor)
     return None if part is None else part.detach()
 

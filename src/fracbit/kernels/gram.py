@@ -1,7 +1,7 @@
 """Gram matrices of bfloat16 activations by the native kernel: exact products, sums in fp32, half of the matrix computed.
 
-torch multiplies bfloat16 to bfloat16 only, which would round the sums; without the kernel its fp32 product is taken, the
-definition (numerics/linalg.py).
+torch multiplies bfloat16 to bfloat16 only, which would round the sums. Without the kernel its fp32 product is taken, which is
+the definition (numerics/linalg.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def add_gram(gram: Tensor, x: Tensor) -> Tensor:
 
 
 def add_gram_(gram: Tensor, x: Tensor) -> Tensor:
-    """`add_gram` that may write the sum into `gram`: a new matrix for every batch is paid in page faults."""
+    """`add_gram` that may write the sum into `gram`: a new matrix for every batch costs page faults."""
     here = NATIVE is not None and NATIVE.has_gram() and x.device.type == "cpu" and x.dtype == torch.bfloat16
     if not here:
         return linalg.add_gram(gram, x.float())

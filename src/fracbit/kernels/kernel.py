@@ -1,8 +1,7 @@
-"""`Kernel`: one way to multiply activations with a packed weight. The table of them is in `fracbit.kernels`.
+"""`Kernel`: one way to multiply activations with a packed weight. The table of kernels is in table.py.
 
-A kernel is a second opinion on `reference.py`, which is the definition (habit 10 of the design): the same product from the
-same bytes, faster. `prepare` may derive what it needs from the canonical layout at load time; the bytes on disk stay as
-they are (habit 11).
+`reference.py` is the definition; a kernel computes the same product from the same bytes, faster. `prepare` may derive what it
+needs from the stored layout when a weight is loaded; the bytes on disk stay as they are.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class Kernel:
     - `supports(scheme, device, shape)`: whether the kernel can run weights `[out, in]` of this scheme there, now.
     - `prepare(packed, activations)`: whatever `run` needs, made once. It shares memory with `packed`.
     - `run(prepared, x)`: `x` [n, in] with contiguous rows, of a type in `FLOAT_TYPES` -> [n, out] of the same type.
-    - `paths`: those that it computes as asked; activations of another path are multiplied exactly, which is no less right.
+    - `paths`: those that it computes as asked; activations of another path are multiplied exactly.
     - `explain()`: one sentence for people: what it is, and why it does not run here if it does not.
     """
 
@@ -45,7 +44,7 @@ def check_activations(activations: str) -> None:
     """Raises `KernelError` for anything but the two paths a user can choose."""
     if activations not in get_args(Activations):
         raise KernelError(
-            f"activations {activations!r} is not a path; use {' or '.join(get_args(Activations))}"
+            f"activations {activations!r} is not known; use {' or '.join(get_args(Activations))}"
         )
 
 

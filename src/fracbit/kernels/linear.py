@@ -1,7 +1,7 @@
 """`PackedLinear`: a packed weight made ready for one kernel; calling it is the product. What a layer holds at run time.
 
-A decode step calls a hundred of these for some microseconds each, so the call goes straight to the kernel. Where somebody
-watches (torch.compile, autograd) it goes through the operator, which computes the same.
+A decode step calls a hundred of these for some microseconds each, so the call goes straight to the kernel. Under torch.compile
+and autograd it goes through the operator (op.py), which computes the same.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class PackedLinear:
             product: Tensor = linear_op(x, self._parts, self._spec, self.activations)
             return product
         check_input(x, self._columns, self._device)
-        flat = x.reshape(-1, self._columns)
+        flat = x.reshape(-1, self._columns)  # [tokens, in]
         if flat.stride(1) != 1 or flat.stride(0) < self._columns:
             flat = flat.contiguous()
-        return self._run(self.prepared, flat).view(*x.shape[:-1], self._rows)
+        return self._run(self.prepared, flat).view(*x.shape[:-1], self._rows)  # [..., out]

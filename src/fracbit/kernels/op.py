@@ -3,9 +3,9 @@
     fracbit::linear(Tensor x, Tensor[] parts, str spec, str activations) -> Tensor
     fracbit::rows(Tensor rows, Tensor[] parts, str spec) -> Tensor
 
-`parts` are the stored tensors of the weight, codes first, `spec` is the rest of it as JSON (`spec_of`): scheme, shape, names of
-the parts. A graph thus holds the packed buffers and nothing else. Kernels derive small tables from a weight when they first
-see it; these are kept for as long as the tensor of codes lives, and made again when a part was written to.
+`parts` are the tensors of the packed weight, codes first; `spec` is the rest of it as JSON (`spec_of`): scheme, shape, names of
+the parts. So a graph holds the packed buffers and nothing else. Kernels derive small tables from a weight when they first
+see it; these live as long as the tensor of codes, and are made again when a part was written to.
 
 The gradient with respect to `x` is grad @ W; the packed weight itself is not trained.
 """
@@ -47,9 +47,9 @@ def linear_op(x: Tensor, parts: list[Tensor], spec: str, activations: str) -> Te
     kernel, prepared = _kernel_for(parts, spec, activations)
     rows, columns = _read(spec)[1]
     check_input(x, columns, parts[0].device)
-    flat = x.reshape(-1, columns)
+    flat = x.reshape(-1, columns)  # [tokens, in]
     flat = flat if flat.stride(1) == 1 and flat.stride(0) >= columns else flat.contiguous()
-    return kernel.run(prepared, flat).view(*x.shape[:-1], rows)
+    return kernel.run(prepared, flat).view(*x.shape[:-1], rows)  # [..., out]
 
 
 @linear_op.register_fake
@@ -63,7 +63,7 @@ def _(x: Tensor, parts: list[Tensor], spec: str, activations: str) -> Tensor:
 @torch.library.custom_op("fracbit::linear_gradient", mutates_args=())
 def gradient_op(grad: Tensor, parts: list[Tensor], spec: str) -> Tensor:
     """`grad` [..., out] times the packed weight: [..., in], the gradient of `linear` with respect to its input."""
-    return grad @ decode(packed_of(parts, spec), grad.dtype)
+    return grad @ decode(packed_of(parts, spec), grad.dtype)  # [..., in]
 
 
 @gradient_op.register_fake
@@ -96,6 +96,7 @@ linear_op.register_autograd(_gradient, setup_context=_keep)
 
 
 def _kernel_for(parts: list[Tensor], spec: str, activations: str) -> tuple[Kernel, Any]:
+    """The kernel for a weight, and what it prepared; prepared again when a part is another tensor or was written to."""
     names = tuple(id(part) for part in parts)
     versions = tuple(0 if part.is_inference() else part._version for part in parts)
     entry = _prepared.get(parts[0])

@@ -1,6 +1,6 @@
 """The definition of the packed product: decode the weight, multiply in fp32, round once to the type of the activations.
 
-Every other kernel is tested against this file. It is also what runs where no other kernel does: slow, never wrong.
+Every other kernel is tested against this file. It also runs where no other kernel does: slow, but right.
 Equation: y = x W^T with W = decode(packed), see `fracbit.numerics.packed`.
 """
 
@@ -14,7 +14,7 @@ from fracbit.records.scheme import Scheme
 
 def linear(x: Tensor, packed: PackedTensor) -> Tensor:
     """`x` [..., in] times the transpose of the weight that `packed` stands for: [..., out], in the type of `x`."""
-    return (x.float() @ decode(packed).T).to(x.dtype)
+    return (x.float() @ decode(packed).T).to(x.dtype)  # [..., out]
 
 
 def _prepare(packed: PackedTensor, activations: Activations) -> PackedTensor:

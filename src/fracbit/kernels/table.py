@@ -1,4 +1,4 @@
-"""The table of kernels. The first that supports scheme, device and shape runs; the reference, last, supports everything."""
+"""The table of kernels. The first one that supports scheme, device and shape runs; the last, the reference, supports all."""
 
 import torch
 

@@ -1,7 +1,7 @@
-"""Models: the only room that knows nn.Module. Families as data, walks over blocks, the packed layer.
+"""Models: families as data, walks over blocks, the packed layers, and the changes that are made to a model.
 
 Names are imported from their files when first used: the packed layers are needed while transformers itself is
-still being imported, the rest needs all of it. `fracbit.models.blocks` and `fracbit.models.skeleton` are
+still being imported, and the rest needs all of it. `fracbit.models.blocks` and `fracbit.models.skeleton` are
 files; each holds a function of the same name.
 """
 

@@ -1,4 +1,4 @@
-"""The attention that a model's own code calls, exchanged for the time of a call.
+"""The attention that a model's own code calls, replaced for the time of a call.
 
 transformers looks an attention function up by name in every layer; fracbit registers one that takes the native kernel where
 that fits (fp32 on a CPU, causal, no mask, no dropout) and is `sdpa`, torch's, everywhere else.
@@ -19,7 +19,7 @@ from fracbit.kernels.attention import attend_causal, attends
 
 NAME = "fracbit"
 PLAIN = frozenset({"use_cache", "position_ids", "cache_position", "sliding_window"})
-"""Further arguments that change nothing where there is no mask; with any other one torch's is called."""
+"""Further arguments that change nothing where there is no mask; with any other argument, torch's attention is called."""
 
 
 def forward(
@@ -40,7 +40,15 @@ def forward(
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return attend_causal(query, key, value, scale), None
     result: tuple[Tensor, None] = sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout, scaling, is_causal, **further
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=dropout,
+        scaling=scaling,
+        is_causal=is_causal,
+        **further,
     )
     return result
 
@@ -51,7 +59,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 @contextmanager
 def native_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Within it, a model that asks for torch's attention gets the native one where that fits; its config is put back after.
+    """Give a model that asks for torch's attention the native one where that fits; its config is put back afterwards.
 
     Models that choose their attention and mask themselves (Falcon) are left alone: another name would give them another mask.
     """

@@ -1,4 +1,4 @@
-"""Reading a model through its `Family`: its blocks, their linears in groups of one input, units, norms,
+"""Reading a model through its `Family`: its blocks, their linears in groups of one input, sublayers, norms,
 scaling pairs, weights.
 
 Every function takes a live or meta-device module and returns names and views; nothing is changed here (see
@@ -20,6 +20,11 @@ from fracbit.models.family import Family, Norm, Pair, fits
 def is_linear(module: nn.Module) -> bool:
     """Whether a module multiplies its input by a float weight: `nn.Linear`, its children, `Conv1D`."""
     return isinstance(module, (nn.Linear, Conv1D))
+
+
+def is_table(module: object) -> bool:
+    """Whether a module looks rows up in a float table instead of multiplying by it."""
+    return isinstance(module, nn.Embedding)
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -96,15 +101,15 @@ def _is_fused(module: nn.Module) -> bool:
     return all(name in own and own[name].dim() == 3 for name in ("gate_up_proj", "down_proj"))
 
 
-def unit_of(family: Family, linear: str) -> tuple[str, ...]:
-    """The modules, applied in order, whose output judges a change of `linear` (AdaDim's Eq. 1); itself if
-    none is given.
+def sublayer_of(family: Family, linear: str) -> tuple[str, ...]:
+    """The modules, applied in order, by the output of which a change of `linear` is judged (AdaDim's Eq. 1);
+    the linear itself if the family names none.
     """
-    for unit in family.units:
-        for pattern in unit.linears:
+    for sublayer in family.sublayers:
+        for pattern in sublayer.linears:
             found, star = _matches(pattern, linear)
             if found:
-                return tuple(name.replace("*", star) for name in unit.modules)
+                return tuple(name.replace("*", star) for name in sublayer.modules)
     return (linear,)
 
 
@@ -152,18 +157,15 @@ def source_rows(block: nn.Module, pair: Pair, config: Any) -> torch.Tensor:
     """
     total = shape_of(block.get_submodule(pair.source))[0]
     width = shape_of(block.get_submodule(pair.readers[0]))[1]
-    column = torch.arange(width)
+    column = torch.arange(width)  # [in]
     if pair.layout == "rows":
         return total - width + column
     text = config.get_text_config()
     heads = int(text.num_attention_heads)
-    kv = (
-        pair.kv_heads
-        if isinstance(pair.kv_heads, int)
-        else int(getattr(text, pair.kv_heads or "", None) or heads)
-    )
+    named = pair.kv_heads
+    kv = named if isinstance(named, int) else int(getattr(text, named or "", None) or heads)
     size = width // heads
-    group = column // size // (heads // kv)  # the key-value head that each column comes from
+    group = column // size // (heads // kv)  # [in], the key-value head that each column comes from
     if pair.layout == "values last":
         return total - kv * size + group * size + column % size
     queries = heads // kv

@@ -1,4 +1,4 @@
-"""`PackedCache`: a KV cache that holds 8 or 4 bits a number; plain transformers takes it as `past_key_values`.
+"""`PackedCache`: a KV cache with 8 or 4 bits a number; plain transformers takes it as `past_key_values`.
 
 Keys have channels that are large for every token, values do not (KIVI: Liu et al. 2024, arXiv:2402.02750, section 3).
 So keys share a range per channel over `group` tokens, values share one per token over the head; the newest tokens, at
@@ -26,20 +26,20 @@ from fracbit.errors import SchemeError
 from fracbit.models.store_cache import StoreCache, store_bytes
 
 KV_BITS = (8, 4)
-CHANNEL, TOKEN = -2, -1  # the dimension of [batch, heads, groups, group, head size] that shares a range
+CHANNEL, TOKEN = -2, -1  # the dimension of [batch, heads, groups, group, head] that shares a range
 
 
 @dataclass(frozen=True)
-class Rounded:
-    """Keys or values as codes, uint8 [batch, heads, groups, group, head size * bits / 8], and the ranges they share."""
+class RoundedStates:
+    """Keys or values as codes, uint8 [batch, heads, groups, group, head * bits / 8], and the ranges they share."""
 
     codes: Tensor
     low: Tensor
     step: Tensor
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> Rounded:
+    def each(self, change: Callable[[Tensor], Tensor]) -> RoundedStates:
         """The same with every part changed."""
-        return Rounded(change(self.codes), change(self.low), change(self.step))
+        return RoundedStates(change(self.codes), change(self.low), change(self.step))
 
     @property
     def bytes(self) -> int:
@@ -47,23 +47,23 @@ class Rounded:
         return sum(part.numel() * part.element_size() for part in (self.codes, self.low, self.step))
 
 
-def round_states(x: Tensor, bits: int, shared: int) -> Rounded:
-    """`x` [batch, heads, groups, group, head size] as codes of `bits` that share a range along dimension `shared`."""
+def round_states(x: Tensor, bits: int, shared: int) -> RoundedStates:
+    """`x` [batch, heads, groups, group, head] as codes of `bits` that share a range along dimension `shared`."""
     exact, sixteen = x.float(), torch.float16 if x.dtype == torch.float32 else x.dtype
-    low = exact.amin(shared, keepdim=True).to(sixteen)
-    step = ((exact.amax(shared, keepdim=True) - low) / (2**bits - 1)).to(sixteen)
-    codes = (exact - low) / step.float().masked_fill(step == 0, 1)
-    whole = codes.round_().clamp_(0, 2**bits - 1).to(torch.uint8)
-    return Rounded(whole if bits == 8 else whole[..., ::2] | (whole[..., 1::2] << 4), low, step)
+    low = exact.amin(shared, keepdim=True).to(sixteen)  # [batch, heads, groups, 1, head] or [..., group, 1]
+    step = ((exact.amax(shared, keepdim=True) - low) / (2**bits - 1)).to(sixteen)  # as low
+    codes = (exact - low) / step.float().masked_fill(step == 0, 1)  # [batch, heads, groups, group, head]
+    whole = codes.round_().clamp_(0, 2**bits - 1).to(torch.uint8)  # [batch, heads, groups, group, head]
+    return RoundedStates(whole if bits == 8 else whole[..., ::2] | (whole[..., 1::2] << 4), low, step)
 
 
-def restore_states(rounded: Rounded, bits: int, dtype: torch.dtype) -> Tensor:
-    """Inverse of `round_states`, tokens in a row again: [batch, heads, tokens, head size] in `dtype`."""
+def restore_states(rounded: RoundedStates, bits: int, dtype: torch.dtype) -> Tensor:
+    """Inverse of `round_states`, tokens in a row again: [batch, heads, tokens, head] in `dtype`."""
     codes = rounded.codes
     if bits == 4:
-        codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
+        codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)  # [batch, heads, groups, group, head]
     exact = torch.addcmul(rounded.low.float(), codes.float(), rounded.step.float())
-    return exact.to(dtype).flatten(2, 3)
+    return exact.to(dtype).flatten(2, 3)  # [batch, heads, groups * group, head]
 
 
 class PackedLayer(DynamicLayer):
@@ -76,20 +76,21 @@ class PackedLayer(DynamicLayer):
     def __init__(self, bits: int, window: int, group: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.bits, self.window, self.group = bits, window, group
-        self.rounded: tuple[Rounded, Rounded] | None = None
+        self.rounded: tuple[RoundedStates, RoundedStates] | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add new tokens; returns keys and values [batch, heads, all tokens, head size] for attention."""
+        """Add new tokens; returns keys and values [batch, heads, all tokens, head] for attention."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = torch.cat([self.keys, key_states], -2)
-        self.values = torch.cat([self.values, value_states], -2)
+        self.keys = torch.cat([self.keys, key_states], -2)  # [batch, heads, window, head]
+        self.values = torch.cat([self.values, value_states], -2)  # [batch, heads, window, head]
         keys, values = self.keys, self.values
         if self.rounded is not None:
             old = [restore_states(part, self.bits, key_states.dtype) for part in self.rounded]
-            keys, values = torch.cat([old[0], keys], -2), torch.cat([old[1], values], -2)
+            keys = torch.cat([old[0], keys], -2)  # [batch, heads, tokens, head]
+            values = torch.cat([old[1], values], -2)  # [batch, heads, tokens, head]
         self._round_oldest()
         return keys, values
 
@@ -105,18 +106,17 @@ class PackedLayer(DynamicLayer):
     @property
     def bytes(self) -> int:
         """Bytes held, codes and window."""
-        window = (
-            sum(part.numel() * part.element_size() for part in (self.keys, self.values))
-            if self.is_initialized
-            else 0
-        )
+        exact = (self.keys, self.values) if self.is_initialized else ()
+        window = sum(part.numel() * part.element_size() for part in exact)
         return window + sum(part.bytes for part in self.rounded or ())
 
     def _round_oldest(self) -> None:
+        """Turn what has left the window into codes, in whole groups of tokens."""
         groups = (self.keys.shape[-2] - self.window) // self.group
         if groups < 1:
             return
         count = groups * self.group
+        # each [batch, heads, groups, group, head]
         old = [part[..., :count, :].unflatten(2, (groups, self.group)) for part in (self.keys, self.values)]
         fresh = round_states(old[0], self.bits, CHANNEL), round_states(old[1], self.bits, TOKEN)
         held = self.rounded
@@ -156,7 +156,7 @@ class PackedLayer(DynamicLayer):
         self._change(lambda part: part.to(self.device))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest tokens (a number below 0). Raises `SchemeError` beyond the window: codes are not cut."""
+        """Remove the newest tokens (a number below 0). Raises `SchemeError` beyond the window: codes cannot be cut."""
         if -tokens_to_remove > self.get_seq_length() - self.older:
             raise SchemeError(
                 f"{-tokens_to_remove} tokens cannot be removed from a packed cache that holds "
@@ -202,6 +202,6 @@ def _layer_bytes(layer: Any) -> int:
     return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
 
-def _joined(held: Rounded, fresh: Rounded) -> Rounded:
+def _joined(held: RoundedStates, fresh: RoundedStates) -> RoundedStates:
     parts = zip((held.codes, held.low, held.step), (fresh.codes, fresh.low, fresh.step), strict=True)
-    return Rounded(*(torch.cat(pair, 2) for pair in parts))
+    return RoundedStates(*(torch.cat(pair, 2) for pair in parts))

@@ -1,4 +1,4 @@
-"""Calling a block as its model does: its arguments, kept, moved, compared; and a way out of a forward."""
+"""Calling a block as its model does: its arguments, recorded, moved and compared, and a way out of a forward."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress

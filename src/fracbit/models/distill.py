@@ -1,8 +1,8 @@
-"""Self-distillation: a quantized model, as a whole, is moved until its next-token distribution is the float model's again.
+"""Self-distillation: the whole quantized model is trained to give the float model's next-token distribution.
 
 Everything that the format stores is learned at once: codes (through latent weights), scales, offsets, tables, 16-bit columns
 and norms, by the divergence KL(float || quantized) on calibration tokens. No labels are needed, so text that the float model
-wrote itself serves as well as any. The whole model must fit into memory three times over; block-wise corrections need less.
+wrote itself will do. The whole model must fit into memory three times over; block-wise corrections need less.
 
 Ref: learned rounding and scales, arXiv:1902.08153; distillation for quantization without data, arXiv:2305.17888 (LLM-QAT); as a
 last stage after GPTQ-like fitting, arXiv:2401.06118 (AQLM), arXiv:2405.14852 (PV-tuning).
@@ -30,7 +30,7 @@ WARM_UP = 0.05  # of all steps
 
 @dataclass(frozen=True)
 class Distillation:
-    """How long and how fast. `rate` is Adam's, for latent weights in units of their block's scale."""
+    """How long and how fast to train. `rate` is Adam's, for latent weights in units of their block's scale."""
 
     epochs: int = 10
     rate: float = 2e-3
@@ -51,10 +51,10 @@ class Distilled:
 def soften(
     model: PreTrainedModel, packed: Mapping[str, PackedTensor], rewritten: bool = False
 ) -> dict[str, SoftLinear]:
-    """Swap the named linears of a float `model` for trainable stand-ins of their packed forms; everything else is frozen.
+    """Replace the named linears of a float `model` by trainable stand-ins of their packed forms; all else is frozen.
 
-    The float weight of each places the latent weights inside the cells of the codes that were chosen; where weights were
-    `rewritten` before they were quantized, that of the model says nothing, and latent weights start on the codes.
+    The float weights place the latent weights inside the cells of the chosen codes. Where weights were `rewritten` before they
+    were quantized, the model's own are of no use, and latent weights start on the codes.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -72,32 +72,37 @@ def distill(
     soft: Mapping[str, SoftLinear],
     norms: Mapping[str, nn.Parameter],
     ids: Tensor,
-    plan: Distillation,
+    how: Distillation,
     show: Callable[[int, float], None] | None = None,
 ) -> Distilled:
-    """Train the `soft` linears and `norms` of `student`, in place, on `ids` [samples, tokens]; the best epoch stays.
+    """Train the `soft` linears and `norms` of `student`, in place, on `ids` [samples, tokens]; the best epoch is kept.
 
     `show` is called with each epoch and its held-out divergence.
     """
-    held = max(1, int(len(ids) * plan.held_out)) if len(ids) > 1 else 0
-    train, judge = ids[: len(ids) - held], ids[len(ids) - held :] if held else ids
+    # Samples to train on and samples to judge by, an optimizer, and its schedule.
+    held = max(1, int(len(ids) * how.held_out)) if len(ids) > 1 else 0
+    train, judge = (
+        ids[: len(ids) - held],
+        ids[len(ids) - held :] if held else ids,
+    )  # [train, tokens], [held, tokens]
     for parameter in norms.values():
         parameter.requires_grad_(True)
-    optimizer = torch.optim.Adam(_groups(soft, norms, plan.rate), betas=(0.9, 0.95))
-    steps = plan.epochs * -(-len(train) // plan.batch)
+    optimizer = torch.optim.Adam(_groups(soft, norms, how.rate), betas=(0.9, 0.95))
+    steps = how.epochs * -(-len(train) // how.batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate_at(step / max(steps, 1)))
-    generator = torch.Generator().manual_seed(plan.seed)
-    before = best = divergence(teacher, student, judge, plan.batch)
+    generator = torch.Generator().manual_seed(how.seed)
+    # Epochs; the state of the best one is put back.
+    before = best = divergence(teacher, student, judge, how.batch)
     kept, state = 0, _state(soft, norms)
-    for epoch in range(1, plan.epochs + 1):
-        for rows in torch.randperm(len(train), generator=generator).split(plan.batch):
+    for epoch in range(1, how.epochs + 1):
+        for rows in torch.randperm(len(train), generator=generator).split(how.batch):
             loss = _kl(teacher, student, train[rows])
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
             optimizer.step()
             schedule.step()
-        found = divergence(teacher, student, judge, plan.batch)
+        found = divergence(teacher, student, judge, how.batch)
         if show is not None:
             show(epoch, found)
         if found < best:
@@ -114,9 +119,14 @@ def divergence(teacher: PreTrainedModel, student: PreTrainedModel, ids: Tensor, 
 
 
 def _kl(teacher: PreTrainedModel, student: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Mean KL(teacher || student) over `ids` [samples, tokens], differentiable in the student."""
     with torch.no_grad():
-        wanted = teacher(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-    found = student(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+        wanted = (
+            teacher(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+        )  # [samples, tokens, vocabulary]
+    found = (
+        student(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+    )  # [samples, tokens, vocabulary]
     divergence: Tensor = (wanted.exp() * (wanted - found)).sum(-1).mean()
     return divergence
 

@@ -25,7 +25,7 @@ class Expert(nn.Module):
     def __init__(self, gate_up: torch.Tensor, down: torch.Tensor, act: nn.Module) -> None:
         """gate_up [2 inner, width] with the gate's rows first; down [width, inner]."""
         super().__init__()
-        gate, up = gate_up.chunk(2)
+        gate, up = gate_up.chunk(2)  # [inner, width]
         self.gate_proj, self.up_proj, self.down_proj = _linear(gate), _linear(up), _linear(down)
         self.act = act
 
@@ -42,10 +42,10 @@ class SplitExperts(nn.ModuleList):
 
         chosen: the experts of each token by number [tokens, top]; shares: their weights [tokens, top].
         """
-        total = torch.zeros_like(x)
+        total = torch.zeros_like(x)  # [tokens, width]
         for index in torch.unique(chosen).tolist():
-            token, slot = torch.where(chosen == index)
-            part = self[int(index)](x[token]) * shares[token, slot, None]
+            token, slot = torch.where(chosen == index)  # [routed]
+            part = self[int(index)](x[token]) * shares[token, slot, None]  # [routed, width]
             total.index_add_(0, token, part.to(total.dtype))
         return total
 
@@ -74,10 +74,9 @@ def split_experts(model: nn.Module) -> list[str]:
 
 
 def without_fusing(rules: list[Any]) -> list[Any]:
-    """Transformers' loading rules less those that would fuse the experts of a checkpoint, for a model that is
-    split.
+    """Transformers' loading rules without those that would fuse the experts of a checkpoint, for a split model.
 
-    What transformers calls weight conversions (`HfQuantizer.update_weight_conversions`): the renamings stay.
+    transformers calls the rules weight conversions (`HfQuantizer.update_weight_conversions`); renamings stay.
     """
     return [rule for rule in rules if not is_fusing(rule)]
 

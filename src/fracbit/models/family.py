@@ -1,8 +1,8 @@
 """What fracbit must know of an architecture, as data: a `Family` says where the blocks are, which linears
-read one input, which norms and linears produce it, and which module's output judges them.
+read one input, which norms and linears produce it, and by which module's output they are judged.
 
 All names are module paths: those of `Family` itself from the model's root, those of its groups, norms, pairs
-and units from a block's root. A name that a block does not hold is skipped (a Qwen-MoE model has dense and
+and sublayers from a block's root. A name that a block does not hold is skipped (a Qwen-MoE model has dense and
 sparse blocks); `*` stands for every expert of a mixture. No code branches on a family's name: what differs is
 written here.
 """
@@ -31,8 +31,8 @@ class Norm:
 
 @dataclass(frozen=True)
 class Pair:
-    """A linear whose output channels reach the input channels of other linears with nothing but a scale-free
-    step between.
+    """A linear with output channels that reach the input channels of other linears through nothing but a
+    scale-free step.
 
     `layout` says which output row feeds which input column: `rows` the last rows in order (the up half of a
     fused gate_up), `values last` the value heads after queries and keys (or alone), `values by head` groups
@@ -49,7 +49,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Sublayer:
-    """The modules, applied in this order, whose output judges a change of `linears` (AdaDim,
+    """The modules, applied in this order, by the output of which a change of `linears` is judged (AdaDim,
     arXiv:2309.15531, Eq. 1).
     """
 
@@ -68,14 +68,14 @@ class Family:
         embeddings: paths of the embedding tables, the token table first.
         head: path of the output projection.
         linears: groups of linears that read one and the same input, in order of use.
-        units: whose output judges which linears; a linear in none is judged by its own output.
+        sublayers: modules by the output of which linears are judged; a linear in none is judged by its own.
         norms: norms inside a block, with the linears that read each.
         pairs: linears whose output is, channel for channel, the input of others.
         final_norm: path of the norm before the head, "" where there is none.
         gain_offset: what the norms add to the stored gain (Gemma stores `gain - 1`).
         keep_float: linears inside a block that stay float (routers, gates with one output).
         when: config values that select this variant; the first family in `FAMILIES` that fits is taken.
-        note: what a user should be told, for families found by structure.
+        note: what to tell the user, for families found by structure.
 
     """
 
@@ -85,7 +85,7 @@ class Family:
     embeddings: tuple[str, ...]
     head: str
     linears: tuple[tuple[str, ...], ...]
-    units: tuple[Sublayer, ...] = ()
+    sublayers: tuple[Sublayer, ...] = ()
     norms: tuple[Norm, ...] = ()
     pairs: tuple[Pair, ...] = ()
     final_norm: str = ""

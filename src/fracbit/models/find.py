@@ -40,6 +40,7 @@ def discover(model: PreTrainedModel) -> Family:
     """A family read off the structure alone. Raises SourceError when the model has no repeated blocks with
     linears.
     """
+    # The stack of blocks is the list with the most linear weights.
     sizes = {name: _linear_size(stack) for name, stack in model.named_modules() if _is_stack(stack)}
     path = max(sizes, key=lambda name: sizes[name], default="")
     if not sizes.get(path):
@@ -48,12 +49,13 @@ def discover(model: PreTrainedModel) -> Family:
             "so there is nothing to quantize block by block; "
             "use a decoder-only causal language model, or add a Family for it."
         )
+    # What is in the blocks and around them.
     stack = list(model.get_submodule(path).children())
     table: nn.Module = model.get_input_embeddings()
     head: nn.Module | None = model.get_output_embeddings()
     names = _union(stack, is_linear)
     fused = {name for block in stack for name, _ in fused_experts(block)}
-    kept = f" The fused experts ({', '.join(sorted(fused))}) stay float." if fused else ""
+    left = f" The fused experts ({', '.join(sorted(fused))}) stay float." if fused else ""
     kind = Counter(type(block).__name__ for block in stack).most_common(1)[0][0]
     return Family(
         name=f"{model.config.model_type}, by structure",
@@ -66,13 +68,13 @@ def discover(model: PreTrainedModel) -> Family:
         note=(
             f"model type {model.config.model_type!r} is not in the table of families: took the {len(stack)} "
             f"blocks ({kind}) at {path!r} and {len(names)} linear names in them; "
-            f"no norm is folded and no input is shared.{kept}"
+            f"no norm is folded, and each linear counts as the only reader of its input.{left}"
         ),
     )
 
 
 def _is_stack(module: nn.Module) -> bool:
-    """A list of modules that are called one by one: not of plain linears, not of further lists."""
+    """A list of modules that are called one by one: neither of plain linears nor of further lists."""
     children = list(module.children())
     inner = (nn.ModuleList, nn.ModuleDict)
     return (
@@ -91,7 +93,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _union(stack: list[nn.Module], wanted: Any) -> list[str]:
-    """Names inside a block of the modules that are wanted, over all blocks, in order of first appearance."""
+    """Names inside a block of the modules that are `wanted`, over all blocks, in order of first appearance."""
     found = {name: None for block in stack for name, module in block.named_modules() if wanted(module)}
     return list(found)
 

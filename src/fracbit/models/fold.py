@@ -2,7 +2,7 @@
 
 A factor s on the inputs of some linears divides what produces them (a norm's gain and bias, or the rows of another linear) and
 multiplies the columns that read them. A rotation R of the residual stream turns what writes it (embeddings, o, down) and what
-reads it (the linears behind the norms, the head); an RMSNorm commutes with R once its gain is folded into its readers.
+reads it (the linears after the norms, the head); an RMSNorm commutes with R once its gain is folded into its readers.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ ROWS = 8192  # turned at a time: an embedding table in fp64 would be four times 
 
 
 def storable(block: nn.Module, family: Family, norm: Norm, factors: Tensor, dtype: torch.dtype) -> Tensor:
-    """The factors nearest to `factors` [width] that leave a gain which `dtype`, the stored type, holds exactly.
+    """The factors nearest to `factors` [width] that leave a gain which `dtype`, the checkpoint's type, holds exactly.
 
-    Folding these costs nothing even where gains are stored in 16 bits.
+    Folding these costs no accuracy, even where gains are stored in 16 bits.
     """
     gain = gain_of(block, norm.name)
     assert gain is not None
-    effect = gain.float() + family.gain_offset
-    left = (effect / factors - family.gain_offset).to(dtype).float() + family.gain_offset
+    effect = gain.float() + family.gain_offset  # [width]
+    left = (effect / factors - family.gain_offset).to(dtype).float() + family.gain_offset  # [width]
     return torch.where((left != 0) & (effect != 0), effect / left, 1.0)
 
 
@@ -52,7 +52,8 @@ def fold_norm(block: nn.Module, family: Family, norm: Norm, factors: Tensor) -> 
     """
     if not norm.exclusive:
         raise RecipeError(
-            f"{norm.name} feeds more than linears in this family: it cannot be folded; leave the transform out"
+            f"the residual stream reads {norm.name} too in this family, so nothing can be folded into it; "
+            "leave the transform out"
         )
     gain = gain_of(block, norm.name)
     assert gain is not None
@@ -70,8 +71,8 @@ def fold_pair(block: nn.Module, pair: Pair, factors: Tensor, config: Any) -> Non
     `factors` [in of the readers] must be equal where one row feeds several columns (`tie`).
     """
     source = block.get_submodule(pair.source)
-    rows = source_rows(block, pair, config).to(factors.device)
-    by_row = torch.ones(shape_of(source)[0], device=factors.device)
+    rows = source_rows(block, pair, config).to(factors.device)  # [in of the readers]
+    by_row = torch.ones(shape_of(source)[0], device=factors.device)  # [out of the source]
     by_row[rows] = factors
     set_weight(source, weight_of(source).float() / by_row[:, None])
     bias = bias_of(source)
@@ -83,11 +84,11 @@ def fold_pair(block: nn.Module, pair: Pair, factors: Tensor, config: Any) -> Non
 
 def tie(block: nn.Module, pair: Pair, factors: Tensor, config: Any) -> Tensor:
     """`factors` [in] with one value, the geometric mean, for columns that one source row feeds (grouped queries)."""
-    rows = source_rows(block, pair, config).to(factors.device)
-    total = torch.zeros(int(rows.max()) + 1, device=factors.device)
-    logs = total.index_add(0, rows, factors.log())
-    counts = total.index_add(0, rows, torch.ones_like(factors))
-    return (logs / counts.clamp(min=1))[rows].exp()
+    rows = source_rows(block, pair, config).to(factors.device)  # [in]
+    total = torch.zeros(int(rows.max()) + 1, device=factors.device)  # [out]
+    logs = total.index_add(0, rows, factors.log())  # [out]
+    counts = total.index_add(0, rows, torch.ones_like(factors))  # [out]
+    return (logs / counts.clamp(min=1))[rows].exp()  # [in]
 
 
 def scale_columns(block: nn.Module, names: Iterable[str], factors: Tensor) -> None:
@@ -98,10 +99,11 @@ def scale_columns(block: nn.Module, names: Iterable[str], factors: Tensor) -> No
 
 
 def rotate_block(block: nn.Module, family: Family, signs: Tensor) -> None:
-    """Turn a block's side of the residual stream by the rotation with these `signs` [width], norms' gains folded away first.
+    """Rotate the residual stream as this block sees it, by the rotation with these `signs` [width].
 
     Raises `RecipeError` for norms that do not commute with a rotation (LayerNorm, or one that writes the stream).
     """
+    # The norms' gains go into their readers.
     _check_norms(block, family)
     reading: list[str] = []
     for norm in norms(block, family):
@@ -113,6 +115,7 @@ def rotate_block(block: nn.Module, family: Family, signs: Tensor) -> None:
         with torch.no_grad():
             gain.fill_(1.0 - family.gain_offset)  # a gain of 0 is folded like any other
         reading += norm.readers
+    # What reads the stream is turned, then what writes it.
     for name in reading:
         module = block.get_submodule(name)
         set_weight(module, _turned(weight_of(module), signs))
@@ -122,17 +125,18 @@ def rotate_block(block: nn.Module, family: Family, signs: Tensor) -> None:
 
 
 def rotate_rest(model: nn.Module, family: Family, signs: Tensor) -> None:
-    """Turn the embeddings and the head, the final norm's gain folded into the head.
+    """Turn the embeddings and the head; the final norm's gain is folded into the head.
 
-    The two must not be one tensor: the table is turned as it is, the head with the gain in it.
+    The two must not be one tensor: the table is turned without the gain, the head with it.
     """
     for name in family.embeddings:
         table = model.get_submodule(name)
         set_weight(table, _turned(weight_of(table), signs))
     head, norm = model.get_submodule(family.head), model.get_submodule(family.final_norm)
-    gain = dict(norm.named_parameters())["weight"]
+    gain = dict(norm.named_parameters())["weight"]  # [width]
     with torch.no_grad():
-        set_weight(head, _turned(weight_of(head).double() * (gain.double() + family.gain_offset), signs))
+        folded = weight_of(head).double() * (gain.double() + family.gain_offset)  # [vocabulary, width]
+        set_weight(head, _turned(folded, signs))
         gain.fill_(1.0 - family.gain_offset)
 
 
@@ -141,7 +145,7 @@ def check_rotatable(model: nn.Module, family: Family) -> None:
     final = find(model, family.final_norm) if family.final_norm else None
     head = find(model, family.head)
     if final is None or bias_of(final) is not None or isinstance(final, nn.LayerNorm) or head is None:
-        kind = "no final norm that is known" if final is None else f"a {type(final).__name__} before the head"
+        kind = "no known final norm" if final is None else f"a {type(final).__name__} before the head"
         raise RecipeError(
             f"{type(model).__name__} has {kind}: its residual stream cannot be rotated; leave rotate out"
         )
@@ -153,7 +157,8 @@ def _check_norms(block: nn.Module, family: Family) -> None:
     found = norms(block, family)
     if not any(norm.readers for norm in found):
         raise RecipeError(
-            f"nothing is known of the norms of {type(block).__name__}: its residual stream cannot be rotated; leave rotate out"
+            f"the family of this model does not say who reads the norms of {type(block).__name__}: "
+            "its residual stream cannot be rotated; leave rotate out"
         )
     for norm in found:
         module = block.get_submodule(norm.name)
@@ -173,14 +178,15 @@ def _check_norms(block: nn.Module, family: Family) -> None:
 
 
 def inner_readers(block: nn.Module, family: Family) -> tuple[str, ...]:
-    """The linears that read what the MLP makes inside: no norm's output and no values of the attention.
+    """The linears that read an inner activation of the MLP: neither a norm's output nor values of the attention.
 
     Raises `RecipeError` where the family does not say who reads the norms.
     """
     outer = {name for norm in norms(block, family) for name in norm.readers}
     if not outer:
         raise RecipeError(
-            f"nothing is known of the inputs of {type(block).__name__}: leave rotate-mlp out for this model"
+            f"the family of this model does not say who reads the norms of {type(block).__name__}: "
+            "leave rotate-mlp out"
         )
     values = {name for pair in family.pairs if pair.layout != "rows" for name in pair.readers}
     return tuple(name for name in linears(block, family) if name not in outer | values)
@@ -191,7 +197,7 @@ def scaling_sites(
 ) -> list[tuple[tuple[str, ...], Norm | Pair]]:
     """Where factors can be folded: (readers of one input, what produces it), in order of use.
 
-    Not through the rotation before the linears `turned`.
+    Factors cannot pass the rotation before the linears `turned`.
     """
     folding = [norm for norm in norms(block, family) if norm.exclusive and norm.readers]
     straight = [pair for pair in pairs(block, family, config) if not set(pair.readers) & set(turned)]
@@ -201,7 +207,7 @@ def scaling_sites(
 
 def _turned(rows: Tensor, signs: Tensor) -> Tensor:
     """`rows` [n, width] times the rotation with these signs, fp32."""
-    parts = [turn_inputs(part.double() * signs).float() for part in rows.split(ROWS)]
+    parts = [turn_inputs(part.double() * signs).float() for part in rows.split(ROWS)]  # each [<= ROWS, width]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

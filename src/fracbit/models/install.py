@@ -1,5 +1,6 @@
-"""The only file that changes a model's weights and modules: set a weight, replace a module, bring a part into
-memory, free it.
+"""How a model's weights and modules are changed: set a weight, replace a module, bring a part into memory, free it.
+
+Other rooms change a model by these functions alone; in models/, fold.py and tweak.py also write gains and factors.
 
 A model larger than memory is built on the meta device (skeleton.py); `materialize` gives one block its
 tensors and `release` takes them away again.
@@ -29,6 +30,19 @@ def set_weight(module: nn.Module, weight: torch.Tensor) -> None:
     target = module.get_parameter("weight")
     with torch.no_grad():
         target.copy_(weight.T if is_transposed(module) else weight)
+
+
+def set_tensor(root: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Write the parameter or buffer that is called `name` below `root`, in place and in the dtype that it has.
+
+    Raises WeightError when the shape differs.
+    """
+    path, _, leaf = name.rpartition(".")
+    held = getattr(root.get_submodule(path), leaf)
+    if held.shape != tensor.shape:
+        raise WeightError(f"a tensor of shape {tuple(tensor.shape)} does not fit {name}, {tuple(held.shape)}")
+    with torch.no_grad():
+        held.copy_(tensor)
 
 
 def replace(root: nn.Module, path: str, module: nn.Module) -> nn.Module:

@@ -1,8 +1,8 @@
-"""`QuantLinear`: the only layer of ours. It holds packed bytes as buffers and multiplies through the kernels.
+"""`QuantLinear`: a linear that holds its packed weight as buffers and multiplies through the kernels.
 
-`QuantEmbedding` looks rows of the same bytes up, and `TiedHead` multiplies by an embedding's bytes without a copy of them.
+`QuantEmbedding` looks up rows of such a weight, and `TiedHead` multiplies by an embedding's bytes without a copy of them.
 The codes are the buffer `weight`, flattened to one dimension: a reader that does not know fracbit finds a `weight` of the
-wrong shape and stops, instead of leaving the layer at random.
+wrong shape and stops, instead of leaving the layer at random values.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class _PackedBuffers(nn.Module):
     @property
     def packed(self) -> PackedTensor:
         """The packed weight, sharing the buffers' memory."""
-        return from_parts(self.scheme, self.shape, self._stored())
+        return from_parts(self.scheme, self.shape, self._tensors())
 
-    def _stored(self) -> dict[str, Tensor]:
+    def _tensors(self) -> dict[str, Tensor]:
         """The parts of the packed weight by their names, codes first."""
         parts = {name: getattr(self, buffer_name(name)) for name in self._parts}
         parts["codes"] = parts["codes"].view(self._parts["codes"][1])
@@ -55,10 +55,9 @@ class _PackedBuffers(nn.Module):
 
     def multiply(self, x: Tensor) -> Tensor:
         """`x` [..., in] -> [..., out] through the kernel for this scheme and device, prepared at the first call."""
-        if (
-            torch.compiler.is_compiling()
-        ):  # a graph holds the bytes; what a kernel derives from them is made when it runs
-            product: Tensor = linear_op(x, list(self._stored().values()), self._spec, self.activations)
+        if torch.compiler.is_compiling():
+            # A graph holds the bytes; what a kernel derives from them is made when it runs.
+            product: Tensor = linear_op(x, list(self._tensors().values()), self._spec, self.activations)
             return product
         return self.ready()(x)
 
@@ -73,7 +72,7 @@ class _PackedBuffers(nn.Module):
         self.activations, self._ready = activations, None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _PackedBuffers:
-        """Move the bytes with the model; a cast (`model.to(torch.bfloat16)`) leaves what is stored as it is."""
+        """Move the bytes with the model; a cast (`model.to(torch.bfloat16)`) does not change them."""
         self._ready = None  # the buffers move: what was prepared points at the old ones
         packed = {id(buffer) for buffer in self._buffers.values()}
 
@@ -110,6 +109,7 @@ class QuantLinear(_PackedBuffers):
         self,
         scheme: Scheme,
         shape: tuple[int, int],
+        *,
         bias: bool = False,
         outliers: int = 0,
         sixteen: torch.dtype = torch.bfloat16,
@@ -129,12 +129,13 @@ class QuantLinear(_PackedBuffers):
         return y if self.bias is None else y + self.bias
 
     def _turned(self, x: Tensor) -> Tensor:
-        """`x` times the Hadamard matrix whose inverse is in the weight."""
+        """`x` [..., in] times the Hadamard matrix; the weight has been multiplied by its inverse."""
         if self._turn is None or any(factor.device != x.device for factor in self._turn):
             self._turn = turn_factors(self.in_features, x.device)
         return turn_inputs(x, self._turn)
 
     def _multiply_rounded(self, x: Tensor, inputs: Inputs) -> Tensor:
+        """The product of `x` [..., in] rounded as `inputs` says, in integers where that is faster."""
         packed = self.packed
         if is_int8(packed, inputs) and int8_pays(packed, x.numel() // x.shape[-1]):
             return int8_product(x, packed, inputs)
@@ -158,12 +159,12 @@ class QuantEmbedding(_PackedBuffers):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Embeddings [..., width] of token `ids` [...]; only the rows asked for are decoded."""
-        flat = ids.reshape(-1)
+        flat = ids.reshape(-1)  # [tokens]
         if torch.compiler.is_compiling():
-            rows: Tensor = rows_op(flat, list(self._stored().values()), self._spec)
+            rows: Tensor = rows_op(flat, list(self._tensors().values()), self._spec)
         else:
-            rows = decode_rows(self.packed, flat)
-        return (rows * self.factor).to(self.dtype).view(*ids.shape, -1)
+            rows = decode_rows(self.packed, flat)  # [tokens, width]
+        return (rows * self.factor).to(self.dtype).view(*ids.shape, -1)  # [..., width]
 
 
 class TiedHead(nn.Module):
@@ -175,7 +176,7 @@ class TiedHead(nn.Module):
 
     @property
     def embedding(self) -> QuantEmbedding:
-        """Whose bytes are multiplied."""
+        """The embedding with the bytes that are multiplied."""
         return self._shared[0]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -184,5 +185,5 @@ class TiedHead(nn.Module):
 
 
 def buffer_name(part: str) -> str:
-    """Name of the buffer, and of the stored tensor after the layer's name, that holds a part of a packed tensor."""
+    """Name of the buffer that holds a part of a packed tensor; in a file it follows the layer's name."""
     return "weight" if part == "codes" else f"weight_{part}"

@@ -1,9 +1,9 @@
 """A model without its weights: the modules of any config on the meta device, so that a 176B model costs no
 memory.
 
-It answers what the streaming pass asks: which layers there are and how large (`quantizable`), and under which
-names the checkpoint's files hold each of the model's tensors (`origins`): hub files may lack the base model's
-prefix (GPT-2's and BLOOM's `h.0...`), hold tied tensors once, and name a mixture's experts one by one where
+The streaming loop asks it which layers there are and how large (`quantizable`), and under which names the
+checkpoint's files hold each of the model's tensors (`origins`): hub files may lack the base model's prefix
+(GPT-2's and BLOOM's `h.0...`), hold tied tensors once, and name a mixture's experts one by one where
 transformers fuses them.
 """
 
@@ -54,7 +54,7 @@ class Origin:
     half: Literal["first", "second"] | None = None
 
     def read(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The part that is meant of the tensor on disk, a view."""
+        """The part of the tensor on disk that is meant, a view."""
         part = tensor if self.expert is None else tensor[self.expert]
         return part if self.half is None else part.chunk(2)[0 if self.half == "first" else 1]
 
@@ -103,8 +103,8 @@ def skeleton(
 
 def _compute_buffers(model: PreTrainedModel) -> None:
     """Fill unsaved buffers through the model's own `_init_weights`; those it does not know stay on the meta
-    device, where `walk.embed` names them. The weights are still on the meta device, so their initialization
-    does nothing.
+    device, and `walk.embed` names them. The weights are on the meta device, so their initialization does
+    nothing.
     """
     owner: dict[str, PreTrainedModel] = {}
     for path, module in model.named_modules():
@@ -120,7 +120,7 @@ def _compute_buffers(model: PreTrainedModel) -> None:
 
 
 def _fill(owner: PreTrainedModel, module: nn.Module, names: list[str]) -> None:
-    """Initialize twice over different contents: a buffer that ends the same both times was really written."""
+    """Initialize twice over different contents: a buffer that ends up the same both times was really written."""
     shapes = {name: module.get_buffer(name) for name in names}
     results = []
     for content in (0, 1):
@@ -143,35 +143,36 @@ def quantizable(
     """The layers that can be quantized, by full name (without `.weight`), in the order in which a forward
     uses them.
 
-    `model` may be a skeleton. A head tied to the embedding table is listed with `tied` naming the table: they
-    are one tensor.
+    `model` may be a skeleton. A head that is the embedding table's tensor has the table's name as `tied`.
     """
     family = family or family_of(model)
     table = family.embeddings[0] if family.embeddings else ""
     found: list[Layer] = []
     if include_embeddings and table:
-        found.append(_layer(model, table, None, "embedding", table))
+        found.append(_layer(model, table, "embedding", group=table))
     for index, (path, block) in enumerate(blocks(model, family)):
         for group in groups(block, family):
-            found += [
-                _layer(model, f"{path}.{name}", index, "linear", f"{path}.{group[0]}") for name in group
-            ]
+            first = f"{path}.{group[0]}"
+            found += [_layer(model, f"{path}.{name}", "linear", group=first, block=index) for name in group]
     if include_head and family.head:
-        found.append(_layer(model, family.head, None, "head", family.head, _tied(model, family.head, table)))
+        tied = _tied(model, family.head, table)
+        found.append(_layer(model, family.head, "head", group=family.head, tied=tied))
     return {layer.name: layer for layer in found}
 
 
 def _layer(
     model: nn.Module,
     name: str,
-    block: int | None,
     kind: Literal["linear", "embedding", "head"],
+    *,
     group: str,
+    block: int | None = None,
     tied: str | None = None,
 ) -> Layer:
     module = model.get_submodule(name)
     out, width = shape_of(module)
-    return Layer(name, out, width, is_transposed(module), block, kind, group, tied)
+    transposed = is_transposed(module)
+    return Layer(name, out, width, transposed, block=block, kind=kind, group=group, tied=tied)
 
 
 def _tied(model: nn.Module, head: str, table: str) -> str | None:
@@ -193,7 +194,7 @@ def origins(model: PreTrainedModel, disk_names: Iterable[str]) -> Origins:
     tensors: dict[str, Origin] = {}
     unused = []
     for disk in disk_names:
-        places = _places(disk, state, renamings, experts, model.base_model_prefix)
+        places = _places(disk, state, renamings=renamings, experts=experts, prefix=model.base_model_prefix)
         tensors.update(places)
         if not places:
             unused.append(disk)
@@ -205,6 +206,7 @@ def origins(model: PreTrainedModel, disk_names: Iterable[str]) -> Origins:
 def _places(
     disk: str,
     state: Iterable[str],
+    *,
     renamings: list[WeightRenaming],
     experts: list[WeightConverter],
     prefix: str,
@@ -224,9 +226,7 @@ def _places(
 
 
 def _split_name(name: str, experts: list[WeightConverter]) -> str:
-    """The name of a split expert's linear for the name that the hub gives it, such as `experts.3.w1` for
-    `gate_proj`.
-    """
+    """A split expert's linear by the name that the hub gives it, such as `experts.3.w1` for `gate_proj`."""
     for rule in experts:
         stem, _, fused = rule.target_patterns[0].rpartition(".")
         leaves = ("gate_proj", "up_proj") if fused == "gate_up_proj" else ("down_proj",)

@@ -1,10 +1,12 @@
-"""`SoftLinear`: a quantized linear that can be trained; what it gives is exactly what its packed form will give.
+"""`SoftLinear`: a quantized linear that can be trained; its output is exactly that of its packed form.
 
     W = scale * T[nearest(u)] + shift         u: latent weights in units of the scale
 
-Scale, shift and a fitted table are learned as they are; the gradient of the rounding is taken as that of the identity inside
-the table's range and 0 outside (straight-through, Bengio et al. 2013, arXiv:1308.3432; learned step sizes: Esser et al. 2019,
+Scale, shift and a fitted table are learned as they are; the gradient of the rounding is taken to be 1 inside the table's
+range and 0 outside (straight-through, Bengio et al. 2013, arXiv:1308.3432; learned step sizes: Esser et al. 2019,
 arXiv:1902.08153). It lives only while a correction runs: `packed` turns it back into bytes.
+
+Scales and shifts [per block] have the shape of `layout.scales_shape`.
 """
 
 from __future__ import annotations
@@ -27,61 +29,59 @@ class SoftLinear(nn.Module):
         """`weight` [out, in] float places the latent weights between codes; None: on them."""
         super().__init__()
         self.base, self.packed_like = grid_of(packed), packed
-        self.log_scale = nn.Parameter(self.base.scale.clamp(min=1e-12).log())
+        self.log_scale = nn.Parameter(self.base.scale.clamp(min=1e-12).log())  # [per block]
         shift = self.base.shift
         self.free_shift = self.base.scheme.offset in ("float", "mean")
         self.shift = nn.Parameter(torch.zeros(0) if shift is None or not self.free_shift else shift.clone())
-        self.table = nn.Parameter(self.base.table.values.clone(), requires_grad=is_fitted(self.base.scheme))
-        self.latent = nn.Parameter(self._start(packed, weight))
+        fitted = is_fitted(self.base.scheme)
+        self.table = nn.Parameter(self.base.table.values.clone(), requires_grad=fitted)  # [1 or out, levels]
+        self.latent = nn.Parameter(self._start(packed, weight))  # [out, quantized]
         self.bias = None if bias is None else nn.Parameter(bias.float().clone(), requires_grad=False)
         self.outliers = None if packed.outliers is None else nn.Parameter(packed.outliers.float())
 
     def _start(self, packed: PackedTensor, weight: Tensor | None) -> Tensor:
-        """Latent weights: the float ones where they round to the code that was chosen, else the nearest edge that does."""
-        codes = codes_in(packed)
-        values = self.base.table.look_up(codes)
+        """Latent weights: the float ones where they round to the chosen code, else the nearest edge of its cell."""
+        codes = codes_in(packed)  # [out, quantized]
         if weight is None:
-            return values
-        kept = (
-            weight.float()
-            if packed.columns is None
-            else weight.float()[:, quantized_columns(packed.columns, packed.shape[1])]
-        )
-        wanted = (kept - self._spread_shift(self.base.scale)) / self._spread(self.base.scale.clamp(min=1e-12))
-        low, high = cell_of(self.base.table.values, self.base.table.boundaries, codes)
+            return self.base.table.look_up(codes)
+        quantized = weight.float()
+        if packed.columns is not None:
+            quantized = quantized[:, quantized_columns(packed.columns, packed.shape[1])]  # [out, quantized]
+        scale = self._spread(self.base.scale.clamp(min=1e-12))
+        wanted = (quantized - self._spread_shift(self.base.scale)) / scale  # [out, quantized]
+        low, high = cell_of(self.base.table.values, self.base.table.boundaries, codes)  # [out, quantized]
         return torch.minimum(torch.maximum(wanted, low), high)
 
-    def _spread(self, stored: Tensor) -> Tensor:
-        return spread(stored, self.base.shape, self.base.scheme)
+    def _spread(self, values: Tensor) -> Tensor:
+        """Values [per block], broadcastable to [out, quantized]."""
+        return spread(values, self.base.shape, self.base.scheme)
 
     def _spread_shift(self, scale: Tensor) -> Tensor:
         if self.free_shift:
             return self._spread(self.shift)
         if self.base.zeros is None:
-            return torch.zeros(1, 1)
-        zero = self.base.table.look_up(self.base.zeros).view(scale.shape)
+            return torch.zeros(1, 1)  # [1, 1]
+        zero = self.base.table.look_up(self.base.zeros).view(scale.shape)  # [per block]
         return self._spread(-scale * zero)
 
     def weight(self) -> Tensor:
         """The decoded weight [out, in], differentiable."""
-        scale = self.log_scale.exp()
-        table = (
-            self.base.table
-            if not self.table.requires_grad
-            else nearest_type(self.table.detach().sort(dim=1).values)
-        )
-        codes = table.nearest(self.latent.detach())
-        values = look_up(self.table if self.table.requires_grad else table.values, codes)
-        low, high = table.values[:, :1], table.values[:, -1:]
-        inside = (self.latent.detach() >= low) & (self.latent.detach() <= high)
-        values = values + torch.where(inside, self.latent - self.latent.detach(), 0.0)
-        kept = values * self._spread(scale) + self._spread_shift(scale)
+        # Round the latent weights; inside the table's range gradients pass as if they were not rounded.
+        learned = self.table.requires_grad
+        table = nearest_type(self.table.detach().sort(dim=1).values) if learned else self.base.table
+        latent = self.latent.detach()  # [out, quantized]
+        values = look_up(self.table if learned else table.values, table.nearest(latent))  # [out, quantized]
+        inside = (latent >= table.values[:, :1]) & (latent <= table.values[:, -1:])  # [out, quantized]
+        values = values + torch.where(inside, self.latent - latent, 0.0)  # [out, quantized]
+        # Scale them, and put the 16-bit columns beside them.
+        scale = self.log_scale.exp()  # [per block]
+        quantized = values * self._spread(scale) + self._spread_shift(scale)  # [out, quantized]
         if self.outliers is None:
-            return kept
+            return quantized
         assert self.packed_like.columns is not None
-        full = kept.new_empty(self.packed_like.shape)
-        full = full.index_copy(1, quantized_columns(self.packed_like.columns, full.shape[1]), kept)
-        return full.index_copy(1, self.packed_like.columns.long(), self.outliers)
+        full = quantized.new_empty(self.packed_like.shape)  # [out, in]
+        full = full.index_copy(1, quantized_columns(self.packed_like.columns, full.shape[1]), quantized)
+        return full.index_copy(1, self.packed_like.columns.long(), self.outliers)  # [out, in]
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., in] -> [..., out]."""
@@ -90,12 +90,11 @@ class SoftLinear(nn.Module):
     def packed(self) -> PackedTensor:
         """The bytes that it stands for now."""
         with torch.no_grad():
-            table = self.table.detach().sort(dim=1).values
+            table = self.table.detach().sort(dim=1).values  # [1 or out, levels]
             grid: Grid = with_table(self.base, table.half()) if self.table.requires_grad else self.base
-            codes = grid.table.nearest(self.latent.detach())
-            grid = moved(
-                grid, self.log_scale.detach().exp(), self.shift.detach() if self.free_shift else None
-            )
+            codes = grid.table.nearest(self.latent.detach())  # [out, quantized]
+            shift = self.shift.detach() if self.free_shift else None
+            grid = moved(grid, self.log_scale.detach().exp(), shift)
             result = pack(codes, grid)
             if self.outliers is None:
                 return result
@@ -107,12 +106,12 @@ class SoftLinear(nn.Module):
 
 def look_up(table: Tensor, codes: Tensor) -> Tensor:
     """Values of `codes` [rows, n] in `table` [1 or rows, levels], differentiable in the table."""
-    return table[0][codes.long()] if len(table) == 1 else table.gather(1, codes.long())
+    return table[0][codes.long()] if len(table) == 1 else table.gather(1, codes.long())  # [rows, n]
 
 
 def cell_of(values: Tensor, boundaries: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """The numbers that round to each code: lower and upper end, a hair inside; open cells end at the outer values."""
-    low = torch.cat([values[:, :1], boundaries], 1)
-    high = torch.cat([boundaries, values[:, -1:]], 1)
-    hair = 1e-3 * (high - low)
+    """The ends of the interval that rounds to each code, a hair inside, each [rows, n]; open ones end at the outer values."""
+    low = torch.cat([values[:, :1], boundaries], 1)  # [1 or rows, levels]
+    high = torch.cat([boundaries, values[:, -1:]], 1)  # [1 or rows, levels]
+    hair = 1e-3 * (high - low)  # [1 or rows, levels]
     return look_up(low + hair, codes), look_up(high - hair, codes)

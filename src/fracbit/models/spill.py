@@ -1,5 +1,5 @@
-"""Room for hidden states, in memory or in a file: calibration tokens times width soon pass what a machine
-holds.
+"""Room for hidden states, in memory or in a file: calibration tokens times width can exceed the memory of a
+machine.
 """
 
 import os
@@ -14,8 +14,8 @@ from fracbit.errors import OutputError
 
 
 def storage(shape: Sequence[int], dtype: torch.dtype, folder: Path | None = None) -> torch.Tensor:
-    """Uninitialized room for hidden states: in memory, or with a folder in an unnamed file there, gone with
-    the tensor.
+    """Uninitialized room for hidden states: in memory, or, with a folder, in an unnamed file there that goes
+    with the tensor.
 
     Raises OutputError when the folder cannot hold it.
     """

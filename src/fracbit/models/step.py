@@ -1,7 +1,7 @@
 """`Decoder`: a loaded model's decode step in one native call, where its blocks have Llama's shape.
 
-Prompts are read by the model itself; the tokens after them one by one, without Python between the layers. `obstacle` says
-why a model cannot be run so; it is then run layer by layer, as transformers runs it.
+The model itself reads the prompt; the tokens after it are read one by one, without Python between the layers. `obstacle` says
+why a model cannot be run this way; it then runs layer by layer, as transformers runs it.
 """
 
 from __future__ import annotations
@@ -20,12 +20,8 @@ from fracbit.models.quant_linear import QuantEmbedding, QuantLinear, TiedHead
 from fracbit.models.store_cache import StoreCache
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-FIXED_ROTATIONS = (
-    "default",
-    "linear",
-    "llama3",
-    "yarn",
-)  # those that do not depend on the length of the text
+FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
+"""Those that do not depend on the length of the text."""
 LAYERS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
     "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
@@ -38,7 +34,7 @@ def obstacle(model: PreTrainedModel) -> str | None:
     if NATIVE is None:
         return NOTE
     if model.device.type != "cpu":
-        return f"the model is on {model.device}, the native step runs on CPUs"
+        return f"the model is on {model.device}, and the native step runs on CPUs"
     if model.dtype not in FLOAT_TYPES:
         return f"it computes in {model.dtype}"
     if config.model_type not in MODEL_TYPES:
@@ -61,9 +57,9 @@ def _obstacle_in_layers(model: PreTrainedModel) -> str | None:
     if not packed:
         return "its blocks are not quantized"
     if any(layer.rotated for layer in packed):
-        return "it rotates activations as its recipe says"
+        return "its recipe rotates activations"
     if any(layer.inputs is not None for layer in packed):
-        return "it rounds activations as its recipe says"
+        return "its recipe rounds activations"
     if any(not isinstance(layer, QuantLinear | nn.Linear) for layer in layers):
         return "a layer is neither packed nor a plain linear"
     if len({layer.activations for layer in packed}) > 1:
@@ -90,16 +86,21 @@ class Decoder:
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         packed = next(layer for layer in _linears(model) if isinstance(layer, QuantLinear))
         activations: Activations = packed.activations
+        shape = DecoderShape(
+            hidden=config.hidden_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head=head,
+            epsilon=config.rms_norm_eps,
+        )
         self._native = NativeDecoder(
-            DecoderShape(
-                config.hidden_size, config.num_attention_heads, config.num_key_value_heads, head, config.rms_norm_eps
-            ),
-            _weight(model.get_input_embeddings()),
-            _weight(model.get_output_embeddings()),
-            model.model.norm.weight,
-            [_block(block) for block in model.model.layers],
-            activations,
-        )  # fmt: skip
+            shape,
+            embedding=_weight(model.get_input_embeddings()),
+            logits=_weight(model.get_output_embeddings()),
+            gain=model.model.norm.weight,
+            blocks=[_block(block) for block in model.model.layers],
+            activations=activations,
+        )
         self._turns: tuple[Tensor, Tensor] | None = None
 
     def advance(self, tokens: Tensor, pads: Tensor, cache: StoreCache) -> Tensor:
@@ -111,14 +112,17 @@ class Decoder:
         if cache.data is None:
             raise KernelError("the cache is empty; let the model read the prompt first")
         cache.make_room(cache.part(0, 0), held + 1)
-        cosines, sines = self._rotation(cache.data.shape[-2])
-        logits = self._native.advance(cache.data, held, tokens.contiguous(), pads, cosines, sines)
+        cosines, sines = self._rotation(cache.data.shape[-2])  # [room, head]
+        logits = self._native.advance(
+            cache.data, held, tokens.contiguous(), pads=pads, cosines=cosines, sines=sines
+        )  # [batch, vocabulary]
         cache.added(1)
         return logits
 
     def _rotation(self, room: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [room, head] of the first `room` positions."""
         if self._turns is None or len(self._turns[0]) != room:
-            cosines, sines = self._rotary(torch.empty(1), torch.arange(room)[None])
+            cosines, sines = self._rotary(torch.empty(1), torch.arange(room)[None])  # [1, room, head]
             self._turns = cosines[0].contiguous(), sines[0].contiguous()
         return self._turns
 

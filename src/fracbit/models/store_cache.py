@@ -1,7 +1,7 @@
 """`StoreCache`: a KV cache in one piece of memory with room to grow; plain transformers takes it as `past_key_values`.
 
-transformers' dynamic cache copies itself for every token. Here new tokens are written into room that is there already, and a
-native decode step (`fracbit.models.step`) reads all layers from one tensor.
+transformers' dynamic cache copies itself for every token. Here new tokens are written into memory set aside for them, and the
+native decode step (step.py) reads all layers from one tensor.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ LEAST_ROOM = 64  # tokens
 
 
 class StoreLayer(DynamicLayer):
-    """One layer's part of the store. What is assigned to `keys` or `values` replaces what was held."""
+    """One layer's part of the cache. What is assigned to `keys` or `values` replaces what was held."""
 
     def __init__(self, store: StoreCache, index: int) -> None:
         self.store, self.index, self.held = store, index, 0
@@ -24,7 +24,7 @@ class StoreLayer(DynamicLayer):
 
     @property
     def keys(self) -> Tensor | None:
-        """[batch, heads, held, head size], a view."""
+        """[batch, heads, held, head], a view."""
         return self.store.view(self.index, 0, self.held)
 
     @keys.setter
@@ -33,7 +33,7 @@ class StoreLayer(DynamicLayer):
 
     @property
     def values(self) -> Tensor | None:
-        """[batch, heads, held, head size], a view."""
+        """[batch, heads, held, head], a view."""
         return self.store.view(self.index, 1, self.held)
 
     @values.setter
@@ -50,7 +50,7 @@ class StoreLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add new tokens; returns keys and values [batch, heads, all tokens, head size], views of the store."""
+        """Add new tokens; returns keys and values [batch, heads, all tokens, head], views of the store."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         begin, end = self.held, self.held + key_states.shape[-2]
@@ -80,7 +80,7 @@ class StoreCache(Cache):
     """
 
     def __init__(self, config: PreTrainedConfig, room: int = LEAST_ROOM) -> None:
-        self.data: Tensor | None = None  # [layers, 2, batch, heads, room, head size]
+        self.data: Tensor | None = None  # [layers, 2, batch, heads, room, head]
         self.room, self.count = max(room, LEAST_ROOM), config.get_text_config(decoder=True).num_hidden_layers
         super().__init__(layers=[StoreLayer(self, index) for index in range(self.count)])
 
@@ -90,28 +90,30 @@ class StoreCache(Cache):
         return int(self.get_seq_length())
 
     def make_room(self, like: Tensor, tokens: int) -> None:
-        """Room for `tokens` of [batch, heads, ..., head size] like `like`; what is held stays."""
+        """Make room for `tokens` tokens of states like `like` [batch, heads, tokens, head]; what is held stays."""
         old = self.data
         if old is not None and tokens <= old.shape[-2]:
             return
         while self.room < tokens:
             self.room *= 2
         batch, heads, _, head = like.shape
-        self.data = like.new_zeros(self.count, 2, batch, heads, self.room, head)
+        self.data = like.new_zeros((self.count, 2, batch, heads, self.room, head))
         if old is not None:
             self.data[..., : old.shape[-2], :] = old
 
     def part(self, layer: int, which: int) -> Tensor:
         """Keys (0) or values (1) of a layer with all their room."""
         assert self.data is not None
-        return self.data[layer, which]
+        return self.data[layer, which]  # [batch, heads, room, head]
 
     def view(self, layer: int, which: int, held: int) -> Tensor | None:
         """Keys (0) or values (1) of a layer, None before there are any."""
-        return None if self.data is None else self.data[layer, which][:, :, :held]
+        return (
+            None if self.data is None else self.data[layer, which][:, :, :held]
+        )  # [batch, heads, held, head]
 
     def added(self, tokens: int) -> None:
-        """Somebody wrote so many new tokens into every layer of `data`."""
+        """Count so many new tokens that were written into every layer of `data`."""
         for layer in self.layers:
             assert isinstance(layer, StoreLayer)
             layer.held += tokens

@@ -1,12 +1,12 @@
 """Walking through a causal language model block by block: `embed`, `advance` through each block, `head`.
 
 The whole forward of every architecture is reproduced without knowing it: `embed` runs the model's own forward
-with blocks that only note what they are called with (rotary tables, masks - one per block where sliding and
-full attention alternate -, ALiBi) and stop it before the last one returns; `head` runs it again with blocks
-that hand through the walked states. So only the embeddings, the head and the block at hand need be in memory.
+with blocks that only note what they are called with (rotary tables, ALiBi, masks: one per block where sliding
+and full attention alternate) and stop it before the last one returns; `head` runs it again with blocks that
+return the walked states. So only the embeddings, the head and the block at hand need to be in memory.
 Law: walk = whole forward.
 
-Nothing stays behind: patched forwards and hooks are taken off on the way out, also when something raises.
+Patched forwards and hooks are taken off on the way out, also when something raises.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -86,18 +86,18 @@ def embed(
     states = out
     for start in range(0, len(tokens), batch):
         stop = min(start + batch, len(tokens))
-        first, calls = _entrance(model, stack, tokens[start:stop])
+        first, calls = _entrance(model, stack, tokens[start:stop])  # [batch, tokens, width]
         if first.dim() != 3 or len(first) != stop - start:
             raise SourceError(
                 f"the blocks of {type(model).__name__} take states of shape {tuple(first.shape)} instead of "
                 "[samples, tokens, width]; calibrate another model, or quantize this one without data."
             )
         if states is None:
-            states = torch.empty(len(tokens), *first.shape[1:], dtype=first.dtype)
+            states = torch.empty(len(tokens), *first.shape[1:], dtype=first.dtype)  # [samples, tokens, width]
         states[start:stop].copy_(first)
         batches.append(Batch(start, stop, _shared(calls, batches)))
     if states is None:
-        raise DataError("there are no samples to embed; give at least one row of token ids.")
+        raise DataError("there are no samples to embed: pass at least one row of token ids.")
     return Hidden(states, 0, tuple(batches))
 
 
@@ -110,11 +110,11 @@ def advance(block: nn.Module, hidden: Hidden, out: torch.Tensor | None = None) -
     states = torch.empty_like(hidden.states) if out is None else out
     tupled = False
     for batch in hidden.batches:
-        rows = hidden.states[batch.start : batch.stop]
+        rows = hidden.states[batch.start : batch.stop]  # [batch, tokens, width]
         with torch.no_grad():
             result = run(block, rows, batch.calls[hidden.index])
         tupled = isinstance(result, tuple)
-        exits = first_of(result)
+        exits = first_of(result)  # [batch, tokens, width]
         if not bool(torch.isfinite(exits).all()):
             _blame(block, hidden, batch)
         states[batch.start : batch.stop].copy_(exits)
@@ -153,15 +153,15 @@ def peek(block: nn.Module, hidden: Hidden, names: Sequence[str], visit: Visit) -
             run(block, hidden.states[batch.start : batch.stop], batch.calls[hidden.index])
 
 
-def record(block: nn.Module, hidden: Hidden, unit: Sequence[str]) -> list[Call]:
-    """What a unit's first module is called with, batch by batch, its input included; for `replay`."""
+def record(block: nn.Module, hidden: Hidden, sublayer: Sequence[str]) -> list[Call]:
+    """What the first of a sublayer's modules is called with, batch by batch, its input included; for `replay`."""
     calls: list[Call] = []
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append(Call(args, kwargs))
         raise Stop
 
-    handle = block.get_submodule(unit[0]).register_forward_pre_hook(note, with_kwargs=True)
+    handle = block.get_submodule(sublayer[0]).register_forward_pre_hook(note, with_kwargs=True)
     try:
         for batch in hidden.batches:
             with torch.no_grad(), until_stopped():
@@ -171,11 +171,11 @@ def record(block: nn.Module, hidden: Hidden, unit: Sequence[str]) -> list[Call]:
     return calls
 
 
-def replay(block: nn.Module, unit: Sequence[str], call: Call) -> torch.Tensor:
-    """The output of a unit (`blocks.unit_of`): its first module called as recorded, the others on what it
-    gives.
+def replay(block: nn.Module, sublayer: Sequence[str], call: Call) -> torch.Tensor:
+    """The output of a sublayer's modules (`blocks.sublayer_of`): the first one called as recorded, the others
+    on its output.
     """
-    first, *rest = (block.get_submodule(name) for name in unit)
+    first, *rest = (block.get_submodule(name) for name in sublayer)
     result = first_of(first(*call.args, **call.kwargs))
     for module in rest:
         result = first_of(module(result))
@@ -188,19 +188,19 @@ def head_batches(model: PreTrainedModel, family: Family, hidden: Hidden) -> Iter
     """
     stack = [block for _, block in blocks(model, family)]
     for batch in hidden.batches:
-        states = hidden.states[batch.start : batch.stop].to(device_of(model.get_input_embeddings()))
-        # Only the shape of the token ids matters: what the embeddings give is dropped by the first patched
-        # block.
-        ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
+        states = hidden.states[batch.start : batch.stop]  # [batch, tokens, width]
+        states = states.to(device_of(model.get_input_embeddings()))
+        # Only the shape of the token ids matters: the first patched block drops what the embeddings give.
+        ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)  # [batch, tokens]
         result = (states,) if hidden.tupled else states
         with torch.no_grad(), _patched(stack, [partial(_hand, result)] * len(stack)):
             logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
-        yield logits
+        yield logits  # [batch, tokens, vocabulary]
 
 
 def head(model: PreTrainedModel, family: Family, hidden: Hidden) -> torch.Tensor:
     """Logits [samples, tokens, vocabulary] of all samples at once; `head_batches` gives them in parts."""
-    return torch.cat(list(head_batches(model, family, hidden)))
+    return torch.cat(list(head_batches(model, family, hidden)))  # [samples, tokens, vocabulary]
 
 
 def _hand(result: Any, *args: Any, **kwargs: Any) -> Any:
@@ -221,9 +221,8 @@ def _entrance(
         if len(calls) == len(stack):
             raise Stop
         # Models take either the result or its first element; with one more dimension in front both are a
-        # tensor that the
-        # next block can be called with, and that block looks at its other arguments only.
-        return entered[0].unsqueeze(0)
+        # tensor that the next block can be called with, and that block looks at its other arguments only.
+        return entered[0].unsqueeze(0)  # [1, batch, tokens, width]
 
     ids = tokens.to(device_of(model.get_input_embeddings()))
     with torch.no_grad(), _patched(stack, [note] * len(stack)), until_stopped():
@@ -266,12 +265,12 @@ def _watching(block: nn.Module, names: Iterable[str], visit: Visit) -> Iterator[
 
 def _show(name: str, visit: Visit, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     x = args[0] if args else next(iter(kwargs.values()))
-    visit(name, x.detach().reshape(-1, x.shape[-1]))
+    visit(name, x.detach().reshape(-1, x.shape[-1]))  # [batch * tokens, in]
 
 
 def _shared(calls: list[Call], batches: list[Batch]) -> tuple[Call, ...]:
-    """The calls of an earlier batch if they are equal, so that tables are kept once; batches of one size
-    nearly always are.
+    """The calls of an earlier batch if they are equal, so that tables are kept once; with batches of one size
+    they nearly always are.
     """
     for batch in batches:
         if equal(
@@ -321,7 +320,7 @@ def _blame(block: nn.Module, hidden: Hidden, batch: Batch) -> None:
         for name, module in block.named_modules():
             remove.callback(module.register_forward_hook(partial(look, name)).remove)
         exits = first_of(run(block, hidden.states[batch.start : batch.stop], batch.calls[hidden.index]))
-    bad = (~torch.isfinite(exits)).flatten(1).any(1).nonzero().flatten()
+    bad = (~torch.isfinite(exits)).flatten(1).any(1).nonzero().flatten()  # [samples with NaN or Inf]
     sample = batch.start + int(bad[0])
     raise WeightError(
         f"block {hidden.index} gives NaN or Inf for sample {sample}, "

@@ -1,7 +1,8 @@
 """Rounding activations: what a quantized linear with `Inputs` sees, and the integer product where both sides have 8 bits.
 
-Per token the scale is the largest magnitude of that token, per tensor one from calibration. Uniform types as in SmoothQuant
-(arXiv:2211.10438); `power` rounds the cube root, as arXiv:2403.06408 does for activations with heavy tails.
+With scope `token` the scale is the largest magnitude of the token; with scope `tensor` calibration has found one for all.
+Uniform types are those of SmoothQuant (arXiv:2211.10438); `power` rounds the cube root, as arXiv:2403.06408 does for
+activations with heavy tails.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ def input_type(inputs: Inputs) -> DataType:
 def input_scale(inputs: Inputs, x: Tensor) -> Tensor:
     """The scales of `x` [..., in]: [..., 1] per token, a scalar per tensor. Raises `SchemeError` without calibration."""
     if inputs.scope == "token":
-        return x.abs().amax(-1, keepdim=True)
+        return x.abs().amax(-1, keepdim=True)  # [..., 1]
     if inputs.scale is None:
         raise SchemeError(
-            "activations with one scale for all need calibration to find it; use scope token without data"
+            "activations with scope tensor need calibration to find their scale; without data, use scope token"
         )
     return torch.tensor(inputs.scale, dtype=x.dtype, device=x.device)
 
@@ -38,15 +39,15 @@ def input_scale(inputs: Inputs, x: Tensor) -> Tensor:
 def round_inputs(x: Tensor, inputs: Inputs) -> Tensor:
     """`x` [..., in] rounded, in the type of `x`; what lies beyond a static scale is clipped."""
     codes, scale = input_codes(x, inputs)
-    values = input_type(inputs).to(x.device).look_up(codes.reshape(1, -1))
+    values = input_type(inputs).to(x.device).look_up(codes.reshape(1, -1))  # [1, tokens * in]
     return (values.view(x.shape) * scale).to(x.dtype)
 
 
 def input_codes(x: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Codes uint8 of `x` [..., in] in `input_type(inputs)`, and the scales, fp32, that their values are multiplied by."""
-    values = x.float()
+    values = x.float()  # [..., in]
     scale = input_scale(inputs, values)
-    unit = (values * torch.where(scale > 0, 1 / scale, 0.0)).clamp(-1, 1)
+    unit = (values * torch.where(scale > 0, 1 / scale, 0.0)).clamp(-1, 1)  # [..., in]
     return input_type(inputs).to(x.device).nearest(unit.reshape(1, -1)).view(x.shape), scale
 
 
@@ -66,32 +67,29 @@ def is_int8(packed: PackedTensor, inputs: Inputs) -> bool:
 
 
 def int8_pays(packed: PackedTensor, rows: int) -> bool:
-    """Whether so many rows are worth it: for few the packed product reads less, and narrow codes have to be unpacked first."""
+    """Whether the integer product is faster: for few rows the packed product reads less, and it need not unpack codes first."""
     return rows >= (8 if packed.scheme.bits == 8 else 64)
 
 
 def int8_product(x: Tensor, packed: PackedTensor, inputs: Inputs) -> Tensor:
     """`round_inputs(x) W^T` with `W` [out, in] as in `is_int8`, multiplied in int8 and summed exactly in int32."""
-    codes, scale = input_codes(x.reshape(-1, x.shape[-1]), inputs)
-    right, top = int8_weight(packed)
+    codes, scale = input_codes(x.reshape(-1, x.shape[-1]), inputs)  # [tokens, in], [tokens, 1] or a scalar
+    right, top = int8_weight(packed)  # [out, in]
     assert isinstance(packed.scales, Tensor)
-    result = (
-        int_matmul((codes - TOP).view(torch.int8), right.T).float()
-        * (scale / TOP)
-        * (packed.scales.float().T / top)
-    )
-    return result.to(x.dtype).view(*x.shape[:-1], packed.shape[0])
+    sums = int_matmul((codes - TOP).view(torch.int8), right.T)  # [tokens, out]
+    result = sums.float() * (scale / TOP) * (packed.scales.float().T / top)  # [tokens, out]
+    return result.to(x.dtype).view(*x.shape[:-1], packed.shape[0])  # [..., out]
 
 
 def int8_weight(packed: PackedTensor) -> tuple[Tensor, int]:
     """The codes of a weight as in `is_int8`, as int8 [out, in] about zero, and the largest of them."""
     bits, top = packed.scheme.bits, 2 ** (packed.scheme.bits - 1) - 1
-    codes = packed.codes.view(packed.shape) if bits == 8 else unpack_bits(packed.codes, bits, packed.shape[1])
-    return (codes - top).view(torch.int8), top  # uint8 wraps around: what is below zero is so as int8
+    codes = unpack_bits(packed.codes, bits, packed.shape[1])  # [out, in]
+    return (codes - top).view(torch.int8), top  # uint8 wraps around, so that int8 reads what is below zero
 
 
 def int_matmul(left: Tensor, right: Tensor) -> Tensor:
-    """`left` [m, k] times `right` [k, n], int8, exact in int32; padded to what torch takes on the device."""
+    """`left` [m, k] times `right` [k, n], int8, exact in int32 [m, n]; padded to what torch takes on the device."""
     rows, columns = len(left), right.shape[1]
     if left.device.type == "cpu":
         return torch._int_mm(left, right)
@@ -102,6 +100,8 @@ def padded(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Zeros around two int8 matrices until CUDA multiplies them: more than 16 rows, other sides divisible by 8."""
     rows, inner, columns = len(left), left.shape[1], right.shape[1]
     pad = torch.nn.functional.pad
-    wide = pad(left, (0, -inner % 8, 0, max(0, 17 - rows)))
-    tall = pad(right.T, (0, -inner % 8, 0, -columns % 8)).T  # column-major, as it is read
+    wide = pad(left, (0, -inner % 8, 0, max(0, 17 - rows)))  # [rows, inner], both padded
+    tall = pad(
+        right.T, (0, -inner % 8, 0, -columns % 8)
+    ).T  # [inner, columns], padded; column-major, as it is read
     return wide, tall

@@ -21,16 +21,15 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes.contiguous()
     groups = -(-n // 8)
-    codes = torch.nn.functional.pad(codes, (0, -n % 8)).view(rows, groups, 8)
+    codes = torch.nn.functional.pad(codes, (0, -n % 8)).view(rows, groups, 8)  # [rows, groups, 8]
     if bits in (1, 2, 4):
         return _pack_within_bytes(codes, bits)[:, : row_bytes(n, bits)].contiguous()
-    word = codes[..., 0].to(torch.int64)
+    word = codes[..., 0].to(torch.int64)  # [rows, groups]
     for i in range(1, 8):
-        word = word | (codes[..., i].to(torch.int64) << (i * bits))
-    packed = torch.stack([(word >> (8 * j)) & 255 for j in range(bits)], -1).to(
-        torch.uint8
-    )  # [rows, groups, bits]
-    return packed.view(rows, groups * bits)[:, : row_bytes(n, bits)].contiguous()
+        word = word | (codes[..., i].to(torch.int64) << (i * bits))  # [rows, groups]
+    packed = torch.stack([(word >> (8 * j)) & 255 for j in range(bits)], -1)  # [rows, groups, bits]
+    packed = packed.to(torch.uint8).view(rows, groups * bits)  # [rows, groups * bits]
+    return packed[:, : row_bytes(n, bits)].contiguous()
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -43,27 +42,30 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     if bits == 8:
         return packed
     groups = -(-count // 8)
-    packed = torch.nn.functional.pad(packed, (0, groups * bits - width)).view(rows, groups, bits)
+    packed = torch.nn.functional.pad(packed, (0, groups * bits - width))  # [rows, groups * bits]
+    packed = packed.view(rows, groups, bits)  # [rows, groups, bits]
     if bits in (1, 2, 4):
         return _unpack_within_bytes(packed, bits)[:, :count]
-    word = packed[..., 0].to(torch.int64)
+    word = packed[..., 0].to(torch.int64)  # [rows, groups]
     for j in range(1, bits):
-        word = word | (packed[..., j].to(torch.int64) << (8 * j))
+        word = word | (packed[..., j].to(torch.int64) << (8 * j))  # [rows, groups]
     mask = (1 << bits) - 1
-    codes = torch.stack([(word >> (i * bits)) & mask for i in range(8)], -1).to(torch.uint8)
-    return codes.view(rows, groups * 8)[:, :count]
+    codes = torch.stack([(word >> (i * bits)) & mask for i in range(8)], -1)  # [rows, groups, 8]
+    return codes.to(torch.uint8).view(rows, groups * 8)[:, :count]
 
 
 def _pack_within_bytes(codes: Tensor, bits: int) -> Tensor:
-    """No code of 1, 2 or 4 bits crosses a byte: shifts on bytes are enough."""
-    slots = codes.view(len(codes), codes.shape[1] * bits, 8 // bits)  # [rows, bytes, codes in a byte]
-    packed = slots[..., 0].clone()
+    """`codes` [rows, groups, 8] as [rows, bytes]: no code of 1, 2 or 4 bits crosses a byte, so bytes are shifted."""
+    slots = codes.view(len(codes), codes.shape[1] * bits, 8 // bits)  # [rows, bytes, slots]
+    packed = slots[..., 0].clone()  # [rows, bytes]
     for i in range(1, 8 // bits):
         packed |= slots[..., i] << (i * bits)
     return packed
 
 
 def _unpack_within_bytes(packed: Tensor, bits: int) -> Tensor:
+    """`packed` [rows, groups, bits] as codes [rows, groups * 8]."""
     mask = (1 << bits) - 1
-    slots = [(packed >> (i * bits)) & mask for i in range(8 // bits)]
-    return torch.stack(slots, -1).view(len(packed), packed.shape[1] * packed.shape[2] * (8 // bits))
+    slots = [(packed >> (i * bits)) & mask for i in range(8 // bits)]  # each [rows, groups, bits]
+    codes = torch.stack(slots, -1)  # [rows, groups, bits, slots]
+    return codes.view(len(packed), packed.shape[1] * packed.shape[2] * (8 // bits))

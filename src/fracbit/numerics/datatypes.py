@@ -1,7 +1,7 @@
 """Data types: tables of numbers in [-1, 1]. An integer grid and a learned codebook are the same thing.
 
-A type is made from (bits, parameter, full range or symmetric) or fitted to a tensor; nobody else branches on its name.
-Values are ascending, `boundaries[j]` separates code j from code j + 1. For every type but `power` the boundaries are
+A type is made from (bits, parameter, full range or symmetric) or fitted to a tensor; no other code branches on its name.
+Values are ascending, and `boundaries[j]` separates code j from code j + 1. For every type but `power` the boundaries are
 midpoints, so encoding is rounding to the nearest value; `power` rounds in its transformed space, as its paper does.
 
 Refs: int, float, dynamic, quantile: Dettmers & Zettlemoyer 2022, arXiv:2212.09720, App. A. nf: Dettmers et al. 2023,
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from statistics import NormalDist
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from fracbit.errors import SchemeError, near_matches
 from fracbit.records.scheme import Scheme
 
 FIT_SAMPLE = 1 << 20  # a quantile of a million values is known to 0.1 %; sorting more buys nothing
-MANY = 1 << 12  # numbers from which cells are worth making
+MANY = 1 << 12  # for fewer numbers cells are not worth making
 MOST_CELLS = 1 << 16
 LLOYD_STEPS = 60
 EXPONENTS = ("0.2", "0.25", "1/3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9", "1")
@@ -35,9 +36,10 @@ SEARCHED = "fit"
 
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """[-1, 1] in cells of equal width, none with more than one boundary: a code is counted without a search for it.
+    """[-1, 1] in cells of equal width, none with more than one boundary: a code is found without a search.
 
-    `below` uint8 [cells + 1] boundaries in earlier cells; `inside` fp32 [cells + 1] the one in the cell, inf without one.
+    `below` uint8 [cells + 1]: how many boundaries lie in earlier cells; `inside` fp32 [cells + 1]: the boundary in the cell,
+    inf where there is none.
     """
 
     below: Tensor
@@ -45,25 +47,25 @@ class Cells:
 
     def count(self, x: Tensor) -> Tensor:
         """How many boundaries are less than each finite `x`, uint8 of its shape: what `torch.bucketize` finds by a search."""
-        cell = cell_of(x, len(self.below) - 1).reshape(-1)
-        more = x.reshape(-1) > self.inside.index_select(0, cell)
+        cell = cell_of(x, len(self.below) - 1).reshape(-1)  # [numbers]
+        more = x.reshape(-1) > self.inside.index_select(0, cell)  # [numbers]
         return self.below.index_select(0, cell).add_(more).view(x.shape)
 
 
 def cell_of(x: Tensor, cells: int) -> Tensor:
-    """The cell int32 of each `x`, never smaller for a larger x; what lies outside [-1, 1] is in the first or the last."""
+    """The cell int32 of each `x`, never smaller for a larger x; what lies outside [-1, 1] is in the first or the last one."""
     place = torch.add(x, 1.0).mul_(cells / 2).clamp_(0, cells)
-    return place.to(torch.int32).clamp_(min=0)  # a NaN has a cell, too
+    return place.to(torch.int32).clamp_(min=0)  # a NaN gets a cell too
 
 
 def make_cells(boundaries: Tensor) -> Cells | None:
     """Cells around `boundaries` [n] ascending: the fewest that are enough, None above `MOST_CELLS`."""
     cells = 2
     while cells <= MOST_CELLS:
-        own = cell_of(boundaries, cells).long()
+        own = cell_of(boundaries, cells).long()  # [n]
         if bool((own[1:] > own[:-1]).all()):
-            inside = torch.full((cells + 1,), torch.inf, device=boundaries.device)
-            holds = inside.new_zeros(cells + 1)
+            inside = torch.full((cells + 1,), torch.inf, device=boundaries.device)  # [cells + 1]
+            holds = inside.new_zeros(cells + 1)  # [cells + 1]
             inside[own], holds[own] = boundaries, 1.0
             return Cells((holds.cumsum(0) - holds).to(torch.uint8), inside)
         cells *= 2
@@ -74,7 +76,7 @@ def make_cells(boundaries: Tensor) -> Cells | None:
 class DataType:
     """A table of numbers: `values` [rows, levels] fp32 ascending, `boundaries` [rows, levels - 1].
 
-    rows is 1 unless the table is fitted per row; `step` is the spacing of an even table, None for any other.
+    rows is 1 unless the table is fitted per row. `step`: the spacing of an even table, None for any other.
     """
 
     values: Tensor
@@ -87,7 +89,7 @@ class DataType:
         return self.values.shape[-1]
 
     def nearest(self, x: Tensor) -> Tensor:
-        """Codes uint8 of `x` [rows of the table or any when the table has one row, n], each the table's value for that x."""
+        """Codes uint8 [rows, n] of `x` [rows, n]; a table with one row takes any number of rows."""
         if self.step is not None:
             top = self.levels - 1
             return torch.add(x, 1.0).div_(self.step).round_().clamp_(0, top).to(torch.uint8)
@@ -99,7 +101,7 @@ class DataType:
 
     @cached_property
     def cells(self) -> Cells | None:
-        """The boundaries of a table with one row as cells, None when they lie too near to each other."""
+        """The boundaries of a table with one row as cells, None when they lie too close together."""
         return make_cells(self.boundaries[0])
 
     def rows(self, first: int, last: int) -> DataType:
@@ -115,29 +117,38 @@ class DataType:
         return DataType(self.values.to(device), self.boundaries.to(device), self.step)
 
     def look_up(self, codes: Tensor) -> Tensor:
-        """The values fp32 of `codes` [rows, n]."""
+        """The values fp32 [rows, n] of `codes` [rows, n]; with one table for all rows, codes may have any shape."""
         if self.values.shape[0] == 1:
             return torch.take(self.values[0], codes.long())
-        return self.values.gather(1, codes.long())
+        return self.values.gather(1, codes.long())  # [rows, n]
 
 
 def nearest_type(values: Tensor) -> DataType:
     """A data type that rounds to the nearest of `values` [levels] or [rows, levels], ascending."""
-    table = values if values.dim() == 2 else values[None]
-    middle = (table[:, 1:] + table[:, :-1]) / 2
+    table = values if values.dim() == 2 else values[None]  # [rows, levels]
+    middle = (table[:, 1:] + table[:, :-1]) / 2  # [rows, levels - 1]
     return DataType(table.float().contiguous(), middle.float().contiguous())
+
+
+class Fit(Protocol):
+    """Chooses the values of a type by looking at the tensor."""
+
+    def __call__(self, x: Tensor, weights: Tensor, scales: Tensor, *, bits: int, parameter: str) -> Tensor:
+        """The values [1 or out, levels] ascending; arguments as `fit_table`."""
+        ...
 
 
 @dataclass(frozen=True)
 class DataTypeMaker:
-    """One line of the table: `make(bits, parameter, full)` for fixed types, `fit` for types that look at the tensor.
+    """One line of the table.
 
-    A type with both is fitted when its parameter is `SEARCHED`.
+    `make(bits, parameter, full)` makes a fixed type, `fit` the values of one that looks at the tensor. A type with both is
+    fitted when its parameter is `SEARCHED`.
     """
 
     min_bits: int
     make: Callable[[int, str, bool], DataType] | None = None
-    fit: Callable[[Tensor, Tensor, Tensor, int, str], Tensor] | None = None
+    fit: Fit | None = None
     parameters: str = "none"
 
     def fits(self, parameter: str) -> bool:
@@ -151,9 +162,8 @@ def make_int(bits: int, parameter: str, full: bool) -> DataType:
     levels = 2**bits if full else 2**bits - 1
     if levels < 2:
         raise SchemeError("a symmetric 1-bit int has one value; use an offset (zero or float), or more bits")
-    numerators = torch.arange(levels, dtype=torch.float64) * 2 - (
-        levels - 1
-    )  # linspace would miss an exact 0
+    # Whole numbers first: linspace would miss an exact 0.
+    numerators = torch.arange(levels, dtype=torch.float64) * 2 - (levels - 1)  # [levels]
     table = nearest_type(numerators / (levels - 1))
     return DataType(table.values, table.boundaries, 2.0 / (levels - 1))
 
@@ -181,7 +191,7 @@ def make_dynamic(bits: int, parameter: str, full: bool) -> DataType:
     n = bits - 1
     values = [0.0, 1.0]
     for i in range(n):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float64)
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float64)  # [2^i + 1]
         means = ((edges[1:] + edges[:-1]) / 2 * 10.0 ** (i - n + 1)).tolist()
         values += means + [-m for m in means]
     return nearest_type(torch.tensor(sorted(values), dtype=torch.float64))
@@ -194,7 +204,7 @@ def make_nf(bits: int, parameter: str, full: bool) -> DataType:
     half = 2 ** (bits - 1)
     above = [_normal_quantile(offset, i, half) for i in range(half)]
     below = [-_normal_quantile(offset, i, half - 1) for i in range(half - 1)]
-    table = torch.tensor(sorted([*above, 0.0, *below]), dtype=torch.float64)
+    table = torch.tensor(sorted([*above, 0.0, *below]), dtype=torch.float64)  # [levels]
     return nearest_type(table / table.abs().max())
 
 
@@ -202,52 +212,53 @@ def make_power(bits: int, parameter: str, full: bool) -> DataType:
     """sign(x)|x|^a rounded to a symmetric integer grid in the transformed space; a is the parameter, 1/3 by default."""
     exponent = _power_exponent(parameter)
     top = 2 ** (bits - 1) - 1
-    grid = torch.arange(-top, top + 1, dtype=torch.float64) / top
-    middle = (grid[1:] + grid[:-1]) / 2
+    grid = torch.arange(-top, top + 1, dtype=torch.float64) / top  # [levels]
+    middle = (grid[1:] + grid[:-1]) / 2  # [levels - 1]
     values, boundaries = (u.sign() * u.abs() ** (1 / exponent) for u in (grid, middle))
     return DataType(values[None].float(), boundaries[None].float())
 
 
-def fit_power(x: Tensor, weights: Tensor, scales: Tensor, bits: int, parameter: str) -> Tensor:
-    """The power type whose exponent leaves the least squared error, rounding to the nearest value (PowerQuant's search).
+def fit_power(x: Tensor, weights: Tensor, scales: Tensor, *, bits: int, parameter: str) -> Tensor:
+    """The power type with the exponent of least squared error, rounding to the nearest value (PowerQuant's search).
 
-    The table has 2^k - 1 values; the largest stands twice in it.
+    There are 2^k - 1 values; the largest stands twice in the table [1, 2^k].
     """
-    sample, mass = _sample(x), _sample((weights * scales**2).expand_as(x))
+    sample, mass = _sample(x), _sample((weights * scales**2).expand_as(x))  # [numbers]
     best, table = float("inf"), x.new_zeros(1, 2**bits)
     for exponent in EXPONENTS:
         candidate = nearest_type(make_power(bits, exponent, False).values).to(x.device)
-        rounded = candidate.look_up(candidate.nearest(sample[None]))[0]
+        rounded = candidate.look_up(candidate.nearest(sample[None]))[0]  # [numbers]
         error = float(((rounded - sample).square() * mass).sum())
         if error < best:
             best, table = error, torch.cat([candidate.values, candidate.values[:, -1:]], 1)
     return table
 
 
-def fit_quantile(x: Tensor, weights: Tensor, scales: Tensor, bits: int, parameter: str) -> Tensor:
-    """2^k - 1 quantiles of the whole tensor and a 0, divided by the largest: create_quantile_map, not Eq. 6 taken literally.
+def fit_quantile(x: Tensor, weights: Tensor, scales: Tensor, *, bits: int, parameter: str) -> Tensor:
+    """2^k - 1 quantiles of the whole tensor and a 0, divided by the largest: create_quantile_map, not Eq. 6 to the letter.
 
     `x` is the normalized tensor; its quantiles are taken in weight space (times `scales`), as the paper does.
     """
     _no_parameter("quantile", parameter)
-    raw = _sorted(_sample(x * scales)).double()
+    raw = _sorted(_sample(x * scales)).double()  # [numbers]
     count = 2**bits - 1
     off = 1 / (2 * count)
-    ranks = torch.linspace(off, 1 - off, count, dtype=torch.float64, device=raw.device) * (len(raw) - 1)
-    low = ranks.floor().long()
-    quantiles = torch.lerp(raw[low], raw[(low + 1).clamp(max=len(raw) - 1)], ranks - low)
-    table = torch.cat([quantiles, quantiles.new_zeros(1)]).sort().values
+    shares = torch.linspace(off, 1 - off, count, dtype=torch.float64, device=raw.device)  # [count]
+    ranks = shares * (len(raw) - 1)  # [count]
+    low = ranks.floor().long()  # [count]
+    quantiles = torch.lerp(raw[low], raw[(low + 1).clamp(max=len(raw) - 1)], ranks - low)  # [count]
+    table = torch.cat([quantiles, quantiles.new_zeros(1)]).sort().values  # [levels]
     return (table / table.abs().max().clamp(min=1e-30))[None]
 
 
-def fit_kmeans(x: Tensor, weights: Tensor, scales: Tensor, bits: int, parameter: str) -> Tensor:
+def fit_kmeans(x: Tensor, weights: Tensor, scales: Tensor, *, bits: int, parameter: str) -> Tensor:
     """Weighted 1-D k-means of the normalized tensor `x` [out, in], a table for the tensor or (`row`) one per output row."""
     if parameter not in ("", "tensor", "row"):
         raise SchemeError(f"kmeans takes the parameter tensor or row, got {parameter!r}")
     weights = weights * scales**2
     if parameter != "row":
-        x, weights = _sample(x)[None], _sample(weights.expand_as(x))[None]
-    weights = weights.expand_as(x)
+        x, weights = _sample(x)[None], _sample(weights.expand_as(x))[None]  # [1, numbers]
+    weights = weights.expand_as(x)  # [rows, numbers]
     runs = range(0, len(x), 256)  # rows at a time: the prefix sums are fp64
     return torch.cat([_lloyd(x[i : i + 256], weights[i : i + 256], 2**bits) for i in runs])
 
@@ -263,6 +274,7 @@ DATATYPES: dict[str, DataTypeMaker] = {
 }
 
 
+@lru_cache(maxsize=4096)
 def check_datatype(scheme: Scheme) -> DataTypeMaker:
     """The maker of the scheme's data type. Raises `SchemeError` with near matches, or when the bits make no sense for it."""
     name, _, parameter = scheme.dtype.partition(":")
@@ -284,6 +296,7 @@ def check_datatype(scheme: Scheme) -> DataTypeMaker:
     return maker
 
 
+@lru_cache(maxsize=4096)
 def is_fitted(scheme: Scheme) -> bool:
     """Whether the table is fitted to the tensor and therefore stored with it."""
     return check_datatype(scheme).fits(scheme.dtype.partition(":")[2])
@@ -295,11 +308,14 @@ def fixed_type(scheme: Scheme) -> DataType:
 
 
 def fit_table(scheme: Scheme, x: Tensor, weights: Tensor, scales: Tensor) -> Tensor:
-    """Fit a table fp16 [1 or out, 2^bits] to the normalized `x` [out, in]; `weights` are importances, `scales` those of x."""
+    """Fit a table fp16 [1 or out, 2^bits] to the normalized `x` [out, in].
+
+    `weights`: importances, broadcastable to [out, in]; `scales` [out, in]: what x was divided by.
+    """
     maker, parameter = check_datatype(scheme), scheme.dtype.partition(":")[2]
     if maker.fit is None or not maker.fits(parameter):
         raise SchemeError(f"data type {scheme.dtype} is fixed: nothing to fit")
-    return maker.fit(x, weights, scales, scheme.bits, parameter).half()
+    return maker.fit(x, weights, scales, bits=scheme.bits, parameter=parameter).half()
 
 
 @lru_cache(maxsize=256)
@@ -349,8 +365,8 @@ def _normal_quantile(offset: float, i: int, count: int) -> float:
 
 
 def _sample(x: Tensor) -> Tensor:
-    """An evenly spaced sample of at most `FIT_SAMPLE` values: deterministic, and it touches every row."""
-    flat = x.reshape(-1)
+    """An evenly spaced sample of at most `FIT_SAMPLE` values: deterministic, and taken from every row."""
+    flat = x.reshape(-1)  # [out * in]
     return flat if flat.numel() <= FIT_SAMPLE else flat[:: -(-flat.numel() // FIT_SAMPLE)]
 
 
@@ -365,27 +381,34 @@ def _lloyd(x: Tensor, weights: Tensor, levels: int) -> Tensor:
 
     `x`, `weights` [rows, n]; returns [rows, levels] ascending, fp64. An empty cell keeps its value.
     """
+    # Prefix sums over the sorted numbers.
     order = x.sort(dim=1)
-    values, mass = order.values.double(), weights.gather(1, order.indices).double() + 1e-30
+    values = order.values.double()  # [rows, n]
+    mass = weights.gather(1, order.indices).double() + 1e-30  # [rows, n]
     zero = values.new_zeros(len(values), 1)
-    sums = torch.cat([zero, mass.cumsum(1)], 1)
-    moments = torch.cat([zero, (mass * values).cumsum(1)], 1)
-    centers = _start(values, mass, levels)
+    sums = torch.cat([zero, mass.cumsum(1)], 1)  # [rows, n + 1]
+    moments = torch.cat([zero, (mass * values).cumsum(1)], 1)  # [rows, n + 1]
+    # Each center moves to the mean of the numbers nearest to it.
+    centers = _start(values, mass, levels)  # [rows, levels]
+    searched = values.contiguous()  # sorting keeps a transposed layout
     for _ in range(LLOYD_STEPS):
-        middle = ((centers[:, 1:] + centers[:, :-1]) / 2).contiguous()
-        cut = torch.searchsorted(values, middle)
+        middle = ((centers[:, 1:] + centers[:, :-1]) / 2).contiguous()  # [rows, levels - 1]
+        cut = torch.searchsorted(searched, middle)  # [rows, levels - 1]
         cut = torch.cat([torch.zeros_like(cut[:, :1]), cut, torch.full_like(cut[:, :1], values.shape[1])], 1)
-        cell = sums.gather(1, cut).diff(dim=1)
-        mean = moments.gather(1, cut).diff(dim=1) / cell.clamp(min=1e-300)
+        cell = sums.gather(1, cut).diff(dim=1)  # [rows, levels]
+        mean = moments.gather(1, cut).diff(dim=1) / cell.clamp(min=1e-300)  # [rows, levels]
         centers = torch.where(cut.diff(dim=1) > 0, mean, centers)
     return centers.sort(dim=1).values
 
 
 def _start(values: Tensor, mass: Tensor, levels: int) -> Tensor:
-    """Starting centers by Panter & Dite: density^(1/3), here mass^(1/3) times spacing^(2/3), is shared out evenly."""
-    spacing = torch.nn.functional.pad(values.diff(dim=1), (0, 1)).clamp(min=0)
-    share = mass.pow(1 / 3) * spacing.pow(2 / 3) + 1e-30
-    share = share.cumsum(1) / share.sum(1, keepdim=True)
-    targets = (torch.arange(levels, dtype=torch.float64, device=values.device) + 0.5) / levels
+    """Starting centers [rows, levels] by Panter & Dite: each gets an equal share of density^(1/3).
+
+    Here the density's part is mass^(1/3) times spacing^(2/3).
+    """
+    spacing = torch.nn.functional.pad(values.diff(dim=1), (0, 1)).clamp(min=0)  # [rows, n]
+    share = mass.pow(1 / 3) * spacing.pow(2 / 3) + 1e-30  # [rows, n]
+    share = share.cumsum(1) / share.sum(1, keepdim=True)  # [rows, n]
+    targets = (torch.arange(levels, dtype=torch.float64, device=values.device) + 0.5) / levels  # [levels]
     index = torch.searchsorted(share.contiguous(), targets.expand(len(values), -1).contiguous())
     return values.gather(1, index.clamp(max=values.shape[1] - 1))

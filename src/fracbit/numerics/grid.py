@@ -1,8 +1,11 @@
 """From a weight to a `PackedTensor`: place a grid (scales, offsets, table) on every block, then round to it.
 
 `fit` places the grid: absolute maximum, min-max or mean and maximum, as the offset asks; `search=True` then shrinks every
-block's range to the one with the least weighted squared error and refits the scale to the codes by least squares, so that it
+block's range to the one with the least weighted squared error and refits the scale to the codes by least squares; the result
 is never worse than the plain range. `encode` rounds. Both know data types only as tables.
+
+Values per block (`scale`, `shift`, zero codes) have the shape of `scales_shape`, written [per block] here: [out, blocks],
+[blocks, in] for axis "out", [1, 1] for "tensor" or [blocks] for "flat:N".
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from fracbit.numerics.packed import (
     dense_scales,
     quantized_columns,
     table_of,
+    zeros_of,
     zeros_shape,
 )
 from fracbit.records.scheme import Scheme
@@ -50,8 +54,8 @@ REFITS = 2
 class Grid:
     """Where the values of a weight `[out, in]` may lie.
 
-    `scale` and `shift` fp32 are per block, in the stored shape, and already rounded to what `scales` and `offsets` store;
-    `zeros` are the zero codes uint8 of offset `zero`. `table` is the data type's, `stored_table` fp16 when it was fitted.
+    `scale` and `shift` fp32 [per block] are already rounded to what `scales` and `offsets` store; `zeros` uint8 [per block]
+    are the zero codes of offset `zero`. `table` is the data type's; `stored_table` fp16 [1 or out, levels] when it was fitted.
     """
 
     scheme: Scheme
@@ -78,21 +82,23 @@ def quantize_tensor(
     Raises `WeightError` on NaN or Inf or when a scale does not fit its type, `SchemeError` on a scheme that cannot be.
     """
     if columns is not None and len(columns):
-        return _quantize_kept(weight, scheme, importance, search, columns)
+        return _beside_outliers(weight, scheme, importance, search, columns=columns)
     return encode(weight, fit(weight, scheme, importance, search))
 
 
 def fit(weight: Tensor, scheme: Scheme, importance: Tensor | None = None, search: bool = False) -> Grid:
     """Place a grid on every block of `weight` [out, in]; arguments and errors as `quantize_tensor`."""
+    # The plain range of every block.
     check_datatype(scheme)
-    weight = _finite(weight)
+    weight = _finite(weight)  # [out, in]
     table = None if is_fitted(scheme) else fixed_type(scheme).to(weight.device)
     scale, middle = _plain_range(weight, scheme)
-    grid = _grid(scheme, weight, table, scale, middle, importance)
+    grid = _grid(scheme, weight, table, scale, middle=middle, importance=importance)
     if not search:
         return grid
+    # The range of least error; a fitted table follows the ranges, and the ranges follow it once more.
     for _ in range(2 if table is None else 1):
-        found = _search(weight, grid, scale, middle, importance)
+        found = _search(weight, grid, scale, middle, importance=importance)
         if table is None:
             found = _refit_table(weight, found, importance)
         if grid_error(weight, found, importance) >= grid_error(weight, grid, importance):
@@ -102,35 +108,28 @@ def fit(weight: Tensor, scheme: Scheme, importance: Tensor | None = None, search
 
 
 def grid_of(packed: PackedTensor) -> Grid:
-    """The grid that a packed tensor's kept columns lie on, to move it or to choose other codes."""
-    shape = (packed.shape[0], packed.quantized_width)
-    scale, shift = dense_scales(packed)
-    zeros = None
-    if packed.scheme.offset == "zero":
-        assert isinstance(packed.offsets, Tensor)
-        zeros = unpack_bits(packed.offsets, packed.scheme.bits, zeros_shape(tuple(scale.shape))[1]).view(
-            scale.shape
-        )
+    """The grid that a packed tensor's quantized columns lie on, to move it or to choose other codes."""
+    scale, shift = dense_scales(packed)  # [per block]
     return Grid(
         packed.scheme,
-        shape,
-        table_of(packed),
-        scale,
-        shift,
-        packed.scales,
-        packed.offsets,
-        zeros,
-        packed.table,
+        shape=(packed.shape[0], packed.quantized_width),
+        table=table_of(packed),
+        scale=scale,
+        shift=shift,
+        scales=packed.scales,
+        offsets=packed.offsets,
+        zeros=zeros_of(packed, tuple(scale.shape)) if packed.scheme.offset == "zero" else None,
+        stored_table=packed.table,
     )
 
 
 def codes_in(packed: PackedTensor) -> Tensor:
-    """The codes uint8 [out, kept] of a packed tensor."""
+    """The codes uint8 [out, quantized] of a packed tensor."""
     return unpack_bits(packed.codes, packed.scheme.bits, packed.quantized_width)
 
 
 def moved(grid: Grid, scale: Tensor, shift: Tensor | None = None, zeros: Tensor | None = None) -> Grid:
-    """The grid with other scales, rounded to what is stored: `scale` and `shift` in the stored shape, `zeros` codes uint8.
+    """The grid with another `scale`, `shift` and `zeros` [per block], rounded to what is stored.
 
     For offset `zero` the shift follows from the zero codes and is not read; None leaves shift or zeros as they are.
     """
@@ -140,7 +139,7 @@ def moved(grid: Grid, scale: Tensor, shift: Tensor | None = None, zeros: Tensor 
     if scheme.offset == "zero":
         zeros = grid.zeros if zeros is None else zeros
         assert zeros is not None
-        shift = -scale * grid.table.look_up(zeros).view(scale.shape)
+        shift = -scale * grid.table.look_up(zeros).view(scale.shape)  # [per block]
         return replace(grid, scale=scale, scales=scales, zeros=zeros, shift=shift)
     if shift is None:
         return replace(grid, scale=scale, scales=scales)
@@ -169,46 +168,52 @@ def _packed(grid: Grid, rows: list[Tensor]) -> PackedTensor:
     offsets = grid.offsets
     if grid.zeros is not None:
         offsets = pack_bits(grid.zeros.view(zeros_shape(tuple(grid.zeros.shape))), grid.scheme.bits)
-    return PackedTensor(grid.scheme, grid.shape, torch.cat(rows), grid.scales, offsets, grid.stored_table)
+    return PackedTensor(
+        grid.scheme, grid.shape, torch.cat(rows), grid.scales, offsets=offsets, table=grid.stored_table
+    )
 
 
 def codes_of(weight: Tensor, grid: Grid, first: int = 0, last: int | None = None) -> Tensor:
     """Codes uint8 of rows `first` to `last` of `weight` [out, in]: each the grid's value for that weight."""
-    part = weight[first:last].float()
-    inverse = spread(_inverse(grid.scale), grid.shape, grid.scheme, first, last)
+    part = weight[first:last].float()  # [rows, in]
+    inverse = spread(_inverse(grid.scale), grid.shape, grid.scheme, first=first, last=last)
     if grid.shift is not None:
-        part = part - spread(grid.shift, grid.shape, grid.scheme, first, last)
+        part = part - spread(grid.shift, grid.shape, grid.scheme, first=first, last=last)  # [rows, in]
     return grid.table.rows(first, first + len(part)).nearest(part * inverse)
 
 
 def values_of(codes: Tensor, grid: Grid, first: int = 0, last: int | None = None) -> Tensor:
-    """Weights fp32 that `codes` (rows `first` to `last`) stand for."""
-    part = grid.table.rows(first, first + len(codes)).look_up(codes)
-    part = part * spread(grid.scale, grid.shape, grid.scheme, first, last)
-    return part if grid.shift is None else part + spread(grid.shift, grid.shape, grid.scheme, first, last)
+    """Weights fp32 that `codes` [rows, in] (rows `first` to `last`) stand for."""
+    part = grid.table.rows(first, first + len(codes)).look_up(codes)  # [rows, in]
+    part = part * spread(grid.scale, grid.shape, grid.scheme, first=first, last=last)  # [rows, in]
+    if grid.shift is None:
+        return part
+    return part + spread(grid.shift, grid.shape, grid.scheme, first=first, last=last)  # [rows, in]
 
 
 def grid_error(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> float:
     """Sum of squared rounding errors of `weight` on the grid, weighted by `importance`."""
     total = 0.0
     for first, last in row_chunks(grid.shape, _in_axis(grid)):
-        error = values_of(codes_of(weight, grid, first, last), grid, first, last) - weight[first:last]
+        codes = codes_of(weight, grid, first, last)  # [rows, in]
+        error = values_of(codes, grid, first, last) - weight[first:last]  # [rows, in]
         total += float(_weighted(error.square(), importance, first, last).sum(dtype=torch.float64))
     return total
 
 
-def _quantize_kept(
-    weight: Tensor, scheme: Scheme, importance: Tensor | None, search: bool, columns: Tensor
+def _beside_outliers(
+    weight: Tensor, scheme: Scheme, importance: Tensor | None, search: bool, *, columns: Tensor
 ) -> PackedTensor:
-    columns = columns.to(torch.int32).sort().values
-    kept = quantized_columns(columns, weight.shape[1])
-    if not len(kept):
+    """Quantize all columns but `columns`, which are kept in 16 bits."""
+    columns = columns.to(torch.int32).sort().values  # [p]
+    quantized = quantized_columns(columns, weight.shape[1])  # [quantized]
+    if not len(quantized):
         raise SchemeError(
             f"all {weight.shape[1]} input columns are kept in 16 bits: leave the layer float instead"
         )
-    importance = None if importance is None else importance[..., kept]
-    packed = quantize_tensor(weight[:, kept], scheme, importance, search)
-    outliers = in_16_bits(_finite(weight[:, columns.long()]))
+    importance = None if importance is None else importance[..., quantized]
+    packed = quantize_tensor(weight[:, quantized], scheme, importance, search)
+    outliers = in_16_bits(_finite(weight[:, columns.long()]))  # [out, p]
     return replace(packed, shape=(weight.shape[0], weight.shape[1]), columns=columns, outliers=outliers)
 
 
@@ -235,19 +240,19 @@ def _finite(weight: Tensor) -> Tensor:
 
 
 def _plain_range(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
-    """Half-range and middle of every block, in the stored shape, before any rounding."""
+    """Half-range and middle [per block], before any rounding."""
     shape = (weight.shape[0], weight.shape[1])
     blocks = to_blocks(lines_of(weight, scheme), block_length(shape, scheme))  # [lines, blocks, block]
-    low, high = blocks.amin(-1), blocks.amax(-1)
+    low, high = blocks.amin(-1), blocks.amax(-1)  # [lines, blocks]
     if scheme.offset == "none":
         return stored_order(torch.maximum(-low, high), shape, scheme), None
     if scheme.offset == "mean":
         counts = block_sums(torch.ones_like(weight), scheme)
-        mean = block_sums(weight, scheme) / counts
-        low, high = stored_order(low, shape, scheme), stored_order(high, shape, scheme)
+        mean = block_sums(weight, scheme) / counts  # [per block]
+        low, high = stored_order(low, shape, scheme), stored_order(high, shape, scheme)  # [per block]
         return torch.maximum(mean - low, high - mean), mean
     if scheme.offset == "zero":
-        low, high = low.clamp(max=0), high.clamp(min=0)
+        low, high = low.clamp(max=0), high.clamp(min=0)  # [lines, blocks]
     return stored_order((high - low) / 2, shape, scheme), stored_order((high + low) / 2, shape, scheme)
 
 
@@ -256,11 +261,12 @@ def _grid(
     weight: Tensor,
     table: DataType | None,
     scale: Tensor,
+    *,
     middle: Tensor | None,
     importance: Tensor | None,
     zeros: Tensor | None = None,
 ) -> Grid:
-    """Round range and middle to what is stored; fit the table on top when the type has none of its own."""
+    """Round range and middle [per block] to what is stored; fit the table on top when the type has none of its own."""
     shape = (weight.shape[0], weight.shape[1])
     scales = _store(scale, scheme, positive=True)
     scale = _dense(scales, scale)
@@ -269,26 +275,25 @@ def _grid(
     if scheme.offset == "zero":
         assert table is not None
         assert middle is not None
-        zeros = (
-            table.nearest((-middle * _inverse(scale)).view(1, -1)).view(scale.shape)
-            if zeros is None
-            else zeros
-        )
-        shift = -scale * table.look_up(zeros)
+        if zeros is None:
+            zeros = table.nearest((-middle * _inverse(scale)).view(1, -1)).view(scale.shape)
+        shift = -scale * table.look_up(zeros)  # [per block]
     elif middle is not None:
         offsets = _store(middle, scheme, positive=False)
         shift = _dense(offsets, middle)
     placeholder = nearest_type(torch.zeros(1, 2, device=weight.device)) if table is None else table
-    grid = Grid(scheme, shape, placeholder, scale, shift, scales, offsets, zeros)
+    grid = Grid(
+        scheme, shape, placeholder, scale=scale, shift=shift, scales=scales, offsets=offsets, zeros=zeros
+    )
     return grid if table is not None else _fit_table(weight, grid, importance)
 
 
 def _fit_table(weight: Tensor, grid: Grid, importance: Tensor | None) -> Grid:
     scale = spread(grid.scale, grid.shape, grid.scheme)
     centered = weight if grid.shift is None else weight - spread(grid.shift, grid.shape, grid.scheme)
+    normalized = centered * _inverse(scale)  # [out, in]
     weights = torch.ones(1, 1, device=weight.device) if importance is None else importance.expand_as(weight)
-    normalized = centered * _inverse(scale)
-    table = fit_table(grid.scheme, normalized, weights, scale.expand_as(weight))
+    table = fit_table(grid.scheme, normalized, weights, scale.expand_as(weight))  # [1 or out, levels]
     return replace(grid, table=nearest_type(table.float()), stored_table=table)
 
 
@@ -298,57 +303,63 @@ def _refit_table(weight: Tensor, grid: Grid, importance: Tensor | None) -> Grid:
 
 
 def _search(
-    weight: Tensor, grid: Grid, scale: Tensor, middle: Tensor | None, importance: Tensor | None
+    weight: Tensor, grid: Grid, scale: Tensor, middle: Tensor | None, *, importance: Tensor | None
 ) -> Grid:
-    """The range of least error for every block: shrunken ranges first, then least squares on the codes they give."""
+    """The range of least error for every block, from the plain `scale` and `middle` [per block]."""
     parts = [
-        _search_rows(weight[a:b], grid, a, b, scale, middle, importance)
+        _search_rows(weight[a:b], grid, (a, b), scale, middle=middle, importance=importance)
         for a, b in row_chunks(grid.shape, grid.scheme)
     ]
     best_scale = torch.cat([part[0] for part in parts])
     best_middle = None if middle is None else torch.cat([part[1] for part in parts if part[1] is not None])
     zeros = None if grid.zeros is None else torch.cat([part[2] for part in parts if part[2] is not None])
     table = grid.table if grid.stored_table is None else None
-    found = _grid(grid.scheme, weight, table, best_scale, best_middle, importance, zeros)
+    found = _grid(
+        grid.scheme, weight, table, best_scale, middle=best_middle, importance=importance, zeros=zeros
+    )
     return found if table is not None else replace(found, table=grid.table, stored_table=grid.stored_table)
 
 
 def _search_rows(
     weight: Tensor,
     grid: Grid,
-    first: int,
-    last: int,
+    span: tuple[int, int],
     scale: Tensor,
+    *,
     middle: Tensor | None,
     importance: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Best (scale, middle, zero codes) of the blocks in rows `first` to `last`, which no block crosses."""
-    rows = _stored_rows(grid, first, last)
-    importance = importance[first:last] if importance is not None and importance.dim() == 2 else importance
-    scheme = grid.scheme if isinstance(grid.scheme.scale, str) else replace(grid.scheme, scale="fp32")
-    table = grid.table.rows(first, last)
-    start = Grid(
-        scheme,
-        (last - first, grid.shape[1]),
-        table,
-        grid.scale[rows],
-        None if grid.shift is None else grid.shift[rows],
-        grid.scale[rows],
-        None,
-        None if grid.zeros is None else grid.zeros[rows],
-    )
+    """Best (scale, middle, zero codes) of the blocks in rows `span`, which no block crosses; `weight` holds these rows."""
+    start = _rows_of(grid, *span)
+    rows = _stored_rows(grid, *span)
+    scale, middle = scale[rows], None if middle is None else middle[rows]  # [per block]
+    if importance is not None and importance.dim() == 2:
+        importance = importance[slice(*span)]  # [rows, in]
     best = _Best(weight, importance, start)
+    # Shrunken ranges, with zero codes beside the nearest one.
     for factor in SHRINK:
         for nudge in (0,) if start.zeros is None else (-1, 0, 1):
-            best.offer(
-                _candidate(
-                    start, scale[rows] * factor, None if middle is None else middle[rows], factor, nudge
-                )
-            )
+            best.offer(_candidate(start, scale * factor, middle, factor=factor, nudge=nudge))
+    # Least squares on the codes of the best.
     for _ in range(REFITS):
         best.offer(_least_squares(weight, best.grid, importance))
-    grid = best.grid
-    return grid.scale, grid.shift if middle is not None else None, grid.zeros
+    found = best.grid
+    return found.scale, found.shift if middle is not None else None, found.zeros
+
+
+def _rows_of(grid: Grid, first: int, last: int) -> Grid:
+    """The grid of rows `first` to `last` for the search: scales that are themselves quantized are searched in fp32."""
+    rows = _stored_rows(grid, first, last)
+    return Grid(
+        grid.scheme if isinstance(grid.scheme.scale, str) else replace(grid.scheme, scale="fp32"),
+        shape=(last - first, grid.shape[1]),
+        table=grid.table.rows(first, last),
+        scale=grid.scale[rows],
+        shift=None if grid.shift is None else grid.shift[rows],
+        scales=grid.scale[rows],
+        offsets=None,
+        zeros=None if grid.zeros is None else grid.zeros[rows],
+    )
 
 
 class _Best:
@@ -361,60 +372,65 @@ class _Best:
     def offer(self, grid: Grid) -> None:
         """Take over the blocks in which `grid` has the smaller error."""
         error = self._block_error(grid)
-        better = error < self.error
+        better = error < self.error  # [per block]
         self.error = torch.where(better, error, self.error)
         old = self.grid
-        scale = torch.where(better, grid.scale, old.scale)
-        shift = (
-            None if old.shift is None or grid.shift is None else torch.where(better, grid.shift, old.shift)
+        self.grid = replace(
+            old,
+            scale=torch.where(better, grid.scale, old.scale),
+            shift=_chosen(better, grid.shift, old.shift),
+            zeros=_chosen(better, grid.zeros, old.zeros),
         )
-        zeros = (
-            None if old.zeros is None or grid.zeros is None else torch.where(better, grid.zeros, old.zeros)
-        )
-        self.grid = replace(old, scale=scale, shift=shift, zeros=zeros)
 
     def _block_error(self, grid: Grid) -> Tensor:
-        error = (values_of(codes_of(self.weight, grid), grid) - self.weight).square()
+        error = (values_of(codes_of(self.weight, grid), grid) - self.weight).square()  # [rows, in]
         return block_sums(_weighted(error, self.importance, 0, None), grid.scheme)
 
 
-def _candidate(grid: Grid, scale: Tensor, middle: Tensor | None, factor: float, nudge: int) -> Grid:
-    scale = _round_scale(scale, grid.scheme)
+def _chosen(better: Tensor, new: Tensor | None, old: Tensor | None) -> Tensor | None:
+    return None if new is None or old is None else torch.where(better, new, old)
+
+
+def _candidate(grid: Grid, scale: Tensor, middle: Tensor | None, *, factor: float, nudge: int) -> Grid:
+    """The grid with ranges shrunken by `factor`, and zero codes moved by `nudge`."""
+    scale = _round_scale(scale, grid.scheme)  # [per block]
     if grid.zeros is None:
         return replace(grid, scale=scale)
     assert middle is not None
     nearest = grid.table.nearest((-middle * factor * _inverse(scale)).view(1, -1)).view(scale.shape)
-    zeros = (nearest.int() + nudge).clamp(0, grid.table.levels - 1).to(torch.uint8)
+    zeros = (nearest.int() + nudge).clamp(0, grid.table.levels - 1).to(torch.uint8)  # [per block]
     return replace(grid, scale=scale, zeros=zeros, shift=-scale * grid.table.look_up(zeros))
 
 
 def _least_squares(weight: Tensor, grid: Grid, importance: Tensor | None) -> Grid:
     """Scale (and float offset) that fit the present codes best, block by block, in closed form."""
-    values = grid.table.look_up(codes_of(weight, grid))  # [out, in], in units of the scale
+    # The values that the codes stand for, in units of the scale.
+    values = grid.table.look_up(codes_of(weight, grid))  # [rows, in]
     if grid.zeros is not None:
-        values = values - spread(
-            grid.table.look_up(grid.zeros).view(grid.zeros.shape), grid.shape, grid.scheme
-        )
+        zeros = grid.table.look_up(grid.zeros).view(grid.zeros.shape)  # [per block]
+        values = values - spread(zeros, grid.shape, grid.scheme)  # [rows, in]
 
-    def total(x: Tensor) -> Tensor:
+    def total(x: Tensor) -> Tensor:  # [rows, in] to [per block]
         return block_sums(_weighted(x, importance, 0, None), grid.scheme)
 
-    cross, square = total(weight * values), total(values.square())
+    # Without a free offset: scale = <w, v> / <v, v>.
+    cross, square = total(weight * values), total(values.square())  # [per block]
     if grid.shift is None or grid.zeros is not None:
         scale = _round_scale(torch.where(square > 0, cross / square, grid.scale), grid.scheme)
         shift = None if grid.zeros is None else -scale * grid.table.look_up(grid.zeros)
         return replace(grid, scale=scale, shift=shift)
-    mass, first, mean = total(torch.ones_like(weight)), total(values), total(weight)
-    spread_of_values = square * mass - first.square()
-    usable = spread_of_values > 1e-6 * square * mass
-    scale = torch.where(usable, (cross * mass - first * mean) / spread_of_values, grid.scale)
-    scale = _round_scale(scale, grid.scheme)
-    shift = torch.where(usable, (mean - scale * first) / mass.clamp(min=1e-30), grid.shift)
+    # With one: a line through (v, w), unless all codes of a block are equal.
+    mass, first, mean = total(torch.ones_like(weight)), total(values), total(weight)  # [per block]
+    variance = square * mass - first.square()  # [per block]
+    usable = variance > 1e-6 * square * mass  # [per block]
+    scale = torch.where(usable, (cross * mass - first * mean) / variance, grid.scale)
+    scale = _round_scale(scale, grid.scheme)  # [per block]
+    shift = torch.where(usable, (mean - scale * first) / mass.clamp(min=1e-30), grid.shift)  # [per block]
     return replace(grid, scale=scale, shift=_round_offset(shift, grid.scheme))
 
 
 def _stored_rows(grid: Grid, first: int, last: int) -> slice:
-    """The rows of the stored scales that belong to weight rows `first` to `last`."""
+    """The rows of values [per block] that belong to weight rows `first` to `last`."""
     if grid.scale.dim() == 1 or grid.scheme.block == "tensor":
         return slice(None)
     if grid.scheme.axis == "in":
@@ -424,7 +440,7 @@ def _stored_rows(grid: Grid, first: int, last: int) -> slice:
 
 
 def _in_axis(grid: Grid) -> Scheme:
-    """Rounding and packing go row by row whatever the blocks are: chunks need no alignment."""
+    """A scheme to cut rows by: rounding and packing go row by row whatever the blocks are, so chunks need no alignment."""
     return Scheme(bits=grid.scheme.bits, block="row")
 
 
@@ -456,18 +472,19 @@ def _store(values: Tensor, scheme: Scheme, positive: bool) -> Tensor | PackedTen
 
 
 def _to_float(values: Tensor, dtype: str, positive: bool) -> Tensor:
-    """Round to the stored type. A positive scale stays positive: a block must not vanish because its scale is tiny."""
+    """Round to the type that is stored. A positive scale stays positive: a tiny one must not turn its block into zeros."""
     info = torch.finfo(SCALE_DTYPES[dtype])
-    stored = values.to(SCALE_DTYPES[dtype])
-    if bool(torch.isinf(stored).any()):
+    rounded = values.to(SCALE_DTYPES[dtype])
+    if bool(torch.isinf(rounded).any()):
         largest = float(values.abs().max())
         raise WeightError(
-            f"a scale of {largest:.3g} does not fit {dtype} (at most {info.max:.3g}); use --scale bf16 or fp32"
+            f"a scale of {largest:.3g} does not fit {dtype} (at most {info.max:.3g}); use scheme.scale bf16 or fp32"
         )
     if positive:
-        stored = torch.where((stored == 0) & (values > 0), info.smallest_normal, stored)
-    return stored
+        rounded = torch.where((rounded == 0) & (values > 0), info.smallest_normal, rounded)
+    return rounded
 
 
-def _dense(stored: Tensor | PackedTensor, like: Tensor) -> Tensor:
-    return decode(stored).view(like.shape) if isinstance(stored, PackedTensor) else stored.float()
+def _dense(values: Tensor | PackedTensor, like: Tensor) -> Tensor:
+    """Scales or offsets as stored, in fp32 and the shape of `like`."""
+    return decode(values).view(like.shape) if isinstance(values, PackedTensor) else values.float()

@@ -1,4 +1,4 @@
-"""Blocks: the weights that share a scale, for every block size and axis, as one view `[lines, blocks, block]`.
+"""Where blocks lie: the weights that share a scale, for every block size and axis, as one view `[lines, blocks, block]`.
 
 A line is what is cut into blocks: a row for axis "in", a column for axis "out", the whole row-major tensor for "tensor" and
 "flat:N". The last block of a line may be short; it is padded with its own last value, which changes no maximum.
@@ -13,8 +13,8 @@ from fracbit.records.scheme import Scheme, flat_block
 def lines_of(weight: Tensor, scheme: Scheme) -> Tensor:
     """`weight` [out, in] as [lines, length]; a view where strides allow."""
     if scheme.block == "tensor" or flat_block(scheme.block):
-        return weight.reshape(1, -1)
-    return weight if scheme.axis == "in" else weight.T
+        return weight.reshape(1, -1)  # [1, out * in]
+    return weight if scheme.axis == "in" else weight.T  # [out, in] or [in, out]
 
 
 def block_length(shape: tuple[int, int], scheme: Scheme) -> int:
@@ -46,65 +46,66 @@ def to_blocks(lines: Tensor, block: int) -> Tensor:
     """`lines` [lines, length] as [lines, blocks, block]; a short last block repeats its last value."""
     short = -lines.shape[1] % block
     if short:
-        lines = torch.cat([lines, lines[:, -1:].expand(-1, short)], 1)
-    return lines.reshape(len(lines), -1, block)
+        lines = torch.cat([lines, lines[:, -1:].expand(-1, short)], 1)  # [lines, blocks * block]
+    return lines.reshape(len(lines), -1, block)  # [lines, blocks, block]
 
 
 def stored_order(per_block: Tensor, shape: tuple[int, int], scheme: Scheme) -> Tensor:
-    """Values per block [lines, blocks] in the order and shape in which they are stored."""
-    stored = scales_shape(shape, scheme)
-    if scheme.axis == "out" and scheme.block != "tensor" and len(stored) == 2:
-        per_block = per_block.T
-    return per_block.reshape(stored).contiguous()
+    """Values per block [lines, blocks] in the order and shape of `scales_shape`."""
+    wanted = scales_shape(shape, scheme)
+    if scheme.axis == "out" and scheme.block != "tensor" and len(wanted) == 2:
+        per_block = per_block.T  # [blocks, in]
+    return per_block.reshape(wanted).contiguous()
 
 
 def spread(
-    stored: Tensor, shape: tuple[int, int], scheme: Scheme, first: int = 0, last: int | None = None
+    values: Tensor, shape: tuple[int, int], scheme: Scheme, first: int = 0, last: int | None = None
 ) -> Tensor:
-    """Values per block, as stored, repeated over the weights of their block: rows `first` to `last` of [out, in].
+    """Values per block, shaped as `scales_shape`, repeated over their weights: rows `first` to `last` of [out, in].
 
     Broadcastable rather than full where all weights of a row, of a column or of the tensor share a value.
     """
     last = shape[0] if last is None else last
     block = block_length(shape, scheme)
     if scheme.block == "tensor":
-        return stored
+        return values  # [1, 1]
     if flat_block(scheme.block):
         begin, end = first * shape[1], last * shape[1]
-        covering = stored[begin // block : -(-end // block)].repeat_interleave(block)
-        return covering[begin % block :][: end - begin].view(-1, shape[1])
+        covering = values[begin // block : -(-end // block)].repeat_interleave(block)  # [blocks * block]
+        return covering[begin % block :][: end - begin].view(-1, shape[1])  # [rows, in]
     if scheme.axis == "out":
-        return stored[torch.arange(first, last, device=stored.device) // block]
-    if stored.shape[1] == 1:
-        return stored[first:last]
-    return _stretch(stored[first:last], block)[:, : shape[1]]
+        return values[torch.arange(first, last, device=values.device) // block]  # [rows, in]
+    if values.shape[1] == 1:
+        return values[first:last]  # [rows, 1]
+    return _stretch(values[first:last], block)[:, : shape[1]]  # [rows, in]
 
 
 def _stretch(values: Tensor, block: int) -> Tensor:
     """Each value [rows, blocks] repeated `block` times; several times faster than repeat_interleave."""
-    return values.unsqueeze(-1).expand(-1, -1, block).reshape(len(values), -1)
+    return values.unsqueeze(-1).expand(-1, -1, block).reshape(len(values), -1)  # [rows, blocks * block]
 
 
-def spread_rows(stored: Tensor, shape: tuple[int, int], scheme: Scheme, rows: Tensor) -> Tensor:
+def spread_rows(values: Tensor, shape: tuple[int, int], scheme: Scheme, rows: Tensor) -> Tensor:
     """As `spread`, for the rows listed in `rows` [n] in any order: [n, in] or broadcastable to it."""
     if scheme.block == "tensor":
-        return stored
+        return values  # [1, 1]
     block = block_length(shape, scheme)
     if flat_block(scheme.block):
-        position = rows[:, None] * shape[1] + torch.arange(shape[1], device=rows.device)
-        return stored[position // block]
+        position = rows[:, None] * shape[1] + torch.arange(shape[1], device=rows.device)  # [n, in]
+        return values[position // block]  # [n, in]
     if scheme.axis == "out":
-        return stored[rows // block]
-    return _stretch(stored[rows], block)[:, : shape[1]]
+        return values[rows // block]  # [n, in]
+    return _stretch(values[rows], block)[:, : shape[1]]  # [n, in]
 
 
 def block_sums(x: Tensor, scheme: Scheme) -> Tensor:
-    """Sums of `x` [out, in] over each block, in the shape in which scales are stored."""
+    """Sums of `x` [out, in] over each block, in the shape of `scales_shape`."""
     shape = (x.shape[0], x.shape[1])
     block = block_length(shape, scheme)
-    lines = lines_of(x, scheme)
-    lines = torch.nn.functional.pad(lines, (0, -lines.shape[1] % block))
-    return stored_order(lines.reshape(len(lines), -1, block).sum(-1), shape, scheme)
+    lines = lines_of(x, scheme)  # [lines, length]
+    lines = torch.nn.functional.pad(lines, (0, -lines.shape[1] % block))  # [lines, blocks * block]
+    sums = lines.reshape(len(lines), -1, block).sum(-1)  # [lines, blocks]
+    return stored_order(sums, shape, scheme)
 
 
 def row_chunks(shape: tuple[int, int], scheme: Scheme, weights: int = 1 << 21) -> list[tuple[int, int]]:

@@ -47,28 +47,31 @@ class Coupling:
 
 def damped(gram: Tensor, damping: float = DAMPING) -> Tensor:
     """`gram` [in, in] divided by its mean diagonal, plus `damping` on the diagonal; dead inputs (a zero there) get 1."""
-    diagonal = gram.diagonal()
+    diagonal = gram.diagonal()  # [in]
     mean = diagonal.mean()
     if not bool(torch.isfinite(mean)):
         raise WeightError(
-            "the gram matrix holds NaN or Inf; look for overflowing activations in the calibration data"
+            "the gram matrix holds NaN or Inf: activations of the calibration data overflow; use a float32 model or other text"
         )
-    result = gram / mean if float(mean) > 0 else torch.zeros_like(gram)
+    result = gram / mean if float(mean) > 0 else torch.zeros_like(gram)  # [in, in]
     result.diagonal().add_(damping)
     result.diagonal()[diagonal <= 0] = 1.0
     return result
 
 
 def by_energy(gram: Tensor) -> Tensor:
-    """Columns by falling input energy: GPTQ's activation order: the important ones are rounded while all others can repair."""
+    """Columns [in] by falling input energy, GPTQ's activation order: important ones first, while others can still repair."""
     return gram.diagonal().argsort(descending=True, stable=True)
 
 
 def feedback(gram: Tensor, order: Tensor, damping: float = DAMPING) -> Coupling:
-    """Coupling (1) of GPTQ. Where the damped matrix is not positive definite, the damping is raised until it is."""
+    """Coupling (1) of GPTQ. Where the damped matrix is not positive definite, the damping is raised until it is.
+
+    The upper factor in visiting order is the lower one of the reversed order, reversed again.
+    """
     used, backwards = damping, order.flip(0)
     while True:
-        matrix = damped(gram, used).index_select(0, backwards).index_select(1, backwards)
+        matrix = damped(gram, used).index_select(0, backwards).index_select(1, backwards)  # [in, in]
         factor, failed = torch.linalg.cholesky_ex(matrix)
         if int(failed):
             factor, failed = torch.linalg.cholesky_ex(matrix.double())
@@ -77,46 +80,51 @@ def feedback(gram: Tensor, order: Tensor, damping: float = DAMPING) -> Coupling:
         used = max(used * 10, 1e-4)
         if used > LARGEST_DAMPING:
             raise WeightError(
-                "the gram matrix cannot be factored at any damping; the calibration activations are not finite"
+                f"the gram matrix cannot be factored, even with a damping of {LARGEST_DAMPING:g}: the calibration activations "
+                "are not finite; use a float32 model or other text"
             )
-    upper = factor.div_(factor.diagonal().clone()).float().flip(0, 1)
+    upper = factor.div_(factor.diagonal().clone()).float().flip(0, 1)  # [in, in]
     return Coupling(order, upper.fill_diagonal_(0), used, causal=True)
 
 
 def descent(gram: Tensor, order: Tensor, damping: float = DAMPING) -> Coupling:
     """Coupling (2) of coordinate descent, in the same order as GPTQ's."""
-    matrix = damped(gram, damping)[order][:, order]
-    matrix = matrix / matrix.diagonal()
+    matrix = damped(gram, damping)[order][:, order]  # [in, in]
+    matrix = matrix / matrix.diagonal()  # [in, in]
     matrix.fill_diagonal_(0)
     return Coupling(order, matrix, damping, causal=False)
 
 
-def eliminate(gram: Tensor, kept: Tensor, free: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
-    """The gram matrix of the `kept` columns when the `free` ones follow optimally, and how they follow.
+def eliminate(
+    gram: Tensor, quantized: Tensor, free: Tensor, damping: float = DAMPING
+) -> tuple[Tensor, Tensor]:
+    """The gram matrix of the `quantized` columns when the `free` ones follow optimally, and how they follow.
 
-    Returns the Schur complement [kept, kept] and `follow` [kept, free]: the best change of the free columns for an error E of
-    the kept ones is `E @ follow`.
+    Returns the Schur complement [quantized, quantized] and `follow` [quantized, free]: the best change of the free columns
+    for an error E of the quantized ones is `E @ follow`.
     """
-    matrix = damped(gram, damping)
-    cross = matrix[kept][:, free]
-    follow = torch.linalg.solve(matrix[free][:, free].double(), cross.T.double()).T.float()
-    return gram[kept][:, kept] - _scale_of(gram) * (follow @ cross.T), follow
+    matrix = damped(gram, damping)  # [in, in]
+    cross = matrix[quantized][:, free]  # [quantized, free]
+    follow = torch.linalg.solve(
+        matrix[free][:, free].double(), cross.T.double()
+    ).T.float()  # [quantized, free]
+    return gram[quantized][:, quantized] - _scale_of(gram) * (follow @ cross.T), follow
 
 
 def gram_errors(error: Tensor, gram: Tensor) -> Tensor:
     """Each row's part of tr(E G E^T): [out] for `error` [out, in] and a symmetric `gram` [in, in].
 
-    Only the panels of the upper triangle are multiplied: the others would give the same numbers again. Rows go in runs
-    whose products stay in the cache.
+    Only the panels of the upper triangle are multiplied, since the lower one would give the same numbers. Rows go in runs
+    of `ROWS`, so that products stay in the cache.
     """
     return torch.cat([_gram_errors(part.contiguous(), gram) for part in error.split(ROWS)])
 
 
 def _gram_errors(error: Tensor, gram: Tensor) -> Tensor:
-    total = error.new_zeros(len(error))
+    total = error.new_zeros(len(error))  # [rows]
     for first, last in panels(error.shape[1]):
-        part = error[:, first:last]
-        product = part @ gram[first:last, first:]
+        part = error[:, first:last]  # [rows, panel]
+        product = part @ gram[first:last, first:]  # [rows, in - first]
         product[:, last - first :] *= 2
         total += product.mul_(error[:, first:]).sum(1)
     return total
@@ -126,7 +134,7 @@ def add_gram(gram: Tensor, x: Tensor) -> Tensor:
     """`gram` [in, in] + x^T x of `x` [tokens, in]; the upper panels are multiplied, the lower ones mirrored."""
     result, x = torch.empty_like(gram), x.float()
     for first, last in panels(gram.shape[0]):
-        part = torch.addmm(gram[first:last, first:], x[:, first:last].T, x[:, first:])
+        part = torch.addmm(gram[first:last, first:], x[:, first:last].T, x[:, first:])  # [panel, in - first]
         result[first:last, first:] = part
         result[last:, first:last] = part[:, last - first :].T
     return result

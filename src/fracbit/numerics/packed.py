@@ -1,13 +1,14 @@
-"""`PackedTensor`: a quantized weight as the bytes that are stored, and `decode`, the one formula that reads it back.
+"""`PackedTensor`: a quantized weight as the bytes that are stored, and `decode`, the one formula that reads them back.
 
     w[o, i] = scale[b] * T[o, code[o, i]] + shift[b]
     shift[b] = 0 | offset[b] | -scale[b] * T[zero[b]]            (offset none | float, mean | zero)
 
-T is the table of the data type, b the block of the weight. Everything else in the project is a way to choose the codes.
+T is the table of the data type, b the block of the weight. Every quantizer of the project only chooses what these hold.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -91,14 +92,14 @@ PartShapes = dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]]
 
 def part_shapes(scheme: Scheme, shape: tuple[int, int], outliers: int = 0) -> PartShapes:
     """What a packed tensor of this scheme stores: name -> (types allowed, shape). `outliers` counts 16-bit columns."""
-    kept = (shape[0], shape[1] - outliers)
-    stored = scales_shape(kept, scheme)
-    result: PartShapes = {"codes": ((torch.uint8,), (shape[0], row_bytes(kept[1], scheme.bits)))}
-    result |= _float_part("scales", scheme.scale, stored)
+    quantized = (shape[0], shape[1] - outliers)
+    per_block = scales_shape(quantized, scheme)
+    result: PartShapes = {"codes": ((torch.uint8,), (shape[0], row_bytes(quantized[1], scheme.bits)))}
+    result |= _float_part("scales", scheme.scale, per_block)
     if scheme.offset in ("float", "mean"):
-        result |= _float_part("offsets", scheme.scale, stored)
+        result |= _float_part("offsets", scheme.scale, per_block)
     if scheme.offset == "zero":
-        rows, columns = zeros_shape(stored)
+        rows, columns = zeros_shape(per_block)
         result["offsets"] = ((torch.uint8,), (rows, row_bytes(columns, scheme.bits)))
     if is_fitted(scheme):
         rows = shape[0] if scheme.dtype.endswith(":row") else 1
@@ -110,32 +111,34 @@ def part_shapes(scheme: Scheme, shape: tuple[int, int], outliers: int = 0) -> Pa
 
 
 def stored_bits(packed: PackedTensor) -> int:
-    """Bits held: codes, scales, offsets, tables, outliers and padding, counted from the bytes and not from a formula."""
+    """Bits held: codes, scales, offsets, tables, outliers and padding, counted from the tensors and not from a formula."""
     return 8 * sum(part.numel() * part.element_size() for _, part in parts_of(packed))
 
 
 def decode(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight [out, in] that `packed` stands for, computed in fp32 and rounded once to `dtype`."""
-    kept = packed.codes.new_empty((packed.shape[0], packed.quantized_width), dtype=dtype)
+    quantized = packed.codes.new_empty(
+        (packed.shape[0], packed.quantized_width), dtype=dtype
+    )  # [out, quantized]
     for first, part in decoded_parts(packed):
-        kept[first : first + len(part)] = part
-    return kept if packed.columns is None else _with_outliers(packed, kept)
+        quantized[first : first + len(part)] = part
+    return quantized if packed.columns is None else _with_outliers(packed, quantized)
 
 
 def decode_rows(packed: PackedTensor, rows: Tensor) -> Tensor:
     """Rows `rows` [n] of the weight, fp32 [n, in]; nothing else is decoded."""
-    kept = (packed.shape[0], packed.quantized_width)
+    quantized = (packed.shape[0], packed.quantized_width)
     scale, shift = dense_scales(packed)
-    codes = unpack_bits(packed.codes[rows], packed.scheme.bits, packed.quantized_width)
+    codes = unpack_bits(packed.codes[rows], packed.scheme.bits, packed.quantized_width)  # [n, quantized]
     table = table_of(packed)
-    values = (
-        table.look_up(codes) if table.values.shape[0] == 1 else table.values[rows].gather(1, codes.long())
-    )
-    values = values * spread_rows(scale, kept, packed.scheme, rows)
-    values = values if shift is None else values + spread_rows(shift, kept, packed.scheme, rows)
+    if table.values.shape[0] > 1:  # a table for each row of the weight
+        table = nearest_type(table.values[rows])
+    values = table.look_up(codes) * spread_rows(scale, quantized, packed.scheme, rows)  # [n, quantized]
+    if shift is not None:
+        values = values + spread_rows(shift, quantized, packed.scheme, rows)  # [n, quantized]
     if packed.columns is None or packed.outliers is None:
         return values
-    full = values.new_empty(len(rows), packed.shape[1])
+    full = values.new_empty(len(rows), packed.shape[1])  # [n, in]
     full[:, quantized_columns(packed.columns, packed.shape[1])] = values
     full[:, packed.columns.long()] = packed.outliers[rows].float()
     return full
@@ -143,31 +146,35 @@ def decode_rows(packed: PackedTensor, rows: Tensor) -> Tensor:
 
 def decoded_parts(packed: PackedTensor) -> Iterator[tuple[int, Tensor]]:
     """The quantized columns in runs of rows, fp32: (first row, [rows, quantized_width]); never more than a run in memory."""
-    kept_shape = (packed.shape[0], packed.quantized_width)
+    quantized = (packed.shape[0], packed.quantized_width)
     scale, shift = dense_scales(packed)
     table = table_of(packed)
     step = max(1, DECODE_CHUNK // max(1, packed.quantized_width))
     for first in range(0, packed.shape[0], step):
         last = min(first + step, packed.shape[0])
-        codes = unpack_bits(packed.codes[first:last], packed.scheme.bits, packed.quantized_width)
-        part = table.rows(first, last).look_up(codes)
-        part *= spread(scale, kept_shape, packed.scheme, first, last)
+        codes = unpack_bits(packed.codes[first:last], packed.scheme.bits, quantized[1])  # [rows, quantized]
+        part = table.rows(first, last).look_up(codes)  # [rows, quantized]
+        part *= spread(scale, quantized, packed.scheme, first=first, last=last)
         if shift is not None:
-            part += spread(shift, kept_shape, packed.scheme, first, last)
+            part += spread(shift, quantized, packed.scheme, first=first, last=last)
         yield first, part
 
 
 def dense_scales(packed: PackedTensor) -> tuple[Tensor, Tensor | None]:
-    """Scale and shift of every block, fp32, in the stored shape; the shift is None for offset `none`."""
-    stored = scales_shape((packed.shape[0], packed.quantized_width), packed.scheme)
-    scale = _dense(packed.scales, stored)
+    """Scale and shift of every block, fp32, in the shape of `scales_shape`; the shift is None for offset `none`."""
+    per_block = scales_shape((packed.shape[0], packed.quantized_width), packed.scheme)
+    scale = _dense(packed.scales, per_block)
     if packed.offsets is None:
         return scale, None
     if packed.scheme.offset != "zero":
-        return scale, _dense(packed.offsets, stored)
+        return scale, _dense(packed.offsets, per_block)
+    return scale, -scale * table_of(packed).look_up(zeros_of(packed, per_block))
+
+
+def zeros_of(packed: PackedTensor, per_block: tuple[int, ...]) -> Tensor:
+    """The zero codes uint8 of offset `zero`, in the shape `per_block` of the scales."""
     assert isinstance(packed.offsets, Tensor)
-    zeros = unpack_bits(packed.offsets, packed.scheme.bits, zeros_shape(stored)[1]).view(stored)
-    return scale, -scale * table_of(packed).look_up(zeros)
+    return unpack_bits(packed.offsets, packed.scheme.bits, zeros_shape(per_block)[1]).view(per_block)
 
 
 def table_of(packed: PackedTensor) -> DataType:
@@ -177,17 +184,15 @@ def table_of(packed: PackedTensor) -> DataType:
     return nearest_type(packed.table.float())
 
 
-def zeros_shape(stored: tuple[int, ...]) -> tuple[int, int]:
+def zeros_shape(per_block: tuple[int, ...]) -> tuple[int, int]:
     """Rows and columns in which zero codes are packed: those of the scales; flat blocks are one row."""
-    return (stored[0], stored[1]) if len(stored) == 2 else (1, stored[0])
+    return (per_block[0], per_block[1]) if len(per_block) == 2 else (1, per_block[0])
 
 
-def _float_part(name: str, scale: str | Scheme, stored: tuple[int, ...]) -> PartShapes:
+def _float_part(name: str, scale: str | Scheme, per_block: tuple[int, ...]) -> PartShapes:
     if isinstance(scale, str):
-        return {name: ((SCALE_DTYPES[scale],), stored)}
-    count = 1
-    for size in stored:
-        count *= size
+        return {name: ((SCALE_DTYPES[scale],), per_block)}
+    count = math.prod(per_block)
     return {f"{name}_{part}": what for part, what in part_shapes(scale, (1, count)).items()}
 
 
@@ -201,34 +206,36 @@ def _assemble(scheme: Scheme, shape: tuple[int, int], parts: dict[str, Tensor], 
         if f"{prefix}{name}_codes" not in parts or isinstance(scheme.scale, str):
             return None
         outliers = len(parts[prefix + "columns"]) if prefix + "columns" in parts else 0
-        count = scales_shape((shape[0], shape[1] - outliers), scheme)
-        return _assemble(scheme.scale, (1, int(torch.Size(count).numel())), parts, f"{prefix}{name}_")
+        count = math.prod(scales_shape((shape[0], shape[1] - outliers), scheme))
+        return _assemble(scheme.scale, (1, count), parts, f"{prefix}{name}_")
 
     return PackedTensor(scheme, shape, **{name: part(name) for name in PARTS})  # type: ignore[arg-type]
 
 
-def _dense(stored: Tensor | PackedTensor, shape: tuple[int, ...]) -> Tensor:
-    return (decode(stored) if isinstance(stored, PackedTensor) else stored.float()).view(shape)
+def _dense(values: Tensor | PackedTensor, shape: tuple[int, ...]) -> Tensor:
+    """Scales or offsets as stored, in fp32."""
+    return (decode(values) if isinstance(values, PackedTensor) else values.float()).view(shape)
 
 
-def _with_outliers(packed: PackedTensor, kept: Tensor) -> Tensor:
+def _with_outliers(packed: PackedTensor, quantized: Tensor) -> Tensor:
+    """The weight [out, in] of its quantized columns [out, quantized] and its outliers."""
     assert packed.columns is not None
     assert packed.outliers is not None
-    weight = kept.new_empty(packed.shape)
-    weight[:, quantized_columns(packed.columns, packed.shape[1])] = kept
-    weight[:, packed.columns.long()] = packed.outliers.to(kept.dtype)
+    weight = quantized.new_empty(packed.shape)  # [out, in]
+    weight[:, quantized_columns(packed.columns, packed.shape[1])] = quantized
+    weight[:, packed.columns.long()] = packed.outliers.to(quantized.dtype)
     return weight
 
 
 def quantized_columns(columns: Tensor, count: int) -> Tensor:
     """The input columns, ascending, that are not among the outlier `columns`."""
-    mask = torch.ones(count, dtype=torch.bool, device=columns.device)
+    mask = torch.ones(count, dtype=torch.bool, device=columns.device)  # [in]
     mask[columns.long()] = False
-    return mask.nonzero().squeeze(1)
+    return mask.nonzero().squeeze(1)  # [quantized]
 
 
 def outlier_count(inputs: int, share: float) -> int:
-    """How many of `inputs` columns a share keeps: rounded, at least one, never all. Raises `RecipeError` outside (0, 1)."""
+    """How many of `inputs` columns a share keeps in 16 bits: at least one, never all. Raises `RecipeError` outside (0, 1)."""
     if not 0 < share < 1:
         raise RecipeError(f"the share of 16-bit columns must lie between 0 and 1, got {share}")
     return min(max(1, round(inputs * share)), inputs - 1)

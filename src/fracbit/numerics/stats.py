@@ -1,4 +1,4 @@
-"""`Stats`: what is known of the inputs of a linear layer. A commutative sum: batches, ranks and resumes are one fold."""
+"""`Stats`: what is known of the inputs of a linear layer. A commutative sum: the order of batches does not matter."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ class Stats:
 
 def empty(inputs: int, gram: bool = True, device: torch.device | str = "cpu") -> Stats:
     """The neutral element for a layer of `inputs` inputs; without `gram` only the diagonal statistics are kept."""
-    zeros = torch.zeros(inputs, device=device)
+    zeros = torch.zeros(inputs, device=device)  # [in]
     return Stats(0, torch.zeros(inputs, inputs, device=device) if gram else None, zeros, zeros.clone())
 
 
 def add_inputs(stats: Stats, x: Tensor, add: Callable[[Tensor, Tensor], Tensor] = add_gram) -> Stats:
     """Add the inputs `x` [tokens, in]. Raises `WeightError` on NaN or Inf.
 
-    `add` gives the gram matrix with theirs; where it writes into the old one, the old `stats` are of no more use.
+    `add(gram, x)` gives the gram matrix with theirs; if it writes into the old one, the old `stats` must not be used again.
     """
     if not len(x):
         return stats
-    gram = None if stats.gram is None else add(stats.gram, x)
-    energy = stats.energy + x.float().square().sum(0) if gram is None else gram.diagonal().clone()
+    gram = None if stats.gram is None else add(stats.gram, x)  # [in, in]
+    energy = stats.energy + x.float().square().sum(0) if gram is None else gram.diagonal().clone()  # [in]
     if not bool(torch.isfinite(energy).all()):
         raise WeightError(f"{int((~torch.isfinite(x)).any(1).sum())} of {len(x)} input rows hold NaN or Inf")
     # aminmax takes eight times as long in bfloat16
-    absmax = torch.maximum(stats.absmax, x.abs().amax(0).float())
+    absmax = torch.maximum(stats.absmax, x.abs().amax(0).float())  # [in]
     return Stats(stats.tokens + len(x), gram, absmax, energy)
 
 
 def merge(a: Stats, b: Stats) -> Stats:
     """The statistics of both sets of tokens."""
-    gram = None if a.gram is None or b.gram is None else a.gram + b.gram
+    gram = None if a.gram is None or b.gram is None else a.gram + b.gram  # [in, in]
     return Stats(a.tokens + b.tokens, gram, torch.maximum(a.absmax, b.absmax), a.energy + b.energy)

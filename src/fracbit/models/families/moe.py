@@ -28,7 +28,7 @@ MOE = replace(
         MLP,
         ("mlp.down_proj",),
     ),
-    units=(
+    sublayers=(
         Sublayer(("self_attn",), ATTENTION),
         Sublayer(("mlp.shared_expert",), SHARED),
         Sublayer(("mlp.experts.*",), EXPERT),

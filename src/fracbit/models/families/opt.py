@@ -18,7 +18,7 @@ OPT = Family(
     embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
     head="lm_head",
     linears=(ATTENTION, ("self_attn.out_proj",), ("fc1",), ("fc2",)),
-    units=(Sublayer(("self_attn",), ATTENTION), Sublayer(("fc1", "activation_fn", "fc2"), ("fc1",))),
+    sublayers=(Sublayer(("self_attn",), ATTENTION), Sublayer(("fc1", "activation_fn", "fc2"), ("fc1",))),
     norms=(Norm("self_attn_layer_norm", ATTENTION), Norm("final_layer_norm", ("fc1",))),
     pairs=(
         Pair("self_attn.v_proj", ("self_attn.out_proj",), "values last"),

@@ -10,7 +10,7 @@ PHI3 = replace(
     name="phi3",
     model_types=("phi3",),
     linears=(("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)),
-    units=(Sublayer(("self_attn",), ("self_attn.qkv_proj",)), Sublayer(("mlp",), ("mlp.gate_up_proj",))),
+    sublayers=(Sublayer(("self_attn",), ("self_attn.qkv_proj",)), Sublayer(("mlp",), ("mlp.gate_up_proj",))),
     norms=(
         Norm("input_layernorm", ("self_attn.qkv_proj",)),
         Norm("post_attention_layernorm", ("mlp.gate_up_proj",)),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fracbit.data.raw import Message, Piece, RawTexts, decode_text, find_file, keep_first
+from fracbit.data.raw import Message, RawText, RawTexts, decode_text, find_file, keep_first
 from fracbit.data.text_source import TextSource
 from fracbit.errors import DataError
 
@@ -20,7 +20,7 @@ FIELDS = ("text", "messages", "conversations")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 JOINT = "\n\n"
-"""Between records read as one document, as transformers' page on perplexity joins WikiText."""
+"""Between records that are read as one document, as transformers' page on perplexity joins WikiText."""
 
 Record = Mapping[str, Any]
 
@@ -28,7 +28,7 @@ Record = Mapping[str, Any]
 def read_jsonl(source: TextSource) -> RawTexts:
     """Read JSON lines; the hash covers the lines that were read.
 
-    Raises: DataError naming the line that is broken, is no object, has no such field or is empty.
+    Raises: DataError naming the line that is broken, is not an object, lacks the field or is empty.
     """
     digest = hashlib.sha256()
     records = _json_records(find_file(source), source, digest.update)
@@ -38,7 +38,7 @@ def read_jsonl(source: TextSource) -> RawTexts:
 def collect_records(
     source: TextSource, records: Iterable[tuple[str, Record]], digest: Callable[[], str]
 ) -> RawTexts:
-    """Turn named records into documents. digest: called when all records that are wanted have been read.
+    """Turn named records into documents. digest: called after the last record that is needed has been read.
 
     Raises: DataError naming the record that has no document, or an empty one.
     """
@@ -56,12 +56,12 @@ def pick_field(names: Iterable[str], source: TextSource, where: str) -> str:
         if field in names:
             return field
     raise DataError(
-        f"{where}: no field {' or '.join(wanted)} among {', '.join(names) or 'none'}. "
+        f"{where}: there is no field {' or '.join(wanted)}; the fields are {', '.join(names) or 'none'}. "
         "Name one with ?field=NAME."
     )
 
 
-def _joined(source: TextSource, pieces: Iterable[tuple[str, Piece]], digest: Callable[[], str]) -> RawTexts:
+def _joined(source: TextSource, pieces: Iterable[tuple[str, RawText]], digest: Callable[[], str]) -> RawTexts:
     texts: list[str] = []
     for name, piece in pieces:
         if not isinstance(piece, str):
@@ -95,13 +95,11 @@ def _json_record(line: str, where: str) -> Record:
             f"{where}: broken JSON ({error.msg}, column {error.colno}). Each line is one object."
         ) from error
     if not isinstance(record, dict):
-        raise DataError(
-            f'{where}: {type(record).__name__} where an object such as {{"text": ...}} was expected.'
-        )
+        raise DataError(f'{where}: got {type(record).__name__}, expected an object such as {{"text": ...}}.')
     return record
 
 
-def _document(record: Record, source: TextSource, name: str) -> Piece:
+def _document(record: Record, source: TextSource, name: str) -> RawText:
     where = f"{source.location}, {name}"
     value = record[pick_field(record, source, where)]
     if value is None:
@@ -116,7 +114,7 @@ def _document(record: Record, source: TextSource, name: str) -> Piece:
 
 
 def _message(message: Record, where: str) -> Message:
-    """A message with role and content, whichever of the two spellings it came in."""
+    """A message with role and content, from either spelling."""
     if "role" in message and "content" in message:
         return message
     if "from" in message and "value" in message:

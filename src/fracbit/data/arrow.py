@@ -1,7 +1,7 @@
 """Parquet files and sets of the `datasets` library; both libraries are an extra (fracbit[datasets]).
 
-A set has no one file to hash, so its hash is that of the texts in their order (raw.hash_texts), the same
-whatever the library's cache looks like.
+A set does not lie in one file, so its hash is that of its texts in order (raw.hash_texts), whatever the
+library's cache looks like.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from fracbit.data.lines import Record, collect_records, pick_field
 from fracbit.data.raw import RawTexts, find_file, hash_file, hash_texts
-from fracbit.data.records import Record, collect_records, pick_field
 from fracbit.data.text_source import TextSource
 from fracbit.errors import DataError
 
@@ -24,7 +24,7 @@ _REMEDY = "install it with: pip install 'fracbit[datasets]'"
 def read_parquet(source: TextSource) -> RawTexts:
     """Read a Parquet file row by row.
 
-    Raises: DataError without pyarrow, for a file that is none, and for a missing column.
+    Raises: DataError without pyarrow, for a file that is not Parquet, and for a missing column.
     """
     path = find_file(source)
     arrow, parquet = _library("pyarrow"), _library("pyarrow.parquet")
@@ -33,7 +33,7 @@ def read_parquet(source: TextSource) -> RawTexts:
         field = pick_field(table.schema_arrow.names, source, source.location)
         return collect_records(source, _parquet_rows(table, field), lambda: hash_file(path))
     except arrow.ArrowException as error:
-        raise DataError(f"{source.location} is no Parquet file that can be read: {error}") from error
+        raise DataError(f"{source.location} cannot be read as a Parquet file: {error}") from error
 
 
 def read_dataset(source: TextSource) -> RawTexts:
@@ -74,7 +74,7 @@ def _load(source: TextSource) -> Any:
     folder = Path(source.location)
     if folder.is_dir() and not _saved(folder):
         raise DataError(
-            f"{source.location} is a folder that datasets' save_to_disk did not write. Name its files "
+            f"{source.location} is a folder, but not one that datasets' save_to_disk wrote. Name its files "
             "instead, as several sources."
         )
     datasets = _library("datasets")
@@ -91,9 +91,7 @@ def _saved(folder: Path) -> bool:
 
 
 def _explain(source: TextSource, error: Exception) -> str:
-    """Why a set could not be loaded: libraries below raise OSError for both a missing set and a missing
-    network.
-    """
+    """Why a set could not be loaded: the libraries raise OSError for both a missing set and a missing network."""
     offline = isinstance(error, ConnectionError) or "offline" in str(error).lower()
     remedy = (
         "The hub cannot be reached (or HF_HUB_OFFLINE is set) and the set is not in the cache: load it once "
@@ -106,7 +104,7 @@ def _explain(source: TextSource, error: Exception) -> str:
 
 
 def _only_split(loaded: Any, source: TextSource) -> Any:
-    """The split asked for; a set with several needs one to be named."""
+    """The split that the source names; it must name one of several."""
     if not isinstance(loaded, dict):
         if source.split is not None:
             raise DataError(f"{source}: {source.location} is a single split; leave :{source.split} out.")
@@ -116,5 +114,5 @@ def _only_split(loaded: Any, source: TextSource) -> Any:
         raise DataError(f"{source}: which split of {names}? Write datasets:{source.location}:CONFIG:SPLIT.")
     split = next(iter(loaded)) if source.split is None else source.split
     if split not in loaded:
-        raise DataError(f"{source}: no split {split}; there are {names}.")
+        raise DataError(f"{source}: there is no split {split}; there are {names}.")
     return loaded[split]

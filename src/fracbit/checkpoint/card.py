@@ -44,7 +44,7 @@ fracbit.json beside this card has the recipe, the hashes and the decision for ev
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card says: the source's name, the model class, totals of the run, layers, and their losses."""
+    """The facts of a card: the source's name, the model class, totals of the run, layers, and their losses."""
 
     source: str
     architecture: str

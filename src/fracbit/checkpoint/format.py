@@ -1,8 +1,8 @@
-"""The saved format: what `quantization_config` in config.json says, and the names of the stored tensors.
+"""The saved format: what `quantization_config` in config.json says, and the names of tensors in the files.
 
-docs/format.md is its specification. A layer is found by its module name; everything needed to read its tensors (scheme,
-shape, number of 16-bit columns) is in the config, and so are the tables of the fixed data types, so that another reader needs
-none of our formulas.
+docs/format.md is its specification. A layer is found by its module name; all that is needed to read its tensors (scheme,
+shape, number of 16-bit columns) is in the config, and so are the tables of the fixed data types: another reader needs none of
+our formulas.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROTATION = "hadamard"
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """How a layer is stored: scheme, shape `[out, in]`, 16-bit columns and their type, what module reads it.
+    """How a layer is stored: scheme, shape `[out, in]`, number of 16-bit columns and their type, kind of module.
 
     `inputs`: how its activations are rounded. `rotated`: whether they are multiplied by `hadamard(in)` before that.
     """
@@ -42,25 +42,26 @@ class StoredLayer:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all stored tensors of the layer's weight."""
+        """Bytes of all tensors of the layer's weight."""
         sizes = part_shapes(self.scheme, self.shape, self.outliers).values()
         return sum(torch.Size(size).numel() * dtypes[0].itemsize for dtypes, size in sizes)
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per weight, all overhead included."""
+        """Bits per weight in the file, scales, tables and outliers included."""
         return 8 * self.bytes / (self.shape[0] * self.shape[1])
 
 
 def stored_layer(packed: PackedTensor, kind: Literal["linear", "embedding"] = "linear") -> StoredLayer:
-    """The record of a packed weight."""
+    """How a packed weight is stored."""
     count = 0 if packed.columns is None else len(packed.columns)
     half = packed.outliers is not None and packed.outliers.dtype == torch.float16
-    return StoredLayer(packed.scheme, packed.shape, count, "fp16" if half else "bf16", kind)
+    sixteen = "fp16" if half else "bf16"
+    return StoredLayer(packed.scheme, packed.shape, outliers=count, outlier_dtype=sixteen, kind=kind)
 
 
 def tensor_names(layer: str, packed: PackedTensor) -> dict[str, torch.Tensor]:
-    """The tensors of a layer under the names in which they are stored: codes flat, as `<layer>.weight`."""
+    """The tensors of a layer by their names in a file; codes are flat and called `<layer>.weight`."""
     tensors = {}
     for part, tensor in parts_of(packed):
         tensors[tensor_name(layer, part)] = tensor.reshape(-1) if part == "codes" else tensor
@@ -68,12 +69,12 @@ def tensor_names(layer: str, packed: PackedTensor) -> dict[str, torch.Tensor]:
 
 
 def tensor_name(layer: str, part: str) -> str:
-    """Stored name of one part of a layer."""
+    """The name in a file of one part of a layer."""
     return f"{layer}.weight" if part == "codes" else f"{layer}.weight_{part}"
 
 
 def packed_layer(layer: str, stored: StoredLayer, tensors: Mapping[str, torch.Tensor]) -> PackedTensor:
-    """A layer's packed weight from its stored tensors. Raises `FormatError` naming the layer."""
+    """A layer's packed weight from its tensors in a file. Raises `FormatError` naming the layer."""
     shapes = part_shapes(stored.scheme, stored.shape, stored.outliers)
     missing = [tensor_name(layer, part) for part in shapes if tensor_name(layer, part) not in tensors]
     if missing:
@@ -141,16 +142,24 @@ def _layer(entry: Mapping[str, Any], schemes: list[Scheme]) -> StoredLayer:
         raise FormatError(
             f"inputs are rotated by {ROTATION!r} or not at all, got {rotation!r}; update fracbit"
         )
-    return StoredLayer(scheme, (out, inputs), outliers, sixteen, kind, rounding, rotation is not None)
+    return StoredLayer(
+        scheme,
+        shape=(out, inputs),
+        outliers=outliers,
+        outlier_dtype=sixteen,
+        kind=kind,
+        inputs=rounding,
+        rotated=rotation is not None,
+    )
 
 
 def _tables(schemes: list[Scheme]) -> dict[str, list[float]]:
-    """The values of every fixed data type in use, by `table_key`; readers need no formula."""
+    """The values of every fixed data type in use, by `table_key`."""
     everything = [*schemes, *(scheme.scale for scheme in schemes if isinstance(scheme.scale, Scheme))]
     fixed = [scheme for scheme in everything if not is_fitted(scheme)]
     return {table_key(scheme): fixed_type(scheme).values[0].tolist() for scheme in fixed}
 
 
 def table_key(scheme: Scheme) -> str:
-    """Name of a fixed table in the config: type, bits, and whether it spans the full range (an offset places it)."""
+    """Name of a fixed table in the config: type, bits, and whether it has all 2^bits values (with an offset)."""
     return f"{scheme.dtype}/{scheme.bits}{'/full' if scheme.offset in ('zero', 'float') else ''}"

@@ -1,6 +1,6 @@
 """The bridge to transformers: `import fracbit` registers it, and `from_pretrained` then reads fracbit checkpoints.
 
-transformers asks the quantizer to swap modules on the empty skeleton, then loads tensors by name into the buffers.
+transformers has the quantizer replace modules of the empty skeleton, and then loads tensors by name into their buffers.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from fracbit.checkpoint.format import QUANT_METHOD, StoredLayer, read_layers
 from fracbit.errors import FormatError
 from fracbit.models.experts import split_experts, without_fusing
+from fracbit.models.install import replace
 from fracbit.models.quant_linear import QuantEmbedding, QuantLinear, TiedHead
 
 if TYPE_CHECKING:  # this module is imported while transformers' own modeling_utils still is
@@ -29,7 +30,7 @@ SIXTEEN = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class FracbitConfig(QuantizationConfigMixin):
-    """`quantization_config` of a fracbit checkpoint, kept as it was read so that it is saved as it was."""
+    """`quantization_config` of a fracbit checkpoint, held as it was read, so that it is saved unchanged."""
 
     def __init__(self, **config: Any) -> None:
         config["quant_method"] = QUANT_METHOD
@@ -42,7 +43,7 @@ class FracbitConfig(QuantizationConfigMixin):
 
 
 class FracbitQuantizer(HfQuantizer):
-    """Swaps linears and embeddings for packed ones before the weights are loaded."""
+    """Replaces linears and embeddings by packed ones before the weights are loaded."""
 
     def __init__(self, quantization_config: FracbitConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -58,7 +59,7 @@ class FracbitQuantizer(HfQuantizer):
             swap(model, name, stored)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """A checkpoint of ours names every expert by itself, as the split model does: nothing is fused."""
+        """Fuse no experts: a fracbit checkpoint names each one by itself, as the split model does."""
         rules = super().update_weight_conversions(weight_conversions, model)  # type: ignore[no-untyped-call]
         return without_fusing(rules)
 
@@ -80,32 +81,35 @@ def swap(model: PreTrainedModel, name: str, stored: StoredLayer) -> None:
         raise FormatError(
             f"{type(model).__name__} has no layer {name!r}: wrong model class for this checkpoint"
         ) from None
+    with torch.device(_device_of(module)):
+        packed = packed_module(module, stored)
+    replace(model, name, packed)
+    if isinstance(packed, QuantEmbedding):
+        for head in tied_heads(model, name):
+            model.all_tied_weights_keys.pop(f"{head}.weight")
+            replace(model, head, TiedHead(packed))
+
+
+def packed_module(module: nn.Module, stored: StoredLayer) -> QuantLinear | QuantEmbedding:
+    """The module that holds `stored` in place of the float `module`; its buffers are still empty."""
     if stored.kind == "embedding":
-        _swap_embedding(model, name, module, stored)
-        return
-    bias = getattr(module, "bias", None) is not None
-    with torch.device(_device_of(module)):
-        linear = QuantLinear(
-            stored.scheme,
-            stored.shape,
-            bias,
-            stored.outliers,
-            SIXTEEN[stored.outlier_dtype],
-            stored.inputs,
-            stored.rotated,
-        )
-    model.set_submodule(name, linear)
+        factor = float(getattr(module, "scalar_embed_scale", 1.0))
+        return QuantEmbedding(stored.scheme, stored.shape, torch.get_default_dtype(), factor)
+    return QuantLinear(
+        stored.scheme,
+        stored.shape,
+        bias=getattr(module, "bias", None) is not None,
+        outliers=stored.outliers,
+        sixteen=SIXTEEN[stored.outlier_dtype],
+        inputs=stored.inputs,
+        rotated=stored.rotated,
+    )
 
 
-def _swap_embedding(model: PreTrainedModel, name: str, module: nn.Module, stored: StoredLayer) -> None:
-    factor = float(getattr(module, "scalar_embed_scale", 1.0))
-    with torch.device(_device_of(module)):
-        embedding = QuantEmbedding(stored.scheme, stored.shape, torch.get_default_dtype(), factor)
-    model.set_submodule(name, embedding)
-    tied = [head for head, source in model.all_tied_weights_keys.items() if source == f"{name}.weight"]
-    for head in tied:
-        model.all_tied_weights_keys.pop(head)
-        model.set_submodule(head.removesuffix(".weight"), TiedHead(embedding))
+def tied_heads(model: PreTrainedModel, name: str) -> list[str]:
+    """The modules whose weight is that of the embedding table `name`."""
+    pairs = model.all_tied_weights_keys.items()
+    return [head.removesuffix(".weight") for head, table in pairs if table == f"{name}.weight"]
 
 
 def _device_of(module: nn.Module) -> torch.device:
@@ -114,7 +118,7 @@ def _device_of(module: nn.Module) -> torch.device:
 
 
 def register() -> None:
-    """Make transformers know fracbit; safe to call again."""
+    """Register fracbit with transformers; safe to call again."""
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(QUANT_METHOD)(FracbitConfig)
         register_quantizer(QUANT_METHOD)(FracbitQuantizer)

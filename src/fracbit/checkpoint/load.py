@@ -1,4 +1,4 @@
-"""Load a checkpoint, float or fracbit, as a transformers model: the same `from_pretrained`, with our errors."""
+"""Load a checkpoint, float or fracbit, as a transformers model: `from_pretrained` with fracbit's errors."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from fracbit.checkpoint.hf import register
+from fracbit.checkpoint.opened import Opened
 from fracbit.checkpoint.output import is_unfinished
-from fracbit.checkpoint.source import Source, open_source
+from fracbit.checkpoint.source import Source, find_folder, open_source
 from fracbit.errors import FormatError, SourceError
+from fracbit.models.experts import split_experts
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -24,16 +26,35 @@ def load(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> PreTrainedModel:
-    """The model in a folder or of a hub id, ready to run on `device`; `dtype` is that of everything not quantized.
+    """The model in a folder or of a hub id, ready to run on `device`; `dtype` is the type of all that is not quantized.
 
     `device` "auto" spreads the blocks over all GPUs of this process (accelerate: the extra `fracbit[device-map]`).
     Raises `SourceError` when it cannot be read, `FormatError` when it is unfinished or of another format version.
     """
+    source = open_checkpoint(model, trust_remote_code, revision)
+    return load_source(source, dtype, device, trust_remote_code)
+
+
+def load_opened(
+    opened: Opened, dtype: torch.dtype | str = torch.float32, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """The float model of an opened checkpoint with its weights, mixtures of experts split into linears as in its skeleton.
+
+    Head and embedding table are tied as the config says, also where `opened` is untied. Raises `SourceError`.
+    """
+    model = load_source(opened.source, dtype, device, opened.trust_remote_code)
+    split_experts(model)
+    return model
+
+
+def load_source(
+    source: Source, dtype: torch.dtype | str, device: str | torch.device, trust_remote_code: bool
+) -> PreTrainedModel:
+    """`load`, of files that are open already."""
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise SourceError(f"dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
     spread = device == "auto"
     check_device("cpu" if spread else device)
-    source = open_checkpoint(model, trust_remote_code, revision)
     register()
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -45,7 +66,7 @@ def load(
             device_map="auto" if spread else None,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
-        raise SourceError(f"{model} cannot be loaded as a causal language model: {error}") from error
+        raise SourceError(f"{source.name} cannot be loaded as a causal language model: {error}") from error
     finally:
         if shown:
             logging.enable_progress_bar()
@@ -66,25 +87,31 @@ def check_device(device: str | torch.device) -> None:
 def open_checkpoint(
     model: str | Path, trust_remote_code: bool = False, revision: str | None = None
 ) -> Source:
-    """The files of a finished checkpoint."""
+    """The files of a finished checkpoint. Raises `FormatError` for an unfinished one, `SourceError`."""
+    _check_finished(model)
+    return open_source(str(model), revision, trust_remote_code)
+
+
+def _check_finished(model: str | Path) -> None:
     if is_unfinished(Path(model).expanduser()):
         raise FormatError(
             f"{model} is the unfinished output of `fracbit quantize`; continue it with --resume"
         )
-    return open_source(str(model), revision, trust_remote_code)
 
 
 def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model. Raises `SourceError` when there is none."""
-    source = open_checkpoint(model, trust_remote_code)
+    _check_finished(model)
+    folder = find_folder(str(model), trust_remote_code=trust_remote_code)
     try:
-        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise SourceError(f"{model} has no tokenizer that transformers can read: {error}") from error
 
 
-def tokenizer_or_none(model: str | Path) -> PreTrainedTokenizerBase | None:
+def tokenizer_or_none(model: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside a model when there is one: files of ids do not need it."""
-    folder = open_checkpoint(model).folder
+    folder = find_folder(str(model), trust_remote_code=trust_remote_code)
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    return load_tokenizer(model) if any((folder / name).is_file() for name in names) else None
+    found = any((folder / name).is_file() for name in names)
+    return load_tokenizer(folder, trust_remote_code) if found else None

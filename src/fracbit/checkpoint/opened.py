@@ -90,9 +90,7 @@ def _check_float(source: Source) -> None:
     if not quantization:
         return
     method = (
-        quantization.get("quant_method", "unknown method")
-        if isinstance(quantization, dict)
-        else quantization
+        quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else quantization
     )
     raise SourceError(
         f"{source.name} is already quantized ({method}); start from the float model, rounding twice loses twice"

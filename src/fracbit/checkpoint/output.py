@@ -1,8 +1,8 @@
 """The output folder: every file is written under a temporary name, flushed and renamed; config.json comes last.
 
-While a run is unfinished the folder holds `.fracbit/`: the plan's key and one record per finished shard. Whoever finds that
-folder knows that the checkpoint is not complete, and `--resume` continues from the records. Without it the checkpoint is
-whole: killed at any moment, an output is absent, resumable or complete.
+While a run is unfinished the folder holds `.fracbit/`: the key of the run and one record per finished shard. It shows that the
+checkpoint is not complete, and `--resume` continues from the records. Without it the checkpoint is whole. A run that is killed
+at any moment leaves an output that is absent, resumable or complete.
 """
 
 from __future__ import annotations
@@ -13,40 +13,80 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fracbit.errors import OutputError
+from fracbit.checkpoint.source import INDEX, PICKLES
+from fracbit.errors import FormatError, OutputError
+from fracbit.records.run import ShardRecord
 
 JOURNAL = ".fracbit"
-PLAN = "plan.json"
+RUN = "plan.json"
+"""Holds the key of the run: what it does to what source. A run is resumed by one with the same key alone."""
 MANIFEST = "fracbit.json"
+NOT_COPIED = (
+    "*.safetensors", INDEX, "config.json", "README.md", ".*", "*.index.json", "*.gguf", "*.h5", "*.msgpack", *PICKLES,
+)  # fmt: skip
+SHARD_BYTES = 256 << 20  # of one weight file
 SPARE_BYTES = 16 << 20  # for the tokenizer, the card and the file system's own blocks
+
+
+class Shards(Protocol):
+    """Where a run puts its finished shards: a folder (`Output`), or memory (`InMemory`)."""
+
+    @property
+    def journal(self) -> Path | None:
+        """A folder for files that the run needs until it ends; None: there is none."""
+        ...
+
+    def record(self, shard: str) -> ShardRecord | None:
+        """What was noted when `shard` was finished, or None when it still has to be made."""
+        ...
+
+    def tensors(self, shard: str) -> dict[str, Tensor]:
+        """The tensors of a finished shard."""
+        ...
+
+    def write_shard(self, shard: str, tensors: Mapping[str, Tensor], record: ShardRecord) -> None:
+        """Keep a finished shard and its record."""
+        ...
 
 
 @dataclass(frozen=True)
 class Output:
-    """An output folder that is being filled by the run whose plan has this key."""
+    """An output folder that a run is filling."""
 
     folder: Path
 
-    def record(self, shard: str) -> dict[str, Any] | None:
-        """What was noted when `shard` was finished, or None when it still has to be made."""
+    @property
+    def journal(self) -> Path | None:
+        """The folder that holds the run's records."""
+        return self.folder / JOURNAL
+
+    def record(self, shard: str) -> ShardRecord | None:
+        """See `Shards`. Raises `FormatError` for a broken record."""
         path = self.folder / JOURNAL / f"{shard}.json"
         if not path.is_file() or not (self.folder / shard).is_file():
             return None
-        return json.loads(path.read_text())  # type: ignore[no-any-return]
+        try:
+            return ShardRecord.from_json(json.loads(path.read_text()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FormatError(f"{path} cannot be read ({error}); start again with --overwrite") from error
 
-    def write_shard(self, shard: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    def tensors(self, shard: str) -> dict[str, Tensor]:
+        """See `Shards`."""
+        return load_file(self.folder / shard)
+
+    def write_shard(self, shard: str, tensors: Mapping[str, Tensor], record: ShardRecord) -> None:
         """Write a shard and then its record: a shard without a record is made again."""
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         _replace(self.folder / shard, lambda path: save_file(contiguous, path, metadata={"format": "pt"}))
-        write_json(self.folder / JOURNAL / f"{shard}.json", record)
+        write_json(self.folder / JOURNAL / f"{shard}.json", record.to_json())
 
     def finish(self, config: Mapping[str, Any]) -> None:
         """config.json makes the checkpoint loadable; the journal goes last."""
@@ -55,19 +95,54 @@ class Output:
         (self.folder / JOURNAL).rmdir()
 
 
+@dataclass(frozen=True, eq=False)
+class InMemory:
+    """Shards that are never written: what a sweep judges."""
+
+    held: dict[str, tuple[dict[str, Tensor], ShardRecord]] = field(default_factory=dict)
+    journal: Path | None = None
+
+    def record(self, shard: str) -> ShardRecord | None:
+        """See `Shards`."""
+        return self.held[shard][1] if shard in self.held else None
+
+    def tensors(self, shard: str) -> dict[str, Tensor]:
+        """See `Shards`."""
+        return dict(self.held[shard][0])
+
+    def write_shard(self, shard: str, tensors: Mapping[str, Tensor], record: ShardRecord) -> None:
+        """See `Shards`."""
+        self.held[shard] = {name: tensor.contiguous() for name, tensor in tensors.items()}, record
+
+
 @contextmanager
 def open_output(
     folder: Path, key: str, expected_bytes: int, overwrite: bool, resume: bool
 ) -> Iterator[Output]:
-    """An output for the plan `key`. Raises `OutputError` when the folder is not empty, is another run's, or cannot hold it."""
+    """An output for the run with this `key`. Raises `OutputError` when the folder is not empty, another run's, or too small."""
     check_output(folder, key, overwrite, resume)
     _check_space(folder, expected_bytes)
     with _disk_errors(folder):
-        if overwrite and not (resume and is_unfinished(folder) and _plan_key(folder) == key):
+        if overwrite and not (resume and is_unfinished(folder) and _key_of(folder) == key):
             _clear(folder)
         (folder / JOURNAL).mkdir(parents=True, exist_ok=True)
-        write_json(folder / JOURNAL / PLAN, {"key": key})
+        write_json(folder / JOURNAL / RUN, {"key": key})
         yield Output(folder)
+
+
+def finished_run(folder: Path) -> tuple[str | None, dict[str, Any]] | None:
+    """The key of the run that finished a folder (None: fracbit 0.1 wrote none) and its manifest; None for any other folder.
+
+    Raises `FormatError` for a manifest that cannot be read.
+    """
+    path = folder / MANIFEST
+    if is_unfinished(folder) or not path.is_file() or not (folder / "config.json").is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        return manifest.get("run"), manifest
+    except (ValueError, AttributeError) as error:
+        raise FormatError(f"{path} cannot be read: {error}") from error
 
 
 def is_unfinished(folder: Path) -> bool:
@@ -81,11 +156,16 @@ def check_output(folder: Path, key: str, overwrite: bool, resume: bool) -> None:
         raise OutputError(f"{folder} is a file; name a folder that does not exist yet")
     if not folder.exists() or not any(folder.iterdir()):
         return
+    if resume and not is_unfinished(folder) and (folder / MANIFEST).is_file() and not overwrite:
+        raise OutputError(
+            f"{folder} holds the finished output of another recipe or source; "
+            "name another folder, or replace it with --overwrite"
+        )
     if resume and is_unfinished(folder):
-        found = _plan_key(folder)
+        found = _key_of(folder)
         if found not in (None, key) and not overwrite:
             raise OutputError(
-                f"{folder} was begun with another recipe or source (plan {found}, now {key}); "
+                f"{folder} was begun with another recipe or source (key {found}, now {key}); "
                 "resume with the same ones, or start again with --overwrite"
             )
         return
@@ -100,9 +180,9 @@ def check_output(folder: Path, key: str, overwrite: bool, resume: bool) -> None:
     raise OutputError(f"{folder} is not empty; use {remedy}, or name another folder")
 
 
-def _plan_key(folder: Path) -> str | None:
-    """The key of the plan that the folder was begun with; None when the run was killed before it wrote one."""
-    path = folder / JOURNAL / PLAN
+def _key_of(folder: Path) -> str | None:
+    """The key of the run that began the folder; None when it was killed before it wrote one."""
+    path = folder / JOURNAL / RUN
     return str(json.loads(path.read_text())["key"]) if path.is_file() else None
 
 
@@ -116,6 +196,13 @@ def write_text(path: Path, text: str) -> None:
     _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def copy_rest(source: Path, target: Path) -> None:
+    """Copy every file beside the weights of the folder `source`: tokenizer, chat template, generation config, license."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not any(path.match(pattern) for pattern in NOT_COPIED):
+            copy_file(path, target / path.name)
+
+
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file whole or not at all."""
     _replace(target, lambda temporary: shutil.copyfile(source, temporary))
@@ -126,7 +213,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     with _disk_errors(path.parent):
         try:
             write(temporary)
-            # safetensors makes files for their owner alone; a server often runs as somebody else.
+            # safetensors makes files that only their owner can read; a server often runs as another user.
             temporary.chmod(0o600 | (path.parent.stat().st_mode & 0o044))
             _flush(temporary)
             os.replace(temporary, path)
@@ -136,7 +223,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Force a file, or a folder's entries, to the disk: a rename must not survive what it names."""
+    """Force a file, or a folder's entries, to the disk: a rename must not be there before the file that it names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -152,7 +239,7 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         what = "the disk is full" if full else str(error)
         raise OutputError(
-            f"{folder} cannot be written: {what}; what is finished stays, continue with --resume"
+            f"{folder} cannot be written: {what}; finished shards stay, continue with --resume"
         ) from error
 
 
@@ -169,7 +256,7 @@ def _check_space(folder: Path, expected: int) -> None:
 def _clear(folder: Path) -> None:
     """Remove the files of an earlier fracbit output; folders other than the journal are left alone.
 
-    The journal is there from before the first removal to after the last: killed in between, the folder is unfinished.
+    The journal is made before the first removal, so that the folder counts as unfinished if the process is killed in between.
     """
     if not folder.is_dir():
         return
@@ -182,8 +269,8 @@ def _clear(folder: Path) -> None:
 
 
 def _empty(journal: Path) -> None:
-    """Remove what is in the journal, the plan last: records without a plan would pass for those of any other one."""
-    for path in sorted(journal.iterdir(), key=lambda path: path.name == PLAN):
+    """Remove what is in the journal, the run's key last: records without a key would be taken for those of any run."""
+    for path in sorted(journal.iterdir(), key=lambda path: path.name == RUN):
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -1,7 +1,7 @@
 """A model's files, read lazily: headers first, then one tensor at a time. Only safetensors; nothing is ever unpickled.
 
-A source is a folder or a hub id (fetched by huggingface_hub into its cache). Opening it reads every shard's header, so that a
-truncated or corrupt shard is found before any work starts.
+A source is a folder or a hub id (fetched by huggingface_hub into its cache). Opening it reads the header of every shard, so
+that a truncated or corrupt shard is found before any work starts.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2,
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies and what it is, from the header alone."""
+    """In which file a tensor lies, its type and shape, from the header alone."""
 
     file: str
     dtype: str
@@ -82,7 +82,7 @@ def open_source(model: str, revision: str | None = None, trust_remote_code: bool
 
 
 def find_folder(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Path:
-    """The local folder of a model; a hub id is fetched, or found in the cache when offline."""
+    """The local folder of a model; a hub id is fetched, or found in the cache when offline. Raises `SourceError`."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path
@@ -94,7 +94,11 @@ def find_folder(model: str, revision: str | None = None, trust_remote_code: bool
         raise SourceError(
             f"no such model: {model} is not a folder; name a folder or a hub id such as owner/name"
         )
-    patterns = [*_FETCHED, "*.py"] if trust_remote_code else _FETCHED
+    return _fetch(model, revision, [*_FETCHED, "*.py"] if trust_remote_code else _FETCHED)
+
+
+def _fetch(model: str, revision: str | None, patterns: list[str]) -> Path:
+    """The folder of a hub id in the cache, fetched first where it is not there."""
     try:
         return Path(
             snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns="*/*")
@@ -109,7 +113,7 @@ def find_folder(model: str, revision: str | None = None, trust_remote_code: bool
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise SourceError(
-            f"no such model: {model} is not a folder here and not in the cache, and the hub is out of reach or offline "
+            f"no such model: {model} is neither a folder here nor in the cache, and the hub cannot be reached or offline "
             "mode is set (HF_HUB_OFFLINE); name a local folder, or fetch it first with `hf download`"
         ) from error
     except (HfHubHTTPError, OSError) as error:
@@ -122,7 +126,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_tensor(source: Source, name: str) -> Tensor:
-    """One tensor in its own type. The file is opened for this tensor alone, so that its pages do not stay resident."""
+    """One tensor in its own type. The file is opened for this tensor alone, so that its pages do not stay in memory."""
     info = source.tensors[name]
     try:
         with safe_open(source.folder / info.file, framework="pt") as file:
@@ -132,9 +136,9 @@ def read_tensor(source: Source, name: str) -> Tensor:
 
 
 def read_rows(source: Source, name: str, rows: Sequence[slice], axis: int = 0) -> Tensor:
-    """These rows (`axis` 0) or columns (1) of a matrix, behind each other.
+    """These rows (`axis` 0) or columns (1) of a matrix, one after another.
 
-    Rows are read by position: around every row of a mapped file the system reads many times as much.
+    Rows are read by position: of a mapped file the system would read many times as much around every row.
     """
     info = source.tensors[name]
     path = source.folder / info.file
@@ -149,6 +153,7 @@ def read_rows(source: Source, name: str, rows: Sequence[slice], axis: int = 0) -
 
 
 def _rows_at(path: Path, start: int, info: TensorInfo, rows: Sequence[slice]) -> Tensor:
+    """Rows of a matrix that begins at byte `start` of a file."""
     width = info.bytes // info.shape[0]  # bytes of a row
     data = bytearray(width * sum(cut.stop - cut.start for cut in rows))
     view, filled = memoryview(data), 0
@@ -163,7 +168,7 @@ def _rows_at(path: Path, start: int, info: TensorInfo, rows: Sequence[slice]) ->
                 if not count:
                     raise SourceError(f"shard {path.name} ends inside a tensor; fetch it again: {path}")
                 filled += count
-    return torch.frombuffer(data, dtype=_FLOATS[info.dtype]).view(-1, *info.shape[1:])
+    return torch.frombuffer(data, dtype=_FLOATS[info.dtype]).view(-1, *info.shape[1:])  # [rows, in]
 
 
 @lru_cache(maxsize=256)

@@ -22,8 +22,9 @@ _BLOCK = re.compile(r"(.*?\.\d+)\.")
 def summarize(model: str) -> dict[str, Any]:
     """Bits and bytes of every matrix and of the whole; `relative_error` from the manifest, None without one.
 
-    Raises `SourceError` or `FormatError`, the latter also when a stored tensor has not the size its scheme asks for.
+    Raises `SourceError` or `FormatError`, the latter also when a tensor does not have the size that its scheme needs.
     """
+    # The quantized layers, then what is left of the files.
     source = open_checkpoint(model)
     quantization = source.config.get("quantization_config") or {}
     stored = read_layers(quantization) if quantization.get("quant_method") == QUANT_METHOD else {}
@@ -52,10 +53,10 @@ def summarize(model: str) -> dict[str, Any]:
 
 
 def loss_table(model: str) -> tuple[list[str], list[list[str]]]:
-    """What every block lost, from the manifest: columns (kinds of linears, and what tweaking bought) and rows.
+    """The loss of every block, from the manifest: columns (kinds of linears, and the gain of tweaking) and rows.
 
-    A loss is the quantizer's own, relative to that of zero weights; of linears of one name (experts) their mean. Where the run
-    chose the axis, `out` stands behind it. No rows without a manifest.
+    A loss is the quantizer's own, relative to that of zero weights; linears of one name (experts) show their mean. `out` after
+    a loss is the axis where the run chose it. There are no rows without a manifest.
     """
     source = open_checkpoint(model)
     path = source.folder / MANIFEST

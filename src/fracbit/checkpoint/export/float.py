@@ -1,0 +1,222 @@
+"""`float`: every layer decoded to an ordinary weight, in a folder that plain transformers loads without fracbit.
+
+Weights carry the names of transformers' own modules: a `Conv1D` is transposed back, the experts of a mixture are fused into
+the two tensors that transformers keeps of them. Norms and whatever else stayed float are copied as they are; a tied head has no
+tensor, as before. The type is that of the source, or `float:bf16`, `float:fp16`, `float:fp32`: fracbit multiplies by weights
+decoded to fp32, so only fp32 loses nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fracbit.checkpoint.export.exporter import StoredModel, Written
+from fracbit.checkpoint.format import StoredLayer
+from fracbit.checkpoint.output import Output, write_json
+from fracbit.checkpoint.source import INDEX, SINGLE
+from fracbit.errors import FormatError, RecipeError, WeightError
+from fracbit.models.blocks import is_transposed, weight_of
+from fracbit.models.experts import SplitExperts
+from fracbit.models.skeleton import origins
+from fracbit.numerics.packed import SCALE_DTYPES, decode
+from fracbit.records.progress import Progress
+from fracbit.records.run import ShardRecord
+
+SHARD_BYTES = 2 << 30
+STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor to write: its name, its size in bytes, and how it is made when its shard is."""
+
+    name: str
+    bytes: int
+    make: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class FloatWeights:
+    """The format `float`; `dtype` None is the source's type."""
+
+    dtype: torch.dtype | None = None
+
+    def fault(self, layer: StoredLayer) -> str:
+        """Whatever happens to inputs while a model runs has no place in a plain one."""
+        if layer.rotated:
+            return (
+                "its inputs are rotated while the model runs, which a plain model does not do; "
+                "quantize without the transform rotate-mlp"
+            )
+        if layer.inputs is not None:
+            return (
+                f"its inputs are rounded to {layer.inputs} while the model runs, which a plain model does not do; "
+                "quantize without inputs"
+            )
+        return ""
+
+    def size(self, stored: StoredModel) -> int:
+        """Bytes of all weights as floats."""
+        return sum(piece.bytes for piece in self.pieces(stored))
+
+    def write(self, stored: StoredModel, target: Output, show: Progress) -> Written:
+        """Write the shards and their index; one shard is in memory at a time."""
+        pieces = self.pieces(stored)
+        _check_complete(stored, pieces)
+        shards = _shards(pieces)
+        total, done = sum(piece.bytes for piece in pieces), 0
+        for shard, content in shards.items():
+            if target.record(shard) is None:
+                tensors = {}
+                for piece in content:
+                    tensors[piece.name] = piece.make()
+                    done += piece.bytes
+                    show(piece.name, done, total)
+                target.write_shard(shard, tensors, ShardRecord())
+            else:
+                done += sum(piece.bytes for piece in content)
+        if len(shards) > 1:
+            weight_map = {piece.name: shard for shard, content in shards.items() for piece in content}
+            write_json(
+                target.folder / INDEX,
+                {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
+            )
+        return Written(tuple(shards), self._config(stored))
+
+    def pieces(self, stored: StoredModel) -> list[Piece]:
+        """Every tensor of the exported model."""
+        dtype = self.dtype or source_dtype(stored)
+        mixtures = _mixtures(stored)
+        inside = {name for _, tensors in mixtures.values() for names in tensors.values() for name in names}
+        made = [
+            _layer_piece(stored, name, layer, dtype)
+            for name, layer in stored.layers.items()
+            if name not in inside
+        ]
+        copied = [
+            Piece(name, stored.source.tensors[name].bytes, partial(stored.tensor, name))
+            for name in stored.rest
+            if name.removesuffix(".weight") not in inside
+        ]
+        fused = [
+            _fused_piece(stored, f"{path}.{leaf}", names, experts, dtype)
+            for path, (experts, tensors) in mixtures.items()
+            for leaf, names in tensors.items()
+        ]
+        return [*made, *fused, *copied]
+
+    def _config(self, stored: StoredModel) -> dict[str, Any]:
+        config = {
+            name: value for name, value in stored.source.config.items() if name != "quantization_config"
+        }
+        if self.dtype is None:
+            return config
+        config.pop("torch_dtype", None)  # the name of older files
+        return config | {"dtype": str(self.dtype).removeprefix("torch.")}
+
+
+def export_float(parameter: str = "") -> FloatWeights:
+    """The format `float` with its type. Raises `RecipeError` for a type that is none."""
+    if parameter and parameter not in SCALE_DTYPES:
+        raise RecipeError(
+            f"format float has no type {parameter!r}; write float (the type of the source), "
+            f"{', '.join(f'float:{name}' for name in SCALE_DTYPES)}"
+        )
+    return FloatWeights(SCALE_DTYPES[parameter] if parameter else None)
+
+
+def source_dtype(stored: StoredModel) -> torch.dtype:
+    """The coarsest type of what stayed float, which the checkpoint stores as its source did; fp32 where nothing did."""
+    kinds = {stored.source.tensors[name].dtype for name in stored.rest}
+    return next((dtype for name, dtype in STORED.items() if name in kinds), torch.float32)
+
+
+def _layer_piece(stored: StoredModel, name: str, layer: StoredLayer, dtype: torch.dtype) -> Piece:
+    size = layer.shape[0] * layer.shape[1] * dtype.itemsize
+    transposed = layer.kind == "linear" and is_transposed(stored.model.get_submodule(name))
+
+    def make() -> Tensor:
+        weight = _decoded(stored, name, dtype)  # [out, in]
+        return weight.T.contiguous() if transposed else weight
+
+    return Piece(f"{name}.weight", size, make)
+
+
+def _fused_piece(
+    stored: StoredModel, fused: str, names: Sequence[str], experts: int, dtype: torch.dtype
+) -> Piece:
+    """One tensor [experts, out, in] of the linears `names`, those of one expert on top of each other."""
+    size = sum(weight_of(stored.model.get_submodule(name)).numel() for name in names) * dtype.itemsize
+
+    def make() -> Tensor:
+        whole: Tensor | None = None
+        for number, name in enumerate(names):
+            part = _decoded(stored, name, dtype)  # [out of one linear, in]
+            if whole is None:
+                whole = part.new_empty(len(names), *part.shape)  # [experts x linears, out of one linear, in]
+            whole[number] = part
+        assert whole is not None
+        return whole.view(experts, -1, whole.shape[-1])  # [experts, out, in]
+
+    return Piece(fused, size, make)
+
+
+def _decoded(stored: StoredModel, name: str, dtype: torch.dtype) -> Tensor:
+    """The weight [out, in] of a linear or a table, quantized or not. Raises `WeightError` where it overflows the type."""
+    if name not in stored.layers:
+        return stored.tensor(f"{name}.weight").to(dtype)
+    try:
+        weight = decode(stored.packed(name), dtype)
+    except FormatError as error:
+        raise FormatError(f"{stored.source.name}: {error}") from error
+    if not bool(torch.isfinite(weight).all()):
+        raise WeightError(f"layer {name}: a weight is too large for {dtype}; export float:bf16 or float:fp32")
+    return weight
+
+
+def _mixtures(stored: StoredModel) -> dict[str, tuple[int, dict[str, list[str]]]]:
+    """By path: how many experts a mixture has, and by the name of transformers' fused tensor the linears in it, in order."""
+    found: dict[str, tuple[int, dict[str, list[str]]]] = {}
+    for path, module in stored.model.named_modules():
+        if isinstance(module, SplitExperts):
+            numbers = range(len(module))
+            gate_up = [f"{path}.{n}.{leaf}" for n in numbers for leaf in ("gate_proj", "up_proj")]
+            down = [f"{path}.{n}.down_proj" for n in numbers]
+            found[path] = len(module), {"gate_up_proj": gate_up, "down_proj": down}
+    return found
+
+
+def _check_complete(stored: StoredModel, pieces: Sequence[Piece]) -> None:
+    """Raise `FormatError` unless transformers finds every tensor of its model under the names that will be written."""
+    missing = origins(stored.model, [piece.name for piece in pieces]).missing
+    if missing:
+        raise FormatError(
+            f"{stored.source.name} lacks {len(missing)} tensors of {type(stored.model).__name__}, such as {missing[0]}: "
+            "it cannot be exported as a plain model; quantize it again"
+        )
+
+
+def _shards(pieces: Sequence[Piece]) -> dict[str, list[Piece]]:
+    """Pieces in files of at most `SHARD_BYTES`, unless one alone is larger, under transformers' names."""
+    parts = list(_runs(pieces))
+    if len(parts) == 1:
+        return {SINGLE: parts[0]}
+    return {f"model-{n:05}-of-{len(parts):05}.safetensors": part for n, part in enumerate(parts, 1)}
+
+
+def _runs(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    part: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        if part and size + piece.bytes > SHARD_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(piece)
+        size += piece.bytes
+    yield part

@@ -42,6 +42,7 @@ class Slice:
     search: bool
     outliers: str
     correction: str
+    chain: str = ""
 
     def __str__(self) -> str:
         parts = [f"{self.dtype}, block {self.block}"]
@@ -51,7 +52,8 @@ class Slice:
         parts += [self.quantizer] if self.quantizer != "rtn" else []
         parts += ["searched ranges"] if self.search else []
         parts += [f"16-bit columns {self.outliers}"] if self.outliers != "none" else []
-        parts += [self.correction] if self.correction != "none" else []
+        parts += [f"tweak {self.correction}"] if self.correction != "none" else []
+        parts += ["float chain"] if self.chain == "float" else []
         return ", ".join(parts)
 
 
@@ -65,7 +67,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Offset:
+class CurveOffset:
     """How a precision differs from the reference precision, within one slice.
 
     `loss`: nats per token that it lies above the reference curve at equal total bits (negative: better), mean over the
@@ -138,7 +140,7 @@ def slice_of(row: Row) -> Slice:
     scale = scheme.scale if isinstance(scheme.scale, str) else str(scheme.scale)
     return Slice(
         scheme.dtype, str(scheme.block), scheme.axis, scheme.offset, scale, recipe.quantizer, recipe.search,
-        str(row.run.outliers or "none"), row.run.correction,
+        str(recipe.outliers or "none"), row.run.correction, row.run.chain,
     )  # fmt: skip
 
 
@@ -179,7 +181,7 @@ def front(rows: Sequence[Row]) -> list[Row]:
     return kept
 
 
-def offsets(rows: Sequence[Row], reference: int = 4, draws: int = DRAWS, seed: int = 0) -> list[Offset]:
+def offsets(rows: Sequence[Row], reference: int = 4, draws: int = DRAWS, seed: int = 0) -> list[CurveOffset]:
     """Offsets of every precision of a slice from the `reference` precision, with bootstrap intervals over windows.
 
     Two curves go through the models that both precisions have: a missing one would bend one curve alone.
@@ -197,10 +199,10 @@ def offsets(rows: Sequence[Row], reference: int = 4, draws: int = DRAWS, seed: i
         both = np.isin(models, list(shared))
         own, base = (np.flatnonzero(both & (precision == width)) for width in (bits, reference))
         if not shared:
-            found.append(Offset(bits, reference, None, None))
+            found.append(CurveOffset(bits, reference, None, None))
             continue
         curves = (sizes[own], losses[:, own], sizes[base], losses[:, base])
-        found.append(Offset(bits, reference, _interval(_gaps(*curves)), _interval(_shifts(*curves))))
+        found.append(CurveOffset(bits, reference, _interval(_gaps(*curves)), _interval(_shifts(*curves))))
     return found
 
 

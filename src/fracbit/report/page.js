@@ -244,7 +244,7 @@ function detail(row) {
     return [term, value];
   }));
   at("detail-command").textContent = row.command;
-  at("detail-grid").textContent = row.grid;
+  at("detail-recipe").textContent = row.recipe;
   at("detail").showModal();
 }
 

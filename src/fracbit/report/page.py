@@ -17,7 +17,7 @@ from typing import Any
 from fracbit.errors import DataError, OutputError
 from fracbit.records.row import Row, label
 from fracbit.report import fit
-from fracbit.report.command import command_of, grid_of
+from fracbit.report.command import command_of, recipe_of
 
 BUDGETS = 24
 SLICES_WITH_OFFSETS = 60
@@ -113,7 +113,7 @@ def _row(row: Row, on_front: bool) -> dict[str, Any]:
         "notes": list(row.notes),
         "front": on_front,
         "command": command_of(row),
-        "grid": grid_of(row),
+        "recipe": recipe_of(row),
     }
 
 
@@ -126,7 +126,8 @@ def _kind(part: fit.Slice | None) -> str:
     special += ["" if part.outliers == "none" else part.outliers.partition(":")[0] + " columns"]
     special += [
         "" if part.axis == "in" else "blocks along out",
-        "" if part.correction == "none" else part.correction,
+        "" if part.correction == "none" else f"tweak {part.correction}",
+        "float chain" if part.chain == "float" else "",
     ]
     return ", ".join(word for word in special if word) or "round to nearest"
 

@@ -39,9 +39,7 @@ def running_memory(config: Any, context: int, batch: int = 1, bytes_each: int = 
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
     if context < 1 or batch < 1:
-        raise BudgetError(
-            f"a context of {context} tokens x {batch} sequences is none; both must be at least 1"
-        )
+        raise BudgetError(f"context and batch must be at least 1, got {context} tokens and {batch} sequences")
     if limit and context > limit:
         raise BudgetError(
             f"a context of {context} is longer than the model's {limit} positions; ask for at most {limit}"

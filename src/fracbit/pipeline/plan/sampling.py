@@ -18,8 +18,6 @@ import torch
 
 from fracbit.records.scheme import Scheme, flat_block
 
-WEIGHTS = 1 << 18
-"""Weights of a linear that are looked at."""
 Rows = tuple[slice, ...]
 
 
@@ -76,11 +74,12 @@ def group_of(schemes: Sequence[Scheme | None]) -> int | None:
 
 
 def sample_rows(
-    shapes: Mapping[str, tuple[int, int]], group: int, weights: int = WEIGHTS
+    shapes: Mapping[str, tuple[int, int]], group: int, weights: int
 ) -> dict[str, tuple[Rows, Rows]] | None:
     """Two disjoint halves of a sample of the rows of a unit's linears; None where reading all is hardly more.
 
-    `shapes`: linear -> (out, in). The draw depends on the linear's name alone.
+    `shapes`: linear -> (out, in); `group`: rows that stay together; `weights`: how many of a linear are looked at. The draw
+    depends on the linear's name alone.
     """
     total = sum(out * width for out, width in shapes.values())
     share = max(len(shapes) * weights / total, 2 * group / min(out for out, _ in shapes.values()))

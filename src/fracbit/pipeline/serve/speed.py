@@ -25,6 +25,7 @@ from transformers import Cache, PreTrainedModel
 from fracbit.checkpoint.load import load, open_checkpoint
 from fracbit.errors import DataError
 from fracbit.kernels import Activations
+from fracbit.models.blocks import is_table
 from fracbit.models.cache import cache_bytes
 from fracbit.models.quant_linear import QuantEmbedding, TiedHead
 from fracbit.models.store_cache import StoreCache
@@ -177,7 +178,7 @@ def _looked_up(model: PreTrainedModel) -> list[nn.Module]:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if isinstance(head, TiedHead) or getattr(head, "weight", None) is getattr(embedding, "weight", None):
         return []
-    return [embedding] if isinstance(embedding, nn.Embedding | QuantEmbedding) else []
+    return [embedding] if is_table(embedding) or isinstance(embedding, QuantEmbedding) else []
 
 
 def _parts(module: nn.Module) -> list[torch.Tensor]:

@@ -1,31 +1,36 @@
-"""One look at a model through the lens: curves over intensity, units one at a time, error against |x|; and its pictures."""
+"""One look at a model through the lens: curves over intensity, units one at a time, error against |x|."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from fracbit.errors import OutputError, RecipeError, near_matches
+from fracbit.checkpoint.opened import open_float
+from fracbit.errors import RecipeError
 from fracbit.perturbation import error_profile, scheme_error
 from fracbit.pipeline.study.float_model import FloatModel, measure
-from fracbit.pipeline.study.lens import (
-    LensPoint,
-    Target,
-    fixed_points,
-    fragility,
-    intensity_curves,
-    is_noise,
-    named_error,
-    per_module,
-    unit_effects,
-)
-from fracbit.pipeline.study.pictures import check_picture, draw_intensity, draw_lines, heat_map, write_csv
+from fracbit.pipeline.study.lens import SEEDS, fixed_points, intensity_curves, per_module, unit_effects
+from fracbit.pipeline.study.lens_errors import Error, is_noise, named_error
+from fracbit.pipeline.study.planted import plant_outliers
+from fracbit.pipeline.study.study import Study
+from fracbit.pipeline.study.texts import LENGTH, seen_by
+from fracbit.records.lens import LensPoint, LensReport, Target
 from fracbit.records.progress import Progress
 from fracbit.records.scheme import Scheme
+from fracbit.records.spending import check_choice
 
+SAMPLES = 16
+AT = 0.1
+TARGETS: Mapping[str, tuple[Target, ...]] = {
+    "weights": ("weights",),
+    "activations": ("activations",),
+    "both": ("weights", "activations"),
+}
+GRANULARITIES = ("block", "linear", "module")
 PROFILED = {
     "int4 a row": Scheme(block="row"),
     "nf4 a row": Scheme("nf", 4, "row"),
@@ -33,55 +38,88 @@ PROFILED = {
 }
 
 
-@dataclass(frozen=True)
-class LensReport:
-    """What was measured: `base` nats per token on `tokens`, `curves` of the whole model, `effects` of units, `profiles`.
-
-    `profiles`: scheme -> (mean |x| / rms, rms of the error / rms) over the weights of all linears.
-    """
-
-    base: float
-    tokens: int
-    curves: tuple[LensPoint, ...]
-    effects: tuple[LensPoint, ...]
-    profiles: Mapping[str, tuple[tuple[float, float], ...]]
-
-
-def make_report(
-    subject: FloatModel,
-    ids: Tensor,
+def lens_report(
+    model: str | Path,
+    text: str,
+    *,
     kinds: Sequence[str],
     intensities: Sequence[float],
-    target: str,
-    granularity: str,
-    at: float,
-    seeds: Sequence[int],
+    target: str = "both",
+    granularity: str = "block",
+    at: float = AT,
+    seeds: int = SEEDS,
+    plant: float | None = None,
+    samples: int = SAMPLES,
+    length: int = LENGTH,
     progress: Progress | None = None,
 ) -> LensReport:
-    """Measure curves of `kinds` over `intensities`, and each kind in every unit alone, noise at the intensity `at`.
+    """What errors cost a float model (folder or hub id): curves of `kinds`, and each kind in every unit alone.
 
-    `kinds`: noise, clipping and schemes (`named_error`); the last two have an intensity of their own, are no matter of chance,
-    and are measured beside Gaussian noise of their strength. `target`: `weights`, `activations` or `both`, which looks at each
-    by itself; `granularity`: block, linear or module.
-    Raises `RecipeError` for unknown names and intensities that are none.
+    - `kinds`: noise, clipping and schemes (`named_error`). The last two have an intensity of their own and no chance in them;
+      they are measured beside Gaussian noise of their strength.
+    - `intensities` of the curves' noise, `at` that of the units' noise, `seeds` draws of each.
+    - `target`: `weights`, `activations` or `both`, which looks at each by itself; `granularity`: block, linear or module.
+    - `plant`: first plant activation outliers of this factor, which leaves the model's function as it is.
+
+    Raises `RecipeError` for unknown names, bad intensities, too few seeds; `SourceError`, `DataError`.
     """
-    units = _units(subject, granularity)
     errors = {kind: named_error(kind, at) for kind in kinds}
-    drawn = {kind: error for kind, error in errors.items() if is_noise(kind)}
-    fixed = {kind: error for kind, error in errors.items() if not is_noise(kind)}
-    if not errors or (drawn and not intensities):
-        raise RecipeError("a lens needs at least one kind of error, and noise an intensity")
-    base = measure(subject, ids)
+    _check(errors, intensities, target=target, granularity=granularity, seeds=seeds)
+    study = Study(open_float(model))
+    subject = study.subject
+    planted = 0 if plant is None else plant_outliers(subject, plant)
+    if plant is not None and planted == 0:
+        raise RecipeError(
+            f"{model} has no norm that linears alone read: no outliers can be planted without changing it"
+        )
+    drawn = study.held_out(text, samples, length)
+    base = measure(subject, drawn.ids)
     curves: list[LensPoint] = []
     effects: list[LensPoint] = []
-    for each in _targets(target):
-        curves += intensity_curves(
-            subject, ids, list(drawn), intensities, each, seeds=seeds, progress=progress
-        )
-        curves += fixed_points(subject, ids, list(fixed), each, seeds, progress)
-        effects += unit_effects(subject, ids, units, drawn, each, seeds, progress)
-        effects += unit_effects(subject, ids, units, fixed, each, (0,), progress)
-    return LensReport(base.nll, base.tokens, tuple(curves), tuple(effects), weight_profiles(subject))
+    for each in TARGETS[target]:
+        look = _Look(subject, drawn.ids, errors, target=each, seeds=range(seeds), progress=progress)
+        curves += look.curves(intensities)
+        effects += look.effects(_units(subject, granularity))
+    return LensReport(
+        subject.weights.fingerprint,
+        base=base.nll,
+        tokens=base.tokens,
+        curves=tuple(curves),
+        effects=tuple(effects),
+        profiles=weight_profiles(subject),
+        planted=planted,
+        protocol={"intensity": at, "seeds": seeds, "tokens": drawn.ids.numel(), "text": seen_by(drawn)},
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Look:
+    """Errors in one target of a model; those with chance in them once a seed, `ids` int64 [samples, tokens]."""
+
+    subject: FloatModel
+    ids: Tensor
+    errors: Mapping[str, Error]
+    target: Target
+    seeds: Sequence[int]
+    progress: Progress | None
+
+    def curves(self, intensities: Sequence[float]) -> list[LensPoint]:
+        """Of the whole model: noise over intensities, and the others beside noise of their strength."""
+        noisy, fixed = self._kinds()
+        options: Any = {"target": self.target, "seeds": self.seeds, "progress": self.progress}
+        drawn = intensity_curves(self.subject, self.ids, list(noisy), intensities, **options)
+        return drawn + fixed_points(self.subject, self.ids, list(fixed), **options)
+
+    def effects(self, units: Mapping[str, Sequence[str]]) -> list[LensPoint]:
+        """Of every unit alone, and of all at once."""
+        noisy, fixed = self._kinds()
+        options: Any = {"target": self.target, "progress": self.progress}
+        drawn = unit_effects(self.subject, self.ids, units, noisy, seeds=self.seeds, **options)
+        return drawn + unit_effects(self.subject, self.ids, units, fixed, seeds=(0,), **options)
+
+    def _kinds(self) -> tuple[dict[str, Error], dict[str, Error]]:
+        noisy = {kind: error for kind, error in self.errors.items() if is_noise(kind)}
+        return noisy, {kind: error for kind, error in self.errors.items() if kind not in noisy}
 
 
 def weight_profiles(subject: FloatModel, bins: int = 12) -> dict[str, tuple[tuple[float, float], ...]]:
@@ -90,7 +128,7 @@ def weight_profiles(subject: FloatModel, bins: int = 12) -> dict[str, tuple[tupl
     for name, scheme in PROFILED.items():
         lines = []
         for layer in subject.weights.layers:
-            weight = subject.weights.read(layer)
+            weight = subject.weights.read(layer)  # [out, in]
             lines.append(
                 [point[:2] for point in error_profile(weight, scheme_error(weight, scheme), "row", bins)]
             )
@@ -102,50 +140,19 @@ def weight_profiles(subject: FloatModel, bins: int = 12) -> dict[str, tuple[tupl
     return profiles
 
 
-def draw_report(report: LensReport, folder: Path) -> None:
-    """Pictures of a report, PNG with CSV beside them, into a folder that is made when it is not there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be made: {error.strerror}") from error
-    check_picture(folder / "intensity.png")
-    draw_intensity(folder / "intensity.png", report.curves)
-    write_csv(folder / "effects.csv", [point.row() for point in report.effects])
-    cells = [
-        (point.layers, f"{point.target} {point.kind}", point.change)
-        for point in report.effects
-        if point.layers != "all"
-    ]
-    heat_map(folder / "effects.png", cells, "loss change, nats per token", "unit")
-    write_csv(folder / "fragility.csv", fragility(report.effects))
-    draw_lines(
-        folder / "profile.png",
-        report.profiles,
-        "|w| / rms",
-        "error / rms",
-        (True, True),
-        "rounding error against |w|",
-    )
+def _check(
+    errors: Mapping[str, Error], intensities: Sequence[float], *, target: str, granularity: str, seeds: int
+) -> None:
+    if not errors or (any(map(is_noise, errors)) and not intensities):
+        raise RecipeError("a lens needs at least one kind of error, and noise an intensity")
+    if seeds < SEEDS:
+        raise RecipeError(f"{seeds} seeds say little about noise; take at least {SEEDS}")
+    check_choice("target", target, tuple(TARGETS))
+    check_choice("granularity", granularity, GRANULARITIES)
 
 
 def _units(subject: FloatModel, granularity: str) -> dict[str, list[str]]:
     if granularity == "module":
         return per_module(subject)
-    if granularity == "block":
-        return {unit.name: list(unit.shapes) for unit in subject.weights.units("block")}
-    if granularity == "linear":
-        return {unit.name: list(unit.shapes) for unit in subject.weights.units("linear")}
-    raise RecipeError(
-        f"granularity {granularity!r}; {near_matches(granularity, ('block', 'linear', 'module'))}"
-    )
-
-
-def _targets(target: str) -> tuple[Target, ...]:
-    known: dict[str, tuple[Target, ...]] = {
-        "weights": ("weights",),
-        "activations": ("activations",),
-        "both": ("weights", "activations"),
-    }
-    if target not in known:
-        raise RecipeError(f"target {target!r}; {near_matches(target, known)}")
-    return known[target]
+    units = subject.weights.units("block" if granularity == "block" else "linear")
+    return {unit.name: list(unit.shapes) for unit in units}

@@ -1,8 +1,6 @@
-"""Pruning by the same orders: whole blocks are dropped instead of getting fewer bits, and a real checkpoint is written.
+"""Pruning: whole blocks are dropped instead of getting fewer bits, and a real checkpoint is written.
 
-The comparison of arXiv:2406.17415, section 5: at equal size, quantizing the less important layers should beat removing them,
-except where they would fall to 2 bits. The written folder is an ordinary float checkpoint with fewer blocks: transformers
-loads it, fracbit quantizes it.
+The folder is an ordinary float checkpoint with fewer blocks: transformers loads it, fracbit quantizes it.
 """
 
 from __future__ import annotations
@@ -16,28 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from fracbit.checkpoint.output import MANIFEST, open_output, write_json
-from fracbit.checkpoint.source import INDEX, SINGLE, Source, open_source, read_tensor
+from fracbit.checkpoint.opened import Opened, open_float
+from fracbit.checkpoint.output import MANIFEST, SHARD_BYTES, copy_rest, open_output, write_json
+from fracbit.checkpoint.source import INDEX, SINGLE, Source, read_tensor
 from fracbit.errors import OutputError, RecipeError, SourceError, near_matches
-from fracbit.importance import Unit
 from fracbit.models.blocks import blocks
-from fracbit.models.find import family_of
 from fracbit.models.skeleton import origins, skeleton
-from fracbit.pipeline.quantize.manifest import copy_rest
-from fracbit.pipeline.quantize.schedule import SHARD_BYTES
-from fracbit.pipeline.quantize.stream import model_config
-from fracbit.pipeline.study.float_model import FloatModel, rounded
-from fracbit.pipeline.study.variants import Picks, losses_of
-from fracbit.records.progress import Progress
-from fracbit.records.scheme import Scheme
+from fracbit.records.run import ShardRecord
 from fracbit.records.scores import Scores, check_scores
 
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 PER_BLOCK = ("layer_types", "no_rope_layers", "mlp_layer_types", "attention_types", "attention_layers")
 INDICES = ("mlp_only_layers",)
-DROPPED = 2
 
 
 @dataclass(frozen=True)
@@ -82,108 +70,56 @@ def pruned_config(config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, A
     return changed
 
 
-def compare_with_quantizing(
-    subject: FloatModel,
-    units: Sequence[Unit],
-    scores: Scores,
-    high: Scheme | None,
-    low: Scheme | None,
-    held_out: Tensor,
-    progress: Progress | None = None,
-) -> dict[str, list[tuple[float, float]]]:
-    """Dropping blocks against lowering them from `high` to `low`, by one order: (stored bits per weight, nats per token).
-
-    Bits are over the weights of the whole model, so that what was dropped counts as saved. Both lines start at `high`
-    everywhere (None: float); block after block goes, the least important first. Raises `RecipeError` when `low` takes no fewer
-    bits than `high`.
-    """
-    if sum(unit.bits(low) for unit in units) >= sum(unit.bits(high) for unit in units):
-        raise RecipeError(
-            f"--low {low or 'float'} takes no fewer bits than --high {high or 'float'}; name a smaller scheme"
-        )
-    weights = sum(unit.weights for unit in units)
-    filled = [
-        [rounded(subject, dict.fromkeys(unit.shapes, scheme)) for scheme in (high, low)] for unit in units
-    ]
-    place = {unit.name: index for index, unit in enumerate(units)}
-    order = [place[name] for name in reversed(scores.order())]
-    ways = {"quantized": 1, "pruned": DROPPED}
-    picks = {
-        (way, count): tuple(number if index in order[:count] else 0 for index in range(len(units)))
-        for way, number in ways.items()
-        for count in range(len(units) + (way == "quantized"))
-    }
-    losses: dict[Picks, float] = {}
-    for these, nats in losses_of(
-        subject, picks.values(), lambda block, n: None if n == DROPPED else filled[block][n], held_out
-    ):
-        losses[these] = float(nats.mean())
-        if progress is not None:
-            progress("comparing", len(losses), len(set(picks.values())))
-    lines: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
-    for (way, _), these in picks.items():
-        kept = [(unit, (high, low)[n]) for unit, n in zip(units, these, strict=True) if n != DROPPED]
-        lines[way].append((sum(unit.bits(scheme) for unit, scheme in kept) / weights, losses[these]))
-    return lines
-
-
-Point = tuple[float, float]
-
-
-def at_equal_size(lines: Mapping[str, Sequence[Point]]) -> list[tuple[Point, Point | None]]:
-    """Every pruned model beside the quantized one of no more bits: (bits, nats) each, None when all quantized are larger."""
-    found: list[tuple[Point, Point | None]] = []
-    for pruned in lines["pruned"]:
-        within = [point for point in lines["quantized"] if point[0] <= pruned[0] + 1e-9]
-        found.append((pruned, max(within, default=None)))
-    return found
-
-
-def prune(source: str | Path, dropped: Sequence[str], output: str | Path, overwrite: bool = False) -> Pruned:
+def prune(
+    model: str | Path | Opened, dropped: Sequence[str], output: str | Path, overwrite: bool = False
+) -> Pruned:
     """Write a model without the blocks `dropped` as an ordinary float checkpoint: tensors bit for bit, blocks renumbered.
 
+    `model`: a folder, a hub id, or a checkpoint that is open already.
     One shard is in memory at a time; tokenizer, generation config and licenses are copied. Raises `RecipeError` for names
     that are no blocks or all of them, `SourceError` when the config has no count of blocks, `OutputError`.
     """
-    folder, opened = Path(output), open_source(str(source))
-    if folder.exists() and folder.resolve() == opened.folder.resolve():
+    folder, opened = Path(output), model if isinstance(model, Opened) else open_float(model)
+    if folder.exists() and folder.resolve() == opened.source.folder.resolve():
         raise OutputError(f"{folder} is the model itself; name another folder for the output")
-    shell = skeleton(model_config(opened))
-    family = family_of(shell)
-    kept = _kept([name for name, _ in blocks(shell, family)], dropped)
-    config = {**opened.config, **pruned_config(opened.config, kept)}
-    if config == dict(opened.config):
-        raise SourceError(
-            f"{source} has no entry that counts its blocks ({', '.join(COUNTS)}); it cannot be pruned"
-        )
-    shards = _renamed(opened, family.blocks, kept)
+    kept = _kept([name for name, _ in blocks(opened.model, opened.family)], dropped)
+    config = _smaller_config(opened, kept)
+    shards = _renamed(opened.source, opened.family.blocks, kept)
     _check(opened, config, [new for names in shards.values() for new in names])
-    total = sum(opened.tensors[old].bytes for names in shards.values() for old in names.values())
-    key = hashlib.sha256(json.dumps([str(source), list(dropped)]).encode()).hexdigest()[:16]
-    with open_output(folder, key, total, overwrite, resume=False) as target:
+    infos = [opened.source.tensors[old] for names in shards.values() for old in names.values()]
+    total = sum(info.bytes for info in infos)
+    key = hashlib.sha256(json.dumps([opened.source.name, list(dropped)]).encode()).hexdigest()[:16]
+    with open_output(folder, key, total, overwrite, resume=False) as out:
         for shard, names in shards.items():
-            target.write_shard(shard, {new: read_tensor(opened, old) for new, old in names.items()}, {})
+            tensors = {new: read_tensor(opened.source, old) for new, old in names.items()}
+            out.write_shard(shard, tensors, ShardRecord())
         if list(shards) != [SINGLE]:
             write_json(folder / INDEX, _index(shards, total))
-        copy_rest(opened, target)
-        write_json(folder / MANIFEST, {"pruned": {"source": str(source), "dropped": list(dropped)}})
-        target.finish(config)
-    parameters = sum(
-        math.prod(opened.tensors[old].shape) for names in shards.values() for old in names.values()
-    )
+        copy_rest(opened.source.folder, folder)
+        write_json(folder / MANIFEST, {"pruned": {"source": opened.source.name, "dropped": list(dropped)}})
+        out.finish(config)
+    parameters = sum(math.prod(info.shape) for info in infos)
     size = sum((folder / shard).stat().st_size for shard in shards)
-    return Pruned(str(folder), tuple(dropped), len(kept), parameters, size)
+    return Pruned(str(folder), tuple(dropped), blocks=len(kept), parameters=parameters, bytes=size)
 
 
-def _check(source: Source, config: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Refuse a model whose config builds other blocks when they are renumbered (every second one a mixture, say)."""
-    smaller = type(model_config(source)).from_dict(dict(config))
-    found = origins(skeleton(smaller), names)
-    if found.missing or len(found.unused) > len(
-        origins(skeleton(model_config(source)), source.tensors).unused
-    ):
+def _smaller_config(opened: Opened, kept: Sequence[int]) -> dict[str, Any]:
+    old = dict(opened.source.config)
+    config = {**old, **pruned_config(old, kept)}
+    if config == old:
         raise SourceError(
-            f"{source.name} cannot be pruned at these blocks: its config decides by a block's number what is in it, and "
+            f"{opened.source.name} has no entry that counts its blocks ({', '.join(COUNTS)}); it cannot be pruned"
+        )
+    return config
+
+
+def _check(opened: Opened, config: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuse a model whose config builds other blocks when they are renumbered (every second one a mixture, say)."""
+    smaller = type(opened.model.config).from_dict(dict(config))
+    found = origins(skeleton(smaller), names)
+    if found.missing or len(found.unused) > len(opened.origins.unused):
+        raise SourceError(
+            f"{opened.source.name} cannot be pruned at these blocks: its config decides by a block's number what is in it, and "
             f"{(*found.missing, *found.unused)[0]} no longer fits; drop other blocks"
         )
 
@@ -192,7 +128,7 @@ def _kept(names: Sequence[str], dropped: Sequence[str]) -> list[int]:
     """Numbers of the blocks that stay."""
     unknown = [name for name in dropped if name not in names]
     if unknown:
-        raise RecipeError(f"{unknown[0]} is no block of this model; {near_matches(unknown[0], names)}")
+        raise RecipeError(f"{unknown[0]} is not a block of this model; {near_matches(unknown[0], names)}")
     kept = [index for index, name in enumerate(names) if name not in set(dropped)]
     if not kept or not dropped:
         raise RecipeError(

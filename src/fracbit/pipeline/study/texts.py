@@ -1,62 +1,82 @@
-"""Text for scores, lenses and contests: samples [samples, tokens] of a source, read with the model's own tokenizer."""
+"""Texts for scores, lenses and contests, read as one model reads them: with its own tokenizer, within its vocabulary."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fracbit.checkpoint.load import tokenizer_or_none
-from fracbit.data import read_documents, sample
-from fracbit.pipeline.study.float_model import FloatModel
+from fracbit.checkpoint.opened import Opened
+from fracbit.data import Samples, Tokens, read_calibration, read_documents
 from fracbit.pipeline.study.overlap import overlap_notes
+from fracbit.records.progress import Progress
 
 SAMPLES = 32
 LENGTH = 256
+SCORED = "text that the score saw"
 
 
-def samples_of(
-    text: str, model: str, subject: FloatModel, samples: int = SAMPLES, length: int = LENGTH, seed: int = 0
-) -> Tensor:
-    """Token ids int64 [samples, length] drawn from `text` (grammar: data/text_source.py). Raises `DataError`, `SourceError`."""
-    return known_samples_of(text, model, subject, samples, length, seed)[0]
+@dataclass(frozen=True, eq=False)
+class TextReader:
+    """How a model reads text: its tokenizer, None where it has none (files of ids need none), and how many ids it knows."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+    vocabulary: int
+
+    def documents(self, text: str) -> Tokens:
+        """All of a text (grammar: data/text_source.py). Raises `DataError`."""
+        return read_documents(text, self.tokenizer, self.vocabulary)
+
+    def samples(
+        self,
+        texts: str | Sequence[str],
+        *,
+        samples: int = SAMPLES,
+        length: int = LENGTH,
+        seed: int = 0,
+        model: Callable[[], PreTrainedModel] | None = None,
+        progress: Progress | None = None,
+    ) -> Samples:
+        """Samples drawn from one text or a mixture. `model` writes text where `generated` is asked for. Raises `DataError`."""
+        return read_calibration(
+            [texts] if isinstance(texts, str) else texts,
+            self.tokenizer,
+            self.vocabulary,
+            samples=samples,
+            length=length,
+            seed=seed,
+            model=model,
+            progress=progress,
+        )
+
+    def overlap(self, text: str, others: Iterable[Mapping[str, Any]], what: str) -> tuple[str, ...]:
+        """Notes where `text` shares documents with `others`, which have a `source` each and may have a `sha256`.
+
+        `what`: how the notes call the others. Raises `DataError`.
+        """
+        entries = [dict(other) for other in others]
+        if not entries:
+            return ()
+        return overlap_notes(self.documents(text), entries, self.tokenizer, self.vocabulary, what=what)
 
 
-def known_samples_of(
-    text: str, model: str, subject: FloatModel, samples: int = SAMPLES, length: int = LENGTH, seed: int = 0
-) -> tuple[Tensor, dict[str, str]]:
-    """As `samples_of`, and what a score's protocol says of the text: `source` and `sha256`."""
-    tokens = read_documents(text, tokenizer_or_none(model), vocabulary_of(subject))
-    ids = sample(tokens, samples=samples, length=length, seed=seed).ids.to(subject.model.device)
-    return ids, {"source": tokens.source, "sha256": tokens.sha256}
+def reader_of(opened: Opened) -> TextReader:
+    """The reader of an opened checkpoint. Raises `SourceError` when its tokenizer is broken."""
+    tokenizer = tokenizer_or_none(opened.source.folder, opened.trust_remote_code)
+    return TextReader(tokenizer, int(opened.model.config.get_text_config().vocab_size))
 
 
-def seen_notes(text: str, seen: object, model: str, subject: FloatModel) -> tuple[str, ...]:
-    """Notes where the held-out `text` shares documents with the text that a score saw (`text` of its protocol).
-
-    Raises `DataError`, `SourceError`.
-    """
-    if (
-        not isinstance(seen, Mapping) or "source" not in seen
-    ):  # a score that read nothing, or a file from elsewhere
-        return ()
-    tokenizer, vocabulary = tokenizer_or_none(model), vocabulary_of(subject)
-    return overlap_notes(
-        read_documents(text, tokenizer, vocabulary),
-        [dict(seen)],
-        tokenizer,
-        vocabulary,
-        "text that the score saw",
-    )
+def seen_by(samples: Samples) -> dict[str, Any] | list[dict[str, Any]]:
+    """What a score's protocol says of its text, or of each of its texts: `source` and `sha256`."""
+    entries = [{"source": each["source"], "sha256": each["sha256"]} for each in samples.sources]
+    return entries[0] if len(entries) == 1 else entries
 
 
-def overlap_of(text: str, calibration: Sequence[str], model: str, subject: FloatModel) -> tuple[str, ...]:
-    """Notes where `text` shares documents with `calibration` sources. Raises `DataError`, `SourceError`."""
-    tokenizer, vocabulary = tokenizer_or_none(model), vocabulary_of(subject)
-    tokens = read_documents(text, tokenizer, vocabulary)
-    return overlap_notes(tokens, [{"source": source} for source in calibration], tokenizer, vocabulary)
-
-
-def vocabulary_of(subject: FloatModel) -> int:
-    """How many ids the model knows."""
-    return int(subject.model.config.get_text_config().vocab_size)
+def texts_of(protocol: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The texts that a score's protocol names; none for a score that read nothing, or a file from elsewhere."""
+    found = protocol.get("text")
+    entries = found if isinstance(found, list) else [found]
+    return [entry for entry in entries if isinstance(entry, Mapping) and "source" in entry]

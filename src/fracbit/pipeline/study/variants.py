@@ -18,7 +18,7 @@ from torch import Tensor
 from fracbit.errors import DataError
 from fracbit.evaluation import longest_window
 from fracbit.evaluation.logits import row_chunks
-from fracbit.evaluation.perplexity import token_nll
+from fracbit.evaluation.loss import token_nll
 from fracbit.models.attention import native_attention
 from fracbit.models.blocks import blocks, weight_of
 from fracbit.models.install import set_weight
@@ -44,39 +44,69 @@ def losses_of(
     limit = longest_window(subject.model)
     if limit is not None and ids.shape[1] > limit:
         raise DataError(f"samples of {ids.shape[1]} tokens are longer than the model's {limit} positions")
-    stack = blocks(subject.model, subject.family)
-    entering: list[Hidden] = []
-    kept: dict[str, Tensor] = {}  # the model's own weights of what was changed
-    changed: list[set[str]] = [set() for _ in stack]
+    walk = _Walk(subject, option)
     before: Picks = ()
     try:
         for these in sorted(set(picks)):
+            # Go back to the first block where this variant differs from the last one; states before it are shared.
             shared = next((b for b, (a, c) in enumerate(zip(before, these, strict=False)) if a != c), 0)
-            del entering[shared + 1 :]
-            if not entering:
-                with native_attention(subject.model):
-                    entering.append(embed(subject.model, subject.family, ids, batch))
-            for index in range(shared, len(stack)):
-                for name in changed[index]:
-                    set_weight(subject.module(name), kept[name])
-                weights = option(index, these[index])
-                changed[index] = set(weights or ())
-                for name in changed[index] - set(kept):
-                    kept[name] = weight_of(subject.module(name)).clone()
-                for name, weight in (weights or {}).items():
-                    set_weight(subject.module(name), weight)
-                hidden = entering[-1]
-                with native_attention(subject.model):  # as `evaluate` judges
-                    entering.append(
-                        replace(hidden, index=index + 1)
-                        if weights is None
-                        else advance(stack[index][1], hidden)
-                    )
+            walk.go_back(shared, ids, batch)
+            # Walk on from there, each block with the weights of its option.
+            for block in range(shared, len(walk.stack)):
+                walk.install(block, these[block])
+                walk.step(block)
             before = these
-            yield these, _sample_losses(subject, entering[-1], ids)
+            yield these, _sample_losses(subject, walk.entering[-1], ids)
     finally:
-        for name, weight in kept.items():
-            set_weight(subject.module(name), weight)
+        walk.restore()
+
+
+class _Walk:
+    """A walk through the blocks that can go back: the states at the entrance of each, and the weights that were replaced."""
+
+    def __init__(self, subject: FloatModel, option: Option) -> None:
+        self.subject, self.option = subject, option
+        self.stack = blocks(subject.model, subject.family)
+        self.entering: list[
+            Hidden
+        ] = []  # states [samples, tokens, width] at each block's entrance, and at the end
+        self.own: dict[str, Tensor] = {}  # the model's own weights [out, in] of what was ever changed
+        self.changed: list[set[str]] = [set() for _ in self.stack]
+        self.dropped = False
+
+    def go_back(self, block: int, ids: Tensor, batch: int) -> None:
+        """To the entrance of a block; the first time of all, embed."""
+        del self.entering[block + 1 :]
+        if not self.entering:
+            with native_attention(self.subject.model):
+                self.entering.append(embed(self.subject.model, self.subject.family, ids, batch))
+
+    def install(self, block: int, number: int) -> None:
+        """Put an option's weights into a block, in place of those of the option before."""
+        self._write({name: self.own[name] for name in self.changed[block]})
+        weights = self.option(block, number)
+        self.dropped, weights = weights is None, weights or {}
+        self.changed[block] = set(weights)
+        for name in self.changed[block] - set(self.own):
+            self.own[name] = weight_of(self.subject.module(name)).clone()
+        self._write(weights)
+
+    def step(self, block: int) -> None:
+        """Through a block, or past it when its option drops it."""
+        hidden = self.entering[-1]
+        if self.dropped:
+            self.entering.append(replace(hidden, index=block + 1))
+            return
+        with native_attention(self.subject.model):  # as `evaluate` judges
+            self.entering.append(advance(self.stack[block][1], hidden))
+
+    def restore(self) -> None:
+        """The model's own weights everywhere."""
+        self._write(self.own)
+
+    def _write(self, weights: Mapping[str, Tensor]) -> None:
+        for name, weight in weights.items():
+            set_weight(self.subject.module(name), weight)
 
 
 def loss_table(
@@ -87,12 +117,15 @@ def loss_table(
 
 
 def _sample_losses(subject: FloatModel, hidden: Hidden, ids: Tensor) -> Tensor:
+    """Nats per token of each sample, fp64 [samples]."""
     losses = torch.zeros(len(ids), dtype=torch.float64)
     start = 0
-    for logits in head_batches(subject.model, subject.family, hidden):
-        for row in logits[:, :-1]:
-            targets = ids[start, 1:].to(row.device)
+    for logits in head_batches(
+        subject.model, subject.family, hidden
+    ):  # [samples of a batch, tokens, vocabulary]
+        for row in logits[:, :-1]:  # [tokens - 1, vocabulary]
+            following = ids[start, 1:].to(row.device)  # [tokens - 1]
             for chunk in row_chunks(*row.shape):
-                losses[start] += float(token_nll(row[chunk], targets[chunk]).double().sum())
+                losses[start] += float(token_nll(row[chunk], following[chunk]).double().sum())
             start += 1
     return losses / (ids.shape[1] - 1)

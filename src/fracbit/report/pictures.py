@@ -1,19 +1,19 @@
-"""Pictures of plans and lenses as PNG or SVG files, each with its data beside it as CSV. matplotlib is the extra `plots`.
+"""Pictures of plans and lenses as PNG, SVG or PDF files, each with its data beside it as CSV. matplotlib is the extra `plots`.
 
-Figures are made as objects, without pyplot: no window, no global state.
+They are drawn from numbers and records alone; measuring is the pipeline's. Figures are made as objects, without pyplot: no
+window, no global state.
 """
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fracbit.errors import OutputError, RecipeError
-from fracbit.importance import scheme_bits
-from fracbit.pipeline.study.lens import LensPoint, is_noise
+from fracbit.records.lens import EVERYWHERE, LensPoint, LensReport, fragility
 from fracbit.records.scheme import Scheme
 
 # Distinct in grey and to colour-blind eyes (Okabe & Ito).
@@ -35,24 +35,26 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def draw_bits(
-    path: Path, schemes: Mapping[str, Scheme | None], shapes: Mapping[str, tuple[int, int]], blocks: str
+    path: Path, schemes: Mapping[str, Scheme | None], bits: Mapping[str, float], blocks: str
 ) -> None:
-    """Heat map of stored bits per weight, blocks down and modules across; `blocks` is the path of the list of blocks."""
+    """Heat map of stored bits per weight, blocks down and modules across.
+
+    `bits`: stored bits per weight of every layer in `schemes`; `blocks`: the path of the list of blocks.
+    """
     rows = []
     for name, scheme in schemes.items():
         number, _, module = name.removeprefix(f"{blocks}.").partition(".")
-        bits = scheme_bits(scheme, shapes[name]) / (shapes[name][0] * shapes[name][1])
         rows.append(
             {
                 "block": int(number),
                 "module": module,
                 "scheme": str(scheme or "float"),
-                "bits_per_weight": bits,
+                "bits_per_weight": bits[name],
             }
         )
     write_csv(path.with_suffix(".csv"), rows)
     table = [(str(row["block"]), str(row["module"]), float(str(row["bits_per_weight"]))) for row in rows]
-    heat_map(path, table, "stored bits per weight", "block", "{:.2f}", span=1.0)
+    heat_map(path, table, "stored bits per weight", "block", text="{:.2f}", span=1.0)
 
 
 def heat_map(
@@ -120,8 +122,37 @@ def draw_plan(
     _save(figure, path)
 
 
-def draw_intensity(path: Path, points: Sequence[LensPoint]) -> None:
-    """Loss change against relative intensity, a panel for each target: a line with its 95 % band for each kind of noise.
+def draw_lens(report: LensReport, folder: Path, noise: Collection[str]) -> None:
+    """Pictures of a lens report, PNG with CSV beside them, into a folder that is made when it is not there.
+
+    `noise`: the kinds of error that were drawn at intensities of choice. Raises `OutputError`, `RecipeError`.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be made: {error.strerror}") from error
+    check_picture(folder / "intensity.png")
+    draw_intensity(folder / "intensity.png", report.curves, noise)
+    write_csv(folder / "effects.csv", [point.row() for point in report.effects])
+    cells = [
+        (point.layers, f"{point.target} {point.kind}", point.change)
+        for point in report.effects
+        if point.layers != EVERYWHERE
+    ]
+    heat_map(folder / "effects.png", cells, "loss change, nats per token", "unit")
+    write_csv(folder / "fragility.csv", fragility(report.effects))
+    draw_lines(
+        folder / "profile.png",
+        report.profiles,
+        across="|w| / rms",
+        up="error / rms",
+        log=(True, True),
+        title="rounding error against |w|",
+    )
+
+
+def draw_intensity(path: Path, points: Sequence[LensPoint], noise: Collection[str]) -> None:
+    """Loss change against relative intensity, a panel for each target: a line with its 95 % band for each kind of `noise`.
 
     Schemes and clipping, whose intensity is their own, are black marks, hollow for the noise of their strength.
     """
@@ -132,29 +163,33 @@ def draw_intensity(path: Path, points: Sequence[LensPoint]) -> None:
     for column, target in enumerate(targets):
         axes = figure.add_subplot(1, len(targets), column + 1)
         here = [point for point in points if point.target == target]
-        _intensity_lines(axes, here)
-        axes.set_xscale("log")
-        drawn = [point for point in here if is_noise(point.kind)] or here
-        ticks = sorted({float(f"{point.intensity:.2g}") for point in drawn})
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.minorticks_off()
-        if all(point.change > 0 for point in here):
-            axes.set_yscale("log", nonpositive="clip")
-        else:
-            # Small errors may help by chance, and a plain logarithm would hide them.
-            axes.set_yscale("symlog", linthresh=0.01)
+        _draw_noise(axes, [point for point in here if point.kind in noise])
+        _draw_single(axes, [point for point in here if point.kind not in noise])
+        _intensity_axes(axes, here, [point for point in here if point.kind in noise] or here)
         axes.set_title(f"errors in {target}", fontsize=10)
-        axes.set_xlabel("relative intensity |delta| / |x|")
-        axes.set_ylabel("loss change, nats per token")
         _finish(axes)
     _one_legend(figure)
     _save(figure, path)
 
 
-def _intensity_lines(axes: Any, points: Sequence[LensPoint]) -> None:
-    kinds = list(dict.fromkeys(point.kind for point in points))
-    lines = [kind for kind in kinds if is_noise(kind)]
-    for index, kind in enumerate(lines):
+def _intensity_axes(axes: Any, points: Sequence[LensPoint], marked: Sequence[LensPoint]) -> None:
+    """Scales and labels; the intensities of the points `marked` have ticks."""
+    axes.set_xscale("log")
+    ticks = sorted({float(f"{point.intensity:.2g}") for point in marked})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    if all(point.change > 0 for point in points):
+        axes.set_yscale("log", nonpositive="clip")
+    else:
+        # Small errors may help by chance, and a plain logarithm would hide them.
+        axes.set_yscale("symlog", linthresh=0.01)
+    axes.set_xlabel("relative intensity |delta| / |x|")
+    axes.set_ylabel("loss change, nats per token")
+
+
+def _draw_noise(axes: Any, points: Sequence[LensPoint]) -> None:
+    """A line and its band for each kind."""
+    for index, kind in enumerate(dict.fromkeys(point.kind for point in points)):
         line = sorted((p for p in points if p.kind == kind), key=lambda p: p.intensity)
         xs, colour = [p.intensity for p in line], COLOURS[index % len(COLOURS)]
         mark = MARKS[index % len(MARKS)]
@@ -163,14 +198,16 @@ def _intensity_lines(axes: Any, points: Sequence[LensPoint]) -> None:
         )  # fmt: skip
         low, high = [p.low for p in line], [p.high for p in line]
         axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
-    singles = [kind for kind in kinds if kind not in lines]
-    bare = list(dict.fromkeys(kind.removesuffix(" as gaussian") for kind in singles))
-    for kind in singles:
-        mark = MARKS[bare.index(kind.removesuffix(" as gaussian")) % len(MARKS)]
-        (point,) = (p for p in points if p.kind == kind)
-        face = "white" if kind.endswith(" as gaussian") else "black"
+
+
+def _draw_single(axes: Any, points: Sequence[LensPoint]) -> None:
+    """A mark for each point, the same one, hollow, for the noise of its strength."""
+    bare = list(dict.fromkeys(point.kind.removesuffix(" as gaussian") for point in points))
+    for point in points:
+        mark = MARKS[bare.index(point.kind.removesuffix(" as gaussian")) % len(MARKS)]
+        face = "white" if point.kind.endswith(" as gaussian") else "black"
         axes.plot(
-            [point.intensity], [point.change], mark, color="black", markerfacecolor=face, markersize=7, label=kind
+            [point.intensity], [point.change], mark, color="black", markerfacecolor=face, markersize=7, label=point.kind
         )  # fmt: skip
 
 
@@ -183,7 +220,7 @@ def draw_lines(
     title: str = "",
 ) -> None:
     """Named lines of (x, y) with a marker at each point; their data goes beside the picture."""
-    draw_panels(path, {title: lines}, across, up, log)
+    draw_panels(path, {title: lines}, across, up, log=log)
 
 
 def draw_panels(
@@ -230,9 +267,9 @@ def check_picture(path: Path) -> None:
     """Refuse, before any work, a picture that could not be drawn. Raises `RecipeError`, `OutputError`."""
     _matplotlib()
     if path.suffix.lower() not in FORMATS:
-        raise RecipeError(f"{path} names no kind of picture; end it in {', '.join(FORMATS)}")
+        raise RecipeError(f"{path} is not a kind of picture; end it in {', '.join(FORMATS)}")
     if not path.absolute().parent.is_dir():
-        raise OutputError(f"{path.parent} is no folder; make it first")
+        raise OutputError(f"{path.parent} is not a folder; make it first")
 
 
 def _matplotlib() -> tuple[Any, Any]:

@@ -1,0 +1,131 @@
+"""The contest: a searched allocation against the best uniform scheme of no more bytes, on held-out text.
+
+Searched allocations have missed their target and lost to uniform in other tools, so the uniform one is taken when it wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from torch import Tensor
+
+from fracbit.errors import BudgetError, SchemeError
+from fracbit.importance import Unit
+from fracbit.numerics.datatypes import check_datatype
+from fracbit.pipeline.plan.scoring import WEIGHT_ERROR, make_losses
+from fracbit.pipeline.study.float_model import FloatModel, measure, replaced, rounded
+from fracbit.pipeline.study.weights import Weights
+from fracbit.records.allocation import Allocation, uniform
+from fracbit.records.scheme import Scheme
+
+UNCHECKED = (
+    "not compared with a uniform scheme of the same size; pass --held-out TEXT that the score has not seen "
+    "(to quantize: --set spending.held_out=TEXT)"
+)
+ENOUGH = 0.75  # of the bits of the largest rival: fewer bits of the same kind are never better
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What held-out tokens say: nats per token of the float model, of the searched allocation and of the uniform one."""
+
+    float_nll: float
+    searched_nll: float
+    uniform_nll: float
+    uniform_scheme: str
+    uniform_bits_per_weight: float
+    tokens: int
+    winner: Allocation
+
+    @property
+    def searched_won(self) -> bool:
+        """Whether the searched allocation won."""
+        return self.searched_nll < self.uniform_nll
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as a JSON object."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "winner"}
+
+
+def contest(
+    subject: FloatModel,
+    units: Sequence[Unit],
+    allocation: Allocation,
+    held_out: Tensor,
+    *,
+    levels: Sequence[Scheme | None],
+    budget: int | None = None,
+) -> Contest:
+    """Measure the allocation and the best uniform scheme of no more bytes; the winner carries a note of what happened.
+
+    `held_out` int64 [samples, tokens]; `budget`: bits that the uniform scheme may take, those of the allocation when it is not
+    given. Uniform rivals are the levels and their kin of every other width, the best by weight error of those that fit.
+    Raises `BudgetError` when no rival fits into the allocation's bytes.
+    """
+    bits = budget or sum(unit.bits(allocation.schemes[next(iter(unit.shapes))]) for unit in units)
+    scheme, cost = _best_rival(subject.weights, units, bits, levels)
+    names = [name for unit in units for name in unit.shapes]
+    rival = uniform(names, scheme, allocation.model)
+    base = measure(subject, held_out)
+    searched, plain = (_nll(subject, each, held_out) for each in (allocation, rival))
+    each = cost / sum(unit.weights for unit in units)
+    facts = (
+        f"on {base.tokens} held-out tokens: allocated {searched:.4f} nats, uniform {scheme} ({each:.4f} bits per weight) "
+        f"{plain:.4f}, float {base.nll:.4f}"
+    )
+    if searched < plain:
+        winner = replace(allocation, notes=(*allocation.notes, facts))
+    else:
+        winner = replace(rival, notes=(*allocation.notes, f"the uniform scheme won and is used: {facts}"))
+    return Contest(
+        float_nll=base.nll,
+        searched_nll=searched,
+        uniform_nll=plain,
+        uniform_scheme=str(scheme),
+        uniform_bits_per_weight=each,
+        tokens=base.tokens,
+        winner=winner,
+    )
+
+
+def _nll(subject: FloatModel, allocation: Allocation, held_out: Tensor) -> float:
+    """Nats per token of the model rounded as allocated."""
+    with replaced(subject, rounded(subject, allocation.schemes)):
+        return measure(subject, held_out).nll
+
+
+def _best_rival(
+    weights: Weights, units: Sequence[Unit], bits: int, levels: Sequence[Scheme | None]
+) -> tuple[Scheme | None, int]:
+    """The uniform scheme of least weight error within `bits`, and the bits it takes."""
+    taken = {scheme: sum(unit.bits(scheme) for unit in units) for scheme in _kin(levels)}
+    taken = {scheme: cost for scheme, cost in taken.items() if cost <= bits}
+    if not taken:
+        raise BudgetError(
+            f"{bits} bits do not hold these layers under any one scheme; offer levels with larger blocks"
+        )
+    near = [scheme for scheme, cost in taken.items() if cost >= ENOUGH * max(taken.values())]
+    errors = make_losses(weights, units, WEIGHT_ERROR, near)
+    size = {unit.name: unit.weights for unit in units}
+    total = [sum(size[name] * row[i] for name, row in errors.rows.items()) for i in range(len(near))]
+    best = near[total.index(min(total))]
+    return best, taken[best]
+
+
+def _kin(levels: Sequence[Scheme | None]) -> list[Scheme | None]:
+    """The levels, and each at every other width that its data type has."""
+    found: dict[Scheme | None, None] = dict.fromkeys(levels)
+    for level in levels:
+        if level is not None:
+            found |= dict.fromkeys(other for bits in range(1, 9) if _exists(other := level.with_bits(bits)))
+    return list(found)
+
+
+def _exists(scheme: Scheme) -> bool:
+    try:
+        check_datatype(scheme)
+    except SchemeError:
+        return False
+    return True

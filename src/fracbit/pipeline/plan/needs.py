@@ -1,0 +1,80 @@
+"""What the run that carries out a plan will need itself: memory, disk and time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from fracbit.checkpoint.output import SHARD_BYTES
+from fracbit.checkpoint.source import tensor_hash
+from fracbit.pipeline.plan.problem import Problem
+from fracbit.pipeline.study.weights import Weights
+from fracbit.quantizers import nearest
+from fracbit.records.allocation import Allocation
+
+PROCESS_BYTES = 450 << 20  # Python, torch and transformers, resident before any tensor
+TIMED = 1 << 20  # weights of a layer that a scheme is timed on
+REPEATS = 5
+PATIENCE = 1.0  # seconds
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the run itself will take: resident memory, disk and time."""
+
+    memory_bytes: int
+    disk_bytes: int
+    seconds: float
+
+
+def needs_of(problem: Problem, allocation: Allocation) -> Needs:
+    """Memory, disk and time of quantizing as planned, without what writing to the disk takes.
+
+    Time: each scheme is timed on a piece of its first layer, as is the hash of what is read, which a second thread makes.
+    """
+    shapes = {name: shape for unit in problem.units for name, shape in unit.shapes.items()}
+    largest = max(out * width for out, width in shapes.values())
+    file_bytes = problem.file_bytes(allocation.schemes)
+    seconds = max(_rounding_seconds(problem, allocation), _hashing_seconds(problem))
+    # A tensor as read, as fp32, its codes before packing and their temporaries; beside them the shard that is being filled.
+    memory = PROCESS_BYTES + 16 * largest + min(SHARD_BYTES, file_bytes)
+    return Needs(memory, file_bytes, seconds)
+
+
+def _rounding_seconds(problem: Problem, allocation: Allocation) -> float:
+    total = 0.0
+    for scheme in dict.fromkeys(allocation.schemes.values()):
+        if scheme is None:
+            continue
+        mine = [name for name, given in allocation.schemes.items() if given == scheme]
+        layers = [problem.weights.layers[name] for name in mine]
+        piece = _piece(problem.weights, mine[0])
+        took = _seconds(partial(nearest(search=False), piece, scheme, None))
+        total += took * sum(layer.out * layer.width for layer in layers) / piece.numel()
+    return total
+
+
+def _hashing_seconds(problem: Problem) -> float:
+    piece = _piece(problem.weights, problem.units[0].own[0])
+    per_byte = _seconds(partial(tensor_hash, piece)) / (piece.numel() * piece.element_size())
+    return per_byte * problem.opened.source.bytes
+
+
+def _piece(weights: Weights, name: str) -> Tensor:
+    """The first rows of a layer, about `TIMED` weights: [rows, in]."""
+    layer = weights.layers[name]
+    return weights.rows(name, (slice(0, min(layer.out, max(1, TIMED // layer.width))),))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """How long something takes when nothing else happens: the least of a few times, of fewer when it takes long."""
+    taken: list[float] = []
+    while len(taken) < REPEATS and sum(taken) < PATIENCE:
+        started = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - started)
+    return min(taken)

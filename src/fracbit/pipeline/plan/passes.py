@@ -1,0 +1,170 @@
+"""Passes over a float model in memory that find what scores look at: cosines, Gram matrices, gradients, changes of the loss.
+
+Each measures all units at once, but the oracle, which measures one unit after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from fracbit.importance import Unit, cosine_sum, error_of
+from fracbit.models.blocks import blocks, linears, weight_of
+from fracbit.models.walk import Hidden, advance, embed, observe
+from fracbit.numerics.stats import Stats, add_inputs, empty
+from fracbit.pipeline.study.float_model import FloatModel, rounded
+from fracbit.pipeline.study.variants import losses_of
+from fracbit.records.progress import Progress
+from fracbit.records.scheme import Scheme
+
+UnitScheme: TypeAlias = tuple[str, Scheme | None]
+"""A unit's name and a scheme that it could get."""
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """What the passes over a model found; empty where nothing asked.
+
+    - `cosines`: path of a block -> mean cosine of its input and output; `stats`: linear -> inputs that it saw.
+    - `gradients`: linear -> [out, in], of the mean loss; `slopes`: -> [samples], derivatives along a scheme's error.
+    - `sample_tokens`: tokens that a sample's mean loss is over; `changes`: -> nats per token that a scheme costs.
+    """
+
+    cosines: Mapping[str, float] = field(default_factory=dict)
+    stats: Mapping[str, Stats] = field(default_factory=dict)
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
+    slopes: Mapping[UnitScheme, Tensor] = field(default_factory=dict)
+    sample_tokens: int = 0
+    changes: Mapping[UnitScheme, float] = field(default_factory=dict)
+
+
+def forward_pass(subject: FloatModel, ids: Tensor, gram: bool, final_norm: bool, step: Progress) -> Findings:
+    """Walk the blocks once: cosine of each block's raw input and output, and the inputs of its linears when `gram`.
+
+    `ids` int64 [samples, tokens]; `final_norm`: the last block's output is read behind the model's final norm.
+    """
+    stack = blocks(subject.model, subject.family)
+    hidden = embed(subject.model, subject.family, ids)
+    cosines: dict[str, float] = {}
+    stats: dict[str, Stats] = {}
+    for index, (path, block) in enumerate(stack):
+        entering = hidden
+        hidden = _observed(subject, path, entering, stats) if gram else advance(block, entering)
+        leaving = hidden.states  # [samples, tokens, width]
+        if final_norm and index == len(stack) - 1 and subject.family.final_norm:
+            with torch.no_grad():
+                leaving = subject.model.get_submodule(subject.family.final_norm)(leaving)
+        total, count = cosine_sum(entering.states, leaving)
+        cosines[path] = total / count
+        step("walking", index + 1, len(stack))
+    return Findings(cosines, stats)
+
+
+def _observed(subject: FloatModel, path: str, hidden: Hidden, stats: dict[str, Stats]) -> Hidden:
+    """Through a block, adding what its linears are fed to `stats`."""
+    block = subject.model.get_submodule(path)
+    names = linears(block, subject.family)
+    for name, module in names.items():
+        stats[f"{path}.{name}"] = empty(weight_of(module).shape[1])
+
+    def visit(name: str, x: Tensor) -> None:  # x [tokens, in]
+        stats[f"{path}.{name}"] = add_inputs(stats[f"{path}.{name}"], x)
+
+    return observe(block, hidden, names, visit)
+
+
+def gradient_pass(
+    subject: FloatModel,
+    units: Sequence[Unit],
+    schemes: Sequence[Scheme | None],
+    ids: Tensor,
+    step: Progress,
+) -> Findings:
+    """One backward pass a sample: the mean gradient of every linear, and derivatives along the errors of `schemes`.
+
+    `ids` int64 [samples, tokens]. Memory: the gradients, and with schemes one more copy of the weights for each of them.
+    """
+    # What is summed up: mean gradients [out, in] of linears, and slopes [samples] of units under schemes.
+    unit_of = {name: unit.name for unit in units for name in unit.own}
+    mean = {name: torch.zeros_like(subject.weights.read(name)) for name in unit_of}
+    keys = [(unit.name, scheme) for unit in units for scheme in schemes]
+    slopes = {key: torch.zeros(len(ids), dtype=torch.float64) for key in keys}
+    errors = {(name, s): error_of(subject.weights.read(name), s) for name in unit_of for s in schemes}
+    # One sample after the other.
+    parameters = {name: subject.module(name).get_parameter("weight") for name in unit_of}
+    with _differentiable(subject, parameters.values()):
+        for sample, row in enumerate(ids.to(subject.model.device)):  # row [tokens]
+            for name, grad in _gradients(subject, parameters, row).items():
+                mean[name] += grad.float() / len(ids)
+                for scheme in schemes:
+                    along = (grad * errors[name, scheme]).double().sum()
+                    slopes[unit_of[name], scheme][sample] += float(along)
+            step("gradients", sample + 1, len(ids))
+    return Findings(gradients=mean, slopes=slopes, sample_tokens=ids.shape[1] - 1)
+
+
+def _gradients(
+    subject: FloatModel, parameters: Mapping[str, torch.nn.Parameter], row: Tensor
+) -> dict[str, Tensor]:
+    """The gradients [out, in] of the mean loss of one sample, `row` int64 [tokens], by linear."""
+    loss = subject.model(input_ids=row[None], labels=row[None]).loss
+    grads = zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True)
+    return {name: grad.T if subject.weights.layers[name].transposed else grad for name, grad in grads}
+
+
+@contextmanager
+def _differentiable(subject: FloatModel, wanted: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    """Inside, exactly these parameters ask for gradients; the model's own flags come back afterwards."""
+    flags = [(parameter, parameter.requires_grad) for parameter in subject.model.parameters()]
+    chosen = {id(parameter) for parameter in wanted}
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(id(parameter) in chosen)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def ablation(
+    subject: FloatModel, units: Sequence[Unit], schemes: Sequence[Scheme | None], ids: Tensor, step: Progress
+) -> dict[UnitScheme, float]:
+    """The oracle: change of the loss in nats per token with one unit rounded under one scheme, all others float.
+
+    `ids` int64 [samples, tokens]. The states at the entrance of a unit's block are those of the float model, computed once
+    (variants.py).
+    """
+    # Number what can be tried in each block; 0 leaves it float.
+    tried: list[list[tuple[Unit, Scheme]]] = [[] for _ in blocks(subject.model, subject.family)]
+    for unit in units:
+        # Where a tensor is shared, the earliest block that reads it is the first that changes.
+        first = min(subject.weights.layers[name].block or 0 for name in unit.shapes)
+        tried[first] += [(unit, scheme) for scheme in schemes if scheme is not None]
+    floats = (0,) * len(tried)
+    alone = {
+        (*floats[:block], number, *floats[block + 1 :]): pair
+        for block, pairs in enumerate(tried)
+        for number, pair in enumerate(pairs, 1)
+    }
+
+    def option(block: int, number: int) -> dict[str, Tensor]:
+        if number == 0:
+            return {}
+        unit, scheme = tried[block][number - 1]
+        return rounded(subject, dict.fromkeys(unit.own, scheme))
+
+    # Measure the float model and each of these.
+    losses = {}
+    for these, nats in losses_of(subject, [floats, *alone], option, ids):
+        losses[these] = float(nats.mean())
+        step("oracle", len(losses), len(alone) + 1)
+    # What each costs; staying float costs nothing.
+    changes: dict[UnitScheme, float] = {(unit.name, None): 0.0 for unit in units}
+    return changes | {
+        (unit.name, scheme): losses[these] - losses[floats] for these, (unit, scheme) in alone.items()
+    }

@@ -1,0 +1,92 @@
+"""Pruning by a score: which blocks go, what that costs beside lowering them instead, and the smaller checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fracbit.checkpoint.opened import open_float
+from fracbit.errors import RecipeError
+from fracbit.pipeline.plan.scoring import LOW, make_scores
+from fracbit.pipeline.study.prune import Pruned, least_important, prune
+from fracbit.pipeline.study.prune_comparison import Point, compare_with_quantizing
+from fracbit.pipeline.study.study import Study
+from fracbit.pipeline.study.texts import LENGTH, SAMPLES
+from fracbit.records.allocation import read_level
+from fracbit.records.progress import Progress
+from fracbit.records.scores import Scores, check_scores, load_scores
+
+HIGH = "int4z/64"
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """The order of blocks, those that go, the lines of the comparison and the written model where they were asked for."""
+
+    scores: Scores
+    dropped: tuple[str, ...]
+    comparison: Mapping[str, Sequence[Point]] | None
+    written: Pruned | None
+
+
+def prune_by_score(
+    model: str | Path,
+    output: str | Path | None = None,
+    *,
+    drop: int = 1,
+    score: str = "lim",
+    text: str | None = None,
+    held_out: str | None = None,
+    high: str = HIGH,
+    low: str = LOW,
+    samples: int = SAMPLES,
+    length: int = LENGTH,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Pruning:
+    """Drop the `drop` least important blocks of a float model into the folder `output`.
+
+    - `score`: the name of a score, or a JSON file of scores of blocks; `text`: what it reads, where it reads any.
+    - `held_out`: other text, on which dropping is compared with lowering blocks from `high` to `low` in the same order.
+
+    Raises `RecipeError`, `SourceError`, `DataError`, `OutputError`.
+    """
+    study = Study(open_float(model), seed, progress)
+    subject = study.subject
+    units = subject.weights.units("block")
+    names = [unit.name for unit in units]
+    # Which blocks go.
+    scores = _given(score, names, subject.weights.fingerprint)
+    if scores is None:
+        ids = study.seen(text, samples, length).ids if text else None
+        scores = make_scores(
+            subject, units, score, scheme=read_level(low), ids=ids, seed=seed, progress=progress
+        )
+    dropped = least_important(scores, drop, names)
+    # What that costs, beside lowering them.
+    lines = None
+    if held_out is not None:
+        lines = compare_with_quantizing(
+            subject,
+            units,
+            scores,
+            high=read_level(high),
+            low=read_level(low),
+            held_out=study.held_out(held_out, samples, length).ids,
+            progress=progress,
+        )
+    written = None if output is None else prune(study.opened, dropped, output, overwrite)
+    return Pruning(scores, dropped, lines, written)
+
+
+def _given(score: str, names: Sequence[str], model: str) -> Scores | None:
+    """The scores of a JSON file, which must be of this model; None when `score` is the name of one."""
+    if Path(score).suffix != ".json":
+        return None
+    loaded = load_scores(Path(score))
+    if not isinstance(loaded, Scores):
+        raise RecipeError(f"{score} holds losses; pruning takes scores, one number a block")
+    check_scores(loaded, names, model)
+    return loaded

@@ -1,0 +1,204 @@
+"""From scores to candidates: losses of every unit under every level, divided by every solver within the budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import TypeVar
+
+from torch import Tensor
+
+from fracbit.errors import RecipeError
+from fracbit.importance import (
+    Solution,
+    best_uniform,
+    by_order,
+    cost_table,
+    exact,
+    predict_losses,
+)
+from fracbit.pipeline.plan.problem import Problem
+from fracbit.pipeline.plan.scoring import WEIGHT_ERROR, make_losses, make_scores
+from fracbit.pipeline.study.float_model import FloatModel
+from fracbit.records.allocation import Allocation
+from fracbit.records.progress import Progress
+from fracbit.records.scores import Losses, Scores, check_scores
+from fracbit.records.spending import Solver
+
+Value = TypeVar("Value")
+Curve = tuple[tuple[float, float], ...]
+"""Points (stored bits per weight, predicted loss)."""
+STEPS = 17  # points of a curve
+LITTLE = 0.02  # of a budget that may be left over without a word
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to spend the budget: what it takes, and what it is predicted to lose in the units of its losses."""
+
+    name: str
+    allocation: Allocation
+    bits_per_weight: float
+    file_bytes: int
+    predicted_loss: float | None
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The candidates, the solver's own first, and notes: what is left of the budget, what could not be tried."""
+
+    candidates: tuple[Candidate, ...]
+    notes: tuple[str, ...]
+
+
+def scores_and_losses(
+    problem: Problem,
+    score: str | Scores | Losses,
+    subject: FloatModel | None = None,
+    ids: Tensor | None = None,
+    progress: Progress | None = None,
+) -> tuple[Scores, Losses]:
+    """Scores for the order and losses for the optimum, from whatever was given: a score's name, or scores or losses themselves.
+
+    `subject` and `ids` int64 [samples, tokens] are for scores that read text.
+    Raises `RecipeError` for scores of another model and losses that do not cover the levels, `WeightError`.
+    """
+    if isinstance(score, Losses):
+        return _from_losses(problem, score)
+    if isinstance(score, Scores):
+        return _from_scores(problem, score, progress)
+    where, units, seed = subject or problem.weights, problem.units, problem.recipe.seed
+    losses = make_losses(where, units, score, problem.levels, ids=ids, seed=seed, progress=progress)
+    if losses.method == score:
+        return _lift(problem, losses), losses
+    return make_scores(where, units, score, ids=ids, seed=seed, progress=progress), losses
+
+
+def _from_losses(problem: Problem, losses: Losses) -> tuple[Scores, Losses]:
+    losses = replace(losses, rows=_without_fixed(problem, losses.rows))
+    check_scores(losses, [unit.name for unit in problem.units], problem.weights.fingerprint)
+    missing = [str(level) for level in problem.levels if level not in losses.schemes]
+    if missing:
+        raise RecipeError(f"these losses do not cover {', '.join(missing)}; measure them for all levels")
+    return _lift(problem, losses), losses
+
+
+def _from_scores(problem: Problem, scores: Scores, progress: Progress | None) -> tuple[Scores, Losses]:
+    scores = replace(scores, values=_without_fixed(problem, scores.values))
+    check_scores(scores, [unit.name for unit in problem.units], problem.weights.fingerprint)
+    errors = make_losses(problem.weights, problem.units, WEIGHT_ERROR, problem.levels, progress=progress)
+    return scores, predict_losses(scores, errors)
+
+
+def _without_fixed(problem: Problem, values: Mapping[str, Value]) -> dict[str, Value]:
+    """Values of units; those of linears, and of whole blocks of them, that the recipe fixes are not needed."""
+    units = {unit.name for unit in problem.units}
+    gone = set(problem.fixed) | {
+        name for name in values if any(fixed.startswith(f"{name}.") for fixed in problem.fixed)
+    }
+    return {name: value for name, value in values.items() if name in units or name not in gone}
+
+
+def _lift(problem: Problem, losses: Losses) -> Scores:
+    """What lifting a unit from the cheapest level to the dearest is worth, per bit it costs."""
+    costs = cost_table(problem.units, problem.levels)
+    total = [sum(cost[i] for cost in costs) for i in range(len(problem.levels))]
+    low, high = total.index(min(total)), total.index(max(total))
+    worth = losses.scores(*(losses.schemes.index(problem.levels[i]) for i in (low, high)))
+    price = {
+        unit.name: max(1, cost[high] - cost[low]) for unit, cost in zip(problem.units, costs, strict=True)
+    }
+    return replace(worth, values={name: value / price[name] for name, value in worth.values.items()})
+
+
+def solve(problem: Problem, scores: Scores, losses: Losses, solver: Solver = "exact") -> Solved:
+    """Divide the budget by `solver`, and beside it by every other way: the other solver, the best uniform level.
+
+    Raises `BudgetError` (budget out of reach, with the range), `RecipeError` (exact without scipy).
+    """
+    chosen = _divide(problem, scores, losses, solver)
+    found: dict[str, Solution] = {solver: chosen}
+    for other in _solvers():
+        if other != solver:
+            found[other] = _divide(problem, scores, losses, other)
+    level = best_uniform(problem.units, problem.levels, problem.budget.bits, losses)
+    if level is not None:
+        found["uniform"] = level
+    alone = ("the exact optimum is not shown: that needs scipy (fracbit[budget])",)
+    return Solved(
+        tuple(_candidate(problem, name, solution, losses.method) for name, solution in found.items()),
+        (*chosen.notes, *(() if "exact" in found else alone), *_left_over(problem, chosen)),
+    )
+
+
+def curves_of(problem: Problem, scores: Scores, losses: Losses) -> dict[str, Curve]:
+    """Predicted loss over the whole reachable range, by each solver, and the uniform schemes as points."""
+    costs = cost_table(problem.units, problem.levels)
+    least, most = sum(map(min, costs)), sum(map(max, costs))
+    steps = [least + (most - least) * i // (STEPS - 1) for i in range(STEPS)]
+    budgets = [replace(problem.budget, bits=bits, question="average bits") for bits in steps]
+    curves: dict[str, Curve] = {}
+    for solver in _solvers():
+        solved = [_divide(replace(problem, budget=budget), scores, losses, solver) for budget in budgets]
+        curves[solver] = tuple((problem.budget.per_weight(s.bits), s.loss) for s in solved)
+    return curves | {"uniform": _uniform_points(problem, costs, losses)}
+
+
+def _uniform_points(problem: Problem, costs: Sequence[Sequence[int]], losses: Losses) -> Curve:
+    points = []
+    for i, level in enumerate(problem.levels):
+        column = losses.schemes.index(level)
+        total = sum(cost[i] for cost in costs)
+        points.append((problem.budget.per_weight(total), sum(row[column] for row in losses.rows.values())))
+    return tuple(sorted(points))
+
+
+def _solvers() -> tuple[Solver, ...]:
+    """Those that can run here: the exact one needs scipy, an extra."""
+    return ("exact", "order") if find_spec("scipy") else ("order",)
+
+
+def _divide(problem: Problem, scores: Scores, losses: Losses, solver: Solver) -> Solution:
+    if solver == "exact":
+        return exact(problem.units, problem.levels, problem.budget, losses)
+    return by_order(problem.units, problem.levels, problem.budget, scores, losses=losses)
+
+
+def _candidate(problem: Problem, name: str, solution: Solution, method: str) -> Candidate:
+    budget = problem.budget
+    allocation = solution.allocation(
+        problem.units,
+        problem.levels,
+        problem.weights.fingerprint,
+        solver=name,
+        score=method,
+        budget=budget.figure(budget.bits),
+    )
+    return Candidate(
+        name,
+        allocation,
+        bits_per_weight=budget.per_weight(solution.bits),
+        file_bytes=problem.file_bytes(allocation.schemes),
+        predicted_loss=None if math.isnan(solution.loss) else solution.loss,
+    )
+
+
+def _left_over(problem: Problem, solution: Solution) -> tuple[str, ...]:
+    """A note where much of the budget is left, and why."""
+    left = problem.budget.bits - solution.bits
+    if left < LITTLE * problem.budget.bits:
+        return ()
+    taken = {unit.name: solution.picks[unit.name] for unit in problem.units}
+    costs = cost_table(problem.units, problem.levels)
+    steps = [
+        price - cost[taken[unit.name]]
+        for unit, cost in zip(problem.units, costs, strict=True)
+        for price in cost
+        if price > cost[taken[unit.name]]
+    ]
+    why = "nothing it could buy is expected to help" if steps else "every layer has the dearest level"
+    if steps and min(steps) > left:
+        why = "the cheapest step to a larger scheme costs more"
+    return (f"{100 * left / problem.budget.bits:.1f} % of the budget is left: {why}",)

@@ -15,15 +15,32 @@ from typing import Any
 
 from fracbit.records.recipe import Recipe
 from fracbit.records.scheme import Scheme
+from fracbit.records.spending import Spending
 from fracbit.records.version import __version__
 
-__all__ = ["Recipe", "Scheme", "__version__", "evaluate", "load", "quantize", "run"]
+__all__ = [
+    "Recipe",
+    "Scheme",
+    "Spending",
+    "__version__",
+    "evaluate",
+    "export",
+    "load",
+    "plan",
+    "quantize",
+    "score",
+    "sweep",
+]
 
 _API = {
     "quantize": "fracbit.pipeline.verbs",
+    "plan": "fracbit.pipeline.plan.plan",
+    "score": "fracbit.pipeline.plan.scoring",
     "evaluate": "fracbit.pipeline.verbs",
     "load": "fracbit.checkpoint.load",
-    "run": "fracbit.pipeline.quantize.stream",
+    "sweep": "fracbit.sweeps.runner",
+    "export": "fracbit.checkpoint.export.exporter",
+    "run": "fracbit.pipeline.verbs",  # version 0.1's name of quantize(recipe, output); goes in 0.3
 }
 _HOOKED = "transformers.quantizers.auto"
 

@@ -1,49 +1,204 @@
-"""The functions behind `fracbit.quantize` and `fracbit.evaluation`: few arguments, everything else in a recipe."""
+"""The verbs of the package that need the pipeline: few arguments, everything else in a recipe or in a spending."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fracbit.checkpoint.load import load, load_tokenizer
-from fracbit.data import Tokens, read_documents
-from fracbit.errors import DataError
-from fracbit.evaluation import Ids, Perplexity, perplexity
-from fracbit.evaluation.logits import Progress
-from fracbit.pipeline.quantize.stream import Result, run
+from fracbit.checkpoint.load import load, load_tokenizer, tokenizer_or_none
+from fracbit.checkpoint.output import SHARD_BYTES
+from fracbit.data import ID_FORMATS, Tokens, parse_source, read_documents
+from fracbit.errors import DataError, RecipeError
+from fracbit.evaluation import (
+    Divergence,
+    Ids,
+    Perplexity,
+    ZeroShot,
+    ask,
+    cut_windows,
+    default_window,
+    judge,
+    prepare_questions,
+    tasks_of,
+)
+from fracbit.pipeline.plan.budget import budgeted, planned
+from fracbit.pipeline.quantize.run import open_for, write_checkpoint
+from fracbit.pipeline.study.overlap import calibration_sources, overlap_notes
+from fracbit.records.progress import Shown, showing
 from fracbit.records.recipe import Recipe
+from fracbit.records.run import Result
 from fracbit.records.scheme import Scheme
+from fracbit.records.spending import Spending
 
 
 def quantize(
-    model: str | Path, output: str | Path, scheme: Scheme | None = None, overwrite: bool = False
+    model: str | Path | Recipe,
+    output: str | Path,
+    scheme: Scheme | None = None,
+    *,
+    spending: Spending | None = None,
+    allocation: str | Path | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    device: str = "cpu",
+    shard_bytes: int = SHARD_BYTES,
+    progress: Shown = "auto",
 ) -> Result:
-    """Round `model` (folder or hub id) to `scheme` into the folder `output`; `fracbit.run` takes a whole recipe.
+    """Quantize a model into the folder `output`, with the loop that its recipe needs.
 
-    Raises a `FracbitError`, as `run` does.
+    - `model`: a folder or hub id, rounded to `scheme`; or a whole `Recipe`: quantizer, calibration, corrections, overrides.
+    - `spending`: a budget or preset that chooses the schemes; `allocation`: a JSON file of `fracbit plan` that names them.
+    - `device`: where blocks are calibrated, one at a time; `shard_bytes` bounds the memory of a data-free run.
+    - `resume` continues an interrupted output; a finished one is left as it is, and a note says so.
+
+    Raises a `FracbitError`: `SourceError`, `RecipeError`, `SchemeError`, `BudgetError`, `DataError`, `WeightError` (layer
+    named), `OutputError`.
     """
-    return run(Recipe(model=str(model), scheme=scheme or Scheme()), output, overwrite=overwrite)
+    recipe = _recipe_of(model, scheme)
+    opened = open_for(recipe)
+    said: tuple[str, ...] = ()
+    with showing(progress) as show:
+        if allocation is not None:
+            recipe, said = planned(recipe, Path(allocation), opened)
+        if spending is not None:
+            recipe, notes = budgeted(recipe, spending, opened, show)
+            said = (*said, *notes)
+        result = write_checkpoint(
+            recipe,
+            output,
+            overwrite=overwrite,
+            resume=resume,
+            device=device,
+            shard_bytes=shard_bytes,
+            progress=show,
+            opened=opened,
+        )
+    return replace(result, notes=(*said, *result.notes))
+
+
+run = quantize
+"""Version 0.1's name of `quantize` with a recipe; goes in 0.3."""
+
+
+def _recipe_of(model: str | Path | Recipe, scheme: Scheme | None) -> Recipe:
+    if not isinstance(model, Recipe):
+        # A scheme that nobody asked for must not look as if someone had: a budget refuses to stand beside one.
+        return Recipe(model=str(model)) if scheme is None else Recipe(model=str(model), scheme=scheme)
+    if scheme is not None:
+        raise RecipeError("a recipe names its scheme: leave the argument `scheme` out, or change the recipe")
+    return model
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What a model was found to be worth on a text (`loss`, `divergence`) and on tasks (`zero_shot`); None where not asked.
+
+    `notes`: what the user should know, such as documents that the model was calibrated on.
+    """
+
+    model: str
+    loss: Perplexity | None = None
+    divergence: Divergence | None = None
+    zero_shot: ZeroShot | None = None
+    text: str | None = None
+    text_sha256: str = ""
+    against: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nll); infinite where that overflows. Raises `DataError` when no text was evaluated."""
+        return self._loss.perplexity
+
+    @property
+    def nll(self) -> float:
+        """Nats per scored token. Raises `DataError` when no text was evaluated."""
+        return self._loss.nll
+
+    @property
+    def _loss(self) -> Perplexity:
+        if self.loss is None:
+            raise DataError("only tasks were evaluated: there is no perplexity; name a text too")
+        return self.loss
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        figures: dict[str, Any] = {"model": self.model, "notes": list(self.notes)}
+        if self.loss is not None:
+            figures |= {"text": self.text, "text_sha256": self.text_sha256, **self.loss.to_json()}
+        if self.divergence is not None:
+            figures["divergence"] = {"against": self.against, **self.divergence.to_json()}
+        return figures | ({} if self.zero_shot is None else {"zero_shot": self.zero_shot.to_json()})
 
 
 def evaluate(
     model: PreTrainedModel | str | Path,
-    text: str | Path,
+    text: str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    against: PreTrainedModel | str | Path | None = None,
     window: int | None = None,
     stride: int | None = None,
-    progress: Progress | None = None,
-) -> Perplexity:
-    """Perplexity of a loaded model, a folder or a hub id on `text`, a source such as `file.txt` or `ids.u16?length=512`.
+    bos: int | None = None,
+    batch: int = 8,
+    dtype: str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    progress: Shown = "auto",
+) -> Evaluated:
+    """Evaluate a loaded model, a folder or a hub id on a text, on zero-shot tasks, or both.
 
-    A text is one stream; documents of an id file with `length` are windowed each on its own.
+    - `text`: a source such as `file.txt` or `ids.u16?length=512`. A text is one stream; documents of an id file with `length`
+      are windowed each on its own. `window`, `stride`, `bos`, `batch`: see `fracbit.evaluation.cut_windows` and `judge`.
+    - `against`: the float model, for the divergence of the predictions from its own.
+    - `tasks`: names of lm-eval or files of local tasks; the first `limit` questions of each.
+    - `dtype`, `device`, `trust_remote_code`: how models that are not loaded yet are loaded.
+
     Raises `SourceError`, `DataError`, `WeightError`.
     """
-    loaded = model if isinstance(model, PreTrainedModel) else load(model)
+    if text is None and (not tasks or against is not None):
+        raise DataError("nothing to measure: give a text for perplexity, tasks for accuracy, or both")
+    questions = prepare_questions(tasks_of(tasks)) if tasks else None
+    how = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    loaded = _loaded(model, how)
+    name = str(loaded.name_or_path)
     if tokenizer is None:
-        tokenizer = load_tokenizer(str(loaded.name_or_path))
-    tokens = read_text(text, tokenizer, loaded)
-    return perplexity(loaded, ids_of(tokens), window=window, stride=stride, progress=progress)
+        alone = not tasks and text is not None and parse_source(str(text)).format in ID_FORMATS
+        tokenizer = tokenizer_or_none(name) if alone else load_tokenizer(name, trust_remote_code)
+    found = Evaluated(name)
+    if text is not None:
+        reference = None if against is None else _loaded(against, how)
+        tokens = read_text(text, tokenizer, loaded)
+        vocabulary = loaded.config.get_text_config().vocab_size
+        if bos is not None and not 0 <= bos < vocabulary:
+            raise DataError(f"bos {bos} is no id of this model: its vocabulary is 0..{vocabulary - 1}")
+        windows = cut_windows(ids_of(tokens), window=window or default_window(loaded), stride=stride, bos=bos)
+        with showing(progress) as show:
+            judged = judge(loaded, windows, batch=batch, reference=reference, progress=show)
+        shared = overlap_notes(tokens, calibration_sources(name), tokenizer, vocabulary)
+        found = replace(
+            found,
+            loss=judged.perplexity,
+            divergence=judged.divergence,
+            text=str(text),
+            text_sha256=tokens.sha256,
+            against=None if reference is None else str(reference.name_or_path),
+            notes=(*tokens.notes, *shared),
+        )
+    if questions is not None and tokenizer is not None:
+        asked = ask(loaded, tokenizer, questions, limit=limit, batch=batch, quiet=True)
+        found = replace(found, zero_shot=asked)
+    return found
+
+
+def _loaded(model: PreTrainedModel | str | Path, how: dict[str, Any]) -> PreTrainedModel:
+    return model if isinstance(model, PreTrainedModel) else load(model, **how)
 
 
 def read_text(text: str | Path, tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel) -> Tokens:

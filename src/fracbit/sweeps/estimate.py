@@ -44,7 +44,7 @@ class Estimate:
 
     @property
     def runs(self) -> int:
-        """Runs of the grid."""
+        """Runs of the sweep."""
         return sum(model.runs for model in self.models)
 
     @property

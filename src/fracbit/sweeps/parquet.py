@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fracbit.errors import FormatError, OutputError
-from fracbit.records.row import Row, Run, run_key
+from fracbit.records.row import Row, run_key
 from fracbit.sweeps.store import columns_of
 
 NESTED = ("accuracies", "versions", "notes")  # JSON in a column
@@ -65,12 +65,14 @@ def _row(line: Mapping[str, Any], path: Path) -> Row:
         )
     fields = {name: line[name] for name in Row.model_fields if name in line and name not in ("run", *NESTED)}
     try:
-        run = Run.model_validate_json(line["run"])
-        row = Row(run=run, **fields, **{name: json.loads(line[name]) for name in NESTED})
+        nested = {name: json.loads(line[name]) for name in ("run", *NESTED)}
+        row = Row.model_validate({**fields, **nested})
     except (ValidationError, ValueError, TypeError) as error:
         raise FormatError(f"{path}: row {line['key']} cannot be read: {error}") from error
-    if run_key(run) != row.key:
-        raise FormatError(f"{path}: row {row.key} is of a run whose key is {run_key(run)}; measure it again")
+    if run_key(row.run) != row.key:
+        raise FormatError(
+            f"{path}: row {row.key} is of a run whose key is {run_key(row.run)}; measure it again"
+        )
     return row
 
 

@@ -19,7 +19,7 @@ S = TypeVar("S", bound=Hashable)
 
 @dataclass(frozen=True)
 class Workload:
-    """What a workbench is made for. Runs of equal sources share one."""
+    """What a workbench is made for. Runs of equal workloads share one."""
 
     model: str
     revision: str | None
@@ -27,14 +27,14 @@ class Workload:
     evaluation: Evaluation
 
 
-def source_of(run: Run) -> Workload:
-    """The source that a run needs."""
+def workload_of(run: Run) -> Workload:
+    """The workload that a run belongs to."""
     recipe = run.recipe
     return Workload(recipe.model, recipe.revision, recipe.trust_remote_code, run.evaluation)
 
 
 class Queue(Generic[S]):
-    """Runs that wait, by the source they need. Its state is what waits and which worker has what loaded."""
+    """Runs that wait, by the workload they need. Its state is what waits and which worker has what loaded."""
 
     def __init__(
         self,
@@ -43,10 +43,10 @@ class Queue(Generic[S]):
         load_seconds: Callable[[S], float] = lambda _: 0.0,
         fits: Callable[[int, S], bool] = lambda _, __: True,
     ) -> None:
-        """`items`: (source, key) in order; `run_seconds`, `load_seconds`: estimates per source; `fits(worker, source)`."""
+        """`items`: (workload, key) in order; `run_seconds`, `load_seconds`: estimates; `fits(worker, workload)`."""
         self.waiting: dict[S, deque[str]] = {}
-        for source, key in items:
-            self.waiting.setdefault(source, deque()).append(key)
+        for workload, key in items:
+            self.waiting.setdefault(workload, deque()).append(key)
         self.loaded: dict[int, S] = {}
         self.run_seconds, self.load_seconds, self.fits = run_seconds, load_seconds, fits
 
@@ -55,36 +55,36 @@ class Queue(Generic[S]):
         return sum(len(keys) for keys in self.waiting.values())
 
     def take(self, worker: int) -> tuple[S, str] | None:
-        """The next run for a worker, whose loaded source this becomes; None when nothing is worth its while."""
-        source = self._choose(worker)
-        if source is None:
+        """The next run for a worker, whose loaded workload this becomes; None when nothing is worth its while."""
+        workload = self._choose(worker)
+        if workload is None:
             return None
-        self.loaded[worker] = source
-        return source, self.waiting[source].popleft()
+        self.loaded[worker] = workload
+        return workload, self.waiting[workload].popleft()
 
-    def give_back(self, source: S, key: str) -> None:
+    def give_back(self, workload: S, key: str) -> None:
         """A run that was taken and not done (its worker died) comes next."""
-        self.waiting.setdefault(source, deque()).appendleft(key)
+        self.waiting.setdefault(workload, deque()).appendleft(key)
 
     def leave(self, worker: int) -> None:
         """A worker is gone; what it had loaded no longer counts."""
         self.loaded.pop(worker, None)
 
-    def drop(self, source: S) -> list[str]:
-        """Take away all runs of a source, one that cannot be loaded; their keys."""
-        return list(self.waiting.pop(source, ()))
+    def drop(self, workload: S) -> list[str]:
+        """Take away all runs of a workload, one that cannot be loaded; their keys."""
+        return list(self.waiting.pop(workload, ()))
 
     def _choose(self, worker: int) -> S | None:
         own = self.loaded.get(worker)
         if own is not None and self.waiting.get(own):
             return own
-        busy = Counter(source for other, source in self.loaded.items() if other != worker)
+        busy = Counter(workload for other, workload in self.loaded.items() if other != worker)
         best, most = None, 0.0
-        for source, keys in self.waiting.items():
-            if not keys or not self.fits(worker, source):
+        for workload, keys in self.waiting.items():
+            if not keys or not self.fits(worker, workload):
                 continue
-            left = len(keys) * self.run_seconds(source) / (busy[source] + 1)
-            gain = left - self.load_seconds(source) if busy[source] else left
+            left = len(keys) * self.run_seconds(workload) / (busy[workload] + 1)
+            gain = left - self.load_seconds(workload) if busy[workload] else left
             if gain > most:
-                best, most = source, gain
+                best, most = workload, gain
         return best

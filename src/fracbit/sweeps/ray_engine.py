@@ -14,35 +14,34 @@ from pathlib import Path
 from typing import Any
 
 from fracbit.errors import OutputError, RecipeError
-from fracbit.records.row import Row, Run
+from fracbit.records.row import Row, Run, failed_row
 from fracbit.sweeps.address import check_address
-from fracbit.sweeps.queue import Queue, Workload, source_of
-from fracbit.sweeps.runner import failed_row
+from fracbit.sweeps.queue import Queue, Workload, workload_of
 from fracbit.sweeps.workbench import RUN_FAILURES, Workbench, explain
 
 
 class Bench:
-    """What an actor is: at most one workbench, exchanged when a run needs another source."""
+    """What an actor is: at most one workbench, exchanged when a run needs another workload."""
 
-    def __init__(self, root: str, device: str, threads: int) -> None:
+    def __init__(self, root: str, device: str, threads: int, keep_going: bool = False) -> None:
         """`threads` for torch in this worker: its share of the machine."""
         import torch
 
         torch.set_num_threads(threads)
-        self.root, self.device = Path(root), device
+        self.root, self.device, self.keep_going = Path(root), device, keep_going
         self.bench: Workbench | None = None
 
     def measure(self, run_json: str) -> str:
         """A row as JSON for a run as JSON."""
         run = Run.model_validate_json(run_json)
-        source = source_of(run)
-        if self.bench is None or self.bench.source != source:
+        workload = workload_of(run)
+        if self.bench is None or self.bench.workload != workload:
             self.bench = None
             try:
-                self.bench = Workbench(source, self.root, self.device)
+                self.bench = Workbench(workload, self.root, self.device)
             except RUN_FAILURES as error:
                 return failed_row(run, explain(error)).model_dump_json()
-        return self.bench.measure(run).model_dump_json()
+        return self.bench.measure(run, self.keep_going).model_dump_json()
 
     def pid(self) -> int:
         """The process id of this worker."""
@@ -55,7 +54,8 @@ class OnRay:
 
     - `workers`: actors, None for as many as the cluster's CPUs (GPUs, when a task takes some) hold at the start.
     - `cpus`, `gpus`, `memory` (bytes) are what each takes; `retries` of a run whose worker died.
-    - `root`: where relative paths of the grid start; every node must see the same files there.
+    - `root`: where relative paths of the sweep start; every node must see the same files there.
+    - `keep_going`: a bug of fracbit becomes a failed row with its traceback; without it the sweep stops there.
     """
 
     root: Path
@@ -65,6 +65,7 @@ class OnRay:
     gpus: float = 0
     memory: int | None = None
     retries: int = 2
+    keep_going: bool = False
 
     def measure(
         self, queue: Queue[Workload], runs: dict[str, Run], claim: Callable[[str], bool]
@@ -107,13 +108,13 @@ class _Pool:
             self._hire()
         while self.busy:
             done, _ = self.ray.wait(list(self.busy), num_returns=1)
-            worker, source, key = self.busy.pop(done[0])
+            worker, workload, key = self.busy.pop(done[0])
             try:
                 yield Row.model_validate_json(self.ray.get(done[0]))
                 self._assign(worker)
             except (self.ray.exceptions.RayActorError, self.ray.exceptions.OutOfMemoryError) as error:
                 self._bury(worker)
-                yield from self._try_again(source, key, error)
+                yield from self._try_again(workload, key, error)
                 self._hire()
 
     def stop(self) -> None:
@@ -144,18 +145,18 @@ class _Pool:
         gpus = self.engine.gpus
         device = "auto" if gpus > 1 else "cuda" if gpus else "cpu"
         self.actors[worker] = self.make.remote(
-            str(self.engine.root.resolve()), device, max(1, int(self.engine.cpus))
+            str(self.engine.root.resolve()), device, max(1, int(self.engine.cpus)), self.engine.keep_going
         )
         self._assign(worker)
 
     def _assign(self, worker: int) -> None:
         """Give a worker its next run, or let it go when nothing is left for it."""
         while (taken := self.queue.take(worker)) is not None:
-            source, key = taken
+            workload, key = taken
             if key in self.held or self.claim(key):
                 self.held.add(key)
                 task = self.actors[worker].measure.remote(self.runs[key].model_dump_json())
-                self.busy[task] = (worker, source, key)
+                self.busy[task] = (worker, workload, key)
                 return
         self.ray.kill(self.actors[worker])
         self._bury(worker)
@@ -164,10 +165,10 @@ class _Pool:
         self.actors.pop(worker, None)
         self.queue.leave(worker)
 
-    def _try_again(self, source: Workload, key: str, error: Exception) -> Iterator[Row]:
+    def _try_again(self, workload: Workload, key: str, error: Exception) -> Iterator[Row]:
         self.deaths[key] += 1
         if self.deaths[key] <= self.engine.retries:
-            self.queue.give_back(source, key)
+            self.queue.give_back(workload, key)
         else:
             reason = str(error).strip().splitlines()[0]
             yield failed_row(self.runs[key], f"its worker died {self.deaths[key]} times, last: {reason}")

@@ -9,14 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Literal, Protocol
 
-from fracbit.records.row import Row, Run, run_key
-from fracbit.sweeps.queue import Queue, Workload, source_of
-from fracbit.sweeps.store import Store
+from fracbit.records.progress import showing
+from fracbit.records.row import Row, Run
+from fracbit.sweeps.in_process import InProcess
+from fracbit.sweeps.queue import Queue, Workload, workload_of
+from fracbit.sweeps.spec import Sweep, expand, read_sweep
+from fracbit.sweeps.store import Store, open_store
 
 POLL = 1.0
-Progress = Callable[[Row, int, int], None]
+OnRow = Callable[[Row, int, int], None]
 """Called after every row with it, the number of rows that are there and of runs in all."""
 
 
@@ -32,7 +36,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a sweep did. `measured`: rows it wrote; `failed`: all failed rows of the grid; `seconds`: wall clock."""
+    """What a sweep did. `measured`: rows it wrote; `failed`: all failed rows of the sweep; `seconds`: wall clock."""
 
     total: int
     measured: int
@@ -40,11 +44,41 @@ class Outcome:
     seconds: float
 
 
+def sweep(
+    file: str | Path | Sweep,
+    store: str | Path = "sweep.db",
+    *,
+    root: str | Path | None = None,
+    engine: Engine | None = None,
+    retry_failed: bool = False,
+    keep_going: bool = False,
+    progress: OnRow | Literal["auto"] | None = "auto",
+) -> Outcome:
+    """Measure every run of a sweep that the store lacks: a sweep file (TOML), or a `Sweep`. Started again, it goes on.
+
+    - `store`: an SQLite file, or postgresql://USER@HOST/NAME. `root`: where relative paths of the sweep start; by default the
+      folder of its file, or the current one.
+    - `engine`: who measures; by default this process, one run after the other. `keep_going`: without an engine, a bug of
+      fracbit becomes a failed row instead of ending the sweep.
+    - `retry_failed` tries failed runs again. `progress` is called after every row; "auto" is a bar where the sweep runs.
+
+    Raises `RecipeError` for a file that is no sweep, `OutputError` when the store cannot be written.
+    """
+    read = file if isinstance(file, Sweep) else read_sweep(Path(file))
+    folder = Path.cwd() if isinstance(file, Sweep) else Path(file).parent
+    runs = expand(read).runs
+    place = Path(root) if root is not None else (folder / read.root).resolve()
+    used = engine or InProcess(place, keep_going=keep_going)
+    with open_store(str(store)) as opened, showing("auto" if progress == "auto" else None) as show:
+        on_row = None if show is None else lambda row, done, total: show(str(row.run), done, total)
+        return run_sweep(opened, runs, used, on_row if progress == "auto" else progress, retry_failed)
+
+
 def run_sweep(
     store: Store,
     wanted: Mapping[str, Run],
     engine: Engine,
-    progress: Progress | None = None,
+    progress: OnRow | None = None,
     retry_failed: bool = False,
 ) -> Outcome:
     """Measure every one of the `wanted` runs that the store lacks; returns when all are there, whoever measured them.
@@ -59,7 +93,7 @@ def run_sweep(
     measured = 0
     while missing := _missing(store, runs):
         store.recover()
-        queue = Queue([(source_of(run), key) for key, run in missing.items()])
+        queue = Queue([(workload_of(run), key) for key, run in missing.items()])
         before = measured
         for row in engine.measure(queue, missing, store.claim):
             measured += store.write(row)
@@ -68,18 +102,13 @@ def run_sweep(
         if measured == before:
             time.sleep(POLL)  # another sweep is at what is left
     there = {row.key: row for row in store.rows("failed")}
-    failed = tuple(there[key] for key in runs if key in there)  # in the order of the grid
+    failed = tuple(there[key] for key in runs if key in there)  # in the order of the sweep
     return Outcome(len(runs), measured, failed, time.perf_counter() - started)
 
 
 def _missing(store: Store, runs: Mapping[str, Run]) -> dict[str, Run]:
     there = store.keys()
     return {key: run for key, run in runs.items() if key not in there}
-
-
-def failed_row(run: Run, error: str) -> Row:
-    """The row of a run that could not even start."""
-    return Row(key=run_key(run), run=run, status="failed", error=error)
 
 
 def check_complete(outcome: Outcome) -> str:

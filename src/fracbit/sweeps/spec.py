@@ -1,4 +1,4 @@
-"""A grid: a TOML file that spans a study, and its expansion into runs.
+"""A sweep, as its TOML file states it, and its expansion into runs.
 
     models = ["tales-s", "tales-m"]        # folders below `root`, or hub ids
     root = "models"                        # where relative paths start: beside this file if it is left out
@@ -7,11 +7,17 @@
     [evaluation]
     text = "tales-evaluation.u16?length=512&first=64"
 
+    [calibration]                          # a recipe's [calibration]; for the runs that read calibration data
+    text = "tales-calibration.u16?length=512"
+    samples = 32
+    length = 256
+
     [[arm]]                                # the product of all lists; any number of arms
     dtypes = ["int", "nf"]
     bits = [3, 4]
     blocks = [64, 128, "row"]
-    offsets = ["none"]
+    quantizers = ["rtn", "gptq"]
+    chains = ["quantized", "float"]        # what a block is calibrated on: the quantized blocks before it, or the float ones
 
     [[arm.exclude]]                        # points that match all of a table's keys are left out
     dtype = "nf"
@@ -26,7 +32,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -36,11 +42,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from fracbit.errors import FracbitError, RecipeError, SchemeError, near_matches
 from fracbit.numerics import DATATYPES, check_datatype
-from fracbit.quantizers import QUANTIZERS
+from fracbit.quantizers import quantizer
+from fracbit.records.calibration import Calibration
+from fracbit.records.inputs import parse_inputs
+from fracbit.records.outliers import read_outliers
 from fracbit.records.recipe import Recipe, SchemeField, read_toml
-from fracbit.records.row import KEEP_ALL, Calibration, Evaluation, Run, outliers_of, run_key
+from fracbit.records.row import KEEP_ALL, OLD_SAMPLES, Evaluation, Run, run_key
 from fracbit.records.scheme import Scheme
-from fracbit.sweeps.corrections import CORRECTIONS
+from fracbit.records.tables import CORRECTIONS, QUANTIZERS, TRANSFORMS
 
 
 def _many(value: object) -> object:
@@ -51,6 +60,24 @@ Strings = Annotated[tuple[str, ...], BeforeValidator(_many), Field(min_length=1)
 Integers = Annotated[tuple[int, ...], BeforeValidator(_many), Field(min_length=1)]
 Blocks = Annotated[tuple[int | str, ...], BeforeValidator(_many), Field(min_length=1)]
 Booleans = Annotated[tuple[bool, ...], BeforeValidator(_many), Field(min_length=1)]
+
+
+def _without_prefix(value: object) -> object:
+    """`tweak-closed`, as files of version 0.1 write it, is `closed`."""
+    names = value if isinstance(value, (list, tuple)) else (value,)
+    return tuple(str(name).removeprefix("tweak-") for name in names)
+
+
+def _calibration(value: object) -> object:
+    """A recipe's calibration, with one `text` for `texts` and fewer samples than a recipe takes when it says nothing."""
+    if not isinstance(value, Mapping):
+        return value
+    rest = {name: part for name, part in value.items() if name != "text"}
+    return {**OLD_SAMPLES, **({"texts": (value["text"],)} if "text" in value else {}), **rest}
+
+
+Corrections = Annotated[tuple[str, ...], BeforeValidator(_without_prefix), Field(min_length=1)]
+CalibrationTable = Annotated[Calibration, BeforeValidator(_calibration)]
 
 
 class _Table(BaseModel):
@@ -69,7 +96,10 @@ class Exclusion(_Table):
     scale: Strings | None = None
     quantizer: Strings | None = None
     search: Booleans | None = None
-    correction: Strings | None = None
+    chain: Strings | None = None
+    transform: Strings | None = None
+    correction: Corrections | None = None
+    inputs: Strings | None = None
     outliers: Strings | None = None
     seed: Integers | None = None
 
@@ -80,7 +110,10 @@ class Exclusion(_Table):
 
 
 class Arm(_Table):
-    """A product of lists. Every key takes one value or a list; `models` defaults to the grid's."""
+    """A product of lists. Every key takes one value or a list; `models` defaults to the sweep's.
+
+    A transform is `none`, one name, or several with + between them; `inputs` is `none` or a rounding such as `int8/token`.
+    """
 
     name: str = ""
     models: Strings | None = None
@@ -92,19 +125,22 @@ class Arm(_Table):
     scales: Strings = ("fp16",)
     quantizers: Strings = ("rtn",)
     search: Booleans = (False,)
-    corrections: Strings = ("none",)
+    chains: Strings = ("quantized",)
+    transforms: Strings = ("none",)
+    corrections: Corrections = ("none",)
+    inputs: Strings = ("none",)
     outliers: Strings = ("none",)
     seeds: Integers = (0,)
     exclude: tuple[Exclusion, ...] = ()
 
 
 class Sweep(_Table):
-    """A whole study, as the file states it. `root`: where relative paths start, from the file's own folder on."""
+    """A whole sweep, as its file states it. `root`: where relative paths start, from the file's own folder on."""
 
     models: Strings
     evaluation: Evaluation
     root: str = "."
-    calibration: Calibration | None = None
+    calibration: CalibrationTable | None = None
     baseline: bool = True
     embeddings: SchemeField | None = None
     head: SchemeField | None = None
@@ -115,7 +151,7 @@ class Sweep(_Table):
 
 @dataclass(frozen=True)
 class Expansion:
-    """The runs of a grid, each once, in the order of the file; why the other points are not among them."""
+    """The runs of a sweep, each once, in the order of the file; why the other points are not among them."""
 
     runs: dict[str, Run]
     skipped: Mapping[str, int]
@@ -126,83 +162,84 @@ class Expansion:
         return tuple(dict.fromkeys(run.recipe.model for run in self.runs.values()))
 
 
-def read_grid(path: Path) -> Sweep:
-    """Read a grid file. Raises `RecipeError` that names the key and its line."""
+def read_sweep(path: Path) -> Sweep:
+    """Read a sweep file. Raises `RecipeError` that names the key and its line."""
     data = read_toml(path)
     text = path.read_text(encoding="utf-8")
     try:
-        grid = Sweep.model_validate(data)
+        sweep = Sweep.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         raise RecipeError(_explain(first["loc"], first["type"], first["msg"], path, text)) from None
     except FracbitError as error:
         raise RecipeError(f"{path}: {error}") from error
-    for index, arm in enumerate(grid.arm):
+    for index, arm in enumerate(sweep.arm):
         _check_names(arm, index, path, text)
-    return grid
+    return sweep
 
 
-def expand(grid: Sweep) -> Expansion:
-    """All runs of a grid. Raises `RecipeError` when nothing is left of it."""
+def expand(sweep: Sweep) -> Expansion:
+    """All runs of a sweep. Raises `RecipeError` when nothing is left of it."""
     skipped: Counter[str] = Counter()
     runs: dict[str, Run] = {}
-    for run in itertools.chain(_baselines(grid), *(_arm_runs(grid, arm, skipped) for arm in grid.arm)):
+    for run in itertools.chain(_baselines(sweep), *(_arm_runs(sweep, arm, skipped) for arm in sweep.arm)):
         key = run_key(run)
         if key in runs:
             skipped["named by an earlier arm"] += 1
         runs.setdefault(key, run)
     if not runs:
         reasons = "; ".join(f"{count} points: {reason}" for reason, count in skipped.items())
-        raise RecipeError(f"the grid has no runs ({reasons}); loosen its exclusions")
+        raise RecipeError(f"the sweep has no runs ({reasons}); loosen its exclusions")
     return Expansion(runs, dict(skipped))
 
 
-def _baselines(grid: Sweep) -> Iterator[Run]:
-    named = itertools.chain(grid.models, *(arm.models or () for arm in grid.arm))
-    for model in dict.fromkeys(named) if grid.baseline else ():
-        recipe = Recipe(model=model, trust_remote_code=grid.trust_remote_code, overrides=(KEEP_ALL,))
-        yield Run(recipe=recipe, evaluation=grid.evaluation)
+def _baselines(sweep: Sweep) -> Iterator[Run]:
+    named = itertools.chain(sweep.models, *(arm.models or () for arm in sweep.arm))
+    for model in dict.fromkeys(named) if sweep.baseline else ():
+        recipe = Recipe(model=model, trust_remote_code=sweep.trust_remote_code, overrides=(KEEP_ALL,))
+        yield Run(recipe=recipe, evaluation=sweep.evaluation)
 
 
-def _arm_runs(grid: Sweep, arm: Arm, skipped: Counter[str]) -> Iterator[Run]:
-    for point in _points(grid, arm):
-        if any(rule.matches(point) for rule in (*grid.exclude, *arm.exclude)):
-            skipped["excluded by the grid"] += 1
+def _arm_runs(sweep: Sweep, arm: Arm, skipped: Counter[str]) -> Iterator[Run]:
+    for point in _points(sweep, arm):
+        if any(rule.matches(point) for rule in (*sweep.exclude, *arm.exclude)):
+            skipped["excluded by the sweep"] += 1
             continue
-        reason = _illegal(point, grid)
+        reason = _illegal(point, sweep)
         if reason:
             skipped[reason] += 1
             continue
-        yield _run(grid, point)
+        yield _run(sweep, point)
 
 
 _AXES = {
     "model": "models", "dtype": "dtypes", "bits": "bits", "block": "blocks", "axis": "axes", "offset": "offsets",
-    "scale": "scales", "quantizer": "quantizers", "search": "search", "correction": "corrections", "outliers": "outliers",
-    "seed": "seeds",
+    "scale": "scales", "quantizer": "quantizers", "search": "search", "chain": "chains", "transform": "transforms",
+    "correction": "corrections", "inputs": "inputs", "outliers": "outliers", "seed": "seeds",
 }  # fmt: skip
 
 
-def _points(grid: Sweep, arm: Arm) -> Iterator[dict[str, Any]]:
+def _points(sweep: Sweep, arm: Arm) -> Iterator[dict[str, Any]]:
     lists = [
-        grid.models if name == "models" and arm.models is None else getattr(arm, name)
+        sweep.models if name == "models" and arm.models is None else getattr(arm, name)
         for name in _AXES.values()
     ]
     for values in itertools.product(*lists):
         yield dict(zip(_AXES, values, strict=True))
 
 
-def _illegal(point: Mapping[str, Any], grid: Sweep) -> str:
+def _illegal(point: Mapping[str, Any], sweep: Sweep) -> str:
     """Why a point cannot be run, "" when it can."""
     reason = _scheme_fault(*(point[name] for name in ("dtype", "bits", "block", "axis", "offset", "scale")))
-    if not reason and _needs_text(point) and grid.calibration is None:
+    if not reason and _needs_text(point) and sweep.calibration is None:
         return "needs calibration text: add a [calibration] table"
     return reason
 
 
 def _needs_text(point: Mapping[str, Any]) -> bool:
-    sees = QUANTIZERS[point["quantizer"]]().needs
-    return bool(sees) or point["outliers"].startswith("activation") or point["correction"] != "none"
+    chosen = (point["transform"], point["correction"], point["inputs"])
+    reads = quantizer(point["quantizer"]).needs or point["outliers"].startswith("activation")
+    return bool(reads) or any(name != "none" for name in chosen)
 
 
 @lru_cache(maxsize=4096)
@@ -214,34 +251,42 @@ def _scheme_fault(*fields: Any) -> str:
     return ""
 
 
-def _run(grid: Sweep, point: Mapping[str, Any]) -> Run:
+def _run(sweep: Sweep, point: Mapping[str, Any]) -> Run:
     names = ("dtype", "bits", "block", "axis", "offset", "scale")
     recipe = Recipe(
         model=point["model"],
-        trust_remote_code=grid.trust_remote_code,
+        trust_remote_code=sweep.trust_remote_code,
         scheme=Scheme(**{name: point[name] for name in names}),
-        embeddings=grid.embeddings,
-        head=grid.head,
+        embeddings=sweep.embeddings,
+        head=sweep.head,
         quantizer=point["quantizer"],
         search=point["search"],
+        outliers=read_outliers(point["outliers"]),
+        calibration=_calibrated(sweep, point) if _needs_text(point) else None,
         seed=point["seed"],
     )
-    outliers = outliers_of(point["outliers"])
-    return Run(
-        recipe=recipe,
-        evaluation=grid.evaluation,
-        outliers=outliers,
-        correction=point["correction"],
-        calibration=grid.calibration if _needs_text(point) else None,
-    )
+    return Run(recipe=recipe, evaluation=sweep.evaluation)
+
+
+def _calibrated(sweep: Sweep, point: Mapping[str, Any]) -> Calibration:
+    assert sweep.calibration is not None
+    chosen = {
+        "chain": point["chain"],
+        "transforms": () if point["transform"] == "none" else tuple(point["transform"].split("+")),
+        "tweak": point["correction"],
+        "inputs": None if point["inputs"] == "none" else point["inputs"],
+    }
+    return sweep.calibration.model_copy(update=chosen)
 
 
 def _check_names(arm: Arm, index: int, path: Path, text: str) -> None:
     """A misspelt name is an error, where a combination that cannot exist is only left out."""
-    tables: dict[str, tuple[tuple[str, ...], Mapping[str, object]]] = {
+    tables: dict[str, tuple[tuple[str, ...], Collection[str]]] = {
         "dtypes": (tuple(dtype.split(":", 1)[0] for dtype in arm.dtypes), DATATYPES),
-        "quantizers": (arm.quantizers, QUANTIZERS),
-        "corrections": (arm.corrections, CORRECTIONS),
+        "quantizers": (arm.quantizers, QUANTIZERS.entries),
+        "chains": (arm.chains, {"quantized": 0, "float": 0}),
+        "transforms": (_parts(arm.transforms), {"none": 0, **TRANSFORMS.entries}),
+        "corrections": (arm.corrections, {"none": 0, **CORRECTIONS.entries}),
         "axes": (arm.axes, {"in": 0, "out": 0}),
         "offsets": (arm.offsets, {"none": 0, "zero": 0, "float": 0, "mean": 0}),
     }
@@ -251,6 +296,10 @@ def _check_names(arm: Arm, index: int, path: Path, text: str) -> None:
                 where = f"{path}{_line_of(('arm', index, field), text)}"
                 raise RecipeError(f"{where}: {field} has no {name!r}; {near_matches(name, known)}")
     _check_values(arm, index, path, text)
+
+
+def _parts(transforms: Iterable[str]) -> tuple[str, ...]:
+    return tuple(part for name in transforms for part in name.split("+"))
 
 
 def _check_values(arm: Arm, index: int, path: Path, text: str) -> None:
@@ -266,7 +315,11 @@ def _check_values(arm: Arm, index: int, path: Path, text: str) -> None:
             Scheme(**fields)
         key = "outliers"
         for outliers in arm.outliers:
-            outliers_of(outliers)
+            read_outliers(outliers)
+        key = "inputs"
+        for inputs in arm.inputs:
+            if inputs != "none":
+                parse_inputs(inputs)
     except (SchemeError, RecipeError) as error:
         raise RecipeError(f"{path}{_line_of(('arm', index, key), text)}: {error}") from None
 
@@ -282,7 +335,7 @@ def _explain(location: tuple[int | str, ...], kind: str, message: str, path: Pat
     tables = [part for part in location[:-1] if part in _MODELS]
     holder = _MODELS[str(tables[-1])] if tables else Sweep
     if kind == "extra_forbidden":
-        what = f"[[{tables[-1]}]]" if tables else "a grid"
+        what = f"[[{tables[-1]}]]" if tables else "a sweep"
         return f"{where}: {what} has no key {name!r}; {near_matches(name, holder.model_fields)}"
     dotted = ".".join(str(part) for part in location)
     return f"{where}: {dotted}: {message}"

@@ -30,7 +30,9 @@ try:
 except ImportError as error:  # an extra; everything else of fracbit works without it
     raise OutputError("a store needs SQLAlchemy 2: pip install 'fracbit[store]'") from error
 
-SCHEMA_VERSION = 2  # 2 added the columns scale, search and text_sha256
+SCHEMA_VERSION = (
+    3  # 2 added scale, search and text_sha256; 3 added chain, and a run became a recipe and an evaluation
+)
 LEASE = 120.0
 HEARTBEAT = 15.0
 CREATING = 0x66726163  # names PostgreSQL's advisory lock: any number that all drivers share
@@ -54,6 +56,7 @@ ROWS = sa.Table(
     sa.Column("scale", sa.String(32)),
     sa.Column("quantizer", sa.String(32)),
     sa.Column("search", sa.Boolean),
+    sa.Column("chain", sa.String(16)),
     sa.Column("correction", sa.String(32)),
     sa.Column("outliers", sa.String(32)),
     sa.Column("seed", sa.BigInteger),
@@ -272,8 +275,8 @@ def _check_schema(engine: sa.Engine, where: str) -> None:
 def _migrate(link: sa.Connection, where: str) -> None:
     """Bring an older schema up to this one, in the transaction of `link`; a newer one is refused.
 
-    A row's columns are an index of its record, so a migration adds the columns that are missing and fills all from the records.
-    Versions differ in columns of `rows` alone.
+    A row's columns are an index of its record, so a migration adds the columns that are missing and fills all from the records,
+    keys included: a run of version 2 held its calibration beside the recipe.
     """
     chosen = sa.select(ABOUT.c.value).where(ABOUT.c.name == "schema")
     version = link.scalar(chosen.with_for_update())  # another driver may be at it
@@ -289,9 +292,15 @@ def _migrate(link: sa.Connection, where: str) -> None:
         if column.name not in there:
             kind = column.type.compile(link.dialect)
             link.exec_driver_sql(f'ALTER TABLE rows ADD COLUMN "{column.name}" {kind}')
-    for record in link.scalars(sa.select(ROWS.c.record)).all():
+    held = link.execute(sa.select(ROWS.c.key, ROWS.c.record).order_by(ROWS.c.created)).all()
+    taken = {key for key, _ in held}
+    for key, record in held:
         row = Row.model_validate_json(record)
-        link.execute(sa.update(ROWS).where(ROWS.c.key == row.key).values(**columns_of(row)))
+        if row.key != key and row.key in taken:  # one run that an older version measured under several keys
+            link.execute(sa.delete(ROWS).where(ROWS.c.key == key))
+            continue
+        taken.add(row.key)
+        link.execute(sa.update(ROWS).where(ROWS.c.key == key).values(**columns_of(row)))
     link.execute(sa.update(ABOUT).where(ABOUT.c.name == "schema").values(value=str(SCHEMA_VERSION)))
 
 
@@ -375,7 +384,8 @@ def columns_of(row: Row) -> dict[str, Any]:
         "quantizer": row.run.recipe.quantizer if scheme else None,
         "search": row.run.recipe.search if scheme else None,
         "correction": row.run.correction,
-        "outliers": str(row.run.outliers) if row.run.outliers else None,
+        "chain": row.run.chain,
+        "outliers": str(row.run.recipe.outliers) if row.run.recipe.outliers else None,
         "seed": row.run.recipe.seed,
         "parameters": row.parameters,
         "stored_bits": row.stored_bits,

@@ -1,4 +1,4 @@
-"""One block of a calibrated run: load, observe, quantize, install, tweak, write, advance; or walk it as it was stored.
+"""One block of a calibrated run: load, observe, quantize, install, correct, write, advance; or walk it as it was stored.
 
 A block leaves here exactly as it will be read back, so that a run that is resumed sees the same states as one that was not.
 """
@@ -7,197 +7,191 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from fracbit.checkpoint.format import StoredLayer, packed_layer, stored_layer, tensor_names
-from fracbit.checkpoint.output import Output
-from fracbit.checkpoint.source import Source, read_tensor, tensor_hash
+from fracbit.checkpoint.format import packed_layer, tensor_names
+from fracbit.checkpoint.output import Shards
 from fracbit.errors import WeightError
 from fracbit.models.blocks import blocks, groups, weight_of
-from fracbit.models.family import Family
-from fracbit.models.install import materialize, release, set_weight
-from fracbit.models.tweak import Evidence, tweak_block
+from fracbit.models.correction import CORRECTIONS, Evidence
+from fracbit.models.install import materialize, release, set_tensor, set_weight
 from fracbit.models.walk import Hidden, advance
 from fracbit.numerics.activations import round_through
 from fracbit.numerics.packed import decode
 from fracbit.numerics.stats import Stats
 from fracbit.pipeline.quantize.axis import choose_axes
+from fracbit.pipeline.quantize.layer import quantize_layers
 from fracbit.pipeline.quantize.observe import borrow, observe_all, observe_some
+from fracbit.pipeline.quantize.reader import check_finite
+from fracbit.pipeline.quantize.record import layer_record, stored_as
 from fracbit.pipeline.quantize.rewrite import rewrite_block
-from fracbit.pipeline.quantize.rotate import fed_through, turn_block, turned_inputs
-from fracbit.pipeline.quantize.schedule import Item
-from fracbit.pipeline.quantize.stream import check_finite
-from fracbit.quantizers import Quantizer, nearest_of
-from fracbit.quantizers.group import quantize_group
-from fracbit.quantizers.quantizer import Quantized
-from fracbit.records.calibration import Calibration
+from fracbit.pipeline.quantize.rotate import fed_through, rotates, turn_block, turned_inputs
+from fracbit.pipeline.quantize.schedule import Item, LayerItem
+from fracbit.pipeline.quantize.work import Block, Groups, Seen, Work
+from fracbit.quantizers import Quantized
 from fracbit.records.inputs import Inputs, parse_inputs
-from fracbit.records.progress import Progress
-from fracbit.records.recipe import Recipe
-from fracbit.records.scheme import Scheme
+from fracbit.records.run import ShardRecord, TweakRecord
 
 HELD_OUT = 8  # one batch in so many judges the corrections, which do not see it
 
 
-@dataclass(frozen=True)
-class Work:
-    """What every block of a run needs: the same for all of them, and nothing that changes.
-
-    `dtype` is that of the forward passes, `stored` the source's own; `stream` has the signs of the residual stream's
-    rotation, or is None, and `untied` says that the rotation made two matrices of one table.
+@dataclass(frozen=True, eq=False)
+class Filled:
+    """A block that was quantized: its linears by name, the states that the float block gives (where something needs them), how
+    inputs are rounded, and what the correction did.
     """
 
-    recipe: Recipe
-    plan: Calibration
-    source: Source
-    model: PreTrainedModel
-    family: Family
-    fill: Quantizer
-    dtype: torch.dtype
-    stored: torch.dtype
-    device: torch.device
-    stream: Tensor | None
-    untied: bool
-    show: Progress
-
-
-def load_block(
-    work: Work, items: Sequence[Item], path: str, block: nn.Module
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Bring the float block to the device, rotated where the recipe asks for it.
-
-    Returns the record to fill, with the hashes of what was read, and the linears whose inputs are rotated at run time.
-    """
-    record: dict[str, Any] = {"hashes": {}, "layers": {}}
-    tensors = {item.name.removeprefix(f"{path}."): read_item(item, work.source, record) for item in items}
-    materialize(block, tensors, work.dtype, work.device)
-    quantized = [item.layer.name.removeprefix(f"{path}.") for item in items if item.layer and item.stored]
-    return record, turn_block(block, work.family, work.stream, work.plan.transforms, quantized)
+    made: Mapping[str, Quantized]
+    floats: Hidden | None
+    rounding: Mapping[str, Inputs]
+    tweak: TweakRecord | None
 
 
 def do_block(
-    work: Work, target: Output, shard: str, items: Sequence[Item], path: str, block: nn.Module, hidden: Hidden
+    work: Work,
+    target: Shards,
+    shard: str,
+    items: Sequence[Item],
+    path: str,
+    module: nn.Module,
+    hidden: Hidden,
 ) -> Hidden:
-    """Observe, quantize, install, correct, advance, write."""
-    record, turned = load_block(work, items, path, block)
-    stored = {i.layer.name.removeprefix(f"{path}."): i.stored for i in items if i.layer and i.stored}
-    schemes = {name: layer.scheme for name, layer in stored.items()}
-    with turned_inputs(block, turned):
-        made, floats, rounding = quantize_block(work, path, block, hidden, schemes, record, turned)
-        for name, found in made.items():
-            facts = facts_of(found, stored[name].kind, rounding.get(name), name in turned)
-            record["layers"][f"{path}.{name}"] = facts
-        tensors = shard_tensors(
-            work, items, path, block, {f"{path}.{name}": found for name, found in made.items()}
-        )
+    """Load, observe, quantize, install, correct, write; returns the states that enter the next block."""
+    hashes, block = load_block(work, items, path, module, hidden)
+    with turned_inputs(module, block.turned):
+        filled = quantize_block(work, block)
+        tensors = shard_tensors(work, items, block, filled.made)
         for item in items:
             inside = item.name.removeprefix(f"{path}.")
-            if inside.removesuffix(".weight") not in made:
-                set_tensor(block, inside, tensors[item.name])  # as it will be read back
-        target.write_shard(shard, tensors, record)
-        if work.plan.chain == "float":
-            assert floats is not None
-            release(block)
-            return floats
-        return leave_block(work, block, hidden, rounding)
+            if inside.removesuffix(".weight") not in filled.made:
+                set_tensor(module, inside, tensors[item.name])  # as it will be read back
+        target.write_shard(shard, tensors, shard_record(items, block, filled, hashes))
+        if work.calibration.chain == "float":
+            assert filled.floats is not None
+            release(module)
+            return filled.floats
+        return leave_block(work, module, hidden, filled.rounding)
 
 
 def redo_block(
-    work: Work, target: Output, shard: str, items: Sequence[Item], path: str, block: nn.Module, hidden: Hidden
+    work: Work,
+    target: Shards,
+    shard: str,
+    items: Sequence[Item],
+    path: str,
+    module: nn.Module,
+    hidden: Hidden,
 ) -> Hidden:
     """Walk through a block that an earlier run finished: float, or as it was stored."""
-    _, turned = load_block(work, items, path, block)
+    _, block = load_block(work, items, path, module, hidden)
     rounding: dict[str, Inputs] = {}
-    if work.plan.chain == "quantized":
-        record, tensors = target.record(shard), load_file(target.folder / shard)
+    if work.calibration.chain == "quantized":
+        record, tensors = target.record(shard), target.tensors(shard)
         assert record is not None
         for item in items:
             inside = item.name.removeprefix(f"{path}.")
-            if item.layer is None or item.stored is None:
-                set_tensor(block, inside, tensors[item.name])
-                continue
-            stored = item_as_stored(item, record["layers"]).stored
-            assert stored is not None
-            packed = packed_layer(item.layer.name, stored, tensors)
-            name = inside.removesuffix(".weight")
-            set_weight(block.get_submodule(name), decode(packed))
-            rounding |= {} if stored.inputs is None else {name: stored.inputs}
-    with turned_inputs(block, turned):
-        return leave_block(work, block, hidden, rounding)
+            if isinstance(item, LayerItem):
+                stored = stored_as(item, record.layers[item.layer.name])
+                name = inside.removesuffix(".weight")
+                set_weight(module.get_submodule(name), decode(packed_layer(item.layer.name, stored, tensors)))
+                rounding |= {} if stored.inputs is None else {name: stored.inputs}
+            else:
+                set_tensor(module, inside, tensors[item.name])
+    with turned_inputs(module, block.turned):
+        return leave_block(work, module, hidden, rounding)
 
 
-def leave_block(work: Work, block: nn.Module, hidden: Hidden, rounding: Mapping[str, Inputs]) -> Hidden:
+def load_block(
+    work: Work, items: Sequence[Item], path: str, module: nn.Module, hidden: Hidden
+) -> tuple[dict[str, str], Block]:
+    """Bring the float block to the device, rotated where the recipe asks for it; and the hashes of what was read."""
+    tensors, hashes = read_items(work, items)
+    inside = {name.removeprefix(f"{path}."): tensor for name, tensor in tensors.items()}
+    materialize(module, inside, work.dtype, work.device)
+    family, transforms = work.opened.family, work.calibration.transforms
+    schemes = {
+        item.layer.name.removeprefix(f"{path}."): item.stored.scheme
+        for item in items
+        if isinstance(item, LayerItem)
+    }
+    turned = turn_block(module, family, work.signs, transforms, schemes)
+    order = [tuple(name for name in group if name in schemes) for group in groups(module, family)]
+    return hashes, Block(path, module, hidden, schemes, [group for group in order if group], turned)
+
+
+def leave_block(work: Work, module: nn.Module, hidden: Hidden, rounding: Mapping[str, Inputs]) -> Hidden:
     """Advance to the next block, where there is one, and free this one."""
-    if hidden.index + 1 < len(blocks(work.model, work.family)):
-        with rounded_inputs(block, rounding):
-            hidden = advance(block, hidden, hidden.states)
-    release(block)
+    if hidden.index + 1 < len(blocks(work.opened.model, work.opened.family)):
+        with rounded_inputs(module, rounding):
+            hidden = advance(module, hidden, hidden.states)
+    release(module)
     return hidden
 
 
-def quantize_block(
-    work: Work,
-    path: str,
-    block: nn.Module,
-    hidden: Hidden,
-    schemes: Mapping[str, Scheme],
-    record: dict[str, Any],
-    turned: Sequence[str] = (),
-) -> tuple[dict[str, Quantized], Hidden | None, dict[str, Inputs]]:
-    """Quantize, install and tweak a block whose linears `turned` see rotated inputs.
-
-    Returns what was made, the float block's states where they are needed, and how inputs are rounded.
-    """
-    order = [tuple(name for name in group if name in schemes) for group in groups(block, work.family)]
-    order = [group for group in order if group]
-    gram = (
-        "gram" in work.fill.needs
-        or work.plan.axis != "scheme"
-        or work.plan.tweak != "none"
-        or bool(work.plan.transforms)
-    )
-    stats, floats = observe_block(work, path, block, hidden, order, gram)
+def quantize_block(work: Work, block: Block) -> Filled:
+    """Observe, rewrite, quantize, install and correct a block."""
+    plan, module = work.calibration, block.module
+    stats, floats = observe_block(work, block)
     rewrite_block(
-        work.plan.transforms, block, work.family, work.model.config, schemes, stats, work.stored, turned
+        plan.transforms,
+        module,
+        work.opened.family,
+        work.opened.model.config,
+        block.schemes,
+        stats,
+        work.source_dtype,
+        block.turned,
     )
-    rounding = roundings(work.plan.inputs, order, stats)
-    compared = order if work.plan.tweak != "none" else []
-    weights = {name: weight_of(block.get_submodule(name)).clone() for group in compared for name in group}
-    made: dict[str, Quantized] = {}
-    for number, group in enumerate(order):
-        if work.plan.sequential and number:
-            stats |= observe_some(block, hidden, path, [group], gram)
-        own, notes = borrow(stats, [group])
-        chosen = choose_axes(
-            work.plan.axis, work.family, block, hidden, group, schemes, own[group[0]], work.fill
-        )
-        for name, found in quantize_names(work.fill, path, block, group, chosen, own[group[0]]).items():
-            note = (notes[group[0]],) if group[0] in notes else ()
-            made[name] = replace(found, notes=(*found.notes, *note))
-            work.show(f"{path}.{name} {found.loss:.2e}", len(made), len(schemes))
-            if work.plan.sequential:
-                set_weight(block.get_submodule(name), decode(found.packed))
+    rounding = roundings(plan.inputs, block.order, stats)
+    compared = block.order if plan.tweak != "none" else ()
+    weights = {name: weight_of(module.get_submodule(name)).clone() for group in compared for name in group}
+    made = fill_block(work, block, stats)
     for name, found in made.items():
-        set_weight(block.get_submodule(name), decode(found.packed))
-    if work.plan.tweak != "none" and floats is not None:
-        evidence = Evidence(hidden, floats.states, *split_batches(hidden), weights, stats)
-        depth = hidden.index / len(blocks(work.model, work.family))
-        with rounded_inputs(block, rounding):
-            tweaked = tweak_block(block, work.family, evidence, work.plan.tweak, depth)
-        record["tweak"] = {"block": hidden.index, **tweaked.to_json()}
-    return made, floats, rounding
+        set_weight(module.get_submodule(name), decode(found.packed))
+    tweak = None
+    if plan.tweak != "none" and floats is not None:
+        evidence = Evidence(block.hidden, floats.states, *split_batches(block.hidden), weights, stats)
+        with rounded_inputs(module, rounding):
+            tweak = correct(work, block, evidence)
+    return Filled(made, floats, rounding, tweak)
 
 
-def roundings(
-    asked: str | None, order: Sequence[tuple[str, ...]], stats: Mapping[str, Stats]
-) -> dict[str, Inputs]:
+def fill_block(work: Work, block: Block, stats: dict[str, Stats]) -> dict[str, Quantized]:
+    """Quantize the groups of a block in order of use, each linear along the axis that the recipe chooses.
+
+    `stats` by the first linear of each group; a sequential run observes a group once those before it are quantized.
+    """
+    plan, made = work.calibration, {}
+    for number, group in enumerate(block.order):
+        if plan.sequential and number:
+            stats |= observe_some(block.module, block.hidden, block.path, [group], reads_gram(work))
+        own, notes = borrow(stats, [group])
+        seen = own[group[0]]
+        weights = {f"{block.path}.{name}": weight_of(block.module.get_submodule(name)) for name in group}
+        chosen = choose_axes(plan.axis, work.opened.family, work.method, block, group, seen)
+        schemes = {f"{block.path}.{name}": chosen[name] for name in group}
+        note = (notes[group[0]],) if group[0] in notes else ()
+        for full, found in quantize_layers(work.method, weights, schemes, seen).items():
+            name = full.removeprefix(f"{block.path}.")
+            made[name] = replace(found, notes=(*found.notes, *note))
+            work.show(f"{full} {found.loss:.2e}", len(made), len(block.schemes))
+            if plan.sequential:
+                set_weight(block.module.get_submodule(name), decode(found.packed))
+    return made
+
+
+def correct(work: Work, block: Block, evidence: Evidence) -> TweakRecord:
+    """Move the norms of a block that was quantized, as the recipe says."""
+    depth = block.hidden.index / len(blocks(work.opened.model, work.opened.family))
+    tweaked = CORRECTIONS[work.calibration.tweak](block.module, work.opened.family, evidence, depth)
+    return TweakRecord(block.hidden.index, **asdict(tweaked))
+
+
+def roundings(asked: str | None, order: Groups, stats: Mapping[str, Stats]) -> dict[str, Inputs]:
     """How the inputs of each linear are rounded; a static scale is the largest magnitude that calibration met."""
     if asked is None:
         return {}
@@ -213,72 +207,95 @@ def roundings(
     return {name: replace(inputs, scale=scale) for name, scale in scales.items()}
 
 
-def rounded_inputs(block: nn.Module, rounding: Mapping[str, Inputs]) -> AbstractContextManager[None]:
+def rounded_inputs(module: nn.Module, rounding: Mapping[str, Inputs]) -> AbstractContextManager[None]:
     """A context in which the named linears are fed rounded inputs."""
     return fed_through(
-        block, {name: partial(round_through, inputs=inputs) for name, inputs in rounding.items()}
+        module, {name: partial(round_through, inputs=inputs) for name, inputs in rounding.items()}
     )
 
 
-def observe_block(
-    work: Work, path: str, block: nn.Module, hidden: Hidden, order: Sequence[tuple[str, ...]], gram: bool
-) -> tuple[dict[str, Stats], Hidden | None]:
-    """Statistics of all groups; the float block's states only where something reads them."""
-    if work.plan.tweak == "none" and work.plan.chain == "quantized":
-        return observe_some(block, hidden, path, order, gram), None
-    return observe_all(block, hidden, path, order, gram, torch.empty_like(hidden.states))
+def reads_gram(work: Work) -> bool:
+    """Whether anything in the run reads the Gram matrices of the inputs."""
+    plan = work.calibration
+    return (
+        "gram" in work.method.fill.needs
+        or plan.axis != "scheme"
+        or plan.tweak != "none"
+        or bool(plan.transforms)
+    )
 
 
-def quantize_names(
-    fill: Quantizer,
-    path: str,
-    block: nn.Module,
-    group: Sequence[str],
-    schemes: Mapping[str, Scheme],
-    stats: Stats | None,
-) -> dict[str, Quantized]:
-    """The linears of one group, quantized. Raises `WeightError` naming the group."""
-    weights = [weight_of(block.get_submodule(name)) for name in group]
-    method = nearest_of(fill, search=True) if stats is None else fill
-    try:
-        found = quantize_group(method, weights, [schemes[name] for name in group], stats)
-    except WeightError as error:
-        raise WeightError(f"layers {', '.join(f'{path}.{name}' for name in group)}: {error}") from error
-    return dict(zip(group, found, strict=True))
+def observe_block(work: Work, block: Block) -> tuple[dict[str, Stats], Hidden | None]:
+    """Statistics of all groups, by the first linear of each; the float block's states only where something reads them.
+
+    In the float chain neither depends on what was quantized before: runs that share a memory observe a block once.
+    """
+    gram = reads_gram(work)
+    if work.calibration.tweak == "none" and work.calibration.chain == "quantized":
+        return observe_some(block.module, block.hidden, block.path, block.order, gram), None
+
+    def observe() -> Seen:
+        place = torch.empty_like(block.hidden.states)
+        return observe_all(block.module, block.hidden, block.path, block.order, gram, place)
+
+    shared = (
+        work.memory is not None
+        and work.calibration.chain == "float"
+        and not rotates(work.calibration.transforms)
+    )
+    if not shared:
+        return observe()
+    assert work.memory is not None
+    key = (*walk_key(work), block.hidden.index, tuple(block.order), gram)
+    if key not in work.memory.observed:
+        work.memory.observed[key] = observe()
+    stats, floats = work.memory.observed[key]
+    return dict(stats), floats  # rewrites change the dictionary
+
+
+def walk_key(work: Work) -> tuple[object, ...]:
+    """What decides the states of a float walk besides the weights."""
+    assert work.samples is not None
+    batches = (work.calibration.batch, work.calibration.tweak != "none")
+    return (work.samples.sha256, work.dtype, str(work.device), *batches)
 
 
 def shard_tensors(
-    work: Work, items: Sequence[Item], path: str, block: nn.Module, made: Mapping[str, Quantized]
+    work: Work, items: Sequence[Item], block: Block, made: Mapping[str, Quantized]
 ) -> dict[str, Tensor]:
     """What a block's shard holds: packed linears, and everything else as it stands in the block, in the source's type."""
     tensors: dict[str, Tensor] = {}
     for item in items:
-        if item.layer is not None and item.layer.name in made:
-            tensors |= tensor_names(item.layer.name, made[item.layer.name].packed.to("cpu"))
+        inside = item.name.removeprefix(f"{block.path}.")
+        if isinstance(item, LayerItem):
+            packed = made[inside.removesuffix(".weight")].packed
+            tensors |= tensor_names(item.layer.name, packed.to("cpu"))
         else:
-            tensors[item.name] = stored_float(item, work, block, item.name.removeprefix(f"{path}."))
+            tensors[item.name] = stored_float(work, item, block.module, inside)
     return tensors
 
 
-def stored_float(item: Item, work: Work, block: nn.Module, inside: str) -> Tensor:
+def shard_record(
+    items: Sequence[Item], block: Block, filled: Filled, hashes: Mapping[str, str]
+) -> ShardRecord:
+    """What is noted of a block that was quantized."""
+    layers = {}
+    for item in items:
+        if isinstance(item, LayerItem):
+            name = item.layer.name.removeprefix(f"{block.path}.")
+            layers[item.layer.name] = layer_record(
+                filled.made[name], item.stored.kind, filled.rounding.get(name), name in block.turned
+            )
+    return ShardRecord(hashes, layers, filled.tweak)
+
+
+def stored_float(work: Work, item: Item, module: nn.Module, inside: str) -> Tensor:
     """A float tensor to write: the source's own bytes, unless a correction changed it."""
-    original = item.origin.read(read_tensor(work.source, item.origin.name))
-    held: Tensor = block.state_dict()[inside].cpu()
+    original = work.reader.read(item)[0]
+    held: Tensor = module.state_dict()[inside].cpu()
     if torch.equal(held, original.to(held.dtype)):
         return original
     return held.to(original.dtype)
-
-
-def facts_of(
-    found: Quantized, kind: Any, inputs: Inputs | None = None, rotated: bool = False
-) -> dict[str, Any]:
-    """What the record of a shard says of a layer."""
-    stored: StoredLayer = stored_layer(found.packed, kind)
-    facts = {"loss": found.loss, "bits_per_weight": stored.bits_per_weight, "notes": list(found.notes)}
-    facts |= {"scheme": stored.scheme.to_json(), "outliers": stored.outliers}
-    facts |= {"outlier_dtype": stored.outlier_dtype} if stored.outliers else {}
-    facts |= {"rotated": True} if rotated else {}
-    return facts if inputs is None else facts | {"inputs": inputs.to_json()}
 
 
 def split_batches(hidden: Hidden) -> tuple[list[int], list[int]]:
@@ -289,34 +306,14 @@ def split_batches(hidden: Hidden) -> tuple[list[int], list[int]]:
     return everything[: count - held], everything[count - held :] or everything
 
 
-def set_tensor(block: nn.Module, name: str, tensor: Tensor) -> None:
-    """Write a float tensor of a block, in place."""
-    held = block.state_dict()[name]
-    held.copy_(tensor)
+def read_items(work: Work, items: Sequence[Item]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of some items from the source, by name, and the hashes of what was read.
 
-
-def read_item(item: Item, source: Source, record: dict[str, Any]) -> Tensor:
-    """A tensor from the source, its hash noted in the record."""
-    whole = read_tensor(source, item.origin.name)
-    record["hashes"][item.origin.name] = tensor_hash(whole)
-    tensor = item.origin.read(whole)
-    check_finite(item.name, tensor)
-    return tensor
-
-
-def item_as_stored(item: Item, layers: Mapping[str, Any]) -> Item:
-    """A scheduled tensor with the scheme that it really got, by the record of its shard."""
-    facts = layers.get(item.layer.name, {}) if item.layer else {}
-    if item.stored is None or "scheme" not in facts:
-        return item
-    scheme, inputs = Scheme.from_json(facts["scheme"]), facts.get("inputs")
-    rounding = None if inputs is None else Inputs.from_json(inputs)
-    stored = replace(
-        item.stored,
-        scheme=scheme,
-        outliers=facts.get("outliers", 0),
-        outlier_dtype=facts.get("outlier_dtype", "bf16"),
-        inputs=rounding,
-        rotated=facts.get("rotated", False),
-    )
-    return replace(item, stored=stored, bytes=stored.bytes)
+    Raises `WeightError` where one holds NaN or Inf.
+    """
+    tensors: dict[str, Tensor] = {}
+    hashes: dict[str, str] = {}
+    for item in items:
+        tensors[item.name], hashes[item.origin.name] = work.reader.read(item)
+        check_finite(item, tensors[item.name])
+    return tensors, hashes

@@ -6,82 +6,86 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
 import transformers
-from transformers import PreTrainedModel
+from safetensors import safe_open
 
 from fracbit.checkpoint.card import Facts, model_card
 from fracbit.checkpoint.format import StoredLayer, quantization_config
-from fracbit.checkpoint.output import MANIFEST, Output, copy_file, write_json, write_text
-from fracbit.checkpoint.source import INDEX, PICKLES, Source, combined_hash
+from fracbit.checkpoint.output import MANIFEST, Output, copy_rest, write_json, write_text
+from fracbit.checkpoint.source import INDEX, Source, combined_hash
 from fracbit.models.experts import SplitExperts
-from fracbit.pipeline.quantize.schedule import Schedule
-from fracbit.records.recipe import Recipe, key
+from fracbit.pipeline.quantize.calibrated import rewrite_notes
+from fracbit.pipeline.quantize.record import layer_records, records_of, stored_layers
+from fracbit.pipeline.quantize.schedule import FloatItem
+from fracbit.pipeline.quantize.work import Work
+from fracbit.records.recipe import key
+from fracbit.records.run import LayerRecord, ShardRecord, Totals
 from fracbit.records.version import __version__
 
 NOTES = 24  # lines on single layers that a result shows
-NOT_COPIED = (
-    "*.safetensors",
-    INDEX,
-    "config.json",
-    "README.md",
-    ".*",
-    "*.index.json",
-    "*.gguf",
-    "*.h5",
-    "*.msgpack",
-    *PICKLES,
-)
 
 
-def finish(
-    target: Output,
-    recipe: Recipe,
-    source: Source,
-    schedule: Schedule,
-    model: PreTrainedModel,
-    texts: Sequence[Mapping[str, object]] = (),
-    changed: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Write everything but the shards; returns the totals that `Result` shows.
-
-    `changed`: keys of config.json that the run set.
-    """
-    records = {shard: target.record(shard) or {} for shard in schedule.shards}
-    made = {name: facts for record in records.values() for name, facts in record["layers"].items()}
-    layers = stored_layers(schedule)
-    totals = _totals(target, source, schedule, layers)
-    totals["notes"] = (*totals["notes"], *layer_notes(made))
-    if len(schedule.shards) > 1:
-        write_json(target.folder / INDEX, _index(target, schedule))
-    copy_rest(source, target)
-    hashes = {name: digest for record in records.values() for name, digest in record["hashes"].items()}
-    manifest = _manifest(recipe, source, schedule, layers, made, hashes, totals, texts)
-    tweaks = [record["tweak"] for record in records.values() if "tweak" in record]
-    manifest |= {"tweaks": tweaks} if tweaks else {}
-    distilled = [record["distilled"] for record in records.values() if "distilled" in record]
-    manifest |= {"distilled": distilled[0]} if distilled else {}
-    write_json(target.folder / MANIFEST, manifest)
-    facts = Facts(
-        _card_name(source), type(model).__name__, totals, layers, {n: f["loss"] for n, f in made.items()}
-    )
-    write_text(target.folder / "README.md", model_card(facts))
-    config = {**source.config, **(changed or {})}
+def finish(work: Work, target: Output) -> tuple[Totals, tuple[str, ...]]:
+    """Write everything but the shards; returns what the checkpoint costs, and notes."""
+    source = work.opened.source
+    records = records_of(work.schedule, target)
+    layers, made = stored_layers(work.schedule, records), layer_records(records.values())
+    totals, notes = totals_of(work, layers, target), run_notes(work, made)
+    if len(records) > 1:
+        write_json(target.folder / INDEX, _index(target, records, stored_bytes(work, layers)))
+    copy_rest(source.folder, target.folder)
+    write_json(target.folder / MANIFEST, _manifest(work, records, made, totals, notes))
+    losses = {name: record.loss for name, record in made.items()}
+    card = Facts(_card_name(source), type(work.opened.model).__name__, totals.to_json(), layers, losses)
+    write_text(target.folder / "README.md", model_card(card))
+    config = {**source.config, **({"tie_word_embeddings": False} if work.opened.untied else {})}
     # Experts are stored one by one, which transformers itself does not read, even where none is quantized.
-    ours = bool(layers) or any(isinstance(module, SplitExperts) for module in model.modules())
+    ours = bool(layers) or any(isinstance(module, SplitExperts) for module in work.opened.model.modules())
     target.finish({**config, "quantization_config": quantization_config(layers)} if ours else config)
-    return totals
+    return totals, notes
 
 
-def layer_notes(made: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+def totals_of(work: Work, layers: Mapping[str, StoredLayer], target: Output) -> Totals:
+    """What the finished shards cost, counted from what is stored."""
+    tensors = work.opened.source.tensors
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
+    floats = sum(torch.Size(tensors[item.origin.name].shape).numel() for item in _floats(work))
+    packed = sum(layer.bytes for layer in layers.values())
+    return Totals(
+        bits_per_weight=8 * packed / weights if weights else None,
+        bits_per_parameter=8 * stored_bytes(work, layers) / (weights + floats),
+        bytes=sum((target.folder / shard).stat().st_size for shard in work.schedule.shards),
+        source_bytes=work.opened.source.bytes,
+    )
+
+
+def stored_bytes(work: Work, layers: Mapping[str, StoredLayer]) -> int:
+    """Bytes of all tensors that are stored."""
+    return sum(layer.bytes for layer in layers.values()) + sum(item.bytes for item in _floats(work))
+
+
+def _floats(work: Work) -> list[FloatItem]:
+    items = [item for items in work.schedule.shards.values() for item in items]
+    return [item for item in items if isinstance(item, FloatItem)]
+
+
+def run_notes(work: Work, made: Mapping[str, LayerRecord]) -> tuple[str, ...]:
+    """What the user should know of a run: of the schedule, of rewrites, and of single layers."""
+    rewrites = rewrite_notes(work) if work.recipe.calibration is not None else ()
+    return (*work.schedule.notes, *rewrites, *layer_notes(made))
+
+
+def layer_notes(made: Mapping[str, LayerRecord]) -> tuple[str, ...]:
     """What single layers have to say, one line for all that say the same; the manifest has every one beside its layer."""
     named: dict[str, list[str]] = {}
-    for layer, facts in made.items():
-        for note in facts.get("notes", ()):
+    for layer, record in made.items():
+        for note in record.notes:
             named.setdefault(note, []).append(layer)
     lines = [f"{note} ({some_of(layers)})" for note, layers in named.items()]
     rest = [f"{len(lines) - NOTES} more notes on layers: see {MANIFEST}"] if len(lines) > NOTES else []
@@ -99,58 +103,24 @@ def _card_name(source: Source) -> str:
     return source.folder.resolve().name if Path(source.name).expanduser().is_dir() else source.name
 
 
-def stored_layers(schedule: Schedule) -> dict[str, StoredLayer]:
-    """The quantized layers of a schedule, as config.json lists them."""
-    items = [item for items in schedule.shards.values() for item in items]
-    return {item.name.removesuffix(".weight"): item.stored for item in items if item.stored is not None}
-
-
-def copy_rest(source: Source, target: Output) -> None:
-    """Copy every file beside the weights untouched: tokenizer, chat template, generation config, license."""
-    for path in sorted(source.folder.iterdir()):
-        if path.is_file() and not any(path.match(pattern) for pattern in NOT_COPIED):
-            copy_file(path, target.folder / path.name)
-
-
-def _totals(
-    target: Output, source: Source, schedule: Schedule, layers: Mapping[str, StoredLayer]
-) -> dict[str, Any]:
-    weights = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
-    items = [item for items in schedule.shards.values() for item in items]
-    parameters = weights + sum(
-        torch.Size(source.tensors[item.origin.name].shape).numel() for item in items if item.stored is None
-    )
-    size = sum((target.folder / shard).stat().st_size for shard in schedule.shards)
-    return {
-        "bits_per_weight": 8 * sum(layer.bytes for layer in layers.values()) / weights if weights else None,
-        "bits_per_parameter": 8 * schedule.bytes / parameters,
-        "bytes": size,
-        "source_bytes": source.bytes,
-        "notes": schedule.notes,
-    }
-
-
-def _index(target: Output, schedule: Schedule) -> dict[str, Any]:
-    from safetensors import safe_open
-
+def _index(target: Output, records: Mapping[str, ShardRecord], stored_bytes: int) -> dict[str, Any]:
     weight_map: dict[str, str] = {}
-    for shard in schedule.shards:
+    for shard in records:
         with safe_open(target.folder / shard, framework="pt") as file:
             weight_map |= dict.fromkeys(file.keys(), shard)
-    return {"metadata": {"total_size": schedule.bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    return {"metadata": {"total_size": stored_bytes}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def _manifest(
-    recipe: Recipe,
-    source: Source,
-    schedule: Schedule,
-    layers: Mapping[str, StoredLayer],
-    made: Mapping[str, Mapping[str, Any]],
-    hashes: Mapping[str, str],
-    totals: Mapping[str, Any],
-    texts: Sequence[Mapping[str, object]],
+    work: Work,
+    records: Mapping[str, ShardRecord],
+    made: Mapping[str, LayerRecord],
+    totals: Totals,
+    notes: Sequence[str],
 ) -> dict[str, Any]:
-    return {
+    source = work.opened.source
+    hashes = {name: digest for record in records.values() for name, digest in record.hashes.items()}
+    manifest: dict[str, Any] = {
         "fracbit": __version__,
         "versions": {
             "python": platform.python_version(),
@@ -158,19 +128,24 @@ def _manifest(
             "transformers": transformers.__version__,
             "safetensors": safetensors.__version__,
         },
-        "recipe": recipe.to_json(),
-        "recipe_key": key(recipe),
+        "recipe": work.recipe.to_json(),
+        "recipe_key": key(work.recipe),
+        "run": work.schedule.key,
         "source": {"name": source.name, "sha256": combined_hash(hashes), "tensors": len(source.tensors)},
-        "texts": list(texts),
-        "seed": recipe.seed,
-        "totals": {name: value for name, value in totals.items() if name != "notes"},
-        "notes": list(totals["notes"]),
+        "texts": [] if work.samples is None else [work.samples.to_json()],
+        "seed": work.recipe.seed,
+        "totals": totals.to_json(),
+        "notes": list(notes),
         "layers": {
             name: {
                 "scheme": decision.scheme.to_json() if decision.scheme else None,
                 "reason": decision.reason,
-                **made.get(name, {}),
+                **(made[name].to_json() if name in made else {}),
             }
-            for name, decision in schedule.decisions.items()
+            for name, decision in work.schedule.decisions.items()
         },
     }
+    tweaks = [asdict(record.tweak) for record in records.values() if record.tweak is not None]
+    manifest |= {"tweaks": tweaks} if tweaks else {}
+    distilled = [asdict(record.distilled) for record in records.values() if record.distilled is not None]
+    return manifest | ({"distilled": distilled[0]} if distilled else {})

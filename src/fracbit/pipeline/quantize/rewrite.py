@@ -19,7 +19,7 @@ from fracbit.models.family import Family, Norm
 from fracbit.models.fold import fold_norm, fold_pair, scaling_sites, storable, tie
 from fracbit.numerics.stats import Stats, merge
 from fracbit.records.scheme import Scheme
-from fracbit.transforms import TRANSFORMS, factors_of
+from fracbit.transforms import transforms_of
 
 
 def rewrite_block(
@@ -37,8 +37,7 @@ def rewrite_block(
     `stored` is the type in which norms are saved: factors are chosen so that it holds the gains that are left. The inputs of
     the linears `turned` are rotated at run time: nothing can be folded through that.
     """
-    for name in (name for name in names if name in TRANSFORMS):
-        factors_for = factors_of(name)
+    for factors_for in (each.factors for each in transforms_of(names) if each.factors is not None):
         for readers, producer in scaling_sites(block, family, config, turned):
             known = [reader for reader in readers if reader in stats]
             quantized = [reader for reader in readers if reader in schemes]

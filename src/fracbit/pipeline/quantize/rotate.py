@@ -18,25 +18,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fracbit.models.blocks import weight_of
 from fracbit.models.calls import device_of
 from fracbit.models.family import Family
 from fracbit.models.fold import check_rotatable, inner_readers, rotate_block, rotate_rest
 from fracbit.models.install import materialize, set_weight
-from fracbit.transforms.rotation import random_signs, turn_columns, turn_inputs
-
-STREAM, MLP = "rotate", "rotate-mlp"
-ROTATIONS = {STREAM, MLP}
+from fracbit.transforms import transforms_of, turn_columns, turn_inputs
 
 
-def untie(config: PreTrainedConfig, transforms: Sequence[str]) -> bool:
-    """Untie head and table in `config`, in place, where the rotation of the stream needs two matrices; whether it did."""
-    tied = STREAM in transforms and bool(config.tie_word_embeddings)
-    if tied:
-        config.tie_word_embeddings = False
-    return tied
+def rotates(transforms: Sequence[str]) -> bool:
+    """Whether any of the `transforms` is a rotation."""
+    return any(transform.rotates for transform in transforms_of(transforms))
+
+
+def needs_untied_head(transforms: Sequence[str]) -> bool:
+    """Whether the `transforms` make two matrices of a head and an embedding table that are tied."""
+    return any(transform.stream_signs is not None for transform in transforms_of(transforms))
 
 
 def stream_rotation(
@@ -46,10 +45,11 @@ def stream_rotation(
 
     Raises `RecipeError` for a model whose stream cannot be rotated.
     """
-    if STREAM not in transforms:
+    drawn = [each.stream_signs for each in transforms_of(transforms) if each.stream_signs is not None]
+    if not drawn:
         return None
     check_rotatable(model, family)
-    return random_signs(int(model.config.get_text_config().hidden_size), seed)
+    return drawn[0](int(model.config.get_text_config().hidden_size), seed)
 
 
 def turned_rest(
@@ -76,7 +76,7 @@ def turn_block(
     """
     if signs is not None:
         rotate_block(block, family, signs.to(device_of(block)))
-    if MLP not in transforms:
+    if not any(each.turns_inner for each in transforms_of(transforms)):
         return ()
     turned = tuple(name for name in inner_readers(block, family) if name in quantized)
     for name in turned:

@@ -9,24 +9,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Literal, TypeAlias
 
 import torch
 from transformers import PreTrainedModel
 
 from fracbit.checkpoint.format import StoredLayer
+from fracbit.checkpoint.opened import Opened
+from fracbit.checkpoint.output import SHARD_BYTES
 from fracbit.checkpoint.source import Source, read_tensor
 from fracbit.errors import RecipeError, SourceError, near_matches
+from fracbit.models.blocks import blocks
 from fracbit.models.family import Family
-from fracbit.models.find import family_of
-from fracbit.models.skeleton import Layer, Origin, Origins, origins, quantizable
+from fracbit.models.skeleton import Layer, Origin, Origins
 from fracbit.numerics.datatypes import check_datatype
 from fracbit.records.recipe import Recipe, key
 from fracbit.records.scheme import Scheme
 from fracbit.records.version import __version__
-
-SHARD_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -38,18 +39,34 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Item:
-    """One tensor to write: its name in the model, where it lies in the source, and how it is stored when quantized.
+class FloatItem:
+    """A tensor that is written as it is: its name in the model, where it lies in the source, and its bytes.
 
-    `unused` tensors belong to no module (GPT-2's causal masks) and are copied as they are.
+    `unused` tensors belong to no module (GPT-2's causal masks) and are copied.
     """
 
     name: str
     origin: Origin
     bytes: int
-    layer: Layer | None = None
-    stored: StoredLayer | None = None
     unused: bool = False
+
+
+@dataclass(frozen=True)
+class LayerItem:
+    """The weight of a layer that is quantized: its name in the model, its place in the source, how it is to be stored."""
+
+    name: str
+    origin: Origin
+    layer: Layer
+    stored: StoredLayer
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that it takes when it is stored as scheduled."""
+        return self.stored.bytes
+
+
+Item: TypeAlias = FloatItem | LayerItem
 
 
 @dataclass(frozen=True)
@@ -67,39 +84,50 @@ class Schedule:
         return sum(item.bytes for items in self.shards.values() for item in items)
 
 
-def make_schedule(
-    recipe: Recipe,
-    source: Source,
-    model: PreTrainedModel,
-    shard_bytes: int = SHARD_BYTES,
-    untied: bool = False,
-) -> Schedule:
-    """Schedule `recipe` over the tensors of `source`; `model` is its skeleton, `untied` when the source ties head and table.
+def make_schedule(recipe: Recipe, opened: Opened, shard_bytes: int = SHARD_BYTES) -> Schedule:
+    """Schedule `recipe` over the tensors of an `opened` checkpoint.
 
     Raises `SourceError` when tensors are missing, `RecipeError` when an override matches nothing.
     """
-    layers = quantizable(model, include_head=True, include_embeddings=True)
+    source, model, layers = opened.source, opened.model, opened.layers
     decisions, notes = decide(recipe, layers)
-    family = family_of(model)
-    places = origins(model, source.tensors)
-    places = with_both(places, family) if untied else places
+    places = with_both(opened.origins, opened.family) if opened.untied else opened.origins
     _check_causal(source, model, bool(places.missing))
     if places.missing:
         raise SourceError(
             f"{source.name} lacks {len(places.missing)} tensors of its model, such as {places.missing[0]}"
         )
-    items = [
+    items: list[Item] = [
         _item(name, place, source, layers, decisions) for name, place in _owned(places.tensors, model).items()
     ]
-    items += [Item(name, Origin(name), source.tensors[name].bytes, unused=True) for name in places.unused]
+    items += [
+        FloatItem(name, Origin(name), source.tensors[name].bytes, unused=True) for name in places.unused
+    ]
     items = _without_tied(items, source, model)
-    notes = (*notes, *([family.note] if family.note else []))
+    notes = (*notes, *([opened.family.note] if opened.family.note else []))
     if places.unused:
         notes = (
             *notes,
             f"{len(places.unused)} tensors belong to no module and were copied: {places.unused[0]}, ...",
         )
     return Schedule(_key(recipe, source, shard_bytes), _shards(items, shard_bytes), decisions, notes)
+
+
+def by_block(schedule: Schedule, opened: Opened, seen: str) -> Schedule:
+    """The same tensors in other shards: what lies outside the blocks first, then one shard for each block.
+
+    `seen`: whatever else decides the bytes of a calibrated run (its samples, its device); it becomes part of the key.
+    """
+    prefixes = [f"{path}." for path, _ in blocks(opened.model, opened.family)]
+    parts: list[list[Item]] = [[] for _ in range(len(prefixes) + 1)]
+    for items in schedule.shards.values():
+        for item in items:
+            place = next((n for n, prefix in enumerate(prefixes, 1) if item.name.startswith(prefix)), 0)
+            parts[place].append(item)
+    names = [f"model-{n:05}-of-{len(parts):05}.safetensors" for n in range(1, len(parts) + 1)]
+    key = hashlib.sha256(f"{schedule.key} {seen}".encode()).hexdigest()[:16]
+    shards = {name: tuple(part) for name, part in zip(names, parts, strict=True)}
+    return replace(schedule, key=key, shards=shards)
 
 
 def with_both(places: Origins, family: Family) -> Origins:
@@ -177,10 +205,11 @@ def _item(
     layer = layers.get(name.removesuffix(".weight"))
     decision = decisions.get(layer.name) if layer and name.endswith(".weight") else None
     if layer is None or decision is None or decision.scheme is None:
-        return Item(name, place, source.tensors[place.name].bytes)
-    kind = "embedding" if layer.kind == "embedding" or layer.tied else "linear"
-    stored = StoredLayer(decision.scheme, (layer.out, layer.width), kind=kind)  # type: ignore[arg-type]
-    return Item(name, place, stored.bytes, layer, stored)
+        return FloatItem(name, place, source.tensors[place.name].bytes)
+    kind: Literal["embedding", "linear"] = (
+        "embedding" if layer.kind == "embedding" or layer.tied else "linear"
+    )
+    return LayerItem(name, place, layer, StoredLayer(decision.scheme, (layer.out, layer.width), kind=kind))
 
 
 def _owned(tensors: Mapping[str, Origin], model: PreTrainedModel) -> dict[str, Origin]:

@@ -1,0 +1,97 @@
+"""From a recipe to a checkpoint: open the source once, prepare, fill every shard with the loop that fits, write the manifest.
+
+    recipe -> Opened -> Work (schedule, samples, method) -> stream_shards or calibrate_shards -> finish -> Result
+
+`fill_shards` is the core: a folder is filled by it, and so is the memory that a sweep judges (sweeps/workbench.py).
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from fracbit.checkpoint.opened import Opened, open_float
+from fracbit.checkpoint.output import SHARD_BYTES, Shards, finished_run, open_output
+from fracbit.errors import FormatError, OutputError
+from fracbit.pipeline.quantize.calibrated import SPILL_BYTES, calibrate_shards
+from fracbit.pipeline.quantize.manifest import finish
+from fracbit.pipeline.quantize.rotate import needs_untied_head
+from fracbit.pipeline.quantize.stream import stream_shards
+from fracbit.pipeline.quantize.work import Work, prepare
+from fracbit.records.progress import Progress
+from fracbit.records.recipe import Recipe
+from fracbit.records.resources import peak_rss
+from fracbit.records.run import Result, Totals
+
+FINISHED = "already finished: nothing to do"
+
+
+def write_checkpoint(
+    recipe: Recipe,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    device: str | torch.device = "cpu",
+    spill_bytes: int = SPILL_BYTES,
+    progress: Progress | None = None,
+    opened: Opened | None = None,
+) -> Result:
+    """Quantize a model as `recipe` says into the folder `output`; `opened` is its source where it is open already.
+
+    Blocks of a calibrated run are brought to `device` one at a time; everything else stays in memory. With `resume` an output
+    that this very run has finished is left as it is. Raises a `FracbitError`.
+    """
+    started = time.perf_counter()
+    folder = Path(output).expanduser()
+    opened = opened or open_for(recipe)
+    _check_output(folder, opened)
+    work = prepare(recipe, opened, shard_bytes=shard_bytes, device=device, progress=progress)
+    notes: tuple[str, ...] = (FINISHED,)
+    totals = _finished(folder, work) if resume and not overwrite else None
+    if totals is None:
+        with open_output(folder, work.schedule.key, work.schedule.bytes, overwrite, resume) as target:
+            fill_shards(work, target, spill_bytes)
+            totals, notes = finish(work, target)
+    return Result(
+        **totals.to_json(),
+        output=str(folder),
+        seconds=time.perf_counter() - started,
+        peak_rss_bytes=peak_rss(),
+        notes=notes,
+    )
+
+
+def fill_shards(work: Work, target: Shards, spill_bytes: int = SPILL_BYTES) -> None:
+    """Quantize everything that `target` lacks. Raises `WeightError` (layer named), `OutputError`."""
+    if work.recipe.calibration is None:
+        stream_shards(work, target)
+    else:
+        calibrate_shards(work, target, spill_bytes)
+
+
+def open_for(recipe: Recipe) -> Opened:
+    """The source of a recipe, opened as the recipe needs it. Raises `SourceError`."""
+    transforms = () if recipe.calibration is None else recipe.calibration.transforms
+    return open_float(
+        recipe.model, recipe.revision, recipe.trust_remote_code, untied=needs_untied_head(transforms)
+    )
+
+
+def _check_output(folder: Path, opened: Opened) -> None:
+    if folder.exists() and folder.resolve() == opened.source.folder.resolve():
+        raise OutputError(f"{folder} is the model itself; name another folder for the output")
+
+
+def _finished(folder: Path, work: Work) -> Totals | None:
+    """What the output costs when this run has finished it; None when there is work to do. Raises `FormatError`."""
+    found = finished_run(folder)
+    if found is None or found[0] != work.schedule.key:
+        return None
+    try:
+        return Totals(**found[1]["totals"])
+    except (KeyError, TypeError) as error:
+        raise FormatError(f"the manifest of {folder} has no totals: {error}") from error

@@ -1,0 +1,245 @@
+"""`Work`: what a run needs from its first shard to its last, and nothing that changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fracbit.checkpoint.load import check_device, load, load_tokenizer
+from fracbit.checkpoint.opened import Opened
+from fracbit.checkpoint.output import SHARD_BYTES
+from fracbit.checkpoint.source import Source
+from fracbit.data import ID_FORMATS, Samples, parse_source, read_calibration
+from fracbit.errors import RecipeError
+from fracbit.models.walk import Hidden
+from fracbit.numerics.stats import Stats
+from fracbit.pipeline.quantize.columns import choose_columns
+from fracbit.pipeline.quantize.layer import Method
+from fracbit.pipeline.quantize.reader import Reader
+from fracbit.pipeline.quantize.rotate import rotates, stream_rotation
+from fracbit.pipeline.quantize.schedule import LayerItem, Schedule, by_block, make_schedule
+from fracbit.quantizers import nearest, quantizer
+from fracbit.records.calibration import Calibration
+from fracbit.records.progress import Progress
+from fracbit.records.recipe import Recipe
+from fracbit.records.scheme import Scheme
+from fracbit.records.tables import COLUMN_RULES
+
+Seen = tuple[dict[str, Stats], Hidden]
+"""Statistics of a block's linears, and the states that the block gives."""
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """What runs on one model share: a cache in front of the core, filled as it is asked. A single run has none.
+
+    `tensors` of the source with their hashes; `samples` by the settings that decide them; `observed`: what the linears of the
+    float blocks were seen to read, and what the blocks give.
+    """
+
+    tensors: dict[str, tuple[Tensor, str]] = field(default_factory=dict)
+    samples: dict[object, Samples] = field(default_factory=dict)
+    observed: dict[object, Seen] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """A run, prepared: its recipe, the opened source, the schedule, and how layers are quantized.
+
+    - `calibration` and `samples` are None for a data-free run. `dtype` is that of the forward passes, `source_dtype` the
+      coarsest type of the source.
+    - `signs` [width] of the rotation of the residual stream; None where it is not rotated.
+    - `memory`: what this run shares with others on the same model.
+    """
+
+    recipe: Recipe
+    opened: Opened
+    schedule: Schedule
+    reader: Reader
+    method: Method
+    device: torch.device
+    dtype: torch.dtype
+    source_dtype: torch.dtype
+    show: Progress
+    samples: Samples | None = None
+    signs: Tensor | None = None
+    memory: Memory | None = None
+
+    @property
+    def calibration(self) -> Calibration:
+        """The recipe's calibration; only for runs that have one."""
+        assert self.recipe.calibration is not None
+        return self.recipe.calibration
+
+
+Groups = Sequence[tuple[str, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A float block that is about to be quantized: its module and path, the states that enter it, and what is to happen.
+
+    `schemes` by the names of its linears, inside the block; `order`: those linears in groups that read one input, in order of
+    use; `turned`: linears whose inputs are rotated at run time.
+    """
+
+    path: str
+    module: nn.Module
+    hidden: Hidden
+    schemes: Mapping[str, Scheme]
+    order: Groups
+    turned: tuple[str, ...]
+
+
+def prepare(
+    recipe: Recipe,
+    opened: Opened,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    device: str | torch.device = "cpu",
+    memory: Memory | None = None,
+    progress: Progress | None = None,
+) -> Work:
+    """Check a recipe against its model and read its samples; nothing is quantized yet.
+
+    Raises `RecipeError` for what does not go together, `SourceError`, `DataError`.
+    """
+    _check(recipe, device)
+    show = progress or (lambda what, done, total: None)
+    reader = Reader(opened.source, None if memory is None else memory.tensors)
+    schedule = make_schedule(recipe, opened, shard_bytes)
+    plan, samples, signs = recipe.calibration, None, None
+    if plan is not None:
+        samples = _samples(recipe, opened, device, memory, show)
+        schedule = by_block(schedule, opened, f"{samples.sha256}{_place(device)}")
+        signs = stream_rotation(opened.model, opened.family, plan.transforms, recipe.seed)
+    return Work(
+        recipe=recipe,
+        opened=opened,
+        schedule=schedule,
+        reader=reader,
+        method=_method(recipe, opened, schedule, reader),
+        device=torch.device(device),
+        dtype=forward_dtype(plan, opened.source, torch.device(device)),
+        source_dtype=stored_dtype(opened.source),
+        show=show,
+        samples=samples,
+        signs=signs,
+        memory=memory,
+    )
+
+
+def _check(recipe: Recipe, device: str | torch.device) -> None:
+    """Refuse what does not go together, before anything is read."""
+    plan, needs = recipe.calibration, quantizer(recipe.quantizer).needs
+    if plan is None and needs:
+        raise RecipeError(
+            f"quantizer {recipe.quantizer} reads calibration data; pass texts with --calibration FILE, or give the recipe a "
+            "[calibration] table, or use rtn"
+        )
+    if plan is None and torch.device(device).type != "cpu":
+        raise RecipeError(
+            f"device {device} goes with calibration: rounding without data runs on the CPU; leave the device out"
+        )
+    asked = "" if recipe.outliers is None else recipe.outliers.chosen
+    wanted = COLUMN_RULES[asked].needs if asked else frozenset()
+    if plan is None and "energy" in wanted:
+        raise RecipeError(
+            f"outliers chosen by {asked} read calibration data; pass texts with --calibration FILE, or use cost or proxy"
+        )
+    if plan is not None and plan.tweak != "none" and plan.samples < 2:
+        raise RecipeError(
+            "norm tweaking fits on some samples and is judged on others: give at least 2, or tweak none"
+        )
+    if plan is not None and rotates(plan.transforms) and "producers" in wanted:
+        raise RecipeError(
+            f"{asked} outliers are columns of the weights before the rotation; use cost, or leave the rotation out"
+        )
+    check_device(device)
+
+
+def _method(recipe: Recipe, opened: Opened, schedule: Schedule, reader: Reader) -> Method:
+    fill = quantizer(recipe.quantizer, recipe.search)
+    unseen = fill if recipe.calibration is None else nearest(search=True)
+    if recipe.outliers is None:
+        return Method(fill, unseen)
+    rule = COLUMN_RULES[recipe.outliers.chosen]
+    share = recipe.outliers.share
+    if not rule.ahead:
+        return Method(fill, unseen, rule, share)
+    items = {
+        item.layer.name: item
+        for items in schedule.shards.values()
+        for item in items
+        if isinstance(item, LayerItem)
+    }
+    schemes = {name: item.stored.scheme for name, item in items.items()}
+    read = _weights_by_name(opened, reader)
+    return Method(fill, unseen, rule, share, choose_columns(rule, share, schemes, opened, read, recipe.seed))
+
+
+def _weights_by_name(opened: Opened, reader: Reader) -> Callable[[str], Tensor]:
+    """Reads the weight [out, in] of a layer of the source, quantized or not."""
+
+    def read(name: str) -> Tensor:
+        origin = opened.origins.tensors[f"{name}.weight"]
+        tensor = reader.read_origin(origin)[0]
+        layer = opened.layers.get(name)
+        return tensor.T if layer is not None and layer.transposed else tensor
+
+    return read
+
+
+def _samples(
+    recipe: Recipe, opened: Opened, device: str | torch.device, memory: Memory | None, show: Progress
+) -> Samples:
+    """The calibration samples, drawn once where runs share a memory. Raises `DataError`."""
+    plan = recipe.calibration
+    assert plan is not None
+    asked = (plan.texts, plan.samples, plan.length, recipe.seed)
+    if memory is not None and asked in memory.samples:
+        return memory.samples[asked]
+    only_ids = all(parse_source(text).format in ID_FORMATS for text in plan.texts)
+    folder = opened.source.folder
+    found = read_calibration(
+        plan.texts,
+        None if only_ids else load_tokenizer(folder),
+        opened.model.config.get_text_config().vocab_size,
+        samples=plan.samples,
+        length=plan.length,
+        seed=recipe.seed,
+        model=lambda: load(folder, device=device, trust_remote_code=opened.trust_remote_code),
+        progress=show,
+    )
+    if memory is not None:
+        memory.samples[asked] = found
+    return found
+
+
+def _place(device: str | torch.device) -> str:
+    """Another device than the CPU rounds otherwise: it is part of the run's key."""
+    kind = torch.device(device).type
+    return "" if kind == "cpu" else f" {kind}"
+
+
+def forward_dtype(plan: Calibration | None, source: Source, device: torch.device) -> torch.dtype:
+    """bfloat16 when asked for, or when the device multiplies it natively and the model is stored in it.
+
+    Rotated weights are no longer bfloat16 numbers: they are kept in float32 until they are quantized.
+    """
+    if plan is None:
+        return torch.float32
+    if plan.dtype != "auto" or rotates(plan.transforms):
+        return torch.bfloat16 if plan.dtype == "bfloat16" else torch.float32
+    stored = {info.dtype for info in source.tensors.values()}
+    native = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if stored == {"BF16"} and native else torch.float32
+
+
+def stored_dtype(source: Source) -> torch.dtype:
+    """The coarsest float type that the source stores tensors in."""
+    stored = {info.dtype for info in source.tensors.values()}
+    return torch.bfloat16 if "BF16" in stored else torch.float16 if "F16" in stored else torch.float32

@@ -11,6 +11,7 @@ from fracbit.cli import (
     chat,
     demo,
     evaluate,
+    export,
     generate,
     inspect,
     lens,
@@ -22,6 +23,7 @@ from fracbit.cli import (
     sweep,
     task,
 )
+from fracbit.cli.renamed import RenamedOptions
 from fracbit.errors import FracbitError
 
 app = typer.Typer(
@@ -31,15 +33,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("quantize")(quantize.quantize)
+app.command("quantize", cls=RenamedOptions)(quantize.quantize)
 app.command("eval")(evaluate.evaluate)
+app.command("export")(export.export)
 app.command("inspect")(inspect.inspect)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)
 app.command("score")(score.score)
-app.command("plan")(plan.plan)
+app.command("plan", cls=RenamedOptions)(plan.plan)
 app.command("prune")(prune.prune)
 app.command("lens")(lens.lens)
 app.command("sweep")(sweep.sweep)

@@ -6,25 +6,35 @@ from typing import Annotated, Any
 
 import typer
 
-from fracbit.cli.generate import Activate, Dtype, KvBits, Trust
-from fracbit.cli.show import bytes_text, print_json, print_table
+from fracbit.cli import options
+from fracbit.cli.names import check_types
+from fracbit.cli.show import bytes_text, print_json, print_notes, print_table
 
 
 def bench(
-    model: Annotated[str, typer.Argument(help="Folder or hub id, fracbit or float.")],
+    model: options.AnyModel,
     against: Annotated[
-        str | None, typer.Option(help="Float model, measured after it in the same run.")
+        str | None,
+        typer.Option(
+            help="Float model to compare with, measured in the same run.", rich_help_panel=options.MEASURE
+        ),
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 128,
-    new_tokens: Annotated[int, typer.Option(help="Decode steps.")] = 32,
-    kv_bits: KvBits = 16,
-    activations: Activate = "float",
-    dtype: Dtype = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    trust_remote_code: Trust = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    prompt_tokens: Annotated[
+        int, typer.Option(help="Tokens of the prompt.", rich_help_panel=options.MEASURE)
+    ] = 128,
+    new_tokens: Annotated[
+        int, typer.Option(help="Tokens to generate.", rich_help_panel=options.MEASURE)
+    ] = 32,
+    kv_bits: options.KvBits = 16,
+    activations: options.Activations = "float",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "cpu",
+    trust_remote_code: options.TrustRemoteCode = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Measure tokens per second, bytes per token, the share of memory bandwidth they make, and memory."""
+    check_types(dtype, activations)
     from fracbit.pipeline.serve.speed import Load, measure
 
     load = Load(prompt_tokens, new_tokens, kv_bits)
@@ -39,8 +49,7 @@ def bench(
         ["model", "prefill", "decode", "bytes/token", "bandwidth", "share", "resident", "file"],
         [_row(line) for line in lines],
     )
-    for line in lines:
-        typer.echo(f"{line['model']}: {line['step']}", err=True)
+    print_notes([] if quiet else [f"{line['model']}: {line['step']}" for line in lines])
 
 
 def _row(line: dict[str, Any]) -> list[str]:

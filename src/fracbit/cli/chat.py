@@ -4,36 +4,28 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Annotated
 
 import typer
 
-from fracbit.cli.generate import (
-    Activate,
-    Dtype,
-    KvBits,
-    MaxNew,
-    Seed,
-    Temperature,
-    Trust,
-    print_speed,
-    ready,
-    write,
-)
+from fracbit.cli import options
+from fracbit.cli.generate import print_speed, ready, write
+from fracbit.cli.names import check_types
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="Folder or hub id, fracbit or float.")],
-    max_new_tokens: MaxNew = 256,
-    temperature: Temperature = 0.0,
-    kv_bits: KvBits = 16,
-    activations: Activate = "float",
-    seed: Seed = 0,
-    dtype: Dtype = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    trust_remote_code: Trust = False,
+    model: options.AnyModel,
+    max_new_tokens: options.MaxNew = 256,
+    temperature: options.Temperature = 0.0,
+    kv_bits: options.KvBits = 16,
+    activations: options.Activations = "float",
+    seed: options.SamplingSeed = 0,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "cpu",
+    trust_remote_code: options.TrustRemoteCode = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Talk with a model through its chat template; /exit or the end of the input ends it."""
+    check_types(dtype, activations)
     from fracbit.pipeline.serve.generation import Chat, Settings
 
     settings = Settings(max_new_tokens, temperature, kv_bits)
@@ -41,7 +33,8 @@ def chat(
     for message in messages():
         found = talk.say(message, write)
         write("\n")
-        print_speed(found)
+        if not quiet:
+            print_speed(found)
 
 
 def messages() -> Iterator[str]:

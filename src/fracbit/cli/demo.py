@@ -7,8 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from fracbit.cli.show import Step, bytes_text, print_json, print_table, progress
-from fracbit.records.recipe import Recipe
+import fracbit
+from fracbit.cli import options
+from fracbit.cli.show import bytes_text, print_json, print_table, progress
+from fracbit.records.progress import Progress
 from fracbit.records.scheme import Scheme
 
 SCHEMES = {
@@ -22,19 +24,23 @@ SCHEMES = {
     "int2-64": Scheme("int", 2, 64, offset="zero"),
 }
 
+TEXT = "bundled:held-out?keep=49152"
+
 
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the checkpoints.")] = Path(
-        "demo-output"
-    ),
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", help="Folder for the checkpoints.", rich_help_panel=options.WRITE),
+    ] = Path("demo-output"),
+    json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Quantize and evaluate the bundled model: bits, size, perplexity on held-out modules, tokens per second."""
     from fracbit.bundled import bundled_model
 
     source = str(bundled_model())
     rows: list[dict[str, Any]] = []
-    with progress(json) as show:
+    with progress(json or quiet) as show:
         rows.append(_measure("float", source, show, 0))
         for number, (name, scheme) in enumerate(SCHEMES.items(), 1):
             rows.append(_quantize(name, source, scheme, output / name, show, number))
@@ -55,30 +61,27 @@ def demo(
 
 
 def _quantize(
-    name: str, source: str, scheme: Scheme, folder: Path, show: Step, number: int
+    name: str, source: str, scheme: Scheme, folder: Path, show: Progress | None, number: int
 ) -> dict[str, Any]:
-    from fracbit.pipeline.quantize.stream import run
-
-    result = run(Recipe(model=source, scheme=scheme), folder, overwrite=True)
+    result = fracbit.quantize(source, folder, scheme, overwrite=True, progress=None)
     return _measure(name, str(folder), show, number) | {"bits_per_weight": result.bits_per_weight}
 
 
-def _measure(name: str, folder: str, show: Step, number: int) -> dict[str, Any]:
+def _measure(name: str, folder: str, show: Progress | None, number: int) -> dict[str, Any]:
     from fracbit.checkpoint.load import load, load_tokenizer
     from fracbit.checkpoint.source import open_source
-    from fracbit.evaluation import perplexity
     from fracbit.pipeline.serve.speed import speed_of
     from fracbit.pipeline.verbs import read_text
 
     model, tokenizer = load(folder), load_tokenizer(folder)
-    ids = read_text("bundled:held-out?keep=49152", tokenizer, model).stream
     total = len(SCHEMES) + 1
 
-    def step(done: int, windows: int) -> None:
-        show(f"{name}: perplexity", number * windows + done, total * windows)
+    def step(what: str, done: int, windows: int) -> None:
+        if show is not None:
+            show(f"{name}: {what}", number * windows + done, total * windows)
 
-    found = perplexity(model, ids, window=512, progress=step)
-    speed = speed_of(model, ids[:32], 32)[0]
+    found = fracbit.evaluate(model, TEXT, tokenizer, window=512, progress=step)
+    speed = speed_of(model, read_text(TEXT, tokenizer, model).stream[:32], 32)[0]
     size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
     source = open_source(folder)
     return {
@@ -87,7 +90,7 @@ def _measure(name: str, folder: str, show: Step, number: int) -> dict[str, Any]:
         "bytes": size,
         "perplexity": found.perplexity,
         "tokens_per_second": speed.decode,
-        "protocol": str(found.protocol),
+        "protocol": str(found.loss and found.loss.protocol),
     }
 
 

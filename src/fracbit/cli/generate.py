@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fracbit.cli import options
+from fracbit.cli.names import check_types
 from fracbit.cli.show import bytes_text, print_json
 from fracbit.errors import DataError
 
@@ -16,38 +18,39 @@ if TYPE_CHECKING:
 
     from fracbit.pipeline.serve.generation import Generation
 
-MaxNew = Annotated[int, typer.Option(help="Tokens to write at most.")]
-Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token, 1 samples as the model says.")]
-KvBits = Annotated[int, typer.Option(help="Bits of the KV cache: 16 (the model's own type), 8 or 4.")]
-Activate = Annotated[
-    str, typer.Option("--activations", help="float (exact) or int8 (rounded, faster on CPUs).")
-]
-Dtype = Annotated[str, typer.Option(help="Type of what is not quantized: auto, float32, bfloat16, float16.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")]
-
 
 def generate(
-    model: Annotated[str, typer.Argument(help="Folder or hub id, fracbit or float.")],
+    model: options.AnyModel,
     text: Annotated[str | None, typer.Argument(metavar="PROMPT", help="Text to continue.")] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="Another prompt of the batch; repeatable.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="File of prompts, one a line.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="File that is one long prompt.")] = None,
-    max_new_tokens: MaxNew = 64,
-    temperature: Temperature = 0.0,
-    kv_bits: KvBits = 16,
-    activations: Activate = "float",
-    prefill_chunk: Annotated[int, typer.Option(help="Tokens of a prompt that are read at once.")] = 512,
-    seed: Seed = 0,
-    dtype: Dtype = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    trust_remote_code: Trust = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="Another prompt of the batch; repeatable.", rich_help_panel=options.WRITE),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="File of prompts, one a line.", rich_help_panel=options.WRITE)
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="File that is one long prompt.", rich_help_panel=options.WRITE)
+    ] = None,
+    max_new_tokens: options.MaxNew = 64,
+    temperature: options.Temperature = 0.0,
+    seed: options.SamplingSeed = 0,
+    kv_bits: options.KvBits = 16,
+    activations: options.Activations = "float",
+    prefill_chunk: Annotated[
+        int, typer.Option(help="Tokens of a prompt that are read at once.", rich_help_panel=options.RUN)
+    ] = 512,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "cpu",
+    trust_remote_code: options.TrustRemoteCode = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Stream a continuation of PROMPT, then tokens per second and peak memory on stderr."""
+    batch = read_prompts(text, prompt, prompts, prompt_file)
+    check_types(dtype, activations)
     from fracbit.pipeline.serve import generation as serve
 
-    batch = read_prompts(text, prompt, prompts, prompt_file)
     settings = serve.Settings(max_new_tokens, temperature, kv_bits, prefill_chunk)
     loaded, tokenizer = ready(model, dtype, device, trust_remote_code, activations, seed)
     streams = not json and len(batch) == 1
@@ -59,7 +62,8 @@ def generate(
         write("\n")
     for whole in () if streams else found.whole:
         write(f"{whole}\n---\n")
-    print_speed(found)
+    if not quiet:
+        print_speed(found)
 
 
 def ready(
@@ -69,11 +73,8 @@ def ready(
     import torch
 
     from fracbit.checkpoint.load import load, load_tokenizer
-    from fracbit.kernels import Activations
     from fracbit.pipeline.serve.generation import choose_activations
 
-    if activations not in get_args(Activations):
-        raise DataError(f"--activations is float or int8, got {activations!r}")
     loaded = load(model, dtype, device, trust)
     choose_activations(loaded, activations)  # type: ignore[arg-type]
     torch.manual_seed(seed)
@@ -105,7 +106,7 @@ def write(text: str) -> None:
 
 def print_speed(found: Generation) -> None:
     """Speeds, how tokens were made, and peak memory, on stderr."""
-    from fracbit.pipeline.quantize.stream import peak_rss
+    from fracbit.records.resources import peak_rss
 
     typer.echo(
         f"\n{found.new_tokens} tokens; prefill {found.prefill:.1f}, decode {found.decode:.1f} tokens/s; "
@@ -115,7 +116,7 @@ def print_speed(found: Generation) -> None:
 
 
 def _object(model: str, found: Generation) -> dict[str, Any]:
-    from fracbit.pipeline.quantize.stream import peak_rss
+    from fracbit.records.resources import peak_rss
 
     texts = list(found.whole)
     return {

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
+from fracbit.cli import options
 from fracbit.cli.show import bytes_text, print_json, print_table
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="Folder or hub id, fracbit or float.")],
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    model: options.AnyModel,
+    json: options.Json = False,
 ) -> None:
     """Show scheme, bits per weight, bytes and relative error of every layer."""
     from fracbit.checkpoint.summary import summarize

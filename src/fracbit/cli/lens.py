@@ -4,106 +4,133 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from fracbit.cli import options
+from fracbit.cli.names import check_errors
 from fracbit.cli.show import print_json, print_table, progress
 from fracbit.errors import RecipeError
 from fracbit.records.files import check_file
+from fracbit.records.lens import LensReport, additivity, fragility
 from fracbit.records.scores import save_json
+from fracbit.report.pictures import draw_lens
 
 
 def lens(
-    model: Annotated[str, typer.Argument(help="Folder or hub id of the float model.")],
-    text: Annotated[str, typer.Option(help="Held-out text that losses are measured on.")],
+    model: options.FloatModel,
+    text: Annotated[
+        str, typer.Option(help="Held-out text that losses are measured on.", rich_help_panel=options.DATA)
+    ],
+    samples: options.Samples = 16,
+    length: options.Length = 256,
     kinds: Annotated[
         str,
         typer.Option(
             help="gaussian, uniform, rademacher, growing, shrinking, growing-scaled, shrinking-scaled; clip:0.001; "
-            "schemes, such as int3z/64."
+            "schemes, such as int3z/64.",
+            rich_help_panel=options.MEASURE,
         ),
     ] = "gaussian,rademacher,growing,shrinking",
     intensities: Annotated[
-        str, typer.Option(help="Relative intensities |delta| / |x|.")
+        str, typer.Option(help="Relative intensities |delta| / |x|.", rich_help_panel=options.MEASURE)
     ] = "0.02,0.05,0.1,0.2",
-    target: Annotated[str, typer.Option(help="weights, activations or both (each by itself).")] = "both",
+    target: Annotated[
+        str,
+        typer.Option(help="weights, activations or both (each by itself).", rich_help_panel=options.MEASURE),
+    ] = "both",
     granularity: Annotated[
-        str, typer.Option(help="Units of the fragility table: block, linear or module.")
+        str,
+        typer.Option(
+            help="Units of the fragility table: block, linear or module.", rich_help_panel=options.MEASURE
+        ),
     ] = "block",
-    at: Annotated[float, typer.Option(help="Intensity of the fragility table.")] = 0.1,
-    seeds: Annotated[int, typer.Option(help="Draws of each noise.")] = 5,
+    at: Annotated[
+        float, typer.Option(help="Intensity of the fragility table.", rich_help_panel=options.MEASURE)
+    ] = 0.1,
+    seeds: Annotated[int, typer.Option(help="Draws of each noise.", rich_help_panel=options.MEASURE)] = 5,
     plant: Annotated[
         float | None,
         typer.Option(
-            help="First plant activation outliers of this factor, which leaves the model's function as it is."
+            help="First plant activation outliers of this factor; the model computes the same with them.",
+            rich_help_panel=options.MEASURE,
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Samples of the text.")] = 16,
-    length: Annotated[int, typer.Option(help="Tokens of a sample.")] = 256,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Folder for pictures and CSV files.")
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="Folder for pictures and CSV files.", rich_help_panel=options.WRITE
+        ),
     ] = None,
     scores: Annotated[
-        Path | None, typer.Option(help="Write weight sensitivities as a score for `fracbit plan`.")
+        Path | None,
+        typer.Option(
+            help="Write weight sensitivities as a score for `fracbit plan`.", rich_help_panel=options.WRITE
+        ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Put noise into MODEL's weights and activations and see what each kind costs."""
-    from fracbit.pipeline.study.float_model import load_float
-    from fracbit.pipeline.study.lens import SEEDS, additivity, fragility, plant_outliers, sensitivity_scores
-    from fracbit.pipeline.study.lens_report import draw_report, make_report
-    from fracbit.pipeline.study.texts import known_samples_of
+    if scores is not None:
+        _check_scores(scores, granularity, target)
+    check_errors(_split(kinds))
+    from fracbit.perturbation import PERTURBATIONS
+    from fracbit.pipeline.study.lens_report import lens_report
 
-    if seeds < SEEDS:
-        raise RecipeError(f"{seeds} seeds say little about noise; take at least {SEEDS}")
-    if scores is not None and granularity == "module":
+    with progress(json or quiet) as show:
+        report = lens_report(
+            model,
+            text,
+            kinds=_split(kinds),
+            intensities=_numbers(intensities),
+            target=target,
+            granularity=granularity,
+            at=at,
+            seeds=seeds,
+            plant=plant,
+            samples=samples,
+            length=length,
+            progress=show,
+        )
+    if output is not None:
+        draw_lens(report, output, noise=PERTURBATIONS)
+    if scores is not None:
+        save_json(report.scores(), scores)
+    if json:
+        print_json(_as_json(model, report))
+        return
+    _print(model, report, at)
+
+
+def _check_scores(scores: Path, granularity: str, target: str) -> None:
+    """Refuse, before any work, scores that no allocation could use. Raises `RecipeError`, `OutputError`."""
+    if granularity == "module":
         raise RecipeError(
             "an allocation chooses for blocks or linears; take --granularity block or linear with --scores"
         )
-    if scores is not None:
-        check_file(scores)
-    subject = load_float(model)
-    planted = 0 if plant is None else plant_outliers(subject, plant)
-    if plant is not None and planted == 0:
+    if target == "activations":
         raise RecipeError(
-            f"{model} has no norm that linears alone read: no outliers can be planted without changing it"
+            "scores for an allocation are sensitivities of weights; take --target weights or both"
         )
-    ids, seen = known_samples_of(text, model, subject, samples, length)
-    with progress(json) as show:
-        report = make_report(
-            subject, ids, _split(kinds), _numbers(intensities), target, granularity, at, range(seeds), show
-        )  # fmt: skip
-    lines, sums = fragility(report.effects), additivity(report.effects)
-    if output is not None:
-        draw_report(report, output)
-    if scores is not None:
-        weights = [point for point in report.effects if point.target == "weights"]
-        kind = weights[0].kind if weights else ""
-        if not kind:
-            raise RecipeError(
-                "sensitivities for an allocation are those of weights; take --target weights or both"
-            )
-        save_json(
-            sensitivity_scores(
-                subject, weights, kind, {"intensity": at, "seeds": seeds, "tokens": ids.numel(), "text": seen}
-            ),
-            scores,
-        )
-    if json:
-        print_json(
-            {
-                "model": model,
-                "planted_norms": planted,
-                "float_nll": report.base,
-                "tokens": report.tokens,
-                "curves": [asdict(point) for point in report.curves],
-                "effects": [asdict(point) for point in report.effects],
-                "fragility": lines,
-                "additivity": [{**asdict(each), "ratio": each.ratio} for each in sums],
-            }
-        )
-        return
+    check_file(scores)
+
+
+def _as_json(model: str, report: LensReport) -> dict[str, Any]:
+    return {
+        "model": model,
+        "planted_norms": report.planted,
+        "float_nll": report.base,
+        "tokens": report.tokens,
+        "curves": [asdict(point) for point in report.curves],
+        "effects": [asdict(point) for point in report.effects],
+        "fragility": fragility(report.effects),
+        "additivity": [{**asdict(each), "ratio": each.ratio} for each in additivity(report.effects)],
+    }
+
+
+def _print(model: str, report: LensReport, at: float) -> None:
     rows = [
         [f"{p.target}: {p.kind}", f"{p.intensity:.3f}", f"{p.change:+.4f}", f"{p.low:+.4f} .. {p.high:+.4f}"]
         for p in report.curves
@@ -112,16 +139,19 @@ def lens(
         ["noise", "intensity", "loss change", "95 % interval"],
         rows,
         f"{model}: float {report.base:.4f} nats per token"
-        + (f", outliers planted at {planted} norms" if planted else ""),
+        + (f", outliers planted at {report.planted} norms" if report.planted else ""),
     )
     table = [
         [str(line["unit"]), str(line["most fragile to"]), f"{float(line['sensitivity']):.4g}"]
-        for line in lines
+        for line in fragility(report.effects)
     ]
     print_table(
         ["unit", "most fragile to", "nats per squared intensity"], table, f"one at a time, at intensity {at}"
     )
-    added = [[f"{s.target}: {s.kind}", f"{s.parts:+.4f}", f"{s.whole:+.4f}", f"{s.ratio:.2f}"] for s in sums]
+    added = [
+        [f"{each.target}: {each.kind}", f"{each.parts:+.4f}", f"{each.whole:+.4f}", f"{each.ratio:.2f}"]
+        for each in additivity(report.effects)
+    ]
     print_table(["noise", "sum of units alone", "all at once", "ratio"], added, "do losses add up?")
 
 

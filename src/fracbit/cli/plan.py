@@ -2,159 +2,148 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fracbit.cli.show import bytes_text, print_json, print_notes, print_table, progress
-from fracbit.errors import RecipeError
-from fracbit.records.allocation import read_levels, recipe_text, save_allocation
+import fracbit
+from fracbit.cli import options
+from fracbit.cli.asked import asked, known_settings
+from fracbit.cli.names import check_names
+from fracbit.cli.settings import asks_for_help
+from fracbit.cli.show import bytes_text, print_json, print_notes, print_settings, print_table, progress
+from fracbit.errors import BudgetError, RecipeError
+from fracbit.records.allocation import Allocation, recipe_text, save_allocation
 from fracbit.records.files import check_file, write_text
-from fracbit.records.recipe import Override, Recipe
-from fracbit.records.scheme import parse_scheme
+from fracbit.records.recipe import Recipe
+from fracbit.records.spending import ONE_BUDGET
+from fracbit.report.pictures import check_picture, draw_bits, draw_plan
+
+if TYPE_CHECKING:
+    from fracbit.pipeline.plan.plan import Plan
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How much of the texts is read.
+
+    - `samples`: samples of each text.
+    - `length`: tokens of a sample.
+    """
+
+    samples: int = 32
+    length: int = 256
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="Folder or hub id of the float model.")],
-    average_bits: Annotated[
-        float | None, typer.Option(help="Stored bits per quantized weight, any fraction.")
-    ] = None,
-    size: Annotated[str | None, typer.Option(help="Size of all weight files, such as 1.2GB.")] = None,
-    fits: Annotated[str | None, typer.Option(help="Memory of a device, such as 8GB; see --context.")] = None,
-    context: Annotated[int, typer.Option(help="Tokens of context that must fit beside the weights.")] = 2048,
-    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
-    levels: Annotated[
-        str, typer.Option(help="Schemes to choose from, such as nf4/64,nf2/64.")
-    ] = "int4z/64,int3z/64,int2z/64",
-    score: Annotated[
-        str, typer.Option(help="Name of a score, or a JSON file of scores or losses.")
-    ] = "weight-error",
-    solver: Annotated[
-        str, typer.Option(help="exact (least predicted loss) or order (the paper's).")
-    ] = "exact",
-    granularity: Annotated[str, typer.Option(help="block or linear.")] = "linear",
-    fused: Annotated[
-        bool, typer.Option("--fused", help="Keep linears that read one input together.")
-    ] = False,
-    whole: Annotated[
-        bool, typer.Option("--whole", help="Read all of large weights instead of a sample of their rows.")
-    ] = False,
-    embeddings: Annotated[str | None, typer.Option(help="Scheme of the embeddings, such as int8:64.")] = None,
-    head: Annotated[str | None, typer.Option(help="Scheme of the output head, such as int8:64.")] = None,
-    keep: Annotated[
-        list[str] | None, typer.Option(help="Pattern of layer names that stay float; repeatable.")
-    ] = None,
-    text: Annotated[str | None, typer.Option(help="Text for scores that read some.")] = None,
-    held_out: Annotated[
-        str | None, typer.Option(help="Other text: measure against the best uniform scheme on it.")
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Samples of each text.")] = 32,
-    length: Annotated[int, typer.Option(help="Tokens of a sample.")] = 256,
-    seed: Annotated[int, typer.Option(help="Seed of random orders and of the samples.")] = 0,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL", help="Folder or hub id of the float model. [required]", show_default=False
+        ),
+    ] = None,  # asked for below, so that `--set help` needs none
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", help="Write the allocation: .json, or .toml, a recipe for `fracbit quantize`."
+            "-o",
+            "--output",
+            help="Write the allocation: .json, or .toml, a recipe for `fracbit quantize`.",
+            rich_help_panel=options.WRITE,
         ),
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option(help="Heat map of bits, such as plan.png; the curve goes beside it.")
+        Path | None,
+        typer.Option(
+            help="Heat map of bits, such as plan.png; the curve goes beside it.",
+            rich_help_panel=options.WRITE,
+        ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    keep: options.Keep = None,
+    average_bits: options.AverageBits = None,
+    size: options.Size = None,
+    fits: options.Fits = None,
+    levels: options.Levels = None,
+    score: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of a score, or a JSON file of scores or losses.", rich_help_panel=options.SMALL
+        ),
+    ] = None,
+    text: options.ScoreText = None,
+    held_out: Annotated[
+        str | None,
+        typer.Option(
+            help="Other text: measure against the best uniform scheme on it.", rich_help_panel=options.DATA
+        ),
+    ] = None,
+    whole: options.Whole = False,
+    settings: options.Settings = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Plan how MODEL would spend a budget, before anything is written."""
-    from fracbit.importance import read_size
-    from fracbit.pipeline.plan.problem import (
-        UNCHECKED,
-        Ask,
-        check_granularity,
-        check_solver,
-        contest,
-        make_plan,
-        make_problem,
-    )
-    from fracbit.pipeline.plan.spending import named_scores
-    from fracbit.pipeline.study.float_model import load_float
-    from fracbit.pipeline.study.pictures import check_picture, draw_bits, draw_plan
-    from fracbit.pipeline.study.texts import known_samples_of, samples_of, seen_notes
-
-    ask = Ask(
-        average_bits, read_size(size) if size else None, read_size(fits) if fits else None, context, batch
-    )
+    if asks_for_help(settings):
+        print_settings(known_settings(Sampling))
+        return
+    flags = {
+        "model": model,
+        "trust_remote_code": trust_remote_code or None,
+        "spending.average_bits": average_bits,
+        "spending.size": size,
+        "spending.fits": fits,
+        "spending.levels": levels,
+        "spending.score": score,
+        "spending.text": text,
+        "spending.held_out": held_out,
+    }
+    made = asked(Sampling, settings or [], flags, keep=keep or [])
+    check_names(made.recipe, made.spending)
+    if not made.spending.asked:
+        raise BudgetError(ONE_BUDGET)
     if picture is not None:
         check_picture(picture)
     if output is not None:
-        _check_output(output, bool(embeddings or head))
-    given = named_scores(score)
-    if text is not None and text == held_out:
-        raise RecipeError(
-            "--held-out is the text that scores saw; name another, or the comparison flatters the allocation"
+        _check_output(output, bool(made.recipe.embeddings or made.recipe.head))
+    with progress(json or quiet) as show:
+        found = fracbit.plan(
+            made.recipe,
+            made.spending,
+            whole=whole,
+            curve=picture is not None,
+            samples=made.run.samples,
+            length=made.run.length,
+            progress=show,
         )
-    recipe = Recipe(
-        model=model,
-        seed=seed,
-        embeddings=parse_scheme(embeddings) if embeddings else None,
-        head=parse_scheme(head) if head else None,
-        overrides=tuple(Override(layers=pattern, keep=True) for pattern in keep or ()),
-    )
-    problem = make_problem(recipe, read_levels(levels), ask, check_granularity(granularity), fused, whole)
-    with progress(json) as show:
-        subject = load_float(model) if text or held_out else None
-        ids, seen = None, None
-        if text and subject:
-            ids, seen = known_samples_of(text, model, subject, samples, length, seed)
-        made = make_plan(
-            problem, given, check_solver(solver), subject if text else None, ids, picture is not None, show
-        )
-        chosen = made.chosen
-        allocation, measured = chosen.allocation, None
-        overlap: tuple[str, ...] = ()
-        if held_out and subject:
-            unseen = samples_of(held_out, model, subject, samples, length, seed)
-            measured = contest(
-                subject, problem.units, allocation, unseen, problem.levels, problem.budget.bits
-            )
-            allocation = measured.winner
-            overlap = seen_notes(held_out, seen or made.losses.protocol.get("text"), model, subject)
-    allocation = problem.spelled_out(allocation)
-    if output is not None and output.suffix == ".toml":
-        write_text(recipe_text(allocation, recipe), output)
-    elif output is not None:
-        save_allocation(allocation, output)
+    if output is not None:
+        _write(output, found.spelled_out, made.recipe)
     if picture is not None:
-        shapes = {name: (layer.out, layer.width) for name, layer in problem.weights.layers.items()}
-        draw_bits(picture, allocation.schemes, shapes, problem.weights.blocks)
-        curve = picture.with_name(f"{picture.stem}-curve{picture.suffix}")
-        draw_plan(
-            curve, made.curve, (chosen.bits_per_weight, chosen.predicted_loss or 0.0), made.losses.method
-        )
-    unchecked = () if held_out else (UNCHECKED,)
-    notes = (
-        *made.notes,
-        *(note for note in allocation.notes if note not in made.notes),
-        *overlap,
-        *unchecked,
-    )
+        _draw(picture, found)
     if json:
-        print_json(
-            {
-                "model": model,
-                "budget": made.budget,
-                "candidates": [
-                    {k: v for k, v in asdict(c).items() if k != "allocation"} for c in made.candidates
-                ],
-                "allocation": allocation.to_json(),
-                "needs": asdict(made.needs),
-                "held_out": None
-                if measured is None
-                else {k: v for k, v in asdict(measured).items() if k != "winner"},
-                "notes": list(notes),
-            }
-        )
+        print_json(found.to_json())
         return
-    print_notes(notes)
+    print_notes(() if quiet else found.notes)
+    _print(found)
+
+
+def _write(output: Path, allocation: Allocation, recipe: Recipe) -> None:
+    if output.suffix == ".toml":
+        write_text(recipe_text(allocation, recipe), output)
+    else:
+        save_allocation(allocation, output)
+
+
+def _draw(picture: Path, made: Plan) -> None:
+    """The heat map of bits, and beside it the curve."""
+    draw_bits(picture, made.spelled_out.schemes, made.bits_per_weight, made.problem.weights.blocks)
+    curve = picture.with_name(f"{picture.stem}-curve{picture.suffix}")
+    chosen = (made.chosen.bits_per_weight, made.chosen.predicted_loss or 0.0)
+    draw_plan(curve, made.curve, chosen, made.losses.method)
+
+
+def _print(made: Plan) -> None:
     rows = [
         [
             c.name,
@@ -165,8 +154,14 @@ def plan(
         ]
         for c in made.candidates
     ]
-    print_table(["solver", "bits per weight", "weight files", f"predicted loss ({made.losses.method})", "layers"], rows,
-                f"{model}: {made.budget}")  # fmt: skip
+    columns = [
+        "solver",
+        "bits per weight",
+        "weight files",
+        f"predicted loss ({made.losses.method})",
+        "layers",
+    ]
+    print_table(columns, rows, f"{made.problem.recipe.model}: {made.budget}")
     needs = made.needs
     print(
         f"the run: about {bytes_text(needs.memory_bytes)} of memory, {bytes_text(needs.disk_bytes)} on disk, "
@@ -174,7 +169,7 @@ def plan(
     )
 
 
-def _used(allocation: Any) -> str:
+def _used(allocation: Allocation) -> str:
     return ", ".join(f"{count} x {scheme or 'float'}" for scheme, count in allocation.used().items())
 
 
@@ -183,5 +178,5 @@ def _check_output(output: Path, ends: bool) -> None:
     check_file(output)
     if ends and output.suffix != ".toml":
         raise RecipeError(
-            f"{output} would hold the linears alone, without --embeddings and --head; write a recipe: -o {output.stem}.toml"
+            f"{output} would hold the linears alone, without embeddings and head; write a recipe: -o {output.stem}.toml"
         )

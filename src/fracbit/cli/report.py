@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fracbit.cli import options
 from fracbit.cli.show import print_json
 from fracbit.errors import OutputError
 
@@ -18,13 +19,18 @@ def report(
     store: Annotated[
         str,
         typer.Argument(
-            help="SQLite file, postgresql://USER@HOST/NAME, or Parquet of a sweep's --export: a file or a folder of them."
+            metavar="STORE",
+            help="SQLite file, postgresql://USER@HOST/NAME, or Parquet of a sweep's --export: a file or a folder of them.",
         ),
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="HTML file to write.")] = Path("report.html"),
-    title: Annotated[str, typer.Option(help="Heading of the page.")] = "Bits and loss",
-    export: Annotated[Path | None, typer.Option(help="Also write the rows as Parquet.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="HTML file to write.", rich_help_panel=options.WRITE)
+    ] = Path("report.html"),
+    title: Annotated[
+        str, typer.Option(help="Heading of the page.", rich_help_panel=options.WRITE)
+    ] = "Bits and loss",
+    export: options.ExportRows = None,
+    json: options.Json = False,
 ) -> None:
     """Write scaling curves, offsets, the Pareto front and all rows of STORE as one self-contained page."""
     from fracbit.report.page import write_page

@@ -4,34 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-Step = Callable[[str, int, int], None]
+from fracbit.cli.settings import Setting, listing
+from fracbit.records.progress import Progress, terminal_bar
 
 
-@contextmanager
-def progress(quiet: bool = False) -> Iterator[Step]:
-    """A progress bar on stderr, fed by calls of (what is being done, done, total); none when `quiet`."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        "{task.percentage:>3.0f}%",
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
-        task = bar.add_task("", total=None)
-
-        def step(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what[-48:], completed=done, total=total)
-
-        yield step
+def progress(quiet: bool = False) -> AbstractContextManager[Progress | None]:
+    """A progress bar on stderr; none when `quiet`."""
+    return nullcontext() if quiet else terminal_bar()
 
 
 def print_json(value: Mapping[str, Any]) -> None:
@@ -46,14 +33,27 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
         table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    console = Console()
-    Console(width=None if console.is_terminal else 200).print(table)
+    _console().print(table)
+
+
+def print_settings(known: Mapping[str, Setting]) -> None:
+    """What `--set` takes: every key with its type, its default and what it means."""
+    table = Table("KEY", "TYPE", "DEFAULT", "MEANING", box=None, pad_edge=False)
+    for key, *rest in listing(known):
+        table.add_row(Text(key, no_wrap=True), *map(Text, rest))
+    _console().print(table)
+    print("\nembeddings.KEY and head.KEY are as scheme.KEY. Values are TOML, or text without quotes.")
 
 
 def print_notes(notes: Sequence[str]) -> None:
     """Notes, on stderr."""
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
+
+
+def _console() -> Console:
+    """Standard output, 200 columns wide when piped."""
+    return Console(width=None if Console().is_terminal else 200)
 
 
 def bytes_text(count: int) -> str:

@@ -1,4 +1,4 @@
-"""`fracbit sweep`: a grid of runs into a store, here or on Ray."""
+"""`fracbit sweep`: many runs into one store, here or on Ray."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fracbit.cli import options
 from fracbit.cli.show import bytes_text, print_json
 from fracbit.errors import RecipeError
 
@@ -16,34 +17,73 @@ if TYPE_CHECKING:
     from fracbit.sweeps.runner import Engine
     from fracbit.sweeps.spec import Expansion
 
+RAY = "On Ray"
+
 
 def sweep(
-    grid: Annotated[Path, typer.Argument(help="Grid file (TOML); see docs/guide.md.")],
-    store: Annotated[str, typer.Option(help="SQLite file, or postgresql://USER@HOST/NAME.")] = "sweep.db",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print runs, time and disk; measure nothing.")
-    ] = False,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try runs again that failed.")] = False,
-    export: Annotated[Path | None, typer.Option(help="Also write all rows of the store as Parquet.")] = None,
+    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="Sweep file (TOML); see docs/guide.md.")],
+    store: Annotated[
+        str,
+        typer.Option(help="SQLite file, or postgresql://USER@HOST/NAME.", rich_help_panel=options.WRITE),
+    ] = "sweep.db",
+    export: options.ExportRows = None,
     imported: Annotated[
         Path | None,
-        typer.Option("--import", help="First take over the rows of a Parquet file that --export wrote."),
+        typer.Option(
+            "--import",
+            help="First import the rows of a Parquet file that --export wrote.",
+            rich_help_panel=options.WRITE,
+        ),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; without --ray.")] = "cpu",
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print runs, time and disk; measure nothing.",
+            rich_help_panel=options.MEASURE,
+        ),
+    ] = False,
+    retry_failed: Annotated[
+        bool,
+        typer.Option("--retry-failed", help="Try failed runs again.", rich_help_panel=options.MEASURE),
+    ] = False,
+    keep_going: Annotated[
+        bool,
+        typer.Option(
+            "--keep-going",
+            help="Go on after a bug of fracbit: the run becomes a failed row with the traceback.",
+            rich_help_panel=options.MEASURE,
+        ),
+    ] = False,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, ...; without --ray.", rich_help_panel=options.RUN)
+    ] = "cpu",
     ray: Annotated[
-        bool, typer.Option("--ray", help="Run on Ray, started here unless --address is given.")
+        bool,
+        typer.Option(
+            "--ray", help="Run on Ray, started here unless --address is given.", rich_help_panel=RAY
+        ),
     ] = False,
     address: Annotated[
-        str | None, typer.Option(help="Ray cluster: HOST:6379, ray://HOST:10001 or auto.")
+        str | None,
+        typer.Option(help="Ray cluster: HOST:6379, ray://HOST:10001 or auto.", rich_help_panel=RAY),
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Ray workers; default as many as fit.")] = None,
-    cpus: Annotated[float, typer.Option(help="CPUs of a Ray worker.")] = 1,
-    gpus: Annotated[float, typer.Option(help="GPUs of a Ray worker.")] = 0,
-    memory: Annotated[float | None, typer.Option(help="Memory of a Ray worker in GB.")] = None,
-    retries: Annotated[int, typer.Option(help="How often a run is tried again whose worker died.")] = 2,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(help="Ray workers; default as many as fit.", rich_help_panel=RAY)
+    ] = None,
+    cpus: Annotated[float, typer.Option(help="CPUs of a Ray worker.", rich_help_panel=RAY)] = 1,
+    gpus: Annotated[float, typer.Option(help="GPUs of a Ray worker.", rich_help_panel=RAY)] = 0,
+    memory: Annotated[
+        float | None, typer.Option(help="Memory of a Ray worker in GB.", rich_help_panel=RAY)
+    ] = None,
+    retries: Annotated[
+        int,
+        typer.Option(help="How often a run is tried again after its worker died.", rich_help_panel=RAY),
+    ] = 2,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
-    """Measure every run of GRID that the store lacks. Stop it at any time; started again, it goes on.
+    """Measure every run of SWEEP that the store lacks. Stop it at any time; started again, it goes on.
 
     Exit code 1 when a run failed: its row says why, the others are there.
     """
@@ -53,21 +93,24 @@ def sweep(
         check_address(address)  # before anything slow is imported
     from fracbit.sweeps.parquet import export_parquet, import_parquet
     from fracbit.sweeps.runner import check_complete, run_sweep
-    from fracbit.sweeps.spec import expand, read_grid
+    from fracbit.sweeps.spec import expand, read_sweep
     from fracbit.sweeps.store import open_store, shown
 
-    read = read_grid(grid)
+    read = read_sweep(file)
     expansion = expand(read)
-    root = (grid.parent / read.root).resolve()
+    root = (file.parent / read.root).resolve()
     if dry_run:
         brought = [] if imported is None else import_parquet(imported)
         _print_estimate(_estimate(expansion, store, root, device, brought), json)
         return
-    engine = _engine(root, device, ray or address is not None, address, workers, cpus, gpus, memory, retries)
+    if ray or address is not None:
+        engine = _on_ray(root, address, workers, cpus, gpus, memory, retries, keep_going)
+    else:
+        engine = _here(root, device, keep_going)
     with open_store(store) as opened:
         if imported is not None:
             opened.add(import_parquet(imported))
-        outcome = run_sweep(opened, expansion.runs, engine, None if json else _show, retry_failed)
+        outcome = run_sweep(opened, expansion.runs, engine, None if json or quiet else _show, retry_failed)
         if export is not None:
             export_parquet(opened.rows(), export)
     failed = [{"key": row.key, "label": str(row.run), "error": row.error} for row in outcome.failed]
@@ -82,27 +125,44 @@ def sweep(
     else:
         print(
             f"{outcome.measured} rows written in {outcome.seconds:.0f} s; "
-            f"all {outcome.total} runs of the grid are in {shown(store)}"
+            f"all {outcome.total} runs of the sweep are in {shown(store)}"
         )
         print(check_complete(outcome), end="\n" if failed else "")
     if failed:
         raise typer.Exit(1)
 
 
-def _engine(
-    root: Path, device: str, on_ray: bool, address: str | None, workers: int | None, cpus: float, gpus: float,
-    memory: float | None, retries: int,
-) -> Engine:  # fmt: skip
-    if not on_ray:
-        from fracbit.sweeps.in_process import InProcess
+def _here(root: Path, device: str, keep_going: bool) -> Engine:
+    from fracbit.sweeps.in_process import InProcess
 
-        return InProcess(root, device)
+    return InProcess(root, device, keep_going)
+
+
+def _on_ray(
+    root: Path,
+    address: str | None,
+    workers: int | None,
+    cpus: float,
+    gpus: float,
+    memory: float | None,
+    retries: int,
+    keep_going: bool,
+) -> Engine:
     if (workers is not None and workers < 1) or min(cpus, gpus, retries) < 0:
         raise RecipeError("--workers must be at least 1, and --cpus, --gpus and --retries not below 0")
     from fracbit.sweeps.ray_engine import OnRay
 
     size = None if memory is None else int(memory * 1e9)
-    return OnRay(root, address, workers, cpus, gpus, size, retries)
+    return OnRay(
+        root,
+        address,
+        workers=workers,
+        cpus=cpus,
+        gpus=gpus,
+        memory=size,
+        retries=retries,
+        keep_going=keep_going,
+    )
 
 
 def _show(row: Row, done: int, total: int) -> None:
@@ -132,10 +192,10 @@ def _estimate(expansion: Expansion, store: str, root: Path, device: str, brought
     probe = None
     run = None if measured_alike(expansion, known) else cheapest(expansion, parameters)
     if run is not None:
-        from fracbit.sweeps.queue import source_of
+        from fracbit.sweeps.queue import workload_of
         from fracbit.sweeps.workbench import Workbench
 
-        row = Workbench(source_of(run), root, device).measure(run)
+        row = Workbench(workload_of(run), root, device).measure(run)
         probe = (row.parameters, row.seconds) if row.status == "done" else None
     return estimate(expansion, known, parameters, probe)
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fracbit.cli import options
 from fracbit.cli.show import print_json
 from fracbit.errors import DataError
 
@@ -15,20 +16,36 @@ KINDS = ("continuation", "lambada")
 
 def task(
     kind: Annotated[
-        str, typer.Argument(help="continuation: which of four goes on; lambada: the last word of passages.")
+        str,
+        typer.Argument(
+            metavar="KIND", help="continuation: which of four goes on; lambada: the last word of passages."
+        ),
     ],
     source: Annotated[
-        str, typer.Argument(help="Held-out text as for `fracbit eval --text`; for lambada its JSON lines.")
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="Held-out text as for `fracbit eval --text`; for lambada its JSON lines."
+        ),
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the task file and its data.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", help="Folder for the task file and its data.", rich_help_panel=options.WRITE
+        ),
+    ],
     model: Annotated[
-        str | None, typer.Option(help="Model whose tokenizer turns a file of ids into text.")
+        str | None,
+        typer.Option(help="Model with the tokenizer that reads the text.", rich_help_panel=options.DATA),
     ] = None,
-    items: Annotated[int, typer.Option(help="Questions to cut.")] = 500,
-    context: Annotated[int, typer.Option(help="Words before the continuation.")] = 60,
-    words: Annotated[int, typer.Option(help="Words of each continuation.")] = 12,
-    seed: Annotated[int, typer.Option(help="Decides what is cut.")] = 0,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    items: Annotated[int, typer.Option(help="Questions to cut.", rich_help_panel=options.WRITE)] = 500,
+    context: Annotated[
+        int, typer.Option(help="Words before the continuation.", rich_help_panel=options.WRITE)
+    ] = 60,
+    words: Annotated[
+        int, typer.Option(help="Words of each continuation.", rich_help_panel=options.WRITE)
+    ] = 12,
+    seed: Annotated[int, typer.Option(help="Decides what is cut.", rich_help_panel=options.WRITE)] = 0,
+    json: options.Json = False,
 ) -> None:
     """Write a task for `fracbit eval --tasks FOLDER/NAME.yaml`, for a grid's `tasks`, and for lm-eval itself."""
     if kind not in KINDS:

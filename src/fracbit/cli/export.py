@@ -1,0 +1,47 @@
+"""`fracbit export`: a fracbit checkpoint in a format that other programs read."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import fracbit
+from fracbit.cli import options
+from fracbit.cli.show import bytes_text, print_json, progress
+from fracbit.records.tables import FORMATS
+
+
+def export(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="Folder or hub id of a fracbit checkpoint.")
+    ],
+    to: Annotated[
+        str,
+        typer.Option(
+            help=f"Format: {', '.join(FORMATS.names)}; some take a parameter after a colon, such as float:fp32.",
+            rich_help_panel=options.WRITE,
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder for the export.", rich_help_panel=options.WRITE)
+    ],
+    overwrite: options.Overwrite = False,
+    resume: options.Resume = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write CHECKPOINT again in another format; a layer that the format cannot hold is named, and nothing is written."""
+    FORMATS.check(to.partition(":")[0])
+    with progress(json or quiet) as show:
+        made = fracbit.export(
+            checkpoint, output, to, overwrite=overwrite, resume=resume,
+            trust_remote_code=trust_remote_code, progress=show,
+        )  # fmt: skip
+    if json:
+        print_json(asdict(made))
+    else:
+        print(f"{made.output}: {made.format}, {bytes_text(made.bytes)}")

@@ -1,0 +1,63 @@
+"""The names in what a command line asks for, checked before anything slow is imported. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fracbit.errors import RecipeError, SchemeError, near_matches
+from fracbit.records.allocation import read_level
+from fracbit.records.recipe import Recipe
+from fracbit.records.scheme import DATATYPE_NAMES, Scheme
+from fracbit.records.spending import Spending
+from fracbit.records.tables import PERTURBATIONS, QUANTIZERS, SCORES
+
+FLOAT_TYPES = ("auto", "float32", "bfloat16", "float16", "float64")  # as checkpoint/load.py takes them
+ACTIVATIONS = ("float", "int8")  # as kernels take them
+
+
+def check_names(recipe: Recipe, spending: Spending) -> None:
+    """Raises `RecipeError` or `SchemeError` with near matches for an unknown quantizer, data type or score."""
+    QUANTIZERS.check(recipe.quantizer)
+    chosen = [recipe.scheme, recipe.embeddings, recipe.head, *(each.scheme for each in recipe.overrides)]
+    for scheme in (*chosen, *spending.schemes):
+        check_dtype(scheme)
+    check_score(str(spending.score))
+
+
+def check_score(name: str) -> None:
+    """Raises `RecipeError` for a score that is neither in the table, `reverse:` taken off, nor a JSON file."""
+    if Path(name).suffix != ".json":
+        SCORES.check(name.removeprefix("reverse:"))
+
+
+def check_errors(kinds: Sequence[str]) -> None:
+    """Raises `RecipeError` for an error of the lens that is no noise, no `clip:SHARE` and no scheme."""
+    for kind in kinds:
+        if kind not in PERTURBATIONS and not kind.startswith("clip:"):
+            try:
+                check_dtype(read_level(kind))
+            except SchemeError as error:
+                more = "; or clip:0.001, or a scheme such as int3z/64"
+                raise RecipeError(
+                    f"unknown error {kind!r}; {near_matches(kind, PERTURBATIONS)}{more}"
+                ) from error
+
+
+def check_dtype(scheme: Scheme | None) -> None:
+    """Raises `SchemeError` for a scheme of an unknown data type."""
+    name = "" if scheme is None else scheme.dtype.partition(":")[0]
+    if scheme is not None and name not in DATATYPE_NAMES:
+        raise SchemeError(f"unknown data type {name!r}; {near_matches(name, DATATYPE_NAMES)}")
+
+
+def check_types(dtype: str, activations: str = "float") -> None:
+    """Raises `RecipeError` for a type that a model is not loaded in, or a rounding of activations that there is not."""
+    check_word("dtype", dtype, FLOAT_TYPES)
+    check_word("--activations value", activations, ACTIVATIONS)
+
+
+def check_word(what: str, word: str, known: tuple[str, ...]) -> None:
+    """Raises `RecipeError` where `word` is none of the `known` ones."""
+    if word not in known:
+        raise RecipeError(f"unknown {what} {word!r}; {near_matches(word, known)}")

@@ -1,0 +1,108 @@
+"""Old names of options, each of them a `--set` key now. They work in this version, with a note, and go in the next."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from typer.core import TyperCommand
+
+from fracbit.errors import RecipeError
+
+GONE = "0.3"  # the version in which the old names end
+
+Spelling = Callable[[str], str]
+
+
+def _key(key: str) -> Spelling:
+    return lambda value: f"{key}={value}"
+
+
+def _axis(value: str) -> str:
+    return "calibration.axis=gptq" if value == "auto" else f"scheme.axis={value}"
+
+
+def _outliers(share: str) -> str:
+    return "outliers=none" if share.strip("0.") == "" else f"outliers=cost:{share}"
+
+
+_BUDGET: dict[str, Spelling | str] = {
+    "--context": _key("spending.context"),
+    "--batch": _key("spending.batch"),
+    "--solver": _key("spending.solver"),
+    "--granularity": _key("spending.granularity"),
+    "--fused": "spending.fused=true",
+    "--embeddings": _key("embeddings"),
+    "--head": _key("head"),
+    "--seed": _key("seed"),
+}
+
+# Per command, what an old name is now: a function of its value, or the whole setting where it took none.
+OLD: Mapping[str, Mapping[str, Spelling | str]] = {
+    "quantize": {
+        "--dtype": _key("scheme.dtype"),
+        "--bits": _key("scheme.bits"),
+        "--block": _key("scheme.block"),
+        "--axis": _axis,
+        "--offset": _key("scheme.offset"),
+        "--scale": _key("scheme.scale"),
+        "--search": "search=true",
+        "--no-search": "search=false",
+        "--samples": _key("calibration.samples"),
+        "--length": _key("calibration.length"),
+        "--chain": _key("calibration.chain"),
+        "--transform": _key("calibration.transforms"),
+        "--outliers": _outliers,
+        "--tweak": _key("calibration.tweak"),
+        "--inputs": _key("calibration.inputs"),
+        "--distill": _key("calibration.distill"),
+        "--levels": _key("spending.levels"),
+        "--score": _key("spending.score"),
+        "--held-out": _key("spending.held_out"),
+        **_BUDGET,
+        "--revision": _key("revision"),
+        "--device": _key("run.device"),
+        "--shard-size": _key("run.shard_mb"),
+    },
+    "plan": {**_BUDGET, "--samples": _key("run.samples"), "--length": _key("run.length")},
+}
+
+
+class RenamedOptions(TyperCommand):
+    """A command whose old options are rewritten before they are parsed."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, rewritten(args, OLD[self.name or ""]))
+
+
+def rewritten(words: Sequence[str], old: Mapping[str, Spelling | str]) -> list[str]:
+    """The words of a command line with every old option as `--set`, and a note on stderr for each unless `--quiet` is there."""
+    quiet = "--quiet" in words
+    found: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if word == "--":
+            return [*found, word, *rest]
+        if name not in old:
+            found.append(word)
+            continue
+        setting, written = _setting(name, old[name], value if equals else None, rest)
+        if not quiet:
+            note = f"note: {written} is now --set {setting}; the old name goes in version {GONE}"
+            print(note, file=sys.stderr)
+        found += ["--set", setting]
+    return found
+
+
+def _setting(name: str, new: Spelling | str, value: str | None, rest: Iterator[str]) -> tuple[str, str]:
+    """The setting that an old option is now, and the option as it was written."""
+    if isinstance(new, str):
+        if value is not None:
+            raise RecipeError(f"{name} takes no value; write --set {new}")
+        return new, name
+    value = next(rest, None) if value is None else value
+    if value is None:
+        raise RecipeError(f"{name} needs a value; write --set {new('VALUE')}")
+    return new(value), f"{name} {value}"

@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import HealthCheck, settings
 
+import families
+
 if TYPE_CHECKING:
+    import torch
     from transformers import LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,30 +54,11 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_llama() -> Callable[..., LlamaForCausalLM]:
-    """A maker of random Llama models, about 0.1M weights: `tiny_llama(seed=1, intermediate_size=44, ...)`.
+    """A maker of random Llama models: `families.tiny_llama`."""
+    return families.tiny_llama
 
-    Keywords are LlamaConfig's. No block size of 32 or more divides its widths, 48 and 132. The same arguments
-    give the same weights, and the caller's random state is left alone.
-    """
 
-    def make(seed: int = 0, **changes: object) -> LlamaForCausalLM:
-        import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        sizes: dict[str, object] = {
-            "vocab_size": 96,
-            "hidden_size": 48,
-            "intermediate_size": 132,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 128,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "tie_word_embeddings": False,
-        }
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return LlamaForCausalLM(LlamaConfig(**(sizes | changes))).eval()
-
-    return make
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    """Five samples of eleven ids for the tiny models of `families.CONFIGS`."""
+    return families.tokens()

@@ -4,40 +4,59 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from importlinter import configuration
 from importlinter.application import use_cases
 
-SOURCE = Path(__file__).resolve().parents[2] / "src" / "fracbit"
-PYPROJECT = SOURCE.parents[1] / "pyproject.toml"
-NOT_ROOMS = {"bundled"}
+from source import MODULES, ROOMS, SOURCE, modules_of, relative, tree
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = SOURCE.parents[1]
+PYPROJECT = ROOT / "pyproject.toml"
 TORCH_FREE = ["errors", "records", "report"]
-TRANSFORMERS_FREE = ["numerics", "quantizers", "importance", "transforms", "lens", "kernels"]
+TRANSFORMERS_FREE = ["numerics", "quantizers", "importance", "transforms", "perturbation", "kernels"]
+HEAVY = {"torch", "transformers", "datasets"}
+OPTIONAL = {"plotly", "matplotlib", "scipy", "numpy"}  # report's own, which may be absent
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "manager"}
 
-MODULES = sorted(SOURCE.rglob("*.py"))
-ROOMS = sorted(path.parent.name for path in SOURCE.glob("*/__init__.py") if path.parent.name not in NOT_ROOMS)
+IMPORT = """
+import importlib, sys
+absent = set(sys.argv[1].split(","))
+for name in sys.argv[2:]:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in absent:
+            raise
+print(*{name.partition(".")[0] for name in sys.modules})
+"""
 
 
-def relative(path: Path) -> str:
-    return path.relative_to(SOURCE).as_posix()
-
-
-def present(rooms: list[str]) -> list[str]:
-    return [room for room in rooms if room in ROOMS or (SOURCE / f"{room}.py").is_file()]
-
-
-def loaded_by(rooms: list[str]) -> set[str]:
-    """The top-level packages that a fresh interpreter holds after importing the rooms."""
-    imports = "".join(f"import fracbit.{room}\n" for room in rooms)
-    program = f"import sys\n{imports}print(*{{name.partition('.')[0] for name in sys.modules}})"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+def loaded_by(modules: list[str]) -> set[str]:
+    """The top-level packages that a fresh interpreter holds after importing these modules."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", IMPORT, ",".join(OPTIONAL), *modules],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
+
+
+def contracts() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = tomllib.loads(PYPROJECT.read_text())["tool"]["importlinter"]["contracts"]
+    return found
 
 
 def test_import_contracts_hold(capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,20 +65,48 @@ def test_import_contracts_hold(capsys: pytest.CaptureFixture[str]) -> None:
     assert kept, capsys.readouterr().out
 
 
-@pytest.mark.parametrize("room", present(TORCH_FREE))
+@pytest.mark.parametrize("room", TORCH_FREE)
 def test_light_rooms_start_without_torch(room: str) -> None:
-    heavy = {"torch", "transformers", "numpy", "datasets"} & loaded_by([room])
-    assert not heavy, f"importing fracbit.{room} loads {sorted(heavy)}"
+    """Every module of them, and with them the whole package."""
+    heavy = HEAVY & loaded_by(["fracbit", *modules_of(room)])
+    assert not heavy, (
+        f"importing fracbit.{room} loads {sorted(heavy)}: import inside the function that needs it"
+    )
+
+
+@pytest.mark.parametrize("module", ["fracbit", "fracbit.records.tables", "fracbit.cli"])
+def test_names_are_checked_without_torch(module: str) -> None:
+    heavy = (HEAVY | {"numpy"}) & loaded_by([module])
+    assert not heavy, f"importing {module} loads {sorted(heavy)}: import inside the function that needs it"
 
 
 def test_tensor_rooms_start_without_transformers() -> None:
-    rooms = present(TRANSFORMERS_FREE)
-    assert "transformers" not in loaded_by(rooms), f"importing one of {rooms} loads transformers"
+    modules = [name for room in TRANSFORMERS_FREE for name in modules_of(room) if "triton" not in name]
+    assert "transformers" not in loaded_by(modules), (
+        f"importing one of {TRANSFORMERS_FREE} loads transformers"
+    )
+
+
+def test_contributing_draws_the_rooms_as_the_contracts_do() -> None:
+    """The drawing has the lines of the layers contract, from top to bottom, and names the same light rooms."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    drawing = text.partition("## The rooms")[2].partition("```")[2].partition("```")[0]
+    names = "|".join([*ROOMS, "errors"])
+    drawn = [set(re.findall(rf"(?:^|\| )({names})\b", line)) for line in drawing.strip().splitlines()]
+    layers = next(contract for contract in contracts() if contract["type"] == "layers")["layers"]
+    assert [room for room in drawn if room] == [set(re.findall(r"\w+", line)) for line in layers]
+    forbidden = [contract for contract in contracts() if contract["type"] == "forbidden"]
+    for rooms, name in ((TORCH_FREE, "torch"), (TRANSFORMERS_FREE, "transformers")):
+        sources = {f"fracbit.{room}.**" for room in rooms}
+        assert any(set(c["source_modules"]) == sources and name in c["forbidden_modules"] for c in forbidden)
+        said = re.search(rf"((?:`\w+`(?:, | and |\s+and\s+)?)+)\s+never\s+import\s+{name}\b", text)
+        assert said, f"CONTRIBUTING.md does not say which rooms never import {name}"
+        assert set(re.findall(r"`(\w+)`", said[1])) == set(rooms)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=relative)
 def test_every_module_opens_with_a_docstring(path: Path) -> None:
-    assert ast.get_docstring(ast.parse(path.read_text())), f"{relative(path)} does not say what it is for"
+    assert ast.get_docstring(tree(path)), f"{relative(path)} does not say what it is for"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=relative)
@@ -69,9 +116,8 @@ def test_no_module_has_a_vague_name(path: Path) -> None:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_every_room_declares_what_others_may_use(room: str) -> None:
-    tree = ast.parse((SOURCE / room / "__init__.py").read_text())
     module = importlib.import_module(f"fracbit.{room}")
-    only_docstring = len(tree.body) == 1
+    only_docstring = len(tree(SOURCE / room / "__init__.py").body) == 1
     declared = getattr(module, "__all__", [] if only_docstring else None)
     assert declared is not None, f"fracbit/{room}/__init__.py holds names and has no __all__"
     missing = [name for name in declared if not hasattr(module, name)]

@@ -21,7 +21,7 @@ from fracbit.checkpoint.format import quantization_config, stored_layer, tensor_
 from fracbit.checkpoint.load import load
 from fracbit.models.quant_linear import QuantEmbedding, QuantLinear
 from fracbit.numerics import decode, quantize_tensor
-from fracbit.pipeline.quantize.stream import run
+from fracbit.pipeline.quantize.run import write_checkpoint
 from fracbit.records.recipe import Recipe
 from fracbit.records.scheme import Scheme
 
@@ -163,7 +163,7 @@ def test_a_whole_checkpoint(tiny_llama: Callable[..., LlamaForCausalLM], tmp_pat
     tiny_llama(intermediate_size=172, tie_word_embeddings=True).save_pretrained(tmp_path / "float")
     scheme, embeddings = Scheme("nf", 4, 64, scale="int8:256"), Scheme("int", 6, 16, offset="zero")
     recipe = Recipe(model=str(tmp_path / "float"), scheme=scheme, embeddings=embeddings)
-    run(recipe, tmp_path / "q", shard_bytes=20_000)
+    write_checkpoint(recipe, tmp_path / "q", shard_bytes=20_000)
     config = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
     tensors, model = read_tensors(tmp_path / "q"), load(tmp_path / "q")
     assert len(config["layers"]) == 7 * 3 + 1

@@ -16,7 +16,7 @@ from transformers import pipeline
 from fracbit.bundled import bundled_model
 from fracbit.checkpoint.load import load, load_tokenizer
 from fracbit.models.quant_linear import QuantLinear
-from fracbit.pipeline.quantize.stream import run
+from fracbit.pipeline.quantize.run import write_checkpoint
 from fracbit.records.recipe import Recipe
 from fracbit.records.scheme import Scheme
 
@@ -37,7 +37,7 @@ torch.save(model(torch.arange(3, 40)[None]).logits, {result!r})
 def folder(tiny_llama: Callable[..., LlamaForCausalLM], tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("hf")
     tiny_llama(tie_word_embeddings=True).save_pretrained(base / "float")
-    run(
+    write_checkpoint(
         Recipe(model=str(base / "float"), scheme=Scheme("nf", 4, 32), embeddings=Scheme("int", 8, 32)),
         base / "q",
     )
@@ -68,7 +68,7 @@ def test_without_fracbit_loading_stops(
 ) -> None:
     """8 bits is the trap: a byte per weight, so that codes of the weight's own shape would load as weights."""
     tiny_llama().save_pretrained(tmp_path / "float")
-    run(Recipe(model=str(tmp_path / "float"), scheme=Scheme("int", bits, 32)), tmp_path / "q")
+    write_checkpoint(Recipe(model=str(tmp_path / "float"), scheme=Scheme("int", bits, 32)), tmp_path / "q")
     done = fresh(tmp_path / "q", tmp_path)
     assert done.returncode != 0
     assert "MISMATCH" in done.stderr
@@ -132,7 +132,7 @@ def test_generation(folder: Path) -> None:
 
 def test_pipelines(tmp_path: Path) -> None:
     """A stock pipeline from the folder's name alone, one text and a batch: what `generate` writes."""
-    run(Recipe(model=str(bundled_model()), scheme=Scheme("int", 4, 64)), tmp_path / "q")
+    write_checkpoint(Recipe(model=str(bundled_model()), scheme=Scheme("int", 4, 64)), tmp_path / "q")
     writer = pipeline("text-generation", model=str(tmp_path / "q"), dtype="float32")
     how = {"max_new_tokens": 6, "do_sample": False}
     tokenizer, prompt = load_tokenizer(tmp_path / "q"), "def main("

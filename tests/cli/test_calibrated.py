@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from click.testing import Result
@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 from fracbit.cli import app
 from fracbit.errors import DataError, FracbitError, RecipeError, WeightError
+from outputs import manifest
+from texts import SENTENCE, byte_tokenizer
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -22,23 +24,20 @@ def fracbit(*words: object) -> Result:
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
+def settings(*changes: str) -> list[str]:
+    return [word for change in changes for word in ("--set", change)]
+
+
 @pytest.fixture(scope="module")
 def files(tiny_llama: Callable[..., LlamaForCausalLM], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with a byte tokenizer and a chat template, a text, conversations, and ids in three formats."""
     import numpy as np
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("calibrated")
-    vocabulary = {byte: number for number, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    fast.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
-    fast.save_pretrained(folder / "float")
+    chat = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    byte_tokenizer(special=False, template=chat).save_pretrained(folder / "float")
     tiny_llama(vocab_size=256, num_hidden_layers=2).save_pretrained(folder / "float")
-    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 30, encoding="utf-8")
+    (folder / "text.txt").write_text(SENTENCE * 30, encoding="utf-8")
     said = [
         {"role": "user", "content": "Who jumps over the dog?"},
         {"role": "assistant", "content": "A fox."},
@@ -49,10 +48,6 @@ def files(tiny_llama: Callable[..., LlamaForCausalLM], tmp_path_factory: pytest.
     ids.astype("<u4").tofile(folder / "ids.u32")
     np.save(folder / "ids.npy", ids.reshape(-1, 30).astype(np.int64))
     return folder
-
-
-def manifest(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "fracbit.json").read_text())  # type: ignore[no-any-return]
 
 
 def test_every_kind_of_text_in_one_mixture(files: Path, tmp_path: Path) -> None:
@@ -66,8 +61,8 @@ def test_every_kind_of_text_in_one_mixture(files: Path, tmp_path: Path) -> None:
     ]
     for name in ("one", "two"):
         done = fracbit(
-            "quantize", files / "float", "-o", tmp_path / name, "--quantizer", "gptq", "--bits", 4, "--samples", 26,
-            "--length", 16, "--seed", 3, *sources,
+            "quantize", files / "float", "-o", tmp_path / name, "--quantizer", "gptq", "--scheme", "int4/64",
+            *settings("calibration.samples=26", "calibration.length=16", "seed=3"), *sources,
         )  # fmt: skip
         assert done.exit_code == 0, (done.output, done.exception)
     said = manifest(tmp_path / "one")["texts"][0]
@@ -81,20 +76,20 @@ def test_every_kind_of_text_in_one_mixture(files: Path, tmp_path: Path) -> None:
 
 def test_flags_arrive_and_losses_are_tabulated(files: Path, tmp_path: Path) -> None:
     done = fracbit(
-        "quantize", files / "float", "-o", tmp_path / "q", "--quantizer", "descent", "--bits", 3, "--axis", "auto",
-        "--calibration", files / "text.txt", "--samples", 12, "--length", 24, "--tweak", "auto", "--chain", "quantized",
-        "--transform", "rotate", "--transform", "rotate-mlp", "--transform", "smooth", "--outliers", 0.05,
-        "--inputs", "int8/tensor", "--distill", 1, "--device", "cpu",
+        "quantize", files / "float", "-o", tmp_path / "q", "--quantizer", "descent", "--scheme", "int3/64",
+        "--calibration", files / "text.txt", "--set", "outliers=cost:0.05",
+        *settings(
+            "calibration.axis=gptq", "calibration.samples=12", "calibration.length=24", "calibration.tweak=auto",
+            "calibration.chain=quantized", "calibration.transforms=rotate,rotate-mlp", "calibration.transforms=smooth",
+            "calibration.inputs=int8/tensor", "calibration.distill=1", "run.device=cpu",
+        ),
     )  # fmt: skip
     assert done.exit_code == 0, (done.output, done.exception)
-    plan = manifest(tmp_path / "q")["recipe"]["calibration"]
+    recipe = manifest(tmp_path / "q")["recipe"]
+    assert recipe["outliers"] == {"chosen": "cost", "share": 0.05}
+    plan = recipe["calibration"]
     assert plan["transforms"] == ["rotate", "rotate-mlp", "smooth"]
-    assert (plan["axis"], plan["outliers"], plan["distill"], plan["inputs"]) == (
-        "gptq",
-        0.05,
-        1,
-        "int8/tensor",
-    )
+    assert (plan["axis"], plan["distill"], plan["inputs"]) == ("gptq", 1, "int8/tensor")
     table = done.stdout
     assert "relative loss" in table
     assert all(word in table for word in ("q_proj", "down_proj", "model.layers.1", "tweaked"))
@@ -110,31 +105,41 @@ def test_flags_arrive_and_losses_are_tabulated(files: Path, tmp_path: Path) -> N
 
 
 BAD: list[tuple[list[str], type[FracbitError], str]] = [
-    (["--samples", "5000"], DataError, "fewer than"),
-    (["--calibration", "EMPTY"], DataError, "empty"),
-    (["--calibration", "OUTSIDE"], DataError, "outside the vocabulary"),
-    (["--outliers", "1.5"], RecipeError, "outliers"),
-    (["--transform", "rotato"], RecipeError, "transforms"),
-    (["--inputs", "float99"], FracbitError, "not a rounding"),
-    (["--tweak", "auto", "--samples", "1"], RecipeError, "at least 2"),
-    (["--length", "1"], RecipeError, "length"),
+    (["calibration.samples=5000"], DataError, "fewer than"),
+    (["calibration.texts=EMPTY"], DataError, "empty"),
+    (["calibration.texts=OUTSIDE"], DataError, "outside the vocabulary"),
+    (["outliers=cost:1.5"], RecipeError, "outliers"),
+    (["calibration.transforms=rotato"], RecipeError, "did you mean 'rotate'"),
+    (["calibration.inputs=float99"], FracbitError, "not a rounding"),
+    (["calibration.tweak=auto", "calibration.samples=1"], RecipeError, "at least 2"),
+    (["calibration.length=1"], RecipeError, "length"),
 ]
 
 
-@pytest.mark.parametrize(("words", "kind", "says"), BAD)
+@pytest.mark.parametrize(("changes", "kind", "says"), BAD)
 def test_bad_input_is_refused(
-    files: Path, tmp_path: Path, words: list[str], kind: type[FracbitError], says: str
+    files: Path, tmp_path: Path, changes: list[str], kind: type[FracbitError], says: str
 ) -> None:
     import numpy as np
 
     (tmp_path / "empty.jsonl").write_text('{"text": "one"}\n{"text": ""}\n')
     np.full(480, 999, dtype="<u2").tofile(tmp_path / "outside.u16")
-    places = {"EMPTY": str(tmp_path / "empty.jsonl"), "OUTSIDE": str(tmp_path / "outside.u16")}
-    words = [places.get(word, word) for word in words]
-    base = ["--samples", "4"] if "--samples" not in words else []
-    base += ["--calibration", str(files / "text.txt")] if "--calibration" not in words else []
-    base += ["--length", "16"] if "--length" not in words else []
-    done = fracbit("quantize", files / "float", "-o", tmp_path / "q", "--quantizer", "gptq", *base, *words)
+    places = {"EMPTY": tmp_path / "empty.jsonl", "OUTSIDE": tmp_path / "outside.u16"}
+    for name, place in places.items():
+        changes = [change.replace(name, str(place)) for change in changes]
+    texts = [] if "texts" in changes[0] else ["--calibration", files / "text.txt"]
+    base = settings("calibration.samples=4", "calibration.length=16")
+    done = fracbit(
+        "quantize",
+        files / "float",
+        "-o",
+        tmp_path / "q",
+        "--quantizer",
+        "gptq",
+        *texts,
+        *base,
+        *settings(*changes),
+    )
     assert isinstance(done.exception, kind), (done.exception, done.output)
     assert says in str(done.exception)
     assert not (tmp_path / "q" / "config.json").exists()
@@ -155,8 +160,11 @@ def test_dead_inputs_and_few_tokens_are_taken(
     model.save_pretrained(tmp_path / "float")
     done = fracbit(
         "quantize", tmp_path / "float", "-o", tmp_path / "q", "--quantizer", "gptq", "--calibration",
-        f"{files / 'ids.u16'}?length=30", "--samples", 2, "--length", 4, "--transform", "smooth", "--transform", "awq",
-        "--transform", "rotate", "--axis", "auto", "--tweak", "auto",
+        f"{files / 'ids.u16'}?length=30",
+        *settings(
+            "calibration.samples=2", "calibration.length=4", "calibration.transforms=smooth,awq,rotate",
+            "calibration.axis=gptq", "calibration.tweak=auto",
+        ),
     )  # fmt: skip
     assert done.exit_code == 0, (done.output, done.exception)
     with torch.no_grad():
@@ -191,7 +199,7 @@ def test_activations_that_are_not_numbers_name_layer_and_sample(
     rows.tofile(tmp_path / "ids.u16")
     done = fracbit(
         "quantize", tmp_path / "float", "-o", tmp_path / "q", "--quantizer", "gptq", "--calibration",
-        f"{tmp_path / 'ids.u16'}?length=16", "--samples", 4, "--length", 16,
+        f"{tmp_path / 'ids.u16'}?length=16", *settings("calibration.samples=4", "calibration.length=16"),
     )  # fmt: skip
     assert isinstance(done.exception, WeightError), (done.exception, done.output)
     assert "model.layers.0.mlp.down_proj" in str(done.exception)

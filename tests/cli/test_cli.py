@@ -1,26 +1,45 @@
-"""The command line end to end, in processes of its own: outputs, JSON alone on stdout, exit codes, interruption."""
+"""The command line end to end: outputs, JSON alone on stdout, exit codes, interruption."""
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from fracbit.cli import main
+from texts import byte_tokenizer
+
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 
-def fracbit(*words: object) -> subprocess.CompletedProcess[str]:
+def process(*words: object) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own."""
     command = [sys.executable, "-m", "fracbit", *(str(word) for word in words)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def fracbit(*words: object) -> subprocess.CompletedProcess[str]:
+    """A command in this process, which has torch already; what is not one of our errors is raised."""
+    command = ["fracbit", *(str(word) for word in words)]
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", command)
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 
 def good(*words: object) -> dict[str, Any]:
@@ -44,15 +63,8 @@ def bad(*words: object) -> str:
 @pytest.fixture(scope="module")
 def model(tiny_llama: Callable[..., LlamaForCausalLM], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model with a byte tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     folder = tmp_path_factory.mktemp("cli") / "float"
-    vocabulary = {byte: number for number, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    byte_tokenizer(special=False).save_pretrained(folder)
     tiny_llama(vocab_size=256).save_pretrained(folder)
     return folder
 
@@ -65,7 +77,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_from_a_model_to_a_smaller_one(model: Path, text: Path, tmp_path: Path) -> None:
-    made = good("quantize", model, "-o", tmp_path / "q", "--dtype", "nf", "--bits", 4, "--block", 64)
+    made = good("quantize", model, "-o", tmp_path / "q", "--scheme", "nf4/64")
     assert set(made) == {
         "output", "bits_per_weight", "bits_per_parameter", "bytes", "source_bytes", "seconds", "peak_rss_bytes", "notes",
     }  # fmt: skip
@@ -84,6 +96,59 @@ def test_from_a_model_to_a_smaller_one(model: Path, text: Path, tmp_path: Path) 
     written = good("generate", tmp_path / "q", "def main(", "--max-new-tokens", 8)
     assert written["new_tokens"] == 8
     assert written["text"].startswith("def main(")
+
+
+def test_a_process_prints_one_object_and_says_with_its_exit_code_how_it_went(
+    model: Path, tmp_path: Path
+) -> None:
+    done = process("quantize", model, "-o", tmp_path / "q", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["output"] == str(tmp_path / "q")
+    refused = process("quantize", model, "-o", tmp_path / "q")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith("fracbit: error: ")
+    assert "Traceback" not in refused.stderr
+
+
+def test_a_finished_output_is_not_made_again(model: Path, tmp_path: Path) -> None:
+    made = fracbit("quantize", model, "-o", tmp_path / "q")
+    assert made.returncode == 0
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "q").iterdir()}
+    again = fracbit("quantize", model, "-o", tmp_path / "q", "--resume")
+    assert again.returncode == 0
+    assert "note: already finished: nothing to do" in again.stderr
+    assert again.stdout.startswith(f"{tmp_path / 'q'}: 4.")
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "q").iterdir()}
+
+
+def test_an_export_is_a_checkpoint_that_transformers_loads_alone(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    good("quantize", model, "-o", tmp_path / "q", "--scheme", "int4z/32")
+    made = good("export", tmp_path / "q", "--to", "float:fp32", "-o", tmp_path / "plain")
+    assert made == {
+        "output": str(tmp_path / "plain"),
+        "format": "float:fp32",
+        "bytes": sum(path.stat().st_size for path in (tmp_path / "plain").glob("*.safetensors")),
+    }
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    stored, plain = (
+        good("eval", tmp_path / name, "--text", text, "--window", 64, "--dtype", "float32")["nll"]
+        for name in ("q", "plain")
+    )
+    assert stored == pytest.approx(plain, abs=1e-5)
+    assert "not empty" in bad("export", tmp_path / "q", "--to", "float", "-o", tmp_path / "plain")
+    assert "did you mean 'float'" in bad("export", tmp_path / "q", "--to", "flaot", "-o", tmp_path / "x")
+    assert "is not a fracbit checkpoint" in bad("export", model, "--to", "float", "-o", tmp_path / "x")
+
+
+def test_quiet_says_nothing_on_stderr(model: Path, text: Path, tmp_path: Path) -> None:
+    run = ("quantize", model, "--calibration", text, "--quantizer", "gptq", "--samples", 4, "--length", 16)
+    loud = fracbit(*run, "-o", tmp_path / "loud")
+    assert "note: --samples 4 is now --set calibration.samples=4" in loud.stderr
+    quiet = fracbit(*run, "-o", tmp_path / "quiet", "--quiet")
+    assert (quiet.returncode, quiet.stderr) == (0, "")
+    assert "bits per weight" in quiet.stdout
 
 
 def test_perplexity_is_transformers_own(model: Path, text: Path) -> None:
@@ -110,8 +175,8 @@ def test_a_recipe_and_flags_over_it(model: Path, tmp_path: Path) -> None:
         tmp_path / "recipe.toml",
         "-o",
         tmp_path / "q",
-        "--bits",
-        2,
+        "--set",
+        "scheme.bits=2",
         "--keep",
         "*.layers.1.*",
     )
@@ -132,16 +197,16 @@ def test_bad_input(model: Path, text: Path, tmp_path: Path) -> None:
     assert "no such model" in bad("quantize", tmp_path / "none", "-o", out)
     assert "name one with -o" in bad("quantize", model)
     assert "no model" in bad("quantize", "-o", out)
-    assert "from 1 to 8, got 9" in bad("quantize", model, "-o", out, "--bits", 9)
-    assert "did you mean 'kmeans'" in bad("quantize", model, "-o", out, "--dtype", "kmean")
-    assert "flat:N" in bad("quantize", model, "-o", out, "--block", "sixty")
+    assert "from 1 to 8, got 9" in bad("quantize", model, "-o", out, "--scheme", "int9/64")
+    assert "did you mean 'kmeans'" in bad("quantize", model, "-o", out, "--scheme", "kmean4/64")
+    assert "flat:N" in bad("quantize", model, "-o", out, "--set", "scheme.block=sixty")
     (tmp_path / "r.toml").write_text("sede = 3\n")
     assert "line 1: a recipe has no key 'sede'" in bad("quantize", model, tmp_path / "r.toml", "-o", out)
     (tmp_path / "r.toml").write_text("[scheme]\ndtype = 'nf'\nbitz = 3\n")
     assert "line 3: a scheme has no key 'bitz'" in bad("quantize", model, tmp_path / "r.toml", "-o", out)
     (tmp_path / "r.toml").write_text("scheme = 'nf4'\noverrides = 3\n")
     assert "write it as a table, [scheme]" in bad(
-        "quantize", model, tmp_path / "r.toml", "-o", out, "--bits", 3
+        "quantize", model, tmp_path / "r.toml", "-o", out, "--set", "scheme.bits=3"
     )
     assert "write it as a table, [[overrides]]" in bad(
         "quantize", model, tmp_path / "r.toml", "-o", out, "--keep", "x"
@@ -153,7 +218,7 @@ def test_bad_input(model: Path, text: Path, tmp_path: Path) -> None:
     assert "not empty" in bad("quantize", model, "-o", out)
     assert "no tokens" in bad("generate", model, "")
     assert "128 positions" in bad("generate", model, "def", "--max-new-tokens", 1000, "--json")
-    assert "dtype 'float12' is not known" in bad("eval", model, "--text", text, "--dtype", "float12")
+    assert "unknown dtype 'float12'" in bad("eval", model, "--text", text, "--dtype", "float12")
     assert "device 'nonsense' cannot be used" in bad("generate", model, "x", "--device", "nonsense")
     assert "no id of this model" in bad("eval", model, "--text", text, "--bos", 256)
     assert "none.txt" in bad("eval", model, "--text", tmp_path / "none.txt")
@@ -173,7 +238,7 @@ def test_interrupted_it_stops_cleanly_and_resumes(
     larger.save_pretrained(tmp_path / "float")
     plan = tmp_path / "q" / ".fracbit" / "plan.json"
     command = [sys.executable, "-m", "fracbit", "quantize", str(tmp_path / "float"), "-o", str(tmp_path / "q"),
-               "--dtype", "kmeans:row", "--search", "--shard-size", "1"]  # fmt: skip
+               "--scheme", "kmeans:row4/64", "--set", "search=true", "--set", "run.shard_mb=1"]  # fmt: skip
     # A runner in the background hands down an ignored SIGINT, which Python would keep ignoring.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
@@ -206,6 +271,6 @@ def test_on_a_model_nobody_here_trained(shared: Path, tmp_path: Path) -> None:
     float_perplexity = good("eval", source, "--text", f"{text}?length=512&first=60&keep=256")["perplexity"]
     for bits, expected in [(4, 5.00 / 4.88), (3, 5.65 / 4.88), (2, 21.5 / 4.88)]:
         out = tmp_path / str(bits)
-        good("quantize", source, "-o", out, "--bits", bits, "--offset", "zero", "--scale", "fp32")
+        good("quantize", source, "-o", out, "--scheme", f"int{bits}z/64 s=fp32")
         found = good("eval", out, "--text", f"{text}?length=512&first=60&keep=256")
         assert found["perplexity"] / float_perplexity == pytest.approx(expected, rel=0.03)

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fracbit.cli import app
-from fracbit.errors import DataError, SchemeError
+from fracbit.errors import DataError, RecipeError, SchemeError
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
@@ -60,7 +60,7 @@ def test_generate_streams(model: str) -> None:
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        (["--activations", "int3"], DataError),
+        (["--activations", "int3"], RecipeError),
         (["--kv-bits", "5"], SchemeError),
         (["--temperature", "-1"], DataError),
     ],

@@ -155,16 +155,16 @@ def test_nan_weights(tiny_llama: Callable[..., LlamaForCausalLM], tokenizer: Pre
     model = tiny_llama(vocab_size=VOCABULARY)
     with torch.no_grad():
         model.model.norm.weight[0] = torch.nan
-    with pytest.raises(WeightError, match="NaN behind id 0"):
+    with pytest.raises(WeightError, match="NaN after id 0"):
         generate_calibration(model, tokenizer, samples=2, length=8, seed=0)
 
 
 def test_progress_counts_ids(writer: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[str, int, int]] = []
     generate_calibration(
         writer, tokenizer, samples=5, length=8, seed=0, batch=2, progress=lambda *step: seen.append(step)
     )
-    assert seen == [(16, 40), (32, 40), (40, 40)]
+    assert seen == [("writing calibration text", done, 40) for done in (16, 32, 40)]
 
 
 def test_a_trained_model_writes_what_it_finds_likely(shared: Path) -> None:

@@ -94,8 +94,11 @@ def test_conversations_are_written_by_the_template(
     ("line", "complaint"),
     [
         ('{"text": "two"', r"line 2: broken JSON .*column"),
-        ('["two"]', "line 2: list where an object"),
-        ('{"body": "two"}', "line 2: no field text or messages or conversations among body"),
+        ('["two"]', "line 2: got list, expected an object"),
+        (
+            '{"body": "two"}',
+            "line 2: there is no field text or messages or conversations; the fields are body",
+        ),
         ('{"text": "  "}', "line 2: an empty document.*empty=skip"),
         ('{"text": null}', "line 2: an empty document"),
         ('{"messages": []}', "line 2: an empty document"),
@@ -148,12 +151,12 @@ def test_npy_rows_are_documents(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "options", "complaint"),
     [
-        ("a.u16", b"abc", "", "3 bytes, no whole number of 2-byte ids"),
-        ("a.u32", b"abcdef", "", "6 bytes, no whole number of 4-byte ids"),
+        ("a.u16", b"abc", "", "3 bytes, not a whole number of 2-byte ids"),
+        ("a.u32", b"abcdef", "", "6 bytes, not a whole number of 4-byte ids"),
         ("a.u16", b"", "", "holds no ids"),
-        ("a.u16", bytes(20), "?length=3", "10 ids are no whole number of documents of 3"),
+        ("a.u16", bytes(20), "?length=3", "10 ids are not a whole number of documents of 3"),
         ("a.u16", np.array([1, 2, 300], "<u2").tobytes(), "", "id 300 at position 2 of document 0"),
-        ("a.npy", b"rubbish", "", r"no \.npy array"),
+        ("a.npy", b"rubbish", "", r"cannot be read as a \.npy array"),
         ("a.txt", b"", "", "the whole file: an empty document"),
         ("a.txt", b" \n\n", "", "the whole file: an empty document"),
         ("a.txt", b"\n\n", "?documents=line", "holds no documents"),
@@ -161,7 +164,7 @@ def test_npy_rows_are_documents(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "ab"}\n{"text": "\xe9"}', "", r"line 2, is not UTF-8: byte 0xe9 at offset 25"),
         ("a.jsonl", b"", "", "holds no documents"),
         ("a.jsonl", b'{"text": ""}', "?documents=one", "holds no text"),
-        ("a.parquet", b"rubbish", "", "no Parquet file"),
+        ("a.parquet", b"rubbish", "", "cannot be read as a Parquet file"),
     ],
 )  # fmt: skip
 def test_broken_files(
@@ -196,7 +199,7 @@ def test_a_pickle_in_an_npy_is_refused(tmp_path: Path) -> None:
 def test_missing_things(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match="no such file"):
         read_documents(str(tmp_path / "a.txt"), tokenizer, VOCABULARY)
-    with pytest.raises(DataError, match="save_to_disk did not write"):
+    with pytest.raises(DataError, match="not one that datasets' save_to_disk wrote"):
         read_documents(str(tmp_path), tokenizer, VOCABULARY)
     with pytest.raises(DataError, match="no tokenizer"):
         read_documents(write(tmp_path / "a.txt", "hi"), None, VOCABULARY)
@@ -218,7 +221,7 @@ def test_parquet(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     tokens = read_documents(str(path), tokenizer, VOCABULARY)
     assert texts(tokens, tokenizer) == ["one", "two"]
     assert tokens.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    with pytest.raises(DataError, match="no field body among text, n"):
+    with pytest.raises(DataError, match="no field body; the fields are text, n"):
         read_documents(f"{path}?field=body", tokenizer, VOCABULARY)
 
 

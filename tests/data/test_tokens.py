@@ -102,7 +102,7 @@ def test_a_bos_that_is_not_there_cannot_open_samples() -> None:
 
 def test_too_few_ids() -> None:
     with pytest.raises(
-        DataError, match=r"made holds 50 ids, fewer than the 6 samples x 10 ids = 60.*at most 5"
+        DataError, match=r"made holds 50 ids, and 6 samples x 10 ids = 60 are needed.*at most 5"
     ):
         sample(make(list(range(50))), samples=6, length=10, seed=0)
 

@@ -3,38 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+
+from families import tiny_llama
 
 VOCABULARY = 61
-POSITIONS = 64
-
-
-def tiny_config() -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=POSITIONS,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.4,
-    )
 
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[[int], LlamaForCausalLM]:
-    def make(seed: int) -> LlamaForCausalLM:
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(tiny_config()).eval()
-
-    return make
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "initializer_range": 0.4}
+    return partial(tiny_llama, vocab_size=VOCABULARY, max_position_embeddings=64, **sizes)
 
 
 @pytest.fixture(scope="session")

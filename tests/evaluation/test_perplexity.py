@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from fracbit.errors import DataError, WeightError
-from fracbit.evaluation import perplexity, plan_windows
+from fracbit.evaluation import cut_windows, perplexity
 
 
 def labelled_nll(model: PreTrainedModel, ids: torch.Tensor, window: int, stride: int) -> float:
@@ -146,10 +146,10 @@ def test_every_id_is_scored_at_most_once_and_overlap_is_context(
 ) -> None:
     room = window if bos is None else window - 1
     stride = data.draw(st.integers(1, room))
-    plan = plan_windows(torch.arange(length) + 5, window=window, stride=stride, bos=bos)
-    targets = torch.cat([plan.targets(piece) for piece in plan.windows]) - 5
-    assert targets.unique().numel() == targets.numel() == plan.protocol.tokens
-    assert all(len(plan.inputs(piece)) <= window for piece in plan.windows)
+    windows = cut_windows(torch.arange(length) + 5, window=window, stride=stride, bos=bos)
+    targets = torch.cat([windows.targets(piece) for piece in windows.all]) - 5
+    assert targets.unique().numel() == targets.numel() == windows.protocol.tokens
+    assert all(len(windows.inputs(piece)) <= window for piece in windows.all)
     if bos is not None:
         assert targets.tolist() == list(range(length))
     elif stride < window:
@@ -204,9 +204,9 @@ def test_the_record_says_how_it_was_measured(model: LlamaForCausalLM, stream: to
 
 
 def test_progress_counts_windows(model: LlamaForCausalLM, stream: torch.Tensor) -> None:
-    seen: list[tuple[int, int]] = []
-    perplexity(model, stream, window=64, batch=2, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(2, 5), (4, 5), (5, 5)]
+    seen: list[tuple[str, int, int]] = []
+    perplexity(model, stream, window=64, batch=2, progress=lambda *step: seen.append(step))
+    assert seen == [("perplexity", done, 5) for done in (1, 2, 3, 4, 5)]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from fracbit.evaluation import (
     ZeroShot,
     ask,
     continuation_items,
-    prepare,
+    prepare_questions,
     tasks_of,
     write_continuation,
     write_lambada,
@@ -102,7 +102,7 @@ def test_a_fracbit_checkpoint_is_asked_like_a_float_one(
 ) -> None:
     pytest.importorskip("lm_eval", reason="the extra fracbit[eval] is not installed")
     fracbit.quantize(shared / "models" / "tales-s", tmp_path / "q", Scheme("int", 8))
-    questions = prepare([write_continuation(texts, tmp_path, **SIZES)])
+    questions = prepare_questions([write_continuation(texts, tmp_path, **SIZES)])
     asked = [
         ask(load(path), tokenizer, questions, quiet=True).scores[0].metrics
         for path in (shared / "models" / "tales-s", tmp_path / "q")
@@ -116,13 +116,13 @@ def test_a_fracbit_checkpoint_is_asked_like_a_float_one(
 def test_names_of_the_harness(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="the extra fracbit[eval] is not installed")
     with pytest.raises(DataError, match="did you mean lambada_openai"):
-        prepare(["lambada_opnai"])
+        prepare_questions(["lambada_opnai"])
     if not os.environ.get("HF_HUB_OFFLINE"):
         pytest.skip("the hub may be there")
     with pytest.raises(
         DataError, match=r"lambada_openai, piqa, winogrande, hellaswag cannot.*`fracbit task`"
     ):
-        prepare(tasks_of(["paper"]))
+        prepare_questions(tasks_of(["paper"]))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_names_of_the_harness(tmp_path: Path) -> None:
 def test_tasks_that_are_not_there(tasks: list[str], complaint: str) -> None:
     pytest.importorskip("lm_eval", reason="the extra fracbit[eval] is not installed")
     with pytest.raises(DataError, match=complaint):
-        prepare(tasks_of(tasks))
+        prepare_questions(tasks_of(tasks))
 
 
 def test_nothing_asked_is_an_error(

@@ -1,4 +1,4 @@
-"""Every score: finite, one float for a unit, larger for the more important one, and the figures its paper implies."""
+"""Scores one by one: the figures that their papers imply, shares of known distributions, what is refused."""
 
 import math
 
@@ -10,67 +10,9 @@ from fracbit.errors import DataError, RecipeError, WeightError
 from fracbit.importance import SCORES, LayerView, cosine_sum, error_of, reverse, score_method
 from fracbit.importance.zd import share_above
 from fracbit.numerics.stats import add_inputs, empty
-from fracbit.records.scheme import Scheme
 from fracbit.records.scores import Scores
-
-INT2, INT4 = Scheme(bits=2), Scheme(bits=4)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def slope(weights: dict[str, Tensor], scheme: Scheme, seed: int) -> Tensor:
-    return torch.stack(
-        [(normal(*w.shape, seed=seed) * error_of(w, scheme)).sum() for w in weights.values()]
-    ).sum()
-
-
-def view(seed: int = 0, index: int = 0, scale: float = 1.0) -> LayerView:
-    """A unit of two linears with everything that any score asks for."""
-    weights = {"a": normal(24, 64, seed=seed) * scale, "b": normal(64, 24, seed=seed + 1) * scale}
-    stats = {
-        name: add_inputs(empty(w.shape[1]), normal(50, w.shape[1], seed=seed + 2))
-        for name, w in weights.items()
-    }
-    gradients = {name: normal(*w.shape, seed=seed + 3) for name, w in weights.items()}
-    slopes = {scheme: torch.stack([slope(weights, scheme, s) for s in range(4)]) for scheme in (INT2, INT4)}
-    return LayerView(
-        f"l{index}", index, 3, weights, stats, gradients, slopes, 16, 0.9, {INT2: 0.5, INT4: 0.01}, 7
-    )
-
-
-def compute(name: str, unit: LayerView, scheme: Scheme = INT2) -> float:
-    method = SCORES[name]
-    if method.plain is not None:
-        return method.plain(unit)
-    assert method.of_scheme is not None
-    return method.of_scheme(unit, scheme)
-
-
-@pytest.mark.parametrize("name", SCORES)
-def test_a_score_is_one_finite_float_and_repeats(name: str) -> None:
-    value = compute(name, view())
-    assert isinstance(value, float)
-    assert math.isfinite(value)
-    assert value == compute(name, view())
-
-
-@pytest.mark.parametrize("name", SCORES)
-def test_a_score_is_plain_or_of_a_scheme(name: str) -> None:
-    method = SCORES[name]
-    assert (method.plain is None) != (method.of_scheme is None)
-    assert method.about
-
-
-@pytest.mark.parametrize("name", [name for name, method in SCORES.items() if method.of_scheme])
-def test_scores_that_know_the_scheme_fall_with_bits(name: str) -> None:
-    assert compute(name, view(), INT4) < compute(name, view(), INT2)
-
-
-@pytest.mark.parametrize("name", [name for name, method in SCORES.items() if method.data_free])
-def test_data_free_scores_do_not_feel_the_scale_of_a_unit(name: str) -> None:
-    assert compute(name, view(scale=4.0)) == pytest.approx(compute(name, view()), rel=1e-3)
+from tensors import normal
+from views import INT2, compute, view
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def instructions(
         constants_of(weight, torch.empty(count, width, dtype=activations), dot),
     )
     blocks = 1 if weight.along_out else weight.scale.shape[1]
-    numbers = {"one": ONE, "n_rows": count, "rows": 64, "kept": width, "width": width, "blocks": blocks}
+    numbers = {"one": ONE, "n_rows": count, "rows": 64, "length": width, "width": width, "blocks": blocks}
     numbers |= {"stride": weight.codes.shape[1]}
     codes = f"*i{8 * weight.codes.itemsize}"
     name = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[activations]

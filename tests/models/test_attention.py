@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import LlamaForCausalLM
 
+import families
 import fracbit.models.attention as attention
 from fracbit.kernels.attention import attend_causal
 from fracbit.kernels.cpu import NATIVE
@@ -19,10 +18,8 @@ here = pytest.mark.skipif(NATIVE is None or not NATIVE.has_causal(), reason="no 
 
 
 def tiny(kind: str = "sdpa") -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 50}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.4}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, attn_implementation=kind)).eval()
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.4}
+    return families.tiny_llama(**sizes, attn_implementation=kind)
 
 
 @pytest.fixture
@@ -52,15 +49,15 @@ def test_logits_are_equal_and_every_layer_took_it(calls: list[int]) -> None:
 
 
 @here
+@pytest.mark.parametrize("name", families.CONFIGS)
 @torch.no_grad()
-def test_every_family_says_the_same(
-    calls: list[int], config: PreTrainedConfig, build_model: Callable[[PreTrainedConfig], PreTrainedModel]
-) -> None:
+def test_every_family_says_the_same(calls: list[int], name: str) -> None:
     """With heads of 16, which the kernel takes, over more tokens than it holds at once."""
+    config = families.config_of(name)
     config.hidden_size = 64
     if hasattr(config, "head_dim") and config.model_type != "falcon":
         config.head_dim = 16
-    model, ids = build_model(config), torch.arange(80).view(2, 40) % 60
+    model, ids = families.build(config), torch.arange(80).view(2, 40) % 60
     expected = model(input_ids=ids, use_cache=False).logits
     with attention.native_attention(model):
         found = model(input_ids=ids, use_cache=False).logits

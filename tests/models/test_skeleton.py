@@ -6,57 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from families import fill, saved
 from fracbit.errors import SourceError
 from fracbit.models.blocks import blocks
-from fracbit.models.experts import split_experts
 from fracbit.models.find import family_of
-from fracbit.models.install import materialize
 from fracbit.models.skeleton import Origin, origins, quantizable, skeleton
-
-
-def load(empty: PreTrainedModel, disk: dict[str, torch.Tensor]) -> None:
-    found = origins(empty, disk)
-    assert found.missing == ()
-    materialize(empty, {name: origin.read(disk[origin.name]) for name, origin in found.tensors.items()})
-
-
-def saved(model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
-    model.save_pretrained(folder)
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-
-def test_a_saved_checkpoint_fills_the_skeleton(
-    model: PreTrainedModel, tokens: torch.Tensor, tmp_path: Path
-) -> None:
-    disk = saved(model, tmp_path)
-    empty = skeleton(model.config)
-    load(empty, disk)
-    assert origins(empty, disk).unused == ()
-    torch.testing.assert_close(empty(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
-
-
-def test_layers_are_those_of_the_real_model(config: PreTrainedConfig, model: PreTrainedModel) -> None:
-    split_experts(model)
-    layers = quantizable(skeleton(config), include_head=True, include_embeddings=True)
-    assert layers == quantizable(model, include_head=True, include_embeddings=True)
-    for layer in layers.values():
-        weight = model.get_parameter(f"{layer.name}.weight")
-        assert tuple(weight.shape) == (
-            (layer.width, layer.out) if layer.transposed else (layer.out, layer.width)
-        )
-        assert layer.transposed == (config.model_type == "gpt2" and layer.kind == "linear")
-        assert layers[layer.group].block == layer.block
-    inside = {name for name in layers if layers[name].kind == "linear"}
-    assert set(quantizable(model)) == inside
-    assert [layer.kind for layer in layers.values() if layer.block is None] == ["embedding", "head"]
-    tied = {layer.tied for layer in layers.values()} - {None}
-    assert tied == (
-        {family_of(model).embeddings[0]} if config.get_text_config().tie_word_embeddings else set()
-    )
 
 
 @pytest.mark.parametrize("kind", [hf.GPT2Config, hf.BloomConfig])
@@ -70,7 +27,7 @@ def test_names_on_the_hub_may_lack_the_prefix(
     disk = {name.removeprefix("transformer."): value for name, value in saved(real, tmp_path).items()}
     disk["h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
     empty = skeleton(real.config)
-    load(empty, disk)
+    fill(empty, disk)
     assert origins(empty, disk).unused == ("h.0.attn.bias",)
     torch.testing.assert_close(empty(tokens).logits, real(tokens).logits, rtol=1e-5, atol=1e-5)
 
@@ -97,7 +54,7 @@ def test_experts_may_be_fused_on_disk(kind: type[PreTrainedConfig], tokens: torc
     assert origins(empty, disk).tensors[name] == Origin(
         "model.layers.1.mlp.experts.gate_up_proj", 2, "second"
     )
-    load(empty, disk)
+    fill(empty, disk)
     torch.testing.assert_close(empty(tokens).logits, real(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
@@ -128,7 +85,7 @@ def test_a_tied_tensor_needs_one_name(on_disk: str, tokens: torch.Tensor) -> Non
     }
     disk[on_disk] = real.lm_head.weight.detach()
     empty = skeleton(config)
-    load(empty, disk)
+    fill(empty, disk)
     assert empty.lm_head.weight is empty.model.embed_tokens.weight
     torch.testing.assert_close(empty(tokens).logits, real(tokens).logits)
 
@@ -165,10 +122,9 @@ def test_no_causal_language_model(kind: type[PreTrainedConfig]) -> None:
 
 @pytest.mark.parametrize("name", ["tales-xs", "tales-s", "tales-m", "tales-l"])
 def test_shared_models_fill_their_skeletons(shared: Path, name: str) -> None:
-    with safe_open(shared / "models" / name / "model.safetensors", framework="pt") as file:
-        disk = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    disk = load_file(shared / "models" / name / "model.safetensors")
     empty = skeleton(hf.AutoConfig.from_pretrained(shared / "models" / name))
-    load(empty, disk)
+    fill(empty, disk)
     layers = quantizable(empty, include_head=True)
     assert len(layers) == 7 * empty.config.num_hidden_layers + 1
     assert layers["lm_head"].tied == "model.embed_tokens"

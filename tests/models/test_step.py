@@ -40,7 +40,7 @@ MODELS: dict[str, hf.PreTrainedConfig] = {
 
 
 def packed(module: nn.Linear, scheme: Scheme) -> QuantLinear:
-    layer = QuantLinear(scheme, tuple(module.weight.shape), module.bias is not None)
+    layer = QuantLinear(scheme, tuple(module.weight.shape), bias=module.bias is not None)
     layer.fill(quantize_tensor(module.weight.detach().float(), scheme))
     layer.bias = module.bias
     return layer
@@ -211,17 +211,18 @@ def test_beams_with_a_store(tiny_llama: Callable[..., hf.LlamaForCausalLM]) -> N
 @native
 def test_a_decoder_refuses_what_does_not_fit() -> None:
     shape, table = DecoderShape(32, 4, 2, 8, 1e-5), torch.zeros(20, 32)
+    rest: dict[str, Any] = {"logits": table, "gain": torch.ones(32), "blocks": [], "activations": "float"}
     for wrong in (
         DecoderShape(31, 4, 2, 8, 1e-5),
         DecoderShape(32, 4, 3, 8, 1e-5),
         DecoderShape(32, 4, 2, 7, 1e-5),
     ):
         with pytest.raises(KernelError):
-            NativeDecoder(wrong, table, table, torch.ones(32), [], "float")
+            NativeDecoder(wrong, embedding=table, **rest)
     for wrong_table in (table[:, 1:], table[0], table.double(), table.long()):
         with pytest.raises(KernelError):
-            NativeDecoder(shape, wrong_table, table, torch.ones(32), [], "float")
-    decoder = NativeDecoder(shape, table, table, torch.ones(32), [], "float")
+            NativeDecoder(shape, embedding=wrong_table, **rest)
+    decoder = NativeDecoder(shape, embedding=table, **rest)
     good = {
         "store": torch.zeros(0, 2, 3, 2, 16, 8), "held": 4, "tokens": torch.tensor([0, 19, 5]), "pads": torch.zeros(3).long(),
         "cosines": torch.zeros(16, 8), "sines": torch.zeros(16, 8),

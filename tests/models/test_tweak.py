@@ -2,67 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from fracbit.models.blocks import blocks, groups, weight_of
+from evidence import quantized_block
+from families import model_of
+from fracbit.models.correction import CORRECTIONS, error
 from fracbit.models.find import family_of
-from fracbit.models.install import set_weight
-from fracbit.models.tweak import Evidence, distance, error, least_squares_factor, tweak_block
-from fracbit.models.walk import embed, observe
-from fracbit.numerics import decode, quantize_tensor
-from fracbit.numerics import stats as statistics
-from fracbit.records.scheme import Scheme
+from fracbit.models.tweak import distance, least_squares_factor
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedModel
+    from transformers import LlamaForCausalLM
 
 Maker = Callable[..., "LlamaForCausalLM"]
 
 
-def quantized_block(model: PreTrainedModel) -> tuple[torch.nn.Module, Evidence]:
-    """The first block with its linears at 2 bits, and what it is to be tweaked with."""
-    family = family_of(model)
-    block = blocks(model, family)[0][1]
-    ids = torch.randint(3, 96, (16, 24), generator=torch.Generator().manual_seed(0))
-    hidden = embed(model, family, ids, 4)
-    held: dict[str, statistics.Stats] = {}
-
-    def add(name: str, x: torch.Tensor) -> None:
-        held[name] = statistics.observe(held.get(name) or statistics.empty(x.shape[1]), x)
-
-    order = groups(block, family)
-    exits = observe(block, hidden, [group[0] for group in order], add)
-    names = [name for group in order for name in group]
-    weights = {name: weight_of(block.get_submodule(name)).clone() for name in names}
-    block = copy.deepcopy(block)
-    for name, weight in weights.items():
-        set_weight(block.get_submodule(name), decode(quantize_tensor(weight, Scheme("int", 2, 24))))
-    return block, Evidence(hidden, exits.states, [0, 1, 2], [3], weights, held)
-
-
-def some_model(name: str, tiny_llama: Maker) -> PreTrainedModel:
-    from transformers import OPTConfig, OPTForCausalLM
-
-    if name == "llama":
-        return tiny_llama()
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 96, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return OPTForCausalLM(
-        OPTConfig(**sizes, ffn_dim=60, word_embed_proj_dim=48, max_position_embeddings=64)
-    ).eval()
-
-
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_auto_helps_or_leaves_alone(name: str, tiny_llama: Maker) -> None:
-    model = some_model(name, tiny_llama)
+    model = tiny_llama() if name == "llama" else model_of("opt")
     block, evidence = quantized_block(model)
     before = {key: value.clone() for key, value in block.state_dict().items()}
-    report = tweak_block(block, family_of(model), evidence, "auto", 0.5)
+    report = CORRECTIONS["auto"](block, family_of(model), evidence, 0.5)
     assert report.after <= report.before
     assert error(block, evidence) == pytest.approx(report.after)
     changed = {key for key, value in block.state_dict().items() if not torch.equal(value, before[key])}
@@ -90,7 +53,7 @@ def test_adam_lowers_the_distance(tiny_llama: Maker) -> None:
             )
 
     before = away()
-    tweak_block(block, family_of(model), evidence, "adam", 0.0)
+    CORRECTIONS["adam"](block, family_of(model), evidence, 0.0)
     assert away() < before
     assert isinstance(block.input_layernorm.weight, torch.nn.Parameter)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +18,14 @@ from fracbit.models.find import family_of
 from fracbit.models.walk import embed, observe
 from fracbit.numerics import decode
 from fracbit.numerics import stats as statistics
-from fracbit.pipeline.quantize.calibrated import run_calibrated
+from fracbit.pipeline.quantize.run import write_checkpoint
 from fracbit.quantizers.gptq import Gptq
 from fracbit.quantizers.group import quantize_group
 from fracbit.records.calibration import Calibration
 from fracbit.records.recipe import Override, Recipe
 from fracbit.records.scheme import Scheme
+from outputs import Killed, contents, logits, manifest
+from texts import write_ids
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -34,15 +34,10 @@ Maker = Callable[..., "LlamaForCausalLM"]
 SCHEME = Scheme("int", 3, 20, offset="zero")
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing of ours may catch it."""
-
-
 @pytest.fixture(scope="module")
 def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("texts") / "ids.u16"
-    random = np.random.default_rng(0)
-    random.integers(3, 96, 32 * 24, dtype=np.uint16).tofile(path)
+    write_ids(path, 32, 24)
     return path
 
 
@@ -54,28 +49,14 @@ def source(tiny_llama: Maker, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(source: Path, ids: Path, quantizer: str = "gptq", scheme: Scheme = SCHEME, **plan: Any) -> Recipe:
+    own = {name: plan.pop(name) for name in ("outliers",) if name in plan}
     calibration = Calibration(texts=(f"{ids}?length=24",), **{"samples": 16, "length": 24, "batch": 4} | plan)
-    return Recipe(model=str(source), scheme=scheme, quantizer=quantizer, calibration=calibration)
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {
-        p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.is_file()
-    }
-
-
-def manifest(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "fracbit.json").read_text())  # type: ignore[no-any-return]
-
-
-def logits(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=x).logits  # type: ignore[no-any-return]
+    return Recipe(model=str(source), scheme=scheme, quantizer=quantizer, calibration=calibration, **own)
 
 
 def test_first_block_is_what_the_quantizer_gives(source: Path, ids: Path, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
-    run_calibrated(recipe(source, ids), tmp_path / "q", progress=lambda *step: seen.append(step))
+    write_checkpoint(recipe(source, ids), tmp_path / "q", progress=lambda *step: seen.append(step))
     assert [what for what, _, _ in seen if what.startswith("block")] == [f"block {n} of 3" for n in (1, 2, 3)]
     assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
     assert seen[-1][1:] == (24, 24), "a step for every linear and one for every block"
@@ -91,7 +72,7 @@ def test_first_block_is_what_the_quantizer_gives(source: Path, ids: Path, tmp_pa
     held = {"stats": statistics.empty(48)}
 
     def add(name: str, x: torch.Tensor) -> None:
-        held["stats"] = statistics.observe(held["stats"], x)
+        held["stats"] = statistics.add_inputs(held["stats"], x)
 
     block = blocks(model, family)[0][1]
     observe(block, hidden, ["self_attn.q_proj"], add)
@@ -109,23 +90,23 @@ def test_first_block_is_what_the_quantizer_gives(source: Path, ids: Path, tmp_pa
 @pytest.mark.parametrize("chain", ["quantized", "float"])
 def test_resume_is_bit_identical(source: Path, ids: Path, tmp_path: Path, chain: str) -> None:
     asked = recipe(source, ids, chain=chain, tweak="closed", axis="predicted")
-    run_calibrated(asked, tmp_path / "whole")
+    write_checkpoint(asked, tmp_path / "whole")
 
     def die(what: str, done: int, total: int) -> None:
         if what.startswith("block 2"):
             raise Killed
 
     with pytest.raises(Killed):
-        run_calibrated(asked, tmp_path / "parts", progress=die)
+        write_checkpoint(asked, tmp_path / "parts", progress=die)
     assert not (tmp_path / "parts" / "config.json").exists()
-    run_calibrated(asked, tmp_path / "parts", resume=True)
-    assert hashes(tmp_path / "parts") == hashes(tmp_path / "whole")
+    write_checkpoint(asked, tmp_path / "parts", resume=True)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
 def test_spilled_states_change_nothing(source: Path, ids: Path, tmp_path: Path) -> None:
-    run_calibrated(recipe(source, ids), tmp_path / "memory")
-    run_calibrated(recipe(source, ids), tmp_path / "disk", spill_bytes=0)
-    assert hashes(tmp_path / "memory") == hashes(tmp_path / "disk")
+    write_checkpoint(recipe(source, ids), tmp_path / "memory")
+    write_checkpoint(recipe(source, ids), tmp_path / "disk", spill_bytes=0)
+    assert contents(tmp_path / "memory") == contents(tmp_path / "disk")
 
 
 @pytest.mark.parametrize("axis", ["nearest", "gptq", "predicted"])
@@ -137,7 +118,7 @@ def test_chosen_axes_are_saved_and_loaded(source: Path, ids: Path, tmp_path: Pat
         block.self_attn.o_proj.weight[:, ::8] *= 8
         block.mlp.down_proj.weight[::8] *= 8
     model.save_pretrained(tmp_path / "float")
-    run_calibrated(recipe(tmp_path / "float", ids, axis=axis), tmp_path / "q")
+    write_checkpoint(recipe(tmp_path / "float", ids, axis=axis), tmp_path / "q")
     layers = manifest(tmp_path / "q")["layers"]
     assert layers["model.layers.0.self_attn.o_proj"]["scheme"]["axis"] == "out"
     assert layers["model.layers.0.mlp.down_proj"]["scheme"]["axis"] == "in"
@@ -151,7 +132,7 @@ def test_chosen_axes_lose_less_than_either(source: Path, ids: Path, tmp_path: Pa
         ("out", "scheme", Scheme("int", 3, 20, "out", "zero")),
         ("both", "gptq", SCHEME),
     ):
-        run_calibrated(recipe(source, ids, scheme=scheme, axis=axis, chain="float"), tmp_path / name)
+        write_checkpoint(recipe(source, ids, scheme=scheme, axis=axis, chain="float"), tmp_path / name)
         rows = manifest(tmp_path / name)["layers"]
         losses[name] = [
             rows[layer]["loss"] for layer in sorted(rows) if layer.endswith(("o_proj", "down_proj"))
@@ -165,20 +146,20 @@ def test_chosen_axes_lose_less_than_either(source: Path, ids: Path, tmp_path: Pa
 def test_tweaks_are_judged_on_samples_they_were_not_fitted_on(
     source: Path, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fracbit.pipeline import block as stage
+    from fracbit.pipeline.quantize import block as stage
 
     splits, real = [], stage.split_batches
     monkeypatch.setattr(stage, "split_batches", lambda hidden: splits.append(real(hidden)) or splits[-1])
-    run_calibrated(recipe(source, ids, tweak="auto", samples=3, batch=8), tmp_path / "q")
+    write_checkpoint(recipe(source, ids, tweak="auto", samples=3, batch=8), tmp_path / "q")
     assert splits
     assert all(fit and judge and not set(fit) & set(judge) for fit, judge in splits)
     with pytest.raises(RecipeError, match="at least 2"):
-        run_calibrated(recipe(source, ids, tweak="auto", samples=1), tmp_path / "r")
+        write_checkpoint(recipe(source, ids, tweak="auto", samples=1), tmp_path / "r")
 
 
 @pytest.mark.parametrize("tweak", ["adam", "closed", "auto"])
 def test_tweak_is_reported_and_saved(source: Path, ids: Path, tmp_path: Path, tweak: str) -> None:
-    run_calibrated(recipe(source, ids, scheme=Scheme("int", 2, 24), tweak=tweak), tmp_path / "q")
+    write_checkpoint(recipe(source, ids, scheme=Scheme("int", 2, 24), tweak=tweak), tmp_path / "q")
     rows = manifest(tmp_path / "q")["tweaks"]
     assert [row["block"] for row in rows] == [0, 1, 2]
     if tweak == "auto":
@@ -188,8 +169,8 @@ def test_tweak_is_reported_and_saved(source: Path, ids: Path, tmp_path: Path, tw
 
 
 def test_sequential_observes_behind_what_is_quantized(source: Path, ids: Path, tmp_path: Path) -> None:
-    run_calibrated(recipe(source, ids), tmp_path / "at once")
-    run_calibrated(recipe(source, ids, sequential=True), tmp_path / "in order")
+    write_checkpoint(recipe(source, ids), tmp_path / "at once")
+    write_checkpoint(recipe(source, ids, sequential=True), tmp_path / "in order")
     one, two = (load(tmp_path / name).model.layers[0] for name in ("at once", "in order"))
     assert torch.equal(decode(one.self_attn.q_proj.packed), decode(two.self_attn.q_proj.packed))
     assert not torch.equal(decode(one.mlp.down_proj.packed), decode(two.mlp.down_proj.packed))
@@ -214,7 +195,7 @@ def test_experts_without_tokens_are_named(tmp_path: Path, ids: Path) -> None:
         )
     )
     model.save_pretrained(tmp_path / "float")
-    run_calibrated(recipe(tmp_path / "float", ids), tmp_path / "q")
+    write_checkpoint(recipe(tmp_path / "float", ids), tmp_path / "q")
     notes = [note for row in manifest(tmp_path / "q")["layers"].values() for note in row.get("notes", [])]
     assert any("expert saw" in note for note in notes)
     made, reference = load(tmp_path / "q"), model
@@ -227,13 +208,13 @@ def test_experts_without_tokens_are_named(tmp_path: Path, ids: Path) -> None:
 
 def test_bad_input(source: Path, ids: Path, tmp_path: Path, tiny_llama: Maker) -> None:
     with pytest.raises(RecipeError, match="--calibration"):
-        run_calibrated(Recipe(model=str(source), quantizer="gptq"), tmp_path / "a")
+        write_checkpoint(Recipe(model=str(source), quantizer="gptq"), tmp_path / "a")
     with pytest.raises(DataError, match="fewer than"):
-        run_calibrated(recipe(source, ids, samples=600), tmp_path / "b")
+        write_checkpoint(recipe(source, ids, samples=600), tmp_path / "b")
     outside = tmp_path / "big.u16"
     np.full(480, 200, dtype=np.uint16).tofile(outside)
     with pytest.raises(DataError, match="outside the vocabulary"):
-        run_calibrated(recipe(source, outside), tmp_path / "c")
+        write_checkpoint(recipe(source, outside), tmp_path / "c")
     for gain, says in [
         (float("nan"), "post_attention_layernorm"),
         (3e38, r"layers\.1\.mlp\.gate_proj.*sample 0"),
@@ -243,7 +224,7 @@ def test_bad_input(source: Path, ids: Path, tmp_path: Path, tiny_llama: Maker) -
             broken.model.layers[1].post_attention_layernorm.weight[:] = gain
         broken.save_pretrained(tmp_path / f"broken{gain}")
         with pytest.raises(WeightError, match=says):
-            run_calibrated(recipe(tmp_path / f"broken{gain}", ids), tmp_path / f"d{gain}")
+            write_checkpoint(recipe(tmp_path / f"broken{gain}", ids), tmp_path / f"d{gain}")
 
 
 def test_distillation_lowers_the_divergence_and_is_saved(source: Path, tmp_path: Path) -> None:
@@ -253,13 +234,13 @@ def test_distillation_lowers_the_divergence_and_is_saved(source: Path, tmp_path:
     with torch.no_grad():
         model.lm_head.weight *= 30  # a model that knows what it wants
     model.save_pretrained(tmp_path / "float")
-    np.random.default_rng(1).integers(3, 96, 192 * 24, dtype=np.uint16).tofile(ids)
+    write_ids(ids, 192, 24, seed=1)
     scheme = Scheme("kmeans", 2, 24, scale="int8:64")
     for name, epochs in (("plain", 0), ("distilled", 2)):
         asked = recipe(
             tmp_path / "float", ids, scheme=scheme, distill=epochs, samples=192, batch=32, rate=1e-3
         )
-        run_calibrated(asked, tmp_path / name)
+        write_checkpoint(asked, tmp_path / name)
     facts = manifest(tmp_path / "distilled")["distilled"]
     assert 0 < facts["after"] < 0.95 * facts["before"]
     x = torch.from_numpy(np.fromfile(ids, dtype=np.uint16).astype(np.int64)).view(-1, 24)
@@ -275,10 +256,10 @@ def test_distillation_lowers_the_divergence_and_is_saved(source: Path, tmp_path:
 def test_a_kill_while_distilled_shards_are_moved(
     source: Path, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fracbit.pipeline import distill as stage
+    from fracbit.pipeline.quantize import self_distill as stage
 
     asked = recipe(source, ids, distill=1)
-    run_calibrated(asked, tmp_path / "whole")
+    write_checkpoint(asked, tmp_path / "whole")
     moved = stage.load_file
     calls = []
 
@@ -291,9 +272,9 @@ def test_a_kill_while_distilled_shards_are_moved(
     with monkeypatch.context() as patched:
         patched.setattr(stage, "load_file", die)
         with pytest.raises(Killed):
-            run_calibrated(asked, tmp_path / "parts")
-    run_calibrated(asked, tmp_path / "parts", resume=True)
-    assert hashes(tmp_path / "parts") == hashes(tmp_path / "whole")
+            write_checkpoint(asked, tmp_path / "parts")
+    write_checkpoint(asked, tmp_path / "parts", resume=True)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
 def test_transforms_and_outliers_in_one_model(source: Path, ids: Path, tmp_path: Path) -> None:
@@ -325,7 +306,7 @@ def test_transforms_and_outliers_in_one_model(source: Path, ids: Path, tmp_path:
         scheme = Scheme("int", 3, 24, axis, "zero")
         asked = recipe(tmp_path / "float", ids, "rtn", scheme, chain="float", **plan)
         untouched = tuple(Override(layers=f"*{layer}_proj", keep=True) for layer in ("o", "down"))
-        run_calibrated(asked.model_copy(update={"overrides": untouched}), tmp_path / name)
+        write_checkpoint(asked.model_copy(update={"overrides": untouched}), tmp_path / name)
         lost[name] = float((logits(load(tmp_path / name), x) - wanted).square().mean())
     assert lost["out"] < 0.6 * lost["in"], lost
     assert lost["awq"] < 0.6 * lost["in"], lost
@@ -337,9 +318,9 @@ def test_columns_in_sixteen_bits_are_saved_loaded_and_counted(
     source: Path, ids: Path, tmp_path: Path, quantizer: str
 ) -> None:
     x, results = torch.arange(3, 43)[None], {}
-    for share in (0.0, 0.1):
-        asked = recipe(source, ids, quantizer, Scheme("int", 2, 24, offset="zero"), outliers=share)
-        results[share] = run_calibrated(asked, tmp_path / f"{share}")
+    for share, chosen in ((0.0, None), (0.1, "cost:0.1")):
+        asked = recipe(source, ids, quantizer, Scheme("int", 2, 24, offset="zero"), outliers=chosen)
+        results[share] = write_checkpoint(asked, tmp_path / f"{share}")
     made, packed = load(tmp_path / "0.1"), manifest(tmp_path / "0.1")["layers"]
     layer = made.model.layers[1].mlp.down_proj.packed
     assert layer.outliers.shape == (48, 13)
@@ -383,7 +364,7 @@ def test_rounded_activations_break_on_outliers_and_hold_with_the_remedies(
     ):
         folder = source if name == "plain" else tmp_path / "float"
         asked = recipe(folder, ids, "rtn", Scheme("int", 8, "row"), inputs=inputs, **plan)
-        run_calibrated(asked, tmp_path / name)
+        write_checkpoint(asked, tmp_path / name)
         made = load(tmp_path / name)
         assert made.model.layers[0].mlp.up_proj.inputs is not None
         lost[name] = float((logits(made, x) - wanted).square().mean())

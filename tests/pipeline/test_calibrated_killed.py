@@ -10,14 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
 
 from fracbit.errors import FormatError, SourceError
-from fracbit.pipeline.quantize.calibrated import run_calibrated
+from fracbit.pipeline.quantize.run import write_checkpoint
 from fracbit.records.calibration import Calibration
 from fracbit.records.recipe import Recipe
 from fracbit.records.scheme import Scheme
+from outputs import contents
+from texts import write_ids
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 # One process imports everything once and then forks a runner for each kill; it never uses torch itself.
 KILLER = """
 import json, os, signal, sys, time
-from fracbit.pipeline.quantize.calibrated import run_calibrated
+from fracbit.pipeline.quantize.run import write_checkpoint
 from fracbit.records.recipe import Recipe
 
 asked, folder, points = Recipe.model_validate(json.loads(sys.argv[1])), sys.argv[2], json.loads(sys.argv[3])
@@ -37,7 +38,7 @@ for wanted, delay in points:
         status = 1
         try:
             show = lambda what, done, total: os.write(writing, f"{what}\\n".encode())
-            run_calibrated(asked, folder, resume=True, progress=show)
+            write_checkpoint(asked, folder, resume=True, progress=show)
             status = 0
         finally:
             os._exit(status)
@@ -65,13 +66,17 @@ def test_killed_anywhere_it_resumes_to_the_same_bytes(
     tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path
 ) -> None:
     tiny_llama(num_hidden_layers=2, tie_word_embeddings=True).save_pretrained(tmp_path / "float")
-    np.random.default_rng(0).integers(3, 96, 16 * 24, dtype=np.uint16).tofile(tmp_path / "ids.u16")
+    text = write_ids(tmp_path / "ids.u16", 16, 24)
     plan = Calibration(
-        texts=(f"{tmp_path / 'ids.u16'}?length=24",), samples=16, length=24, batch=4, transforms=("rotate", "smooth"),
-        axis="nearest", tweak="auto", outliers=0.05, distill=2,
+        texts=(text,), samples=16, length=24, batch=4, transforms=("rotate", "smooth"),
+        axis="nearest", tweak="auto", distill=2,
     )  # fmt: skip
     asked = Recipe(
-        model=str(tmp_path / "float"), scheme=Scheme("int", 3, 24), quantizer="descent", calibration=plan
+        model=str(tmp_path / "float"),
+        scheme=Scheme("int", 3, 24),
+        quantizer="descent",
+        outliers="cost:0.05",
+        calibration=plan,
     )
     words = [asked.model_dump_json(), str(tmp_path / "cut"), json.dumps(POINTS)]
     done = subprocess.run(
@@ -86,9 +91,6 @@ def test_killed_anywhere_it_resumes_to_the_same_bytes(
 
         with pytest.raises((FormatError, SourceError)):
             load(tmp_path / "cut")
-        run_calibrated(asked, tmp_path / "cut", resume=True)
-    run_calibrated(asked, tmp_path / "whole")
-    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "cut").iterdir())
-    for name in names:
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+        write_checkpoint(asked, tmp_path / "cut", resume=True)
+    write_checkpoint(asked, tmp_path / "whole")
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")

@@ -33,6 +33,10 @@ def source(files: Path, name: str) -> str:
     return f"{files / name}.u16?length=32"
 
 
+def settings(*changes: str) -> list[str]:
+    return [word for change in changes for word in ("--set", change)]
+
+
 SAMPLES = ("--samples", "4", "--length", "32")
 
 
@@ -44,8 +48,9 @@ def test_scores_go_into_a_plan_and_the_plan_into_a_checkpoint(files: Path) -> No
     )
     assert json.loads(scores.read_text()) == found
     made = command(
-        "plan", model, "--average-bits", "3.6", "--score", str(scores), "--granularity", "block", "--solver", "order",
-        "--picture", str(files / "plan.png"), "--held-out", source(files, "unseen"), "-o", str(plan), *SAMPLES,
+        "plan", model, "--average-bits", "3.6", "--score", str(scores),
+        "--picture", str(files / "plan.png"), "--held-out", source(files, "unseen"), "-o", str(plan),
+        *settings("spending.granularity=block", "spending.solver=order", "run.samples=4", "run.length=32"),
     )  # fmt: skip
     assert [candidate["name"] for candidate in made["candidates"]] == ["order", "exact", "uniform"]  # type: ignore[index,union-attr]
     assert made["held_out"]["tokens"] == 4 * 31  # type: ignore[index,call-overload]
@@ -67,8 +72,8 @@ def test_losses_of_any_score_divide_the_budget_of_a_run(files: Path) -> None:
     assert json.loads(losses.read_text()) == found
     assert len(found["schemes"]) == 4  # type: ignore[arg-type]
     done = command(
-        "quantize", model, "-o", str(files / "divided"), "--average-bits", "4.2", "--levels", levels, "--score",
-        str(losses), "--granularity", "block",
+        "quantize", model, "-o", str(files / "divided"), "--average-bits", "4.2",
+        *settings(f"spending.levels={levels}", f"spending.score={losses}", "spending.granularity=block"),
     )  # fmt: skip
     assert any("divided by exact" in note for note in done["notes"])  # type: ignore[attr-defined]
     looked = command("inspect", str(files / "divided"))
@@ -95,9 +100,9 @@ def test_an_allocation_is_carried_out_and_refused_for_another_model(
         expected = None if scheme is None or "layers.2.mlp.up" in name else scheme["label"]
         assert looked[name]["scheme"] == (expected or "bf16"), name
     refused = (
-        (["quantize", model, str(path), "-o", "x", "--bits", "8"], "nowhere to go"),
+        (["quantize", model, str(path), "-o", "x", "--scheme", "int8"], "another cannot be used"),
         (
-            ["plan", model, "--average-bits", "3.6", "--embeddings", "int8:64", "-o", str(path)],
+            ["plan", model, "--average-bits", "3.6", "--set", "embeddings=int8:64", "-o", str(path)],
             "linears alone",
         ),
     )
@@ -111,10 +116,37 @@ def test_an_allocation_is_carried_out_and_refused_for_another_model(
         )
 
 
+def test_a_score_that_reads_text_divides_the_budget_of_a_run(files: Path) -> None:
+    """One command: the score reads the calibration texts, and no more of them than the calibration."""
+    text = source(files, "seen")
+    words = (
+        "quantize", str(files / "model"), "--average-bits", "3.5", "--calibration", text, "--quantizer", "gptq",
+        *settings("spending.score=lim", "calibration.samples=4", "calibration.length=32"),
+    )  # fmt: skip
+    done = command(*words, "-o", str(files / "read"))
+    assert float(str(done["bits_per_weight"])) <= 3.5
+    command(
+        "score", str(files / "model"), "--method", "lim", "--text", text, "--granularity", "linear", "-o",
+        str(files / "lim.json"), *SAMPLES,
+    )  # fmt: skip
+    again = command(*words, "-o", str(files / "given"), "--set", f"spending.score={files / 'lim.json'}")
+    assert again["bits_per_weight"] == done["bits_per_weight"]
+    read, given = (command("inspect", str(files / name))["layers"] for name in ("read", "given"))
+    assert read == given
+    more = np.random.default_rng(2).integers(0, 96, (250, 32)).astype("<u2").tobytes()
+    (files / "mixed.u16").write_bytes((files / "seen.u16").read_bytes() + more)
+    judged = command(
+        *words, "-o", str(files / "judged-on-it"), "--set", f"spending.held_out={source(files, 'mixed')}"
+    )
+    flattered = [note for note in judged["notes"] if "flatter" in note]  # type: ignore[attr-defined]
+    assert len(flattered) == 1
+    assert "text that the score saw" in flattered[0]
+
+
 def test_a_run_keeps_a_size_and_fused_layers_together(files: Path) -> None:
     done = command(
-        "quantize", str(files / "model"), "-o", str(files / "sized"), "--size", "65kB", "--fused", "--levels",
-        "int2z/32,int3z/32,int4z/32", "--score", "weight-error",
+        "quantize", str(files / "model"), "-o", str(files / "sized"), "--size", "65kB",
+        *settings("spending.fused=true", "spending.levels=int2z/32,int3z/32,int4z/32", "spending.score=weight-error"),
     )  # fmt: skip
     assert int(str(done["bytes"])) <= 65_000
     layers: dict[str, dict[str, str]] = command("inspect", str(files / "sized"))["layers"]  # type: ignore[assignment]
@@ -128,8 +160,8 @@ def test_a_run_is_judged_on_held_out_text_before_it_is_written(files: Path) -> N
     """Either the division is written, or the uniform scheme that beat it; the notes say which, and give the losses."""
     (files / "long.u16").write_bytes(np.random.default_rng(1).integers(0, 96, 8320).astype("<u2").tobytes())
     done = command(
-        "quantize", str(files / "model"), "-o", str(files / "judged"), "--average-bits", "3.6", "--held-out",
-        f"{files / 'long'}.u16?length=64",
+        "quantize", str(files / "model"), "-o", str(files / "judged"), "--average-bits", "3.6",
+        "--set", f"spending.held_out={files / 'long'}.u16?length=64",
     )  # fmt: skip
     (said,) = [note for note in done["notes"] if "held-out tokens" in note]  # type: ignore[attr-defined]
     looked = command("inspect", str(files / "judged"))
@@ -191,8 +223,8 @@ def test_the_lens_reports_and_draws(files: Path) -> None:
         "3.6",
         "--score",
         str(files / "lens.json"),
-        "--granularity",
-        "block",
+        "--set",
+        "spending.granularity=block",
     )
     assert made["allocation"]["origin"]["score"] == "lens:gaussian x weight-error"  # type: ignore[index,call-overload]
 
@@ -214,23 +246,39 @@ def test_planted_outliers_break_int8_activations(files: Path) -> None:
         (["plan", "MODEL", "--average-bits", "1"], "below the lowest"),
         (["plan", "MODEL", "--average-bits", "3", "--levels", "int4z/64"], "leaves nothing to choose"),
         (["plan", "MODEL", "--average-bits", "3", "--score", "limm"], "did you mean 'lim'"),
-        (["plan", "MODEL", "--average-bits", "3", "--picture", "plan.jpeg2"], "no kind of picture"),
-        (["plan", "MODEL", "--average-bits", "3", "--text", "a.u16", "--held-out", "a.u16"], "flatters"),
+        (["plan", "MODEL", "--average-bits", "3", "--picture", "plan.jpeg2"], "not a kind of picture"),
+        (["plan", "MODEL", "--average-bits", "3", "--text", "a.u16", "--held-out", "a.u16"], "would flatter"),
         (["plan", "MODEL", "--average-bits", "3", "-o", "gone/plan.toml"], "gone is no folder"),
         (["score", "MODEL", "--method", "lim"], "reads text"),
         (["score", "MODEL", "-o", "gone/scores.json"], "gone is no folder"),
         (["lens", "MODEL", "--text", "TEXT", "--scores", "gone/lens.json"], "gone is no folder"),
-        (["quantize", "MODEL", "-o", "x", "--average-bits", "3", "--score", "lim"], "measure it first"),
+        (
+            ["quantize", "MODEL", "-o", "x", "--average-bits", "3", *settings("spending.score=lim")],
+            "score lim reads text",
+        ),
         (["quantize", "MODEL", "-o", "x", "--average-bits", "9"], "above the highest"),
-        (["quantize", "MODEL", "-o", "x", "--score", "zd"], "go with a budget"),
-        (["quantize", "MODEL", "-o", "x", "--average-bits", "3", "--score", "gone.json"], "cannot be read"),
-        (["quantize", "MODEL", "-o", "x", "--average-bits", "3", "--bits", "8"], "leave out --dtype"),
+        (["quantize", "MODEL", "-o", "x", *settings("spending.score=zd")], "only with a budget"),
+        (
+            ["quantize", "MODEL", "-o", "x", "--average-bits", "3", *settings("spending.score=gone.json")],
+            "cannot be read",
+        ),
+        (["quantize", "MODEL", "-o", "x", "--average-bits", "3", "--scheme", "int8"], "leave out --scheme"),
         (["quantize", "MODEL", "-o", "x", "--average-bits", "3", "--keep", "*"], "name every linear"),
         (
-            ["quantize", "MODEL", "-o", "x", "--average-bits", "3", "--preset", "best", "--fused"],
+            [
+                "quantize",
+                "MODEL",
+                "-o",
+                "x",
+                "--average-bits",
+                "3",
+                "--preset",
+                "best",
+                *settings("spending.fused=true"),
+            ],
             "for itself",
         ),
-        (["quantize", "MODEL", "-o", "x", "--solver", "order"], "go with a budget"),
+        (["quantize", "MODEL", "-o", "x", *settings("spending.solver=order")], "only with a budget"),
         (["score", "MODEL", "--granularity", "row"], "use block or linear"),
         (["prune", "MODEL"], "nothing to do"),
         (["prune", "MODEL", "-o", "x", "--score", "first", "--picture", "p.png"], "of the comparison"),
@@ -240,10 +288,10 @@ def test_planted_outliers_break_int8_activations(files: Path) -> None:
         ),
         (["lens", "MODEL", "--text", "TEXT", "--seeds", "2"], "at least 5"),
         (["lens", "MODEL", "--text", "TEXT", "--intensities", "0,x", *SAMPLES], "takes numbers"),
-        (["lens", "MODEL", "--text", "TEXT", "--intensities", "0", *SAMPLES], "is none"),
-        (["lens", "MODEL", "--text", "TEXT", "--intensities", "nan", *SAMPLES], "is none"),
+        (["lens", "MODEL", "--text", "TEXT", "--intensities", "0", *SAMPLES], "finite number above 0"),
+        (["lens", "MODEL", "--text", "TEXT", "--intensities", "nan", *SAMPLES], "finite number above 0"),
         (["lens", "MODEL", "--text", "TEXT", "--kinds", "gausian", *SAMPLES], "did you mean"),
-        (["lens", "MODEL", "--text", "TEXT", "--plant", "0", *SAMPLES], "is none"),
+        (["lens", "MODEL", "--text", "TEXT", "--plant", "0", *SAMPLES], "finite number above 0"),
     ],
 )
 def test_bad_input_is_one_of_our_errors(files: Path, words: list[str], says: str) -> None:

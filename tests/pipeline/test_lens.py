@@ -11,25 +11,24 @@ from fracbit.errors import FracbitError, RecipeError
 from fracbit.perturbation import PERTURBATIONS
 from fracbit.pipeline.study.float_model import FloatModel, float_model_of, measure
 from fracbit.pipeline.study.lens import (
-    LensPoint,
-    additivity,
-    clip,
     fixed_points,
-    fragility,
     intensity_curves,
     interval,
+    per_module,
+    perturbed,
+    probe,
+    unit_effects,
+)
+from fracbit.pipeline.study.lens_errors import (
+    clip,
     named_error,
     noise,
     noise_like,
     noise_like_clipping,
-    per_module,
-    perturbed,
-    plant_outliers,
-    probe,
     rounding,
-    sensitivity_scores,
-    unit_effects,
 )
+from fracbit.pipeline.study.planted import plant_outliers
+from fracbit.records.lens import LensPoint, additivity, fragility, sensitivity_scores
 from fracbit.records.scheme import Scheme
 
 
@@ -118,8 +117,8 @@ def test_a_word_names_an_error_and_its_control(subject: FloatModel, ids: torch.T
     ("word", "says"),
     [
         ("gausian", "did you mean 'gaussian'"),
-        ("clip:2", "clips nothing"),
-        ("clip:x", "clips nothing"),
+        ("clip:2", "must lie between 0 and 1"),
+        ("clip:x", "must lie between 0 and 1"),
         ("int9/64", "or a scheme such as"),
         ("float", "makes no error"),
         ("nff4/64", "unknown data type"),
@@ -142,7 +141,7 @@ def test_curves_rise(subject: FloatModel, ids: torch.Tensor) -> None:
 def test_bad_arguments_are_refused_before_any_work(
     subject: FloatModel, ids: torch.Tensor, intensity: float
 ) -> None:
-    with pytest.raises(RecipeError, match="is none"):
+    with pytest.raises(RecipeError, match="finite number above 0"):
         intensity_curves(subject, ids, ["gaussian"], [0.1, intensity])
     with pytest.raises(RecipeError, match="unknown perturbation"):
         noise("gausian", 0.1)
@@ -157,7 +156,7 @@ def test_units_alone_and_together(subject: FloatModel, ids: torch.Tensor) -> Non
     (check,) = additivity(points)
     assert check.parts == pytest.approx(sum(point.change for point in points[:-1]))
     assert check.whole == points[-1].change
-    scores = sensitivity_scores(subject, points, "int4", {})
+    scores = sensitivity_scores(points, "int4", subject.weights.fingerprint, {})
     assert list(scores.values) == list(units)
     assert scores.kind == "sensitivity"
     assert [line["unit"] for line in fragility(points)] == sorted(

@@ -45,7 +45,7 @@ def test_a_checkpoint_remembers_what_it_was_calibrated_with(files: Path, tmp_pat
     seen = f"{files / 'seen.u16'}?length=96"
     ran(
         "quantize", files / "float", "-o", files / "q", "--quantizer", "gptq", "--calibration", seen,
-        "--samples", 8, "--length", 96,
+        "--set", "calibration.samples=8", "--set", "calibration.length=96",
     )  # fmt: skip
     assert [source["source"] for source in calibration_sources(files / "q")] == [seen]
     told = ran("eval", files / "q", "--text", f"{files / 'other.u16'}?length=96")["notes"]
@@ -68,8 +68,9 @@ def test_a_checkpoint_remembers_what_it_was_calibrated_with(files: Path, tmp_pat
 def test_a_contest_on_calibration_text_is_noticed(files: Path, tmp_path: Path) -> None:
     told = ran(
         "quantize", files / "float", "-o", tmp_path / "q", "--average-bits", 3.6, "--calibration",
-        f"{files / 'fresh.u16'}?length=96", "--samples", 2, "--length", 96, "--held-out",
-        f"{files / 'held.u16'}?length=96", "--quantizer", "gptq", "--levels", "int4z/64,int3z/64",
+        f"{files / 'fresh.u16'}?length=96", "--set", "calibration.samples=2", "--set", "calibration.length=96",
+        "--set", f"spending.held_out={files / 'held.u16'}?length=96", "--quantizer", "gptq",
+        "--set", "spending.levels=int4z/64,int3z/64",
     )["notes"]  # fmt: skip
     assert any(note.startswith("4 of 90 documents") and "flatter" in note for note in told), told
 
@@ -79,12 +80,13 @@ def test_a_contest_on_the_text_of_a_score_is_noticed(files: Path, tmp_path: Path
     seen, held = f"{files / 'fresh.u16'}?length=96", f"{files / 'held.u16'}?length=96"
     words = ("--text", seen, "--samples", 2, "--length", 96)
     ran("score", files / "float", "--method", "lim", *words, "-o", tmp_path / "lim.json")
-    budget = ("--average-bits", 3.6, "--score", tmp_path / "lim.json", "--granularity", "block")
+    score = ("--set", f"spending.score={tmp_path / 'lim.json'}", "--set", "spending.granularity=block")
+    budget = ("--average-bits", 3.6, *score, "--set", f"spending.held_out={held}")
     for command in (
-        ("plan", files / "float", *budget, "--length", 96),
+        ("plan", files / "float", *budget, "--set", "run.length=96"),
         ("quantize", files / "float", "-o", tmp_path / "q", *budget),
     ):
-        told = [note for note in ran(*command, "--held-out", held)["notes"] if "flatter" in note]
+        told = [note for note in ran(*command)["notes"] if "flatter" in note]
         assert told == [
             f"4 of 90 documents of {held} stand in the text that the score saw {seen}: figures on them flatter the model"
         ]

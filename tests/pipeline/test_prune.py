@@ -1,14 +1,14 @@
 """Pruned checkpoints load, are the model without those blocks for every family, and nothing is left changed in memory."""
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+import families
 from fracbit.checkpoint.load import load
 from fracbit.errors import OutputError, RecipeError
 from fracbit.models.blocks import blocks
@@ -17,24 +17,14 @@ from fracbit.pipeline.study.prune import least_important, prune, pruned_config
 from fracbit.pipeline.study.variants import loss_table
 from fracbit.records.scores import Scores
 
-_spec = importlib.util.spec_from_file_location(
-    "family_configs", Path(__file__).parents[1] / "models" / "conftest.py"
-)
-assert _spec is not None
-assert _spec.loader is not None
-families = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(families)
-
 
 @pytest.mark.parametrize("name", families.CONFIGS)
 def test_every_family_loses_a_block(name: str, tmp_path: Path) -> None:
-    kind, values = families.CONFIGS[name]
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(kind(**values)).eval()
+    model = families.model_of(name)
     model.save_pretrained(tmp_path / "whole")
     subject = float_model_of(model)
     names = [path for path, _ in blocks(subject.model, subject.family)]
-    ids = torch.randint(0, families.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1))
+    ids = families.tokens(2, 12)
     base = measure(subject, ids).nll
     done = prune(tmp_path / "whole", [names[1]], tmp_path / "pruned")
     assert done.blocks == len(names) - 1
@@ -89,7 +79,7 @@ def test_config_entries_follow_the_blocks() -> None:
 
 def test_bad_requests_are_refused(tmp_path: Path, tiny_llama: Callable[..., LlamaForCausalLM]) -> None:
     tiny_llama().save_pretrained(tmp_path / "whole")
-    with pytest.raises(RecipeError, match=r"model.layers.7 is no block.*did you mean"):
+    with pytest.raises(RecipeError, match=r"model.layers.7 is not a block.*did you mean"):
         prune(tmp_path / "whole", ["model.layers.7"], tmp_path / "out")
     with pytest.raises(RecipeError, match="leaves no pruned model"):
         prune(tmp_path / "whole", [], tmp_path / "out")

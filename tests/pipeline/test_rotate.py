@@ -2,46 +2,33 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
 import torch
 
+import families
 from fracbit.checkpoint.load import load
-from fracbit.errors import FormatError, RecipeError
+from fracbit.errors import FormatError
 from fracbit.models.quant_linear import QuantLinear
-from fracbit.pipeline.quantize.calibrated import run_calibrated
+from fracbit.pipeline.quantize.run import write_checkpoint
 from fracbit.records.calibration import Calibration
 from fracbit.records.recipe import Override, Recipe
 from fracbit.records.scheme import Scheme
+from outputs import Killed, contents, logits, manifest
+from texts import write_ids
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
-
-_spec = importlib.util.spec_from_file_location(
-    "family_configs", Path(__file__).parents[1] / "models" / "conftest.py"
-)
-assert _spec is not None
-assert _spec.loader is not None
-families = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(families)
-
-ROTATABLE = {
-    "llama", "llama-tied-biased", "mistral", "qwen2", "qwen3", "granite", "smollm3", "seed_oss", "gemma", "phi3",
-    "mixtral", "qwen2_moe", "qwen3_moe",
-}  # fmt: skip
-X = torch.arange(3, 23).view(2, 10)
 
 
 @pytest.fixture(scope="module")
 def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("texts") / "ids.u16"
-    np.random.default_rng(0).integers(3, families.VOCABULARY, 8 * 16, dtype=np.uint16).tofile(path)
+    write_ids(path, 8, 16, families.VOCABULARY)
     return path
 
 
@@ -52,39 +39,12 @@ def recipe(source: Path, ids: Path, *transforms: str, keep: str = "", **changes:
     return Recipe(model=str(source), **fields)  # type: ignore[arg-type]
 
 
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(X).logits  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize("name", families.CONFIGS)
-def test_the_float_model_gives_the_same_or_is_refused(name: str, ids: Path, tmp_path: Path) -> None:
-    """Everything is kept float, rotated and saved: law of part 6, 1e-5, for every family that allows it."""
-    kind, values = families.CONFIGS[name]
-    model = families.build(kind(**values))
-    model.save_pretrained(tmp_path / "float")
-    asked = recipe(tmp_path / "float", ids, "rotate", keep="*")
-    if name not in ROTATABLE:
-        with pytest.raises(RecipeError, match=r"leave rotate out|leave it out"):
-            run_calibrated(asked, tmp_path / "q")
-        assert not (tmp_path / "q").exists()
-        return
-    run_calibrated(asked, tmp_path / "q")
-    rotated, wanted = load(tmp_path / "q"), logits(model)
-    assert (logits(rotated) - wanted).abs().max() < 1e-5 * max(1.0, float(wanted.abs().max()))
-    before, after = model.get_input_embeddings().weight, rotated.get_input_embeddings().weight
-    assert (before - after).abs().max() > 0.1
-    assert rotated.config.tie_word_embeddings is False
-    assert torch.allclose(before.norm(dim=1), after.norm(dim=1), rtol=1e-4)
-
-
 @pytest.mark.parametrize("name", ["llama-tied-biased", "qwen2_moe", "gpt2", "falcon-7b", "gemma2", "opt"])
 def test_hadamard_inputs_are_saved_and_applied(name: str, ids: Path, tmp_path: Path) -> None:
     """At 8 bits the model hardly moves, so a rotation that was forgotten on one side shows."""
-    kind, values = families.CONFIGS[name]
-    model = families.build(kind(**values))
+    model = families.model_of(name)
     model.save_pretrained(tmp_path / "float")
-    run_calibrated(recipe(tmp_path / "float", ids, "rotate-mlp", quantizer="gptq"), tmp_path / "q")
+    write_checkpoint(recipe(tmp_path / "float", ids, "rotate-mlp", quantizer="gptq"), tmp_path / "q")
     made, wanted = load(tmp_path / "q"), logits(model)
     assert (logits(made) - wanted).abs().max() < 0.05 * float(wanted.abs().max())
     turned = [n for n, module in made.named_modules() if isinstance(module, QuantLinear) and module.rotated]
@@ -102,22 +62,17 @@ def test_both_with_factors_and_a_resume(
     asked = recipe(
         tmp_path / "float", ids, "rotate", "rotate-mlp", "awq", quantizer="gptq", head=Scheme("int", 8)
     )
-    notes = run_calibrated(asked, tmp_path / "whole").notes
+    notes = write_checkpoint(asked, tmp_path / "whole").notes
     assert any("lm_head is no longer model.embed_tokens" in note for note in notes)
-
-    class Killed(BaseException):
-        pass
 
     def die(what: str, done: int, total: int) -> None:
         if what.startswith("model.layers.1.mlp"):
             raise Killed
 
     with pytest.raises(Killed):
-        run_calibrated(asked, tmp_path / "parts", progress=die)
-    run_calibrated(asked, tmp_path / "parts", resume=True)
-    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
-    for name in names:
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes(), name
+        write_checkpoint(asked, tmp_path / "parts", progress=die)
+    write_checkpoint(asked, tmp_path / "parts", resume=True)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
     wanted = logits(load(tmp_path / "float"))
     made = load(tmp_path / "whole")
     assert isinstance(made.lm_head, QuantLinear)
@@ -137,8 +92,8 @@ def test_distillation_starts_from_what_was_rotated(
     asked = recipe(tmp_path / "float", ids, "rotate", "rotate-mlp", "smooth")
     assert asked.calibration is not None
     plan = asked.calibration.model_copy(update={"distill": 1, "rate": 1e-9, "inputs": "int8/token"})
-    run_calibrated(asked.model_copy(update={"calibration": plan}), tmp_path / "q")
-    facts = json.loads((tmp_path / "q" / "fracbit.json").read_text())["distilled"]
+    write_checkpoint(asked.model_copy(update={"calibration": plan}), tmp_path / "q")
+    facts = manifest(tmp_path / "q")["distilled"]
     made = load(tmp_path / "q")
     from fracbit.data import read_calibration
 
@@ -152,7 +107,7 @@ def test_an_unknown_rotation_is_refused(
     tiny_llama: Callable[..., LlamaForCausalLM], ids: Path, tmp_path: Path
 ) -> None:
     tiny_llama().save_pretrained(tmp_path / "float")
-    run_calibrated(recipe(tmp_path / "float", ids, "rotate-mlp"), tmp_path / "q")
+    write_checkpoint(recipe(tmp_path / "float", ids, "rotate-mlp"), tmp_path / "q")
     config = json.loads((tmp_path / "q" / "config.json").read_text())
     entry = config["quantization_config"]["layers"]["model.layers.0.mlp.down_proj"]
     assert entry["rotation"] == "hadamard"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import signal
@@ -25,9 +24,10 @@ from fracbit.checkpoint.summary import summarize
 from fracbit.errors import FormatError, OutputError, RecipeError, SchemeError, SourceError, WeightError
 from fracbit.models.quant_linear import QuantEmbedding, QuantLinear, TiedHead
 from fracbit.numerics import decode, quantize_tensor
-from fracbit.pipeline.quantize.stream import run
+from fracbit.pipeline.quantize.run import FINISHED, write_checkpoint
 from fracbit.records.recipe import Override, Recipe
 from fracbit.records.scheme import Scheme
+from outputs import Killed, contents, logits, manifest
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -42,19 +42,9 @@ def source(tiny_llama: Maker, tmp_path: Path) -> Path:
     return tmp_path / "float"
 
 
-def contents(folder: Path) -> dict[str, str]:
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(torch.arange(3, 40)[None]).logits  # type: ignore[no-any-return]
-
-
 def test_the_layers_hold_what_quantize_tensor_gives(source: Path, tmp_path: Path) -> None:
     scheme = Scheme("nf", 3, 32, "out", scale="int8:16")
-    result = run(Recipe(model=str(source), scheme=scheme), tmp_path / "q")
+    result = write_checkpoint(Recipe(model=str(source), scheme=scheme), tmp_path / "q")
     model, reference = load(tmp_path / "q"), load(source)
     for name, module in reference.named_modules():
         if isinstance(module, torch.nn.Linear) and "layers" in name:
@@ -70,7 +60,7 @@ def test_the_layers_hold_what_quantize_tensor_gives(source: Path, tmp_path: Path
 
 
 def test_bytes_are_those_of_the_files(source: Path, tmp_path: Path) -> None:
-    result = run(Recipe(model=str(source)), tmp_path / "q", shard_bytes=20_000)
+    result = write_checkpoint(Recipe(model=str(source)), tmp_path / "q", shard_bytes=20_000)
     shards = sorted((tmp_path / "q").glob("*.safetensors"))
     assert len(shards) > 2
     assert result.bytes == sum(path.stat().st_size for path in shards)
@@ -78,9 +68,9 @@ def test_bytes_are_those_of_the_files(source: Path, tmp_path: Path) -> None:
     assert result.bits_per_parameter == pytest.approx(
         8 * sum(t.nbytes for t in tensors.values()) / sum(p.numel() for p in load(source).parameters())
     )
-    manifest = json.loads((tmp_path / "q" / "fracbit.json").read_text())
-    assert len(manifest["layers"]) == 7 * 3 + 2
-    assert all(layer["reason"] for layer in manifest["layers"].values())
+    found = manifest(tmp_path / "q")
+    assert len(found["layers"]) == 7 * 3 + 2
+    assert all(layer["reason"] for layer in found["layers"].values())
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
@@ -88,7 +78,7 @@ def test_whoever_may_read_the_folder_may_read_its_files(source: Path, tmp_path: 
     folder = tmp_path / "q"
     folder.mkdir()
     folder.chmod(0o755)
-    run(Recipe(model=str(source)), folder)
+    write_checkpoint(Recipe(model=str(source)), folder)
     assert {path.name: oct(path.stat().st_mode & 0o777) for path in folder.iterdir()} == {
         path.name: "0o644" for path in folder.iterdir()
     }
@@ -101,7 +91,7 @@ def test_embeddings_and_head(tiny_llama: Maker, tmp_path: Path, tied: bool, axis
     tiny_llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "float")
     scheme = Scheme("int", 8, 32, axis)  # type: ignore[arg-type]
     recipe = Recipe(model=str(tmp_path / "float"), embeddings=scheme, head=None if tied else scheme)
-    result = run(recipe, tmp_path / "q")
+    result = write_checkpoint(recipe, tmp_path / "q")
     model = load(tmp_path / "q")
     assert isinstance(model.get_input_embeddings(), QuantEmbedding)
     assert isinstance(model.lm_head, TiedHead if tied else QuantLinear)
@@ -122,7 +112,7 @@ def test_a_tied_table_under_the_heads_name_only(tiny_llama: Maker, tmp_path: Pat
     state = load_file(tmp_path / "float" / "model.safetensors")
     state["lm_head.weight"] = state.pop("model.embed_tokens.weight")
     save_file(state, tmp_path / "float" / "model.safetensors", metadata={"format": "pt"})
-    run(Recipe(model=str(tmp_path / "float"), embeddings=Scheme("int", 8, 32)), tmp_path / "q")
+    write_checkpoint(Recipe(model=str(tmp_path / "float"), embeddings=Scheme("int", 8, 32)), tmp_path / "q")
     model = load(tmp_path / "q")
     assert isinstance(model.get_input_embeddings(), QuantEmbedding)
     assert isinstance(model.lm_head, TiedHead)
@@ -131,7 +121,7 @@ def test_a_tied_table_under_the_heads_name_only(tiny_llama: Maker, tmp_path: Pat
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_cast_leaves_the_stored_bytes_alone(tiny_llama: Maker, tmp_path: Path, tied: bool) -> None:
     tiny_llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "float")
-    run(
+    write_checkpoint(
         Recipe(model=str(tmp_path / "float"), embeddings=Scheme("int", 8, 32), scheme=Scheme("nf", 4, 32)),
         tmp_path / "q",
     )
@@ -158,18 +148,22 @@ def test_overrides(source: Path, tmp_path: Path) -> None:
         Override(layers="*.down_proj", scheme=Scheme("int", 8, "row")),
         Override(layers="model.layers.2.*", keep=True),
     )
-    run(Recipe(model=str(source), scheme=Scheme("nf", 4), overrides=overrides), tmp_path / "q")
+    write_checkpoint(Recipe(model=str(source), scheme=Scheme("nf", 4), overrides=overrides), tmp_path / "q")
     model = load(tmp_path / "q")
     assert str(model.model.layers[0].mlp.down_proj.scheme) == "int8/row"
     assert str(model.model.layers[0].mlp.up_proj.scheme) == "nf4/64"
     assert isinstance(model.model.layers[2].mlp.down_proj, torch.nn.Linear)
     with pytest.raises(RecipeError, match="matches no layer"):
-        run(Recipe(model=str(source), overrides=(Override(layers="*.dwn_proj", keep=True),)), tmp_path / "r")
+        write_checkpoint(
+            Recipe(model=str(source), overrides=(Override(layers="*.dwn_proj", keep=True),)), tmp_path / "r"
+        )
     assert not (tmp_path / "r").exists()
 
 
 def test_everything_kept_is_a_copy(source: Path, tmp_path: Path) -> None:
-    result = run(Recipe(model=str(source), overrides=(Override(layers="*", keep=True),)), tmp_path / "q")
+    result = write_checkpoint(
+        Recipe(model=str(source), overrides=(Override(layers="*", keep=True),)), tmp_path / "q"
+    )
     assert result.bits_per_weight is None
     assert torch.equal(logits(load(tmp_path / "q")), logits(load(source)))
 
@@ -178,13 +172,13 @@ def test_everything_kept_is_a_copy(source: Path, tmp_path: Path) -> None:
 
 SCRIPT = """
 import sys, time
-from fracbit.pipeline.quantize.stream import run
+from fracbit.pipeline.quantize.run import FINISHED, write_checkpoint
 from fracbit.records.recipe import Recipe
 from fracbit.records.scheme import Scheme
 print("ready", flush=True)
 slow = lambda what, done, total: time.sleep(float(sys.argv[4]))
-run(Recipe(model=sys.argv[1], scheme=Scheme("nf", 3, 32)), sys.argv[2], resume=sys.argv[3] == "resume", shard_bytes=20_000,
-    progress=slow)
+recipe = Recipe(model=sys.argv[1], scheme=Scheme("nf", 3, 32))
+write_checkpoint(recipe, sys.argv[2], resume=sys.argv[3] == "resume", shard_bytes=20_000, progress=slow)
 """
 
 
@@ -206,7 +200,7 @@ def _wait_for_a_shard(process: subprocess.Popen[str], folder: Path, attempt: int
 @pytest.mark.slow
 def test_killed_anywhere_it_resumes_to_the_same_bytes(source: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run(Recipe(model=str(source), scheme=Scheme("nf", 3, 32)), whole, shard_bytes=20_000)
+    write_checkpoint(Recipe(model=str(source), scheme=Scheme("nf", 3, 32)), whole, shard_bytes=20_000)
     kills = 0
     for attempt in range(6):
         process = child(source, cut, "resume", 0.05)
@@ -236,11 +230,8 @@ def test_a_kill_between_any_two_writes_is_resumable(
 ) -> None:
     """Every rename in turn is the last thing that happens; what is found then is resumable or complete."""
     recipe = Recipe(model=str(source), scheme=Scheme("nf", 3, 32))
-    run(recipe, tmp_path / "whole", shard_bytes=20_000)
+    write_checkpoint(recipe, tmp_path / "whole", shard_bytes=20_000)
     real = os.replace
-
-    class Killed(BaseException):
-        pass
 
     for limit in range(100):
         folder, calls = tmp_path / f"cut{limit}", 0
@@ -255,12 +246,12 @@ def test_a_kill_between_any_two_writes_is_resumable(
         with monkeypatch.context() as patch:
             patch.setattr(output_module.os, "replace", replace)
             try:
-                run(recipe, folder, shard_bytes=20_000)
+                write_checkpoint(recipe, folder, shard_bytes=20_000)
                 break
             except Killed:
                 pass
         assert not (folder / "config.json").exists()
-        run(recipe, folder, shard_bytes=20_000, resume=True)
+        write_checkpoint(recipe, folder, shard_bytes=20_000, resume=True)
         assert contents(folder) == contents(tmp_path / "whole")
     assert limit > 10
 
@@ -276,8 +267,8 @@ def test_a_full_disk_is_said_and_resumed(
 
         patch.setattr(output_module, "save_file", full)
         with pytest.raises(OutputError, match=r"disk is full.*--resume"):
-            run(recipe, tmp_path / "q")
-    run(recipe, tmp_path / "q", resume=True)
+            write_checkpoint(recipe, tmp_path / "q")
+    write_checkpoint(recipe, tmp_path / "q", resume=True)
     load(tmp_path / "q")
 
 
@@ -286,7 +277,7 @@ def test_a_disk_that_cannot_hold_it_is_refused_first(
 ) -> None:
     monkeypatch.setattr(output_module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(OutputError, match="free"):
-        run(Recipe(model=str(source)), tmp_path / "q")
+        write_checkpoint(Recipe(model=str(source)), tmp_path / "q")
     assert not (tmp_path / "q").exists()
 
 
@@ -296,18 +287,22 @@ def test_what_is_in_the_way(source: Path, tmp_path: Path) -> None:
     (folder / "letter.txt").write_text("mine")
     for how in ({}, {"overwrite": True}, {"resume": True}):
         with pytest.raises(OutputError, match="not empty"):
-            run(recipe, folder, **how)
+            write_checkpoint(recipe, folder, **how)
     assert [path.name for path in folder.iterdir()] == ["letter.txt"]
-    run(recipe, tmp_path / "r")
+    first = write_checkpoint(recipe, tmp_path / "r")
     with pytest.raises(OutputError, match="--overwrite"):
-        run(recipe, tmp_path / "r")
-    with pytest.raises(OutputError, match="--overwrite"):
-        run(recipe, tmp_path / "r", resume=True)
-    run(recipe.model_copy(update={"scheme": Scheme(bits=3)}), tmp_path / "r", overwrite=True)
+        write_checkpoint(recipe, tmp_path / "r")
+    before = contents(tmp_path / "r")
+    again = write_checkpoint(recipe, tmp_path / "r", resume=True)
+    assert (again.notes, again.bits_per_weight) == ((FINISHED,), first.bits_per_weight)
+    assert contents(tmp_path / "r") == before
+    with pytest.raises(OutputError, match="finished output of another recipe"):
+        write_checkpoint(recipe.model_copy(update={"seed": 1}), tmp_path / "r", resume=True)
+    write_checkpoint(recipe.model_copy(update={"scheme": Scheme(bits=3)}), tmp_path / "r", overwrite=True)
     with pytest.raises(OutputError, match="model itself"):
-        run(recipe, source, overwrite=True)
+        write_checkpoint(recipe, source, overwrite=True)
     with pytest.raises(OutputError, match="is a file"):
-        run(recipe, folder / "letter.txt")
+        write_checkpoint(recipe, folder / "letter.txt")
 
 
 def test_another_runs_journal_is_not_continued(
@@ -315,15 +310,15 @@ def test_another_runs_journal_is_not_continued(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(
-            "fracbit.pipeline.quantize.stream.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+            "fracbit.pipeline.quantize.run.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         with pytest.raises(KeyboardInterrupt):
-            run(Recipe(model=str(source)), tmp_path / "q")
+            write_checkpoint(Recipe(model=str(source)), tmp_path / "q")
     with pytest.raises(OutputError, match="another recipe"):
-        run(Recipe(model=str(source), scheme=Scheme(bits=3)), tmp_path / "q", resume=True)
+        write_checkpoint(Recipe(model=str(source), scheme=Scheme(bits=3)), tmp_path / "q", resume=True)
     with pytest.raises(FormatError, match="unfinished"):
         load(tmp_path / "q")
-    run(Recipe(model=str(source), scheme=Scheme(bits=3)), tmp_path / "q", overwrite=True)
+    write_checkpoint(Recipe(model=str(source), scheme=Scheme(bits=3)), tmp_path / "q", overwrite=True)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -332,7 +327,7 @@ def test_a_weight_that_is_not_a_number_names_its_layer(source: Path, tmp_path: P
     state["model.layers.1.mlp.up_proj.weight"][3, 4] = bad
     save_file(state, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(WeightError, match=r"layer model\.layers\.1\.mlp\.up_proj: 1 of .* NaN or Inf"):
-        run(Recipe(model=str(source)), tmp_path / "q")
+        write_checkpoint(Recipe(model=str(source)), tmp_path / "q")
     assert not (tmp_path / "q" / "config.json").exists()
 
 
@@ -342,21 +337,23 @@ def test_what_stays_float_is_looked_at_too(source: Path, tmp_path: Path, name: s
     state[name].view(-1)[3] = float("nan")
     save_file(state, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(WeightError, match=f"tensor {name}: 1 of .* NaN or Inf"):
-        run(Recipe(model=str(source)), tmp_path / "q")
+        write_checkpoint(Recipe(model=str(source)), tmp_path / "q")
 
 
 def test_a_tensor_of_no_module_is_copied_whatever_it_holds(source: Path, tmp_path: Path) -> None:
     state = load_file(source / "model.safetensors") | {"mask": torch.tensor(float("-inf"))}
     save_file(state, source / "model.safetensors", metadata={"format": "pt"})
-    run(Recipe(model=str(source)), tmp_path / "q")
+    write_checkpoint(Recipe(model=str(source)), tmp_path / "q")
     assert load_file(tmp_path / "q" / "model.safetensors")["mask"] == float("-inf")
 
 
 def test_what_needs_data_is_refused_before_anything_is_written(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="gptq looks at data"):
-        run(Recipe(model=str(source), quantizer="gptq"), tmp_path / "q")
-    with pytest.raises(RecipeError, match="run_calibrated"):
-        run(Recipe(model=str(source), calibration={"texts": ["a.txt"]}), tmp_path / "q")
+    with pytest.raises(RecipeError, match="gptq reads calibration data; pass texts"):
+        write_checkpoint(Recipe(model=str(source), quantizer="gptq"), tmp_path / "q")
+    with pytest.raises(RecipeError, match="chosen by activation read calibration data"):
+        write_checkpoint(Recipe(model=str(source), outliers="activation:0.1"), tmp_path / "q")
+    with pytest.raises(RecipeError, match="goes with calibration"):
+        write_checkpoint(Recipe(model=str(source)), tmp_path / "q", device="meta")
     assert not (tmp_path / "q").exists()
 
 
@@ -364,12 +361,12 @@ def test_broken_configs_of_a_source(source: Path, tmp_path: Path) -> None:
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"quantization_config": "x"}))
     with pytest.raises(SourceError, match="already quantized"):
-        run(Recipe(model=str(source)), tmp_path / "q")
+        write_checkpoint(Recipe(model=str(source)), tmp_path / "q")
     (source / "model.safetensors").unlink()
     for index in ({"weight_map": []}, {"weight_map": {"a": 3}}, {}):
         (source / "model.safetensors.index.json").write_text(json.dumps(index))
         with pytest.raises(SourceError, match="weight_map"):
-            run(Recipe(model=str(source)), tmp_path / "q")
+            write_checkpoint(Recipe(model=str(source)), tmp_path / "q")
 
 
 def test_overwriting_can_be_killed_at_any_removal(
@@ -377,15 +374,12 @@ def test_overwriting_can_be_killed_at_any_removal(
 ) -> None:
     """Neither a half-removed output nor records without their plan are taken for something else."""
     first, second = (Recipe(model=str(source), scheme=Scheme("nf", bits, 32)) for bits in (4, 3))
-    run(second, tmp_path / "whole", shard_bytes=60_000)
+    write_checkpoint(second, tmp_path / "whole", shard_bytes=60_000)
     real = Path.unlink
-
-    class Killed(BaseException):
-        pass
 
     for limit in range(100):
         folder, calls = tmp_path / f"cut{limit}", 0
-        run(first, folder, shard_bytes=60_000)
+        write_checkpoint(first, folder, shard_bytes=60_000)
 
         def unlink(path: Path, missing_ok: bool = False, limit: int = limit, folder: Path = folder) -> None:
             nonlocal calls
@@ -397,14 +391,14 @@ def test_overwriting_can_be_killed_at_any_removal(
         with monkeypatch.context() as patch:
             patch.setattr(Path, "unlink", unlink)
             try:
-                run(second, folder, overwrite=True, shard_bytes=60_000)
+                write_checkpoint(second, folder, overwrite=True, shard_bytes=60_000)
                 break
             except Killed:
                 pass
         assert (folder / ".fracbit").is_dir()
         if not (folder / ".fracbit" / "plan.json").exists():
             assert not list((folder / ".fracbit").iterdir())
-        run(second, folder, resume=True, shard_bytes=60_000)
+        write_checkpoint(second, folder, resume=True, shard_bytes=60_000)
         if limit > 2:  # an early kill leaves files of the first output, which the second one writes anew
             assert contents(folder) == contents(tmp_path / "whole")
     assert limit > 10
@@ -417,24 +411,24 @@ def test_models_that_cannot_be_quantized(source: Path, tmp_path: Path) -> None:
         BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     ).save_pretrained(tmp_path / "bert")
     with pytest.raises(SourceError, match="holds a BertModel, which is not a causal language model"):
-        run(Recipe(model=str(tmp_path / "bert")), tmp_path / "q")
-    run(Recipe(model=str(source)), tmp_path / "once")
+        write_checkpoint(Recipe(model=str(tmp_path / "bert")), tmp_path / "q")
+    write_checkpoint(Recipe(model=str(source)), tmp_path / "once")
     with pytest.raises(SourceError, match="already quantized"):
-        run(Recipe(model=str(tmp_path / "once")), tmp_path / "twice")
+        write_checkpoint(Recipe(model=str(tmp_path / "once")), tmp_path / "twice")
     state = load_file(source / "model.safetensors")
     del state["model.layers.1.mlp.up_proj.weight"]
     save_file(state, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SourceError, match=r"lacks 1 tensors.*model\.layers\.1\.mlp\.up_proj\.weight"):
-        run(Recipe(model=str(source)), tmp_path / "q")
+        write_checkpoint(Recipe(model=str(source)), tmp_path / "q")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
     with pytest.raises(SourceError, match="not a model that transformers knows"):
-        run(Recipe(model=str(source)), tmp_path / "q")
+        write_checkpoint(Recipe(model=str(source)), tmp_path / "q")
     (source / "config.json").write_text(
         json.dumps(config | {"model_type": "unheard_of", "auto_map": {"AutoConfig": "code.Config"}})
     )
     with pytest.raises(SourceError, match="--trust-remote-code"):
-        run(Recipe(model=str(source)), tmp_path / "q")
+        write_checkpoint(Recipe(model=str(source)), tmp_path / "q")
     assert not (tmp_path / "q").exists()
 
 
@@ -447,9 +441,9 @@ def test_bad_schemes_touch_nothing(source: Path, tmp_path: Path) -> None:
         (Scheme("power:x", 4), "no number"),
     ]:
         with pytest.raises(SchemeError, match=says):
-            run(Recipe(model=str(source), scheme=scheme), tmp_path / "q")
+            write_checkpoint(Recipe(model=str(source), scheme=scheme), tmp_path / "q")
     with pytest.raises(RecipeError, match="unknown quantizer"):
-        run(Recipe(model=str(source), quantizer="gptk"), tmp_path / "q")
+        write_checkpoint(Recipe(model=str(source), quantizer="gptk"), tmp_path / "q")
     assert not (tmp_path / "q").exists()
 
 

@@ -1,6 +1,5 @@
 """Samples of rows: what they leave out changes a score by no more than they say, and they are read as the whole would be."""
 
-import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,23 +9,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+import families
+from fracbit.checkpoint.opened import open_float
 from fracbit.errors import SourceError
 from fracbit.importance import SCORES
 from fracbit.pipeline.plan.sampling import group_of, relative_error, sample_rows, sampling_notes
 from fracbit.pipeline.plan.scoring import make_losses, make_scores
-from fracbit.pipeline.study.float_model import float_model_of, weights_on_disk
+from fracbit.pipeline.study.float_model import float_model_of
+from fracbit.pipeline.study.weights import weights_on_disk
 from fracbit.records.allocation import read_levels
 from fracbit.records.scheme import Scheme
 
-_spec = importlib.util.spec_from_file_location(
-    "family_configs", Path(__file__).parents[1] / "models" / "conftest.py"
-)
-assert _spec is not None
-assert _spec.loader is not None
-families = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(families)
 DATA_FREE = [name for name, method in SCORES.items() if method.data_free and "weights" in method.needs]
 
 
@@ -97,21 +92,20 @@ def test_a_sample_is_off_by_what_it_says(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 def test_rows_on_disk_are_those_of_the_whole(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    kind, values = families.CONFIGS[name]
-    AutoModelForCausalLM.from_config(kind(**values)).to(dtype).save_pretrained(tmp_path)
-    weights = weights_on_disk(tmp_path)
+    families.model_of(name).to(dtype).save_pretrained(tmp_path)
+    weights = weights_on_disk(open_float(tmp_path))
     cuts = (slice(1, 3), slice(6, 7))
     for layer in weights.layers:
         whole = weights.read(layer)
         assert torch.equal(weights.rows(layer, cuts), torch.cat([whole[cut] for cut in cuts]))
-    assert weights_on_disk(tmp_path, whole=True).sample is None
+    assert weights_on_disk(open_float(tmp_path), whole=True).sample is None
 
 
 def test_a_shard_that_shrank_since_is_named(
     tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path
 ) -> None:
     tiny_llama().save_pretrained(tmp_path)
-    weights = weights_on_disk(tmp_path)
+    weights = weights_on_disk(open_float(tmp_path))
     shard = tmp_path / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
     with pytest.raises(SourceError, match=r"shard model.safetensors ends"):

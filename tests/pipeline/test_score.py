@@ -2,16 +2,18 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from fracbit.checkpoint.opened import open_float
 from fracbit.errors import DataError, RecipeError, SourceError
 from fracbit.importance import SCORES
 from fracbit.models.walk import advance, embed
-from fracbit.pipeline.plan.scoring import make_losses, make_scores
+from fracbit.pipeline.plan.scoring import make_losses, make_scores, score
 from fracbit.pipeline.study.float_model import (
     FloatModel,
     float_model_of,
@@ -19,8 +21,8 @@ from fracbit.pipeline.study.float_model import (
     measure,
     replaced,
     rounded,
-    weights_on_disk,
 )
+from fracbit.pipeline.study.weights import weights_on_disk
 from fracbit.records.scheme import Scheme
 
 INT2, INT8 = Scheme(bits=2), Scheme(bits=8)
@@ -107,13 +109,13 @@ def test_a_model_on_disk_gives_the_scores_of_the_one_in_memory(
     tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path
 ) -> None:
     tiny_llama(seed=4).save_pretrained(tmp_path)
-    disk, memory = weights_on_disk(tmp_path), load_float(tmp_path)
+    disk, memory = weights_on_disk(open_float(tmp_path)), load_float(tmp_path)
     for name in ("zd", "weight-error", "reverse:first"):
         one = make_scores(disk, disk.units(), name, INT2)
         assert one == make_scores(memory, memory.weights.units(), name, INT2)
     with pytest.raises(RecipeError, match="reads text"):
         make_scores(disk, disk.units(), "lim", ids=torch.ones(1, 4, dtype=torch.long))
-    assert float_model_of(tiny_llama(seed=5)).weights.model != memory.weights.model
+    assert float_model_of(tiny_llama(seed=5)).weights.fingerprint != memory.weights.fingerprint
 
 
 def test_a_quantized_model_is_refused(tmp_path: Path, tiny_llama: Callable[..., LlamaForCausalLM]) -> None:
@@ -121,9 +123,9 @@ def test_a_quantized_model_is_refused(tmp_path: Path, tiny_llama: Callable[..., 
     from fracbit import quantize
 
     quantize(tmp_path / "float", tmp_path / "small")
-    for opened in (weights_on_disk, load_float):
-        with pytest.raises(SourceError, match="quantized already"):
-            opened(tmp_path / "small")
+    for opens in (open_float, load_float, partial(score, method="zd")):
+        with pytest.raises(SourceError, match="already quantized"):
+            opens(tmp_path / "small")
 
 
 @pytest.mark.slow

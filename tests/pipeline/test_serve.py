@@ -17,7 +17,7 @@ from fracbit.kernels.cpu import NATIVE
 from fracbit.models import step as native_step
 from fracbit.models.cache import CHANNEL, TOKEN, PackedCache, cache_bytes, restore_states, round_states
 from fracbit.models.quant_linear import QuantLinear
-from fracbit.pipeline.quantize.stream import run
+from fracbit.pipeline.quantize.run import write_checkpoint
 from fracbit.pipeline.serve.generation import (
     NATIVE_STEP,
     Chat,
@@ -54,7 +54,7 @@ def small_tales(
     recipe = Recipe(
         model=str(shared / "models" / "tales-m"), scheme=Scheme("int", 4, 64), head=Scheme("int", 8, 64)
     )
-    run(recipe, folder)
+    write_checkpoint(recipe, folder)
     return load(folder, "float32"), load_tokenizer(folder), folder
 
 

@@ -47,10 +47,10 @@ def test_labels_tell_schemes_apart(a: Scheme, b: Scheme) -> None:
         ("axis", "input", "in, out"),
         ("offset", "asym", "none, zero, float, mean"),
         ("scale", "fp8", "fp32, fp16, bf16"),
-        ("scale", Scheme(scale="int8:256"), "may not be quantized again"),
+        ("scale", Scheme(scale="int8:256"), "cannot be quantized again"),
         ("scale", Scheme(axis="out"), "axis 'in'"),
-        ("dtype", "", "not a name"),
-        ("dtype", 4, "not a name"),
+        ("dtype", "", "is not known"),
+        ("dtype", 4, "is not known"),
     ],
 )
 def test_what_cannot_be_is_refused(field: str, value: object, says: str) -> None:

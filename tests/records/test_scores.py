@@ -38,16 +38,21 @@ def test_labels_are_read_back(scheme: Scheme) -> None:
     assert read_level(str(scheme)) == scheme
 
 
+def test_without_a_block_it_is_64() -> None:
+    assert read_level("int4") == read_level("int4/64") == parse_scheme("int4") == INT4
+    assert read_level("power:1/23z out") == Scheme("power:1/2", 3, 64, "out", "zero")
+
+
 def test_a_colon_is_a_slash() -> None:
     assert read_level("int4:64") == read_level("int4/64") == parse_scheme("int4:64") == INT4
     assert read_level("kmeans:row3:row") == Scheme("kmeans:row", 3, "row")
 
 
 @pytest.mark.parametrize(
-    "label", ["", "nf4", "nf/64", "nf4/", "nf4/64 in", "nf12/64", "4/64", "nf4/64 out out"]
+    "label", ["", "nf", "nf/64", "nf4/", "nf4/64 in", "nf12/64", "4/64", "nf4/64 out out"]
 )
 def test_other_text_is_no_label(label: str) -> None:
-    with pytest.raises(SchemeError, match="no scheme"):
+    with pytest.raises(SchemeError, match="not a scheme"):
         read_level(label)
 
 
@@ -128,7 +133,7 @@ def test_fingerprints_tell_models_apart() -> None:
         ("[]", "expected an object"),
         ("{", "not JSON"),
         ('{"scores": 9}', "version"),
-        ('{"scores": 1}', "lack the keys"),
+        ('{"scores": 1}', "lacks the keys"),
         (
             '{"scores": 1, "method": "m", "model": "", "kind": "order", "values": {"a": "x"}}',
             "expected a number",
@@ -155,7 +160,7 @@ def test_broken_files_say_what_is_wrong(tmp_path: Path, text: str, says: str) ->
 
 def test_a_file_that_cannot_be_written_is_one_of_our_errors(tmp_path: Path) -> None:
     scores = Scores({"a": 1.0}, "lim", "")
-    with pytest.raises(OutputError, match="is no folder; make it first"):
+    with pytest.raises(OutputError, match="is not a folder; make it first"):
         save_json(scores, tmp_path / "gone" / "scores.json")
     with pytest.raises(OutputError, match="is a folder; name a file"):
         save_json(scores, tmp_path)
@@ -165,10 +170,10 @@ def test_a_file_that_cannot_be_written_is_one_of_our_errors(tmp_path: Path) -> N
     ("data", "says"),
     [
         ({"allocation": 2}, "version"),
-        ({"allocation": 1, "schemes": []}, "lack the keys"),
+        ({"allocation": 1, "schemes": []}, "lacks the keys"),
         ({"allocation": 1, "schemes": [3], "layers": {}}, "expected an object"),
         ({"allocation": 1, "schemes": [], "layers": [0]}, "layers of allocation"),
-        ({"allocation": 1, "schemes": [], "layers": {"a": 0}}, "points to scheme 0"),
+        ({"allocation": 1, "schemes": [], "layers": {"a": 0}}, "has scheme number 0"),
     ],
 )
 def test_broken_allocations_say_what_is_wrong(data: dict[str, object], says: str) -> None:

@@ -11,10 +11,11 @@ import pytest
 import tomllib
 
 from fracbit.errors import DataError, OutputError
-from fracbit.records.recipe import Recipe
-from fracbit.records.row import KEEP_ALL, Calibration, Evaluation, Row, Run, outliers_of, run_key
+from fracbit.records.calibration import Calibration
+from fracbit.records.recipe import Recipe, make_recipe
+from fracbit.records.row import KEEP_ALL, Evaluation, Row, Run, run_key
 from fracbit.records.scheme import Scheme
-from fracbit.report.command import command_of, grid_of
+from fracbit.report.command import command_of, recipe_of
 from fracbit.report.page import page, write_page
 
 TEXT = Evaluation(text="ids.u16?length=32", window=16)
@@ -22,8 +23,8 @@ TEXT = Evaluation(text="ids.u16?length=32", window=16)
 
 def make_row(model: str, size: int, bits: int, dtype: str = "int", **fields: object) -> Row:
     scheme = Scheme(dtype, bits, 32) if bits < 16 else Scheme()
-    recipe = Recipe(model=model, scheme=scheme, overrides=() if bits < 16 else (KEEP_ALL,))
-    run = Run(recipe=recipe, evaluation=TEXT, **fields)  # type: ignore[arg-type]
+    recipe = Recipe(model=model, scheme=scheme, overrides=() if bits < 16 else (KEEP_ALL,), **fields)  # type: ignore[arg-type]
+    run = Run(recipe=recipe, evaluation=TEXT)
     nll = 4 - 0.2 * math.log10(size) + (0.4 if dtype == "int" else 0.3) * 2.0 ** (3 - bits)
     return Row(
         key=run_key(run), run=run, status="done", family="llama", parameters=size, weights=size if bits < 16 else 0,
@@ -89,35 +90,32 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_commands_make_rows_again() -> None:
-    scheme = Scheme("power:1/2", 3, "flat:64", "out", "zero", "int8:256")
-    recipe = Recipe(model="a b", scheme=scheme, search=True)
-    row = make_row("m", 10, 4).model_copy(update={"run": Run(recipe=recipe, evaluation=TEXT)})
-    assert command_of(row) == (
-        "fracbit quantize 'a b' -o OUT --dtype power:1/2 --bits 3 --block flat:64 --axis out --offset zero "
-        "--scale int8:256 --search"
+    row = make_row("m", 10, 4)
+    asked = "fracbit eval OUT --text 'ids.u16?length=32' --window 16 --dtype float32"
+    assert command_of(row) == f"fracbit quantize recipe.toml -o OUT && {asked}"
+    assert command_of(make_row("a b", 10, 16)) == asked.replace("OUT", "'a b'")
+    assert command_of(with_tables(row)).endswith(
+        "fracbit eval OUT --trust-remote-code --text 'ids.u16?length=32' --window 16 --tasks piqa,a.yaml --limit 7 "
+        "--dtype float32"
     )
-    assert command_of(make_row("m", 10, 16)) == "fracbit eval m --text 'ids.u16?length=32' --window 16"
-    assert command_of(make_row("m", 10, 4, outliers=outliers_of("proxy:2%"))).startswith(
-        "fracbit sweep one.toml"
-    )
+
+
+CALIBRATED = Calibration(texts=("c.u16",), tweak="auto", transforms=("rotate", "awq"), inputs="int8/token")
 
 
 @pytest.mark.parametrize(
     "row",
     [
         make_row("m", 10, 3, "nf"),
-        make_row("m", 10, 3, outliers=outliers_of("activation:0.02"), calibration=Calibration(text="c.u16")),
+        make_row("m", 10, 3, quantizer="gptq", outliers="activation:0.02", calibration=CALIBRATED),
+        make_row("m", 10, 3, outliers="proxy:2%", search=True, seed=3),
         make_row("m", 10, 16),
         with_tables(make_row("m", 10, 3)),
     ],
     ids=lambda row: str(row.run),
 )
-def test_a_grid_of_a_row_expands_to_its_run(row: Row, tmp_path: Path) -> None:
-    from fracbit.sweeps.spec import expand, read_grid
-
-    (tmp_path / "one.toml").write_text(grid_of(row))
-    assert tomllib.loads(grid_of(row))
-    assert row.key in expand(read_grid(tmp_path / "one.toml")).runs
+def test_the_recipe_of_a_row_is_read_back(row: Row) -> None:
+    assert make_recipe(tomllib.loads(recipe_of(row))) == row.run.recipe
 
 
 @pytest.fixture(scope="module")
@@ -176,10 +174,9 @@ def check_table_and_detail(tab: Any) -> None:
     bits = [int(text) for text in tab.locator("#table tbody td:nth-child(2)").all_inner_texts()]
     assert bits == sorted(bits)
     tab.click("#table tbody tr:first-child")
-    assert (
-        "fracbit quantize models/m10000000 -o OUT --dtype nf --bits 2"
-        in tab.locator("#detail-command").inner_text()
-    )
+    assert "fracbit quantize recipe.toml" in tab.locator("#detail-command").inner_text()
+    recipe = tomllib.loads(tab.locator("#detail-recipe").inner_text())
+    assert (recipe["model"], recipe["scheme"]["dtype"]) == ("models/m10000000", "nf")
     assert "</script><b>bold" in tab.locator("#detail-figures").inner_text()
     tab.click("#detail form button")
     tab.fill("#search", "")
@@ -194,8 +191,7 @@ def check_hover(tab: Any) -> None:
     label = tab.wait_for_selector("#pareto .hoverlayer .hovertext").text_content()
     assert re.search(r"m\d+ (int|nf)2/32.*bits/weight.*perplexity", label)
     tab.mouse.click(*place)
-    assert "models/m" in tab.locator("#detail-command").inner_text()
-    assert "bits = 2" in tab.locator("#detail-grid").inner_text()
+    assert tomllib.loads(tab.locator("#detail-recipe").inner_text())["scheme"]["bits"] == 2
     tab.click("#detail form button")
 
 

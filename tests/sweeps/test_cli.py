@@ -60,7 +60,7 @@ def test_failed_runs_are_exit_code_1_and_a_list(study: Path) -> None:
     result = CLI.invoke(app, ["sweep", str(grid), "--store", str(study / "s.db")])
     assert result.exit_code == 1
     closing = result.stdout[result.stdout.index("5 of 5 runs failed; --retry-failed") :].splitlines()
-    assert len(closing) == 3  # one reason for all five, in the order of the grid
+    assert len(closing) == 3  # one reason for all five, in the order of the sweep
     assert closing[-1].strip().startswith("broken float, broken int4/16, ")
     code, again = sweep(study)
     assert code == 1
@@ -72,7 +72,7 @@ def test_a_text_that_is_nowhere_says_where_it_was_looked_for(study: Path) -> Non
     grid.write_text(grid.read_text().replace("ids.u16", "none.u16").replace("[2, 3, 4]", "[4]"))
     code, done = sweep(study)
     assert code == 1
-    assert f"Below the root of the grid, {study}, there is none" in str(done["failed"])
+    assert f"Below the root of the sweep, {study}, there is none" in str(done["failed"])
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--workers", "0"), ("--retries", "-1"), ("--cpus", "-1")])

@@ -6,13 +6,13 @@ import pytest
 
 from fracbit.records.row import Row
 from fracbit.sweeps.estimate import cheapest, estimate, parameters_of
-from fracbit.sweeps.spec import Expansion, expand, read_grid
+from fracbit.sweeps.spec import Expansion, expand, read_sweep
 
 
 def expansion_of(study: Path) -> Expansion:
     grid = study / "grid.toml"
     grid.write_text(grid.read_text().replace('["tiny"]', '["tiny", "away/model"]'))
-    return expand(read_grid(grid))
+    return expand(read_sweep(grid))
 
 
 def rows_of(expansion: Expansion, count: int) -> list[Row]:

@@ -20,7 +20,7 @@ from fracbit.records.row import Row
 from fracbit.sweeps.in_process import InProcess
 from fracbit.sweeps.ray_engine import Bench, OnRay
 from fracbit.sweeps.runner import run_sweep
-from fracbit.sweeps.spec import expand, read_grid
+from fracbit.sweeps.spec import expand, read_sweep
 from fracbit.sweeps.store import open_store
 
 pytestmark = [
@@ -55,7 +55,7 @@ def worker_pids() -> list[int]:
 
 
 def test_rows_equal_those_of_this_process_though_workers_are_killed(study: Path) -> None:
-    runs = expand(read_grid(study / "grid.toml")).runs
+    runs = expand(read_sweep(study / "grid.toml")).runs
     killed: list[int] = []
 
     def kill_one(row: Row, done: int, total: int) -> None:
@@ -82,13 +82,13 @@ def test_rows_equal_those_of_this_process_though_workers_are_killed(study: Path)
 DRIVER = """
 import sys
 from pathlib import Path
-from fracbit.sweeps.spec import expand, read_grid
+from fracbit.sweeps.spec import expand, read_sweep
 from fracbit.sweeps.ray_engine import OnRay
 from fracbit.sweeps.runner import run_sweep
 from fracbit.sweeps.store import open_store
 root = Path(sys.argv[1])
 with open_store(str(root / "s.db")) as store:
-    runs = expand(read_grid(root / "grid.toml")).runs
+    runs = expand(read_sweep(root / "grid.toml")).runs
     run_sweep(store, runs, OnRay(root, sys.argv[2], workers=1), lambda *_: print("row", flush=True))
 """
 
@@ -103,7 +103,7 @@ def test_a_killed_driver_loses_at_most_the_runs_in_flight(study: Path) -> None:
     with open_store(str(study / "s.db")) as store:
         before = {row.key: row for row in store.rows()}
         assert len(before) >= 3
-        outcome = run_sweep(store, expand(read_grid(study / "grid.toml")).runs, OnRay(study, workers=1))
+        outcome = run_sweep(store, expand(read_sweep(study / "grid.toml")).runs, OnRay(study, workers=1))
         assert (outcome.measured, outcome.failed) == (13 - len(before), ())
         after = {row.key: row for row in store.rows()}
     assert len(after) == 13
@@ -111,7 +111,7 @@ def test_a_killed_driver_loses_at_most_the_runs_in_flight(study: Path) -> None:
 
 
 def test_a_worker_loads_a_model_once(study: Path) -> None:
-    runs = [run.model_dump_json() for run in expand(read_grid(study / "grid.toml")).runs.values()]
+    runs = [run.model_dump_json() for run in expand(read_sweep(study / "grid.toml")).runs.values()]
     worker = Bench(str(study), "cpu", 1)
     assert Row.model_validate_json(worker.measure(runs[0])).status == "done"
     first = worker.bench
@@ -140,13 +140,13 @@ def test_a_run_whose_worker_always_dies_is_a_failed_row(study: Path) -> None:
     model.write_text(model.read_text().replace('"model_type": "llama"', own_code))
     grid.write_text("trust_remote_code = true\nbaseline = false\n" + one)
     with open_store(str(study / "ray.db")) as store:
-        outcome = run_sweep(store, expand(read_grid(grid)).runs, OnRay(study, workers=1, retries=1))
+        outcome = run_sweep(store, expand(read_sweep(grid)).runs, OnRay(study, workers=1, retries=1))
     assert len(outcome.failed) == outcome.total == 1
     assert all("its worker died 2 times" in (row.error or "") for row in outcome.failed)
 
 
 def test_a_task_that_no_node_holds_is_refused(study: Path) -> None:
-    runs = expand(read_grid(study / "grid.toml")).runs
+    runs = expand(read_sweep(study / "grid.toml")).runs
     with (
         open_store(str(study / "s.db")) as store,
         pytest.raises(RecipeError, match="no node holds a task of 64 CPUs"),

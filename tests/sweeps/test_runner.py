@@ -16,19 +16,19 @@ pytest.importorskip("sqlalchemy", reason="the store is an extra: fracbit[store]"
 from fracbit.records.row import Row, Run
 from fracbit.sweeps.in_process import InProcess
 from fracbit.sweeps.runner import Outcome, check_complete, run_sweep
-from fracbit.sweeps.spec import expand, read_grid
+from fracbit.sweeps.spec import expand, read_sweep
 from fracbit.sweeps.store import open_store
 
 DRIVER = """
 import sys
 from pathlib import Path
-from fracbit.sweeps.spec import expand, read_grid
+from fracbit.sweeps.spec import expand, read_sweep
 from fracbit.sweeps.in_process import InProcess
 from fracbit.sweeps.runner import run_sweep
 from fracbit.sweeps.store import open_store
 root = Path(sys.argv[1])
 with open_store(str(root / "s.db")) as store:
-    runs = expand(read_grid(root / "grid.toml")).runs
+    runs = expand(read_sweep(root / "grid.toml")).runs
     run_sweep(store, runs, InProcess(root), lambda *_: print("row", flush=True))
 """
 
@@ -57,7 +57,7 @@ def sweep(study: Path, **options: bool) -> Outcome:
 
 
 def runs_of(study: Path) -> dict[str, Run]:
-    return expand(read_grid(study / "grid.toml")).runs
+    return expand(read_sweep(study / "grid.toml")).runs
 
 
 def rows_of(study: Path) -> list[Row]:

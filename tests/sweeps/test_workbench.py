@@ -1,6 +1,10 @@
-"""A workbench measures what a fresh model would: sharing changes nothing, and runs leave no trace on each other."""
+"""A workbench measures what a plain loop would, counts every bit, shares what it may, and says what a run cannot do.
+
+That a row equals quantize and evaluate of its recipe is tests/laws/test_sweep_rows.py.
+"""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,25 +19,24 @@ from fracbit.models.blocks import blocks, linears, weight_of
 from fracbit.models.find import family_of
 from fracbit.models.install import set_weight
 from fracbit.numerics import decode, quantize_tensor, stored_bits
-from fracbit.numerics.linalg import gram_errors
+from fracbit.pipeline.quantize import block as stage
 from fracbit.quantizers import QUANTIZERS
+from fracbit.records.calibration import Calibration
 from fracbit.records.recipe import Override, Recipe
-from fracbit.records.row import KEEP_ALL, Calibration, Evaluation, Run, outliers_of
+from fracbit.records.row import KEEP_ALL, Evaluation, Run, run_key
 from fracbit.records.scheme import Scheme
 from fracbit.sweeps import workbench
-from fracbit.sweeps.queue import source_of
-from fracbit.sweeps.workbench import Workbench, collect_stats
+from fracbit.sweeps.in_process import InProcess
+from fracbit.sweeps.queue import Queue, workload_of
+from fracbit.sweeps.workbench import Workbench
 
 EVALUATION = Evaluation(text="ids.u16?length=32")
-CALIBRATION = Calibration(text="ids.u16?length=32", samples=4, length=16)
+CALIBRATION = Calibration(texts=("ids.u16?length=32",), samples=4, length=16, chain="float")
 
 
-def make_run(scheme: Scheme | None = None, **fields: object) -> Run:
-    own = {"calibration"}  # a run's, not its recipe's
-    names = [name for name in fields if name in Recipe.model_fields and name not in own]
-    recipe_fields = {name: fields.pop(name) for name in names}
-    recipe = Recipe(model="tiny", scheme=scheme or Scheme(block=16), **recipe_fields)  # type: ignore[arg-type]
-    return Run(recipe=recipe, evaluation=EVALUATION, **fields)  # type: ignore[arg-type]
+def make_run(scheme: Scheme | None = None, **fields: Any) -> Run:
+    recipe = Recipe(model="tiny", scheme=scheme or Scheme(block=16), **fields)
+    return Run(recipe=recipe, evaluation=EVALUATION)
 
 
 FLOAT = make_run(overrides=(KEEP_ALL,))
@@ -41,7 +44,7 @@ FLOAT = make_run(overrides=(KEEP_ALL,))
 
 @pytest.fixture
 def bench(study: Path) -> Workbench:
-    return Workbench(source_of(FLOAT), study)
+    return Workbench(workload_of(FLOAT), study)
 
 
 def plain_nll(study: Path, scheme: Scheme) -> tuple[float, int]:
@@ -95,14 +98,15 @@ def test_the_float_model_comes_back(bench: Workbench) -> None:
     assert again.model_bits == 16 * again.parameters
 
 
-@pytest.mark.parametrize("correction", ["none", "tweak-auto"])
-def test_a_spread_model_measures_the_same(study: Path, bench: Workbench, correction: str) -> None:
+@pytest.mark.parametrize("tweak", ["none", "auto"])
+def test_a_spread_model_measures_the_same(study: Path, bench: Workbench, tweak: str) -> None:
     """Without GPUs accelerate spreads over the CPU alone: the path is walked, several devices are not."""
     pytest.importorskip("accelerate", reason="device_map is an extra: fracbit[device-map]")
-    spread = Workbench(source_of(FLOAT), study, "auto")
-    assert next(spread.model.parameters()).dtype == torch.bfloat16, "as it is stored"
-    for fields in ({}, {"quantizer": "gptq"}, {"outliers": outliers_of("activation:0.1")}):
-        run = make_run(Scheme("nf", 4, 16), correction=correction, calibration=CALIBRATION, **fields)
+    spread = Workbench(workload_of(FLOAT), study, "auto")
+    assert next(spread.floats.model.parameters()).dtype == torch.bfloat16, "as it is stored"
+    plan = CALIBRATION.model_copy(update={"tweak": tweak})
+    for fields in ({}, {"quantizer": "gptq"}, {"outliers": "activation:0.1"}):
+        run = make_run(Scheme("nf", 4, 16), calibration=plan, **fields)
         found, expected = spread.measure(run), bench.measure(run)
         assert found.error is None
         assert found.stored_bits == expected.stored_bits
@@ -111,7 +115,7 @@ def test_a_spread_model_measures_the_same(study: Path, bench: Workbench, correct
 
 def test_model_bits_count_everything(bench: Workbench) -> None:
     row = bench.measure(make_run())
-    assert row.parameters == sum(p.numel() for p in bench.model.parameters())
+    assert row.parameters == sum(p.numel() for p in bench.floats.model.parameters())
     assert row.model_bits == row.stored_bits + 16 * (row.parameters - row.weights)
     assert row.bits_per_weight == pytest.approx(4 + 16 / 16)
     assert len(row.window_nll) == len(row.window_tokens) == 6
@@ -131,15 +135,16 @@ def test_overrides_and_embeddings(bench: Workbench) -> None:
     assert everything.weights > less.weights > 0
 
 
-def test_a_tied_head_cannot_be_quantized_alone(bench: Workbench) -> None:
-    row = bench.measure(make_run(head=Scheme()))
-    assert row.status == "failed"
-    assert "quantize the embeddings" in (row.error or "")
+def test_a_tied_head_is_quantized_with_its_table(bench: Workbench) -> None:
+    """As `fracbit.quantize` does, and as it says."""
+    row, plain = bench.measure(make_run(head=Scheme(block=16))), bench.measure(make_run())
+    assert row.weights > plain.weights
+    assert any("are one tensor" in note for note in row.notes)
 
 
-@pytest.mark.parametrize("chosen", ["proxy:0.1", "random:0.1", "activation:0.1"])
-def test_kept_columns_are_counted(bench: Workbench, chosen: str) -> None:
-    row = bench.measure(make_run(outliers=outliers_of(chosen), calibration=CALIBRATION))
+@pytest.mark.parametrize("chosen", ["cost:0.1", "proxy:0.1", "random:0.1", "activation:0.1"])
+def test_columns_in_sixteen_bits_are_counted(bench: Workbench, chosen: str) -> None:
+    row = bench.measure(make_run(outliers=chosen, calibration=CALIBRATION))
     plain = bench.measure(make_run())
     assert row.error is None
     assert row.stored_bits > plain.stored_bits
@@ -150,8 +155,8 @@ def test_kept_columns_are_counted(bench: Workbench, chosen: str) -> None:
 def test_every_quantizer_keeps_columns(bench: Workbench, quantizer: str) -> None:
     """They cost their 16 bits, and the model moves less."""
     few, plain = (
-        bench.measure(make_run(quantizer=quantizer, outliers=kept, calibration=CALIBRATION))
-        for kept in (outliers_of("activation:0.1"), None)
+        bench.measure(make_run(quantizer=quantizer, outliers=outliers, calibration=CALIBRATION))
+        for outliers in ("activation:0.1", None)
     )
     assert few.status == plain.status == "done"
     assert few.stored_bits > plain.stored_bits
@@ -159,94 +164,61 @@ def test_every_quantizer_keeps_columns(bench: Workbench, quantizer: str) -> None
 
 
 def test_random_columns_follow_the_seed(bench: Workbench) -> None:
-    rows = [bench.measure(make_run(outliers=outliers_of("random:0.1"), seed=seed)).nll for seed in (0, 0, 1)]
+    rows = [bench.measure(make_run(outliers="random:0.1", seed=seed)).nll for seed in (0, 0, 1)]
     assert rows[0] == rows[1] != rows[2]
 
 
 def test_what_a_run_cannot_do_is_its_row(bench: Workbench) -> None:
-    without = bench.measure(make_run(outliers=outliers_of("activation:0.1")))
+    without = bench.measure(make_run(outliers="activation:0.1"))
     assert (without.status, without.nll) == ("failed", None)
     assert "calibration" in (without.error or "")
 
 
-def test_statistics_are_those_of_the_float_model(bench: Workbench) -> None:
-    ids = torch.arange(32).view(2, 16)
-    found = collect_stats(bench.model, bench.family, ids, gram=True)
-    assert set(found) == {name for name in bench.layers if name != "model.embed_tokens"}
-    query, key = (found[f"model.layers.0.self_attn.{name}_proj"] for name in "qk")
-    assert query is key
-    assert query.tokens == 32
-    assert query.gram is not None
-    torch.testing.assert_close(query.gram.diagonal(), query.energy, rtol=1e-4, atol=1e-5)
+def test_a_float_block_is_observed_once(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float-chain runs of one calibration share what they observe; quantized chains cannot, and say nothing else."""
+    seen: list[int] = []
+    observe = stage.observe_all
 
+    def counted(module: object, hidden: Any, *rest: Any) -> Any:
+        seen.append(hidden.index)
+        return observe(module, hidden, *rest)
 
-@pytest.mark.parametrize("how", ["tweak-closed", "tweak-adam", "tweak-auto"])
-def test_corrections_move_the_norms_of_their_run_alone(bench: Workbench, how: str) -> None:
-    scheme = Scheme("int", 2, 16)
-    before, plain = bench.measure(FLOAT), bench.measure(make_run(scheme))
-    row = bench.measure(make_run(scheme, correction=how, calibration=CALIBRATION))
-    assert row.error is None
-    assert row.model_bits == plain.model_bits
-    assert bool(row.notes) == (how != "tweak-closed")
-    if how == "tweak-auto":
-        assert all("error" in note for note in row.notes)
-    else:
-        assert row.nll != plain.nll
-    assert all(torch.equal(norm, norm.bfloat16().float()) for norm in bench.norms), "as a checkpoint holds it"
-    assert (bench.measure(FLOAT).nll, bench.measure(make_run(scheme)).nll) == (before.nll, plain.nll)
-
-
-def test_the_closed_form_lowers_the_error_it_is_the_least_squares_solution_of(bench: Workbench) -> None:
-    run = make_run(Scheme("int", 2, 16), calibration=CALIBRATION, correction="tweak-closed")
-    ids = bench._samples(CALIBRATION)
-    stats = collect_stats(bench.model, bench.family, ids, gram=True)
-    name = "model.layers.0.mlp.gate_proj"
-    gram, weight = stats[name].gram, bench.kept[name]
-    norm = bench.model.get_submodule("model.layers.0.post_attention_layernorm").weight
-    gain = norm.detach().clone()
-    up = "model.layers.0.mlp.up_proj"
-
-    def loss(factor: torch.Tensor) -> float:
-        parts = [weight_of(bench.layers[each]) * factor - bench.kept[each] for each in (name, up)]
-        return sum(float(((part @ gram) * part).sum()) for part in parts)
-
-    assert bench.measure(run).error is None
-    factor = (norm / gain).detach()
-    assert not torch.equal(factor, torch.ones_like(factor))
-    assert loss(factor) < loss(torch.ones_like(weight[0]))
-
-
-def test_statistics_are_collected_once(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[bool] = []
-
-    def counted(model: object, family: object, ids: object, gram: bool) -> object:
-        seen.append(gram)
-        return collect_stats(model, family, ids, gram)  # type: ignore[arg-type]
-
-    monkeypatch.setattr("fracbit.sweeps.workbench.collect_stats", counted)
+    monkeypatch.setattr(stage, "observe_all", counted)
     for fields in (
         {"quantizer": "gptq"},
+        {"quantizer": "gptq", "search": True},
         {"quantizer": "descent", "search": True},
-        {"correction": "tweak-closed"},
-        {"outliers": outliers_of("activation:0.1")},
     ):
         assert bench.measure(make_run(calibration=CALIBRATION, **fields)).error is None
-    assert seen == [True]
+    assert seen == [0, 1]
 
 
-def test_gptq_beats_rounding_on_what_it_minimizes(bench: Workbench) -> None:
-    stats = collect_stats(bench.model, bench.family, bench._samples(CALIBRATION), gram=True)
-    bits, losses = {}, {}
-    for name in ("rtn", "gptq"):
-        row = bench.measure(make_run(Scheme("int", 2, 16), quantizer=name, calibration=CALIBRATION))
-        bits[name] = row.stored_bits
-        losses[name] = {
-            layer: float(gram_errors(weight_of(bench.layers[layer]) - bench.kept[layer], found.gram).sum())
-            for layer, found in stats.items()
-            if found.gram is not None
-        }
-    assert bits["gptq"] == bits["rtn"]
-    assert all(losses["gptq"][layer] < losses["rtn"][layer] for layer in stats)
+def test_a_bug_stops_the_sweep_unless_it_is_to_go_on(
+    bench: Workbench, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What models and data cause is a row; a bug of ours is raised, or with `keep_going` its traceback is in the row."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("no such thing")
+
+    monkeypatch.setattr(workbench, "fill_shards", broken)
+    with pytest.raises(KeyError, match="no such thing"):
+        bench.measure(make_run())
+    row = bench.measure(make_run(), keep_going=True)
+    assert (row.status, row.nll) == ("failed", None)
+    assert "a bug of fracbit: KeyError" in (row.error or "")
+    assert any("Traceback" in note and "broken" in note for note in row.notes)
+    run = make_run()
+    key = run_key(run)
+    for keep_going in (False, True):
+        rows = InProcess(study, keep_going=keep_going).measure(
+            Queue([(workload_of(run), key)]), {key: run}, lambda _: True
+        )
+        if keep_going:
+            assert [row.status for row in rows] == ["failed"]
+        else:
+            with pytest.raises(KeyError):
+                list(rows)
 
 
 @pytest.mark.parametrize("asked", [PAPER_TASKS, PAPER_TASKS[:3]], ids=len)
@@ -274,7 +246,7 @@ def test_accuracies_stand_beside_the_loss(shared: Path, tmp_path: Path) -> None:
     (tmp_path / "models").symlink_to(shared / "models")
     (tmp_path / "data").symlink_to(shared / "data")
     run = Run(recipe=recipe, evaluation=evaluation)
-    bench = Workbench(source_of(run), tmp_path)
+    bench = Workbench(workload_of(run), tmp_path)
     row = bench.measure(run)
     assert row.error is None
     assert row.nll is not None
@@ -282,4 +254,4 @@ def test_accuracies_stand_beside_the_loss(shared: Path, tmp_path: Path) -> None:
     assert [note for note in row.notes if "continuation: 8 questions" in note and "lm-eval" in note]
     without = evaluation.model_copy(update={"tasks": ("gone.yaml",)})
     with pytest.raises(DataError, match=r"no task file .*gone\.yaml"):
-        Workbench(source_of(run.model_copy(update={"evaluation": without})), tmp_path)
+        Workbench(workload_of(run.model_copy(update={"evaluation": without})), tmp_path)

@@ -1,8 +1,8 @@
 // The native kernels under address and undefined-behaviour sanitizers, without Python: `sanitize.sh` builds and runs this.
 //
-// Every buffer is allocated with exactly its size, so that a read or a write one byte outside stops the program. It ends where a
-// page begins that nobody may touch, since sanitizers do not see the masked loads and stores of AVX-512. Results are compared with
-// a sum in double precision from codes that are cut out bit by bit.
+// Every buffer has exactly its size, so that a read or a write one byte outside stops the program. It ends where a page begins that
+// nobody may touch, since sanitizers do not see the masked loads and stores of AVX-512. Results are compared with sums in double
+// precision over codes that are cut out bit by bit.
 
 #include <sys/mman.h>
 
@@ -18,9 +18,10 @@
 #include <vector>
 
 #include "attention.h"
+#include "decode.h"
 #include "gram.h"
-#include "linear.h"
 #include "pool.h"
+#include "product.h"
 #include "step.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -79,14 +80,12 @@ class Exact {  // no spare room, unlike a vector's
     size_t spare_, mapped_;
 };
 
-int64_t width(Float type) { return type == Float::f32 ? 4 : 2; }
-
 // What a type rounds by at most, relative to a number.
 double rounding(Float type) { return type == Float::f32 ? 0.0 : type == Float::f16 ? 0x1p-11 : 0x1p-8; }
 
 // Numbers of a type, spelled bit by bit. What it cannot hold is cut off; numbers below 2^-14 are 0 in half precision.
 struct Numbers {
-    Numbers(int64_t count, Float type) : bytes(count * width(type)), type(type), size(count) {}
+    Numbers(int64_t count, Float type) : bytes(count * size_of(type)), type(type), size(count) {}
     Exact<uint8_t> bytes;
     Float type;
     int64_t size;
@@ -97,11 +96,11 @@ struct Numbers {
         const int exponent = static_cast<int>(bits >> 23 & 255) - 112;
         uint32_t half = bits >> 16;
         if (type == Float::f16) half = (half & 0x8000u) | (exponent <= 0 ? 0 : static_cast<uint32_t>(exponent) << 10 | (bits >> 13 & 1023));
-        std::memcpy(bytes.data + i * width(type), type == Float::f32 ? &bits : &half, static_cast<size_t>(width(type)));
+        std::memcpy(bytes.data + i * size_of(type), type == Float::f32 ? &bits : &half, static_cast<size_t>(size_of(type)));
     }
     float operator[](int64_t i) const {
         uint32_t bits = 0;
-        std::memcpy(&bits, bytes.data + i * width(type), static_cast<size_t>(width(type)));
+        std::memcpy(&bits, bytes.data + i * size_of(type), static_cast<size_t>(size_of(type)));
         if (type == Float::f16) {
             const int exponent = bits >> 10 & 31, fraction = bits & 1023;
             const float magnitude = exponent ? std::ldexp(1024.0f + fraction, exponent - 25) : std::ldexp(float(fraction), -24);
@@ -123,109 +122,147 @@ unsigned code_of(const uint8_t* row, int bits, int64_t i) {
 
 int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+constexpr const char* kKinds[] = {"in", "out", "tensor", "flat"};
+
+// Buffers of a weight, filled by chance, and the weight over them.
+struct Sample {
+    explicit Sample(const Case& c)
+        : c(c), kept(c.columns - c.outliers), levels(int64_t{1} << c.bits), block(std::min(c.block, longest())), scale_rows(rows_of_scales()),
+          scale_columns(columns_of_scales()), codes(c.rows * stride()), zeros(scale_rows * zero_stride()),
+          table((c.own_tables ? c.rows : 1) * levels), scales(scale_rows * scale_columns, c.scale_type), offsets(scales.size, c.scale_type),
+          x(3 * c.columns, c.type), outliers(c.rows * c.outliers, c.type), other(c.outliers) {
+        fill();
+        set();
+    }
+
+    const Case c;
+    const int64_t kept, levels, block, scale_rows, scale_columns;
+    Exact<uint8_t> codes, zeros;
+    Exact<float> table;
+    Numbers scales, offsets, x, outliers;
+    Exact<int32_t> other;
+    Weight weight;
+
+    int64_t longest() const { return c.kind == 1 ? c.rows : c.kind == 3 ? c.rows * kept : kept; }
+    int64_t rows_of_scales() const { return c.kind == 0 ? c.rows : c.kind == 1 ? up(c.rows, block) : 1; }
+    int64_t columns_of_scales() const {
+        return c.kind == 0 ? up(kept, block) : c.kind == 1 ? kept : c.kind == 2 ? 1 : up(c.rows * kept, block);
+    }
+    int64_t stride() const { return up(kept * c.bits, 8); }
+    int64_t zero_stride() const { return up(scale_columns * c.bits, 8); }
+
+    void fill() {
+        for (Exact<uint8_t>* bytes : {&codes, &zeros})
+            for (int64_t i = 0; i < bytes->size; ++i) bytes->data[i] = static_cast<uint8_t>(generator());
+        for (int64_t i = 0; i < scales.size; ++i) scales.set(i, std::fabs(random_float()) + 0.5f);
+        for (int64_t i = 0; i < table.size; ++i) {  // uneven values keep away from 0: on the int8 path they are rounded by the largest
+            const float value = random_float();
+            table.data[i] = c.even ? -1.0f + 2.0f * static_cast<float>(i) / static_cast<float>(levels - 1) : value + std::copysign(0.1f, value);
+        }
+        for (Numbers* numbers : {&offsets, &x, &outliers})
+            for (int64_t i = 0; i < numbers->size; ++i) numbers->set(i, random_float());
+        for (int64_t i = 0; i < c.outliers; ++i) other.data[i] = static_cast<int32_t>(2 * i);
+    }
+
+    void set() {
+        set_size(weight, c.rows, c.columns, c.bits, c.outliers);
+        weight.codes = codes.data;
+        const std::vector<int64_t> stored = set_blocks(weight, kKinds[c.kind], c.block);
+        const std::vector<int64_t> expected = c.kind == 3 ? std::vector<int64_t>{scale_columns} : std::vector<int64_t>{scale_rows, scale_columns};
+        if (stored != expected) std::abort();
+        weight.scales.type = c.scale_type;
+        weight.scales.values = scales.bytes.data;
+        weight.scales.offsets = c.shift == 2 ? offsets.bytes.data : nullptr;
+        set_table(weight, table.data, c.own_tables ? c.rows : 1, levels);
+        if (c.shift == 1) set_zeros(weight, zeros.data, scale_rows, scale_columns);
+        weight.outliers.type = c.type;
+        weight.outliers.values = outliers.bytes.data;
+        set_outlier_columns(weight, {other.data, other.data + c.outliers});
+    }
+
+    // Where the scale of kept input k of row o is.
+    int64_t scale_index(int64_t o, int64_t k) const {
+        return c.kind == 0 ? o * scale_columns + k / block : c.kind == 1 ? o / block * kept + k : c.kind == 2 ? 0 : (o * kept + k) / block;
+    }
+};
+
+// Weights in double precision. `gross`: the parts of a weight without regard to sign. They may cancel, rounding errors do not.
+struct Expected {
+    std::vector<double> dense, gross;
+
+    explicit Expected(const Sample& s) {
+        for (int64_t o = 0; o < s.c.rows; ++o)
+            for (int64_t i = 0, k = 0, p = 0; i < s.c.columns; ++i) {
+                if (p < s.c.outliers && s.other.data[p] == i) {
+                    dense.push_back(s.outliers[o * s.c.outliers + p++]);
+                    gross.push_back(std::fabs(dense.back()));
+                } else {
+                    add(s, o, k++);
+                }
+            }
+    }
+
+    void add(const Sample& s, int64_t o, int64_t k) {
+        const int64_t at = s.scale_index(o, k), row = at / s.scale_columns;
+        const float* values = s.table.data + (s.c.own_tables ? o * s.levels : 0);
+        const double value = values[code_of(s.codes.data + o * s.stride(), s.c.bits, k)];
+        const double zero = s.c.shift == 1 ? values[code_of(s.zeros.data + row * s.zero_stride(), s.c.bits, at % s.scale_columns)] : 0.0f;
+        const double offset = s.c.shift == 2 ? s.offsets[at] : 0.0f;
+        dense.push_back(s.scales[at] * (value - zero) + offset);
+        gross.push_back(s.scales[at] * (std::fabs(value) + std::fabs(zero)) + std::fabs(offset));
+    }
+};
+
+void multiply_one(const Weight& weight, const Isa& isa, const Matrix& x, const Matrix& y, int64_t batch, bool int8) {
+    const Product product{&weight, y};
+    multiply(&product, 1, isa, x, batch, int8, 2);
+}
+
+bool judge(const char* what, const Isa& isa, const Case& c, double error, double size, double allowed) {
+    if (std::sqrt(error) <= allowed * std::sqrt(size) + 1e-30) return true;
+    std::printf("%s %s: %ld x %ld, %d bits, blocks %s of %ld, shift %d: error %.2e\n", isa.name, what, long(c.rows), long(c.columns), c.bits,
+                kKinds[c.kind], long(c.block), c.shift, std::sqrt(error / size));
+    return false;
+}
+
+bool product_is_right(Sample& s, const Expected& expected, const Isa& isa, int64_t batch, bool int8) {
+    const Case& c = s.c;
+    Numbers result(batch * c.rows, c.type);
+    multiply_one(s.weight, isa, s.x.matrix(c.columns), result.matrix(c.rows), batch, int8);
+    double error = 0, size = 0;
+    for (int64_t n = 0; n < batch; ++n)
+        for (int64_t o = 0; o < c.rows; ++o) {
+            double sum = 0;
+            for (int64_t i = 0; i < c.columns; ++i) {
+                const auto at = static_cast<size_t>(o * c.columns + i);
+                sum += expected.dense[at] * s.x[n * c.columns + i];
+                size += std::pow(expected.gross[at] * s.x[n * c.columns + i], 2);
+            }
+            error += std::pow(result[n * c.rows + o] - sum, 2);
+        }
+    return judge(int8 ? "int8" : "float", isa, c, error, size, (int8 ? 3e-2 : 2e-5) + 2 * rounding(c.type));
+}
+
+bool decoding_is_right(const Sample& s, const Expected& expected, const Isa& isa) {
+    const Case& c = s.c;
+    Numbers decoded(c.rows * c.columns, c.type);
+    decode(s.weight, isa, 0, c.rows, decoded.matrix(c.columns), 2);
+    double error = 0, size = 0;
+    for (size_t i = 0; i < expected.dense.size(); ++i) {
+        error += std::pow(decoded[static_cast<int64_t>(i)] - expected.dense[i], 2);
+        size += expected.gross[i] * expected.gross[i];
+    }
+    return judge("decode", isa, c, error, size, 1e-6 + rounding(c.type));
+}
+
 bool run(const Case& c) {
-    const int64_t kept = c.columns - c.outliers, levels = int64_t{1} << c.bits;
-    const int64_t block = c.kind == 1 ? std::min(c.block, c.rows) : c.kind == 3 ? std::min(c.block, c.rows * kept) : std::min(c.block, kept);
-    const int64_t scale_rows = c.kind == 0 ? c.rows : c.kind == 1 ? up(c.rows, block) : 1;
-    const int64_t scale_columns = c.kind == 0 ? up(kept, block) : c.kind == 1 ? kept : c.kind == 2 ? 1 : up(c.rows * kept, block);
-    const int64_t count = scale_rows * scale_columns, stride = up(kept * c.bits, 8), zero_stride = up(scale_columns * c.bits, 8);
-    const int64_t table_rows = c.own_tables ? c.rows : 1;
-    Exact<uint8_t> codes(c.rows * stride), zeros(scale_rows * zero_stride);
-    Exact<float> table(table_rows * levels);
-    Numbers scales(count, c.scale_type), offsets(count, c.scale_type), x(3 * c.columns, c.type), outliers(c.rows * c.outliers, c.type);
-    Exact<int32_t> other(c.outliers);
-    for (int64_t i = 0; i < codes.size; ++i) codes.data[i] = static_cast<uint8_t>(generator());
-    for (int64_t i = 0; i < zeros.size; ++i) zeros.data[i] = static_cast<uint8_t>(generator());
-    for (int64_t i = 0; i < count; ++i) scales.set(i, std::fabs(random_float()) + 0.5f);
-    for (int64_t i = 0; i < count; ++i) offsets.set(i, random_float());
-    for (int64_t i = 0; i < table.size; ++i) {  // uneven values keep away from 0: on the int8 path they are rounded by the largest
-        const float value = random_float();
-        table.data[i] = c.even ? -1.0f + 2.0f * static_cast<float>(i) / static_cast<float>(levels - 1) : value + std::copysign(0.1f, value);
-    }
-    for (int64_t i = 0; i < x.size; ++i) x.set(i, random_float());
-    for (int64_t i = 0; i < outliers.size; ++i) outliers.set(i, random_float());
-    for (int64_t i = 0; i < c.outliers; ++i) other.data[i] = static_cast<int32_t>(2 * i);
-
-    Weight w;
-    w.rows = c.rows;
-    w.columns = c.columns;
-    w.kept = kept;
-    w.bits = c.bits;
-    w.codes = codes.data;
-    w.along_out = c.kind == 1;
-    w.block = c.kind == 2 ? kept : block;
-    w.blocks = c.kind == 0 ? scale_columns : c.kind == 1 ? scale_rows : 1;
-    w.scale_stride = c.kind == 0 ? scale_columns : 0;
-    if (c.kind == 3 && kept % block == 0) w.blocks = w.scale_stride = kept / block;
-    if (c.kind == 3 && kept % block != 0) {
-        w.flat = true;
-        w.blocks = kept / block + 2;
-    }
-    w.scale_type = c.scale_type;
-    w.scales = scales.bytes.data;
-    w.offsets = c.shift == 2 ? offsets.bytes.data : nullptr;
-    w.table_rows = table_rows;
-    w.outlier_type = c.type;
-    w.outliers = outliers.bytes.data;
-    derive(w, table.data, levels, c.shift == 1 ? zeros.data : nullptr, scale_rows, scale_columns, other.data, c.outliers);
-
-    // `gross`: the parts of a weight without regard to sign. They may cancel, rounding errors do not.
-    std::vector<double> dense(static_cast<size_t>(c.rows * c.columns)), gross(dense.size());
-    for (int64_t o = 0; o < c.rows; ++o)
-        for (int64_t i = 0, k = 0, p = 0; i < c.columns; ++i) {
-            double& weight = dense[static_cast<size_t>(o * c.columns + i)];
-            double& parts = gross[static_cast<size_t>(o * c.columns + i)];
-            if (p < c.outliers && other.data[p] == i) {
-                weight = outliers[o * c.outliers + p++];
-                parts = std::fabs(weight);
-                continue;
-            }
-            const int64_t at = c.kind == 0 ? o * scale_columns + k / block : c.kind == 1 ? o / block * kept + k : c.kind == 2 ? 0 : (o * kept + k) / block;
-            const float* values = table.data + (c.own_tables ? o * levels : 0);
-            double value = values[code_of(codes.data + o * stride, c.bits, k)];
-            double amount = std::fabs(value), zero = 0;
-            if (c.shift == 1) zero = values[code_of(zeros.data + at / scale_columns * zero_stride, c.bits, at % scale_columns)];
-            value -= zero;
-            amount += std::fabs(zero);
-            weight = scales[at] * value + (c.shift == 2 ? offsets[at] : 0.0f);
-            parts = scales[at] * amount + (c.shift == 2 ? std::fabs(offsets[at]) : 0.0f);
-            ++k;
-        }
-
+    Sample sample(c);
+    const Expected expected(sample);
     bool good = true;
-    const auto judge = [&](const char* what, const Isa& isa, double error, double size, double allowed) {
-        if (error <= allowed * size + 1e-30) return;
-        std::printf("%s %s: %ld x %ld, %d bits, kind %d, block %ld, shift %d: error %.2e\n", isa.name, what, long(c.rows), long(c.columns),
-                    c.bits, c.kind, long(c.block), c.shift, error / size);
-        good = false;
-    };
     for (const Isa* isa : instruction_sets()) {
-        for (int64_t batch = 1; batch <= 3; batch += 2)
-            for (const bool int8 : {false, true}) {
-                Numbers result(batch * c.rows, c.type);
-                multiply(w, *isa, x.matrix(c.columns), result.matrix(c.rows), batch, int8, 2);
-                double error = 0, size = 0;
-                for (int64_t n = 0; n < batch; ++n)
-                    for (int64_t o = 0; o < c.rows; ++o) {
-                        double sum = 0, magnitude = 0;
-                        for (int64_t i = 0; i < c.columns; ++i) {
-                            const auto at = static_cast<size_t>(o * c.columns + i);
-                            sum += dense[at] * x[n * c.columns + i];
-                            magnitude += std::pow(gross[at] * x[n * c.columns + i], 2);
-                        }
-                        error += std::pow(result[n * c.rows + o] - sum, 2);
-                        size += magnitude;
-                    }
-                judge(int8 ? "int8" : "float", *isa, std::sqrt(error), std::sqrt(size), (int8 ? 3e-2 : 2e-5) + 2 * rounding(c.type));
-            }
-        Numbers decoded(c.rows * c.columns, c.type);
-        decode(w, *isa, 0, c.rows, decoded.matrix(c.columns), 2);
-        double error = 0, size = 0;
-        for (size_t i = 0; i < dense.size(); ++i) {
-            error += std::pow(decoded[static_cast<int64_t>(i)] - dense[i], 2);
-            size += gross[i] * gross[i];
-        }
-        judge("decode", *isa, std::sqrt(error), std::sqrt(size), 1e-6 + rounding(c.type));
+        for (const int64_t batch : {1, 3})
+            for (const bool int8 : {false, true}) good = product_is_right(sample, expected, *isa, batch, int8) && good;
+        good = decoding_is_right(sample, expected, *isa) && good;
     }
     return good;
 }
@@ -245,14 +282,11 @@ bool together() {
         scales.push_back(std::make_unique<Exact<float>>(rows[i] * up(columns, 16)));
         for (int64_t k = 0; k < codes[i]->size; ++k) codes[i]->data[k] = static_cast<uint8_t>(generator());
         for (int64_t k = 0; k < scales[i]->size; ++k) scales[i]->data[k] = random_float();
-        w[i].rows = rows[i];
-        w[i].columns = w[i].kept = columns;
-        w[i].bits = bits[i];
+        set_size(w[i], rows[i], columns, bits[i], 0);
         w[i].codes = codes[i]->data;
-        w[i].block = 16;
-        w[i].blocks = w[i].scale_stride = up(columns, 16);
-        w[i].scales = scales[i]->data;
-        derive(w[i], table.data, int64_t{1} << bits[i], nullptr, 0, 0, nullptr, 0);
+        set_blocks(w[i], "in", 16);
+        w[i].scales.values = scales[i]->data;
+        set_table(w[i], table.data, 1, int64_t{1} << bits[i]);
     }
     bool good = true;
     for (const Isa* isa : instruction_sets())
@@ -262,7 +296,7 @@ bool together() {
             const Matrix from{x.data, Float::f32, columns};
             int64_t at = 0;
             for (int i = 0; i < 3; at += 2 * rows[i++]) {
-                multiply(w[i], *isa, from, {alone.data + at, Float::f32, rows[i]}, 2, int8, 2);
+                multiply_one(w[i], *isa, from, {alone.data + at, Float::f32, rows[i]}, 2, int8);
                 products[i] = {&w[i], {shared.data + at, Float::f32, rows[i]}};
             }
             multiply(products, 3, *isa, from, 2, int8, 2);
@@ -311,7 +345,7 @@ bool step(int64_t head, Float type) {
     std::vector<float> first;
     bool good = true;
     for (const Isa* isa : instruction_sets()) {
-        Exact<uint8_t> store(2 * 2 * batch * kv * room * head * width(type));
+        Exact<uint8_t> store(2 * 2 * batch * kv * room * head * size_of(type));
         Exact<float> logits(batch * words);
         Scratch scratch;
         const int64_t tokens[] = {1, 10, 0}, pads[] = {0, 1, 0};

@@ -27,7 +27,10 @@ compile() { # one file, from the sources or from here
     # shellcheck disable=SC2086 - several flags in one word
     "${CXX:-g++}" "${flags[@]}" ${vectors[$1]-} -c "$2" -o "$build/$1.o"
 }
-sources=("$native"/linear.cpp "$native"/{attention,avx512,avx2,gram,neon,neon_dot,plain,pool,step}.cpp "$here"/check.cpp)
+sources=()
+for source in "$native"/*.cpp "$here"/check.cpp; do # those that need no Python
+    case "$(basename "$source")" in module.cpp | python_*.cpp) ;; *) sources+=("$source") ;; esac
+done
 objects=()
 for source in "${sources[@]}"; do
     name="$(basename "$source" .cpp)"

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from fracbit.errors import RecipeError
-from fracbit.records.row import Run, label, outliers_of, run_key
-from fracbit.sweeps.spec import Expansion, expand, read_grid
+from fracbit.records.outliers import read_outliers
+from fracbit.records.row import Run, label, run_key
+from fracbit.sweeps.spec import Expansion, expand, read_sweep
 
 HEAD = 'models = ["a", "b"]\n[evaluation]\ntext = "t.txt"\n'
 
@@ -14,7 +15,7 @@ HEAD = 'models = ["a", "b"]\n[evaluation]\ntext = "t.txt"\n'
 def expanded(tmp_path: Path, text: str) -> Expansion:
     path = tmp_path / "grid.toml"
     path.write_text(HEAD + text)
-    return expand(read_grid(path))
+    return expand(read_sweep(path))
 
 
 def refused(tmp_path: Path, text: str) -> str:
@@ -53,7 +54,7 @@ def test_exclusions_match_all_of_their_keys(tmp_path: Path) -> None:
         "a int4/64",
         "a nf3/64",
     }
-    assert found.skipped == {"excluded by the grid": 5}
+    assert found.skipped == {"excluded by the sweep": 5}
 
 
 def test_points_that_no_scheme_expresses_are_counted_with_their_reason(tmp_path: Path) -> None:
@@ -73,7 +74,7 @@ def test_activation_chosen_columns_need_calibration_text(tmp_path: Path) -> None
     found = expanded(tmp_path, arm)
     assert any("[calibration]" in reason for reason in found.skipped)
     complete = expanded(tmp_path, '[calibration]\ntext = "c.txt"\n' + arm)
-    seen = {str(run.outliers): run.calibration is not None for run in complete.runs.values()}
+    seen = {str(run.recipe.outliers): run.recipe.calibration is not None for run in complete.runs.values()}
     assert seen == {"None": False, "proxy:0.02": False, "activation:0.02": True}
 
 
@@ -88,7 +89,7 @@ def test_activation_chosen_columns_need_calibration_text(tmp_path: Path) -> None
         ('[[arm]]\nbits = "four"\n', "line 5: arm.0.bits.0"),
         ('[[arm]]\noutliers = "proxy:2"\n', "line 5: outliers 'proxy:2'"),
         ("[[arm]]\n[[arm.exclude]]\nbit = 3\n", "line 6: [[exclude]] has no key 'bit'"),
-        ("[[arm]]\n[extra]\nx = 1\n", "line 5: a grid has no key 'extra'"),
+        ("[[arm]]\n[extra]\nx = 1\n", "line 5: a sweep has no key 'extra'"),
         ("", "arm: Field required"),
         ("[[arm]\n", "is not TOML"),
     ],
@@ -101,27 +102,27 @@ def test_an_unknown_key_of_a_table_names_its_own_line(tmp_path: Path) -> None:
     path = tmp_path / "grid.toml"
     path.write_text('models = "a"\n[evaluation]\ntext = "x"\nwindows = 4\n[[arm]]\n')
     with pytest.raises(RecipeError, match=r"line 4.*no key 'windows'; did you mean 'window'"):
-        read_grid(path)
+        read_sweep(path)
 
 
 def test_a_grid_without_runs_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "grid.toml"
     path.write_text('models = "a"\nbaseline = false\n[evaluation]\ntext = "x"\n[[arm]]\nbits = 1\n')
     with pytest.raises(RecipeError, match="no runs"):
-        expand(read_grid(path))
+        expand(read_sweep(path))
 
 
 def test_a_missing_file_is_an_error() -> None:
     with pytest.raises(RecipeError, match="cannot be read"):
-        read_grid(Path("/nowhere/grid.toml"))
+        read_sweep(Path("/nowhere/grid.toml"))
 
 
 @pytest.mark.parametrize("text", ["proxy", "proxy:0", "proxy:1.0", "proxy:100%", "most:0.1", ""])
 def test_outliers_that_cannot_be_read(text: str) -> None:
-    with pytest.raises(RecipeError, match="outliers"):
-        outliers_of(text)
+    with pytest.raises(RecipeError, match=r"outliers|unknown column rule"):
+        read_outliers(text)
 
 
 def test_outliers_are_a_choice_and_a_share() -> None:
-    assert outliers_of("none") is None
-    assert str(outliers_of("random:2%")) == "random:0.02"
+    assert read_outliers("none") is None
+    assert str(read_outliers("random:2%")) == "random:0.02"

@@ -2,7 +2,6 @@
 
 from collections import Counter
 
-import pytest
 import torch
 from transformers import PreTrainedModel
 
@@ -15,12 +14,18 @@ from fracbit.models.blocks import (
     norms,
     pairs,
     source_rows,
-    unit_of,
+    sublayer_of,
+    weight_of,
 )
 from fracbit.models.experts import split_experts
 from fracbit.models.families import FAMILIES
-from fracbit.models.find import family_of, known_family
+from fracbit.models.family import Norm
+from fracbit.models.find import discover, family_of
+from fracbit.models.fold import fold_norm, fold_pair, scaling_sites, tie
+from fracbit.models.install import materialize, release
 from fracbit.models.walk import advance, embed, peek, record, replay
+from outputs import logits
+from tensors import seeded
 
 
 def test_names_are_unique_and_every_entry_is_reachable() -> None:
@@ -134,7 +139,7 @@ def test_units_replay_and_feel_their_linears(model: PreTrainedModel, tokens: tor
     hidden = embed(model, family, tokens)
     for _, block in blocks(model, family)[:1]:
         for name, module in linears(block, family).items():
-            unit = unit_of(family, name)
+            unit = sublayer_of(family, name)
             calls = record(block, hidden, unit)
             if "experts." in name and not calls:
                 continue
@@ -146,8 +151,42 @@ def test_units_replay_and_feel_their_linears(model: PreTrainedModel, tokens: tor
             assert not torch.allclose(before, after), name
 
 
-@pytest.mark.parametrize("name", ["q_proj", "mlp.experts.1.up_proj"])
-def test_a_linear_in_no_unit_is_judged_by_itself(name: str, llama: PreTrainedModel) -> None:
-    family = known_family(llama.config)
-    assert family is not None
-    assert unit_of(family, name) == (name,)
+def test_release_and_materialize_are_inverse(model: PreTrainedModel, tokens: torch.Tensor) -> None:
+    family = family_of(model)
+    before = model(tokens).logits
+    for _, block in blocks(model, family):
+        state = {name: value.clone() for name, value in block.state_dict().items()}
+        kinds = {name: type(value) for name, value in block.named_parameters()}
+        release(block)
+        assert all(value.is_meta for value in block.state_dict().values())
+        materialize(block, state)
+        assert kinds == {name: type(value) for name, value in block.named_parameters()}
+    assert torch.equal(model(tokens).logits, before)
+
+
+def test_structure_agrees_with_the_table(model: PreTrainedModel) -> None:
+    split_experts(model)
+    known, found = family_of(model), discover(model)
+    assert found.blocks == known.blocks
+    assert found.head == known.head
+    assert found.embeddings == known.embeddings[:1]
+    for _, block in blocks(model, known):
+        names = {name for name, module in block.named_modules() if is_linear(module)}
+        assert set(linears(block, found)) == names
+
+
+def test_folding_any_factors_leaves_the_output(model: PreTrainedModel, tokens: torch.Tensor) -> None:
+    split_experts(model)
+    before = logits(model, tokens)
+    family, random, sites = family_of(model), seeded(2), 0
+    for _, block in blocks(model, family):
+        for readers, producer in scaling_sites(block, family, model.config):
+            width = weight_of(block.get_submodule(readers[0])).shape[1]
+            factors = torch.exp(torch.randn(width, generator=random))
+            if isinstance(producer, Norm):
+                fold_norm(block, family, producer, factors)
+            else:
+                fold_pair(block, producer, tie(block, producer, factors, model.config), model.config)
+            sites += 1
+    assert sites >= len(blocks(model, family))
+    torch.testing.assert_close(logits(model, tokens), before, rtol=1e-4, atol=1e-5)

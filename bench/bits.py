@@ -1,4 +1,5 @@
 """What every bit buys: perplexity of the bundled model against stored bits per weight, for each data type; a picture and JSON.
+Makes the picture of README.md (docs/pictures/bits.png, bench/results/bits.json).
 
     python bench/bits.py [-o docs/pictures/bits.png] [--json bench/results/bits.json]
 
@@ -8,80 +9,49 @@ are counted from stored bytes.
 
 from __future__ import annotations
 
-import argparse
-import json
+from functools import partial
+from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import matplotlib
-import torch
+from frame import RESULTS, ROOT, Row, arguments, bed, say_machine, write_json
+from matplotlib.figure import Figure
 
-from fracbit.bundled import bundled_model
-from fracbit.checkpoint.load import load, load_tokenizer
-from fracbit.evaluation import perplexity
-from fracbit.models.quant_linear import QuantLinear
-from fracbit.numerics import decode, quantize_tensor, stored_bits
-from fracbit.pipeline.verbs import read_text
-from fracbit.records.scheme import Scheme
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+import fracbit
+from fracbit import Scheme
 
 TYPES = {
-    "int": Scheme("int"),
-    "int, zero point": Scheme("int", offset="zero"),
-    "float": Scheme("float"),
-    "nf": Scheme("nf"),
-    "power 1/3": Scheme("power"),
-    "quantile": Scheme("quantile"),
-    "kmeans": Scheme("kmeans"),
-}
+    "int": Scheme("int"), "int, zero point": Scheme("int", offset="zero"), "float": Scheme("float"), "nf": Scheme("nf"),
+    "power 1/3": Scheme("power"), "quantile": Scheme("quantile"), "kmeans": Scheme("kmeans"),
+}  # fmt: skip
 
 
-def measure() -> dict[str, object]:
-    """Perplexity and stored bits of every type at 2 to 8 bits."""
-    folder = str(bundled_model())
-    model, tokenizer = load(folder, torch.float32), load_tokenizer(folder)
-    ids = read_text("bundled:held-out?keep=49152", tokenizer, model).stream
-    linears = {
-        n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n
-    }
-    assert not any(isinstance(module, QuantLinear) for module in linears.values())
-    kept = {name: module.weight.detach().clone() for name, module in linears.items()}
-    weights = sum(weight.numel() for weight in kept.values())
-    plain = perplexity(model, ids, window=512)
-    rows = []
-    for name, scheme in TYPES.items():
-        for bits in range(2, 9):
-            packed = {
-                layer: quantize_tensor(weight, scheme.with_bits(bits)) for layer, weight in kept.items()
-            }
-            for layer, module in linears.items():
-                module.weight.data = decode(packed[layer])
-            cost = sum(stored_bits(one) for one in packed.values()) / weights
-            found = perplexity(model, ids, window=512).perplexity
-            rows.append({"type": name, "bits": bits, "bits_per_weight": cost, "perplexity": found})
-            print(f"{name:16} {bits} {cost:.3f} {found:.3f}", flush=True)
-    return {"float_perplexity": plain.perplexity, "protocol": str(plain.protocol), "rows": rows}
+def measure(widths: list[int], tokens: int) -> Row:
+    """Perplexity and stored bits of every type at every width."""
+    judge = partial(fracbit.evaluate, text=f"bundled:held-out?keep={tokens}", window=512, dtype="float32")
+    folder = bed("bundled", tokens).folder
+    plain, rows = judge(folder), []
+    for (name, scheme), bits in product(TYPES.items(), widths):
+        with TemporaryDirectory() as made:
+            cost = fracbit.quantize(folder, made, scheme.with_bits(bits), overwrite=True).bits_per_weight
+            found = judge(made).perplexity
+        rows.append({"type": name, "bits": bits, "bits_per_weight": cost, "perplexity": found})
+        print(f"{name:16} {bits} {cost:.3f} {found:.3f}", flush=True)
+    return {"float_perplexity": plain.perplexity, "protocol": str(plain.loss.protocol), "rows": rows}
 
 
-def draw(result: dict[str, object], path: Path) -> None:
+def draw(result: Row, path: Path) -> None:
     """Perplexity over stored bits, one line a type, on a logarithmic scale."""
-    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
-    rows = result["rows"]
-    assert isinstance(rows, list)
+    figure, plain = Figure(figsize=(7.2, 4.2), layout="constrained"), result["float_perplexity"]
+    axes = figure.add_subplot()
     for name in TYPES:
-        line = [row for row in rows if row["type"] == name]
-        axes.plot(
-            [r["bits_per_weight"] for r in line],
-            [r["perplexity"] for r in line],
-            marker="o",
-            ms=3.5,
-            label=name,
-        )
-    axes.axhline(float(str(result["float_perplexity"])), color="0.4", ls="--", lw=1, label="the float model")
+        line = [(row["bits_per_weight"], row["perplexity"]) for row in result["rows"] if row["type"] == name]
+        axes.plot(*zip(*line, strict=True), marker="o", ms=3.5, label=name)
+    axes.axhline(plain, color="0.4", ls="--", lw=1, label="the float model")
     axes.set_yscale("log")
-    axes.set_ylim(float(str(result["float_perplexity"])) * 0.93, 120)
-    axes.set_yticks([10, 12, 15, 20, 30, 50, 100], ["10", "12", "15", "20", "30", "50", "100"])
+    axes.set_ylim(plain * 0.93, 120)
+    ticks = [10, 12, 15, 20, 30, 50, 100]
+    axes.set_yticks(ticks, map(str, ticks))
     axes.minorticks_off()
     axes.set_xlabel("stored bits per weight, scales and tables included")
     axes.set_ylabel("perplexity on held-out modules")
@@ -93,16 +63,14 @@ def draw(result: dict[str, object], path: Path) -> None:
 
 
 def main() -> None:
-    """Measure, write JSON, draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("-o", "--output", type=Path, default=Path("docs/pictures/bits.png"))
-    parser.add_argument("--json", type=Path, default=Path("bench/results/bits.json"))
+    parser = arguments(__doc__, json=RESULTS / "bits.json")
+    parser.add_argument("-o", "--output", type=Path, default=ROOT / "docs" / "pictures" / "bits.png")
+    parser.add_argument("--widths", nargs="+", type=int, default=list(range(2, 9)))
+    parser.add_argument("--tokens", type=int, default=49152, help="of the text")
     given = parser.parse_args()
-    result = measure()
-    given.json.parent.mkdir(parents=True, exist_ok=True)
-    given.json.write_text(json.dumps(result, indent=1) + "\n")
+    say_machine()
+    result = measure(given.widths, given.tokens)
+    write_json(given.json, result)
     draw(result, given.output)
 
 

@@ -1,4 +1,5 @@
 """How long GPTQ takes, and in how much memory: fracbit beside GPTQModel and llm-compressor, each in a process of its own.
+Makes the table of GPTQ's time and memory in docs/quality.md (bench/results/gptq_speed.json).
 
     python bench/gptq_speed.py --work FOLDER [--environments FOLDER] [--rounds 2] [--blocks 14]
 
@@ -10,21 +11,18 @@ defaults and a batch of 8 samples, as fracbit. All get the same number of thread
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
 import shutil
-import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from peers.environments import command, environment, surroundings
-from transformers import LlamaConfig, LlamaForCausalLM
+from frame import ENVIRONMENTS, RESULTS, Ran, Row, arguments, fracbit, medians, say_machine, write_json
+from peers.environments import environment, quantize_with
+from peers.shapes import SHAPES
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 PEERS = ("gptqmodel", "llmcompressor")
 SETTING = {"label": "b4g128", "bits": 4, "group": 128, "batch": 8, "keep": True}
@@ -33,109 +31,69 @@ TARGET = 2.0
 
 
 def make_model(folder: Path, blocks: int) -> None:
-    """Write the model and its calibration ids; nothing is done when they are there."""
+    """Write the model, its calibration ids and a tokenizer of one word per id, which only peers ask for; once."""
     if (folder / "config.json").exists():
         return
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=1024, num_hidden_layers=blocks, intermediate_size=2816, num_attention_heads=16,
-        vocab_size=VOCABULARY, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
+    sizes = SHAPES["160m"] | {
+        "num_hidden_layers": blocks,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 2048,
+    }
+    config = LlamaConfig(**sizes, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    make_tokenizer(folder)
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w1"))
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w0", eos_token="w1").save_pretrained(folder)
     ids = np.random.default_rng(0).integers(2, VOCABULARY, (SAMPLES, LENGTH))
     np.save(folder / "ids.npy", ids.astype(np.int64))
 
 
-def make_tokenizer(folder: Path) -> None:
-    """A tokenizer of one word per id: peers want one, nobody uses it here."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w1"))
-    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w0", eos_token="w1").save_pretrained(folder)
-
-
-def order_of(tool: str, model: Path, work: Path, environments: Path) -> list[str]:
-    if tool != "fracbit":
-        return command(tool, environments, model, model / "ids.npy", work / tool, [SETTING])
-    order = [
-        sys.executable,
-        "-m",
-        "fracbit",
-        "quantize",
-        str(model),
-        "-o",
-        str(work / tool / "checkpoint"),
-        "--json",
-    ]
-    order += ["--quantizer", "gptq", "--bits", "4", "--block", "128", "--calibration", str(model / "ids.npy")]
-    return [*order, "--samples", str(SAMPLES), "--length", str(LENGTH)]
+def quantize(tool: str, model: Path, work: Path, environments: Path) -> Ran:
+    """One process of one tool, from an empty folder to its checkpoint."""
+    out, log, threads = work / tool, work / f"{tool}.log", os.cpu_count()
+    shutil.rmtree(out, ignore_errors=True)
+    log.unlink(missing_ok=True)
+    if tool == "fracbit":
+        how = ("--quantizer", "gptq", "--scheme", "int4/128", "--calibration", model / "ids.npy")
+        sizes = ("--set", f"calibration.samples={SAMPLES}", "--set", f"calibration.length={LENGTH}")
+        where = ("-o", out / "checkpoint", *sizes)
+        return fracbit("quantize", model, *how, *where, log=log, threads=threads)[1]
+    ran = quantize_with(tool, model, model / "ids.npy", out, [SETTING], environments, log, threads)
+    if ran.status:
+        raise SystemExit(f"{tool} failed; see {log}")
+    return ran
 
 
-def measure(order: list[str], log: Path) -> dict[str, float]:
-    """Run a command; wall seconds, CPU seconds of all its threads, and peak resident bytes."""
-    started = time.perf_counter()
-    with log.open("w") as file:
-        child = subprocess.Popen(order, stdout=file, stderr=file, env=surroundings(os.cpu_count()))
-        _, status, used = os.wait4(child.pid, 0)
-    seconds = time.perf_counter() - started
-    if status:
-        raise SystemExit(f"{order[0]} failed; see {log}")
-    cpu = used.ru_utime + used.ru_stime
-    return {"seconds": seconds, "cpu_seconds": cpu, "peak_rss_bytes": used.ru_maxrss * 1024}
+def summary(runs: dict[str, list[Row]], blocks: int) -> dict:
+    """Medians over the rounds so far, and each peer's over fracbit's."""
+    median = {tool: medians(rounds, ())[0] for tool, rounds in runs.items()}
+    own = median["fracbit"]
+    ratios = {peer: {key: median[peer][key] / value for key, value in own.items()} for peer in PEERS}
+    protocol = f"{blocks} blocks, {SAMPLES} x {LENGTH} ids, 4 bits, group 128, {os.cpu_count()} threads"
+    return {"protocol": protocol, "runs": runs, "median": median, "ratios": ratios}
 
 
 def main() -> None:
-    """Measure in turns, print ratios, write JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--environments", type=Path, default=None, help="default: WORK/environments")
-    parser.add_argument("--rounds", type=int, default=2)
+    where = {"work": None, "environments": ENVIRONMENTS, "json": RESULTS / "gptq_speed.json"}
+    parser = arguments(__doc__, rounds=2, **where)
     parser.add_argument("--blocks", type=int, default=14)
-    parser.add_argument("--json", type=Path, default=Path("bench/results/gptq_speed.json"))
     given = parser.parse_args()
-    environments = given.environments or given.work / "environments"
+    work = given.work.resolve()
+    environments, model = given.environments.resolve(), work / f"llama-{given.blocks}"
     for peer in PEERS:
         environment(peer, environments)
-    model = given.work / f"llama-{given.blocks}"
-    model.parent.mkdir(parents=True, exist_ok=True)
     make_model(model, given.blocks)
-    runs: dict[str, list[dict[str, float]]] = {tool: [] for tool in ("fracbit", *PEERS)}
+    say_machine()
+    runs: dict[str, list[Row]] = {tool: [] for tool in ("fracbit", *PEERS)}
     for number in range(given.rounds):
         for tool, done in runs.items():
-            shutil.rmtree(given.work / tool, ignore_errors=True)
-            order = order_of(tool, model, given.work, environments)
-            done.append(measure(order, given.work / f"{tool}.log"))
-            seconds, peak = done[-1]["seconds"], done[-1]["peak_rss_bytes"] / 1e9
-            print(f"round {number + 1} {tool:14} {seconds:7.1f} s {peak:5.2f} GB", flush=True)
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps(summary(runs, given.blocks), indent=1) + "\n")
+            ran = quantize(tool, model, work, environments)
+            done.append({name: getattr(ran, name) for name in ("seconds", "cpu_seconds", "peak_rss_bytes")})
+            print(f"round {number + 1} {tool:14} {ran.seconds:7.1f} s {ran.peak_rss_bytes / 1e9:5.2f} GB")
+        write_json(given.json, summary(runs, given.blocks))
     for peer, ratio in summary(runs, given.blocks)["ratios"].items():
-        print(
-            f"{peer}: {ratio['seconds']:.2f} times the time, {ratio['peak_rss_bytes']:.2f} the memory of fracbit"
-        )
+        print(f"{peer}: {ratio['seconds']:.2f} times the time, {ratio['peak_rss_bytes']:.2f} the memory")
     print(f"target: {TARGET} times the time, more memory")
-
-
-def summary(runs: dict[str, list[dict[str, float]]], blocks: int) -> dict:
-    """Medians over the rounds so far, and each peer's over fracbit's."""
-    median = {
-        tool: {key: statistics.median(run[key] for run in rounds) for key in rounds[0]}
-        for tool, rounds in runs.items()
-    }
-    ratios = {
-        peer: {key: median[peer][key] / own for key, own in median["fracbit"].items()} for peer in PEERS
-    }
-    return {
-        "protocol": f"{blocks} blocks, {SAMPLES} x {LENGTH} ids, 4 bits, group 128, {os.cpu_count()} threads",
-        "machine": {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__},
-        "runs": runs,
-        "median": median,
-        "ratios": ratios,
-    }
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """How fast, and in how much memory, a checkpoint of 7B shape is quantized, beside plain copying of the same files.
 
-    python bench/stream.py --work FOLDER [--dtype int --bits 4 --block 64] [--blocks 32] [-o bench/results/stream.json]
-    python bench/stream.py --work FOLDER --size 3.5GB -o bench/results/planned.json
+    python bench/stream.py --work FOLDER [--dtype int --bits 4 --block 64] [--blocks 32] [--json bench/results/stream.json]
+    python bench/stream.py --work FOLDER --size 3.5GB --json bench/results/planned.json
 
-With `--size`, `fracbit plan` divides that budget first, and the run is set beside what the plan said it would need.
+The first makes the figures at 7B shape in README.md, docs/guide.md (memory and speed) and docs/importance.md (what planning
+costs). The second makes the divided budget of docs/importance.md: with `--size`, `fracbit plan` divides it first, and the run
+is set beside what the plan said it would need.
 
 Makes a Llama of 7B shape with random bf16 weights (13 GB; `--blocks` makes it smaller) in FOLDER, copies its weight files
 with the same flush to disk that fracbit does (not with `--size`), and runs `fracbit quantize` on it in a process of its own.
@@ -13,67 +15,56 @@ files included.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
-import resource
+import re
 import shutil
-import subprocess
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
+from frame import Row, arguments, fracbit, machine, write_json
 from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 WIDTH, INNER, VOCABULARY = 4096, 11008, 32000
 
 
 def make_model(folder: Path, blocks: int) -> None:
-    """Write the checkpoint, one shard every four blocks; nothing is done when it is there."""
+    """Write the checkpoint, one shard every four blocks and one for the rest; nothing is done when it is there."""
     if (folder / "config.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
+    config = LlamaConfig(
+        hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=blocks, num_attention_heads=32,
+        vocab_size=VOCABULARY, max_position_embeddings=4096, rms_norm_eps=1e-5, tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"], dtype="bfloat16",
+    )  # fmt: skip
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
     generator = torch.Generator().manual_seed(0)
-    source = (torch.randn(INNER * WIDTH, generator=generator) * 0.02).bfloat16()
-
-    def weight(out: int, inputs: int, number: int) -> torch.Tensor:
-        return source.roll(number)[: out * inputs].view(out, inputs).clone()
-
-    weight_map: dict[str, str] = {}
-
-    def save(shard: str, tensors: dict[str, torch.Tensor]) -> None:
+    source = (torch.randn(VOCABULARY * WIDTH + len(shapes), generator=generator) * 0.02).bfloat16()
+    shards: dict[str, dict[str, int]] = {}
+    for number, name in enumerate(shapes):
+        block = re.search(r"layers\.(\d+)\.", name)
+        shard = f"model-{int(block[1]) // 4 + 1:05}.safetensors" if block else "model-ends.safetensors"
+        shards.setdefault(shard, {})[name] = number
+    for shard, names in shards.items():
+        tensors = {name: weight(source, shapes[name], number) for name, number in names.items()}
         save_file(tensors, folder / shard, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, shard))
+    weight_map = {name: shard for shard, names in shards.items() for name in names}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config.save_pretrained(folder)
 
-    for first in range(0, blocks, 4):
-        tensors: dict[str, torch.Tensor] = {}
-        for block in range(first, min(first + 4, blocks)):
-            name = f"model.layers.{block}"
-            for number, part in enumerate(("q", "k", "v", "o")):
-                tensors[f"{name}.self_attn.{part}_proj.weight"] = weight(WIDTH, WIDTH, 7 * block + number)
-            tensors[f"{name}.mlp.gate_proj.weight"] = weight(INNER, WIDTH, 7 * block + 4)
-            tensors[f"{name}.mlp.up_proj.weight"] = weight(INNER, WIDTH, 7 * block + 5)
-            tensors[f"{name}.mlp.down_proj.weight"] = weight(WIDTH, INNER, 7 * block + 6)
-            for norm in ("input_layernorm", "post_attention_layernorm"):
-                tensors[f"{name}.{norm}.weight"] = torch.ones(WIDTH, dtype=torch.bfloat16)
-        save(f"model-{first // 4 + 1:05}.safetensors", tensors)
-    table = (torch.randn(VOCABULARY, WIDTH, generator=generator) * 0.02).bfloat16()
-    ends = {"model.embed_tokens.weight": table, "lm_head.weight": table.clone()}
-    save("model-ends.safetensors", ends | {"model.norm.weight": torch.ones(WIDTH, dtype=torch.bfloat16)})
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map})
-    )
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": WIDTH, "intermediate_size": INNER,
-        "num_hidden_layers": blocks, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": VOCABULARY,
-        "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "dtype": "bfloat16",
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
+
+def weight(source: torch.Tensor, shape: torch.Size, number: int) -> torch.Tensor:
+    """Noise, another part of it for each matrix; ones for a norm."""
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    return source[number:][: shape.numel()].view(shape).clone()
 
 
 def copy(source: Path, target: Path) -> float:
@@ -89,82 +80,48 @@ def copy(source: Path, target: Path) -> float:
     return seconds
 
 
-def run(*command: str) -> tuple[dict[str, Any], float, resource.struct_rusage]:
-    """What a command of fracbit prints as JSON, its seconds, and what the kernel accounts to its process alone."""
-    started = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "fracbit", *command], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    printed = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"fracbit {command[0]} failed")
-    return json.loads(printed), time.perf_counter() - started, usage
-
-
-def plan(source: Path, size: str, recipe: Path) -> dict[str, object]:
+def plan(source: Path, size: str, recipe: Path) -> Row:
     """What `fracbit plan` says of a budget; the recipe is written."""
-    found, seconds, _ = run("plan", str(source), "--size", size, "-o", str(recipe), "--json")
+    found, ran = fracbit("plan", source, "--size", size, "-o", recipe)
     planned = next(each for each in found["candidates"] if each["name"] == "exact")
+    needs = {f"predicted_megabytes_of_{of}": found["needs"][f"{of}_bytes"] / 1e6 for of in ("memory", "disk")}
     return {
-        "scheme": f"planned for {size}",
-        "plan_seconds": seconds,
-        "planned_output_megabytes": planned["file_bytes"] / 1e6,
-        "planned_bits_per_weight": planned["bits_per_weight"],
-        "predicted_megabytes_of_memory": found["needs"]["memory_bytes"] / 1e6,
-        "predicted_megabytes_of_disk": found["needs"]["disk_bytes"] / 1e6,
-        "predicted_seconds": found["needs"]["seconds"],
-    }
+        "scheme": f"planned for {size}", "plan_seconds": ran.seconds,
+        "planned_output_megabytes": planned["file_bytes"] / 1e6, "planned_bits_per_weight": planned["bits_per_weight"],
+        **needs, "predicted_seconds": found["needs"]["seconds"],
+    }  # fmt: skip
 
 
 def main() -> None:
-    """Measure and print one JSON object."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--work", type=Path, required=True)
+    parser = arguments(__doc__, work=None, json=None)
     parser.add_argument("--blocks", type=int, default=32)
     parser.add_argument("--dtype", default="int")
     parser.add_argument("--bits", default="4")
     parser.add_argument("--block", default="64")
-    parser.add_argument(
-        "--size", help="of all weight files, such as 3.5GB: plan first, then carry the plan out"
-    )
-    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--size", help="of all weight files, such as 3.5GB: plan it, then carry the plan out")
     given = parser.parse_args()
     source, target = given.work / f"llama-{given.blocks}", given.work / "quantized"
-    with ProcessPoolExecutor(
-        1, get_context("spawn")
-    ) as apart:  # its memory would count as that of the processes after it
+    # In a process of its own: the memory of this one would count as that of the processes that it starts.
+    with ProcessPoolExecutor(1, get_context("spawn")) as apart:
         apart.submit(make_model, source, given.blocks).result()
     megabytes = sum(path.stat().st_size for path in source.glob("*.safetensors")) / 1e6
     recipe = given.work / "plan.toml"
     if given.size:
-        beside, how = plan(source, given.size, recipe), [str(recipe)]
+        beside, how = plan(source, given.size, recipe), [recipe]
     else:
         rate = megabytes / copy(source, given.work / "copied")
         beside = {"scheme": f"{given.dtype}{given.bits}/{given.block}", "copy_megabytes_per_second": rate}
-        how = ["--dtype", given.dtype, "--bits", given.bits, "--block", given.block]
-    options = ["-o", str(target), "--overwrite", "--json"]
-    printed, seconds, usage = run("quantize", str(source), *how, *options)
-    result = {
-        "source_megabytes": megabytes,
-        **beside,
-        "bits_per_weight": printed["bits_per_weight"],
-        "output_megabytes": printed["bytes"] / 1e6,
-        "quantize_megabytes_per_second": megabytes / seconds,
-        "seconds": seconds,
-        "peak_resident_megabytes": usage.ru_maxrss / 1024 * 1.048576,
-        "processors_used": (usage.ru_utime + usage.ru_stime) / seconds,
-        "cores": len(os.sched_getaffinity(0)),
-        "machine": platform.machine(),
-        "torch": torch.__version__,
-    }
+        how = ["--scheme", beside["scheme"]]
+    printed, ran = fracbit("quantize", source, *how, "-o", target, "--overwrite")
     shutil.rmtree(target)
-    text = json.dumps(result, indent=1)
-    print(text)
-    if given.output:
-        given.output.parent.mkdir(parents=True, exist_ok=True)
-        given.output.write_text(text + "\n")
+    result = {
+        "source_megabytes": megabytes, **beside, "bits_per_weight": printed["bits_per_weight"],
+        "output_megabytes": printed["bytes"] / 1e6, "quantize_megabytes_per_second": megabytes / ran.seconds,
+        "seconds": ran.seconds, "peak_resident_megabytes": ran.peak_rss_bytes / 1e6,
+        "processors_used": ran.cpu_seconds / ran.seconds, "cores": len(os.sched_getaffinity(0)),
+    }  # fmt: skip
+    print(json.dumps({**result, "machine": machine()}, indent=1))
+    write_json(given.json, result)
 
 
 if __name__ == "__main__":

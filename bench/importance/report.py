@@ -1,40 +1,66 @@
-"""From the CSV files of measure.py to the figures and tables of docs/importance.md: python bench/importance/report.py."""
+"""From the CSV files of measure.py to the figures of docs/importance.md: a few seconds.
+
+python bench/importance/report.py [--folder docs/importance]
+
+summary.csv                  claims 1 and 2 (mean loss, share of the gap, knee of every order) and claim 3
+spearman.csv                 claim 5
+orders-MODEL.png             claim 1
+depths.png                   claim 3
+pruning-MODEL.png            claim 4
+"""
 
 from __future__ import annotations
 
-import argparse
-import csv
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from scipy.stats import spearmanr
 
-from fracbit.pipeline.study.pictures import draw_panels, write_csv
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from frame import ROOT, arguments, read_csv
+
+from fracbit.report.pictures import draw_panels, write_csv
 
 Row = dict[str, str]
 Losses = Mapping[str, float]
+Lines = dict[str, list[float]]
 SHOWN = ("best tried", "oracle", "lim", "zd", "first", "mean of random", "reverse:lim", "worst tried")
 KNEE = 0.05
+HIGH = "int4z/64"
 
 
-def read(path: Path) -> list[Row]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    return float(spearmanr(a, b).statistic)
-
-
-def scores_of(rows: list[Row], model: str, low: str, granularity: str) -> dict[str, list[float]]:
+def scores_of(rows: list[Row], model: str, low: str, granularity: str = "block") -> Lines:
     """Score -> values in the order of the units. Dropping has no scheme: scores that need one are those of 2 bits."""
     wanted = ("", "int2z/64" if low == "dropped" else low)
-    found: dict[str, list[float]] = {}
+    found: Lines = {}
     for row in rows:
         if (row["model"], row["granularity"]) == (model, granularity) and row["low"] in wanted:
             found.setdefault(row["score"], []).append(float(row["value"]))
     return found
+
+
+class Subsets:
+    """The rows of subsets.csv: what each choice of lowered blocks costs."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.rows: dict[tuple[str, str, str], list[Row]] = {}
+        for row in rows:
+            self.rows.setdefault((row["model"], row["high"], row["low"]), []).append(row)
+        self.models = list(dict.fromkeys(model for model, _, _ in self.rows))
+
+    def pairs(self, model: str) -> list[tuple[str, str]]:
+        return [(high, low) for name, high, low in self.rows if name == model]
+
+    def losses(self, model: str, high: str, low: str, column: str = "nll") -> dict[str, float]:
+        return {row["mask"]: float(row[column]) for row in self.rows[model, high, low]}
+
+    def bits(self, model: str, high: str, low: str) -> list[float]:
+        """Stored bits per weight by number of lowered blocks; blocks are of one size."""
+        found = {row["mask"].count("1"): float(row["bits"]) for row in self.rows[model, high, low]}
+        return [found[count] for count in sorted(found)]
 
 
 def path_of(values: Sequence[float], sign: int = 1) -> list[str]:
@@ -43,7 +69,7 @@ def path_of(values: Sequence[float], sign: int = 1) -> list[str]:
     return ["".join("01"[i in order[:count]] for i in range(len(values))) for count in range(len(values) + 1)]
 
 
-def lines_of(scores: Mapping[str, Sequence[float]], losses: Losses) -> dict[str, list[float]]:
+def lines_of(scores: Mapping[str, Sequence[float]], losses: Losses) -> Lines:
     """Every order's loss by number of lowered blocks, the mean over random orders, and the extremes of all that was tried.
 
     When all choices were tried, the mean of random is over all of them: what a random order gives on average, exactly.
@@ -78,26 +104,11 @@ def knee(line: Sequence[float], rise: float = KNEE) -> int:
     return next((n - 1 for n, loss in enumerate(line) if loss > line[0] * (1 + rise)), len(line) - 1)
 
 
-def pairs_of(subsets: list[Row], model: str) -> list[tuple[str, str]]:
-    return list(dict.fromkeys((row["high"], row["low"]) for row in subsets if row["model"] == model))
-
-
-def losses_of(subsets: list[Row], model: str, high: str, low: str, column: str) -> dict[str, float]:
-    found = {
-        row["mask"]: float(row[column])
-        for row in subsets
-        if (row["model"], row["high"], row["low"]) == (model, high, low)
-    }
-    return found
-
-
-def summarize(scores: list[Row], subsets: list[Row], model: str) -> Iterator[dict[str, object]]:
-    for high, low in pairs_of(subsets, model):
-        found = scores_of(scores, model, low, "block")
-        whole, even, odd = (
-            lines_of(found, losses_of(subsets, model, high, low, column))
-            for column in ("nll", "even half", "odd half")
-        )
+def summarize(scores: list[Row], subsets: Subsets, model: str) -> Iterator[dict[str, object]]:
+    for high, low in subsets.pairs(model):
+        found = scores_of(scores, model, low)
+        columns = [subsets.losses(model, high, low, column) for column in ("nll", "even half", "odd half")]
+        whole, even, odd = (lines_of(found, losses) for losses in columns)
         blocks = len(found["lim"])
         best = statistics.fmean(whole["best tried"][1:blocks])
         for name, line in whole.items():
@@ -115,89 +126,71 @@ def correlate(scores: list[Row], model: str) -> Iterator[dict[str, object]]:
     for granularity in ("block", "linear"):
         for low in ("int2z/64", "int3z/64", "int4z/64"):
             found = scores_of(scores, model, low, granularity)
-            for name, values in found.items():
-                if name != "oracle" and not name.startswith("random") and "oracle" in found:
+            oracle = found.pop("oracle", None)
+            for name, values in found.items() if oracle else ():
+                if not name.startswith("random"):
                     yield {
                         "model": model, "low": low, "granularity": granularity, "score": name,
-                        "spearman with the oracle": f"{spearman(values, found['oracle']):+.2f}", "units": len(values),
+                        "spearman with the oracle": f"{spearmanr(values, oracle).statistic:+.2f}", "units": len(values),
                     }  # fmt: skip
 
 
-def bits_of(subsets: list[Row], model: str, high: str, low: str) -> list[float]:
-    """Stored bits per weight by number of lowered blocks; blocks are of one size."""
-    found = {
-        row["mask"].count("1"): float(row["bits"])
-        for row in subsets
-        if (row["model"], row["high"], row["low"]) == (model, high, low)
-    }
-    return [found[count] for count in sorted(found)]
-
-
-def draw_orders(folder: Path, model: str, scores: list[Row], subsets: list[Row]) -> None:
+def draw_orders(folder: Path, model: str, scores: list[Row], subsets: Subsets) -> None:
     panels = {}
-    for high, low in pairs_of(subsets, model):
+    for high, low in subsets.pairs(model):
         if low != "dropped":
-            losses = losses_of(subsets, model, high, low, "nll")
-            lines = lines_of(scores_of(scores, model, low, "block"), losses)
-            bits = bits_of(subsets, model, high, low)
-            panels[f"{model}: {high} to {low}"] = {
-                name: list(zip(bits, lines[name], strict=True)) for name in SHOWN
-            }
+            lines = lines_of(scores_of(scores, model, low), subsets.losses(model, high, low))
+            bits = subsets.bits(model, high, low)
+            shown = {name: list(zip(bits, lines[name], strict=True)) for name in SHOWN}
+            panels[f"{model}: {high} to {low}"] = shown
     draw_panels(folder / f"orders-{model}.png", panels, "stored bits per weight", "loss, nats per token")
 
 
-def draw_pruning(folder: Path, model: str, scores: list[Row], subsets: list[Row]) -> None:
+def draw_pruning(folder: Path, model: str, scores: list[Row], subsets: Subsets) -> None:
     """Blocks dropped, or lowered to 3 or 2 bits, the rest at 4 bits: by LIM, and the best choice of as many."""
     lines = {}
-    start = losses_of(subsets, model, "int4z/64", "int2z/64", "nll")
+    start = {mask: loss for mask, loss in subsets.losses(model, HIGH, "int2z/64").items() if "1" not in mask}
     for low in ("int3z/64", "int2z/64", "dropped"):
-        if ("int4z/64", low) not in pairs_of(subsets, model):
-            continue
-        losses = losses_of(subsets, model, "int4z/64", low, "nll") | {
-            mask: loss for mask, loss in start.items() if "1" not in mask
-        }
-        found = lines_of(scores_of(scores, model, low, "block"), losses)
-        bits = bits_of(subsets, model, "int4z/64", low)
-        what = "dropped" if low == "dropped" else f"lowered to {low}"
-        for order in ("best tried", "lim"):
-            lines[f"{what}, {order}"] = list(zip(bits, found[order], strict=True))
-    title = f"{model}: blocks dropped or lowered, the rest int4z/64"
+        if (HIGH, low) in subsets.pairs(model):
+            found = lines_of(scores_of(scores, model, low), subsets.losses(model, HIGH, low) | start)
+            what = "dropped" if low == "dropped" else f"lowered to {low}"
+            bits = subsets.bits(model, HIGH, low)
+            for order in ("best tried", "lim"):
+                lines[f"{what}, {order}"] = list(zip(bits, found[order], strict=True))
     draw_panels(
-        folder / f"pruning-{model}.png", {title: lines}, "stored bits per weight of the whole model", "loss, nats per token"
+        folder / f"pruning-{model}.png", {f"{model}: blocks dropped or lowered, the rest {HIGH}": lines},
+        "stored bits per weight of the whole model", "loss, nats per token",
     )  # fmt: skip
 
 
-def draw_depths(folder: Path, models: Sequence[str], scores: list[Row], subsets: list[Row]) -> None:
+def draw_depths(folder: Path, models: Sequence[str], scores: list[Row], subsets: Subsets) -> None:
     """Loss over the share of lowered blocks, a panel for each depth."""
     panels = {}
     for model in sorted(models, key=lambda name: int(name.rpartition("-")[2])):
-        losses = losses_of(subsets, model, "int4z/64", "int2z/64", "nll")
-        lines = lines_of(scores_of(scores, model, "int2z/64", "block"), losses)
+        losses = subsets.losses(model, HIGH, "int2z/64")
+        lines = lines_of(scores_of(scores, model, "int2z/64"), losses)
         blocks = len(next(iter(losses)))
-        panels[f"{blocks} blocks: int4z/64 to int2z/64"] = {
-            name: [(n / blocks, loss - line[0]) for n, loss in enumerate(line)]
-            for name in SHOWN for line in [lines[name]]
-        }  # fmt: skip
-    draw_panels(
-        folder / "depths.png", panels, "share of the blocks lowered", "rise of the loss, nats per token"
-    )
+        shown = {
+            name: [(n / blocks, loss - lines[name][0]) for n, loss in enumerate(lines[name])]
+            for name in SHOWN
+        }
+        panels[f"{blocks} blocks: {HIGH} to int2z/64"] = shown
+    up = "rise of the loss, nats per token"
+    draw_panels(folder / "depths.png", panels, "share of the blocks lowered", up)
 
 
 def main() -> None:
-    """Write summary.csv, spearman.csv and the pictures."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("docs/importance"))
-    folder = parser.parse_args().folder
-    scores, subsets = read(folder / "scores.csv"), read(folder / "subsets.csv")
-    models = list(dict.fromkeys(row["model"] for row in subsets))
-    write_csv(folder / "summary.csv", [row for model in models for row in summarize(scores, subsets, model)])
-    write_csv(folder / "spearman.csv", [row for model in models for row in correlate(scores, model)])
-    depths = [model for model in models if model.startswith("depth-")]
-    for model in models:
-        if model not in depths:
-            draw_orders(folder, model, scores, subsets)
-            if ("int4z/64", "dropped") in pairs_of(subsets, model):
-                draw_pruning(folder, model, scores, subsets)
+    folder = arguments(__doc__, folder=ROOT / "docs" / "importance").parse_args().folder
+    scores, subsets = read_csv(folder / "scores.csv"), Subsets(read_csv(folder / "subsets.csv"))
+    write_csv(
+        folder / "summary.csv", [row for model in subsets.models for row in summarize(scores, subsets, model)]
+    )
+    write_csv(folder / "spearman.csv", [row for model in subsets.models for row in correlate(scores, model)])
+    depths = [model for model in subsets.models if model.startswith("depth-")]
+    for model in (model for model in subsets.models if model not in depths):
+        draw_orders(folder, model, scores, subsets)
+        if (HIGH, "dropped") in subsets.pairs(model):
+            draw_pruning(folder, model, scores, subsets)
     if depths:
         draw_depths(folder, depths, scores, subsets)
 

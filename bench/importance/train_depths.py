@@ -1,4 +1,5 @@
-"""Models of one width and several depths, for the claim that deeper ones suit layer-wise quantization better.
+"""Models of one width and several depths, for claim 3 of docs/importance.md, whose figures measure.py and report.py make:
+that deeper models suit layer-wise quantization better.
 
     python bench/importance/train_depths.py FOLDER --blocks 3,6,12 [--minutes 4]
 
@@ -9,7 +10,6 @@ same number of tokens per parameter, since how far a model is trained decides wh
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from dataclasses import replace
@@ -19,11 +19,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from fracbit.bundled import bundled_model, held_out_text
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import train_bundled as example
+from frame import UNFINISHED, arguments
+
+from fracbit.bundled import bundled_model, held_out_text
 
 
 def shaped(blocks: int, each: float) -> example.Plan:
@@ -62,12 +64,10 @@ def train(plan: example.Plan, stream: np.ndarray, saved: Path, until: float) -> 
 
 
 def main() -> None:
-    """Train what is not there yet."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__, minutes=600.0)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--blocks", default="3,6,12")
     parser.add_argument("--each", type=float, default=20.0, help="training tokens per parameter")
-    parser.add_argument("--minutes", type=float, default=600.0)
     given = parser.parse_args()
     until = time.monotonic() + 60 * given.minutes
     torch.set_num_threads(1)
@@ -84,14 +84,12 @@ def main() -> None:
         plan = shaped(blocks, given.each)
         weights = train(plan, stream, given.folder / f"depth-{blocks}.pt", until)
         if weights is None:
-            return
+            raise SystemExit(UNFINISHED)
         example.to_transformers(weights, plan, tokenizer).save_pretrained(out)
         example.save_tokenizer(tokenizer, out)
         held_out = example.token_stream([held_out_text()], tokenizer)
         loss = example.held_out_loss({n: w.detach() for n, w in weights.items()}, held_out, plan, 400)
-        print(
-            f"{blocks} blocks: {plan.steps * plan.batch_tokens} tokens, held-out loss {loss:.4f}", flush=True
-        )
+        print(f"{blocks} blocks: {plan.steps * plan.batch_tokens} tokens, held-out loss {loss:.4f}")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python bench/kernels/gpu.py [--shapes 4096x4096 ...] [--batches 1 4 16 512] [--json out.json]
 
-NOT RUN YET: no GPU was at hand when this was written, so nothing here has been measured and no number of it stands anywhere
-in the documentation. What it is to show: at batch 1 and 4 bits, 4096 x 4096 and larger, at least 75 % of the bandwidth that a
-plain read of as many bytes reaches, and less time than each of the others takes for the same shape in the same run.
+Needs a GPU and Triton. NOT RUN YET: no GPU was at hand when this was written, so it has measured nothing and makes no table of
+any document. What it is to show: at batch 1 and 4 bits, 4096 x 4096 and larger, at least 75 % of the bandwidth that a plain
+read of as many bytes reaches, and less time than each of the others takes for the same shape in the same run.
 
 A product of 8 MB takes less time than Python needs to ask for it. So the calls, over copies of the weight that together exceed
 the cache, are recorded in a CUDA graph, and `us` is the time of its replay by the number of calls, the median of some rounds;
@@ -13,27 +13,30 @@ the cache, are recorded in a CUDA graph, and `us` is the time of its replay by t
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from frame import Row, arguments, versions, write_json
+from peers.packs import Pack, bitsandbytes_nf4
 
 from fracbit.kernels import PackedLinear, reference
 from fracbit.numerics import PackedTensor, quantize_tensor, stored_bits
 from fracbit.records.scheme import Scheme
 
 COPIES_BYTES = 400e6  # several times the second-level cache of an H100
-SHAPES = ("4096x4096", "11008x4096", "4096x11008", "8192x8192", "28672x8192")
+SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192), (28672, 8192))
 BATCHES = (1, 4, 16, 512)
 ROWS = 256  # quantized once and repeated: times do not depend on the values
 SCHEMES = (
@@ -76,63 +79,54 @@ def check(scheme: Scheme) -> None:
         expected = reference.linear(x, packed).float()
         error = float((PackedLinear(packed)(x).float() - expected).norm() / expected.norm())
         if error > limit:
-            raise SystemExit(
-                f"{scheme} {scheme.axis}, {count} rows of {dtype}: the kernel is off by {error:.1e}"
-            )
+            sys.exit(f"{scheme} {scheme.axis}, {count} rows of {dtype}: the kernel is off by {error:.1e}")
 
 
 def plain(weight: Tensor) -> tuple[Product, float]:
     return partial(torch.nn.functional.linear, weight=weight.clone()), weight.numel() * 2
 
 
-def bitsandbytes(weight: Tensor) -> tuple[Product, float]:
-    import bitsandbytes as bnb
-
-    layer = bnb.nn.Linear4bit(
-        weight.shape[1], weight.shape[0], bias=False, compute_dtype=torch.bfloat16, compress_statistics=False,
-        quant_type="nf4",
-    )  # fmt: skip
-    layer.load_state_dict({"weight": weight.cpu()})
-    return layer.to("cuda"), weight.numel() * (0.5 + 4 / 64)  # quantized on its way to the device
+def packed(pack: Pack, weight: Tensor) -> tuple[Product, float]:
+    """A linear that another library has packed to 4 bits with a scale of 16 or 32 bits for 64 weights."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], False, "cuda", torch.bfloat16)
+    layer.weight.data = weight.clone()
+    holder = nn.Sequential(layer)
+    pack(holder)
+    return holder[0], weight.numel() * (0.5 + 4 / 64)
 
 
-def torchao(weight: Tensor) -> tuple[Product, float]:
+def torchao(holder: nn.Sequential) -> None:
     from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
-    layer = torch.nn.Sequential(float_linear(weight))
-    quantize_(layer, Int4WeightOnlyConfig(group_size=64, int4_packing_format="tile_packed_to_4d"))
-    return layer, weight.numel() * (0.5 + 4 / 64)
+    quantize_(holder, Int4WeightOnlyConfig(group_size=64, int4_packing_format="tile_packed_to_4d"))
 
 
-def hqq(patch: Callable[[Any, None], Any], weight: Tensor) -> tuple[Product, float]:
+def hqq(backend: str, holder: nn.Sequential) -> None:
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
+    if backend == "gemlite":
+        from hqq.backends.gemlite import patch_hqq_to_gemlite as patch
+    else:
+        from hqq.backends.torchao import patch_hqq_to_aoint4 as patch
     how = BaseQuantizeConfig(nbits=4, group_size=64, axis=1)
-    layer = HQQLinear(float_linear(weight), how, compute_dtype=torch.bfloat16, device="cuda")
-    return patch(layer, None), weight.numel() * (0.5 + 4 / 64)
+    holder[0] = patch(HQQLinear(holder[0], how, compute_dtype=torch.bfloat16, device="cuda"), None)
 
 
-def float_linear(weight: Tensor) -> torch.nn.Linear:
-    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], False, "cuda", torch.bfloat16)
-    layer.weight.data = weight.clone()
-    return layer
+OTHERS: dict[str, tuple[Pack, tuple[str, ...]]] = {
+    "bitsandbytes nf4/64": (bitsandbytes_nf4, ("bitsandbytes",)),
+    "torchao int4/64": (torchao, ("torchao",)),
+    "hqq 4/64 tinygemm": (partial(hqq, "tinygemm"), ("hqq",)),
+    "hqq 4/64 gemlite": (partial(hqq, "gemlite"), ("hqq", "gemlite")),
+}
+"""How each packs a linear, and the modules that it needs."""
 
 
 def makers() -> Iterator[tuple[str, Maker]]:
     yield from ((f"fracbit {scheme} {scheme.axis}", partial(own, scheme)) for scheme in SCHEMES)
     yield "torch bf16", plain
-    if find_spec("bitsandbytes"):
-        yield "bitsandbytes nf4/64", bitsandbytes
-    if find_spec("torchao"):
-        yield "torchao int4/64", torchao
-    if find_spec("hqq"):
-        from hqq.backends.torchao import patch_hqq_to_aoint4
-
-        yield "hqq 4/64 tinygemm", partial(hqq, patch_hqq_to_aoint4)
-    if find_spec("hqq") and find_spec("gemlite"):
-        from hqq.backends.gemlite import patch_hqq_to_gemlite
-
-        yield "hqq 4/64 gemlite", partial(hqq, patch_hqq_to_gemlite)
+    for name, (pack, needs) in OTHERS.items():
+        if all(find_spec(module) for module in needs):
+            yield name, partial(packed, pack)
 
 
 @triton.jit
@@ -198,9 +192,7 @@ def timed(calls: list[Callable[[], object]], rounds: int) -> tuple[float | None,
     return graph, microseconds(lambda: [call() for call in calls], len(calls), rounds)
 
 
-def measure(
-    name: str, make: Maker, shape: tuple[int, int], batches: list[int], rounds: int
-) -> Iterator[dict[str, Any]]:
+def measure(name: str, make: Maker, shape: tuple[int, int], batches: list[int], rounds: int) -> Iterator[Row]:
     weight = torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.02
     first, size = make(weight)
     layers = [first, *(make(weight)[0] for _ in range(int(COPIES_BYTES // size)))]
@@ -211,21 +203,14 @@ def measure(
         took, eager = timed([partial(layer, x) for layer in layers], rounds)
         yield {
             "name": name, "shape": list(shape), "batch": batch, "bytes": size, "us": took, "eager_us": eager,
-            "read_us": read, "copy_us": copy, "GBps": None if took is None else size / took / 1e3,
-            "share_of_read": None if took is None else read / took,
+            "read_us": read, "copy_us": copy, "GBps": took and size / took / 1e3, "share_of_read": took and read / took,
         }  # fmt: skip
 
 
 def main() -> None:
-    """Measure everything that is installed, print, write JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="OUTxIN")
+    parser = arguments(__doc__, rounds=20, shapes=SHAPES, json=None)
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    given = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("there is no CUDA device here; this measures the Triton kernel on one")
     device = torch.cuda.get_device_name()
@@ -233,26 +218,22 @@ def main() -> None:
     for scheme in SCHEMES:
         check(scheme)
     rows = []
-    for text in arguments.shapes:
-        shape = (int(text.split("x")[0]), int(text.split("x")[1]))
+    for shape in given.shapes:
         if shape[0] % ROWS:
-            parser.error(f"{text} has rows that {ROWS} does not divide")
+            parser.error(f"{shape[0]} rows: {ROWS} must divide them")
         for name, make in makers():
-            for row in measure(name, make, shape, arguments.batches, arguments.rounds):
+            for row in measure(name, make, shape, given.batches, given.rounds):
                 rows.append(row)
                 print(line_of(row), flush=True)
-    if arguments.json:
-        result = {"device": device, "torch": torch.__version__, "triton": triton.__version__, "rows": rows}
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    libraries = versions("torch", "triton", "bitsandbytes", "torchao", "hqq", "gemlite")
+    write_json(given.json, {"device": device, "libraries": libraries, "rows": rows})
 
 
-def line_of(row: dict[str, Any]) -> str:
-    graph = "       -" if row["us"] is None else f"{row['us']:8.1f}"
-    share = "   -" if row["us"] is None else f"{row['share_of_read']:.2f}"
-    shape = "x".join(str(side) for side in row["shape"])
-    return (
-        f"{shape:>12} batch {row['batch']:<4} {row['name']:<26} {graph} ({row['eager_us']:8.1f}) us  {share}"
-    )
+def line_of(row: Row) -> str:
+    graph, share = (f"{row['us']:8.1f}", f"{row['share_of_read']:.2f}") if row["us"] else ("       -", "   -")
+    shape = "x".join(map(str, row["shape"]))
+    start = f"{shape:>12} batch {row['batch']:<4} {row['name']:<26}"
+    return f"{start} {graph} ({row['eager_us']:8.1f}) us  {share}"
 
 
 if __name__ == "__main__":

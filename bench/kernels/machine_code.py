@@ -1,6 +1,7 @@
-"""What the machine code of the Triton GEMV leaves possible of an H100's memory bandwidth: the table of docs/serving.md. No GPU.
+"""What the machine code of the Triton GEMV leaves possible of an H100's memory bandwidth. Needs Triton, no GPU.
+Makes the table of instructions a weight in docs/serving.md.
 
-    python bench/kernels/machine_code.py        # with triton installed
+    python bench/kernels/machine_code.py
 
 Counts instructions a weight and thread, the loop and what is around it, and takes the rates of compute capability 9.0: four
 instructions of 32 threads a clock and multiprocessor, half as many of integers, a quarter of loads and look-ups. Nothing here
@@ -18,9 +19,11 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "kernels"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "kernels"))
 os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp())
 
+from frame import arguments
 from test_triton import instructions
 
 from fracbit.kernels.gpu import prepare
@@ -31,19 +34,8 @@ from fracbit.records.scheme import Scheme
 BYTES, CLOCK, MULTIPROCESSORS = 3.35e12, 1.755e9, 132  # an H100 SXM's memory a second, and its cores
 THREADS = 64
 INTEGERS = {
-    "LOP3",
-    "SHF",
-    "IADD3",
-    "PRMT",
-    "LEA",
-    "VIADD",
-    "ISETP",
-    "SEL",
-    "MOV",
-    "SGXT",
-    "VIADDMNMX",
-    "PLOP3",
-}
+    "LOP3", "SHF", "IADD3", "PRMT", "LEA", "VIADD", "ISETP", "SEL", "MOV", "SGXT", "VIADDMNMX", "PLOP3",
+}  # fmt: skip
 CASES = (
     *((Scheme("int", 4, 64), rows) for rows in (1, 2, 4, 16)),
     *((Scheme(dtype, 4, 64), 1) for dtype in ("nf", "kmeans", "kmeans:row")),
@@ -84,6 +76,11 @@ def kind_of(line: str) -> str:
     return re.split(r"[. ;]", re.sub(r"^@!?U?P\w+ ", "", line))[0]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    arguments(__doc__).parse_args()
     for scheme, rows in CASES:
         print(line_of(scheme, rows), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,309 +1,217 @@
-"""Measure everything that docs/lens.md reports, into CSV files: python bench/lens/measure.py MODEL [MODEL...].
+"""Measure everything that docs/lens.md reports, into CSV files of docs/lens, from which report.py makes pictures and sums.
 
-MODEL is `bundled`, a model of FRACBIT_SHARED, or a folder. What a CSV file holds of a model already is not measured again, so
+    python bench/lens/measure.py MODEL [MODEL...] [--planted] [--parts curves,schemes] [--minutes 60]
+
+Findings 1 and 2: intensity.csv, schemes.csv; finding 3: clipping.csv; non-uniform quantization: nonuniform.csv,
+error-profiles.csv; whether losses add up, and which layers are fragile: linears.csv, modules.csv, blocks.csv.
+
+MODEL is `bundled`, a model of the shared folder, or a folder. What a file holds of a model already is not measured again, so
 that a long measurement can be done in pieces.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import itertools
-import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fracbit.bundled import bundled_model
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from frame import ROOT, Parts, Row, arguments, bed, in_pieces
+
+from fracbit.checkpoint.opened import open_float
 from fracbit.perturbation import PERTURBATIONS, best_exponent, error_profile, scheme_error
+from fracbit.pipeline.study import lens
 from fracbit.pipeline.study.float_model import FloatModel, load_float, measure, replaced
-from fracbit.pipeline.study.lens import (
-    Error,
-    LensPoint,
-    clip,
-    intensity_curves,
-    noise,
-    noise_like,
-    noise_like_clipping,
-    per_module,
-    perturbed,
-    plant_outliers,
-    probe,
-    rounding,
-    unit_effects,
-)
-from fracbit.pipeline.study.texts import samples_of
+from fracbit.pipeline.study.lens_errors import Error, clip, noise, noise_like, noise_like_clipping, rounding
+from fracbit.pipeline.study.planted import plant_outliers
+from fracbit.pipeline.study.texts import reader_of
 from fracbit.records.allocation import read_level
+from fracbit.records.lens import LensPoint
 from fracbit.records.scheme import Scheme
 
-UNFINISHED = 75
-SHARED = Path(os.environ.get("FRACBIT_SHARED", "../shared"))
 SEEDS = (0, 1, 2, 3, 4)
 TYPES = ("int", "nf", "power:1/3", "power:1/2", "searched", "kmeans")
 AT = 0.15
+TARGETS = ("weights", "activations")
+SCHEMES = ("int3z/64", "nf3/64", "int4z/row")
+PLANTED = ("nonuniform", "clipping")  # what is measured of planted outliers too
 
 
 @dataclass(frozen=True)
 class Study:
-    """A model, its text and the folder of the CSV files; `name` ends in ` planted` when it has outliers."""
+    """A model, the text that it is judged on, and its loss there; `name` ends in ` planted` when it has outliers."""
 
     name: str
     subject: FloatModel
     ids: Tensor
-    out: Path
+    base: float
 
-    def has(self, file: str, **key: object) -> bool:
-        path = self.out / file
-        if not path.exists():
-            return False
-        with path.open(newline="") as text:
-            wanted = {"model": self.name, **key}
-            return any(all(row[k] == str(v) for k, v in wanted.items()) for row in csv.DictReader(text))
-
-    def add(self, file: str, rows: Sequence[dict[str, object]]) -> None:
-        path = self.out / file
-        fresh = not path.exists()
-        with path.open("a", newline="") as text:
-            writer = csv.DictWriter(text, ["model", *rows[0]])
-            if fresh:
-                writer.writeheader()
-            writer.writerows({"model": self.name, **row} for row in rows)
-
-    def points(self, file: str, some: list[LensPoint]) -> None:
-        short = ("intensity", "change", "low", "high")
-        rows = [point.row() for point in some]
-        self.add(file, [{**row, **{key: f"{row[key]:.6f}" for key in short}} for row in rows])
+    def change(self) -> float:
+        """Of the loss, as the model stands."""
+        return measure(self.subject, self.ids).nll - self.base
 
 
-def find_study(model: str, documents: int, length: int, out: Path, planted: bool) -> Study:
-    shared = SHARED / "models" / Path(model).name
-    tales = shared.is_dir() and not Path(model).is_dir()
-    folder = bundled_model() if model == "bundled" else shared if tales else Path(model)
-    subject = load_float(folder)
-    text = "bundled:held-out"
-    if tales:
-        text = f"{SHARED / 'data'}/tales-evaluation.u16?length=512&keep={length}"
-    ids = samples_of(text, str(folder), subject, documents, length)
+def find_study(model: str, documents: int, length: int, planted: bool) -> Study:
+    where = bed(model, length)
+    opened = open_float(where.folder)
+    subject = load_float(opened)
+    ids = reader_of(opened).samples(where.evaluation, samples=documents, length=length).ids
     if planted:
         plant_outliers(subject, 50.0, 2)
-    name = "bundled" if model == "bundled" else folder.name
-    return Study(f"{name} planted" if planted else name, subject, ids, out)
+    base = measure(subject, ids).nll
+    return Study(f"{where.name} planted" if planted else where.name, subject, ids, base)
 
 
-def measure_float(study: Study) -> None:
-    if not study.has("models.csv"):
-        found = measure(study.subject, study.ids)
-        study.add("models.csv", [{"float nll": f"{found.nll:.5f}", "tokens": found.tokens}])
+def rows_of(points: Iterable[LensPoint]) -> Iterator[Row]:
+    for row in (point.row() for point in points):
+        yield {**row, **{key: f"{row[key]:.6f}" for key in ("intensity", "change", "low", "high")}}
 
 
-def measure_curve(study: Study, target: str, kind: str, intensities: Sequence[float]) -> None:
-    if not study.has("intensity.csv", target=target, kind=kind):
-        found = intensity_curves(study.subject, study.ids, [kind], intensities, target, seeds=SEEDS)  # type: ignore[arg-type]
-        study.points("intensity.csv", found)
+def float_loss(study: Study) -> list[Row]:
+    found = measure(study.subject, study.ids)
+    return [{"float nll": f"{found.nll:.5f}", "tokens": found.tokens}]
 
 
-def measure_scheme(study: Study, label: str) -> None:
+def curve(intensities: Sequence[float], study: Study, target: str, kind: str) -> Iterator[Row]:
+    return rows_of(lens.intensity_curves(study.subject, study.ids, [kind], intensities, target, seeds=SEEDS))  # type: ignore[arg-type]
+
+
+def scheme_itself(study: Study, kind: str) -> Iterator[Row]:
     """The error a scheme really makes beside noise of its strength in every block."""
-    if study.has("schemes.csv", kind=f"{label} itself"):
-        return
-    base = measure(study.subject, study.ids).nll
+    label = kind.removesuffix(" itself")
     scheme = read_level(label)
     assert scheme is not None
-    found = [probe(study.subject, study.ids, rounding(scheme), f"{label} itself", seeds=(0,), base=base)]
-    found += [
-        probe(
-            study.subject, study.ids, noise_like(kind, scheme), f"{label} as {kind}", seeds=SEEDS, base=base
-        )
-        for kind in ("gaussian", "uniform", "rademacher", "growing", "shrinking")
-    ]
-    study.points("schemes.csv", found)
+    look = partial(lens.probe, study.subject, study.ids, base=study.base)
+    noises = ("gaussian", "uniform", "rademacher", "growing", "shrinking")
+    beside = (look(noise_like(noise, scheme), f"{label} as {noise}", seeds=SEEDS) for noise in noises)
+    return rows_of([look(rounding(scheme), kind, seeds=(0,)), *beside])
 
 
-def measure_clipping(study: Study, target: str) -> None:
-    if study.has("clipping.csv", target=target):
-        return
-    base = measure(study.subject, study.ids).nll
-    look = partial(probe, study.subject, study.ids, target=target, base=base)
+def clipping(study: Study, target: str) -> Iterator[Row]:
+    """The largest clipped, beside noise of the same norm on the same elements and everywhere."""
+    look = partial(lens.probe, study.subject, study.ids, target=target, base=study.base)
     found = []
     for share in (0.0001, 0.001, 0.01):
         each = f"{100 * share:g} %"
         clipped = look(clip(share, "tensor"), f"clip {each}", seeds=(0,))
         everywhere = noise("gaussian", max(clipped.intensity, 1e-6), "tensor")
-        found += [
-            clipped,
-            look(noise_like_clipping(share, "tensor"), f"noise there {each}", seeds=SEEDS),
-            look(everywhere, f"noise everywhere {each}", seeds=SEEDS),
-        ]
-    study.points("clipping.csv", found)
+        there = look(noise_like_clipping(share, "tensor"), f"noise there {each}", seeds=SEEDS)
+        found += [clipped, there, look(everywhere, f"noise everywhere {each}", seeds=SEEDS)]
+    return rows_of(found)
 
 
-def measure_effects(study: Study, units: str, target: str, kinds: Sequence[str]) -> None:
+def effects(units: str, study: Study, target: str, kind: str) -> Iterator[Row]:
     """Errors in single linears, in one module over all blocks, or in whole blocks; real schemes for the weights only."""
     named = {
         "linears": {layer: [layer] for layer in study.subject.weights.layers},
-        "modules": per_module(study.subject),
+        "modules": lens.per_module(study.subject),
         "blocks": {unit.name: list(unit.shapes) for unit in study.subject.weights.units()},
     }[units]
-    for kind in kinds:
-        if study.has(f"{units}.csv", target=target, kind=kind):
-            continue
-        level = read_level(kind) if "/" in kind else None
-        error: Error = noise(kind, AT) if level is None else rounding(level)
-        seeds = SEEDS if level is None else (0,)
-        found = unit_effects(study.subject, study.ids, named, {kind: error}, target, seeds)  # type: ignore[arg-type]
-        study.points(f"{units}.csv", found)
+    level = read_level(kind) if "/" in kind else None
+    error = noise(kind, AT) if level is None else rounding(level)
+    seeds = SEEDS if level is None else (0,)
+    return rows_of(lens.unit_effects(study.subject, study.ids, named, {kind: error}, target, seeds=seeds))  # type: ignore[arg-type]
 
 
-def searched(scheme: Scheme) -> Error:
-    """Rounding to the power type of the exponent that leaves the least error in the tensor at hand."""
-    return lambda x, generator: scheme_error(x, best_exponent(x.reshape(-1, x.shape[-1]), scheme))
+def fitted(weight: Tensor, dtype: str, bits: int, block: int | str) -> Scheme:
+    """The scheme of a type; `searched` is the power type of the exponent that leaves the least error in the tensor at hand."""
+    if dtype == "searched":
+        return best_exponent(weight, Scheme("int", bits, block))
+    return Scheme(dtype, bits, block)
 
 
 def typed(dtype: str, bits: int, block: int | str) -> Error:
-    plain = Scheme("int" if dtype == "searched" else dtype, bits, block)
-    return searched(plain) if dtype == "searched" else rounding(plain)
+    return lambda x, generator: scheme_error(x, fitted(x.reshape(-1, x.shape[-1]), dtype, bits, block))
 
 
-def measure_w4(study: Study) -> None:
+def w4(study: Study, setting: str) -> Iterator[Row]:
     """W4 by type and granularity of the scales."""
-    if study.has("nonuniform.csv", setting="W4"):
-        return
-    base = measure(study.subject, study.ids).nll
-    rows: list[dict[str, object]] = []
-    for block in ("tensor", "row", 64):
-        for dtype in TYPES:
-            noisy, used = {}, []
-            for layer in study.subject.weights.layers:
-                weight = study.subject.weights.read(layer)
-                plain = Scheme("int" if dtype == "searched" else dtype, 4, block)
-                scheme = best_exponent(weight, plain) if dtype == "searched" else plain
-                noisy[layer] = weight + scheme_error(weight, scheme)
-                used.append(scheme.dtype.removeprefix("power:"))
-            with replaced(study.subject, noisy):
-                change = measure(study.subject, study.ids).nll - base
-            exponents = " ".join(sorted(set(used))) if dtype == "searched" else ""
-            rows.append(
-                {"setting": "W4", "granularity": str(block), "type": dtype, "change": f"{change:.5f}", "used": exponents}
-            )  # fmt: skip
-    study.add("nonuniform.csv", rows)
+    weights = study.subject.weights
+    for block, dtype in product(("tensor", "row", 64), TYPES):
+        noisy, used = {}, set()
+        for layer in weights.layers:
+            weight = weights.read(layer)
+            scheme = fitted(weight, dtype, 4, block)
+            noisy[layer] = weight + scheme_error(weight, scheme)
+            used.add(scheme.dtype.removeprefix("power:"))
+        exponents = " ".join(sorted(used)) if dtype == "searched" else ""
+        with replaced(study.subject, noisy):
+            change = study.change()
+        yield {"granularity": str(block), "type": dtype, "change": f"{change:.5f}", "used": exponents}
 
 
-def measure_activations(study: Study, setting: str) -> None:
+def activations(study: Study, setting: str) -> Iterator[Row]:
     """Weights per row and activations per tensor, per token and per block of 64 of a token, both of one type."""
-    if study.has("nonuniform.csv", setting=setting):
-        return
-    base = measure(study.subject, study.ids).nll
     everything = list(study.subject.weights.layers)
-    rows: list[dict[str, object]] = []
-    for block, name in (("tensor", "tensor"), ("row", "token"), (64, "block 64")):
-        for dtype in TYPES:
-            with ExitStack() as stack:
-                for target, bits, size in (
-                    ("weights", int(setting[1]), "row"),
-                    ("activations", int(setting[3]), block),
-                ):
-                    error = typed(dtype, bits, size)
-                    stack.enter_context(perturbed(study.subject, error, target, everything, 0))  # type: ignore[arg-type]
-                change = measure(study.subject, study.ids).nll - base
-            rows.append(
-                {"setting": setting, "granularity": f"activations per {name}", "type": dtype, "change": f"{change:.5f}",
-                 "used": ""}
-            )  # fmt: skip
-    study.add("nonuniform.csv", rows)
+    blocks = {"tensor": "tensor", "row": "token", 64: "block 64"}
+    for (block, name), dtype in product(blocks.items(), TYPES):
+        with ExitStack() as stack:
+            for target, bits, size in zip(TARGETS, setting[1::2], ("row", block), strict=True):
+                error = typed(dtype, int(bits), size)
+                stack.enter_context(lens.perturbed(study.subject, error, target, everything, 0))  # type: ignore[arg-type]
+            change = f"{study.change():.5f}"
+        yield {"granularity": f"activations per {name}", "type": dtype, "change": change, "used": ""}
 
 
-def measure_profiles(study: Study) -> None:
+def profiles(study: Study) -> Iterator[Row]:
     """Error against |x| of the weights of all linears, W4 per row."""
-    if study.has("error-profiles.csv"):
-        return
-    rows: list[dict[str, object]] = []
+    weights = [study.subject.weights.read(layer) for layer in study.subject.weights.layers]
     for dtype in ("int", "nf", "power:1/3", "power:1/2", "kmeans"):
-        sizes, errors = [], []
-        for layer in study.subject.weights.layers:
-            weight = study.subject.weights.read(layer)
-            profile = error_profile(weight, scheme_error(weight, Scheme(dtype, 4, "row")), "row", 12)
-            sizes.append([size for size, _, _ in profile])
-            errors.append([error for _, error, _ in profile])
-        rows += [
-            {"type": dtype, "size": f"{size:.5f}", "error": f"{error:.5f}"}
-            for size, error in zip(np.mean(sizes, 0), np.mean(errors, 0), strict=True)
-        ]
-    study.add("error-profiles.csv", rows)
+        scheme = Scheme(dtype, 4, "row")
+        found = [error_profile(weight, scheme_error(weight, scheme), "row", 12) for weight in weights]
+        for size, error, _ in np.mean(np.array(found, dtype=float), 0):
+            yield {"type": dtype, "size": f"{size:.5f}", "error": f"{error:.5f}"}
 
 
-Jobs = Iterator[tuple[str, Callable[[], None]]]
-
-
-def jobs_of(study: Study, given: argparse.Namespace) -> Jobs:
-    """What there is to measure of a model, each by its name; what is measured already takes no time."""
-    planted = study.name.endswith("planted")
-    yield "float", partial(measure_float, study)
-    if "nonuniform" in given.parts:
-        yield "W4", partial(measure_w4, study)
-        for setting in ("W8A8", "W4A8", "W8A4"):
-            yield setting, partial(measure_activations, study, setting)
-        yield "profiles", partial(measure_profiles, study)
-    if "clipping" in given.parts:
-        for target in ("weights", "activations"):
-            yield f"clipping {target}", partial(measure_clipping, study, target)
-    if "schemes" in given.parts and not planted:
-        for label in ("int3z/64", "nf3/64", "int4z/row"):
-            yield label, partial(measure_scheme, study, label)
-    if "curves" in given.parts and not planted:
-        intensities = [float(x) for x in given.intensities.split(",")]
-        for target, kind in itertools.product(("weights", "activations"), PERTURBATIONS):
-            yield f"{target} {kind}", partial(measure_curve, study, target, kind, intensities)
-    if "effects" in given.parts and not planted:
-        yield from effect_jobs(study, given.effects.split(","))
-
-
-def effect_jobs(study: Study, some: Sequence[str]) -> Jobs:
-    """Units one at a time: noise in weights and in activations, real schemes in the weights."""
-    for units, target in itertools.product(some, ("weights", "activations")):
-        noises = ["gaussian"] if units == "linears" else ["gaussian", "growing", "shrinking"]
-        real = ["int4z/64", "int3z/64", "int2z/64"] if target == "weights" else []
-        for kind in noises + real:
-            yield f"{units} {target} {kind}", partial(measure_effects, study, units, target, [kind])
+def measurements(given: argparse.Namespace) -> Parts:
+    """What is asked for; of planted outliers only where outliers matter most."""
+    intensities = [float(x) for x in given.intensities.split(",")]
+    real, noises = ["int4z/64", "int3z/64", "int2z/64"], ["gaussian", "growing", "shrinking"]
+    effect_parts: Parts = []
+    for units in given.effects.split(","):
+        own = noises[:1] if units == "linears" else noises
+        for target, kinds in (("weights", own + real), ("activations", own)):
+            keys = {"target": [target], "kind": kinds}
+            effect_parts.append((f"{units}.csv", partial(effects, units), keys))
+    curve_keys = {"target": TARGETS, "kind": PERTURBATIONS}
+    parts: dict[str, Parts] = {
+        "nonuniform": [
+            ("nonuniform.csv", w4, {"setting": ["W4"]}),
+            ("nonuniform.csv", activations, {"setting": ["W8A8", "W4A8", "W8A4"]}),
+            ("error-profiles.csv", profiles, {}),
+        ],
+        "curves": [("intensity.csv", partial(curve, intensities), curve_keys)],
+        "schemes": [("schemes.csv", scheme_itself, {"kind": [f"{label} itself" for label in SCHEMES]})],
+        "clipping": [("clipping.csv", clipping, {"target": TARGETS})],
+        "effects": effect_parts,
+    }
+    asked = [part for part in given.parts.split(",") if part in PLANTED or not given.planted]
+    return [("models.csv", float_loss, {}), *(one for part in asked for one in parts[part])]
 
 
 def main() -> None:
-    """Measure what is asked for and not there yet."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__, folder=ROOT / "docs" / "lens", minutes=600.0)
     parser.add_argument("models", nargs="+")
-    parser.add_argument("--out", type=Path, default=Path("docs/lens"))
     parser.add_argument("--documents", type=int, default=48)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--intensities", default="0.03,0.06,0.12,0.25")
     parser.add_argument("--parts", default="nonuniform,curves,schemes,clipping,effects")
     parser.add_argument("--effects", default="linears,modules,blocks")
     parser.add_argument("--planted", action="store_true", help="with outliers planted into the activations")
-    parser.add_argument(
-        "--minutes",
-        type=float,
-        default=600.0,
-        help=f"begin nothing new after so long, and exit with {UNFINISHED}",
-    )
     given = parser.parse_args()
     torch.set_num_threads(1)
-    started = time.monotonic()
-    for model in given.models:
-        study = find_study(model, given.documents, given.length, given.out, given.planted)
-        for name, job in jobs_of(study, given):
-            if time.monotonic() - started > 60 * given.minutes:
-                raise SystemExit(UNFINISHED)
-            begun = time.monotonic()
-            job()
-            if time.monotonic() - begun > 1:
-                print(f"{study.name} {name}: {time.monotonic() - begun:.0f} s", flush=True)
+    studies = (find_study(model, given.documents, given.length, given.planted) for model in given.models)
+    in_pieces(studies, measurements(given), given.folder, given.minutes)
 
 
 if __name__ == "__main__":

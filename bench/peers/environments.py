@@ -1,64 +1,91 @@
-"""One virtual environment per peer, made once: which versions, and how to run a peer's script in it."""
+"""The one way to run a peer: in a virtual environment of its own, made once, with versions that are pinned where it matters.
+
+Scripts in this folder run there: they may import `frame` and `peers`, but not fracbit. `OURS` run in this environment.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import venv
 from collections.abc import Sequence
 from pathlib import Path
 
+from frame import Ran, Row, run, surroundings
+
 HERE = Path(__file__).resolve().parent
 TORCH = "torch==2.13.0"
+OURS = ("torch", "transformers")
 PEERS = {
-    "gptqmodel": ("gptqmodel==7.6.0",),  # 7.7.0 asks for torch 2.14.1
-    "llmcompressor": ("llmcompressor==0.14.0.1",),
-    "autoround": ("auto-round==0.16.1",),
-    "hqq": ("hqq==0.2.8.post1",),
+    "gptqmodel": (TORCH, "gptqmodel==7.6.0"),  # 7.7.0 asks for torch 2.14.1
+    "llmcompressor": (TORCH, "llmcompressor==0.14.0.1"),
+    "autoround": (TORCH, "auto-round==0.16.1"),
+    "hqq": (TORCH, "hqq==0.2.8.post1"),
+    "torchao": (TORCH, "torchao", "transformers"),
+    "bitsandbytes": (TORCH, "bitsandbytes", "transformers"),
+    "optimum-quanto": (TORCH, "optimum-quanto", "transformers"),
+    "llama-cpp-python": ("llama-cpp-python", "gguf"),
 }
 # GPTQModel plans for half of the cores and then asks for two workers: on two cores that fails without this.
 EXTRA = {
-    "GPTQMODEL_CPU_WORKERS": "2",
-    "BUILD_CUDA_EXT": "0",
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
+    "GPTQMODEL_CPU_WORKERS": "2", "BUILD_CUDA_EXT": "0", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONPATH": str(HERE.parent),
+}  # fmt: skip
 
 
-def environment(name: str, folder: Path) -> Path:
-    """The interpreter of a peer's environment below `folder`; installs it when it is not there."""
-    place = folder / name
+def environment(peer: str, folder: Path) -> Path:
+    """The interpreter of a peer below `folder`, installed when it is missing. Raises `CalledProcessError`."""
+    if peer in OURS:
+        return Path(sys.executable)
+    place, wanted = folder / peer, PEERS[peer]
     python, done = place / "bin" / "python", place / ".installed"
-    wanted = " ".join((TORCH, *PEERS[name]))
-    if done.is_file() and done.read_text() == wanted:
+    if done.is_file() and done.read_text() == " ".join(wanted):
         return python
-    print(f"installing {wanted} into {place}", file=sys.stderr)
+    print(f"installing {' '.join(wanted)} into {place}", file=sys.stderr)
     venv.create(place, with_pip=True)
     pip = [str(python), "-m", "pip", "install", "--quiet"]
-    subprocess.run([*pip, TORCH, "setuptools", "wheel"], check=True)
+    first = [TORCH] if TORCH in wanted else []
+    subprocess.run([*pip, *first, "numpy", "setuptools", "wheel"], check=True)
     # The second call repeats torch, so that no dependency replaces it; GPTQModel is built from source and needs to see it.
-    flags = ["--no-build-isolation"] if name == "gptqmodel" else []
-    subprocess.run([*pip, TORCH, *PEERS[name], *flags], check=True, env=os.environ | EXTRA)
-    done.write_text(wanted)
+    flags = ["--no-build-isolation"] if peer == "gptqmodel" else []
+    subprocess.run([*pip, *wanted, *flags], check=True, env=surroundings() | EXTRA)
+    done.write_text(" ".join(wanted))
     return python
 
 
-def command(
-    name: str, folder: Path, model: Path, ids: Path, out: Path, settings: Sequence[dict]
-) -> list[str]:
-    """The command that runs a peer over `settings`, results below `out` (see frame.py)."""
+def run_peer(
+    peer: str, script: str, words: Sequence[object], environments: Path, *, threads: int | None = None,
+    log: Path | None = None, folder: Path | None = None,
+) -> Ran:  # fmt: skip
+    """Run a script of this folder in the peer's environment; `folder` is where it litters."""
+    command = [environment(peer, environments), HERE / script, *words]
+    return run(command, log=log, folder=folder, environment=surroundings(threads) | EXTRA)
+
+
+def rows_of(
+    peer: str, script: str, words: Sequence[object], environments: Path, threads: int | None = None
+) -> list[Row]:
+    """The rows that a script prints as JSON in its last line; none, with a note, where the peer cannot be had here."""
+    try:
+        ran = run_peer(peer, script, words, environments, threads=threads)
+    except subprocess.CalledProcessError as error:
+        print(f"{peer}: does not install here: {error}", flush=True)
+        return []
+    if ran.status:
+        print(f"{peer}: did not run (exit status {ran.status})", flush=True)
+        return []
+    found: list[Row] = json.loads(ran.printed.splitlines()[-1])
+    return found
+
+
+def quantize_with(
+    peer: str, model: Path, ids: Path, out: Path, settings: Sequence[Row], environments: Path, log: Path,
+    threads: int | None = None,
+) -> Ran:  # fmt: skip
+    """Let a peer quantize `model` with each of `settings` in one process; quantize.py says what it leaves below `out`."""
     out.mkdir(parents=True, exist_ok=True)
     order = out / "settings.json"
     order.write_text(json.dumps(list(settings)))
-    script = HERE / f"run_{name}.py"
-    return [str(environment(name, folder)), str(script), str(model), str(ids), str(out), str(order)]
-
-
-def surroundings(threads: int | None = None) -> dict[str, str]:
-    """The environment variables that peers run with."""
-    own = os.environ | EXTRA
-    return (
-        own if threads is None else own | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    )
+    words = (peer, model, ids, out, order)
+    return run_peer(peer, "quantize.py", words, environments, threads=threads, log=log, folder=out)

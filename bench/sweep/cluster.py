@@ -1,4 +1,5 @@
 """A cluster's sweep, simulated: 35,000 runs of 34 models up to 176B, with the engine's own queue deciding who does what.
+Makes every table of docs/cluster.md but that of what bounds a run.
 
     python bench/sweep/cluster.py [--nodes 1 4 16] [--dollars 2.5]
     python bench/sweep/cluster.py --rows docs/scaling/rows [--cores 1 8 64]
@@ -11,15 +12,20 @@ that was measured, each as long as it took there.
 
 from __future__ import annotations
 
-import argparse
 import heapq
 import random
+import sys
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TypeVar
 
-from fracbit.sweeps.queue import Queue, Workload
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from frame import arguments, table
+
+from fracbit.sweeps.parquet import import_parquet
+from fracbit.sweeps.queue import Queue, Workload, workload_of
 
 S = TypeVar("S", bound=Hashable)
 BILLIONS = {
@@ -39,19 +45,15 @@ TASK_TOKENS = 4.2e6  # LAMBADA, PIQA, WinoGrande, HellaSwag: examples x choices 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a GPU and a node do. `flops`: of dense bf16 products in evaluation; `quantize`: weights quantized and written back a
-    second and GPU; `host`: bytes a second and GPU from the kept copy in the host's memory; `load`: bytes a second from shared
-    storage into a node; `start`: seconds before a new worker is ready;
-    `hours_between_deaths` of a worker; `overhead`: seconds a run that do not depend on the model.
-    """
+    """What a GPU and a node do; rates are for a second."""
 
-    flops: float = 350e12
-    quantize: float = 2e9
-    host: float = 50e9
-    load: float = 2e9
-    start: float = 30.0
-    overhead: float = 0.5
-    hours_between_deaths: float = 200.0
+    flops: float = 350e12  # of a GPU, dense bf16 products in evaluation
+    quantize: float = 2e9  # weights that a GPU quantizes and writes back
+    host: float = 50e9  # bytes to a GPU from the kept copy in the host's memory
+    load: float = 2e9  # bytes from shared storage into a node
+    start: float = 30.0  # seconds before a new worker is ready
+    overhead: float = 0.5  # seconds a run that do not depend on the model
+    hours_between_deaths: float = 200.0  # of a worker
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,10 @@ class Result:
         """All that is paid for."""
         return self.busy + self.loading + self.idle
 
+    def shares(self) -> list[str]:
+        """Of the hours that are paid for: working, loading, idle."""
+        return [f"{abs(100 * part / self.gpu_hours):.0f} %" for part in (self.busy, self.loading, self.idle)]
+
 
 def models() -> list[Model]:
     """The 34 models."""
@@ -109,38 +115,18 @@ def simulate(nodes: int, tokens: float, rates: Rates, stay: bool = True, seed: i
     each = RUNS // len(models())
     parts = []
     for size in sorted({model.gpus for model in models()}):
-        items = [
-            (model, f"{model.name}/{index}")
-            for model in models()
-            if model.gpus == size
-            for index in range(each)
-        ]
-        parts.append(
-            sweep(nodes * GPUS_PER_NODE // size, size, items, tokens, rates, stay, random.Random(seed))
-        )
+        own = [model for model in models() if model.gpus == size]
+        items = [(model, f"{model.name}/{n}") for model in own for n in range(each)]
+        chance, queue = (
+            random.Random(seed),
+            Queue(items),
+        )  # which knows no times beforehand, as the driver makes it
+        take = queue.take if stay else shuffled(items, chance)
+        parts.append(play(
+            [size] * (nodes * GPUS_PER_NODE // size), take, queue, lambda model, _: run_seconds(model, rates, tokens),
+            lambda model: load_seconds(model, rates), rates, chance,
+        ))  # fmt: skip
     return Result(*(sum(getattr(part, field.name) for part in parts) for field in fields(Result)))
-
-
-def sweep(
-    workers: int,
-    gpus: int,
-    items: list[tuple[Model, str]],
-    tokens: float,
-    rates: Rates,
-    stay: bool,
-    chance: random.Random,
-) -> Result:
-    """One sweep with `workers` of `gpus` each."""
-
-    def seconds(model: Model, _: str) -> float:
-        return run_seconds(model, rates, tokens)
-
-    def loading(model: Model) -> float:
-        return load_seconds(model, rates)
-
-    queue = Queue(items)  # as the driver makes it: it knows no times beforehand
-    take = queue.take if stay else shuffled(items, chance)
-    return play([gpus] * workers, take, queue, seconds, loading, rates, chance)
 
 
 def play(
@@ -151,9 +137,7 @@ def play(
     free = [(0.0, worker) for worker in range(len(sizes))]
     heapq.heapify(free)
     has: dict[int, S] = {}
-    ends = [0.0] * len(sizes)
-    busy = loaded = 0.0
-    deaths = 0
+    end, busy, loaded, deaths = 0.0, 0.0, 0.0, 0
     while free:
         now, worker = heapq.heappop(free)
         taken = take(worker)
@@ -171,16 +155,13 @@ def play(
             queue.leave(worker)
             queue.give_back(model, key)
             has.pop(worker)
-        ends[worker] = now + load + length
-        heapq.heappush(free, (ends[worker], worker))
-    end = max(ends)
+        heapq.heappush(free, (now + load + length, worker))
+        end = max(end, now + load + length)
     paid = end * sum(sizes)
     return Result(end / 3600, busy / 3600, loaded / 3600, (paid - busy - loaded) / 3600, deaths)
 
 
-def shuffled(
-    items: list[tuple[Model, str]], chance: random.Random
-) -> Callable[[int], tuple[Model, str] | None]:
+def shuffled(items: list[tuple[S, str]], chance: random.Random) -> Callable[[int], tuple[S, str] | None]:
     """A plain job queue, for comparison: the next run, whatever the worker has loaded."""
     waiting = list(items)
     chance.shuffle(waiting)
@@ -189,68 +170,47 @@ def shuffled(
 
 def replay(folder: Path, cores: list[int]) -> None:
     """Print how long a measured study takes on so many cores, its runs as long as they were."""
-    from fracbit.sweeps.parquet import import_parquet
-    from fracbit.sweeps.queue import source_of
-
     rows = {row.key: row for row in import_parquet(folder) if row.status == "done"}
-    print("| cores | minutes | working | starting | idle | lost workers |\n|---|---|---|---|---|---|")
+    lines = []
     for count in cores:
-        queue: Queue[Workload] = Queue([(source_of(row.run), key) for key, row in rows.items()])
+        queue: Queue[Workload] = Queue([(workload_of(row.run), key) for key, row in rows.items()])
         result = play(
-            [1] * count,
-            queue.take,
-            queue,
-            lambda _, key: rows[key].seconds,
-            lambda _: CPU_START,
-            Rates(),
-            random.Random(0),
-        )
-        shares = " | ".join(
-            f"{abs(100 * part / result.gpu_hours):.0f} %"
-            for part in (result.busy, result.loading, result.idle)
-        )
-        print(f"| {count} | {60 * result.hours:.1f} | {shares} | {result.deaths} |")
+            [1] * count, queue.take, queue, lambda _, key: rows[key].seconds, lambda _: CPU_START, Rates(), random.Random(0)
+        )  # fmt: skip
+        lines.append([count, f"{60 * result.hours:.1f}", *result.shares(), result.deaths])
+    table("cores | minutes | working | starting | idle | lost workers", lines)
+
+
+def parts_of_runs(rates: Rates) -> None:
+    """Print what loading, quantizing and evaluating take, for some models."""
+    named, lines = {model.name: model for model in models()}, []
+    for name in ("Pythia 0.35B", "OPT 6.7B", "OPT 30B", "OPT 66B", "BLOOM 176B"):
+        model, own = named[name], replace(rates, overhead=0)
+        parts = [run_seconds(model, own, tokens) for tokens in (0, PERPLEXITY_TOKENS, TASK_TOKENS)]
+        figures = [load_seconds(model, rates), parts[0], parts[1] - parts[0], parts[2] - parts[0]]
+        lines.append([name, model.gpus, *(f"{figure:.3g} s" for figure in figures)])
+    table("model | GPUs | load | quantize | perplexity | tasks", lines)
 
 
 def main() -> None:
-    """Print the plan."""
-    parser = argparse.ArgumentParser()
+    parser = arguments(__doc__)
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--dollars", type=float, default=2.5, help="for a GPU-hour")
     parser.add_argument("--rows", type=Path, help="replay a study from its Parquet")
     parser.add_argument("--cores", type=int, nargs="+", default=[1, 2, 8, 32, 128])
-    arguments = parser.parse_args()
-    if arguments.rows:
-        return replay(arguments.rows, arguments.cores)
+    given = parser.parse_args()
+    if given.rows:
+        return replay(given.rows, given.cores)
     rates = Rates()
-    print("| model | GPUs | load | quantize | perplexity | tasks |\n|---|---|---|---|---|---|")
-    for name in ("Pythia 0.35B", "OPT 6.7B", "OPT 30B", "OPT 66B", "BLOOM 176B"):
-        model = next(model for model in models() if model.name == name)
-        parts = [
-            run_seconds(model, replace(rates, overhead=0), tokens)
-            for tokens in (0, PERPLEXITY_TOKENS, TASK_TOKENS)
-        ]
-        figures = [load_seconds(model, rates), parts[0], parts[1] - parts[0], parts[2] - parts[0]]
-        print(f"| {name} | {model.gpus} | " + " | ".join(f"{figure:.3g} s" for figure in figures) + " |")
-    studies = {
-        "perplexity only": PERPLEXITY_TOKENS,
-        "perplexity and four tasks": PERPLEXITY_TOKENS + TASK_TOKENS,
-    }
-    for text, tokens in studies.items():
-        print(f"\n{text}\n")
-        print(
-            "| nodes | hours | GPU-hours | working | loading | idle | lost workers | dollars | plain queue, hours |"
-        )
-        print("|---|---|---|---|---|---|---|---|---|")
-        for nodes in arguments.nodes:
+    parts_of_runs(rates)
+    head = "nodes | hours | GPU-hours | working | loading | idle | lost workers | dollars"
+    for text, tasks in (("perplexity only", 0.0), ("perplexity and four tasks", TASK_TOKENS)):
+        tokens, lines = PERPLEXITY_TOKENS + tasks, []
+        for nodes in given.nodes:
             result, naive = (simulate(nodes, tokens, rates, stay) for stay in (True, False))
-            shares = " | ".join(
-                f"{100 * part / result.gpu_hours:.0f} %"
-                for part in (result.busy, result.loading, result.idle)
-            )
-            dollars = result.gpu_hours * arguments.dollars
-            print(f"| {nodes} | {result.hours:.1f} | {result.gpu_hours:,.0f} | {shares} | {result.deaths} "
-                  f"| {dollars:,.0f} | {naive.hours:.1f} |")  # fmt: skip
+            paid = [f"{result.hours:.1f}", f"{result.gpu_hours:,.0f}", *result.shares(), result.deaths]
+            lines.append([nodes, *paid, f"{result.gpu_hours * given.dollars:,.0f}", f"{naive.hours:.1f}"])
+        table(f"{head} | plain queue, hours", lines, text)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,21 @@
-"""The tables of docs/scaling.md, from the rows of a study.
+"""The tables of docs/scaling.md, all but that of rate.py, from the rows of a study.
 
 python bench/sweep/tables.py docs/scaling/rows
 """
 
 from __future__ import annotations
 
-import argparse
 import math
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import mean, median
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from frame import arguments, table
 
 from fracbit.records.row import Row
 from fracbit.report import fit
@@ -28,16 +33,8 @@ def name_of(row: Row) -> str:
 def kind_of(row: Row) -> str:
     """The data type, and everything that sets a run apart but bits and block."""
     part = fit.slice_of(row)
-    words = [
-        part.dtype,
-        part.offset,
-        part.axis,
-        part.quantizer,
-        "search" if part.search else "",
-        part.correction,
-    ]
-    words += [part.outliers]
-    return " ".join(word for word in words if word not in ("", "none", "in", "rtn"))
+    words = (part.dtype, part.offset, part.axis, part.quantizer, "search" * part.search, part.correction)
+    return " ".join(word for word in (*words, part.outliers) if word not in ("", "none", "in", "rtn"))
 
 
 class Study:
@@ -71,36 +68,29 @@ def number(value: float | None, places: int = 3) -> str:
     return "" if value is None else f"{value:.{places}f}"
 
 
-def table(head: Sequence[str], lines: Iterable[Sequence[str]], title: str) -> None:
-    """Print a Markdown table; lines without a figure are left out."""
-    print(f"\n## {title}\n\n| " + " | ".join(head) + " |\n|" + "---|" * len(head))
-    for line in lines:
-        if any(line[1:]):
-            print("| " + " | ".join(line) + " |")
+def show(head: str | Sequence[str], lines: Iterable[Sequence[str]], title: str) -> None:
+    """Print a table; lines without a figure are left out."""
+    table(head, (line for line in lines if any(line[1:])), title)
 
 
 def offsets(study: Study, models: Sequence[str], title: str) -> None:
     """Height above the 4-bit curve at equal total bits, and the shift of total bits at equal loss."""
     kinds = ["int", "int zero", "float", "nf", "quantile", "kmeans", "dynamic", "power:1/2", "power"]
-    lines = []
-    laws = []
-    for measure in ("loss", "shift"):
-        for kind in kinds:
-            rows = [study.floats[model] for model in models if model in study.floats]
-            rows += [row for (model, of, _, block), found in study.points.items()
-                     if model in models and of == kind and block == "64" for row in found]  # fmt: skip
-            models_at = Counter(fit.bits_of(row) for row in rows)
-            found = {item.bits: getattr(item, measure) for item in fit.offsets(rows)
-                     if models_at[item.bits] == len(models)}  # fmt: skip
-            lines.append(
-                [f"{kind}, {measure}", *(interval(found.get(bits)) for bits in (2, 3, 5, 6, 7, 8, 16))]
-            )
-            law = fit.power_law(rows) if measure == "loss" else None
-            if law is not None:
-                laws.append([kind, number(law.rms), number(law.spread), number(law.interpolation_rms),
-                             number(law.alpha, 2), number(law.beta, 2)])  # fmt: skip
-    table(["", "2", "3", "5", "6", "7", "8", "float"], lines, f"offsets from 4 bits, {title}")
-    table(["", "law's residual", "spread", "lines, left out", "alpha", "beta"], laws, f"power law, {title}")
+    lines, laws = [], []
+    for measure, kind in product(("loss", "shift"), kinds):
+        rows = [study.floats[model] for model in models if model in study.floats]
+        rows += [row for (model, of, _, block), found in study.points.items()
+                 if model in models and of == kind and block == "64" for row in found]  # fmt: skip
+        models_at = Counter(fit.bits_of(row) for row in rows)
+        everywhere = [item for item in fit.offsets(rows) if models_at[item.bits] == len(models)]
+        found = {item.bits: getattr(item, measure) for item in everywhere}
+        lines.append([f"{kind}, {measure}", *(interval(found.get(bits)) for bits in (2, 3, 5, 6, 7, 8, 16))])
+        law = fit.power_law(rows) if measure == "loss" else None
+        if law is not None:
+            laws.append([kind, number(law.rms), number(law.spread), number(law.interpolation_rms),
+                         number(law.alpha, 2), number(law.beta, 2)])  # fmt: skip
+    show(" | 2 | 3 | 5 | 6 | 7 | 8 | float", lines, f"offsets from 4 bits, {title}")
+    show(" | law's residual | spread | lines, left out | alpha | beta", laws, f"power law, {title}")
 
 
 def interval(found: fit.Interval | None) -> str:
@@ -112,7 +102,7 @@ def by(study: Study, kinds: Sequence[str], widths: Sequence[int], block: str, ti
     """Loss above float, a line a model and width, a column a kind."""
     lines = ([model, str(bits), *(number(study.above(model, kind, bits, block), 4) for kind in kinds)]
              for model in MODELS for bits in widths)  # fmt: skip
-    table(["model", "bits", *kinds], (line if any(line[2:]) else [line[0]] for line in lines), title)
+    show(["model", "bits", *kinds], (line if any(line[2:]) else [line[0]] for line in lines), title)
 
 
 def blocks(study: Study, kinds: Sequence[str], widths: Sequence[int]) -> None:
@@ -121,7 +111,7 @@ def blocks(study: Study, kinds: Sequence[str], widths: Sequence[int]) -> None:
     figures: list[tuple[str, Callable[..., float | None]]] = [("", study.above), ("bits of ", study.width)]
     lines = ([f"{word}{model} {kind} {bits}", *(number(of(model, kind, bits, size)) for size in sizes)]
              for model in MODELS for kind in kinds for bits in widths for word, of in figures)  # fmt: skip
-    table(["", *sizes], lines, "blocks")
+    show(["", *sizes], lines, "blocks")
 
 
 def fronts(study: Study, group: Sequence[str], title: str) -> None:
@@ -129,7 +119,7 @@ def fronts(study: Study, group: Sequence[str], title: str) -> None:
     rows = [row for row in study.rows if name_of(row) in group]
     best = fit.front(rows)
     lines = ([fit.in_words(row), fit.size_text(row.model_bits), number(row.nll)] for row in best)
-    table(["front", "size", "nats"], lines, title)
+    show(["front", "size", "nats"], lines, title)
     for kilobytes in (140, 160, 180, 200, 250, 300, 500, 1000):
         advice = fit.advise(rows, kilobytes * 8e3)
         if advice is not None:
@@ -143,25 +133,21 @@ def accuracies(study: Study) -> None:
     lines = [[f"{name_of(row)} {fit.bits_of(row)} {kind_of(row) if row.run.quantized else 'float'}",
               number(row.nll), *(number(row.accuracies.get(task)) for task in tasks)]
              for row in sorted(asked, key=lambda row: row.nll or 0)]  # fmt: skip
-    table(["", "nats", *tasks], lines, "accuracy")
+    show(["", "nats", *tasks], lines, "accuracy")
     for task in tasks:
         capped = [row.model_copy(update={"nll": min(row.nll or 0, math.log(100))}) for row in asked]
-        own = {
-            model: fit.correlation([row for row in asked if name_of(row) == model], task) for model in MODELS
-        }
+        own = {name: fit.correlation([row for row in asked if name_of(row) == name], task) for name in MODELS}
         print(f"- Pearson of {task} and loss: {fit.correlation(asked, task)}; perplexity capped at 100: "
               f"{fit.correlation(capped, task)}; by model {own}")  # fmt: skip
 
 
 def main() -> None:
-    """Print all tables."""
-    parser = argparse.ArgumentParser()
+    parser = arguments(__doc__)
     parser.add_argument("rows", type=Path)
     rows = import_parquet(parser.parse_args().rows)
     study = Study(row for row in rows if row.status == "done")
-    print(
-        f"{len(rows)} rows, {sum(row.status == 'failed' for row in rows)} failed, {len(study.rows)} runs that differ"
-    )
+    failed = sum(row.status == "failed" for row in rows)
+    print(f"{len(rows)} rows, {failed} failed, {len(study.rows)} runs that differ\n")
     types = ["int", "float", "quantile", "nf", "int zero", "kmeans", "dynamic", "power:1/2", "power"]
     offsets(study, MODELS[1:4], "tales-s, -m, -l")
     offsets(study, MODELS[:4], "with tales-xs")
@@ -169,10 +155,9 @@ def main() -> None:
         by(study, types, (2, 3, 4, 5, 6, 7, 8), block, f"data types, block {block}")
     by(study, ["float", "float:e2m0", "float:e3m0"], (3, 4), "64", "float splits")
     blocks(study, ["int", "nf", "float"], (3, 4))
-    for share in ("0.02", "0.05"):
-        for dtype in ("int", "nf"):
-            columns = [dtype, *(f"{dtype} {chosen}:{share}" for chosen in ("random", "proxy", "activation"))]
-            by(study, columns, (2, 3, 4), "64", f"16-bit columns, {share}")
+    for share, dtype in product(("0.02", "0.05"), ("int", "nf")):
+        columns = [dtype, *(f"{dtype} {chosen}:{share}" for chosen in ("random", "proxy", "activation"))]
+        by(study, columns, (2, 3, 4), "64", f"16-bit columns, {share}")
     widths = ((model, study.width(model, kind, 3))
               for model in MODELS for kind in ("int", "int proxy:0.02", "int proxy:0.05"))  # fmt: skip
     print([(model, number(value)) for model, value in widths])
@@ -190,11 +175,9 @@ def main() -> None:
         own = [
             row for row in study.rows if name_of(row) == model and row.run.quantized and not row.accuracies
         ]
-        own = [row for row in own if row.evaluation_seconds]
-        if own:
-            print(
-                f"{model}: {median(row.evaluation_seconds / row.seconds for row in own):.3f} of a run is its evaluation"
-            )
+        shares = [row.evaluation_seconds / row.seconds for row in own if row.evaluation_seconds]
+        if shares:
+            print(f"{model}: {median(shares):.3f} of a run is its evaluation")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ INPUTS  := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/fracbit/
 INSTALL := $(BIN)/python -m pip install --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test lint format types contracts check bench clean distclean
+.PHONY: help venv install demo test lint format types contracts check bench examples docs links clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -27,6 +27,10 @@ $(VENV)/.installed: $(INPUTS) | $(BIN)/python
 
 $(VENV)/.installed-dev: $(INPUTS) | $(BIN)/python
 	$(INSTALL) '.[dev]'
+	@touch $(VENV)/.installed $@
+
+$(VENV)/.installed-docs: $(INPUTS) | $(BIN)/python
+	$(INSTALL) '.[docs]'
 	@touch $(VENV)/.installed $@
 
 venv: $(VENV)/.installed-dev ## make .venv with fracbit and the development tools
@@ -57,6 +61,19 @@ check: lint types contracts test ## everything CI runs
 
 bench: $(VENV)/.installed-dev ## run bench/$(NAME).py with ARGS
 	$(BIN)/python bench/$(NAME).py $(ARGS)
+
+examples: $(VENV)/.installed-dev ## run every script of examples/ but the training
+	@set -e; for script in $(filter-out examples/train_bundled.py,$(wildcard examples/*.py)); do \
+	    echo "== $$script"; $(BIN)/python $$script; done
+
+SITE := $(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees .
+
+docs: $(VENV)/.installed-docs ## build the documentation in build/site; a broken link is an error
+	$(SITE) build/site -b html
+	@echo "build/site/index.html"
+
+links: $(VENV)/.installed-docs ## also follow the links to other sites
+	$(SITE) build/links -b linkcheck
 
 clean: ## remove what builds and tests leave behind
 	rm -rf build dist demo-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -35,6 +35,4 @@ with tempfile.TemporaryDirectory() as folder:
     with open_store(f"{folder}/sweep.db") as store:
         rows = sorted(store.rows("done"), key=lambda row: row.nll)
     for row in rows:
-        print(
-            f"{row.run!s:24} {row.bits_per_parameter:6.3f} bits per parameter, perplexity {row.perplexity:8.2f}"
-        )
+        print(f"{row.run!s:24} {row.bits_per_parameter:6.3f} bits, perplexity {row.perplexity:8.2f}")

@@ -105,7 +105,7 @@ def test_flags_arrive_and_losses_are_tabulated(files: Path, tmp_path: Path) -> N
 
 
 BAD: list[tuple[list[str], type[FracbitError], str]] = [
-    (["calibration.samples=5000"], DataError, "fewer than"),
+    (["calibration.samples=5000"], DataError, "are needed: ask for at most"),
     (["calibration.texts=EMPTY"], DataError, "empty"),
     (["calibration.texts=OUTSIDE"], DataError, "outside the vocabulary"),
     (["outliers=cost:1.5"], RecipeError, "outliers"),

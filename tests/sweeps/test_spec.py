@@ -85,7 +85,7 @@ def test_activation_chosen_columns_need_calibration_text(tmp_path: Path) -> None
         ('[[arm]]\ndtypes = ["int", "nff"]\n', "line 5: dtypes has no 'nff'; did you mean 'nf'"),
         ('[[arm]]\nbits = 4\nquantizers = "rnt"\n', "line 6: quantizers has no 'rnt'"),
         ("[[arm]]\nbits = [4, 9]\n", "line 5: bits must be an integer from 1 to 8"),
-        ("[[arm]]\nblocks = [0]\n", "line 5: block 0 is not a block"),
+        ("[[arm]]\nblocks = [0]\n", "line 5: block 0 is not known"),
         ('[[arm]]\nbits = "four"\n', "line 5: arm.0.bits.0"),
         ('[[arm]]\noutliers = "proxy:2"\n', "line 5: outliers 'proxy:2'"),
         ("[[arm]]\n[[arm.exclude]]\nbit = 3\n", "line 6: [[exclude]] has no key 'bit'"),

@@ -1,4 +1,4 @@
-"""Kernels: y = x W^T for packed weights. The torch reference is the definition; native CPU code and Triton stand beside it."""
+"""Kernels: y = x W^T for packed weights. The torch reference is the definition; native CPU code and Triton are faster."""
 
 from fracbit.kernels.decoder import DecoderBlock, DecoderShape, NativeDecoder
 from fracbit.kernels.kernel import Activations, Kernel

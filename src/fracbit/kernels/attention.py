@@ -1,7 +1,8 @@
-"""Causal attention of whole sequences in fp32 on a CPU, as an evaluation over text needs it.
+"""Causal attention of whole sequences in fp32 on a CPU, for judging a model over text.
 
-torch's kernel is made for long sequences and wide heads; over windows of some hundred ids and heads of 8 to 64 numbers it takes
-longer than the linears. The native kernel holds 32 queries and their scores in the cache; torch's is the definition.
+torch's kernel is made for long sequences and wide heads: over windows of some hundred tokens and heads of 8 to 64 numbers it
+takes longer than the products of the layers. The native kernel works on 32 queries at a time and keeps their scores in the
+cache. It needs AVX-512; torch's kernel runs everywhere else and is the definition.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from torch import Tensor
 from fracbit.kernels.cpu import NATIVE
 
 HEAD_STEP = 8
+"""A head must be a multiple of it: kHeadStep of native/attention.h."""
 CACHE_BYTES = 1 << 18
 """The most that a head's keys and values may take: those of 512 tokens of 64 numbers."""
 
 
 def attends(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether the native kernel takes these: fp32 on a CPU, whole sequences, without gradients, small enough for the cache."""
+    """Whether the native kernel can run these: fp32 on a CPU, whole sequences, no gradients, small enough for the cache."""
     tensors = (queries, keys, values)
     return (
         NATIVE is not None
@@ -35,9 +37,10 @@ def attends(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
 
 
 def attend_causal(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """softmax(scale x queries keys^T) values over a token and those before it, fp32 [sequences, tokens, heads, head].
+    """softmax(scale * queries keys^T) values over a token and those before it, fp32 [sequences, tokens, heads, head].
 
-    queries: fp32 [sequences, heads, tokens, head]; keys, values: as many heads or a divisor of them. `attends` must hold.
+    `queries` is fp32 [sequences, heads, tokens, head]; `keys` and `values` have as many heads or a divisor of them. `attends`
+    must hold for the three.
     """
     assert NATIVE is not None
     sequences, heads, tokens, head = queries.shape

@@ -5,19 +5,23 @@ There are two paths, and the user chooses:
 - `float`: table values times fp32 activations, summed in fp32; relative error against the reference below 1e-5.
 - `int8`: activations are rounded to 8 bits, eight neighbours share a scale, and are multiplied as integers; relative error of
   the product below 5e-3. Codes of evenly spaced types are the integers, and other tables are taken with 15 bits, so the
-  error is that of the activations. Blocks that are no multiple of 8 along the input run in float on either path.
+  error is that of the activations. Blocks that are not a multiple of 8 along the input run in float on either path.
 
 The instruction set is chosen when a process starts: AVX-512 with VNNI and VBMI, AVX2, NEON with and without the dot product of
 ARMv8.2, or plain C++. NEON was tested in an emulator; it has not been timed on an ARM machine.
 
-Few rows of activations (decode) go through the kernel of `native/row_kernel.h`. Many rows (prefill) may be faster as tiles of
-decoded weights, multiplied exactly by torch's own matrix product; `tiles_from` says from how many rows on.
+Few rows of activations (decode) go through the kernel of `native/row_kernel.h`. Many (prefill) may be faster as tiles of
+decoded rows, multiplied exactly by torch's own matrix product; `tiles_from` says from how many on.
+
+The kernels run on torch's OpenMP threads where they can. FRACBIT_THREAD_POOL=own makes them use threads of their own, for
+instance beside another library that keeps torch's threads busy; docs/serving.md describes it.
 """
 
 from __future__ import annotations
 
 import importlib
 import math
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,20 +39,44 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 ABI = 8
-TILE_BYTES = 1 << 20  # of decoded weights: about a core's second-level cache
+TILE_BYTES = 1 << 20
+"""Of decoded weights: about a core's second-level cache."""
 TILE_ROWS = 128
-"""A tile has at least so many rows, and a multiple of half of them: torch multiplies by few or odd rows at half the speed."""
+"""At least, and a multiple of half of it: torch multiplies by few or odd rows at half the speed."""
+POOL_VARIABLE = "FRACBIT_THREAD_POOL"
+POOLS = ("torch", "own")
+"""Whose threads the kernels use; the first is the default."""
+
+
+def _pool() -> str:
+    chosen = os.environ.get(POOL_VARIABLE) or POOLS[0]
+    if chosen not in POOLS:
+        raise KernelError(
+            f"{POOL_VARIABLE} is {chosen!r}: it says whose threads the CPU kernels use; set it to {' or '.join(POOLS)}, "
+            "or unset it. OMP_NUM_THREADS says how many"
+        )
+    return chosen
+
+
+def _threads_of(native: ModuleType, pool: str) -> str:
+    """Tell the module which threads to use; what it uses, in words."""
+    native.allow_threads_of_torch(pool == "torch")
+    if native.on_threads_of_torch():
+        return "threads of torch"
+    reason = f"{POOL_VARIABLE}=own" if pool == "own" else "torch has no OpenMP of GNU's kind"
+    return f"threads of their own ({reason})"
 
 
 def _load() -> tuple[ModuleType | None, str]:
+    pool = _pool()
     try:
         native = importlib.import_module("fracbit.kernels._native")
     except ImportError as error:
         return None, f"the native module was not built ({error}); install with a C++17 compiler to have it"
     if native.abi() != ABI:
         return None, f"the native module is of another version ({native.abi()}, needed {ABI}); build it again"
-    threads = "threads of torch" if native.on_threads_of_torch() else "its own threads"
-    return native, f"native, instruction sets {', '.join(native.instruction_sets())}, on {threads}"
+    sets = ", ".join(native.instruction_sets())
+    return native, f"native, instruction sets {sets}, on {_threads_of(native, pool)}"
 
 
 NATIVE, NOTE = _load()

@@ -110,7 +110,7 @@ def _form(table: Tensor, bits: int) -> tuple[Form, Tensor]:
 
 
 def _load(codes: Tensor, bits: int) -> tuple[CodeLoad, Tensor]:
-    """How eight codes are loaded, and `codes` viewed as what is loaded: an integer of their size, two words, or bytes.
+    """How eight codes are loaded, and `codes` viewed as the type that is loaded: an integer of their size, two words, or bytes.
 
     For the first two, rows and the buffer must begin where such integers may.
     """

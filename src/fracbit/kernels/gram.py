@@ -1,7 +1,7 @@
 """Gram matrices of bfloat16 activations by the native kernel: exact products, sums in fp32, half of the matrix computed.
 
-torch multiplies bfloat16 to bfloat16 only, which would round the sums. Without the kernel its fp32 product is taken, which is
-the definition (numerics/linalg.py).
+torch's product of two bfloat16 matrices is bfloat16 again, which would round the sums. Where the kernel cannot run,
+activations are converted to fp32 first; that is the definition (numerics/linalg.py).
 """
 
 from __future__ import annotations

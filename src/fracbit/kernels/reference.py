@@ -13,7 +13,7 @@ from fracbit.records.scheme import Scheme
 
 
 def linear(x: Tensor, packed: PackedTensor) -> Tensor:
-    """`x` [..., in] times the transpose of the weight that `packed` stands for: [..., out], in the type of `x`."""
+    """`x` [..., in] times the transpose of the packed weight: [..., out], in the type of `x`."""
     return (x.float() @ decode(packed).T).to(x.dtype)  # [..., out]
 
 

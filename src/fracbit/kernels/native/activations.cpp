@@ -1,3 +1,4 @@
+// Loads activations, brings them into lane order, rounds them, and folds scales into them: activations.h says when.
 #include "activations.h"
 
 #include <algorithm>
@@ -5,6 +6,8 @@
 
 namespace fracbit {
 namespace {
+
+static_assert(kAlignedFloats % kLanes == 0, "the kernels read the sums of 16 blocks at once");
 
 constexpr int64_t kFoldChunks = 4;       // activations folded at a time: they stay in the first-level cache
 constexpr int64_t kFoldBytes = 1 << 12;  // codes asked for meanwhile

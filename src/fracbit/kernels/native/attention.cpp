@@ -1,7 +1,7 @@
-// Causal attention, 32 queries at a time: their scores against all keys they see, a softmax, their sums of values.
+// Causal attention, 32 queries at a time: their scores against all keys that they see, a softmax, their sums of values.
 //
-// Queries stand in the lanes of two vectors, keys and values are read one number at a time: no sum crosses lanes, a small head
-// wastes none, and only the block on the diagonal computes scores that a mask then drops.
+// The lanes of two vectors are queries, and keys and values are read one number at a time. So no sum crosses lanes, small heads waste
+// no lanes, and only the block on the diagonal computes scores that are then masked.
 #include "attention.h"
 
 #include <algorithm>
@@ -16,10 +16,11 @@
 namespace fracbit {
 namespace {
 
-constexpr int64_t kQueries = 32;
+constexpr int64_t kVector = 16;            // floats of a register
+constexpr int64_t kQueries = 2 * kVector;
 constexpr int64_t kKeys = 8;  // 8 x 32 sums fill 16 of 32 registers
 constexpr float kLog2E = 1.44269504088896341f;
-constexpr float kLeast = -200.0f;  // 2^-200 is 0 in fp32, and infinity minus itself is not asked
+constexpr float kLeast = -200.0f;  // 2^-200 is 0 in fp32; without a bound, a masked score of minus infinity would give NaN
 
 struct Context {
     const Causal& job;
@@ -40,18 +41,18 @@ __m512 power_of_two(__m512 x) {
 
 // Which of 16 queries from `query` on see `key`.
 __mmask16 seen(int64_t query, int64_t key) {
-    const int64_t unseen = std::min<int64_t>(std::max<int64_t>(key - query, 0), 16);
+    const int64_t unseen = std::min<int64_t>(std::max<int64_t>(key - query, 0), kVector);
     return static_cast<__mmask16>(0xFFFFU << unseen);
 }
 
-// Scores [count, 32] of `count` keys from `key` on; raises `most`.
+// Scores [count, 32] of `count` keys from `key` on; raises `most`, the largest score of each query.
 template <int64_t count>
 void score(const float* queries, const float* keys, int64_t stride, int64_t head, int64_t first, int64_t key, float* scores,
            __m512* most) {
     __m512 sums[count][2];
     for (auto& sum : sums) sum[0] = sum[1] = _mm512_setzero_ps();
     for (int64_t d = 0; d < head; ++d) {
-        const __m512 low = _mm512_loadu_ps(queries + kQueries * d), high = _mm512_loadu_ps(queries + kQueries * d + 16);
+        const __m512 low = _mm512_loadu_ps(queries + kQueries * d), high = _mm512_loadu_ps(queries + kQueries * d + kVector);
 #pragma GCC unroll 8
         for (int64_t i = 0; i < count; ++i) {
             const __m512 number = _mm512_set1_ps(keys[(key + i) * stride + d]);
@@ -63,19 +64,19 @@ void score(const float* queries, const float* keys, int64_t stride, int64_t head
 #pragma GCC unroll 8
     for (int64_t i = 0; i < count; ++i) {
         for (int64_t half = 0; half < 2; ++half) {
-            const __m512 found = _mm512_mask_mov_ps(never, seen(first + 16 * half, key + i), sums[i][half]);
+            const __m512 found = _mm512_mask_mov_ps(never, seen(first + kVector * half, key + i), sums[i][half]);
             most[half] = _mm512_max_ps(most[half], found);
-            _mm512_storeu_ps(scores + kQueries * (key + i) + 16 * half, found);
+            _mm512_storeu_ps(scores + kQueries * (key + i) + kVector * half, found);
         }
     }
 }
 
-// Scores become weights; their sums.
+// Scores become weights, not yet divided by their sums, which go to `totals`.
 void soften(float* scores, int64_t keys, const __m512* most, __m512* totals) {
     for (int64_t half = 0; half < 2; ++half) {
         __m512 total = _mm512_setzero_ps();
         for (int64_t key = 0; key < keys; ++key) {
-            float* place = scores + kQueries * key + 16 * half;
+            float* place = scores + kQueries * key + kVector * half;
             const __m512 weight = power_of_two(_mm512_sub_ps(_mm512_loadu_ps(place), most[half]));
             total = _mm512_add_ps(total, weight);
             _mm512_storeu_ps(place, weight);
@@ -84,13 +85,13 @@ void soften(float* scores, int64_t keys, const __m512* most, __m512* totals) {
     }
 }
 
-// Numbers [d, d + kHeadStep) of the outputs: weights times values, over the weights' sum.
+// kHeadStep numbers of the outputs: weights times values, divided by the sums of the weights.
 void gather(const float* weights, const float* values, int64_t stride, int64_t keys, const __m512* totals, float* out, int64_t to,
             int64_t count) {
     __m512 sums[kHeadStep][2];
     for (auto& sum : sums) sum[0] = sum[1] = _mm512_setzero_ps();
     for (int64_t key = 0; key < keys; ++key) {
-        const __m512 low = _mm512_loadu_ps(weights + kQueries * key), high = _mm512_loadu_ps(weights + kQueries * key + 16);
+        const __m512 low = _mm512_loadu_ps(weights + kQueries * key), high = _mm512_loadu_ps(weights + kQueries * key + kVector);
 #pragma GCC unroll 8
         for (int64_t i = 0; i < kHeadStep; ++i) {
             const __m512 number = _mm512_set1_ps(values[key * stride + i]);
@@ -101,7 +102,7 @@ void gather(const float* weights, const float* values, int64_t stride, int64_t k
     alignas(64) float columns[kHeadStep][kQueries];
     for (int64_t i = 0; i < kHeadStep; ++i)
         for (int64_t half = 0; half < 2; ++half)
-            _mm512_store_ps(columns[i] + 16 * half, _mm512_div_ps(sums[i][half], totals[half]));
+            _mm512_store_ps(columns[i] + kVector * half, _mm512_div_ps(sums[i][half], totals[half]));
     for (int64_t query = 0; query < count; ++query)
         for (int64_t i = 0; i < kHeadStep; ++i) out[query * to + i] = columns[i][query];
 }

@@ -1,4 +1,4 @@
-// Causal attention of whole sequences in fp32: what judging a model over text takes besides its products.
+// Causal attention of whole sequences in fp32, for judging a model over text.
 #pragma once
 
 #include <cstdint>

@@ -1,8 +1,8 @@
 // AVX2 with FMA: x86 processors since 2013. A vector of sixteen lanes is two registers.
 //
-// There is no byte dot product of unsigned and signed bytes without saturation here: vpmaddubsw adds two products in 16 bits.
-// Bytes below 128 fit; for the others (the high part of a table, 8-bit codes) 128 is taken off, the magnitude stays unsigned
-// and the sign goes to the activation, so that no sum exceeds 2 * 128 * 127.
+// Products of unsigned and signed bytes can overflow here: vpmaddubsw adds two of them in 16 bits. Bytes below 128 fit. From the others
+// (the high half of a table, 8-bit codes) 128 is subtracted; their magnitude stays unsigned and their sign goes to the activation, so
+// that no sum exceeds 2 * 128 * 127.
 #include "isa.h"
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -23,7 +23,7 @@ struct Avx2 {
     struct Bytes {
         __m256i half[2];
     };
-    static constexpr int kOverread = 16;           // words are read as whole registers
+    static constexpr int kOverread = 16;  // words are read as whole registers
 
     static Floats zero_floats() { return {{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
     static Ints zero_ints() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
@@ -100,7 +100,7 @@ struct Avx2 {
         Ints to;
         for (int i = 0; i < 2; ++i) {
             const __m256i other = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + 32 * i));
-            const __m256i v = _mm256_xor_si256(u.half[i], _mm256_set1_epi8(-128));  // u - 128
+            const __m256i v = _mm256_xor_si256(u.half[i], _mm256_set1_epi8(static_cast<char>(kHighBias)));  // u - 128
             to.half[i] = sum_pairs(sum.half[i], _mm256_maddubs_epi16(_mm256_abs_epi8(v), _mm256_sign_epi8(other, v)));
         }
         return to;

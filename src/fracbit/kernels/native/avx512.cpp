@@ -12,8 +12,8 @@
 namespace fracbit {
 namespace {
 
-// vpermb control that spreads groups of eight codes (`bits` bytes each) to lanes of `width` bytes; what is left of a lane
-// takes a byte that the masked load has cleared.
+// Control of vpermb that spreads groups of eight codes (`bits` bytes each) over lanes of `width` bytes. The rest of a lane takes
+// the last byte, which the masked load has cleared.
 template <int bits, int width>
 struct Spread {
     alignas(64) uint8_t control[64];
@@ -22,7 +22,7 @@ struct Spread {
     }
 };
 
-// vpmultishiftqb control: byte j of a 64-bit word starts at bit start + bits * j; `width` bytes hold one lane.
+// Control of vpmultishiftqb: the bit at which each byte of a 64-bit word starts. `width` bytes hold one lane.
 template <int bits, int width, int half>
 struct Cut {
     alignas(64) uint8_t control[64];
@@ -47,7 +47,7 @@ inline __m512i cut(__m512i z) {
     return _mm512_multishift_epi64_epi8(_mm512_load_si512(table.control), z);
 }
 
-// A loaded register that stays one: left alone, GCC folds the load into every instruction that uses it, and loads are scarce.
+// Keeps a loaded vector in its register: GCC would repeat the load in every instruction that uses it, and loads are scarce.
 inline __m512i loaded(__m512i v) {
 #if defined(__GNUC__)
     asm("" : "+v"(v));
@@ -342,7 +342,7 @@ void fold_as(const float* natural, const void* scales, Float type, int64_t chunk
     fold(natural, scales, chunks, to);
 }
 
-// In registers from end to end: axis "out" pays this for every group of rows.
+// In registers from beginning to end: along out every group of rows does this.
 void fold512(const float* natural, const void* scales, Float type, int64_t chunks, int bits, const RoundedLanes& to) {
     (bits == 4 ? fold_as<true> : fold_as<false>)(natural, scales, type, chunks, to);
 }

@@ -1,3 +1,4 @@
+// Decodes rows of a packed weight: a task is a number of rows, and the kernel of an instruction set decodes each.
 #include "decode.h"
 
 #include <algorithm>

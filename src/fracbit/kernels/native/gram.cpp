@@ -1,7 +1,7 @@
-// x^T x, half of it: tiles of the upper triangle, each kept in registers over a run of tokens, then mirrored.
+// Half of x^T x: tiles of the upper triangle, each kept in registers over a run of tokens, then mirrored.
 //
-// Two tokens of a column stand side by side in 32 bits, as the instruction wants them, and the columns are cut into panels whose
-// run of tokens stays in a core's second-level cache. Both operands of a tile are such panels: one read 16 columns at a time, the
+// Two tokens of a column are put side by side in 32 bits, as the instruction takes them, and the columns are cut into panels that stay
+// in a core's second-level cache for a run of tokens. Both operands of a tile are such panels: one is read 16 columns at a time, the
 // other one column at a time. Products of two bfloat16 are exact in fp32, so only the sums are rounded.
 #include "gram.h"
 
@@ -16,16 +16,17 @@
 namespace fracbit {
 namespace {
 
-constexpr int64_t kPanel = 48;  // columns; 8 x 48 sums fill 24 of 32 registers
+constexpr int64_t kVector = 16;           // floats, or pairs of bfloat16, of a register
+constexpr int64_t kPanel = 3 * kVector;   // columns; 8 x 48 sums fill 24 of 32 registers
 constexpr int64_t kRows = 8;
 constexpr int64_t kPairs = 256;  // of tokens in a run: a panel takes 48 kB
-constexpr int64_t kMirror = 32;
+constexpr int64_t kMirror = 32;  // columns and rows mirrored at a time: both squares stay in the first-level cache
 
 struct Job {
     const uint16_t* x;
     int64_t stride, tokens, width, panels;
     float* g;
-    int64_t first, pairs;           // the run at hand
+    int64_t first, pairs;           // of the current run
     std::vector<uint32_t> columns;  // [panels, kPairs, kPanel]
 };
 
@@ -50,8 +51,8 @@ void add_tile(const Job& job, const uint32_t* left, const uint32_t* right, int64
         for (auto& sum : line) sum = _mm512_setzero_ps();
     for (int64_t pair = 0; pair < job.pairs; ++pair, left += kPanel, right += kPanel) {
         const auto b0 = (__m512bh)_mm512_loadu_si512(right);
-        const auto b1 = (__m512bh)_mm512_loadu_si512(right + 16);
-        const auto b2 = (__m512bh)_mm512_loadu_si512(right + 32);
+        const auto b1 = (__m512bh)_mm512_loadu_si512(right + kVector);
+        const auto b2 = (__m512bh)_mm512_loadu_si512(right + 2 * kVector);
 #pragma GCC unroll 8
         for (int64_t i = 0; i < kRows; ++i) {
             const auto a = (__m512bh)_mm512_set1_epi32(static_cast<int>(left[i]));
@@ -63,10 +64,10 @@ void add_tile(const Job& job, const uint32_t* left, const uint32_t* right, int64
     const int64_t rows = std::min(kRows, job.width - row);
     for (int64_t i = 0; i < rows; ++i) {
         for (int64_t k = 0; k < 3; ++k) {
-            const int64_t left_over = job.width - column - 16 * k;
+            const int64_t left_over = job.width - column - kVector * k;
             if (left_over <= 0) break;
-            const __mmask16 mask = left_over >= 16 ? 0xFFFF : static_cast<__mmask16>((1U << left_over) - 1);
-            float* place = job.g + (row + i) * job.width + column + 16 * k;
+            const __mmask16 mask = left_over >= kVector ? 0xFFFF : static_cast<__mmask16>((1U << left_over) - 1);
+            float* place = job.g + (row + i) * job.width + column + kVector * k;
             _mm512_mask_storeu_ps(place, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, place), sums[i][k]));
         }
     }

@@ -1,7 +1,7 @@
-// NEON: 64-bit ARM. Sixteen lanes are four registers. Included once with and once without the dot product of ARMv8.2.
+// NEON, for 64-bit ARM. A vector of sixteen lanes is four registers. Included once with and once without the dot product of ARMv8.2.
 //
-// tbl looks up bytes in up to 64 of them and gives zero beyond; tbx leaves what lies beyond as it was, so larger tables take
-// several. Signed bytes are multiplied with signed ones: 128 is taken off the high part of a table, as in AVX2.
+// tbl looks up bytes in a table of up to 64 and gives zero for larger indices; tbx leaves a byte as it was there, so larger tables
+// take several look-ups. Both factors of a product are signed bytes: 128 is subtracted from the high half of a table, as in AVX2.
 #pragma once
 
 #include <arm_neon.h>
@@ -100,7 +100,7 @@ struct Neon {
     }
     static Ints dot(const Ints& sum, const Bytes& u, Activations a) {
         Bytes signs;
-        for (int i = 0; i < 4; ++i) signs.q[i] = veorq_u8(u.q[i], vdupq_n_u8(128));  // u - 128
+        for (int i = 0; i < 4; ++i) signs.q[i] = veorq_u8(u.q[i], vdupq_n_u8(kHighBias));  // u - 128
         return dot_small(sum, signs, a);
     }
 

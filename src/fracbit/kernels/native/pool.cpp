@@ -1,3 +1,4 @@
+// Threads of torch, threads of our own, and the choice between them: pool.h says why there are both.
 #include "pool.h"
 
 #include <algorithm>

@@ -1,3 +1,7 @@
+// Products of packed weights: jobs for the kernels, tasks for the threads, and calls from outside, in this order.
+//
+// Along in, a task is a number of rows, and all tasks read the same activations. Along out, a task lies inside one group of rows that
+// share scales: it folds the scales into activations of its own first.
 #include "product.h"
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// PackedWeight: what Python gives for a weight, checked part by part, and the calls on it.
 #include "python_weight.h"
 
 #include <utility>

@@ -1,3 +1,4 @@
+// Reads bytes in tasks: what a product would take if its arithmetic took no time.
 #include "read.h"
 
 #include <algorithm>

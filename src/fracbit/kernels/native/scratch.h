@@ -1,4 +1,4 @@
-// Memory for the length of a call: handed out piece by piece, kept for the next one.
+// Memory for one call: handed out piece by piece, and kept for the next call, since asking the system costs more than a small product.
 #pragma once
 
 #include <cstdint>
@@ -9,11 +9,14 @@
 
 namespace fracbit {
 
-inline int64_t aligned(int64_t floats) { return (floats + 15) / 16 * 16; }
+constexpr int64_t kAlignment = 64;  // bytes: a line of the cache, or a register of AVX-512
+constexpr int64_t kAlignedFloats = kAlignment / static_cast<int64_t>(sizeof(float));
+
+inline int64_t aligned(int64_t floats) { return (floats + kAlignedFloats - 1) / kAlignedFloats * kAlignedFloats; }
 
 class Scratch {
   public:
-    // `count` floats, aligned to 64 bytes, until the next reset.
+    // `count` floats, aligned, until the next reset.
     float* floats(int64_t count) {
         count = aligned(count);
         if (blocks_.empty() || used_ + count > size_) add(count);
@@ -38,13 +41,13 @@ class Scratch {
 
     void add(int64_t count) {
         size_ = count > kLeast ? count : kLeast;
-        auto* block = static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(size_) * sizeof(float)));
+        auto* block = static_cast<float*>(std::aligned_alloc(kAlignment, static_cast<size_t>(size_) * sizeof(float)));
         if (block == nullptr) throw std::bad_alloc();
         blocks_.emplace_back(block);
         used_ = 0;
     }
 
-    static constexpr int64_t kLeast = 1 << 12;
+    static constexpr int64_t kLeast = 1 << 12;  // floats: small calls fit into one block at once
     std::vector<std::unique_ptr<float, Free>> blocks_;
     int64_t size_ = 0, used_ = 0, all_ = 0;
 };

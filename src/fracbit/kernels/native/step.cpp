@@ -1,3 +1,4 @@
+// One step of a decoder, layer by layer: step.h says what it computes. Each product or attention is one job for the threads.
 #include "step.h"
 
 #include <algorithm>

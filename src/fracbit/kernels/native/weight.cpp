@@ -1,3 +1,4 @@
+// Checks and derives the parts of a packed weight: weight.h says what they are.
 #include "weight.h"
 
 #include <algorithm>

@@ -107,7 +107,7 @@ def packed_module(module: nn.Module, stored: StoredLayer) -> QuantLinear | Quant
 
 
 def tied_heads(model: PreTrainedModel, name: str) -> list[str]:
-    """The modules whose weight is that of the embedding table `name`."""
+    """The modules that share the weight of the embedding table `name`."""
     pairs = model.all_tied_weights_keys.items()
     return [head.removesuffix(".weight") for head, table in pairs if table == f"{name}.weight"]
 

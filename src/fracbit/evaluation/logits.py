@@ -1,7 +1,7 @@
 """From windows to rows of logits, in bounded memory.
 
 The logits of a large vocabulary are the largest tensor of an evaluation (2048 ids x 152 000 words are 1.2
-GB in fp32), so they are never all held in fp32: windows run in batches whose logits stay under
+GB in fp32), so they are never all held in fp32: windows run in batches with logits under
 `LOGIT_BYTES`, and everything that needs fp32 (log-softmax, divergence) sees `ROW_VALUES` values at a time.
 """
 
@@ -120,7 +120,7 @@ def row_chunks(rows: int, vocabulary: int) -> Iterator[slice]:
 def _run(model: PreTrainedModel, windows: Windowing, indices: Sequence[int]) -> Iterator[ScoredRows]:
     together = [windows.all[index] for index in indices]
     inputs = [windows.inputs(window) for window in together]
-    # Padding stands on the right: a causal model's predictions for the ids before it do not see it.
+    # Padding on the right: a causal model's predictions for the ids before it do not see it.
     padded = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True)  # [batch, length]
     logits = predict(model, padded)  # [batch, length, vocabulary]
     for row, (index, window) in enumerate(zip(indices, together, strict=True)):

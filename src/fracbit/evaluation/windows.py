@@ -90,7 +90,7 @@ class Windowing:
         return torch.cat([ids.new_tensor([self.protocol.bos]), ids])  # [length]
 
     def targets(self, window: Window) -> Tensor:
-        """The ids [scored] whose probability counts."""
+        """The ids [scored] that are scored."""
         return self.documents[window.document][window.end - window.scored : window.end]  # [scored]
 
 

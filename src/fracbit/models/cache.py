@@ -7,7 +7,7 @@ least `window` of them, stay in full precision:
     x ~ low + step * code,  step = (max - low) / (2^bits - 1),  code = round((x - low) / step),  low and step in 16 bits
 
 A token is rounded once, when it leaves the window, and never again. Attention reads floats: each layer's codes are decoded
-when that layer runs and the floats are dropped after it, so what is held over the whole context is the codes.
+when that layer runs and the floats are dropped after it, so that only codes are held over the whole context.
 Layers that do not grow with the context (sliding windows, recurrent states) stay as transformers has them.
 """
 

@@ -168,7 +168,7 @@ class QuantEmbedding(_PackedBuffers):
 
 
 class TiedHead(nn.Module):
-    """The output head of a model whose embeddings are quantized and tied: multiplies by the embedding's own bytes."""
+    """The output head of a model with quantized and tied embeddings: multiplies by the embedding's own bytes."""
 
     def __init__(self, embedding: QuantEmbedding) -> None:
         super().__init__()

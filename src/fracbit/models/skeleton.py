@@ -54,7 +54,7 @@ class Origin:
     half: Literal["first", "second"] | None = None
 
     def read(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The part of the tensor on disk that is meant, a view."""
+        """The part of the tensor on disk that this origin names, a view."""
         part = tensor if self.expert is None else tensor[self.expert]
         return part if self.half is None else part.chunk(2)[0 if self.half == "first" else 1]
 

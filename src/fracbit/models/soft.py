@@ -88,7 +88,7 @@ class SoftLinear(nn.Module):
         return nn.functional.linear(x.float(), self.weight(), self.bias).to(x.dtype)
 
     def packed(self) -> PackedTensor:
-        """The bytes that it stands for now."""
+        """The packed weight of its present values."""
         with torch.no_grad():
             table = self.table.detach().sort(dim=1).values  # [1 or out, levels]
             grid: Grid = with_table(self.base, table.half()) if self.table.requires_grad else self.base

@@ -74,7 +74,7 @@ class StoreLayer(DynamicLayer):
 
 
 class StoreCache(Cache):
-    """A KV cache for `model(past_key_values=...)` and `generate` of models whose layers all attend to everything.
+    """A KV cache for `model(past_key_values=...)` and `generate`, for models with full attention in all layers.
 
     `room`: tokens that fit before it has to grow. Sequences cannot be added to or taken from a batch once it holds some.
     """

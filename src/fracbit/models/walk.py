@@ -54,7 +54,7 @@ class Hidden:
 
     Attributes:
         states: [samples, tokens, width], in memory or mapped to a file (`spill.storage`).
-        index: number of the block at whose entrance they stand.
+        index: number of the block that they enter.
         batches: how the samples are cut, with the arguments of every block.
         tupled: whether the last block returned a tuple, which is how the model expects its states.
 

@@ -183,7 +183,7 @@ def codes_of(weight: Tensor, grid: Grid, first: int = 0, last: int | None = None
 
 
 def values_of(codes: Tensor, grid: Grid, first: int = 0, last: int | None = None) -> Tensor:
-    """Weights fp32 that `codes` [rows, in] (rows `first` to `last`) stand for."""
+    """Weights fp32 that `codes` [rows, in] of rows `first` to `last` stand for."""
     part = grid.table.rows(first, first + len(codes)).look_up(codes)  # [rows, in]
     part = part * spread(grid.scale, grid.shape, grid.scheme, first=first, last=last)  # [rows, in]
     if grid.shift is None:
@@ -451,7 +451,7 @@ def _weighted(x: Tensor, importance: Tensor | None, first: int, last: int | None
 
 
 def _inverse(scale: Tensor) -> Tensor:
-    """1 / scale; 0 for a block of zeros, whose weights then take the value nearest 0."""
+    """1 / scale; 0 for a block of zeros, so that its weights take the value nearest 0."""
     return torch.where(scale > 0, 1 / scale, 0.0)
 
 

@@ -1,7 +1,7 @@
 """The linear algebra of error feedback: how an error made in one input column should move the others.
 
 With H the (damped) Gram matrix of the inputs, a weight W quantized to Q costs tr((W - Q) H (W - Q)^T). Factor H = A A^T with A
-upper triangular: the cost is ||(W - Q) A||^2, whose column i is A_ii (q_i - t_i) with
+upper triangular: the cost is ||(W - Q) A||^2, and column i of (W - Q) A is A_ii (q_i - t_i) with
 
     t_i = w_i + sum_{j<i} (w_j - q_j) A_ji / A_ii.                                                      (1)
 

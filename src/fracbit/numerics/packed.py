@@ -116,7 +116,7 @@ def stored_bits(packed: PackedTensor) -> int:
 
 
 def decode(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight [out, in] that `packed` stands for, computed in fp32 and rounded once to `dtype`."""
+    """The decoded weight [out, in], computed in fp32 and rounded once to `dtype`."""
     quantized = packed.codes.new_empty(
         (packed.shape[0], packed.quantized_width), dtype=dtype
     )  # [out, quantized]

@@ -1,4 +1,4 @@
-"""`Stats`: what is known of the inputs of a linear layer. A commutative sum: the order of batches does not matter."""
+"""`Stats`: statistics of the inputs of a linear layer. A commutative sum: the order of batches does not matter."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The table of model families: one file each holds the data, one line here makes it known.
 
-Where a model type has variants, their order counts: the first whose conditions the config fits is taken.
+Where a model type has variants, their order counts: the first one with conditions that fit the config is taken.
 """
 
 from fracbit.models.families.bloom import BLOOM, BLOOM_POST_NORM

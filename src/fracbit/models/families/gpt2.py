@@ -1,4 +1,4 @@
-"""GPT-2: learned positions, LayerNorm, GELU; its linears are `Conv1D`, whose weight is stored [in, out]."""
+"""GPT-2: learned positions, LayerNorm, GELU; its linears are `Conv1D`, which stores its weight as [in, out]."""
 
 from fracbit.models.family import Family, Norm, Pair, Sublayer
 

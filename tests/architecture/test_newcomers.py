@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+import fracbit
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src/fracbit"
@@ -21,6 +24,12 @@ def test_the_commands_of_the_tutorial_run() -> None:
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_reference_begins_with_everything_that_the_package_offers() -> None:
+    page = (ROOT / "docs/api/fracbit.rst").read_text()
+    named = re.findall(r"^\.\. auto(?:function|class):: fracbit\.(\w+)$", page, re.MULTILINE)
+    assert sorted(named) == sorted(set(fracbit.__all__) - {"__version__"})
 
 
 def glossary() -> list[tuple[str, str]]:
@@ -56,6 +65,14 @@ def test_an_example_of_an_extension_applies(kind: str, diff: str) -> None:
     words = ["git", "apply", "--check", "-"]
     done = subprocess.run(words, cwd=ROOT, input=diff, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("kind", "diff"), example_diffs(), ids=[kind for kind, _ in example_diffs()])
+def test_what_an_example_imports_exists(kind: str, diff: str) -> None:
+    new = {path.replace("/", ".") for path in re.findall(r"^\+\+\+ b/src/(\S+)\.py", diff, re.MULTILINE)}
+    for module, names in re.findall(r"^\+from (fracbit\.\S+) import (.+)$", diff, re.MULTILINE):
+        for name in names.split(", "):
+            assert module in new or hasattr(importlib.import_module(module), name), f"{module} has no {name}"
 
 
 def test_there_is_an_example_for_every_kind() -> None:

@@ -248,10 +248,10 @@ def test_planted_outliers_break_int8_activations(files: Path) -> None:
         (["plan", "MODEL", "--average-bits", "3", "--score", "limm"], "did you mean 'lim'"),
         (["plan", "MODEL", "--average-bits", "3", "--picture", "plan.jpeg2"], "not a kind of picture"),
         (["plan", "MODEL", "--average-bits", "3", "--text", "a.u16", "--held-out", "a.u16"], "would flatter"),
-        (["plan", "MODEL", "--average-bits", "3", "-o", "gone/plan.toml"], "gone"),
+        (["plan", "MODEL", "--average-bits", "3", "-o", "gone/plan.toml"], "gone is not a folder"),
         (["score", "MODEL", "--method", "lim"], "reads text"),
-        (["score", "MODEL", "-o", "gone/scores.json"], "gone"),
-        (["lens", "MODEL", "--text", "TEXT", "--scores", "gone/lens.json"], "gone"),
+        (["score", "MODEL", "-o", "gone/scores.json"], "gone is not a folder"),
+        (["lens", "MODEL", "--text", "TEXT", "--scores", "gone/lens.json"], "gone is not a folder"),
         (
             ["quantize", "MODEL", "-o", "x", "--average-bits", "3", *settings("spending.score=lim")],
             "score lim reads text",

@@ -297,7 +297,7 @@ def test_weights_that_are_not_numbers_are_refused(bad: float) -> None:
 
 
 def test_a_scale_that_does_not_fit_names_the_remedy() -> None:
-    with pytest.raises(WeightError, match="scale bf16 or fp32"):
+    with pytest.raises(WeightError, match=r"scheme\.scale bf16 or fp32"):
         quantize_tensor(torch.full((2, 4), 1e6), Scheme(scale="fp16"))
     tiny = torch.full((2, 64), 1e-9)
     assert isinstance(scales := quantize_tensor(tiny, Scheme("nf", 4, scale="fp16")).scales, torch.Tensor)

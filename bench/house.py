@@ -54,7 +54,9 @@ def measure(root: Path) -> dict[str, object]:
         "shape notes per 1000 lines": round(1000 * notes / lines, 1),
         "import contracts": len(contracts(root)),
         "quantize a layer": modules_calling(names, QUANTIZING, ABOVE),
-        "load a float model": modules_calling(names, {"load"}, ABOVE, ("pipeline/serve", "pipeline/bench")),
+        "load a float model": modules_calling(
+            names, {"load", "load_opened"}, ABOVE, ("pipeline/serve", "pipeline/bench")
+        ),
         "prepare a source": modules_calling(names, {"skeleton"}, ("checkpoint", *ABOVE)),
         "files of an extension": extensions(root),
     }

@@ -70,13 +70,13 @@ def float_nll(where: Bed) -> float:
 
 
 def trial(
-    where: Bed, scheme: Scheme, fill: str, look: Callable[[Path], Row] | None = None, **plan: Any
-) -> Row:
-    """Quantize, evaluate: the row of one run, and what `look` finds in the checkpoint."""
+    where: Bed, scheme: Scheme, fill: str, look: Callable[[Path], Row] | None = None, columns: float = 0, **plan: Any
+) -> Row:  # fmt: skip
+    """Quantize, evaluate: the row of one run, and what `look` finds in the checkpoint; `columns`: a share in 16 bits."""
     settings = {"texts": (where.calibration,), "samples": SAMPLES, "length": LENGTH, "dtype": "float32"}
     recipe = Recipe(
         model=str(where.folder), scheme=scheme, quantizer=fill, search=fill == "descent",
-        calibration=Calibration(**settings | plan),
+        calibration=Calibration(**settings | plan), outliers=f"cost:{columns}" if columns else None,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "q"
@@ -91,8 +91,7 @@ def trial(
 
 
 def manifest(folder: Path) -> Row:
-    found: Row = json.loads((folder / "fracbit.json").read_text())
-    return found
+    return json.loads((folder / "fracbit.json").read_text())
 
 
 def int_z(bits: int, axis: str = "in", block: int = 64) -> Scheme:
@@ -156,7 +155,7 @@ def iterations(where: Bed) -> Iterator[Row]:
         def repeated(block: Any, family: Any, evidence: Any, lr: float, passes: int = passes) -> None:
             once(block, family, replace(evidence, train=list(evidence.train) * passes), lr)
 
-        changed = {"distance": distances[distance], "LEARNING_RATE": factor * rate, "adam": repeated}
+        changed = {"distance": distances[distance], "LEARNING_RATE": factor * rate, "fit_by_adam": repeated}
         with mock.patch.multiple(tweaking, **changed):
             row = trial(where, int_z(2), "gptq", tweak="adam")
         share = round(1 - row["gap"] / without["gap"], 4)
@@ -258,7 +257,8 @@ def tables(where: Bed) -> Iterator[Row]:
 def columns(where: Bed) -> Iterator[Row]:
     """Columns in 16 bits beside the same bits spent on smaller blocks."""
     for bits in (2, 3):
-        yield from (trial(where, int_z(bits), "descent", outliers=share) for share in (0.0, 0.02, 0.05, 0.1))
+        for share in (0.0, 0.02, 0.05, 0.1):
+            yield trial(where, int_z(bits), "descent", columns=share) | {"outliers": share}
         yield from (trial(where, int_z(bits, block=block), "descent") for block in (32, 16))
 
 

@@ -75,8 +75,7 @@ def rows_of(
     if ran.status:
         print(f"{peer}: did not run (exit status {ran.status})", flush=True)
         return []
-    found: list[Row] = json.loads(ran.printed.splitlines()[-1])
-    return found
+    return json.loads(ran.printed.splitlines()[-1])
 
 
 def quantize_with(

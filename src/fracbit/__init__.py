@@ -80,7 +80,8 @@ class _Registrar(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def _register() -> None:
-    importlib.import_module("fracbit.checkpoint.hf").register()
+    """The module registers at its end; where it is what is being imported, that is still to come."""
+    importlib.import_module("fracbit.checkpoint.hf")
 
 
 if _HOOKED in sys.modules:

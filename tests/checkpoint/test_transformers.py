@@ -141,3 +141,19 @@ def test_pipelines(tmp_path: Path) -> None:
     alone = writer(prompt, **how)[0]["generated_text"]
     assert alone == tokenizer.decode(expected, skip_special_tokens=True)
     assert [found[0]["generated_text"] for found in writer([prompt, prompt], **how)] == [alone, alone]
+
+
+@pytest.mark.parametrize(
+    "first", ["fracbit", "fracbit.checkpoint.hf", "fracbit.checkpoint.load", "transformers.quantizers.auto"]
+)
+def test_whatever_is_imported_first_fracbit_is_registered_once(first: str) -> None:
+    code = (
+        f"import {first}, fracbit; from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as found; "
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code + "assert 'fracbit' in found"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

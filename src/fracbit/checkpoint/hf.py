@@ -122,3 +122,6 @@ def register() -> None:
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(QUANT_METHOD)(FracbitConfig)
         register_quantizer(QUANT_METHOD)(FracbitQuantizer)
+
+
+register()

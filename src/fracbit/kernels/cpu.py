@@ -159,7 +159,11 @@ def _by_tiles(prepared: CpuWeight, x: Tensor, y: Tensor) -> Tensor:
     for first in range(0, prepared.rows, step):
         part = tile[: prepared.rows - first]  # [rows, in]
         prepared.weight.decode(first, part, torch.get_num_threads())
-        y[:, first : first + step] = exact @ part.T
+        target = y[:, first : first + step]  # [n, rows]
+        if target.dtype == exact.dtype:
+            torch.mm(exact, part.T, out=target)
+        else:
+            target.copy_(exact @ part.T)
     return y
 
 

@@ -10,19 +10,19 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import fracbit
-from extensions import ALTERNATING, NOTE, SQUARES
+from extensions import ALTERNATING, NOTE
 from families import tiny_llama
 from fracbit.cli import app
-from fracbit.numerics import DATATYPES, decode
+from fracbit.numerics import decode
 from fracbit.perturbation import perturb
 from fracbit.records import tables
 from fracbit.records.calibration import Calibration
-from fracbit.records.scheme import DATATYPE_NAMES
 from fracbit.sweeps.spec import expand, read_sweep
 from outputs import manifest
 from texts import write_ids
 
 LINES = {
+    "DATATYPES": {"squares": "extensions:SQUARES"},
     "QUANTIZERS": {"noted": "extensions:Noted"},
     "COLUMN_RULES": {"leftmost": "extensions:LEFTMOST"},
     "TRANSFORMS": {"zebra": "extensions:ZEBRA"},
@@ -39,9 +39,6 @@ def extended(monkeypatch: pytest.MonkeyPatch) -> None:
     for table, lines in LINES.items():
         for name, place in lines.items():
             monkeypatch.setitem(getattr(tables, table).entries, name, place)
-    monkeypatch.setitem(DATATYPES, "squares", SQUARES)
-    # The one kind of two lines: its name stands in records/scheme.py too, where the command line reads it without torch.
-    monkeypatch.setattr("fracbit.cli.names.DATATYPE_NAMES", (*DATATYPE_NAMES, "squares"))
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import pytest
 
 from fracbit.kernels import KERNELS
 from fracbit.models.families import FAMILIES
-from fracbit.numerics import DATATYPES
 from fracbit.records import tables
 from fracbit.records.tables import Table
 from source import MODULES, attributes_of, module_name, relative, room_of, tree
@@ -85,7 +84,6 @@ def table_objects() -> Iterator[tuple[str, Any]]:
         yield from ((table, found) for _, found in entries.items())
     yield from (("FAMILIES", family) for family in FAMILIES)
     yield from (("KERNELS", kernel) for kernel in KERNELS)
-    yield from (("DATATYPES", maker) for maker in DATATYPES.values())
 
 
 def table_classes() -> dict[str, str]:

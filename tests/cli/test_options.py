@@ -429,9 +429,6 @@ def test_names_known_to_the_command_line_are_those_of_the_rooms() -> None:
     from fracbit.checkpoint.load import DTYPES
     from fracbit.cli.names import ACTIVATIONS, FLOAT_TYPES
     from fracbit.kernels import Activations
-    from fracbit.numerics import DATATYPES
-    from fracbit.records.scheme import DATATYPE_NAMES
 
-    assert set(DATATYPES) == set(DATATYPE_NAMES)
     assert set(DTYPES) == set(FLOAT_TYPES)
     assert set(ACTIVATIONS) == set(typing.get_args(Activations))

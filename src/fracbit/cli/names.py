@@ -8,9 +8,9 @@ from pathlib import Path
 from fracbit.errors import RecipeError, SchemeError, near_matches
 from fracbit.records.allocation import read_level
 from fracbit.records.recipe import Recipe
-from fracbit.records.scheme import DATATYPE_NAMES, Scheme
+from fracbit.records.scheme import Scheme
 from fracbit.records.spending import Spending
-from fracbit.records.tables import PERTURBATIONS, QUANTIZERS, SCORES
+from fracbit.records.tables import DATATYPES, PERTURBATIONS, QUANTIZERS, SCORES
 
 FLOAT_TYPES = ("auto", "float32", "bfloat16", "float16", "float64")  # as checkpoint/load.py takes them
 ACTIVATIONS = ("float", "int8")  # as kernels take them
@@ -46,9 +46,8 @@ def check_errors(kinds: Sequence[str]) -> None:
 
 def check_dtype(scheme: Scheme | None) -> None:
     """Raises `SchemeError` for a scheme of an unknown data type."""
-    name = "" if scheme is None else scheme.dtype.partition(":")[0]
-    if scheme is not None and name not in DATATYPE_NAMES:
-        raise SchemeError(f"unknown data type {name!r}; {near_matches(name, DATATYPE_NAMES)}")
+    if scheme is not None:
+        DATATYPES.check(scheme.dtype.partition(":")[0])
 
 
 def check_types(dtype: str, activations: str = "float") -> None:

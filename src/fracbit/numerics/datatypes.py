@@ -1,6 +1,7 @@
 """Data types: tables of numbers in [-1, 1]. An integer grid and a learned codebook are the same thing.
 
-A type is made from (bits, parameter, full range or symmetric) or fitted to a tensor; no other code branches on its name.
+A type is made from (bits, parameter, full range or symmetric) or fitted to a tensor; no code branches on its name. The table of
+types is in records/tables.py.
 Values are ascending, and `boundaries[j]` separates code j from code j + 1. For every type but `power` the boundaries are
 midpoints, so encoding is rounding to the nearest value; `power` rounds in its transformed space, as its paper does.
 
@@ -23,15 +24,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fracbit.errors import SchemeError, near_matches
+from fracbit.errors import SchemeError
+from fracbit.records import tables
 from fracbit.records.scheme import Scheme
+from fracbit.records.tables import Table
 
 FIT_SAMPLE = 1 << 20  # a quantile of a million values is known to 0.1 %; sorting more buys nothing
 MANY = 1 << 12  # for fewer numbers cells are not worth making
 MOST_CELLS = 1 << 16
 LLOYD_STEPS = 60
 EXPONENTS = ("0.2", "0.25", "1/3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9", "1")
-SEARCHED = "fit"
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,20 +142,20 @@ class Fit(Protocol):
 
 @dataclass(frozen=True)
 class DataTypeMaker:
-    """One line of the table.
+    """How a data type is made: what its line in the table names.
 
-    `make(bits, parameter, full)` makes a fixed type, `fit` the values of one that looks at the tensor. A type with both is
-    fitted when its parameter is `SEARCHED`.
+    `make(bits, parameter, full)` makes a fixed type, `fit` the values of one that looks at the tensor. `parameters` are those
+    that `fit` takes besides none; a type with both is fitted when it has one of them.
     """
 
     min_bits: int
     make: Callable[[int, str, bool], DataType] | None = None
     fit: Fit | None = None
-    parameters: str = "none"
+    parameters: tuple[str, ...] = ()
 
     def fits(self, parameter: str) -> bool:
         """Whether the type with this parameter looks at the tensor."""
-        return self.fit is not None and (self.make is None or parameter == SEARCHED)
+        return self.fit is not None and (self.make is None or parameter in self.parameters)
 
 
 def make_int(bits: int, parameter: str, full: bool) -> DataType:
@@ -263,24 +265,21 @@ def fit_kmeans(x: Tensor, weights: Tensor, scales: Tensor, *, bits: int, paramet
     return torch.cat([_lloyd(x[i : i + 256], weights[i : i + 256], 2**bits) for i in runs])
 
 
-DATATYPES: dict[str, DataTypeMaker] = {
-    "int": DataTypeMaker(1, make=make_int),
-    "float": DataTypeMaker(2, make=make_float, parameters="ExMy, such as e3m0"),
-    "dynamic": DataTypeMaker(2, make=make_dynamic),
-    "quantile": DataTypeMaker(2, fit=fit_quantile),
-    "nf": DataTypeMaker(2, make=make_nf),
-    "power": DataTypeMaker(2, make=make_power, fit=fit_power, parameters="an exponent, such as 1/2, or fit"),
-    "kmeans": DataTypeMaker(1, fit=fit_kmeans, parameters="tensor or row"),
-}
+INT = DataTypeMaker(1, make=make_int)
+FLOAT = DataTypeMaker(2, make=make_float)
+DYNAMIC = DataTypeMaker(2, make=make_dynamic)
+QUANTILE = DataTypeMaker(2, fit=fit_quantile)
+NORMAL_FLOAT = DataTypeMaker(2, make=make_nf)
+POWER = DataTypeMaker(2, make=make_power, fit=fit_power, parameters=("fit",))
+KMEANS = DataTypeMaker(1, fit=fit_kmeans, parameters=("tensor", "row"))
+DATATYPES: Table[DataTypeMaker] = tables.DATATYPES
 
 
 @lru_cache(maxsize=4096)
 def check_datatype(scheme: Scheme) -> DataTypeMaker:
     """The maker of the scheme's data type. Raises `SchemeError` with near matches, or when the bits make no sense for it."""
     name, _, parameter = scheme.dtype.partition(":")
-    maker = DATATYPES.get(name)
-    if maker is None:
-        raise SchemeError(f"unknown data type {name!r}; {near_matches(name, DATATYPES)}")
+    maker = DATATYPES.load(name)
     if scheme.bits < maker.min_bits:
         raise SchemeError(f"data type {name} needs at least {maker.min_bits} bits, got {scheme.bits}")
     if maker.make is not None and not maker.fits(parameter):
@@ -289,8 +288,9 @@ def check_datatype(scheme: Scheme) -> DataTypeMaker:
         raise SchemeError(
             f"data type {name} is fitted after the offset is known; use offset float or none, not zero"
         )
-    elif maker.make is None and (parameter not in ("", "tensor", "row") or (parameter and name != "kmeans")):
-        raise SchemeError(f"data type {name} takes the parameter {maker.parameters}, got {parameter!r}")
+    elif parameter not in ("", *maker.parameters):
+        takes = f"the parameter {' or '.join(maker.parameters)}" if maker.parameters else "no parameter"
+        raise SchemeError(f"data type {name} takes {takes}, got {parameter!r}")
     if isinstance(scheme.scale, Scheme):
         check_datatype(scheme.scale)
     return maker
@@ -321,7 +321,7 @@ def fit_table(scheme: Scheme, x: Tensor, weights: Tensor, scales: Tensor) -> Ten
 @lru_cache(maxsize=256)
 def _fixed(dtype: str, bits: int, full: bool) -> DataType:
     name, _, parameter = dtype.partition(":")
-    maker = DATATYPES[name] if name in DATATYPES else check_datatype(Scheme(dtype, bits))
+    maker = DATATYPES.load(name)
     if maker.make is None or maker.fits(parameter):
         raise SchemeError(f"data type {dtype} is fitted to each tensor: it has no table of its own")
     return maker.make(bits, parameter, full)

@@ -17,8 +17,6 @@ from fracbit.errors import SchemeError, near_matches
 Axis = Literal["in", "out"]
 Offset = Literal["none", "zero", "float", "mean"]
 FLOAT_SCALES = ("fp32", "fp16", "bf16")
-DATATYPE_NAMES = ("int", "float", "dynamic", "quantile", "nf", "power", "kmeans")
-"""The names in numerics/datatypes.py, where each is made; here so that a name can be checked without torch."""
 _NAMED_BLOCKS = ("row", "tensor")
 _FLAT = re.compile(r"flat:([1-9]\d*)")
 _SCALE_SHORTHAND = re.compile(r"([a-z]+)([1-8]):([1-9]\d*)")

@@ -1,10 +1,10 @@
-"""The tables of everything that has a name, on one page: quantizers, column rules, transforms, corrections, scores, ...
+"""The tables of everything that has a name, on one page: data types, quantizers, column rules, transforms, scores, ...
 
 A `Table` says where the object of each name lives and imports it when it is asked for. So a recipe or a command line can check
 a name, and list all names, without torch. To add an entry, write its file and one line here; the law tests then hold it to the
 laws of its kind.
 
-Data types, model families and kernels have tables of their own in their rooms: a lookup there needs the objects themselves.
+Model families and kernels have tables of their own in their rooms: a lookup there needs the objects themselves.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Generic, TypeVar
 
-from fracbit.errors import RecipeError, near_matches
+from fracbit.errors import FracbitError, RecipeError, SchemeError, near_matches
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Table(Generic[T]):
-    """Names and where their objects live: `entries` maps a name to "module:attribute". `kind` is what a message calls an entry.
+    """Names and where their objects live: `entries` maps a name to "module:attribute". `kind` is what a message calls an entry,
+    `error` what an unknown name raises.
 
     Iteration, `len` and `in` look at names alone; `table[name]` and `items` import.
     """
 
     kind: str
     entries: Mapping[str, str]
+    error: type[FracbitError] = RecipeError
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -35,13 +37,13 @@ class Table(Generic[T]):
         return tuple(self.entries)
 
     def check(self, name: str) -> str:
-        """The name itself where the table has it; nothing is imported. Raises `RecipeError` with near matches."""
+        """The name itself where the table has it; nothing is imported. Raises `error` with near matches."""
         if name not in self.entries:
-            raise RecipeError(f"unknown {self.kind} {name!r}; {near_matches(name, self.entries)}")
+            raise self.error(f"unknown {self.kind} {name!r}; {near_matches(name, self.entries)}")
         return name
 
     def load(self, name: str) -> T:
-        """The object called `name`. Raises `RecipeError` with near matches."""
+        """The object called `name`. Raises `error` with near matches."""
         module, _, attribute = self.entries[self.check(name)].partition(":")
         found: T = getattr(import_module(module), attribute)
         return found
@@ -64,6 +66,20 @@ class Table(Generic[T]):
 
 
 # Their rooms give these tables their types: `fracbit.quantizers.QUANTIZERS` is a `Table[Callable[[bool], Quantizer]]`.
+
+DATATYPES: Table[Any] = Table(
+    "data type",
+    {
+        "int": "fracbit.numerics.datatypes:INT",
+        "float": "fracbit.numerics.datatypes:FLOAT",
+        "dynamic": "fracbit.numerics.datatypes:DYNAMIC",
+        "quantile": "fracbit.numerics.datatypes:QUANTILE",
+        "nf": "fracbit.numerics.datatypes:NORMAL_FLOAT",
+        "power": "fracbit.numerics.datatypes:POWER",
+        "kmeans": "fracbit.numerics.datatypes:KMEANS",
+    },
+    SchemeError,
+)
 
 QUANTIZERS: Table[Any] = Table(
     "quantizer",

@@ -282,7 +282,7 @@ def _calibrated(sweep: Sweep, point: Mapping[str, Any]) -> Calibration:
 def _check_names(arm: Arm, index: int, path: Path, text: str) -> None:
     """A misspelt name is an error, where a combination that cannot exist is only left out."""
     tables: dict[str, tuple[tuple[str, ...], Collection[str]]] = {
-        "dtypes": (tuple(dtype.split(":", 1)[0] for dtype in arm.dtypes), DATATYPES),
+        "dtypes": (tuple(dtype.split(":", 1)[0] for dtype in arm.dtypes), DATATYPES.entries),
         "quantizers": (arm.quantizers, QUANTIZERS.entries),
         "chains": (arm.chains, {"quantized": 0, "float": 0}),
         "transforms": (_parts(arm.transforms), {"none": 0, **TRANSFORMS.entries}),

@@ -92,7 +92,8 @@ def sweep(
 
         check_address(address)  # before anything slow is imported
     from fracbit.sweeps.parquet import export_parquet, import_parquet
-    from fracbit.sweeps.runner import check_complete, run_sweep
+    from fracbit.sweeps.runner import check_complete
+    from fracbit.sweeps.runner import sweep as measure
     from fracbit.sweeps.spec import expand, read_sweep
     from fracbit.sweeps.store import open_store, shown
 
@@ -107,11 +108,13 @@ def sweep(
         engine = _on_ray(root, address, workers, cpus, gpus, memory, retries, keep_going)
     else:
         engine = _here(root, device, keep_going)
-    with open_store(store) as opened:
-        if imported is not None:
-            opened.add(import_parquet(imported))
-        outcome = run_sweep(opened, expansion.runs, engine, None if json or quiet else _show, retry_failed)
-        if export is not None:
+    known = () if imported is None else import_parquet(imported)
+    show = None if json or quiet else _show
+    outcome = measure(
+        read, store, root=root, engine=engine, retry_failed=retry_failed, known=known, progress=show
+    )
+    if export is not None:
+        with open_store(store) as opened:
             export_parquet(opened.rows(), export)
     failed = [{"key": row.key, "label": str(row.run), "error": row.error} for row in outcome.failed]
     if json:

@@ -111,7 +111,7 @@ def label(run: Run) -> str:
     parts += ["search"] if recipe.search else []
     parts += [str(recipe.outliers)] if recipe.outliers else []
     if calibration is not None:
-        parts += ["float chain"] if calibration.chain == "float" and recipe.quantizer != "rtn" else []
+        parts += ["float chain"] if calibration.chain == "float" else []
         parts += [*calibration.transforms, *([calibration.inputs] if calibration.inputs else [])]
         parts += [f"tweak-{calibration.tweak}"] if calibration.tweak != "none" else []
     return " ".join(parts)

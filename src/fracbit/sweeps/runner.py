@@ -1,13 +1,13 @@
-"""`run_sweep`: measure what a store lacks, one claim at a time, with an engine of choice.
+"""`run_sweep`: measure the runs that a store lacks, one claim at a time, with a given engine.
 
-The driver owns the store: engines hand rows to it, it writes each as it comes. So whatever dies, driver or worker, loses the
-runs in flight and nothing else, and what was stored is never measured again.
+The driver owns the store: it writes each row as soon as the engine returns it. If the driver or a worker dies, only the
+current runs are lost, and stored runs are never measured again.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -21,11 +21,11 @@ from fracbit.sweeps.store import Store, open_store
 
 POLL = 1.0
 OnRow = Callable[[Row, int, int], None]
-"""Called after every row with it, the number of rows that are there and of runs in all."""
+"""Called after every row with the row, the number of stored rows and the number of all runs."""
 
 
 class Engine(Protocol):
-    """Does the runs of a queue. One method."""
+    """Measures the runs of a queue."""
 
     def measure(
         self, queue: Queue[Workload], runs: dict[str, Run], claim: Callable[[str], bool]
@@ -52,17 +52,19 @@ def sweep(
     engine: Engine | None = None,
     retry_failed: bool = False,
     keep_going: bool = False,
+    known: Iterable[Row] = (),
     progress: OnRow | Literal["auto"] | None = "auto",
 ) -> Outcome:
-    """Measure every run of a sweep that the store lacks: a sweep file (TOML), or a `Sweep`. Started again, it goes on.
+    """Measure every run of a sweep (a TOML file or a `Sweep`) that the store lacks. Call it again to continue.
 
     - `store`: an SQLite file, or postgresql://USER@HOST/NAME. `root`: where relative paths of the sweep start; by default the
       folder of its file, or the current one.
-    - `engine`: who measures; by default this process, one run after the other. `keep_going`: without an engine, a bug of
+    - `engine`: what measures; by default this process, one run after another. `keep_going`: without an engine, a bug of
       fracbit becomes a failed row instead of ending the sweep.
-    - `retry_failed` tries failed runs again. `progress` is called after every row; "auto" is a bar where the sweep runs.
+    - `retry_failed` tries failed runs again. `known`: rows that the store takes over first, such as those of another store
+      (sweeps/parquet.py). `progress` is called after every row; "auto" is a bar where the sweep runs.
 
-    Raises `RecipeError` for a file that is no sweep, `OutputError` when the store cannot be written.
+    Raises `RecipeError` for a file that is not a sweep, `OutputError` when the store cannot be written.
     """
     read = file if isinstance(file, Sweep) else read_sweep(Path(file))
     folder = Path.cwd() if isinstance(file, Sweep) else Path(file).parent
@@ -70,6 +72,7 @@ def sweep(
     place = Path(root) if root is not None else (folder / read.root).resolve()
     used = engine or InProcess(place, keep_going=keep_going)
     with open_store(str(store)) as opened, showing("auto" if progress == "auto" else None) as show:
+        opened.add(known)
         on_row = None if show is None else lambda row, done, total: show(str(row.run), done, total)
         return run_sweep(opened, runs, used, on_row if progress == "auto" else progress, retry_failed)
 
@@ -81,7 +84,7 @@ def run_sweep(
     progress: OnRow | None = None,
     retry_failed: bool = False,
 ) -> Outcome:
-    """Measure every one of the `wanted` runs that the store lacks; returns when all are there, whoever measured them.
+    """Measure the `wanted` runs that the store lacks; returns when all are stored, by this driver or another.
 
     `retry_failed` tries failed runs again. Raises `OutputError` when the store cannot be written any more.
     """
@@ -100,7 +103,7 @@ def run_sweep(
             if progress is not None:
                 progress(row, len(runs) - len(missing) + measured - before, len(runs))
         if measured == before:
-            time.sleep(POLL)  # another sweep is at what is left
+            time.sleep(POLL)  # another sweep is measuring the rest
     there = {row.key: row for row in store.rows("failed")}
     failed = tuple(there[key] for key in runs if key in there)  # in the order of the sweep
     return Outcome(len(runs), measured, failed, time.perf_counter() - started)
@@ -112,7 +115,7 @@ def _missing(store: Store, runs: Mapping[str, Run]) -> dict[str, Run]:
 
 
 def check_complete(outcome: Outcome) -> str:
-    """The closing list of failed runs, those of one reason together; "" when there are none."""
+    """The final list of failed runs, grouped by reason; "" when there are none."""
     if not outcome.failed:
         return ""
     reasons: dict[str, list[str]] = {}

@@ -33,7 +33,15 @@ def name_of(row: Row) -> str:
 def kind_of(row: Row) -> str:
     """The data type, and everything that sets a run apart but bits and block."""
     part = fit.slice_of(row)
-    words = (part.dtype, part.offset, part.axis, part.quantizer, "search" * part.search, part.correction)
+    words = (
+        part.dtype,
+        part.offset,
+        part.axis,
+        part.quantizer,
+        "search" * part.search,
+        part.correction,
+        "float-chain" * (part.chain == "float"),
+    )
     return " ".join(word for word in (*words, part.outliers) if word not in ("", "none", "in", "rtn"))
 
 
@@ -156,7 +164,11 @@ def main() -> None:
     by(study, ["float", "float:e2m0", "float:e3m0"], (3, 4), "64", "float splits")
     blocks(study, ["int", "nf", "float"], (3, 4))
     for share, dtype in product(("0.02", "0.05"), ("int", "nf")):
-        columns = [dtype, *(f"{dtype} {chosen}:{share}" for chosen in ("random", "proxy", "activation"))]
+        columns = [
+            dtype,
+            *(f"{dtype} {chosen}:{share}" for chosen in ("random", "proxy")),
+            f"{dtype} float-chain activation:{share}",
+        ]
         by(study, columns, (2, 3, 4), "64", f"16-bit columns, {share}")
     widths = ((model, study.width(model, kind, 3))
               for model in MODELS for kind in ("int", "int proxy:0.02", "int proxy:0.05"))  # fmt: skip
@@ -164,10 +176,12 @@ def main() -> None:
     by(study, ["int", "int mean", "nf", "nf mean"], (2, 3, 4, 5), "64", "centering")
     by(study, ["int", "int out", "nf", "nf out"], (2, 3, 4), "64", "axis, block 64")
     by(study, ["int", "int search", "nf", "nf search"], (2, 3, 4), "64", "searched ranges")
-    tweaks = ["", " tweak-closed", " tweak-adam", " tweak-auto"]
-    corrected = [f"int zero{name}{how}" for name in ("", " gptq") for how in tweaks]
-    corrected += ["int zero descent search", "int zero descent search tweak-auto"]
-    by(study, corrected, (2, 3, 4), "64", "quantizers and corrections")
+    tweaks = ["", " closed", " adam", " auto"]
+    for chain in ("", " float-chain"):
+        corrected = [f"int zero{name}{how}" for name in ("", " gptq") for how in tweaks]
+        corrected += ["int zero descent search", "int zero descent search auto"]
+        chained = [kind if kind == "int zero" else kind + chain for kind in corrected]
+        by(study, chained, (2, 3, 4), "64", f"quantizers and corrections{chain}")
     fronts(study, MODELS[:4], "front of the stories")
     fronts(study, MODELS[4:], "front of the bundled model")
     accuracies(study)

@@ -58,6 +58,17 @@ def test_equals_the_papers_algorithm():
     assert (decode(found.packed) - expected).abs().max() < step * 1e-3
 
 
+@pytest.mark.parametrize("offset", ["none", "zero", "float"])
+@pytest.mark.parametrize("block", [16, "row", "tensor", "flat:8", "flat:28", "flat:56", "flat:24", "flat:112"])
+def test_descent_is_not_worse_than_gptq_whatever_the_block(block: int | str, offset: str):
+    """Flat blocks that divide a row, are a row, span rows, and cross them."""
+    weight, stats = matrix(40, 56), inputs(56)
+    scheme = Scheme("int", 3, block, offset=offset)
+    found = [Gptq(rounds=rounds)(weight, scheme, stats).packed for rounds in (0, 3)]
+    once, refined = (cost(weight, decode(packed), stats.gram) for packed in found)
+    assert refined <= once * (1 + 1e-5)
+
+
 @pytest.mark.parametrize("axis", ["in", "out"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_never_worse_than_nearest_from_three_bits(dtype: str, axis: str):

@@ -40,8 +40,9 @@ def refit_scales(weight: Tensor, gram: Tensor, grid: Grid, codes: Tensor) -> Gri
         solve = _band_systems
     scale, shift = solve(weight, gram, units, grid, with_shift=with_shift)
     # Rounded to what is stored, and kept where that is better.
-    scale = torch.where(scale > 0, scale.view(grid.scale.shape), grid.scale)
-    shift = None if shift is None else shift.view(grid.scale.shape)
+    scale = scale.reshape(grid.scale.shape)  # [per block]
+    scale = torch.where(scale > 0, scale, grid.scale)
+    shift = None if shift is None else shift.reshape(grid.scale.shape)
     return _better(weight, gram, codes, grid, candidate=moved(grid, scale, shift))
 
 
@@ -65,7 +66,7 @@ def refit_table(weight: Tensor, gram: Tensor, grid: Grid, codes: Tensor) -> tupl
         left, right = left.sum(0, keepdim=True), right.sum(0, keepdim=True)  # one table for all rows
     table = _solve(left, right, grid.table.values).half()  # [1 or out, levels]
     # A stored table ascends: the codes follow their values to the new places.
-    table, places = table.sort(dim=1, stable=True)
+    table, places = table.sort(dim=1, stable=True)  # [1 or out, levels] each
     renumber = places.argsort(dim=1).expand(len(codes), -1)  # [out, levels]
     renamed = renumber.gather(1, index).to(torch.uint8)  # [out, in]
     # Kept where it costs less: as a whole, or row by row where rows have tables of their own.
@@ -74,7 +75,7 @@ def refit_table(weight: Tensor, gram: Tensor, grid: Grid, codes: Tensor) -> tupl
     if len(table) == 1:
         return (candidate, renamed) if float(new.sum()) < float(old.sum()) else (grid, codes)
     take = (new < old)[:, None]  # [out, 1]
-    table = torch.where(take, table, grid.stored_table)
+    table = torch.where(take, table, grid.stored_table)  # [out, levels]
     return with_table(grid, table), torch.where(take, renamed, codes)
 
 
@@ -101,7 +102,7 @@ def _row_systems(
         [torch.cat([left, across], 2), torch.cat([across.mT, ones], 2)], 1
     )  # [out, 2 blocks, 2 blocks]
     right = torch.cat([right, _block_sums(desired, block)], 1)  # [out, 2 blocks]
-    found = _solve(left, right, torch.cat([old, grid.shift.view(rows, -1)], 1))
+    found = _solve(left, right, torch.cat([old, grid.shift.view(rows, -1)], 1))  # [out, 2 blocks]
     return found[:, : old.shape[1]], found[:, old.shape[1] :]
 
 
@@ -124,11 +125,11 @@ def _band_systems(
             left = torch.cat(
                 [torch.cat([left, across], 1), torch.cat([across.T, gram * len(part)], 1)]
             )  # [2 in, 2 in]
-            right, old = torch.cat([right, desired.sum(0)]), torch.cat([old, grid.shift[band]])
-        found = _solve(left[None], right[None], old[None])[0]
+            right, old = torch.cat([right, desired.sum(0)]), torch.cat([old, grid.shift[band]])  # [2 in]
+        found = _solve(left[None], right[None], old[None])[0]  # [in or 2 in]
         scales.append(found[: units.shape[1]])
         shifts.append(found[units.shape[1] :])
-    return torch.stack(scales), torch.stack(shifts) if with_shift else None
+    return torch.stack(scales), torch.stack(shifts) if with_shift else None  # [blocks, in] each
 
 
 def _one_block(
@@ -148,24 +149,24 @@ def _one_block(
         [torch.stack([(p * x).sum() for x in basis]) for p in products]
     )  # [unknowns, unknowns]
     right = torch.stack([(p * weight).sum() for p in products])  # [unknowns]
-    found = _solve(left[None], right[None], old[None])[0]
+    found = _solve(left[None], right[None], old[None])[0]  # [unknowns]
     return found[:1], found[1:] if with_shift else None
 
 
 def _solve(left: Tensor, right: Tensor, old: Tensor) -> Tensor:
     """`left` [n, k, k] x = `right` [n, k] for n symmetric systems, pulled slightly to `old`, where unused unknowns stay."""
     left, right = left.double(), right.double()
-    prior = PRIOR * left.diagonal(dim1=-2, dim2=-1)
+    prior = PRIOR * left.diagonal(dim1=-2, dim2=-1)  # [n, k]
     prior = torch.where(prior > 0, prior, 1.0)
     left = left + torch.diag_embed(prior)
-    found: Tensor = torch.linalg.solve(left, right + prior * old.double())
+    found: Tensor = torch.linalg.solve(left, right + prior * old.double())  # [n, k]
     return found.float()
 
 
 def _block_sums(x: Tensor, block: int) -> Tensor:
     """Sums over runs of `block` columns: [rows, blocks]; the last run may be short."""
     x = torch.nn.functional.pad(x, (0, -x.shape[1] % block))  # [rows, blocks * block]
-    return x.view(len(x), -1, block).sum(-1)
+    return x.view(len(x), -1, block).sum(-1)  # [rows, blocks]
 
 
 def _per_level(x: Tensor, index: Tensor, levels: int) -> Tensor:
@@ -176,10 +177,11 @@ def _per_level(x: Tensor, index: Tensor, levels: int) -> Tensor:
 def _better(weight: Tensor, gram: Tensor, codes: Tensor, grid: Grid, *, candidate: Grid) -> Grid:
     """The candidate in the rows where it costs less; as a whole where rows share scales or the scales are quantized."""
     old, new = (gram_errors(weight - values_of(codes, g), gram) for g in (grid, candidate))
-    if grid.scheme.axis == "out" or grid.scale.shape[0] != len(old) or not isinstance(grid.scheme.scale, str):
+    by_row = grid.scale.ndim == 2 and grid.scale.shape[0] == len(old)  # flat blocks are one run: [blocks]
+    if grid.scheme.axis == "out" or not by_row or not isinstance(grid.scheme.scale, str):
         return candidate if float(new.sum()) < float(old.sum()) else grid
     take = (new < old)[:, None]  # [out, 1]
-    scale = torch.where(take, candidate.scale, grid.scale)
+    scale = torch.where(take, candidate.scale, grid.scale)  # [out, blocks]
     shift = (
         None
         if grid.shift is None or candidate.shift is None

@@ -1,4 +1,4 @@
-"""fracbit: compress a language model to any average bit width and see what each bit buys.
+"""fracbit: compress a language model to any average bit width and measure what each bit gains.
 
 `import fracbit` is all that transformers needs to load a fracbit checkpoint. The import itself is light: torch and
 transformers are loaded when they are first needed, and transformers is told of fracbit at that moment.
@@ -30,6 +30,7 @@ __all__ = [
     "quantize",
     "score",
     "sweep",
+    "verify",
 ]
 
 _API = {
@@ -40,6 +41,7 @@ _API = {
     "load": "fracbit.checkpoint.load",
     "sweep": "fracbit.sweeps.runner",
     "export": "fracbit.checkpoint.export.exporter",
+    "verify": "fracbit.checkpoint.verify",
     "run": "fracbit.pipeline.verbs",  # version 0.1's name of quantize(recipe, output); goes in 0.3
 }
 _HOOKED = "transformers.quantizers.auto"
@@ -52,6 +54,11 @@ def __getattr__(name: str) -> Any:
     found = getattr(importlib.import_module(_API[name]), name)
     globals()[name] = found
     return found
+
+
+def __dir__() -> list[str]:
+    """The names of the interface, verbs that are not imported yet among them."""
+    return sorted({*globals(), *__all__})
 
 
 class _Registrar(importlib.abc.MetaPathFinder, importlib.abc.Loader):

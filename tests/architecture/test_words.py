@@ -1,4 +1,4 @@
-"""One word, one meaning: names of classes, files, rooms and verbs; each failure says what to do."""
+"""One word, one meaning: names of classes, files, packages and verbs; each failure says what to do."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ SIBLINGS = {
     "columns": "pipeline/quantize chooses columns ahead of a run by the rules in quantizers/",
     "export": "the command and the folder of export formats that it calls",
     "lens": "the command, the study that it calls and the record that comes out",
-    "plan": "the command, and the wing with the function that it calls",
+    "plan": "the command, and the subpackage with the function that it calls",
     "prune": "the command and the study that it calls",
-    "quantize": "the command and the wing that it calls",
-    "report": "the command and the room that it calls",
+    "quantize": "the command and the subpackage that it calls",
+    "report": "the command and the package that it calls",
     "run": "the record of a run and what makes it",
-    "study": "the wing and the record that its files share",
+    "study": "the subpackage and the record that its files share",
+    "verify": "the command and the function that it calls",
 }
-"""Files and folders that have one name since they are one thing, seen from several rooms."""
+"""Files and folders that have one name since they are one thing, seen from several packages."""
 OPTIONS = "cli/options.py"  # an option has the name of the setting that it sets
 
 
@@ -78,7 +79,7 @@ def test_no_verb_has_the_name_of_a_room() -> None:
     rooms |= {path.stem for path in SOURCE.glob("*.py")}
     both = rooms & set(verbs())
     assert not both, (
-        f"`import fracbit.{next(iter(both), '')}` would put the module in the verb's place: rename the room"
+        f"`import fracbit.{next(iter(both), '')}` would put the module in the verb's place: rename the package"
     )
 
 
@@ -117,8 +118,8 @@ def test_no_two_files_call_themselves_the_loop() -> None:
 
 
 def test_every_room_is_a_word_of_its_own() -> None:
-    """No wing, and no folder anywhere below, has the name of another room."""
+    """No subpackage, and no folder anywhere below, has the name of another package."""
     wings = [path.parent for path in SOURCE.glob("*/**/__init__.py") if path.parent.parent != SOURCE]
     again = [relative(wing) for wing in wings if wing.name in ROOMS]
-    assert not again, f"a folder has the name of a room: rename {again}"
+    assert not again, f"a folder has the name of a package: rename {again}"
     assert all(importlib.import_module(f"fracbit.{room}") for room in ROOMS)

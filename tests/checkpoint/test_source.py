@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import fracbit
+from families import tiny_llama as make_llama
+from fracbit.checkpoint.opened import open_float
 from fracbit.checkpoint.source import combined_hash, open_source, read_tensor, tensor_hash
 from fracbit.errors import SourceError
 
@@ -102,3 +106,27 @@ def test_a_corrupt_header_is_named(folder: Path) -> None:
 def test_an_index_that_is_not_one(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
     refuses(folder, "names no shards")
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.int32]
+)
+def test_weights_without_their_scales_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Codes whose scales were lost, or whose quantization_config was: read as numbers they are another model."""
+    make_llama(num_hidden_layers=1).save_pretrained(tmp_path / "m")
+    state = load_file(tmp_path / "m/model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    state[name] = (state[name] * 10).to(dtype)
+    save_file(state, tmp_path / "m/model.safetensors", metadata={"format": "pt"})
+    for use in (lambda: fracbit.load(tmp_path / "m"), lambda: open_float(tmp_path / "m")):
+        with pytest.raises(SourceError, match=name):
+            use()
+
+
+def test_a_compression_config_is_a_quantized_model(tmp_path: Path) -> None:
+    make_llama(num_hidden_layers=1).save_pretrained(tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    config["compression_config"] = {"quant_method": "compressed-tensors"}
+    (tmp_path / "m/config.json").write_text(json.dumps(config))
+    with pytest.raises(SourceError, match=r"already quantized \(compressed-tensors\)"):
+        open_float(tmp_path / "m")

@@ -1,1 +1,1 @@
-"""Checkpoints: sources read lazily, the saved format, outputs written whole or not at all, the bridge to transformers."""
+"""Checkpoints: sources read lazily, the saved format, atomically written outputs, and the bridge to transformers."""

@@ -1,8 +1,8 @@
 """The saved format: what `quantization_config` in config.json says, and the names of tensors in the files.
 
-docs/format.md is its specification. A layer is found by its module name; all that is needed to read its tensors (scheme,
-shape, number of 16-bit columns) is in the config, and so are the tables of the fixed data types: another reader needs none of
-our formulas.
+docs/format.md is its specification. A layer is found by its module name. The config holds everything that is needed to
+read its tensors (scheme, shape, number of 16-bit columns), and the tables of the fixed data types. So another reader
+needs none of our formulas.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def packed_layer(layer: str, stored: StoredLayer, tensors: Mapping[str, torch.Te
         raise FormatError(f"layer {layer}: the checkpoint holds no tensor {missing[0]!r}")
     parts = {part: tensors[tensor_name(layer, part)] for part in shapes}
     if parts["codes"].numel() == torch.Size(shapes["codes"][1]).numel():
-        parts["codes"] = parts["codes"].view(shapes["codes"][1])
+        parts["codes"] = parts["codes"].view(shapes["codes"][1])  # [out, bytes of a row]
     try:
         return from_parts(stored.scheme, stored.shape, parts)
     except FormatError as error:

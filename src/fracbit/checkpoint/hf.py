@@ -1,10 +1,11 @@
 """The bridge to transformers: `import fracbit` registers it, and `from_pretrained` then reads fracbit checkpoints.
 
-transformers has the quantizer replace modules of the empty skeleton, and then loads tensors by name into their buffers.
+The quantizer replaces modules of the empty skeleton; then transformers loads tensors by name into their buffers.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,13 +18,22 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from fracbit.checkpoint.complete import (
+    check_headers,
+    check_listed,
+    check_missing,
+    check_packed,
+    listed_tensors,
+    when_loaded,
+)
 from fracbit.checkpoint.format import QUANT_METHOD, StoredLayer, read_layers
+from fracbit.checkpoint.source import read_headers
 from fracbit.errors import FormatError
 from fracbit.models.experts import split_experts, without_fusing
 from fracbit.models.install import replace
 from fracbit.models.quant_linear import QuantEmbedding, QuantLinear, TiedHead
 
-if TYPE_CHECKING:  # this module is imported while transformers' own modeling_utils still is
+if TYPE_CHECKING:  # transformers' modeling_utils may still be loading when this module is imported
     from transformers import PreTrainedModel
 
 SIXTEEN = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,6 +67,17 @@ class FracbitQuantizer(HfQuantizer):
         split_experts(model)
         for name, stored in self.stored.items():
             swap(model, name, stored)
+        files = [
+            Path(file) for file in kwargs.get("checkpoint_files") or () if str(file).endswith(".safetensors")
+        ]
+        if files:
+            name, tensors = str(files[0].parent), read_headers(files)
+            check_listed(name, listed_tensors(files[0].parent), tensors)
+            check_headers(name, self.stored, tensors)
+        when_loaded(model, lambda missing: check_missing(_name_of(model), missing, FormatError))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        check_packed(_name_of(model), model)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         """Fuse no experts: a fracbit checkpoint names each one by itself, as the split model does."""
@@ -104,6 +125,10 @@ def packed_module(module: nn.Module, stored: StoredLayer) -> QuantLinear | Quant
         inputs=stored.inputs,
         rotated=stored.rotated,
     )
+
+
+def _name_of(model: PreTrainedModel) -> str:
+    return str(model.config.name_or_path or type(model).__name__)
 
 
 def tied_heads(model: PreTrainedModel, name: str) -> list[str]:

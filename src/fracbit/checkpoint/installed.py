@@ -1,7 +1,7 @@
-"""A float model in memory, judged as if it were the checkpoint that a run has made.
+"""Lets a float model in memory compute like the checkpoint of a run.
 
-`installed` puts the very modules that loading would put in place (checkpoint/hf.py), filled with the run's tensors, and takes
-them away again. So what a sweep judges is what `load` of the written checkpoint gives, to the last bit.
+`installed` puts in place the same modules as loading (checkpoint/hf.py), filled with the run's tensors, and removes
+them afterwards. So a sweep evaluates the same model that `load` of the written checkpoint returns, to the last bit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fracbit.models.quant_linear import QuantEmbedding, TiedHead
 def installed(
     model: PreTrainedModel, layers: Mapping[str, StoredLayer], tensors: Mapping[str, Tensor]
 ) -> Iterator[None]:
-    """Inside, `model` computes what the checkpoint with these stored `layers` and `tensors` does; then it is float again.
+    """A context in which `model` computes like the checkpoint with these `layers` and `tensors`.
 
     Float tensors are cast to the types that the model has. Experts must be split (`models.experts.split_experts`).
     """

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from fracbit.checkpoint.complete import check_missing
 from fracbit.checkpoint.hf import register
-from fracbit.checkpoint.opened import Opened
-from fracbit.checkpoint.output import is_unfinished
-from fracbit.checkpoint.source import Source, find_folder, open_source
+from fracbit.checkpoint.opened import Opened, check_finished, check_weight_types, open_checkpoint
+from fracbit.checkpoint.source import Source, find_folder
+from fracbit.checkpoint.verify import verified
 from fracbit.errors import FormatError, SourceError
 from fracbit.models.experts import split_experts
 
@@ -25,13 +27,21 @@ def load(
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
     revision: str | None = None,
+    verify: bool = False,
 ) -> PreTrainedModel:
     """The model in a folder or of a hub id, ready to run on `device`; `dtype` is the type of all that is not quantized.
 
+    Tensors that are missing, foreign or of another shape are errors, and so are packed values that no quantizer makes. `verify`
+    also compares every tensor with its hash in the manifest, which reads the files twice.
     `device` "auto" spreads the blocks over all GPUs of this process (accelerate: the extra `fracbit[device-map]`).
     Raises `SourceError` when it cannot be read, `FormatError` when it is unfinished or of another format version.
     """
     source = open_checkpoint(model, trust_remote_code, revision)
+    if verify:
+        found = verified(source)
+        if found.faults:
+            more = f" and {len(found.faults) - 1} more faults" if len(found.faults) > 1 else ""
+            raise FormatError(f"{model}: {found.faults[0]}{more}; copy or fetch it again")
     return load_source(source, dtype, device, trust_remote_code)
 
 
@@ -40,7 +50,7 @@ def load_opened(
 ) -> PreTrainedModel:
     """The float model of an opened checkpoint with its weights, mixtures of experts split into linears as in its skeleton.
 
-    Head and embedding table are tied as the config says, also where `opened` is untied. Raises `SourceError`.
+    Head and embedding table are tied as the config says, even if `opened` is untied. Raises `SourceError`.
     """
     model = load_source(opened.source, dtype, device, opened.trust_remote_code)
     split_experts(model)
@@ -50,29 +60,32 @@ def load_opened(
 def load_source(
     source: Source, dtype: torch.dtype | str, device: str | torch.device, trust_remote_code: bool
 ) -> PreTrainedModel:
-    """`load`, of files that are open already."""
+    """`load`, for files that are open already."""
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise SourceError(f"dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
+    if not source.config.get("quantization_config"):
+        check_weight_types(source)
     spread = device == "auto"
     check_device("cpu" if spread else device)
     register()
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        pair: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             device_map="auto" if spread else None,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
         raise SourceError(f"{source.name} cannot be loaded as a causal language model: {error}") from error
     finally:
         if shown:
             logging.enable_progress_bar()
-    if spread:
-        return loaded.eval()  # type: ignore[no-any-return]
-    return loaded.to(torch.device(device)).eval()  # type: ignore[arg-type,no-any-return]
+    loaded: PreTrainedModel = pair[0]
+    check_missing(source.name, pair[1]["missing_keys"], SourceError)
+    return loaded.eval() if spread else loaded.to(torch.device(device)).eval()  # type: ignore[arg-type,no-any-return]
 
 
 def check_device(device: str | torch.device) -> None:
@@ -84,24 +97,9 @@ def check_device(device: str | torch.device) -> None:
         raise SourceError(f"device {str(device)!r} cannot be used here ({reason}); use cpu") from error
 
 
-def open_checkpoint(
-    model: str | Path, trust_remote_code: bool = False, revision: str | None = None
-) -> Source:
-    """The files of a finished checkpoint. Raises `FormatError` for an unfinished one, `SourceError`."""
-    _check_finished(model)
-    return open_source(str(model), revision, trust_remote_code)
-
-
-def _check_finished(model: str | Path) -> None:
-    if is_unfinished(Path(model).expanduser()):
-        raise FormatError(
-            f"{model} is the unfinished output of `fracbit quantize`; continue it with --resume"
-        )
-
-
 def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model. Raises `SourceError` when there is none."""
-    _check_finished(model)
+    check_finished(model)
     folder = find_folder(str(model), trust_remote_code=trust_remote_code)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -110,7 +108,7 @@ def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> PreTra
 
 
 def tokenizer_or_none(model: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside a model when there is one: files of ids do not need it."""
+    """The tokenizer beside a model, None if there is none: files of ids do not need it."""
     folder = find_folder(str(model), trust_remote_code=trust_remote_code)
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     found = any((folder / name).is_file() for name in names)

@@ -1,7 +1,7 @@
 """A float checkpoint, opened once: its files, its config, and the model's skeleton, from which everything else is read.
 
-Whatever looks at a source before its weights do (the schedule of a run, a plan, a score, the estimate of a sweep) takes an
-`Opened`, so that no command opens the files or builds the skeleton twice.
+Everything that reads a source before its weights (the schedule of a run, a plan, a score) takes an `Opened`, so that no
+command opens the files or builds the skeleton twice.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from fracbit.checkpoint.source import Source, open_source
-from fracbit.errors import SourceError
+from fracbit.checkpoint.output import is_unfinished
+from fracbit.checkpoint.source import FLOATS, Source, open_source
+from fracbit.errors import FormatError, SourceError
 from fracbit.models.family import Family
 from fracbit.models.find import family_of
 from fracbit.models.skeleton import Layer, Origins, origins, quantizable, skeleton
@@ -67,7 +68,7 @@ def open_float(
 
 
 def model_config(source: Source, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Transformers' config of a source. Raises `SourceError` when transformers does not know it or is not to trust it."""
+    """Transformers' config of a source. Raises `SourceError` for an unknown model, or code that is not trusted."""
     if not trust_remote_code and "auto_map" in source.config and _unknown(source):
         raise SourceError(f"{source.name} runs code of its own; if you trust it, pass --trust-remote-code")
     try:
@@ -86,12 +87,47 @@ def _unknown(source: Source) -> bool:
 
 def _check_float(source: Source) -> None:
     """Raise `SourceError` where the weights are quantized already."""
-    quantization = source.config.get("quantization_config")
+    quantization = source.config.get("quantization_config") or source.config.get("compression_config")
     if not quantization:
+        check_weight_types(source)
         return
     method = (
         quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else quantization
     )
     raise SourceError(
-        f"{source.name} is already quantized ({method}); start from the float model, rounding twice loses twice"
+        f"{source.name} is already quantized ({method}); start from the float model: a second rounding loses more"
     )
+
+
+def check_weight_types(source: Source) -> None:
+    """Refuse weights that are 8-bit floats or integers: without their scales they would be read as other numbers.
+
+    For a model whose config says nothing of quantization. Raises `SourceError` naming a tensor.
+    """
+    codes = {
+        name: info.dtype
+        for name, info in source.tensors.items()
+        if info.dtype not in FLOATS and (info.dtype.startswith("F") or "weight" in name.rpartition(".")[2])
+    }
+    if codes:
+        name, dtype = next(iter(codes.items()))
+        raise SourceError(
+            f"{source.name} holds {len(codes)} weights that are not 16, 32 or 64-bit floats ({name}: {dtype}), and its config "
+            "has no quantization_config that says how to decode them; start from the float model, or restore the config"
+        )
+
+
+def open_checkpoint(
+    model: str | Path, trust_remote_code: bool = False, revision: str | None = None
+) -> Source:
+    """The files of a finished checkpoint. Raises `FormatError` for an unfinished one, `SourceError`."""
+    check_finished(model)
+    return open_source(str(model), revision, trust_remote_code)
+
+
+def check_finished(model: str | Path) -> None:
+    """Raises `FormatError` for the output of a run that did not end."""
+    if is_unfinished(Path(model).expanduser()):
+        raise FormatError(
+            f"{model} is the unfinished output of `fracbit quantize`; continue it with --resume"
+        )

@@ -8,12 +8,13 @@ at any moment leaves an output that is absent, resumable or complete.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,13 +22,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fracbit.checkpoint.source import INDEX, PICKLES
+from fracbit.checkpoint.lock import holder, only_writer
+from fracbit.checkpoint.source import INDEX, PICKLES, TYPE_NAMES, content_hash
 from fracbit.errors import FormatError, OutputError
-from fracbit.records.run import ShardRecord
+from fracbit.records.run import ShardRecord, StoredTensor
 
 JOURNAL = ".fracbit"
+TEMPORARY = ".tmp"
+"""Ends the name of a file that is being written; a run that was killed may leave one."""
 RUN = "plan.json"
-"""Holds the key of the run: what it does to what source. A run is resumed by one with the same key alone."""
+"""Holds the key of the run, which names its recipe and source. Only a run with the same key can resume it."""
+WRITER = "writer.json"
+"""Names the process that is writing, or was when it was killed."""
 MANIFEST = "fracbit.json"
 NOT_COPIED = (
     "*.safetensors", INDEX, "config.json", "README.md", ".*", "*.index.json", "*.gguf", "*.h5", "*.msgpack", *PICKLES,
@@ -85,19 +91,40 @@ class Output:
     def write_shard(self, shard: str, tensors: Mapping[str, Tensor], record: ShardRecord) -> None:
         """Write a shard and then its record: a shard without a record is made again."""
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        record = replace(record, stored={name: _stored(tensor) for name, tensor in contiguous.items()})
         _replace(self.folder / shard, lambda path: save_file(contiguous, path, metadata={"format": "pt"}))
         write_json(self.folder / JOURNAL / f"{shard}.json", record.to_json())
 
-    def finish(self, config: Mapping[str, Any]) -> None:
-        """config.json makes the checkpoint loadable; the journal goes last."""
-        write_json(self.folder / "config.json", config)
+    def finish(self, config: Mapping[str, Any], manifest: Mapping[str, Any], card: str | None = None) -> None:
+        """Write the model card and the manifest, which gets the hashes of all tensors and files; remove the journal.
+
+        config.json makes the checkpoint loadable and is written last.
+        """
+        if card is not None:
+            write_text(self.folder / "README.md", card)
+        shards = [path.stem for path in sorted((self.folder / JOURNAL).glob("*.safetensors.json"))]
+        tensors = {
+            name: {"file": shard, **tensor.to_json()}
+            for shard in shards
+            for name, tensor in (self.record(shard) or ShardRecord()).stored.items()
+        }
+        last = json_text(config)
+        files = self._hashes({*shards, MANIFEST}) | {"config.json": hashlib.sha256(last.encode()).hexdigest()}
+        stored = {"files": dict(sorted(files.items())), "tensors": tensors}
+        write_json(self.folder / MANIFEST, {**manifest, **stored})
+        write_text(self.folder / "config.json", last)
         _empty(self.folder / JOURNAL)
         (self.folder / JOURNAL).rmdir()
+
+    def _hashes(self, without: Collection[str]) -> dict[str, str]:
+        """SHA-256 of the files in the folder."""
+        files = [path for path in self.folder.iterdir() if path.is_file() and path.suffix != TEMPORARY]
+        return {path.name: file_hash(path) for path in files if path.name not in without}
 
 
 @dataclass(frozen=True, eq=False)
 class InMemory:
-    """Shards that are never written: what a sweep judges."""
+    """Shards that stay in memory, for a sweep to evaluate."""
 
     held: dict[str, tuple[dict[str, Tensor], ShardRecord]] = field(default_factory=dict)
     journal: Path | None = None
@@ -119,15 +146,23 @@ class InMemory:
 def open_output(
     folder: Path, key: str, expected_bytes: int, overwrite: bool, resume: bool
 ) -> Iterator[Output]:
-    """An output for the run with this `key`. Raises `OutputError` when the folder is not empty, another run's, or too small."""
+    """An output for the run with this `key`.
+
+    Raises `OutputError` when the folder holds something else, when another process writes into it, or when its disk has too
+    little space.
+    """
     check_output(folder, key, overwrite, resume)
     _check_space(folder, expected_bytes)
     with _disk_errors(folder):
-        if overwrite and not (resume and is_unfinished(folder) and _key_of(folder) == key):
-            _clear(folder)
-        (folder / JOURNAL).mkdir(parents=True, exist_ok=True)
-        write_json(folder / JOURNAL / RUN, {"key": key})
-        yield Output(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with only_writer(folder, folder / JOURNAL / WRITER):
+            check_output(folder, key, overwrite, resume)  # another run may have written or ended meanwhile
+            if overwrite and not (resume and is_unfinished(folder) and _key_of(folder) == key):
+                _clear(folder)
+            (folder / JOURNAL).mkdir(exist_ok=True)
+            write_json(folder / JOURNAL / RUN, {"key": key})
+            write_json(folder / JOURNAL / WRITER, holder())
+            yield Output(folder)
 
 
 def finished_run(folder: Path) -> tuple[str | None, dict[str, Any]] | None:
@@ -186,9 +221,27 @@ def _key_of(folder: Path) -> str | None:
     return str(json.loads(path.read_text())["key"]) if path.is_file() else None
 
 
+def _stored(tensor: Tensor) -> StoredTensor:
+    return StoredTensor(TYPE_NAMES[tensor.dtype], tuple(tensor.shape), content_hash(tensor))
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def json_text(value: Mapping[str, Any]) -> str:
+    """A JSON object as fracbit writes it."""
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object whole or not at all."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -209,7 +262,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + TEMPORARY)
     with _disk_errors(path.parent):
         try:
             write(temporary)
@@ -223,7 +276,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Force a file, or a folder's entries, to the disk: a rename must not be there before the file that it names."""
+    """Force a file, or a folder's entries, to the disk: a rename must not reach the disk before its file."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -249,7 +302,7 @@ def _check_space(folder: Path, expected: int) -> None:
     free = shutil.disk_usage(existing).free + written
     if free < expected + SPARE_BYTES:
         raise OutputError(
-            f"{folder} needs {expected:,} bytes but its disk has {free:,} free; make room or name another disk"
+            f"{folder} needs {expected:,} bytes but its disk has {free:,} free; free some space or name another disk"
         )
 
 
@@ -269,7 +322,7 @@ def _clear(folder: Path) -> None:
 
 
 def _empty(journal: Path) -> None:
-    """Remove what is in the journal, the run's key last: records without a key would be taken for those of any run."""
+    """Empty the journal, the run's key last: records without a key could be taken for those of another run."""
     for path in sorted(journal.iterdir(), key=lambda path: path.name == RUN):
         if path.is_dir():
             shutil.rmtree(path)

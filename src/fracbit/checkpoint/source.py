@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,20 +30,30 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fracbit.bundled import bundled_model
 from fracbit.errors import SourceError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+BUNDLED = "bundled"  # the name of the model that comes with fracbit
+PIECE = 4 << 20  # bytes that are read at a time to hash a tensor
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+"""Types as the header of a safetensors file names them."""
+_SIZES = {name: dtype.itemsize for dtype, name in TYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """In which file a tensor lies, its type and shape, from the header alone."""
+    """The file of a tensor, its type and its shape, read from the header."""
 
     file: str
     dtype: str
@@ -75,24 +85,26 @@ def open_source(model: str, revision: str | None = None, trust_remote_code: bool
     folder = find_folder(model, revision, trust_remote_code)
     config = read_config(folder)
     files = _weight_files(folder)
-    tensors: dict[str, TensorInfo] = {}
-    for file in files:
-        tensors |= _header(folder / file)
-    return Source(model, folder, config, tensors)
+    return Source(model, folder, config, read_headers([folder / file for file in files]))
 
 
 def find_folder(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Path:
-    """The local folder of a model; a hub id is fetched, or found in the cache when offline. Raises `SourceError`."""
+    """The local folder of a model; a hub id is fetched, or found in the cache when offline. Raises `SourceError`.
+
+    `bundled` is the model that comes with fracbit, unless a folder of that name is here.
+    """
     path = Path(model).expanduser()
     if path.is_dir():
         return path
+    if model == BUNDLED:
+        return bundled_model()
     if path.exists():
         raise SourceError(
             f"{model} is a file; name the folder that holds config.json and the safetensors files"
         )
     if not _HUB_ID.fullmatch(model) or model.startswith("."):
         raise SourceError(
-            f"no such model: {model} is not a folder; name a folder or a hub id such as owner/name"
+            f"no such model: {model} is not a folder; name a folder, a hub id such as owner/name, or {BUNDLED}"
         )
     return _fetch(model, revision, [*_FETCHED, "*.py"] if trust_remote_code else _FETCHED)
 
@@ -122,11 +134,11 @@ def _fetch(model: str, revision: str | None, patterns: list[str]) -> Path:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder. Raises `SourceError` when it is missing or not a JSON object."""
-    return _read_json(folder / "config.json", "a model folder holds config.json, safetensors and a tokenizer")
+    return read_json(folder / "config.json", "a model folder holds config.json, safetensors and a tokenizer")
 
 
 def read_tensor(source: Source, name: str) -> Tensor:
-    """One tensor in its own type. The file is opened for this tensor alone, so that its pages do not stay in memory."""
+    """One tensor in its own type. The file is opened only for this tensor, so that its pages do not stay in memory."""
     info = source.tensors[name]
     try:
         with safe_open(source.folder / info.file, framework="pt") as file:
@@ -138,13 +150,13 @@ def read_tensor(source: Source, name: str) -> Tensor:
 def read_rows(source: Source, name: str, rows: Sequence[slice], axis: int = 0) -> Tensor:
     """These rows (`axis` 0) or columns (1) of a matrix, one after another.
 
-    Rows are read by position: of a mapped file the system would read many times as much around every row.
+    Rows are read by position: with a mapped file, the system would read much more data around every row.
     """
     info = source.tensors[name]
     path = source.folder / info.file
     try:
-        if axis == 0 and info.dtype in _FLOATS:
-            return _rows_at(path, _offsets(path, path.stat().st_mtime_ns)[name], info, rows)
+        if axis == 0 and info.dtype in FLOATS:
+            return _rows_at(path, _offsets(path, path.stat().st_mtime_ns)[name][0], info, rows)
         with safe_open(path, framework="pt") as file:
             matrix = file.get_slice(name)
             return torch.cat([matrix[cut] if axis == 0 else matrix[:, cut] for cut in rows], axis)
@@ -168,16 +180,36 @@ def _rows_at(path: Path, start: int, info: TensorInfo, rows: Sequence[slice]) ->
                 if not count:
                     raise SourceError(f"shard {path.name} ends inside a tensor; fetch it again: {path}")
                 filled += count
-    return torch.frombuffer(data, dtype=_FLOATS[info.dtype]).view(-1, *info.shape[1:])  # [rows, in]
+    return torch.frombuffer(data, dtype=FLOATS[info.dtype]).view(-1, *info.shape[1:])  # [rows, in]
+
+
+def tensor_pieces(source: Source, name: str) -> Iterator[bytearray]:
+    """The bytes of a tensor, some megabytes at a time, so that no file stays in memory. Raises `SourceError`."""
+    info = source.tensors[name]
+    path = source.folder / info.file
+    try:
+        start, end = _offsets(path, path.stat().st_mtime_ns)[name]
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            left = end - start
+            while left:
+                piece = bytearray(min(PIECE, left))
+                if file.readinto(piece) != len(piece):
+                    raise SourceError(f"shard {path.name} ends inside a tensor; fetch it again: {path}")
+                left -= len(piece)
+                yield piece
+    except OSError as error:
+        raise SourceError(f"tensor {name} cannot be read from {info.file}: {error}") from error
 
 
 @lru_cache(maxsize=256)
-def _offsets(path: Path, changed: int) -> dict[str, int]:
-    """Where each tensor's data begins, from the header of a safetensors file as it was at the time `changed`."""
+def _offsets(path: Path, changed: int) -> dict[str, tuple[int, int]]:
+    """Where each tensor's data begins and ends, from the header of a safetensors file as it was at the time `changed`."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
-    return {n: 8 + size + entry["data_offsets"][0] for n, entry in header.items() if n != "__metadata__"}
+    spans = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+    return {name: (8 + size + begin, 8 + size + end) for name, (begin, end) in spans.items()}
 
 
 def tensor_hash(tensor: Tensor) -> str:
@@ -187,8 +219,13 @@ def tensor_hash(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
+def content_hash(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, as they are stored."""
+    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
 def combined_hash(hashes: Mapping[str, str]) -> str:
-    """One SHA-256 for a set of named tensors, whatever their order or files."""
+    """One SHA-256 for a set of named tensors, independent of their order and files."""
     lines = "".join(f"{name} {value}\n" for name, value in sorted(hashes.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
 
@@ -198,7 +235,7 @@ def _weight_files(folder: Path) -> list[str]:
     if (folder / SINGLE).is_file():
         return [SINGLE]
     if (folder / INDEX).is_file():
-        index = _read_json(folder / INDEX, "the index names the shard of every tensor")
+        index = read_json(folder / INDEX, "the index names the shard of every tensor")
         shards = index.get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
             raise SourceError(f"{folder / INDEX} has no weight_map from the names of tensors to their files")
@@ -218,6 +255,14 @@ def _weight_files(folder: Path) -> list[str]:
     raise SourceError(f"{folder} holds neither {SINGLE} nor {INDEX}")
 
 
+def read_headers(paths: Iterable[Path]) -> dict[str, TensorInfo]:
+    """The tensors of weight files, in file order. Raises `SourceError` for a file that is truncated or corrupt."""
+    tensors: dict[str, TensorInfo] = {}
+    for path in paths:
+        tensors |= _header(path)
+    return tensors
+
+
 def _header(path: Path) -> dict[str, TensorInfo]:
     try:
         with safe_open(path, framework="pt") as file:
@@ -229,12 +274,13 @@ def _header(path: Path) -> dict[str, TensorInfo]:
         ) from error
 
 
-def _read_json(path: Path, what: str) -> dict[str, Any]:
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object in a file; `what` says what it is for where there is none. Raises `SourceError`."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SourceError(f"{path.parent} has no {path.name}: {what}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise SourceError(f"{path} should hold a JSON object, got {type(value).__name__}")

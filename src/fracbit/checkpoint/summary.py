@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fracbit.checkpoint.format import QUANT_METHOD, StoredLayer, read_layers, tensor_name
-from fracbit.checkpoint.load import open_checkpoint
+from fracbit.checkpoint.opened import open_checkpoint
 from fracbit.checkpoint.output import MANIFEST
 from fracbit.checkpoint.source import Source
 from fracbit.errors import FormatError
@@ -55,8 +55,8 @@ def summarize(model: str) -> dict[str, Any]:
 def loss_table(model: str) -> tuple[list[str], list[list[str]]]:
     """The loss of every block, from the manifest: columns (kinds of linears, and the gain of tweaking) and rows.
 
-    A loss is the quantizer's own, relative to that of zero weights; linears of one name (experts) show their mean. `out` after
-    a loss is the axis where the run chose it. There are no rows without a manifest.
+    A loss is the quantizer's own, relative to that of zero weights; linears of one name (experts) show their mean.
+    `out` after a loss: blocks run along the output. There are no rows without a manifest.
     """
     source = open_checkpoint(model)
     path = source.folder / MANIFEST

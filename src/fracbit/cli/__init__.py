@@ -22,13 +22,14 @@ from fracbit.cli import (
     score,
     sweep,
     task,
+    verify,
 )
 from fracbit.cli.renamed import RenamedOptions
 from fracbit.errors import FracbitError
 
 app = typer.Typer(
     name="fracbit",
-    help="Compress a language model to any average bit width, and see what each bit buys.",
+    help="Compress a language model to any average bit width, and measure what each bit gains.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -37,6 +38,7 @@ app.command("quantize", cls=RenamedOptions)(quantize.quantize)
 app.command("eval")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("inspect")(inspect.inspect)
+app.command("verify")(verify.verify)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("bench")(bench.bench)
@@ -50,11 +52,14 @@ app.command("report")(report.report)
 app.command("task")(task.task)
 
 
-INTERRUPTED = 130  # what typer exits with after Ctrl-C
+INTERRUPTED = 130  # typer's exit code after Ctrl-C
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 2 bad input, 130 interrupted."""
+    """Run the command line.
+
+    Exit codes: 0 done, 1 a run of a sweep failed or `verify` found a fault, 2 bad input, 130 interrupted.
+    """
     try:
         app()
     except FracbitError as error:
@@ -63,7 +68,7 @@ def main() -> None:
     except SystemExit as end:
         if end.code == INTERRUPTED:
             onwards = "continue quantize with --resume, sweep with the same command"
-            print(f"fracbit: stopped; what is finished stays ({onwards})", file=sys.stderr)
+            print(f"fracbit: stopped; finished work is kept ({onwards})", file=sys.stderr)
         raise
 
 

@@ -41,17 +41,42 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
         )
     if bits == 8:
         return packed
-    groups = -(-count // 8)
-    packed = torch.nn.functional.pad(packed, (0, groups * bits - width))  # [rows, groups * bits]
-    packed = packed.view(rows, groups, bits)  # [rows, groups, bits]
     if bits in (1, 2, 4):
-        return _unpack_within_bytes(packed, bits)[:, :count]
-    word = packed[..., 0].to(torch.int64)  # [rows, groups]
+        return _unpack_within_bytes(_groups(packed, bits, count), bits)[:, :count]
+    words, mask = _words(packed, bits, count), (1 << bits) - 1  # [rows, groups]
+    codes = torch.stack([(words >> (i * bits)) & mask for i in range(8)], -1)  # [rows, groups, 8]
+    return codes.to(torch.uint8).view(rows, -1)[:, :count]
+
+
+def _groups(packed: Tensor, bits: int, count: int) -> Tensor:
+    """`packed` [rows, bytes], padded to whole groups of eight codes: [rows, groups, bits]."""
+    groups = -(-count // 8)
+    padded = torch.nn.functional.pad(packed, (0, groups * bits - packed.shape[1]))  # [rows, groups * bits]
+    return padded.view(len(packed), groups, bits)  # [rows, groups, bits]
+
+
+def _words(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Eight codes in one int64 each: [rows, groups]."""
+    grouped = _groups(packed, bits, count)  # [rows, groups, bits]
+    words = grouped[..., 0].to(torch.int64)  # [rows, groups]
     for j in range(1, bits):
-        word = word | (packed[..., j].to(torch.int64) << (8 * j))  # [rows, groups]
-    mask = (1 << bits) - 1
-    codes = torch.stack([(word >> (i * bits)) & mask for i in range(8)], -1)  # [rows, groups, 8]
-    return codes.to(torch.uint8).view(rows, groups * 8)[:, :count]
+        words = words | (grouped[..., j].to(torch.int64) << (8 * j))  # [rows, groups]
+    return words
+
+
+def has_top_code(packed: Tensor, bits: int, count: int) -> bool:
+    """Whether one of `count` codes a row of `packed` uint8 [rows, bytes] is 2^bits - 1, all of its bits set.
+
+    Padding counts as code 0. No code is unpacked: all codes of a byte, or of a word of eight codes, are asked at once.
+    """
+    if bits in (1, 2, 4, 8):
+        words, spots = packed, range(0, 8, bits)  # [rows, bytes]
+    else:
+        words, spots = _words(packed, bits, count), range(0, 8 * bits, bits)  # [rows, groups]
+    ones = words
+    for shift in range(1, bits):
+        ones = ones & (words >> shift)  # the lowest bit of a code: whether all of its bits are set
+    return bool((ones & sum(1 << spot for spot in spots)).any())
 
 
 def _pack_within_bytes(codes: Tensor, bits: int) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fracbit.errors import FormatError, RecipeError
-from fracbit.numerics.bits import row_bytes, unpack_bits
+from fracbit.numerics.bits import has_top_code, row_bytes, unpack_bits
 from fracbit.numerics.datatypes import DataType, fixed_type, is_fitted, nearest_type
 from fracbit.numerics.layout import scales_shape, spread, spread_rows
 from fracbit.records.scheme import Scheme
@@ -108,6 +108,33 @@ def part_shapes(scheme: Scheme, shape: tuple[int, int], outliers: int = 0) -> Pa
         result["columns"] = ((torch.int32,), (outliers,))
         result["outliers"] = ((torch.bfloat16, torch.float16), (shape[0], outliers))
     return result
+
+
+def check_values(packed: PackedTensor) -> None:
+    """Refuse what no quantizer stores: a part that is not finite, a negative scale, a code without a value.
+
+    Raises `FormatError` naming the part. Reads every code where the type has fewer than 2^bits values.
+    """
+    for name, part in parts_of(packed):
+        if part.is_floating_point() and not bool(torch.isfinite(part).all()):
+            raise FormatError(f"{name} holds a value that is not finite")
+    if isinstance(packed.scales, Tensor) and bool((packed.scales < 0).any()):
+        raise FormatError("scales holds a negative value")
+    for each in (packed, packed.scales, packed.offsets):
+        if isinstance(each, PackedTensor) and _has_unknown_code(each):
+            raise FormatError(f"codes of scheme {each.scheme} holds one that stands for no value")
+    if packed.columns is not None:
+        columns = packed.columns
+        rising = bool((columns[1:] > columns[:-1]).all())
+        if not rising or int(columns[0]) < 0 or int(columns[-1]) >= packed.shape[1]:
+            raise FormatError(f"columns are not ascending numbers below {packed.shape[1]}")
+
+
+def _has_unknown_code(packed: PackedTensor) -> bool:
+    """Whether a code lies beyond the table, which lacks at most the top code: a law test holds that."""
+    bits = packed.scheme.bits
+    lacks = table_of(packed).values.shape[1] < 2**bits
+    return lacks and has_top_code(packed.codes, bits, packed.quantized_width)
 
 
 def stored_bits(packed: PackedTensor) -> int:

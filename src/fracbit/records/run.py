@@ -56,6 +56,26 @@ class LayerRecord:
 
 
 @dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a weight file: type and shape as its header names them, and the SHA-256 of its bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {"dtype": self.dtype, "shape": list(self.shape), "sha256": self.sha256}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> StoredTensor:
+        """Read what `to_json` wrote."""
+        return StoredTensor(
+            str(data["dtype"]), tuple(int(size) for size in data["shape"]), str(data["sha256"])
+        )
+
+
+@dataclass(frozen=True)
 class TweakRecord:
     """What a correction did to the norms of block number `block`: relative squared error of its output on held-out samples.
 
@@ -81,19 +101,22 @@ class DistillRecord:
 class ShardRecord:
     """What is known of a finished shard.
 
-    `hashes`: SHA-256 of every tensor that was read for it, by its name in the source; `layers`: its quantized layers.
+    `hashes`: SHA-256 of every tensor that was read for it, by its name in the source; `layers`: its quantized layers;
+    `stored`: the tensors in its file.
     """
 
     hashes: Mapping[str, str] = field(default_factory=dict)
     layers: Mapping[str, LayerRecord] = field(default_factory=dict)
     tweak: TweakRecord | None = None
     distilled: DistillRecord | None = None
+    stored: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
         data: dict[str, Any] = {
             "hashes": dict(self.hashes),
             "layers": {name: layer.to_json() for name, layer in self.layers.items()},
+            "stored": {name: tensor.to_json() for name, tensor in self.stored.items()},
         }
         data |= {} if self.tweak is None else {"tweak": asdict(self.tweak)}
         return data | ({} if self.distilled is None else {"distilled": asdict(self.distilled)})
@@ -104,7 +127,8 @@ class ShardRecord:
         layers = {name: LayerRecord.from_json(layer) for name, layer in data["layers"].items()}
         tweak = TweakRecord(**data["tweak"]) if "tweak" in data else None
         distilled = DistillRecord(**data["distilled"]) if "distilled" in data else None
-        return ShardRecord(data["hashes"], layers, tweak, distilled)
+        stored = {name: StoredTensor.from_json(tensor) for name, tensor in data["stored"].items()}
+        return ShardRecord(data["hashes"], layers, tweak, distilled, stored)
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""A fracbit checkpoint in formats that others read. To add one, write its file here and a line in records/tables.py."""
+"""A fracbit checkpoint in formats of other programs. To add one, write a file here and a line in records/tables.py."""

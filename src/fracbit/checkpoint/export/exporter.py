@@ -1,8 +1,8 @@
-"""What an export format is, and the way from a fracbit checkpoint to a folder in one of them.
+"""The protocol of export formats, and the export of a fracbit checkpoint to a folder.
 
     checkpoint -> files + skeleton -> can the format hold every layer? -> its shards -> other files, manifest, config.json
 
-The folder is written as a checkpoint is (checkpoint/output.py): killed at any moment, it is absent, resumable or complete.
+The folder is written like a checkpoint (checkpoint/output.py): at any moment it is absent, resumable or complete.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fracbit.checkpoint.format import QUANT_METHOD, StoredLayer, packed_layer, read_layers, tensor_name
-from fracbit.checkpoint.load import open_checkpoint
-from fracbit.checkpoint.opened import model_config
-from fracbit.checkpoint.output import MANIFEST, Output, copy_rest, open_output, write_json
+from fracbit.checkpoint.opened import model_config, open_checkpoint
+from fracbit.checkpoint.output import MANIFEST, Output, copy_rest, open_output
 from fracbit.checkpoint.source import Source, read_tensor
 from fracbit.errors import FormatError, OutputError
 from fracbit.models.skeleton import skeleton
@@ -69,7 +68,7 @@ class Written:
 
 
 class Exporter(Protocol):
-    """A format, with whatever its name was given as a parameter."""
+    """A format with its parameter, if it has one."""
 
     def fault(self, layer: StoredLayer) -> str:
         """Why the format cannot hold a layer, and what to do instead; "" where it can."""
@@ -80,7 +79,7 @@ class Exporter(Protocol):
         ...
 
     def write(self, stored: StoredModel, target: Output, show: Progress) -> Written:
-        """Write the weights; shards that `target` has a record of are done."""
+        """Write the weights, except shards that `target` has a record of."""
         ...
 
 
@@ -108,7 +107,7 @@ def export(
 ) -> Exported:
     """Write a fracbit checkpoint (a folder or hub id) into the folder `output` in another format.
 
-    `format` is a name of `FORMATS`, with a parameter behind a colon where the format has one: `float`, `float:fp32`.
+    `format` is a name of `FORMATS`, with a parameter after a colon if the format has one: `float`, `float:fp32`.
     Raises `RecipeError` for an unknown format, `FormatError` for a layer that it cannot hold, `SourceError`, `OutputError`.
     """
     exporter = exporter_of(format)
@@ -121,19 +120,18 @@ def export(
     with showing(progress) as show, open_output(folder, key, size, overwrite, resume) as target:
         written = exporter.write(stored, target, show or (lambda what, done, total: None))
         copy_rest(stored.source.folder, folder)
-        write_json(folder / MANIFEST, _manifest(stored, format))
-        target.finish(written.config)
+        target.finish(written.config, _manifest(stored, format))
     return Exported(str(folder), format, sum((folder / name).stat().st_size for name in written.files))
 
 
 def exporter_of(asked: str) -> Exporter:
-    """The exporter called `asked`, its parameter behind a colon. Raises `RecipeError` with near matches."""
+    """The exporter called `asked`, with its parameter after a colon. Raises `RecipeError` with near matches."""
     name, _, parameter = asked.partition(":")
     return FORMATS[name](parameter)
 
 
 def open_stored(checkpoint: str | Path, trust_remote_code: bool = False) -> StoredModel:
-    """Open a finished fracbit checkpoint; no tensor is read. Raises `FormatError` for a model that is none."""
+    """Open a finished fracbit checkpoint; no tensor is read. Raises `FormatError` for any other model."""
     source = open_checkpoint(checkpoint, trust_remote_code)
     quantization = source.config.get("quantization_config") or {}
     if quantization.get("quant_method") != QUANT_METHOD:
@@ -170,7 +168,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _key(stored: StoredModel, asked: str) -> str:
-    """16 hex digits that name an export: another checkpoint, format or program version does not resume it."""
+    """16 hex digits that name an export; another checkpoint, format or program version cannot resume it."""
     headers = {name: (info.dtype, info.shape, info.file) for name, info in stored.source.tensors.items()}
     facts = [__version__, asked, stored.source.config, headers, _manifest_of(stored)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

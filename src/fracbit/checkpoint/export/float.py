@@ -1,8 +1,8 @@
 """`float`: every layer decoded to an ordinary weight, in a folder that plain transformers loads without fracbit.
 
-Weights carry the names of transformers' own modules: a `Conv1D` is transposed back, the experts of a mixture are fused into
-the two tensors that transformers keeps of them. Norms and whatever else stayed float are copied as they are; a tied head has no
-tensor, as before. The type is that of the source, or `float:bf16`, `float:fp16`, `float:fp32`: fracbit multiplies by weights
+Weights have the names of transformers' own modules: a `Conv1D` is transposed back, and the experts of a mixture are
+fused into transformers' two tensors. Norms and other float tensors are copied as they are; a tied head has no tensor of
+its own. The type is that of the source, or `float:bf16`, `float:fp16`, `float:fp32`. fracbit multiplies by weights
 decoded to fp32, so only fp32 loses nothing.
 """
 
@@ -34,7 +34,7 @@ STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor to write: its name, its size in bytes, and how it is made when its shard is."""
+    """A tensor to write: its name, its size in bytes, and a function that makes it."""
 
     name: str
     bytes: int
@@ -48,7 +48,7 @@ class FloatWeights:
     dtype: torch.dtype | None = None
 
     def fault(self, layer: StoredLayer) -> str:
-        """Whatever happens to inputs while a model runs has no place in a plain one."""
+        """A plain model cannot rotate or round the inputs of a layer while it runs."""
         if layer.rotated:
             return (
                 "its inputs are rotated while the model runs, which a plain model does not do; "
@@ -122,7 +122,7 @@ class FloatWeights:
 
 
 def export_float(parameter: str = "") -> FloatWeights:
-    """The format `float` with its type. Raises `RecipeError` for a type that is none."""
+    """The format `float` with its type. Raises `RecipeError` for an unknown type."""
     if parameter and parameter not in SCALE_DTYPES:
         raise RecipeError(
             f"format float has no type {parameter!r}; write float (the type of the source), "
@@ -132,7 +132,7 @@ def export_float(parameter: str = "") -> FloatWeights:
 
 
 def source_dtype(stored: StoredModel) -> torch.dtype:
-    """The coarsest type of what stayed float, which the checkpoint stores as its source did; fp32 where nothing did."""
+    """The least precise type of the float tensors, which have the types of the source; fp32 if there are none."""
     kinds = {stored.source.tensors[name].dtype for name in stored.rest}
     return next((dtype for name, dtype in STORED.items() if name in kinds), torch.float32)
 
@@ -151,7 +151,7 @@ def _layer_piece(stored: StoredModel, name: str, layer: StoredLayer, dtype: torc
 def _fused_piece(
     stored: StoredModel, fused: str, names: Sequence[str], experts: int, dtype: torch.dtype
 ) -> Piece:
-    """One tensor [experts, out, in] of the linears `names`, those of one expert on top of each other."""
+    """One tensor [experts, out, in] of the linears `names`; those of one expert are stacked along `out`."""
     size = sum(weight_of(stored.model.get_submodule(name)).numel() for name in names) * dtype.itemsize
 
     def make() -> Tensor:
@@ -181,7 +181,7 @@ def _decoded(stored: StoredModel, name: str, dtype: torch.dtype) -> Tensor:
 
 
 def _mixtures(stored: StoredModel) -> dict[str, tuple[int, dict[str, list[str]]]]:
-    """By path: how many experts a mixture has, and by the name of transformers' fused tensor the linears in it, in order."""
+    """By path of a mixture: its number of experts, and its linears in order, by the name of their fused tensor."""
     found: dict[str, tuple[int, dict[str, list[str]]]] = {}
     for path, module in stored.model.named_modules():
         if isinstance(module, SplitExperts):
@@ -203,7 +203,7 @@ def _check_complete(stored: StoredModel, pieces: Sequence[Piece]) -> None:
 
 
 def _shards(pieces: Sequence[Piece]) -> dict[str, list[Piece]]:
-    """Pieces in files of at most `SHARD_BYTES`, unless one alone is larger, under transformers' names."""
+    """Pieces in files of at most `SHARD_BYTES` (unless one piece is larger), under transformers' names."""
     parts = list(_runs(pieces))
     if len(parts) == 1:
         return {SINGLE: parts[0]}

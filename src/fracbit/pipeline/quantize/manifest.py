@@ -1,5 +1,6 @@
-"""The end of a run: index, tokenizer files, manifest, model card, and config.json last. No time of day is written anywhere,
-so that the same recipe gives the same folder, byte for byte.
+"""The end of a run: index, tokenizer files, manifest, model card, and config.json last.
+
+No file holds a time or date, so the same recipe gives the same folder, byte for byte.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from safetensors import safe_open
 
 from fracbit.checkpoint.card import Facts, model_card
 from fracbit.checkpoint.format import StoredLayer, quantization_config
-from fracbit.checkpoint.output import MANIFEST, Output, copy_rest, write_json, write_text
+from fracbit.checkpoint.output import MANIFEST, Output, copy_rest, write_json
 from fracbit.checkpoint.source import INDEX, Source, combined_hash
 from fracbit.models.experts import SplitExperts
 from fracbit.pipeline.quantize.calibrated import rewrite_notes
@@ -28,11 +29,11 @@ from fracbit.records.recipe import key
 from fracbit.records.run import LayerRecord, ShardRecord, Totals
 from fracbit.records.version import __version__
 
-NOTES = 24  # lines on single layers that a result shows
+NOTES = 24  # most notes on single layers that a result shows
 
 
 def finish(work: Work, target: Output) -> tuple[Totals, tuple[str, ...]]:
-    """Write everything but the shards; returns what the checkpoint costs, and notes."""
+    """Write everything except the shards; returns the totals of the checkpoint, and notes."""
     source = work.opened.source
     records = records_of(work.schedule, target)
     layers, made = stored_layers(work.schedule, records), layer_records(records.values())
@@ -40,19 +41,18 @@ def finish(work: Work, target: Output) -> tuple[Totals, tuple[str, ...]]:
     if len(records) > 1:
         write_json(target.folder / INDEX, _index(target, records, stored_bytes(work, layers)))
     copy_rest(source.folder, target.folder)
-    write_json(target.folder / MANIFEST, _manifest(work, records, made, totals, notes))
     losses = {name: record.loss for name, record in made.items()}
     card = Facts(_card_name(source), type(work.opened.model).__name__, totals.to_json(), layers, losses)
-    write_text(target.folder / "README.md", model_card(card))
     config = {**source.config, **({"tie_word_embeddings": False} if work.opened.untied else {})}
-    # Experts are stored one by one, which transformers itself does not read, even where none is quantized.
+    # Experts are stored one by one, even if none is quantized, and plain transformers does not read that.
     ours = bool(layers) or any(isinstance(module, SplitExperts) for module in work.opened.model.modules())
-    target.finish({**config, "quantization_config": quantization_config(layers)} if ours else config)
+    final = {**config, "quantization_config": quantization_config(layers)} if ours else config
+    target.finish(final, _manifest(work, records, made, totals, notes), model_card(card))
     return totals, notes
 
 
 def totals_of(work: Work, layers: Mapping[str, StoredLayer], target: Output) -> Totals:
-    """What the finished shards cost, counted from what is stored."""
+    """Bits and bytes of the finished shards, counted from the stored tensors."""
     tensors = work.opened.source.tensors
     weights = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
     floats = sum(torch.Size(tensors[item.origin.name].shape).numel() for item in _floats(work))
@@ -82,7 +82,7 @@ def run_notes(work: Work, made: Mapping[str, LayerRecord]) -> tuple[str, ...]:
 
 
 def layer_notes(made: Mapping[str, LayerRecord]) -> tuple[str, ...]:
-    """What single layers have to say, one line for all that say the same; the manifest has every one beside its layer."""
+    """Notes on single layers; layers with equal notes share a line. The manifest has each note beside its layer."""
     named: dict[str, list[str]] = {}
     for layer, record in made.items():
         for note in record.notes:
@@ -99,7 +99,7 @@ def some_of(names: Sequence[str], limit: int = 4) -> str:
 
 
 def _card_name(source: Source) -> str:
-    """The hub id, or the folder's own name: a card does not tell where somebody's disk keeps things."""
+    """The hub id, or the name of the folder: a card shows no local path."""
     return source.folder.resolve().name if Path(source.name).expanduser().is_dir() else source.name
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fracbit.checkpoint.opened import Opened, open_float
-from fracbit.checkpoint.output import MANIFEST, SHARD_BYTES, copy_rest, open_output, write_json
+from fracbit.checkpoint.output import SHARD_BYTES, copy_rest, open_output, write_json
 from fracbit.checkpoint.source import INDEX, SINGLE, Source, read_tensor
 from fracbit.errors import OutputError, RecipeError, SourceError, near_matches
 from fracbit.models.blocks import blocks
@@ -42,7 +42,7 @@ class Pruned:
 def least_important(scores: Scores, count: int, names: Sequence[str]) -> tuple[str, ...]:
     """The `count` blocks of lowest score, in the order of the model.
 
-    Raises `RecipeError` for scores of another model and when less than one or every block would go.
+    Raises `RecipeError` for scores of another model, and when no block or every block would be dropped.
     """
     check_scores(scores, names)
     if not 0 < count < len(names):
@@ -54,10 +54,10 @@ def least_important(scores: Scores, count: int, names: Sequence[str]) -> tuple[s
 
 
 def pruned_config(config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
-    """The entries of a config that change when only the blocks numbered `kept` stay: counts, and lists with one entry a block.
+    """The config entries that change when only the blocks `kept` stay: counts, and lists with one entry per block.
 
-    Aliases of a count change together; an entry that is no list of the old length is left alone. Lists of block numbers
-    (Qwen-MoE's dense blocks) are renumbered.
+    Aliases of a count change together; an entry that is not a list of the old length stays as it is. Lists of block
+    numbers (Qwen-MoE's dense blocks) are renumbered.
     """
     old = max((int(config[name]) for name in COUNTS if name in config), default=0)
     changed: dict[str, Any] = {name: len(kept) for name in COUNTS if config.get(name) == old}
@@ -76,8 +76,8 @@ def prune(
     """Write a model without the blocks `dropped` as an ordinary float checkpoint: tensors bit for bit, blocks renumbered.
 
     `model`: a folder, a hub id, or a checkpoint that is open already.
-    One shard is in memory at a time; tokenizer, generation config and licenses are copied. Raises `RecipeError` for names
-    that are no blocks or all of them, `SourceError` when the config has no count of blocks, `OutputError`.
+    One shard is in memory at a time; tokenizer, generation config and licenses are copied. Raises `RecipeError` for
+    names that are not blocks or for all blocks, `SourceError` when the config has no count of blocks, `OutputError`.
     """
     folder, opened = Path(output), model if isinstance(model, Opened) else open_float(model)
     if folder.exists() and folder.resolve() == opened.source.folder.resolve():
@@ -96,8 +96,7 @@ def prune(
         if list(shards) != [SINGLE]:
             write_json(folder / INDEX, _index(shards, total))
         copy_rest(opened.source.folder, folder)
-        write_json(folder / MANIFEST, {"pruned": {"source": opened.source.name, "dropped": list(dropped)}})
-        out.finish(config)
+        out.finish(config, {"pruned": {"source": opened.source.name, "dropped": list(dropped)}})
     parameters = sum(math.prod(info.shape) for info in infos)
     size = sum((folder / shard).stat().st_size for shard in shards)
     return Pruned(str(folder), tuple(dropped), blocks=len(kept), parameters=parameters, bytes=size)
@@ -108,19 +107,19 @@ def _smaller_config(opened: Opened, kept: Sequence[int]) -> dict[str, Any]:
     config = {**old, **pruned_config(old, kept)}
     if config == old:
         raise SourceError(
-            f"{opened.source.name} has no entry that counts its blocks ({', '.join(COUNTS)}); it cannot be pruned"
+            f"{opened.source.name} cannot be pruned: its config has no number of blocks ({', '.join(COUNTS)})"
         )
     return config
 
 
 def _check(opened: Opened, config: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Refuse a model whose config builds other blocks when they are renumbered (every second one a mixture, say)."""
+    """Refuse a model whose config builds other blocks after renumbering (for example, every second one a mixture)."""
     smaller = type(opened.model.config).from_dict(dict(config))
-    found = origins(skeleton(smaller), names)
+    found = origins(skeleton(smaller, trust_remote_code=opened.trust_remote_code), names)
     if found.missing or len(found.unused) > len(opened.origins.unused):
         raise SourceError(
-            f"{opened.source.name} cannot be pruned at these blocks: its config decides by a block's number what is in it, and "
-            f"{(*found.missing, *found.unused)[0]} no longer fits; drop other blocks"
+            f"{opened.source.name} cannot be pruned at these blocks: in its config the kind of a block depends on its "
+            f"number, and {(*found.missing, *found.unused)[0]} no longer fits; drop other blocks"
         )
 
 
@@ -138,7 +137,7 @@ def _kept(names: Sequence[str], dropped: Sequence[str]) -> list[int]:
 
 
 def _renamed(source: Source, stack: str, kept: Sequence[int]) -> dict[str, dict[str, str]]:
-    """Shard -> new name -> name on disk. A checkpoint may leave out the base model's prefix, GPT-2's and BLOOM's do."""
+    """Shard -> new name -> name on disk. A checkpoint may omit the base model's prefix, as GPT-2's and BLOOM's do."""
     base, _, leaf = stack.rpartition(".")
     pattern = re.compile(rf"((?:{re.escape(base)}\.|)(?:{re.escape(leaf)})\.)(\d+)(\..+)")
     number = {old: new for new, old in enumerate(kept)}

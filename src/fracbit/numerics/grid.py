@@ -92,7 +92,7 @@ def fit(weight: Tensor, scheme: Scheme, importance: Tensor | None = None, search
     check_datatype(scheme)
     weight = _finite(weight)  # [out, in]
     table = None if is_fitted(scheme) else fixed_type(scheme).to(weight.device)
-    scale, middle = _plain_range(weight, scheme)
+    scale, middle = _plain_range(weight, scheme)  # [per block] each
     grid = _grid(scheme, weight, table, scale, middle=middle, importance=importance)
     if not search:
         return grid
@@ -211,7 +211,7 @@ def _beside_outliers(
         raise SchemeError(
             f"all {weight.shape[1]} input columns are kept in 16 bits: leave the layer float instead"
         )
-    importance = None if importance is None else importance[..., quantized]
+    importance = None if importance is None else importance[..., quantized]  # [quantized] or [out, quantized]
     packed = quantize_tensor(weight[:, quantized], scheme, importance, search)
     outliers = in_16_bits(_finite(weight[:, columns.long()]))  # [out, p]
     return replace(packed, shape=(weight.shape[0], weight.shape[1]), columns=columns, outliers=outliers)
@@ -247,7 +247,7 @@ def _plain_range(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]
     if scheme.offset == "none":
         return stored_order(torch.maximum(-low, high), shape, scheme), None
     if scheme.offset == "mean":
-        counts = block_sums(torch.ones_like(weight), scheme)
+        counts = block_sums(torch.ones_like(weight), scheme)  # [per block]
         mean = block_sums(weight, scheme) / counts  # [per block]
         low, high = stored_order(low, shape, scheme), stored_order(high, shape, scheme)  # [per block]
         return torch.maximum(mean - low, high - mean), mean
@@ -289,7 +289,7 @@ def _grid(
 
 
 def _fit_table(weight: Tensor, grid: Grid, importance: Tensor | None) -> Grid:
-    scale = spread(grid.scale, grid.shape, grid.scheme)
+    scale = spread(grid.scale, grid.shape, grid.scheme)  # [out, in] or broadcastable
     centered = weight if grid.shift is None else weight - spread(grid.shift, grid.shape, grid.scheme)
     normalized = centered * _inverse(scale)  # [out, in]
     weights = torch.ones(1, 1, device=weight.device) if importance is None else importance.expand_as(weight)
@@ -310,7 +310,7 @@ def _search(
         _search_rows(weight[a:b], grid, (a, b), scale, middle=middle, importance=importance)
         for a, b in row_chunks(grid.shape, grid.scheme)
     ]
-    best_scale = torch.cat([part[0] for part in parts])
+    best_scale = torch.cat([part[0] for part in parts])  # [per block]
     best_middle = None if middle is None else torch.cat([part[1] for part in parts if part[1] is not None])
     zeros = None if grid.zeros is None else torch.cat([part[2] for part in parts if part[2] is not None])
     table = grid.table if grid.stored_table is None else None

@@ -116,10 +116,12 @@ def check_values(packed: PackedTensor) -> None:
     Raises `FormatError` naming the part. Reads every code where the type has fewer than 2^bits values.
     """
     for name, part in parts_of(packed):
-        if part.is_floating_point() and not bool(torch.isfinite(part).all()):
-            raise FormatError(f"{name} holds a value that is not finite")
-    if isinstance(packed.scales, Tensor) and bool((packed.scales < 0).any()):
-        raise FormatError("scales holds a negative value")
+        if part.is_floating_point() and part.numel():
+            low, high = (float(end) for end in part.aminmax())  # one pass; NaN where one is NaN
+            if not math.isfinite(low) or not math.isfinite(high):
+                raise FormatError(f"{name} holds a value that is not finite")
+            if low < 0 and name == "scales":
+                raise FormatError("scales holds a negative value")
     for each in (packed, packed.scales, packed.offsets):
         if isinstance(each, PackedTensor) and _has_unknown_code(each):
             raise FormatError(f"codes of scheme {each.scheme} holds one that stands for no value")

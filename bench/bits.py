@@ -1,4 +1,4 @@
-"""What every bit buys: perplexity of the bundled model against stored bits per weight, for each data type; a picture and JSON.
+"""Perplexity of the bundled model against stored bits per weight, for each data type; a picture and JSON.
 Makes the picture of README.md (docs/pictures/bits.png, bench/results/bits.json).
 
     python bench/bits.py [-o docs/pictures/bits.png] [--json bench/results/bits.json]

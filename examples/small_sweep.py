@@ -9,11 +9,10 @@ import tempfile
 from pathlib import Path
 
 import fracbit
-from fracbit.bundled import bundled_model
 from fracbit.sweeps.store import open_store
 
-SWEEP = f"""
-models = [{str(bundled_model())!r}]
+SWEEP = """
+models = ["bundled"]
 [evaluation]
 text = "bundled:held-out?keep=4096"
 [[arm]]                               # the product of these lists: four schemes ...

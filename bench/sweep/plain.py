@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -35,6 +36,8 @@ def loaded(one: Run) -> tuple[PreTrainedModel, tuple[torch.Tensor, ...]]:
 
 def whole(one: Run) -> float:
     """One run as anyone would write it: nothing shared, nothing kept."""
+    if one.recipe.calibration is not None:
+        return calibrated(one)
     model, documents = loaded(one)
     if one.quantized:
         family = family_of(model)
@@ -42,6 +45,20 @@ def whole(one: Run) -> float:
             for linear in linears(block, family).values():
                 set_weight(linear, decode(quantize_tensor(weight_of(linear), one.recipe.scheme)))
     return perplexity(model, documents, window=one.evaluation.window).nll
+
+
+def calibrated(one: Run) -> float:
+    """A run that reads calibration data: the checkpoint is written, loaded and evaluated."""
+    from fracbit.pipeline.verbs import evaluate, quantize
+
+    assert one.recipe.calibration is not None
+    texts = tuple(str(SHARED / text) for text in one.recipe.calibration.texts)
+    plan = one.recipe.calibration.model_copy(update={"texts": texts})
+    recipe = one.recipe.model_copy(update={"model": str(SHARED / one.recipe.model), "calibration": plan})
+    text, window = str(SHARED / one.evaluation.text), one.evaluation.window
+    with tempfile.TemporaryDirectory() as folder:
+        quantize(recipe, f"{folder}/q", progress=None)
+        return evaluate(f"{folder}/q", text, window=window, dtype="float32", progress=None).nll
 
 
 def bare(one: Run, passes: int = 5) -> dict[str, float]:

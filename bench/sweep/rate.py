@@ -1,12 +1,14 @@
 """Runs per minute of a sweep against the plain loop: a new process that loads, quantizes and evaluates, once per run.
 Makes the table of CPU seconds a run in docs/scaling.md (bench/results/rate.json).
 
-    python bench/sweep/rate.py [--models tales-s tales-m] [--plain 6] [--json bench/results/rate.json]
+    python bench/sweep/rate.py [--arms data-free float-chain quantized-chain] [--models tales-s tales-m] [--plain 6]
+        [--json bench/results/rate.json]
 
+There are three kinds of runs (`--arms`): rounding without data, and gptq calibrated on the float or on the quantized chain.
 Both do the same runs of one grid a model, one after the other with the same number of threads, and must find the same losses.
-The plain loop is measured on every n-th run, spread over the grid, since its runs do not depend on each other. CPU seconds are
-printed beside wall clock: on a machine that others use too, they are the fairer figure. Beside both stands what no run can go
-below: a bare perplexity of the loaded model.
+The plain loop is measured on every n-th quantized run, spread over the grid, since its runs do not depend on each other. CPU
+seconds are printed beside wall clock: on a machine that others use too, they are the fairer figure. Beside both stands what no
+run can go below: a bare perplexity of the loaded model.
 """
 
 from __future__ import annotations
@@ -31,11 +33,28 @@ models = {models}
 [evaluation]
 text = "data/tales-evaluation.u16?length=512&first=60&keep=256"
 window = 256
+[calibration]
+text = "data/tales-calibration.u16?length=512&keep=256"
+samples = 32
+length = 256
 [[arm]]
+"""
+CALIBRATED = """
+bits = [3, 4]
+blocks = [32, 64, 128, 256]
+offsets = ["zero"]
+quantizers = ["gptq"]
+search = [false, true]
+"""
+ARMS = {
+    "data-free": """
 dtypes = ["int", "float", "nf", "dynamic", "power:1/2", "quantile"]
 bits = [3, 4, 5, 6]
 blocks = [64, 128]
-"""
+""",
+    "float-chain": CALIBRATED + 'chains = "float"',
+    "quantized-chain": CALIBRATED + 'chains = "quantized"',
+}
 
 
 def child(task: str, one: Run) -> tuple[str, Ran]:
@@ -52,17 +71,19 @@ def part(ran: Iterable[Ran], runs: int) -> Row:
     return {"runs": runs, "wall": sum(walls), "cpu": sum(cpus)}
 
 
-def measure(model: str, plain_runs: int) -> dict[str, Row]:
-    """Both on one model's grid, the sweep as a whole command; their losses must agree."""
+def measure(arm: str, model: str, plain_runs: int) -> dict[str, Row]:
+    """Both on one model's grid of an arm, the sweep as a whole command; their losses must agree."""
     with tempfile.TemporaryDirectory() as folder:
         grid, store = Path(folder) / "grid.toml", str(Path(folder) / "s.db")
-        grid.write_text(GRID.format(root=json.dumps(str(SHARED)), models=json.dumps(f"models/{model}")))
+        head = GRID.format(root=json.dumps(str(SHARED)), models=json.dumps(f"models/{model}"))
+        grid.write_text(head + ARMS[arm])
         runs = expand(read_sweep(grid)).runs
         _, swept = fracbit("sweep", grid, "--store", store)
         with open_store(store) as opened:
             losses = {row.key: row.nll for row in opened.rows()}
     assert len(losses) == len(runs)
-    chosen = dict(list(runs.items())[:: max(1, len(runs) // plain_runs)][:plain_runs])
+    quantized = [(key, one) for key, one in runs.items() if one.quantized]
+    chosen = dict(quantized[:: max(1, len(quantized) // plain_runs)][:plain_runs])
     looped = {key: child("one", one) for key, one in chosen.items()}
     for key, (nll, _) in looped.items():
         assert abs(losses[key] - float(nll)) < 1e-5, (str(chosen[key]), losses[key], nll)
@@ -98,20 +119,28 @@ def show(model: str, parts: dict[str, Row]) -> None:
     )
 
 
+def rates(arm: str, models: list[str], plain_runs: int) -> dict[str, Row]:
+    """The rates of an arm, by model and together; they are printed too."""
+    print(f"## {arm}\n", flush=True)
+    found: dict[str, Row] = {model: measure(arm, model, plain_runs) for model in models}
+    found["all"] = {name: together(list(found.values()), name) for name in ("sweep", "plain loop", "bare")}
+    for model, parts in found.items():
+        show(model, parts)
+    print()
+    for parts in found.values():
+        parts |= {"times_by_clock": times(parts, "wall"), "times_by_cpu": times(parts, "cpu")}
+    return found
+
+
 def main() -> None:
     parser = arguments(__doc__, models=["tales-xs", "tales-s", "tales-m", "tales-l"], json=None)
+    parser.add_argument("--arms", nargs="+", default=[*ARMS], choices=[*ARMS], help="kinds of runs")
     parser.add_argument("--plain", type=int, default=3, help="runs of the plain loop a model")
     given = parser.parse_args()
     if not SHARED.is_dir():
         sys.exit(f"no models at {SHARED}: set FRACBIT_SHARED")
     say_machine()
-    found = {model: measure(model, given.plain) for model in given.models}
-    found["all"] = {name: together(list(found.values()), name) for name in ("sweep", "plain loop", "bare")}
-    for model, parts in found.items():
-        show(model, parts)
-    for parts in found.values():
-        parts |= {"times_by_clock": times(parts, "wall"), "times_by_cpu": times(parts, "cpu")}
-    write_json(given.json, found)
+    write_json(given.json, {arm: rates(arm, given.models, given.plain) for arm in given.arms})
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The page: complete in itself, drawn without an error in a browser, light and dark, on a desk and on a phone."""
 
+import json
 import math
 import re
 import shutil
@@ -76,6 +77,25 @@ def test_the_page_asks_for_nothing_from_outside(written: Path) -> None:
     assert "A &lt;study&gt;" in text
     assert "</script><b>" not in text
     assert not list(written.parent.glob("*.tmp"))
+
+
+def data_of(rows: list[Row]) -> list[dict[str, Any]]:
+    """The rows that the page holds."""
+    pytest.importorskip("plotly", reason="the page is an extra: fracbit[report]")
+    found = re.search(r'<script id="data" type="application/json">(.*?)</script>', page(rows), re.DOTALL)
+    assert found is not None
+    return list(json.loads(found[1])["groups"][0]["rows"])
+
+
+def test_the_filters_and_the_lines_of_types_mix_no_two_settings() -> None:
+    plans = [{"transforms": ("smooth",)}, {"inputs": "int8/token"}, {"axis": "predicted"}, {"distill": 1}, {}]
+    calibrated = [Calibration(texts=("c.u16",), **plan) for plan in plans]  # type: ignore[arg-type]
+    made = [make_row("m", 10, 4, quantizer="gptq", calibration=plan) for plan in calibrated]
+    plain = [make_row("m", 10, 4), make_row("m", 10, 4, embeddings=Scheme()), make_row("m", 10, 4, "nf")]
+    rows = {row["key"]: row for row in data_of([*made, *plain])}
+    assert len({row["kind"] for row in rows.values()}) == len(made) + 2, "int and nf are one kind"
+    assert {rows[row.key]["line"] for row in made} == {""}
+    assert [rows[row.key]["line"] for row in plain] == ["int", "int, embeddings int4/64", "nf"]
 
 
 def test_a_store_without_finished_rows_is_an_error() -> None:

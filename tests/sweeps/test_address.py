@@ -30,5 +30,5 @@ def test_a_closed_port_is_an_error_at_once() -> None:
 
 @pytest.mark.parametrize("address", ["", "somewhere", "host:port"])
 def test_what_is_no_address(address: str) -> None:
-    with pytest.raises(RecipeError, match="no Ray address"):
+    with pytest.raises(RecipeError, match="not a Ray address"):
         check_address(address)

@@ -67,12 +67,32 @@ def test_failed_runs_are_exit_code_1_and_a_list(study: Path) -> None:
     assert len(again["failed"]) == 5  # type: ignore[arg-type]
 
 
+def test_points_that_are_left_out_are_named_at_the_end(study: Path) -> None:
+    """Not only by --dry-run: a sweep that leaves out what was wanted must not look complete."""
+    grid = study / "grid.toml"
+    head, _, rest = grid.read_text().partition("[calibration]")
+    arm = rest[rest.index("[[arm]]") :].replace('["int", "nf"]', '["int"]').replace("[2, 3, 4]", "[4]")
+    grid.write_text(f'{head}{arm}quantizers = ["rtn", "gptq"]\n')
+    reason = "needs calibration text: add a [calibration] table"
+    code, done = sweep(study)
+    assert (code, done["runs"], done["skipped"]) == (0, 3, {reason: 2})
+    assert sweep(study, "--dry-run")[1]["skipped"] == {reason: 2}
+    result = CLI.invoke(app, ["sweep", str(grid), "--store", str(study / "s.db")])
+    assert f"2 points left out: {reason}" in result.stdout
+
+
+def test_a_device_is_not_for_ray(study: Path) -> None:
+    result = CLI.invoke(app, ["sweep", str(study / "grid.toml"), "--ray", "--device", "cuda"])
+    assert isinstance(result.exception, RecipeError)
+    assert "--gpus" in str(result.exception)
+
+
 def test_a_text_that_is_nowhere_says_where_it_was_looked_for(study: Path) -> None:
     grid = study / "grid.toml"
     grid.write_text(grid.read_text().replace("ids.u16", "none.u16").replace("[2, 3, 4]", "[4]"))
     code, done = sweep(study)
     assert code == 1
-    assert f"Below the root of the sweep, {study}, there is none" in str(done["failed"])
+    assert f"not below the root of the sweep either: {study}" in str(done["failed"])
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--workers", "0"), ("--retries", "-1"), ("--cpus", "-1")])

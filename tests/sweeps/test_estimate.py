@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fracbit.records.row import Row
-from fracbit.sweeps.estimate import cheapest, estimate, parameters_of
+from fracbit.sweeps.estimate import Probe, cheapest, estimate, estimate_sweep, parameters_of
 from fracbit.sweeps.spec import Expansion, expand, read_sweep
 
 
@@ -37,7 +37,7 @@ def test_nothing_is_known_without_rows_or_sizes(study: Path) -> None:
 
 def test_own_rows_come_first_then_those_of_others_by_size(study: Path) -> None:
     expansion = expansion_of(study)
-    found = estimate(expansion, rows_of(expansion, 3), {"tiny": 1000, "away/model": 5000}, (1000, 99.0))
+    found = estimate(expansion, rows_of(expansion, 3), {"tiny": 1000, "away/model": 5000}, Probe(1000, 99.0))
     tiny, away = found.models
     assert (tiny.done, tiny.seconds) == (3, pytest.approx(2.0 * 10))
     assert away.seconds == pytest.approx(2.0 * 5 * 13)
@@ -58,8 +58,32 @@ def test_a_probe_stands_in_for_rows(study: Path) -> None:
     assert run is not None
     assert run.quantized
     assert run.recipe.model == "tiny"
-    found = estimate(expansion, [], {"tiny": 1000, "away/model": None}, (1000, 0.5))
+    found = estimate(expansion, [], {"tiny": 1000, "away/model": None}, Probe(1000, 0.5))
     assert [model.seconds for model in found.models] == [pytest.approx(0.5 * 13), None]
+
+
+def test_a_sweep_is_estimated_from_its_store_or_from_one_run(study: Path) -> None:
+    pytest.importorskip("sqlalchemy", reason="the store is an extra: fracbit[store]")
+    expansion = expand(read_sweep(study / "grid.toml"))
+    place = study / "s.db"
+    found = estimate_sweep(expansion, str(place), study)
+    assert found.models[0].basis == "one run measured now, by parameters"
+    assert found.seconds is not None
+    assert not place.exists(), "an estimate makes no store"
+    known = rows_of(expansion, 3)
+    assert estimate_sweep(expansion, str(place), study, known=known).seconds == pytest.approx(2.0 * 10)
+    from fracbit.sweeps.store import open_store
+
+    with open_store(str(place)) as store:
+        store.add(known)
+    assert estimate_sweep(expansion, str(place), study).done == 3
+
+
+def test_a_run_that_fails_tells_no_time_but_why(study: Path) -> None:
+    (study / "tiny" / "config.json").write_text("{}")
+    found = estimate_sweep(expand(read_sweep(study / "grid.toml")), str(study / "s.db"), study)
+    assert found.seconds is None
+    assert found.models[0].basis.startswith("unknown: the run measured for the estimate failed: ")
 
 
 def test_a_finished_grid_takes_no_time(study: Path) -> None:

@@ -17,6 +17,7 @@ ray = pytest.importorskip("ray", reason="Ray is an extra: fracbit[ray]")
 
 from fracbit.errors import RecipeError
 from fracbit.records.row import Row
+from fracbit.sweeps import workbench
 from fracbit.sweeps.in_process import InProcess
 from fracbit.sweeps.ray_engine import Bench, OnRay
 from fracbit.sweeps.runner import run_sweep
@@ -122,6 +123,18 @@ def test_a_worker_loads_a_model_once(study: Path) -> None:
     assert worker.bench is not first
 
 
+def test_a_bug_in_loading_is_kept_going_after(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("no such thing")
+
+    monkeypatch.setattr(workbench, "load_float", broken)
+    (run, *_) = [run.model_dump_json() for run in expand(read_sweep(study / "grid.toml")).runs.values()]
+    with pytest.raises(KeyError):
+        Bench(str(study), "cpu", 1).measure(run)
+    row = Row.model_validate_json(Bench(str(study), "cpu", 1, keep_going=True).measure(run))
+    assert (row.status, row.error) == ("failed", "a bug of fracbit: KeyError: 'no such thing'")
+
+
 def test_a_run_whose_worker_always_dies_is_a_failed_row(study: Path) -> None:
     grid = study / "grid.toml"
     one = (
@@ -149,6 +162,6 @@ def test_a_task_that_no_node_holds_is_refused(study: Path) -> None:
     runs = expand(read_sweep(study / "grid.toml")).runs
     with (
         open_store(str(study / "s.db")) as store,
-        pytest.raises(RecipeError, match="no node holds a task of 64 CPUs"),
+        pytest.raises(RecipeError, match="a worker needs 64 CPUs"),
     ):
         run_sweep(store, runs, OnRay(study, cpus=64))

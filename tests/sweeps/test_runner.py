@@ -8,11 +8,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("sqlalchemy", reason="the store is an extra: fracbit[store]")
 
+import fracbit
+from fracbit.errors import RecipeError, SourceError
 from fracbit.records.row import Row, Run
 from fracbit.sweeps.in_process import InProcess
 from fracbit.sweeps.runner import Outcome, check_complete, run_sweep
@@ -106,6 +109,33 @@ def test_a_sweep_measures_every_run_once(study: Path) -> None:
     again = sweep(study)
     assert again.measured == 0
     assert {row.key for row in rows_of(study)} == set(runs_of(study))
+
+
+def test_the_verb_takes_a_device_and_says_what_it_left_out(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both as the command does; beside an engine, which has a device of its own, a device is refused."""
+    grid = study / "grid.toml"
+    grid.write_text(grid.read_text() + "seeds = [0, 1]\n")
+    devices = []
+    measure = InProcess.measure
+
+    def noted(engine: InProcess, *rest: Any) -> Iterator[Row]:
+        devices.append((engine.root, engine.device, engine.keep_going))
+        return measure(engine, *rest)
+
+    monkeypatch.setattr(InProcess, "measure", noted)
+    outcome = fracbit.sweep(grid, study / "s.db", device="cpu", progress=None)
+    assert (outcome.total, outcome.measured) == (13, 13)
+    assert outcome.skipped == {"another seed of a run that draws nothing at random": 12}
+    grid.write_text(grid.read_text().replace("[2, 3, 4]", "[5]"))
+    with pytest.raises(SourceError, match="'nowhere' cannot be used here"):
+        fracbit.sweep(grid, study / "s.db", device="nowhere", progress=None)
+    assert fracbit.sweep(grid, study / "s.db", device="cpu:0", keep_going=True, progress=None).measured == 4
+    assert devices == [(study, "cpu", False), (study, "cpu:0", True)]
+    for given in ({"device": "cuda"}, {"keep_going": True}):
+        with pytest.raises(RecipeError, match="give them to the engine"):
+            fracbit.sweep(grid, study / "s.db", engine=InProcess(study), **given)  # type: ignore[arg-type]
 
 
 def test_a_larger_grid_measures_only_what_is_new(study: Path) -> None:

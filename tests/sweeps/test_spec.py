@@ -7,6 +7,7 @@ import pytest
 from fracbit.errors import RecipeError
 from fracbit.records.outliers import read_outliers
 from fracbit.records.row import Run, label, run_key
+from fracbit.records.tables import COLUMN_RULES
 from fracbit.sweeps.spec import Expansion, expand, read_sweep
 
 HEAD = 'models = ["a", "b"]\n[evaluation]\ntext = "t.txt"\n'
@@ -76,6 +77,31 @@ def test_activation_chosen_columns_need_calibration_text(tmp_path: Path) -> None
     complete = expanded(tmp_path, '[calibration]\ntext = "c.txt"\n' + arm)
     seen = {str(run.recipe.outliers): run.recipe.calibration is not None for run in complete.runs.values()}
     assert seen == {"None": False, "proxy:0.02": False, "activation:0.02": True}
+
+
+def test_whatever_column_rule_reads_energy_needs_calibration_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only the one called activation."""
+    for name, attribute in (("loudest", "ACTIVATION"), ("activation-free", "COST")):
+        monkeypatch.setitem(COLUMN_RULES.entries, name, f"fracbit.quantizers.columns:{attribute}")  # type: ignore[arg-type]
+    arm = '[[arm]]\noutliers = ["loudest:0.02", "activation-free:0.02"]\n'
+    runs = expanded(tmp_path, '[calibration]\ntext = "c.txt"\n' + arm).runs.values()
+    seen = {str(run.recipe.outliers): run.recipe.calibration is not None for run in runs if run.quantized}
+    assert seen == {"loudest:0.02": True, "activation-free:0.02": False}
+
+
+def test_seeds_are_one_run_where_nothing_is_drawn(tmp_path: Path) -> None:
+    found = expanded(tmp_path, '[[arm]]\nseeds = [0, 1, 2]\noutliers = ["none", "proxy:2%", "random:2%"]\n')
+    assert [run.recipe.seed for run in found.runs.values() if run.quantized] == 2 * [0, 0, 0, 1, 2]
+    assert found.skipped == {"another seed of a run that draws nothing at random": 2 * 4}
+    drawn = expanded(
+        tmp_path, '[calibration]\ntext = "c.txt"\n[[arm]]\nquantizers = "gptq"\nseeds = [1, 2]\n'
+    )
+    assert [run.recipe.seed for run in drawn.runs.values() if run.quantized] == 2 * [1, 2]
+    alone = expanded(tmp_path, "[[arm]]\nseeds = 3\n[[arm]]\n")
+    assert {run.recipe.seed for run in alone.runs.values()} == {0}
+    assert alone.skipped == {"named by an earlier arm": 2}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The store: one row a key, claims that only one driver gets, drivers that die, disks that fill, files that are foreign."""
 
+import json
 import platform
 import sqlite3
 import subprocess
@@ -15,6 +16,7 @@ pytest.importorskip("sqlalchemy", reason="the store is an extra: fracbit[store]"
 import sqlalchemy as sa
 
 from fracbit.errors import FormatError, OutputError
+from fracbit.records.calibration import Calibration
 from fracbit.records.recipe import Recipe
 from fracbit.records.row import Evaluation, Row, Run, run_key
 from fracbit.sweeps import store as store_module
@@ -206,6 +208,26 @@ def test_an_older_schema_version_is_brought_up(where: str) -> None:
         assert store.write(make_row("new"))
 
 
+def test_columns_of_an_older_store_follow_from_its_records(where: str) -> None:
+    with open_store(where) as store:
+        store.write(FULL)
+        with store.engine.begin() as link:  # as version 3 left it, whose labels named less
+            link.execute(sa.update(ROWS).values(label="short"))
+            link.exec_driver_sql("UPDATE fracbit_store SET value = '3'")
+    with open_store(where) as store, store.engine.begin() as link:
+        assert link.scalar(sa.select(ROWS.c.label)) == str(FULL.run)
+
+
+def test_settings_without_a_column_are_in_the_record(where: str) -> None:
+    plan = Calibration(texts=("c",), transforms=("smooth",), inputs="int8/token", distill=1, sequential=True)
+    run = Run(recipe=Recipe(model="m", calibration=plan), evaluation=Evaluation(text="t"))
+    with open_store(where) as store:
+        store.write(Row(key=run_key(run), run=run, status="done"))
+        with store.engine.begin() as link:
+            record = json.loads(link.scalar(sa.select(ROWS.c.record)) or "")
+    assert record["run"]["recipe"]["calibration"] == plan.model_dump(mode="json")
+
+
 def test_foreign_files_are_refused_untouched(tmp_path: Path) -> None:
     text = tmp_path / "notes.db"
     text.write_text("not a database at all, but long enough to look like one " * 40)
@@ -215,7 +237,7 @@ def test_foreign_files_are_refused_untouched(tmp_path: Path) -> None:
     with sqlite3.connect(foreign) as link:
         link.execute("CREATE TABLE rows (x)")
     link.close()
-    with pytest.raises(FormatError, match="no fracbit store"):
+    with pytest.raises(FormatError, match="not a fracbit store"):
         open_store(str(foreign))
 
 
@@ -225,7 +247,7 @@ def test_a_store_that_cannot_be_opened(tmp_path: Path) -> None:
 
 
 def test_other_databases_are_refused_with_those_that_are_known() -> None:
-    with pytest.raises(OutputError, match="in mysql: name an SQLite file or postgresql://"):
+    with pytest.raises(OutputError, match="mysql cannot hold a store: name an SQLite file or postgresql://"):
         open_store("mysql://host/name")
 
 

@@ -3,6 +3,7 @@
 That a row equals quantize and evaluate of its recipe is tests/laws/test_sweep_rows.py.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from fracbit.pipeline.quantize import block as stage
 from fracbit.quantizers import QUANTIZERS
 from fracbit.records.calibration import Calibration
 from fracbit.records.recipe import Override, Recipe
-from fracbit.records.row import KEEP_ALL, Evaluation, Run, run_key
+from fracbit.records.row import KEEP_ALL, Evaluation, Row, Run, run_key
 from fracbit.records.scheme import Scheme
 from fracbit.sweeps import workbench
 from fracbit.sweeps.in_process import InProcess
@@ -219,6 +220,57 @@ def test_a_bug_stops_the_sweep_unless_it_is_to_go_on(
         else:
             with pytest.raises(KeyError):
                 list(rows)
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def raised(*_: object, **__: object) -> None:
+        raise error
+
+    return raised
+
+
+def measured(study: Path, keep_going: bool) -> list[Row]:
+    """The rows of two runs of one model by the engine of this process."""
+    runs = {run_key(run): run for run in (make_run(), make_run(Scheme("int", 3, 16)))}
+    queue = Queue([(workload_of(run), key) for key, run in runs.items()])
+    return list(InProcess(study, keep_going=keep_going).measure(queue, runs, lambda _: True))
+
+
+@pytest.mark.parametrize("place", ["load_float", "fill_shards"])
+def test_a_bug_in_loading_is_kept_going_after_as_one_in_quantizing(
+    study: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.setattr(workbench, place, raising(KeyError("no such thing")))
+    with pytest.raises(KeyError, match="no such thing"):
+        measured(study, keep_going=False)
+    rows = measured(study, keep_going=True)
+    assert [row.status for row in rows] == ["failed", "failed"]
+    assert {row.error for row in rows} == {"a bug of fracbit: KeyError: 'no such thing'"}
+    assert all("Traceback" in note and "raised" in note for row in rows for note in row.notes)
+
+
+NO_MEMORY = "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"
+
+
+@pytest.mark.parametrize("place", ["load_float", "fill_shards"])
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError(NO_MEMORY), f"RuntimeError: {NO_MEMORY}"),
+        (RuntimeError("not enough memory: you tried to allocate 9 bytes"), "not enough memory"),
+        (MemoryError("9 bytes"), "MemoryError: 9 bytes"),
+        (torch.linalg.LinAlgError("not positive-definite"), "LinAlgError: not positive-definite"),
+    ],
+    ids=["allocator", "allocator elsewhere", "python", "linear algebra"],
+)
+def test_what_a_machine_or_data_cause_is_no_bug(
+    study: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: Exception, said: str
+) -> None:
+    monkeypatch.setattr(workbench, place, raising(error))
+    rows = measured(study, keep_going=False)
+    assert [row.status for row in rows] == ["failed", "failed"]
+    assert all(said in (row.error or "") and not row.notes for row in rows)
+    assert all(not (row.error or "").startswith(("_", "a bug")) for row in rows)
 
 
 @pytest.mark.parametrize("asked", [PAPER_TASKS, PAPER_TASKS[:3]], ids=len)

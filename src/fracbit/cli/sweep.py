@@ -12,10 +12,11 @@ from fracbit.cli.show import bytes_text, print_json
 from fracbit.errors import RecipeError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from fracbit.records.row import Row
     from fracbit.sweeps.estimate import Estimate
     from fracbit.sweeps.runner import Engine
-    from fracbit.sweeps.spec import Expansion
 
 RAY = "On Ray"
 
@@ -39,7 +40,7 @@ def sweep(
         bool,
         typer.Option(
             "--dry-run",
-            help="Print runs, time and disk; measure nothing.",
+            help="Only print runs, time and disk; may measure one run to estimate the time.",
             rich_help_panel=options.MEASURE,
         ),
     ] = False,
@@ -83,14 +84,15 @@ def sweep(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Measure every run of SWEEP that the store lacks. Stop it at any time; started again, it goes on.
+    """Measure every run of SWEEP that the store lacks. You can stop it at any time; start it again to continue.
 
-    Exit code 1 when a run failed: its row says why, the others are there.
+    Exit code 1 when a run failed: its row says why, and the other rows are stored.
     """
     if address is not None:
         from fracbit.sweeps.address import check_address
 
         check_address(address)  # before anything slow is imported
+    from fracbit.sweeps.estimate import estimate_sweep
     from fracbit.sweeps.parquet import export_parquet, import_parquet
     from fracbit.sweeps.runner import check_complete
     from fracbit.sweeps.runner import sweep as measure
@@ -98,20 +100,24 @@ def sweep(
     from fracbit.sweeps.store import open_store, shown
 
     read = read_sweep(file)
-    expansion = expand(read)
     root = (file.parent / read.root).resolve()
+    known = [] if imported is None else import_parquet(imported)
     if dry_run:
-        brought = [] if imported is None else import_parquet(imported)
-        _print_estimate(_estimate(expansion, store, root, device, brought), json)
+        _print_estimate(estimate_sweep(expand(read), store, root, device, known), json)
         return
+    engine = None
     if ray or address is not None:
-        engine = _on_ray(root, address, workers, cpus, gpus, memory, retries, keep_going)
-    else:
-        engine = _here(root, device, keep_going)
-    known = () if imported is None else import_parquet(imported)
-    show = None if json or quiet else _show
+        engine = _on_ray(root, address, device, workers, cpus, gpus, memory, retries, keep_going)
     outcome = measure(
-        read, store, root=root, engine=engine, retry_failed=retry_failed, known=known, progress=show
+        read,
+        store,
+        root=root,
+        engine=engine,
+        device=device,
+        retry_failed=retry_failed,
+        keep_going=keep_going and engine is None,
+        known=known,
+        progress=None if json or quiet else _show,
     )
     if export is not None:
         with open_store(store) as opened:
@@ -122,6 +128,7 @@ def sweep(
             "runs": outcome.total,
             "measured": outcome.measured,
             "failed": failed,
+            "skipped": dict(outcome.skipped),
             "seconds": outcome.seconds,
         }
         print_json({"store": shown(store), **figures})
@@ -130,20 +137,16 @@ def sweep(
             f"{outcome.measured} rows written in {outcome.seconds:.0f} s; "
             f"all {outcome.total} runs of the sweep are in {shown(store)}"
         )
+        _print_skipped(outcome.skipped)
         print(check_complete(outcome), end="\n" if failed else "")
     if failed:
         raise typer.Exit(1)
 
 
-def _here(root: Path, device: str, keep_going: bool) -> Engine:
-    from fracbit.sweeps.in_process import InProcess
-
-    return InProcess(root, device, keep_going)
-
-
 def _on_ray(
     root: Path,
     address: str | None,
+    device: str,
     workers: int | None,
     cpus: float,
     gpus: float,
@@ -153,6 +156,10 @@ def _on_ray(
 ) -> Engine:
     if (workers is not None and workers < 1) or min(cpus, gpus, retries) < 0:
         raise RecipeError("--workers must be at least 1, and --cpus, --gpus and --retries not below 0")
+    if device != "cpu":
+        raise RecipeError(
+            f"--device {device} is for a sweep without Ray: --gpus 1 gives each worker of Ray a GPU"
+        )
     from fracbit.sweeps.ray_engine import OnRay
 
     size = None if memory is None else int(memory * 1e9)
@@ -182,27 +189,6 @@ def _show(row: Row, done: int, total: int) -> None:
     print(f"{done}/{total} {row.run}: {figures}", flush=True)
 
 
-def _estimate(expansion: Expansion, store: str, root: Path, device: str, brought: list[Row]) -> Estimate:
-    from fracbit.sweeps.estimate import cheapest, estimate, measured_alike, parameters_of
-    from fracbit.sweeps.store import open_store
-
-    rows = {row.key: row for row in brought}
-    if "://" in store or Path(store).exists():
-        with open_store(store) as opened:
-            rows |= {row.key: row for row in opened.rows()}
-    known = list(rows.values())
-    parameters = {model: parameters_of(model, root) for model in expansion.models}
-    probe = None
-    run = None if measured_alike(expansion, known) else cheapest(expansion, parameters)
-    if run is not None:
-        from fracbit.sweeps.queue import workload_of
-        from fracbit.sweeps.workbench import Workbench
-
-        row = Workbench(workload_of(run), root, device).measure(run)
-        probe = (row.parameters, row.seconds) if row.status == "done" else None
-    return estimate(expansion, known, parameters, probe)
-
-
 def _print_estimate(found: Estimate, json: bool) -> None:
     if json:
         models = [vars(model) for model in found.models]
@@ -221,10 +207,14 @@ def _print_estimate(found: Estimate, json: bool) -> None:
     for model in found.models:
         time = "time unknown" if model.seconds is None else _duration(model.seconds)
         print(f"  {model.model}: {model.runs - model.done} left, {time} ({model.basis})")
-    for reason, count in found.skipped.items():
-        print(f"  {count} points left out: {reason}")
+    _print_skipped(found.skipped)
     total = "unknown" if found.seconds is None else _duration(found.seconds)
     print(f"time left on one worker: {total}; disk: {bytes_text(found.disk_bytes)}")
+
+
+def _print_skipped(skipped: Mapping[str, int]) -> None:
+    for reason, count in skipped.items():
+        print(f"  {count} {'point' if count == 1 else 'points'} left out: {reason}")
 
 
 def _duration(seconds: float) -> str:

@@ -27,7 +27,7 @@ def expected_error(weight: Tensor, scheme: Scheme, energy: Tensor | None = None)
         scheme, dtype="int", bits=4, scale="fp32"
     )  # places the blocks' ranges as any type does, and fits no table
     grid = fit(weight.float(), plain)
-    squares = spread(grid.scale, grid.shape, plain).expand(grid.shape).square().sum(0)
+    squares = spread(grid.scale, grid.shape, plain).expand(grid.shape).square().sum(0)  # [in]
     return float((squares if energy is None else squares * energy).sum())
 
 

@@ -43,7 +43,7 @@ Refit = Callable[[Tensor, Tensor], Lattice]
 
 def spread_grid(grid: Grid) -> Lattice:
     """The grid of a weight [out, in] as a lattice."""
-    scale = spread(grid.scale, grid.shape, grid.scheme).T.contiguous()
+    scale = spread(grid.scale, grid.shape, grid.scheme).T.contiguous()  # [in or 1, out or 1]
     shift = None if grid.shift is None else spread(grid.shift, grid.shape, grid.scheme).T.contiguous()
     return Lattice(grid.table, scale, shift)
 
@@ -72,9 +72,9 @@ def sweep(
         _round_batch(
             target, inside, part, weight=weight[first:last], error=error[first:last], codes=codes[first:last]
         )
-    back = torch.empty_like(order)
+    back = torch.empty_like(order)  # [in]
     back[order] = torch.arange(len(order), device=order.device)
-    return codes[back], error[back]
+    return codes[back], error[back]  # [in, out] each, in stored order
 
 
 def _round_batch(
@@ -102,13 +102,13 @@ def _uniform(lattice: Lattice) -> Rounding:
     """Evenly spaced values: a rounding of numbers, four times as fast as a search in a table."""
     assert lattice.table.step is not None
     top = lattice.table.levels - 1
-    step = lattice.scale * lattice.table.step  # [in or 1, out or 1]
+    step = lattice.scale * lattice.table.step  # [batch or 1, out or 1]
     base = -lattice.scale if lattice.shift is None else lattice.shift - lattice.scale
     inverse = torch.where(step > 0, 1 / step, 0.0)
 
     def round_column(target: Tensor, i: int) -> tuple[Tensor, Tensor]:
         row = i if len(step) > 1 else 0
-        code = (target - base[row]).mul_(inverse[row]).round_().clamp_(0, top)
+        code = (target - base[row]).mul_(inverse[row]).round_().clamp_(0, top)  # [out]
         return code, torch.addcmul(base[row], code, step[row])
 
     return round_column
@@ -116,14 +116,14 @@ def _uniform(lattice: Lattice) -> Rounding:
 
 def _table(lattice: Lattice) -> Rounding:
     table = lattice.table
-    inverse = torch.where(lattice.scale > 0, 1 / lattice.scale, 0.0)
+    inverse = torch.where(lattice.scale > 0, 1 / lattice.scale, 0.0)  # [batch or 1, out or 1]
 
     def round_column(target: Tensor, i: int) -> tuple[Tensor, Tensor]:
         row = i if len(inverse) > 1 else 0
         shift = None if lattice.shift is None else lattice.shift[row]
-        x = (target if shift is None else target - shift) * inverse[row]
-        code = table.nearest(x[:, None])
-        value = table.look_up(code)[:, 0] * lattice.scale[row]
+        x = (target if shift is None else target - shift) * inverse[row]  # [out]
+        code = table.nearest(x[:, None])  # [out, 1]
+        value = table.look_up(code)[:, 0] * lattice.scale[row]  # [out]
         return code[:, 0], value if shift is None else value + shift
 
     return round_column

@@ -45,8 +45,8 @@ class LinearView:
 class Rule:
     """One line of the table: `score` gives every column a number, and the largest stay in 16 bits.
 
-    `needs` is what must be known of a linear besides its weight: any of "energy" and "producers". A rule that looks at neither
-    weight nor statistics is `ahead`: its columns are chosen before the run.
+    `needs` is what it uses besides the weight of a linear: any of "energy", "producers" and "chance". A rule that looks at
+    neither weight nor statistics is `ahead`: its columns are chosen before the run.
     """
 
     score: Callable[[LinearView], Tensor]
@@ -70,7 +70,7 @@ class Rule:
         view = LinearView(weight.float(), scheme, stats, producer_spread=producer_spread, generator=generator)
         scores = self.score(view)  # [in]
         order = scores.argsort(descending=True, stable=True)
-        return order[:count].sort().values.to(torch.int32)
+        return order[:count].sort().values.to(torch.int32)  # [count]
 
 
 def cost(view: LinearView) -> Tensor:
@@ -102,7 +102,7 @@ def proxy(view: LinearView) -> Tensor:
 def chance(view: LinearView) -> Tensor:
     """A random order of the columns."""
     width = view.weight.shape[1]
-    scores = torch.empty(width)
+    scores = torch.empty(width)  # [in]
     scores[torch.randperm(width, generator=view.generator)] = torch.arange(width, 0, -1.0)
     return scores
 
@@ -110,4 +110,4 @@ def chance(view: LinearView) -> Tensor:
 COST = Rule(cost)
 ACTIVATION = Rule(activation, frozenset({"energy"}))
 PROXY = Rule(proxy, frozenset({"producers"}), ahead=True)
-RANDOM = Rule(chance, ahead=True)
+RANDOM = Rule(chance, frozenset({"chance"}), ahead=True)

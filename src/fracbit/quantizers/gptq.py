@@ -73,7 +73,7 @@ class Gptq:
         `WeightError` without a gram matrix or when it does not fit.
         """
         weight = weight.float()
-        gram = _gram_of(stats, weight)
+        gram = _gram_of(stats, weight)  # [in, in]
         if columns is not None and len(columns):
             return self._with_columns(weight, scheme, gram, columns)
         coupling = self._feedback(gram) if coupling is None else coupling
@@ -96,7 +96,7 @@ class Gptq:
             notes = (
                 f"damping raised from {self.damping:g} to {coupling.damping:g}: the gram matrix could not be factored",
             )
-        energy = gram.diagonal()
+        energy = gram.diagonal()  # [in]
         start = fit(weight, scheme, energy, self.search)
         solution = self._solve(weight, start, energy, coupling)
         if self.rounds:
@@ -109,7 +109,7 @@ class Gptq:
         transposed = weight.T.contiguous()  # [in, out]
         if own_scales(grid.scheme):
             fits = _ColumnFits(grid.scheme, energy, self.search)
-            codes, error = sweep(transposed, coupling, fits)
+            codes, error = sweep(transposed, coupling, fits)  # [in, out] each
             grid = fits.assembled(grid)
             if isinstance(grid.scheme.scale, str):
                 return Rounded(grid, codes.T.contiguous(), error)
@@ -119,7 +119,7 @@ class Gptq:
 
     def _with_columns(self, weight: Tensor, scheme: Scheme, gram: Tensor, columns: Tensor) -> Quantized:
         columns = columns.to(torch.int32).sort().values  # [p]
-        free, kept = columns.long(), quantized_columns(columns, weight.shape[1])
+        free, kept = columns.long(), quantized_columns(columns, weight.shape[1])  # [p], [kept]
         if not len(kept):
             raise WeightError(
                 f"all {len(free)} columns are to stay in 16 bits, nothing is left to quantize; keep fewer, or leave "
@@ -163,7 +163,7 @@ def refine(
         grid, codes = refit_table(weight, matrix, grid, solution.codes)
         # ... and the codes for this grid.
         error = (weight - values_of(codes, grid)).T  # [in, out]
-        codes, error = sweep(transposed, step, spread_grid(grid), error)
+        codes, error = sweep(transposed, step, spread_grid(grid), error)  # [in, out] each
         new = float(gram_errors(error.T, matrix).sum())
         if new < cost:
             solution = Rounded(grid, codes.T.contiguous(), error)
@@ -219,8 +219,8 @@ def _not_worse(
     most, spent = float(costs.sum()), 0.0
     codes, nearest = codes_of(weight, start), []
     for first, last in row_chunks(start.shape, start.scheme, CHECKED):
-        rounded = values_of(codes[first:last], start, first, last)
-        nearest.append(gram_errors(weight[first:last] - rounded, gram))
+        rounded = values_of(codes[first:last], start, first, last)  # [rows, in]
+        nearest.append(gram_errors(weight[first:last] - rounded, gram))  # [rows]
         spent += float(nearest[-1].sum())
         if not spent < most:
             return packed, costs, ()

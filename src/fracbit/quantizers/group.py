@@ -81,4 +81,4 @@ def _some(columns: Tensor | None) -> Tensor | None:
 
 
 def _rows(part: Tensor | None, rows: slice) -> Tensor | None:
-    return None if part is None else part[rows].clone()
+    return None if part is None else part[rows].clone()  # [rows, ...]

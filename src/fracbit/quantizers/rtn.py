@@ -42,7 +42,7 @@ class RoundToNearest:
         """Quantize `weight` [out, in]; costs are squared errors, weighted by input energy where statistics are given."""
         importance = None if stats is None else stats.energy / max(stats.tokens, 1)  # [in]
         packed = quantize_tensor(weight, scheme, importance, search=self.search, columns=columns)
-        costs, powers = squared_errors(weight, packed, importance)
+        costs, powers = squared_errors(weight, packed, importance)  # [out] each
         return Quantized(packed, costs, powers)
 
 
@@ -57,13 +57,13 @@ def squared_errors(
     inner = importance if kept is None or importance is None else importance[kept]  # [quantized columns]
     costs, powers = [], []
     for first, part in decoded_parts(packed):  # [rows, quantized columns]
-        rows = weight[first : first + len(part)].float()
+        rows = weight[first : first + len(part)].float()  # [rows, in]
         powers.append(_weighted_squares(rows, importance))
-        rows = rows if kept is None else rows[:, kept]
+        rows = rows if kept is None else rows[:, kept]  # [rows, quantized columns]
         costs.append(_weighted_squares(part.sub_(rows), inner))
-    return torch.cat(costs), torch.cat(powers)
+    return torch.cat(costs), torch.cat(powers)  # [out] each
 
 
 def _weighted_squares(x: Tensor, importance: Tensor | None) -> Tensor:
     squares = x.square() if importance is None else x.square().mul_(importance)
-    return squares.sum(1)
+    return squares.sum(1)  # [rows]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -21,7 +21,7 @@ class _Frozen(BaseModel):
 
 
 class Evaluation(_Frozen):
-    """On what a run is judged: `text`, a source of the data room, seen in windows of `window` ids; `tasks` for zero-shot.
+    """What a run is evaluated on: `text`, a source of the data package, in windows of `window` ids; zero-shot `tasks`.
 
     `window` and `stride` as for `fracbit eval`; None is the model's own length. `tasks` are names of lm-eval, or the YAML files
     of local tasks; `limit` examples of each, None for all.
@@ -100,21 +100,65 @@ def run_key(run: Run) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def given(record: BaseModel) -> dict[str, Any]:
+    """The fields of a record that differ from their defaults, by name. Fields without a default are always included."""
+    fields = type(record).model_fields
+    usual = {name: field.get_default(call_default_factory=True) for name, field in fields.items()}
+    return {name: value for name, value in record if fields[name].is_required() or value != usual[name]}
+
+
+READ_AS = ("model", "revision", "trust_remote_code")
+"""Fields of a recipe that say which model it is for."""
+SAMPLED = ("texts", "samples", "length", "batch")
+"""Fields of a calibration that say what it reads."""
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """How a recipe differs from rounding the linears to its scheme: fields that differ from their defaults, by name.
+
+    Fields of the calibration are included, except those that say what it reads. Fields that a recipe gains later are
+    included too.
+    """
+    plan = {} if recipe.calibration is None else given(recipe.calibration)
+    found = given(recipe) | plan
+    apart = (*READ_AS, "scheme", "calibration", *SAMPLED)
+    seed = {"seed": recipe.seed} if "seed" in found else {}
+    return {name: value for name, value in found.items() if name not in (*apart, "seed")} | seed
+
+
+Words = Mapping[str, Callable[[Any], str]]
+
+
+def worded(found: Mapping[str, Any], words: Words) -> list[str]:
+    """Settings in words: first those of `words`, in its order, then all others as `name value`, or only the name for true."""
+    known = [say(found[name]) for name, say in words.items() if name in found]
+    others = {name: value for name, value in found.items() if name not in words}
+    return [*known, *(name if value is True else f"{name} {value}" for name, value in others.items())]
+
+
+_SHORT: Words = {
+    "quantizer": str,
+    "search": lambda _: "search",
+    "outliers": str,
+    "chain": lambda chain: f"{chain} chain",
+    "transforms": "+".join,
+    "inputs": str,
+    "tweak": lambda name: f"tweak-{name}",
+    "overrides": lambda overrides: f"{len(overrides)} overrides",
+}
+
+
 def label(run: Run) -> str:
-    """One line for people: `tales-s nf4/64`, `tales-s int3/64 gptq proxy:0.02`, `tales-s float`."""
-    name = run.recipe.model.rstrip("/").rsplit("/", 1)[-1]
+    """One line for people: `tales-s nf4/64`, `tales-s int3/64 gptq proxy:0.02 seed 1`, `tales-s float`.
+
+    It has the model's name as in the recipe, the scheme, and every setting that differs from its default. So two runs of one
+    sweep never have the same label.
+    """
+    recipe = run.recipe
+    name = recipe.model + (f"@{recipe.revision}" if recipe.revision else "")
     if not run.quantized:
         return f"{name} float"
-    recipe, calibration = run.recipe, run.recipe.calibration
-    parts = [name, str(recipe.scheme)]
-    parts += [recipe.quantizer] if recipe.quantizer != "rtn" else []
-    parts += ["search"] if recipe.search else []
-    parts += [str(recipe.outliers)] if recipe.outliers else []
-    if calibration is not None:
-        parts += ["float chain"] if calibration.chain == "float" else []
-        parts += [*calibration.transforms, *([calibration.inputs] if calibration.inputs else [])]
-        parts += [f"tweak-{calibration.tweak}"] if calibration.tweak != "none" else []
-    return " ".join(parts)
+    return " ".join([name, str(recipe.scheme), *worded(settings(recipe), _SHORT)])
 
 
 class Row(_Frozen):
@@ -186,6 +230,6 @@ class Row(_Frozen):
         }
 
 
-def failed_row(run: Run, error: str) -> Row:
+def failed_row(run: Run, error: str, notes: tuple[str, ...] = ()) -> Row:
     """The row of a run that could not even start."""
-    return Row(key=run_key(run), run=run, status="failed", error=error)
+    return Row(key=run_key(run), run=run, status="failed", error=error, notes=notes)

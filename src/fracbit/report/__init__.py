@@ -1,1 +1,1 @@
-"""Reports: fits, fronts and the page, made from rows alone; torch is never imported."""
+"""Reports: fits, Pareto fronts and the page, made only from rows; torch is never imported."""

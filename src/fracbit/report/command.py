@@ -1,4 +1,4 @@
-"""How to make a row again: a recipe for `fracbit quantize`, and the commands that quantize and evaluate by it."""
+"""How to make a row again: a recipe for `fracbit quantize`, and the commands that quantize and evaluate with it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fracbit.records.row import Evaluation, Row
 
 
 def command_of(row: Row) -> str:
-    """Shell commands that make and judge the row's model; of a float row the evaluation alone."""
+    """Shell commands that make and evaluate the row's model; for a float row, only the evaluation."""
     model = shlex.quote(row.run.recipe.model)
     trust = ["--trust-remote-code"] if row.run.recipe.trust_remote_code else []
     judged = model if not row.run.quantized else "OUT"

@@ -1,8 +1,8 @@
-"""What a study says: scaling curves, offsets between precisions, the Pareto front, and a sentence to act on.
+"""The results of a study: scaling curves, offsets between precisions, the Pareto front, and a recommendation.
 
-arXiv:2212.09720, Sec. 4: bivariate power functions of parameters and bits fit poorly; the points of each precision are joined
-by straight lines over log2(total model bits) instead, and the curves are nearly parallel, so a precision is described by its
-offset from another. Both are computed here, so that a reader can see which holds on their rows.
+arXiv:2212.09720, Sec. 4: bivariate power functions of parameters and bits fit poorly. Instead, straight lines over
+log2(total model bits) join the points of each precision. The curves are nearly parallel, so a precision is described by
+its offset from another. Both are computed here, so that readers can see which one fits their rows.
 
 Confidence intervals resample the windows of the text, the same windows for every row: differences between rows are paired.
 """
@@ -20,41 +20,13 @@ from scipy.optimize import least_squares
 from scipy.stats import pearsonr
 
 from fracbit.records.row import Row, label, run_key
+from fracbit.report.slices import Slice, slice_of
 
 Floats = NDArray[np.float64]
 
 FLOAT_BITS = 16
-OFFSET_WORDS = {"zero": "zero point", "float": "float offset", "mean": "centered"}
 LEVEL = 0.95
 DRAWS = 400
-
-
-@dataclass(frozen=True)
-class Slice:
-    """What rows of one curve share besides their precision: everything but the model and the bits."""
-
-    dtype: str
-    block: str
-    axis: str
-    offset: str
-    scale: str
-    quantizer: str
-    search: bool
-    outliers: str
-    correction: str
-    chain: str = ""
-
-    def __str__(self) -> str:
-        parts = [f"{self.dtype}, block {self.block}"]
-        parts += ["blocks along out"] if self.axis == "out" else []
-        parts += [OFFSET_WORDS[self.offset]] if self.offset != "none" else []
-        parts += [f"scales {self.scale}"] if self.scale != "fp16" else []
-        parts += [self.quantizer] if self.quantizer != "rtn" else []
-        parts += ["searched ranges"] if self.search else []
-        parts += [f"16-bit columns {self.outliers}"] if self.outliers != "none" else []
-        parts += [f"tweak {self.correction}"] if self.correction != "none" else []
-        parts += ["float chain"] if self.chain == "float" else []
-        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -70,9 +42,9 @@ class Interval:
 class CurveOffset:
     """How a precision differs from the reference precision, within one slice.
 
-    `loss`: nats per token that it lies above the reference curve at equal total bits (negative: better), mean over the
-    stretch of sizes that both cover; None where they cover none. `shift`: log2 of the factor of total bits that it needs for
-    the reference's loss (negative: it gets by with fewer); None where no shift makes the curves overlap.
+    `loss`: nats per token above the reference curve at equal total bits (negative: better), the mean over the sizes
+    that both curves cover; None if there are none. `shift`: log2 of the factor of total bits that it needs for the
+    reference's loss (negative: it needs fewer); None if no shift makes the curves overlap.
     """
 
     bits: int
@@ -85,8 +57,8 @@ class CurveOffset:
 class PowerLaw:
     """nll = floor + scale * parameters^-alpha * bits^-beta, by least squares; `rms` of its residuals in nats.
 
-    `interpolation_rms`: of leaving out each inner point of each precision and interpolating it from its neighbours, the same
-    rows judged by the other method; None with fewer than three models.
+    `interpolation_rms`: of interpolating each inner point of each precision from its neighbours, for comparison on the
+    same rows; None with fewer than three models.
     """
 
     floor: float
@@ -100,7 +72,7 @@ class PowerLaw:
 
 @dataclass(frozen=True)
 class Advice:
-    """The answer to: for this much memory, what? `sentence` says it; `doubt` names the other precision that may be as good."""
+    """The recommendation for a memory size: `sentence` states it; `doubt` names another choice that may be as good."""
 
     budget_bits: float
     row: Row
@@ -109,9 +81,9 @@ class Advice:
 
 
 def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Finished rows that may be compared: by the text (its hash) and the windows they were judged on.
+    """Finished rows in comparable groups, by their text (its hash) and windows.
 
-    Of runs that differ in their zero-shot tasks alone, the one that was asked most stands for all.
+    Of runs that differ only in their zero-shot tasks, the one with the most tasks is used.
     """
     found: dict[str, dict[str, Row]] = defaultdict(dict)
     for row in rows:
@@ -134,22 +106,13 @@ def bits_of(row: Row) -> int:
     return row.run.recipe.scheme.bits if row.run.quantized else FLOAT_BITS
 
 
-def slice_of(row: Row) -> Slice:
-    """The slice of a quantized row."""
-    recipe, scheme = row.run.recipe, row.run.recipe.scheme
-    scale = scheme.scale if isinstance(scheme.scale, str) else str(scheme.scale)
-    return Slice(
-        scheme.dtype, str(scheme.block), scheme.axis, scheme.offset, scale, recipe.quantizer, recipe.search,
-        str(recipe.outliers or "none"), row.run.correction, row.run.chain,
-    )  # fmt: skip
-
-
 def slices(rows: Sequence[Row], precisions: int = 3, models: int = 2) -> dict[Slice, list[Row]]:
-    """Slices with at least so many precisions and models, each with the float rows beside its own; the fullest first."""
+    """Slices with at least so many precisions and models, each with the float rows added; the largest first."""
     found: dict[Slice, list[Row]] = defaultdict(list)
-    seen: set[tuple[Slice, str, int]] = set()
+    seen: set[tuple[Slice, str, str | None, int]] = set()
     for row in rows:
-        point = (slice_of(row), row.run.recipe.model, bits_of(row))
+        recipe = row.run.recipe
+        point = (slice_of(row), recipe.model, recipe.revision, bits_of(row))
         if row.run.quantized and point not in seen:  # one seed of several
             seen.add(point)
             found[point[0]].append(row)
@@ -160,7 +123,7 @@ def slices(rows: Sequence[Row], precisions: int = 3, models: int = 2) -> dict[Sl
         if len({bits_of(row) for row in members}) >= precisions
         and len({row.run.recipe.model for row in members}) >= models
     }
-    # Of equally full ones the usual choices come first: blocks of 64, and int.
+    # Of slices of equal size, the usual choices come first: blocks of 64, and int.
     return dict(
         sorted(enough.items(), key=lambda i: (-len(i[1]), i[0].block != "64", i[0].dtype != "int", str(i[0])))
     )
@@ -172,7 +135,7 @@ def size_of(row: Row) -> float:
 
 
 def front(rows: Sequence[Row]) -> list[Row]:
-    """The Pareto front: rows than which no other has at most as many bits and a smaller loss; by size."""
+    """The Pareto front by size: no other row has a smaller loss with at most as many bits."""
     best, kept = math.inf, []
     for row in sorted(rows, key=lambda row: (row.model_bits, row.nll or 0.0)):
         if row.nll is not None and row.nll < best:
@@ -184,7 +147,7 @@ def front(rows: Sequence[Row]) -> list[Row]:
 def offsets(rows: Sequence[Row], reference: int = 4, draws: int = DRAWS, seed: int = 0) -> list[CurveOffset]:
     """Offsets of every precision of a slice from the `reference` precision, with bootstrap intervals over windows.
 
-    Two curves go through the models that both precisions have: a missing one would bend one curve alone.
+    Both curves use only the models that both precisions have, because a missing model would bend one of them.
     """
     if reference not in {bits_of(row) for row in rows}:
         return []
@@ -228,7 +191,7 @@ def difference(row: Row, other: Row, draws: int = 2000, seed: int = 0) -> Interv
 
 
 def power_law(rows: Sequence[Row]) -> PowerLaw | None:
-    """The bivariate power law through all rows of a slice, and how straight lines do on them; None with under six rows."""
+    """The bivariate power law of a slice, and the error of straight lines on it; None with fewer than six rows."""
     if len(rows) < 6:
         return None
     size = np.log([row.parameters for row in rows])
@@ -316,7 +279,7 @@ def _gaps(x: Floats, y: Floats, base_x: Floats, base_y: Floats) -> Floats:
 
 
 def _shifts(x: Floats, y: Floats, base_x: Floats, base_y: Floats) -> Floats:
-    """The shift along the size axis that lays a curve best on another, with at least half of the shorter one overlapping."""
+    """The shift along the size axis that fits a curve best to another, with an overlap of half the shorter one."""
     if len(x) < 2 or len(base_x) < 2:
         return np.full(len(y), math.nan)
     need = 0.5 * min(x[-1] - x[0], base_x[-1] - base_x[0])
@@ -324,7 +287,7 @@ def _shifts(x: Floats, y: Floats, base_x: Floats, base_y: Floats) -> Floats:
     misfits = np.array([_misfits(x - shift, y, base_x, base_y, need) for shift in tried])  # [shifts, draws]
     possible = np.flatnonzero(np.isfinite(misfits[:, 0]))
     best = misfits.argmin(0)
-    # At the edge of what still overlaps, the curves only slid past each other: no shift lays them together.
+    # A best shift at the limit of the overlap means that the curves do not fit each other.
     inside = (
         (best > possible.min()) & (best < possible.max())
         if len(possible)
@@ -342,12 +305,12 @@ def _misfits(x: Floats, y: Floats, base_x: Floats, base_y: Floats, need: float) 
 
 
 def _reader(x: Floats, at: Floats) -> Floats:
-    """Linear interpolation as a matrix [points, positions]: values at `x` times it are values at `at`."""
+    """Linear interpolation as a matrix [points, positions]: values at `x` times this matrix are values at `at`."""
     return np.array([np.interp(at, x, unit) for unit in np.eye(len(x))])
 
 
 def _interval(values: Floats) -> Interval | None:
-    """The first value, with the percentiles of the rest that are numbers; None when the first is none."""
+    """The first value, with percentiles of the others without NaN; None when the first is NaN."""
     if math.isnan(values[0]):
         return None
     drawn = values[1:][~np.isnan(values[1:])]

@@ -115,13 +115,13 @@ function drawTypes() {
   const model = at("type-model").value;
   const bits = +at("type-bits").value;
   const float = group.rows.find((r) => r.model === model && r.bits === 16);
-  const rows = group.rows.filter((r) => r.model === model && r.bits === bits && ["round to nearest", "zero point", "centered"].includes(r.kind));
+  const rows = group.rows.filter((r) => r.model === model && r.bits === bits && r.line !== "");
   // Blocks that run on across rows are another line at the same lengths.
   const flat = (r) => r.block.startsWith("flat:");
   const length = (r) => (flat(r) ? r.block.slice(5) : r.block);
   const order = (b) => (/^\d+$/.test(b) ? +b : b === "row" ? 1e6 : 1e7);
   const blocks = unique(rows.map(length)).sort((a, b) => order(a) - order(b));
-  const name = (r) => r.dtype + (r.kind === "round to nearest" ? "" : ", " + r.kind) + (flat(r) ? ", across rows" : "");
+  const name = (r) => r.line + (flat(r) ? ", across rows" : "");
   const values = [];
   const traces = unique(rows.map(name)).map((type, index) => {
     const own = rows.filter((r) => name(r) === type).sort((a, b) => order(length(a)) - order(length(b)));

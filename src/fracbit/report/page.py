@@ -1,6 +1,6 @@
-"""The report: rows in, one HTML page out that opens offline on a desk or a phone, light or dark.
+"""The report: makes one HTML page from rows. It opens offline on a desktop or a phone, in light or dark mode.
 
-Everything is inside the file: the plotting library, the rows, the fits. The drawing is in page.js, the looks in page.css.
+The page contains the plotting library, the rows and the fits. page.js draws them, and page.css has the styles.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fracbit.errors import DataError, OutputError
 from fracbit.records.row import Row, label
 from fracbit.report import fit
 from fracbit.report.command import command_of, recipe_of
+from fracbit.report.slices import Slice, named, slice_of
 
 BUDGETS = 24
 SLICES_WITH_OFFSETS = 60
@@ -75,19 +76,22 @@ def _group(rows: Sequence[Row]) -> dict[str, Any]:
     """Rows on one text, with everything that is computed from them."""
     best = {row.key for row in fit.front(rows)}
     curves = fit.slices(rows)
+    names = named(curves)
     tasks = sorted({task for row in rows for task in row.accuracies})
     return {
         "text": rows[0].run.evaluation.text,
         "tokens": sum(rows[0].window_tokens),
         "rows": [_row(row, row.key in best) for row in rows],
-        "slices": [_slice(part, members, index) for index, (part, members) in enumerate(curves.items())],
+        "slices": [
+            _slice(names[part], members, index) for index, (part, members) in enumerate(curves.items())
+        ],
         "advice": _advice(rows),
         "tasks": [{"task": task, "pearson": fit.correlation(rows, task)} for task in tasks],
     }
 
 
 def _row(row: Row, on_front: bool) -> dict[str, Any]:
-    part = fit.slice_of(row) if row.run.quantized else None
+    part = slice_of(row) if row.run.quantized else None
     scheme = row.run.recipe.scheme
     return {
         "key": row.key,
@@ -97,7 +101,7 @@ def _row(row: Row, on_front: bool) -> dict[str, Any]:
         "bits": fit.bits_of(row),
         "block": str(scheme.block) if part else "",
         "kind": _kind(part),
-        "slice": str(part) if part else "",
+        "line": ", ".join([part.dtype, *part.words()]) if part and part.plain else "",
         "parameters": row.parameters,
         "megabytes": row.model_bits / 8e6,
         "modelBits": row.model_bits,
@@ -117,26 +121,16 @@ def _row(row: Row, on_front: bool) -> dict[str, Any]:
     }
 
 
-def _kind(part: fit.Slice | None) -> str:
-    """What sets a row apart from plain rounding, for the filters."""
-    if part is None:
-        return "float"
-    special = [part.quantizer if part.quantizer != "rtn" else "", "searched ranges" if part.search else ""]
-    special += [fit.OFFSET_WORDS.get(part.offset, "")]
-    special += ["" if part.outliers == "none" else part.outliers.partition(":")[0] + " columns"]
-    special += [
-        "" if part.axis == "in" else "blocks along out",
-        "" if part.correction == "none" else f"tweak {part.correction}",
-        "float chain" if part.chain == "float" else "",
-    ]
-    return ", ".join(word for word in special if word) or "round to nearest"
+def _kind(part: Slice | None) -> str:
+    """How a row differs from round-to-nearest, for the filters."""
+    return "float" if part is None else ", ".join(part.words()) or "round to nearest"
 
 
-def _slice(part: fit.Slice, rows: Sequence[Row], index: int) -> dict[str, Any]:
+def _slice(name: str, rows: Sequence[Row], index: int) -> dict[str, Any]:
     law = fit.power_law(rows)
     found = fit.offsets(rows) if index < SLICES_WITH_OFFSETS else []
     return {
-        "name": str(part),
+        "name": name,
         "keys": [row.key for row in rows],
         "offsets": [
             {
@@ -162,7 +156,7 @@ def _number(value: float | None) -> float | None:
 
 
 def _advice(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """A sentence at every size of the front, thinned to `BUDGETS`."""
+    """A recommendation at each size of the front, thinned to fewer than twice `BUDGETS`."""
     best = fit.front(rows)
     step = max(1, len(best) // BUDGETS)
     chosen = [*best[::-1][::step]][::-1]

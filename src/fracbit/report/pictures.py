@@ -1,7 +1,7 @@
 """Pictures of plans and lenses as PNG, SVG or PDF files, each with its data beside it as CSV. matplotlib is the extra `plots`.
 
-They are drawn from numbers and records alone; measuring is the pipeline's. Figures are made as objects, without pyplot: no
-window, no global state.
+They are drawn from numbers and records; the pipeline measures. Figures are objects, made without pyplot, so there is no
+window and no global state.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def heat_map(
     text: str = "{:.3g}",
     span: float = 1e-9,
 ) -> None:
-    """Cells (row, column, value) as a map of colours with the values written in; cells that are missing stay white.
+    """Cells (row, column, value) as a heat map with the values written in; missing cells stay white.
 
-    The colours cover at least `span`: a hundredth of a bit must not look like the difference of night and day.
+    The colours cover at least `span`, so that a hundredth of a bit does not look like a large difference.
     """
     figure_class, colours = _matplotlib()
     rows, columns = (list(dict.fromkeys(cell[i] for cell in cells)) for i in (0, 1))
@@ -123,9 +123,9 @@ def draw_plan(
 
 
 def draw_lens(report: LensReport, folder: Path, noise: Collection[str]) -> None:
-    """Pictures of a lens report, PNG with CSV beside them, into a folder that is made when it is not there.
+    """Pictures of a lens report, PNG with CSV beside them, in a folder that is made if it does not exist.
 
-    `noise`: the kinds of error that were drawn at intensities of choice. Raises `OutputError`, `RecipeError`.
+    `noise`: the kinds of error that were drawn at chosen intensities. Raises `OutputError`, `RecipeError`.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ def draw_lens(report: LensReport, folder: Path, noise: Collection[str]) -> None:
 def draw_intensity(path: Path, points: Sequence[LensPoint], noise: Collection[str]) -> None:
     """Loss change against relative intensity, a panel for each target: a line with its 95 % band for each kind of `noise`.
 
-    Schemes and clipping, whose intensity is their own, are black marks, hollow for the noise of their strength.
+    Schemes and clipping have a fixed intensity and are black marks; noise of equal strength is a hollow mark.
     """
     write_csv(path.with_suffix(".csv"), [point.row() for point in points])
     figure_class, _ = _matplotlib()
@@ -181,7 +181,7 @@ def _intensity_axes(axes: Any, points: Sequence[LensPoint], marked: Sequence[Len
     if all(point.change > 0 for point in points):
         axes.set_yscale("log", nonpositive="clip")
     else:
-        # Small errors may help by chance, and a plain logarithm would hide them.
+        # A small error may lower the loss by chance, and a plain logarithm would hide that.
         axes.set_yscale("symlog", linthresh=0.01)
     axes.set_xlabel("relative intensity |delta| / |x|")
     axes.set_ylabel("loss change, nats per token")
@@ -201,7 +201,7 @@ def _draw_noise(axes: Any, points: Sequence[LensPoint]) -> None:
 
 
 def _draw_single(axes: Any, points: Sequence[LensPoint]) -> None:
-    """A mark for each point, the same one, hollow, for the noise of its strength."""
+    """A mark for each point; noise of equal strength has the same mark, hollow."""
     bare = list(dict.fromkeys(point.kind.removesuffix(" as gaussian") for point in points))
     for point in points:
         mark = MARKS[bare.index(point.kind.removesuffix(" as gaussian")) % len(MARKS)]
@@ -219,7 +219,7 @@ def draw_lines(
     log: tuple[bool, bool] = (False, False),
     title: str = "",
 ) -> None:
-    """Named lines of (x, y) with a marker at each point; their data goes beside the picture."""
+    """Named lines of (x, y) with a marker at each point; their data goes into a CSV file beside the picture."""
     draw_panels(path, {title: lines}, across, up, log=log)
 
 
@@ -230,7 +230,7 @@ def draw_panels(
     up: str,
     log: tuple[bool, bool] = (False, False),
 ) -> None:
-    """Panels side by side, title -> named lines of (x, y); one name has one colour in all of them. Data goes beside.
+    """Panels side by side, title -> named lines of (x, y), with their data as CSV; a name has one colour in all panels.
 
     Marks shrink from name to name, so that lines on top of each other are all seen.
     """
@@ -267,7 +267,7 @@ def check_picture(path: Path) -> None:
     """Refuse, before any work, a picture that could not be drawn. Raises `RecipeError`, `OutputError`."""
     _matplotlib()
     if path.suffix.lower() not in FORMATS:
-        raise RecipeError(f"{path} is not a kind of picture; end it in {', '.join(FORMATS)}")
+        raise RecipeError(f"{path} is not a picture; its name must end in {', '.join(FORMATS)}")
     if not path.absolute().parent.is_dir():
         raise OutputError(f"{path.parent} is not a folder; make it first")
 
@@ -282,7 +282,7 @@ def _matplotlib() -> tuple[Any, Any]:
 
 
 def _one_legend(figure: Any) -> None:
-    """All names of all panels, beside them, where no line runs through."""
+    """One legend with the names of all panels, beside them."""
     found = [axes.get_legend_handles_labels() for axes in figure.axes]
     named = {label: mark for marks, labels in found for mark, label in zip(marks, labels, strict=True)}
     figure.legend(named.values(), named, loc="outside right upper", fontsize=8, frameon=False)
@@ -297,7 +297,7 @@ def _finish(axes: Any) -> None:
 
 
 def _plain_ticks(axis: Any) -> None:
-    """Numbers as one says them, 0.02 rather than a power of ten, at 1, 2 and 5."""
+    """Ticks at 1, 2 and 5 as plain numbers: 0.02 instead of a power of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))

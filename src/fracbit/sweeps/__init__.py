@@ -1,1 +1,1 @@
-"""Sweeps: grids of runs, measured in this process or on Ray, rows into one store."""
+"""Sweeps: grids of runs, measured in this process or on Ray and stored as rows."""

@@ -1,7 +1,7 @@
-"""Whether a Ray cluster answers, asked before anything slow is imported: a mistyped address should cost seconds.
+"""Checks that a Ray cluster answers before anything slow is imported, so that a wrong address fails within seconds.
 
-Ray's own connection retries for minutes. So the port is tried first, and the cluster is then asked from a process that can be
-stopped.
+Ray's own connection retries for minutes. So the port is tried first, and then a process that can be stopped asks the
+cluster.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CLIENT = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False)"
 def check_address(address: str) -> None:
     """Return when a cluster answers at `auto`, `HOST:PORT` or `ray://HOST:PORT`.
 
-    Raises `OutputError` within 15 s when none does, `RecipeError` when it is no address.
+    Raises `OutputError` within 15 s when none does, `RecipeError` when it is not an address.
     """
     if address != "auto":
         host, port = _split(address)
@@ -49,7 +49,7 @@ def _question(address: str) -> list[str]:
 def _split(address: str) -> tuple[str, int]:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
-        raise RecipeError(f"{address!r} is no Ray address: write HOST:6379, ray://HOST:10001 or auto")
+        raise RecipeError(f"{address!r} is not a Ray address: write HOST:6379, ray://HOST:10001 or auto")
     return host, int(port)
 
 

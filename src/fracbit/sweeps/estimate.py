@@ -1,14 +1,14 @@
-"""What a sweep would cost, before it starts: runs left, time and disk.
+"""The cost of a sweep, before it starts: runs left, time and disk.
 
-Time comes from measured rows that were judged as the grid's will be, on the same text and tasks: those of the same model, else
-those of other models scaled by parameters (a run is little more than its evaluation, which grows with them), else one run of
-the smallest model, measured for the purpose.
+The time is estimated from measured rows with the same text and tasks. Rows of the same model come first, then rows of
+other models, scaled by parameters: most of a run is its evaluation, which grows with them. Without such rows, one run
+of the smallest model is measured.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from fracbit.bundled import bundled_model
 from fracbit.records.row import Row, Run
+from fracbit.sweeps.queue import workload_of
 from fracbit.sweeps.spec import Expansion
 
 ROW_BYTES = 6_000  # a row and its index entries, without windows
@@ -25,7 +26,7 @@ WINDOW_BYTES = 16  # loss and token count of a window, as JSON
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """One model's part. `seconds` for what is left, None when nothing is known of the model's size; `basis` says from what."""
+    """One model's part. `seconds`: time of the runs left, None if unknown; `basis`: the source of the estimate."""
 
     model: str
     runs: int
@@ -36,7 +37,7 @@ class ModelPlan:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is left of a grid. `skipped`: points that are no runs, by reason; `disk_bytes` that the new rows will take."""
+    """What is left of a grid. `skipped`: points that are not runs, by reason; `disk_bytes`: size of the new rows."""
 
     models: tuple[ModelPlan, ...]
     skipped: Mapping[str, int]
@@ -59,15 +60,56 @@ class Estimate:
         return None if None in parts else sum(part for part in parts if part is not None)
 
 
+@dataclass(frozen=True)
+class Probe:
+    """A run that was measured for an estimate: its parameters and seconds; `error`: why it failed, "" when it did not."""
+
+    parameters: int = 0
+    seconds: float = 0.0
+    error: str = ""
+
+
+def estimate_sweep(
+    expansion: Expansion, store: str, root: Path, device: str = "cpu", known: Iterable[Row] = ()
+) -> Estimate:
+    """What is left of a sweep, given its store, which need not exist. `known`: rows that it would take over first.
+
+    Measures one run of the smallest model on `device` when no row says how long runs take.
+    """
+    rows = list({row.key: row for row in (*known, *_stored(store))}.values())
+    parameters = {model: parameters_of(model, root) for model in expansion.models}
+    run = None if measured_alike(expansion, rows) else cheapest(expansion, parameters)
+    return estimate(expansion, rows, parameters, None if run is None else _probe(run, root, device))
+
+
+def _stored(store: str) -> list[Row]:
+    """The rows of a store; none when it does not exist."""
+    if "://" not in store and not Path(store).exists():
+        return []
+    from fracbit.sweeps.store import open_store
+
+    with open_store(store) as opened:
+        return opened.rows()
+
+
+def _probe(run: Run, root: Path, device: str) -> Probe:
+    """Measure a run for an estimate."""
+    from fracbit.sweeps.workbench import Failure, open_bench
+
+    bench = open_bench(workload_of(run), root, device, keep_going=False)
+    row = bench.row(run) if isinstance(bench, Failure) else bench.measure(run)
+    return Probe(row.parameters, row.seconds, row.error or "")
+
+
 def estimate(
     expansion: Expansion,
     rows: Sequence[Row],
     parameters: Mapping[str, int | None],
-    probe: tuple[int, float] | None = None,
+    probe: Probe | None = None,
 ) -> Estimate:
     """What is left of a grid on one worker, given the rows of its store.
 
-    `parameters`: of each model, None where unknown; `probe`: parameters and seconds of a run measured for the purpose.
+    `parameters`: of each model, None where unknown; `probe`: a run that was measured for the estimate.
     """
     stored = {row.key for row in rows}
     runs = Counter(run.recipe.model for run in expansion.runs.values())
@@ -85,7 +127,7 @@ def estimate(
 
 
 def measured_alike(expansion: Expansion, rows: Sequence[Row]) -> list[Row]:
-    """The rows that tell how long the grid's runs will take: done, and judged on the same text and tasks."""
+    """The rows that the time is estimated from: done, and evaluated on the same text and tasks."""
     wanted = {run.evaluation for run in expansion.runs.values()}
     return [row for row in rows if row.status == "done" and row.seconds > 0 and row.run.evaluation in wanted]
 
@@ -111,7 +153,7 @@ def cheapest(expansion: Expansion, parameters: Mapping[str, int | None]) -> Run 
 
 
 def _seconds_per_run(
-    model: str, rows: Sequence[Row], size: int | None, probe: tuple[int, float] | None
+    model: str, rows: Sequence[Row], size: int | None, probe: Probe | None
 ) -> tuple[float | None, str]:
     own = [row.seconds for row in rows if row.run.recipe.model == model]
     if own:
@@ -119,8 +161,10 @@ def _seconds_per_run(
     if size and rows:
         rate = median(row.seconds / row.parameters for row in rows)
         return rate * size, f"{len(rows)} runs of other models, by parameters"
+    if size and probe and probe.error:
+        return None, f"unknown: the run measured for the estimate failed: {probe.error}"
     if size and probe:
-        return probe[1] * size / probe[0], "one run measured now, by parameters"
+        return probe.seconds * size / probe.parameters, "one run measured now, by parameters"
     return None, "unknown: not a local checkpoint, and none of its runs is stored"
 
 

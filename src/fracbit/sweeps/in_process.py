@@ -1,4 +1,4 @@
-"""The engine with nothing to start: runs one after the other, in this process."""
+"""The engine of this process: it measures one run after another."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fracbit.records.row import Row, Run, failed_row
+from fracbit.records.row import Row, Run
 from fracbit.sweeps.queue import Queue, Workload
-from fracbit.sweeps.workbench import RUN_FAILURES, Workbench, explain
+from fracbit.sweeps.workbench import Failure, Workbench, open_bench
 
 
 @dataclass(frozen=True)
 class InProcess:
-    """The engine with nothing to start: runs one after the other, here. `root`: where relative paths of the sweep start.
+    """The engine of this process: one run after another. `root`: where relative paths of the sweep start.
 
     `keep_going`: a bug of fracbit becomes a failed row with its traceback; without it the sweep stops there.
     """
@@ -26,17 +26,16 @@ class InProcess:
         self, queue: Queue[Workload], runs: dict[str, Run], claim: Callable[[str], bool]
     ) -> Iterator[Row]:
         """See `Engine.measure`."""
-        bench: Workbench | None = None
+        bench: Workbench | Failure | None = None
         while (taken := queue.take(0)) is not None:
             workload, key = taken
             if not claim(key):
                 continue
-            if bench is None or bench.workload != workload:
+            if not isinstance(bench, Workbench) or bench.workload != workload:
                 bench = None  # free the old model before the next is loaded
-                try:
-                    bench = Workbench(workload, self.root, self.device)
-                except RUN_FAILURES as error:
-                    yield failed_row(runs[key], explain(error))
-                    yield from (failed_row(runs[k], explain(error)) for k in queue.drop(workload) if claim(k))
-                    continue
-            yield bench.measure(runs[key], self.keep_going)
+                bench = open_bench(workload, self.root, self.device, self.keep_going)
+            if isinstance(bench, Failure):
+                yield bench.row(runs[key])
+                yield from (bench.row(runs[other]) for other in queue.drop(workload) if claim(other))
+            else:
+                yield bench.measure(runs[key], self.keep_going)

@@ -1,6 +1,7 @@
-"""Rows as one Parquet file, for notebooks and for carrying a study elsewhere: what was exported can be read back whole.
+"""Rows as one Parquet file, for notebooks and for moving a study to another store. Exported rows can be read back.
 
-Plain columns as in the store, lists for the windows, JSON for nested records; the run itself is JSON without default values.
+Plain columns as in the store, lists for the windows, JSON for nested records. Not every setting has a column: `run` holds
+the whole run as JSON without default values.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def _row(line: Mapping[str, Any], path: Path) -> Row:
         raise FormatError(f"{path}: row {line['key']} cannot be read: {error}") from error
     if run_key(row.run) != row.key:
         raise FormatError(
-            f"{path}: row {row.key} is of a run whose key is {run_key(row.run)}; measure it again"
+            f"{path}: row {row.key} holds a run with the key {run_key(row.run)}; measure it again"
         )
     return row
 

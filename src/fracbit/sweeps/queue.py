@@ -1,8 +1,8 @@
-"""Who does what next: workers stay with the model they have loaded, and idle ones go where most work waits per worker.
+"""The order of runs: a worker keeps its loaded model; an idle one takes the model with most waiting work per worker.
 
-Loading a large model takes longer than many of its runs, so a worker changes models only when its own has no runs left, and
-joins a model that others work on only when the work left per worker outlasts the loading. The same queue drives the
-in-process engine (one worker), Ray, and the simulation of a cluster (bench/sweep/cluster.py).
+Loading a large model takes longer than many of its runs. So a worker changes models only when its own has no runs left.
+It joins a model that other workers have loaded only if the work left per worker takes longer than loading. The same
+queue drives the in-process engine (one worker), Ray, and the simulation of a cluster (bench/sweep/cluster.py).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def workload_of(run: Run) -> Workload:
 
 
 class Queue(Generic[S]):
-    """Runs that wait, by the workload they need. Its state is what waits and which worker has what loaded."""
+    """Waiting runs, by the workload they need. It also knows the workload that each worker has loaded."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Queue(Generic[S]):
         return sum(len(keys) for keys in self.waiting.values())
 
     def take(self, worker: int) -> tuple[S, str] | None:
-        """The next run for a worker, whose loaded workload this becomes; None when nothing is worth its while."""
+        """The next run for a worker, whose workload then counts as loaded; None if no run is worth loading."""
         workload = self._choose(worker)
         if workload is None:
             return None
@@ -63,7 +63,7 @@ class Queue(Generic[S]):
         return workload, self.waiting[workload].popleft()
 
     def give_back(self, workload: S, key: str) -> None:
-        """A run that was taken and not done (its worker died) comes next."""
+        """Put back a run that was taken and not done (its worker died); it comes next."""
         self.waiting.setdefault(workload, deque()).appendleft(key)
 
     def leave(self, worker: int) -> None:
@@ -71,7 +71,7 @@ class Queue(Generic[S]):
         self.loaded.pop(worker, None)
 
     def drop(self, workload: S) -> list[str]:
-        """Take away all runs of a workload, one that cannot be loaded; their keys."""
+        """Remove all runs of a workload that cannot be loaded; returns their keys."""
         return list(self.waiting.pop(workload, ()))
 
     def _choose(self, worker: int) -> S | None:

@@ -1,7 +1,8 @@
 """The engine on Ray: the same `Workbench.measure`, in actors that keep their model loaded (extra: `fracbit[ray]`).
 
-The driver holds the store and the queue; an actor gets one run at a time and gives back a row. An actor that dies (killed,
-out of memory, its node gone) is started anew and its run is tried again, `retries` times; then the run's row says so.
+The driver holds the store and the queue; an actor gets one run at a time and returns a row. When an actor dies (killed,
+out of memory, node lost), a new one is started and the run is tried again, `retries` times; then its row is a failed
+one.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from fracbit.errors import OutputError, RecipeError
 from fracbit.records.row import Row, Run, failed_row
 from fracbit.sweeps.address import check_address
 from fracbit.sweeps.queue import Queue, Workload, workload_of
-from fracbit.sweeps.workbench import RUN_FAILURES, Workbench, explain
+from fracbit.sweeps.workbench import Failure, Workbench, explain, open_bench
 
 
 class Bench:
-    """What an actor is: at most one workbench, exchanged when a run needs another workload."""
+    """An actor. It holds at most one workbench, which it replaces when a run needs another workload."""
 
     def __init__(self, root: str, device: str, threads: int, keep_going: bool = False) -> None:
         """`threads` for torch in this worker: its share of the machine."""
@@ -32,15 +33,15 @@ class Bench:
         self.bench: Workbench | None = None
 
     def measure(self, run_json: str) -> str:
-        """A row as JSON for a run as JSON."""
+        """From a run as JSON to its row as JSON."""
         run = Run.model_validate_json(run_json)
         workload = workload_of(run)
         if self.bench is None or self.bench.workload != workload:
             self.bench = None
-            try:
-                self.bench = Workbench(workload, self.root, self.device)
-            except RUN_FAILURES as error:
-                return failed_row(run, explain(error)).model_dump_json()
+            opened = open_bench(workload, self.root, self.device, self.keep_going)
+            if isinstance(opened, Failure):
+                return opened.row(run).model_dump_json()
+            self.bench = opened
         return self.bench.measure(run, self.keep_going).model_dump_json()
 
     def pid(self) -> int:
@@ -52,8 +53,8 @@ class Bench:
 class OnRay:
     """The engine of a Ray cluster, or of one started on this machine when there is no `address`.
 
-    - `workers`: actors, None for as many as the cluster's CPUs (GPUs, when a task takes some) hold at the start.
-    - `cpus`, `gpus`, `memory` (bytes) are what each takes; `retries` of a run whose worker died.
+    - `workers`: number of actors; None: as many as the CPUs, GPUs and memory of the cluster hold at the start.
+    - `cpus`, `gpus`, `memory` (bytes): what each actor takes; `retries`: of a run whose worker died.
     - `root`: where relative paths of the sweep start; every node must see the same files there.
     - `keep_going`: a bug of fracbit becomes a failed row with its traceback; without it the sweep stops there.
     """
@@ -81,7 +82,7 @@ class OnRay:
 
 
 class _Pool:
-    """Actors and what each is at. Lives as long as one `measure`."""
+    """Actors and the run of each. Lives as long as one `measure`."""
 
     def __init__(
         self,
@@ -118,7 +119,7 @@ class _Pool:
                 self._hire()
 
     def stop(self) -> None:
-        """End the actors; what they were at is lost and will be done by a later sweep."""
+        """End the actors. Their current runs are lost; a later sweep measures them."""
         for actor in self.actors.values():
             self.ray.kill(actor)
         if self.engine.address is None:
@@ -134,14 +135,15 @@ class _Pool:
         count = int(min(by_cpu, by_gpu, by_memory))
         if count < 1:
             raise RecipeError(
-                f"no node holds a task of {self.engine.cpus} CPUs, {self.engine.gpus} GPUs, {self.engine.memory or 0} bytes: "
-                f"there are {there.get('CPU', 0):g} CPUs, {there.get('GPU', 0):g} GPUs, {there.get('memory', 0):.3g} bytes"
+                f"a worker needs {self.engine.cpus} CPUs, {self.engine.gpus} GPUs, {self.engine.memory or 0} bytes; "
+                f"the cluster has {there.get('CPU', 0):g} CPUs, {there.get('GPU', 0):g} GPUs, "
+                f"{there.get('memory', 0):.3g} bytes: ask for less per worker"
             )
         return count
 
     def _hire(self) -> None:
         worker, self.next_worker = self.next_worker, self.next_worker + 1
-        # Ray shows a worker its own GPUs alone; several hold one model together.
+        # Ray shows a worker only its own GPUs; several GPUs hold one model together.
         gpus = self.engine.gpus
         device = "auto" if gpus > 1 else "cuda" if gpus else "cpu"
         self.actors[worker] = self.make.remote(
@@ -150,7 +152,7 @@ class _Pool:
         self._assign(worker)
 
     def _assign(self, worker: int) -> None:
-        """Give a worker its next run, or let it go when nothing is left for it."""
+        """Give a worker its next run, or end it when no run is left for it."""
         while (taken := self.queue.take(worker)) is not None:
             workload, key = taken
             if key in self.held or self.claim(key):

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
+from fracbit.checkpoint.load import check_device
+from fracbit.errors import RecipeError
 from fracbit.records.progress import showing
 from fracbit.records.row import Row, Run
 from fracbit.sweeps.in_process import InProcess
@@ -36,12 +38,16 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a sweep did. `measured`: rows it wrote; `failed`: all failed rows of the sweep; `seconds`: wall clock."""
+    """What a sweep did. `measured`: rows it wrote; `failed`: all failed rows of the sweep; `seconds`: wall clock.
+
+    `skipped`: points of the sweep file that are not runs, counted by reason.
+    """
 
     total: int
     measured: int
     failed: tuple[Row, ...]
     seconds: float
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
 
 def sweep(
@@ -50,6 +56,7 @@ def sweep(
     *,
     root: str | Path | None = None,
     engine: Engine | None = None,
+    device: str = "cpu",
     retry_failed: bool = False,
     keep_going: bool = False,
     known: Iterable[Row] = (),
@@ -59,22 +66,37 @@ def sweep(
 
     - `store`: an SQLite file, or postgresql://USER@HOST/NAME. `root`: where relative paths of the sweep start; by default the
       folder of its file, or the current one.
-    - `engine`: what measures; by default this process, one run after another. `keep_going`: without an engine, a bug of
-      fracbit becomes a failed row instead of ending the sweep.
+    - `engine`: what measures; by default this process, one run after another. Without an engine, `device` is where models
+      run (cpu, cuda, auto for all GPUs), and with `keep_going` a bug of fracbit becomes a failed row instead of ending the
+      sweep; an engine has its own settings for both.
     - `retry_failed` tries failed runs again. `known`: rows that the store takes over first, such as those of another store
       (sweeps/parquet.py). `progress` is called after every row; "auto" is a bar where the sweep runs.
 
-    Raises `RecipeError` for a file that is not a sweep, `OutputError` when the store cannot be written.
+    Raises `RecipeError` for a file that is not a sweep and for a device beside an engine, `SourceError` for a device that
+    cannot be used here, `OutputError` when the store cannot be written.
     """
     read = file if isinstance(file, Sweep) else read_sweep(Path(file))
     folder = Path.cwd() if isinstance(file, Sweep) else Path(file).parent
-    runs = expand(read).runs
+    expansion = expand(read)
     place = Path(root) if root is not None else (folder / read.root).resolve()
-    used = engine or InProcess(place, keep_going=keep_going)
+    used = _here(place, device, keep_going) if engine is None else engine
+    if engine is not None and (device, keep_going) != ("cpu", False):
+        raise RecipeError(
+            "an engine has its own device and keep_going: give them to the engine, not to the sweep"
+        )
     with open_store(str(store)) as opened, showing("auto" if progress == "auto" else None) as show:
         opened.add(known)
         on_row = None if show is None else lambda row, done, total: show(str(row.run), done, total)
-        return run_sweep(opened, runs, used, on_row if progress == "auto" else progress, retry_failed)
+        called = on_row if progress == "auto" else progress
+        outcome = run_sweep(opened, expansion.runs, used, called, retry_failed)
+    return replace(outcome, skipped=expansion.skipped)
+
+
+def _here(root: Path, device: str, keep_going: bool) -> InProcess:
+    """The engine of this process. Raises `SourceError` for a device that cannot be used, before any run fails by it."""
+    if device != "auto":
+        check_device(device)
+    return InProcess(root, device, keep_going)
 
 
 def run_sweep(

@@ -1,7 +1,7 @@
 """A sweep, as its TOML file states it, and its expansion into runs.
 
     models = ["tales-s", "tales-m"]        # folders below `root`, or hub ids
-    root = "models"                        # where relative paths start: beside this file if it is left out
+    root = "models"                        # where relative paths start; default: the folder of this file
     baseline = true                        # the float models too
 
     [evaluation]
@@ -23,8 +23,9 @@
     dtype = "nf"
     block = "row"
 
-A point that no scheme can express (a 1-bit symmetric int) is left out and counted with its reason; a name that does not exist
-is an error that names its line. Runs that two arms share are one run.
+A point that no scheme can express (a 1-bit symmetric int) is left out and counted with its reason. A name that does not
+exist is an error that names its line. A run that two arms share is one run. Where nothing is drawn at random (rounding
+without calibration data), all seeds are one run, which has seed 0.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from fracbit.errors import FracbitError, RecipeError, SchemeError, near_matches
 from fracbit.numerics import DATATYPES, check_datatype
-from fracbit.quantizers import quantizer
+from fracbit.quantizers import COLUMN_RULES, quantizer
 from fracbit.records.calibration import Calibration
 from fracbit.records.inputs import parse_inputs
 from fracbit.records.outliers import read_outliers
@@ -69,7 +70,7 @@ def _without_prefix(value: object) -> object:
 
 
 def _calibration(value: object) -> object:
-    """A recipe's calibration, with one `text` for `texts` and fewer samples than a recipe takes when it says nothing."""
+    """A recipe's calibration; it may have one `text` instead of `texts`, and its default for `samples` is smaller."""
     if not isinstance(value, Mapping):
         return value
     rest = {name: part for name, part in value.items() if name != "text"}
@@ -135,7 +136,7 @@ class Arm(_Table):
 
 
 class Sweep(_Table):
-    """A whole sweep, as its file states it. `root`: where relative paths start, from the file's own folder on."""
+    """A whole sweep, as its file states it. `root`: where relative paths start, relative to the file's own folder."""
 
     models: Strings
     evaluation: Evaluation
@@ -151,7 +152,7 @@ class Sweep(_Table):
 
 @dataclass(frozen=True)
 class Expansion:
-    """The runs of a sweep, each once, in the order of the file; why the other points are not among them."""
+    """The runs of a sweep, each once, in the order of the file; and the points left out (`skipped`), counted by reason."""
 
     runs: dict[str, Run]
     skipped: Mapping[str, int]
@@ -179,13 +180,14 @@ def read_sweep(path: Path) -> Sweep:
 
 
 def expand(sweep: Sweep) -> Expansion:
-    """All runs of a sweep. Raises `RecipeError` when nothing is left of it."""
+    """All runs of a sweep. Raises `RecipeError` when there is none."""
     skipped: Counter[str] = Counter()
-    runs: dict[str, Run] = {}
-    for run in itertools.chain(_baselines(sweep), *(_arm_runs(sweep, arm, skipped) for arm in sweep.arm)):
+    runs = {run_key(run): run for run in _baselines(sweep)}
+    for point in itertools.chain(*(_points(sweep, arm, skipped) for arm in sweep.arm)):
+        run = _run(sweep, point)
         key = run_key(run)
         if key in runs:
-            skipped["named by an earlier arm"] += 1
+            skipped[NAMED if point["seed"] == run.recipe.seed else SEEDLESS] += 1
         runs.setdefault(key, run)
     if not runs:
         reasons = "; ".join(f"{count} points: {reason}" for reason, count in skipped.items())
@@ -200,17 +202,8 @@ def _baselines(sweep: Sweep) -> Iterator[Run]:
         yield Run(recipe=recipe, evaluation=sweep.evaluation)
 
 
-def _arm_runs(sweep: Sweep, arm: Arm, skipped: Counter[str]) -> Iterator[Run]:
-    for point in _points(sweep, arm):
-        if any(rule.matches(point) for rule in (*sweep.exclude, *arm.exclude)):
-            skipped["excluded by the sweep"] += 1
-            continue
-        reason = _illegal(point, sweep)
-        if reason:
-            skipped[reason] += 1
-            continue
-        yield _run(sweep, point)
-
+NAMED = "named by an earlier arm"
+SEEDLESS = "another seed of a run that draws nothing at random"
 
 _AXES = {
     "model": "models", "dtype": "dtypes", "bits": "bits", "block": "blocks", "axis": "axes", "offset": "offsets",
@@ -219,17 +212,25 @@ _AXES = {
 }  # fmt: skip
 
 
-def _points(sweep: Sweep, arm: Arm) -> Iterator[dict[str, Any]]:
+def _points(sweep: Sweep, arm: Arm, skipped: Counter[str]) -> Iterator[dict[str, Any]]:
+    """The points of an arm that are runs; the others are counted."""
     lists = [
         sweep.models if name == "models" and arm.models is None else getattr(arm, name)
         for name in _AXES.values()
     ]
     for values in itertools.product(*lists):
-        yield dict(zip(_AXES, values, strict=True))
+        point = dict(zip(_AXES, values, strict=True))
+        reason = _left_out(point, sweep, arm)
+        if reason:
+            skipped[reason] += 1
+        else:
+            yield point
 
 
-def _illegal(point: Mapping[str, Any], sweep: Sweep) -> str:
-    """Why a point cannot be run, "" when it can."""
+def _left_out(point: Mapping[str, Any], sweep: Sweep, arm: Arm) -> str:
+    """Why a point is not a run, "" when it is one."""
+    if any(rule.matches(point) for rule in (*sweep.exclude, *arm.exclude)):
+        return "excluded by the sweep"
     reason = _scheme_fault(*(point[name] for name in ("dtype", "bits", "block", "axis", "offset", "scale")))
     if not reason and _needs_text(point) and sweep.calibration is None:
         return "needs calibration text: add a [calibration] table"
@@ -238,8 +239,19 @@ def _illegal(point: Mapping[str, Any], sweep: Sweep) -> str:
 
 def _needs_text(point: Mapping[str, Any]) -> bool:
     chosen = (point["transform"], point["correction"], point["inputs"])
-    reads = quantizer(point["quantizer"]).needs or point["outliers"].startswith("activation")
-    return bool(reads) or any(name != "none" for name in chosen)
+    reads = bool(quantizer(point["quantizer"]).needs) or "energy" in _rule_needs(point)
+    return reads or any(name != "none" for name in chosen)
+
+
+def _draws(point: Mapping[str, Any]) -> bool:
+    """Whether the run of a point draws anything at random: calibration samples, or columns."""
+    return _needs_text(point) or "chance" in _rule_needs(point)
+
+
+def _rule_needs(point: Mapping[str, Any]) -> frozenset[str]:
+    """What the column rule of a point needs."""
+    outliers = read_outliers(point["outliers"])
+    return frozenset() if outliers is None else COLUMN_RULES[outliers.chosen].needs
 
 
 @lru_cache(maxsize=4096)
@@ -263,7 +275,7 @@ def _run(sweep: Sweep, point: Mapping[str, Any]) -> Run:
         search=point["search"],
         outliers=read_outliers(point["outliers"]),
         calibration=_calibrated(sweep, point) if _needs_text(point) else None,
-        seed=point["seed"],
+        seed=point["seed"] if _draws(point) else 0,
     )
     return Run(recipe=recipe, evaluation=sweep.evaluation)
 
@@ -280,7 +292,7 @@ def _calibrated(sweep: Sweep, point: Mapping[str, Any]) -> Calibration:
 
 
 def _check_names(arm: Arm, index: int, path: Path, text: str) -> None:
-    """A misspelt name is an error, where a combination that cannot exist is only left out."""
+    """Refuse a misspelled name; a combination that cannot exist is only left out."""
     tables: dict[str, tuple[tuple[str, ...], Collection[str]]] = {
         "dtypes": (tuple(dtype.split(":", 1)[0] for dtype in arm.dtypes), DATATYPES.entries),
         "quantizers": (arm.quantizers, QUANTIZERS.entries),

@@ -1,9 +1,10 @@
 """The store: rows under their keys, in one SQLite file or a PostgreSQL database with the same schema.
 
-A row is written once. Who measures what is settled by claims: a driver inserts the run's key into `claims`, whose primary key
-lets one of them through, measures, and exchanges the claim for the row in one transaction. A driver that was killed leaves
-claims behind; they are void when its process is gone (same host) or its heartbeat is older than `LEASE` seconds (elsewhere).
-A row is unique whatever happens to claims: a driver that was given up too early finds its key taken and lets the row be.
+A row is written once. Drivers divide the runs by claims: a driver inserts the run's key into `claims`, whose primary
+key admits only one driver. It measures the run and replaces the claim by the row in one transaction. A killed driver
+leaves claims behind; they are void when its process is gone (same host) or its heartbeat is older than `LEASE` seconds
+(other hosts). Rows stay unique in any case: a driver that was declared dead too early finds its key taken and does not
+write.
 """
 
 from __future__ import annotations
@@ -30,9 +31,8 @@ try:
 except ImportError as error:  # an extra; everything else of fracbit works without it
     raise OutputError("a store needs SQLAlchemy 2: pip install 'fracbit[store]'") from error
 
-SCHEMA_VERSION = (
-    3  # 2 added scale, search and text_sha256; 3 added chain, and a run became a recipe and an evaluation
-)
+SCHEMA_VERSION = 4
+"""2 added scale, search and text_sha256; 3 added chain, and a run became a recipe and an evaluation; 4 made labels unique."""
 LEASE = 120.0
 HEARTBEAT = 15.0
 CREATING = 0x66726163  # names PostgreSQL's advisory lock: any number that all drivers share
@@ -110,7 +110,7 @@ class Store:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give back claims and close."""
+        """Release claims and close."""
         self.close()
 
     def keys(self) -> set[str]:
@@ -119,7 +119,7 @@ class Store:
             return set(link.scalars(sa.select(ROWS.c.key)))
 
     def rows(self, status: Literal["done", "failed"] | None = None) -> list[Row]:
-        """All rows, in order of their time; only those of a status when one is given."""
+        """All rows in order of time, or only those with `status`."""
         query = sa.select(ROWS.c.record).order_by(ROWS.c.created, ROWS.c.key)
         if status is not None:
             query = query.where(ROWS.c.status == status)
@@ -127,7 +127,7 @@ class Store:
             return [Row.model_validate_json(record) for record in link.scalars(query)]
 
     def forget_failed(self, keys: Iterable[str]) -> int:
-        """Delete the failed rows among `keys`, so that they are tried again; how many there were."""
+        """Delete the failed rows among `keys`, so that they are tried again; returns how many there were."""
         with self._begin() as link:
             gone = 0
             for batch in _batches(sorted(keys)):
@@ -144,13 +144,13 @@ class Store:
         self._pulse.start()
 
     def claim(self, key: str) -> bool:
-        """Whether this driver may measure `key`: nobody else holds it and no row is there. Atomic over all drivers."""
+        """Claim `key`; True if no other driver holds it and no row is stored. Atomic over all drivers."""
         try:
             with self._begin() as link:
                 link.execute(sa.insert(CLAIMS).values(key=key, owner=self.owner))
         except exc.IntegrityError:
             return False
-        # The last holder may have written the row and dropped its claim before ours went in.
+        # The last holder may have written the row and dropped its claim before ours was inserted.
         with self._begin() as link:
             if link.scalar(sa.select(ROWS.c.key).where(ROWS.c.key == key)) is None:
                 return True
@@ -158,7 +158,7 @@ class Store:
         return False
 
     def write(self, row: Row) -> bool:
-        """Store a row and drop its claim, in one transaction. False when the key was there already: the first one stays."""
+        """Store a row and drop its claim in one transaction. False if the key is stored already; that row stays."""
         try:
             with self._begin() as link:
                 link.execute(sa.insert(ROWS).values(**columns_of(row)))
@@ -168,13 +168,13 @@ class Store:
         return True
 
     def add(self, rows: Iterable[Row]) -> int:
-        """Store rows that were measured elsewhere, those that are not there yet; how many they were."""
+        """Store those rows of another store that are not stored yet; returns how many there were."""
         there = self.keys()
         new = {row.key: row for row in rows if row.key not in there}
         return sum(self.write(row) for row in new.values())
 
     def recover(self) -> int:
-        """Drop the claims of drivers that are gone; how many there were."""
+        """Drop the claims of drivers that are gone; returns how many there were."""
         with self._begin() as link:
             owners = link.execute(sa.select(OWNERS)).mappings().all()
             dead = [owner["owner"] for owner in owners if not _is_alive(dict(owner))]
@@ -183,12 +183,12 @@ class Store:
         return int(dropped)
 
     def claimed(self) -> set[str]:
-        """Keys that some driver is at."""
+        """Keys that a driver has claimed."""
         with self._begin() as link:
             return set(link.scalars(sa.select(CLAIMS.c.key)))
 
     def close(self) -> None:
-        """Give back what this driver claimed and close the connection."""
+        """Release the claims of this driver and close the connection."""
         self._stop.set()
         if self._pulse is not None:
             self._pulse.join()
@@ -201,7 +201,7 @@ class Store:
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT):
-            # A store that cannot be written now is told of by the next row, in the driver's own thread.
+            # A store that cannot be written raises when the next row is written, in the driver's own thread.
             with suppress(OutputError), self._begin() as link:
                 link.execute(
                     sa.update(OWNERS).where(OWNERS.c.owner == self.owner).values(heartbeat=time.time())
@@ -216,7 +216,8 @@ class Store:
 def open_store(where: str) -> Store:
     """Open or create a store: a path of an SQLite file, or a URL such as `postgresql://user@host/name`.
 
-    Raises `OutputError` when it cannot be opened or written, `FormatError` when it is something else or of another version.
+    Raises `OutputError` when it cannot be opened or written, `FormatError` when it is something else or of a newer
+    version.
     """
     engine = _engine(where)
     with _explained(where):
@@ -235,7 +236,7 @@ def _engine(where: str) -> sa.Engine:
     )
     if not url.startswith(("postgresql", "sqlite")):
         kind = where.partition("://")[0]
-        raise OutputError(f"no store can be in {kind}: name an SQLite file or postgresql://USER@HOST/NAME")
+        raise OutputError(f"{kind} cannot hold a store: name an SQLite file or postgresql://USER@HOST/NAME")
     try:
         return sa.create_engine(url, pool_pre_ping=True)
     except exc.ArgumentError as error:
@@ -263,7 +264,7 @@ def _check_schema(engine: sa.Engine, where: str) -> None:
         foreign = tables & {table.name for table in METADATA.sorted_tables}
         if foreign:
             raise FormatError(
-                f"{shown(where)} has tables {sorted(foreign)} but is no fracbit store: name another file"
+                f"{shown(where)} has tables {sorted(foreign)} but is not a fracbit store: name another file"
             )
         with engine.begin() as link:
             _create(link)
@@ -273,13 +274,13 @@ def _check_schema(engine: sa.Engine, where: str) -> None:
 
 
 def _migrate(link: sa.Connection, where: str) -> None:
-    """Bring an older schema up to this one, in the transaction of `link`; a newer one is refused.
+    """Update an older schema to this one, in the transaction of `link`; a newer one is refused.
 
-    A row's columns are an index of its record, so a migration adds the columns that are missing and fills all from the records,
-    keys included: a run of version 2 held its calibration beside the recipe.
+    A row's columns are an index of its record. So a migration adds the missing columns and fills all from the records,
+    keys included, because a run of version 2 held its calibration outside the recipe.
     """
     chosen = sa.select(ABOUT.c.value).where(ABOUT.c.name == "schema")
-    version = link.scalar(chosen.with_for_update())  # another driver may be at it
+    version = link.scalar(chosen.with_for_update())  # another driver may be migrating
     if version == str(SCHEMA_VERSION):
         return
     if version is None or not version.isdigit() or int(version) > SCHEMA_VERSION:
@@ -305,9 +306,9 @@ def _migrate(link: sa.Connection, where: str) -> None:
 
 
 def _create(link: sa.Connection) -> None:
-    """Make the tables, one driver at a time: several may start on an empty database in the same moment.
+    """Create the tables, one driver at a time: several may start on an empty database at once.
 
-    SQLite's write lock is held already; PostgreSQL checks and creates in two steps that others can come between.
+    SQLite's write lock is held already. PostgreSQL checks and creates in two steps, so it needs a lock of its own.
     """
     if link.dialect.name == "postgresql":
         link.execute(sa.select(sa.func.pg_advisory_xact_lock(CREATING)))
@@ -318,7 +319,7 @@ def _create(link: sa.Connection) -> None:
 
 @contextmanager
 def _explained(where: str) -> Iterator[None]:
-    """Database errors in words: a full disk, a file that is no database, a server that does not answer."""
+    """Explain database errors: a full disk, a file that is not a database, a server that does not answer."""
     try:
         yield
     except exc.IntegrityError:
@@ -356,7 +357,7 @@ def _is_alive(owner: dict[str, Any]) -> bool:
 
 
 def _born(pid: int) -> str:
-    """When a process started, in ticks since boot, so that a reused id is not mistaken; "" where /proc does not tell.
+    """When a process started, in ticks since boot, so that a reused id is recognized; "" where there is no /proc.
 
     A zombie counts as gone.
     """
@@ -368,7 +369,11 @@ def _born(pid: int) -> str:
 
 
 def columns_of(row: Row) -> dict[str, Any]:
-    """A row as the columns of `ROWS`; all of them follow from its record."""
+    """A row as the columns of `ROWS`; all of them follow from its record.
+
+    They are for queries, and not every setting has one. The whole run (transforms, inputs, choice of the axis, order,
+    distillation, embeddings, head, samples) is in `record` under `run`, as JSON; `label` names what differs from the default.
+    """
     scheme = row.run.recipe.scheme if row.run.quantized else None
     return {
         "key": row.key,

@@ -1,8 +1,8 @@
 """`Workbench`: one float model, and everything that its runs share.
 
-A run goes through the core of `fracbit.quantize` (pipeline/quantize), into memory. It is judged through the modules that
-loading puts in place, by the function behind `fracbit.evaluate`. What runs share is a cache before that core: tensors of the
-source, calibration samples, what float blocks read and give (float chain), and the float model's predictions.
+A run goes through the core of `fracbit.quantize` (pipeline/quantize), into memory. It is evaluated with the modules
+that loading would install, by the function behind `fracbit.evaluate`. Runs share a cache: tensors of the source,
+calibration samples, statistics and outputs of float blocks (float chain), and the float model's predictions.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import math
 import platform
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 import transformers
@@ -23,7 +24,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fracbit.bundled import bundled_model
 from fracbit.checkpoint.format import StoredLayer, packed_layer
 from fracbit.checkpoint.installed import installed
 from fracbit.checkpoint.load import tokenizer_or_none
@@ -50,28 +50,71 @@ from fracbit.pipeline.quantize.schedule import FloatItem, LayerItem
 from fracbit.pipeline.quantize.work import Memory, Work, prepare
 from fracbit.pipeline.study.float_model import load_float
 from fracbit.records.recipe import Recipe
-from fracbit.records.row import Evaluation, Row, Run, run_key
+from fracbit.records.row import Evaluation, Row, Run, failed_row, run_key
 from fracbit.records.version import __version__
 from fracbit.sweeps.queue import Workload
 
+T = TypeVar("T")
+
 EXPECTED_BYTES = 1 << 30  # of the float model's predictions that are kept
-RUN_FAILURES: Final = (FracbitError, SafetensorError, OSError, MemoryError, torch.OutOfMemoryError)
-"""What models, data and machines cause: the run's row says so. Anything else is a bug of ours and stops the sweep."""
+RUN_FAILURES: Final = (
+    FracbitError,
+    SafetensorError,
+    OSError,
+    MemoryError,
+    torch.OutOfMemoryError,
+    torch.linalg.LinAlgError,  # type: ignore[attr-defined]  # public, but not exported in so many words
+)
+"""Failures of models, data and machines, which become failed rows. Other exceptions are bugs and stop the sweep."""
+OUT_OF_MEMORY: Final = ("DefaultCPUAllocator", "not enough memory", "out of memory")
+"""What a `RuntimeError` of torch says when an allocator failed: a failure of the machine."""
 BUGS: Final = (
     ArithmeticError,
     AssertionError,
     AttributeError,
+    ImportError,
     LookupError,
     RuntimeError,
     TypeError,
     ValueError,
 )
-"""What `keep_going` makes a row of too, with its traceback."""
+"""Exceptions that `keep_going` also turns into failed rows, with the traceback."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why something failed, as the rows of its runs say it."""
+
+    error: str
+    notes: tuple[str, ...] = ()
+
+    def row(self, run: Run) -> Row:
+        """The row of a run that could not start."""
+        return failed_row(run, self.error, self.notes)
+
+
+def attempt(work: Callable[[], T], keep_going: bool) -> T | Failure:
+    """What `work` returns, or why it failed. A bug of fracbit is raised; with `keep_going` it is a failure too."""
+    try:
+        return work()
+    except RUN_FAILURES as error:
+        return Failure(explain(error))
+    except BUGS as error:
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY):
+            return Failure(explain(error))
+        if not keep_going:
+            raise
+        return Failure(f"a bug of fracbit: {explain(error)}", (traceback.format_exc(),))
+
+
+def open_bench(workload: Workload, root: Path, device: str, keep_going: bool) -> Workbench | Failure:
+    """The workbench of a workload, or why it cannot be made. Both engines call it."""
+    return attempt(lambda: Workbench(workload, root, device), keep_going)
 
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """A run that was quantized: how, and what is stored."""
+    """A quantized run: how it was made, and what is stored."""
 
     work: Work
     layers: dict[str, StoredLayer]
@@ -80,13 +123,13 @@ class Made:
 
 
 class Workbench:
-    """Measures runs of one model. Its state is the float model, which every run gives back as it was, and what is kept."""
+    """Measures runs of one model. Its state is the float model, which every run restores, and the cache."""
 
     def __init__(self, workload: Workload, root: Path, device: str = "cpu") -> None:
         """Load the model and the text. `root`: folder that relative paths of the sweep start from. Raises `SourceError`.
 
-        `device` "auto" spreads the model over all GPUs of this process. On a CPU models are judged in fp32, on GPUs in the
-        type in which they are stored, which is what GPUs are fast in.
+        `device` "auto" spreads the model over all GPUs of this process. On a CPU models are evaluated in fp32; on GPUs
+        in the type in which they are stored, which is fast there.
         """
         self.workload, self.root, self.device = workload, root, device
         self.where = _place(workload.model, root)
@@ -100,9 +143,9 @@ class Workbench:
         self.memory = Memory()
 
     def measure(self, run: Run, keep_going: bool = False) -> Row:
-        """Quantize, judge, and say what came out. A run that cannot be done gives a row that says why.
+        """Quantize and evaluate a run; returns its row. A run that fails gives a row with the reason.
 
-        A bug of ours is raised, or with `keep_going` its traceback is in the row's notes.
+        A bug of fracbit is raised, or with `keep_going` its traceback is in the row's notes.
         """
         started = time.perf_counter()
         row = Row(
@@ -110,18 +153,9 @@ class Workbench:
             versions=versions(), text_sha256=self.text.sha256, notes=self.text.notes,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )  # fmt: skip
-        try:
-            figures = self._measure(run)
-        except RUN_FAILURES as error:
-            figures = {"status": "failed", "error": explain(error)}
-        except BUGS as error:
-            if not keep_going:
-                raise
-            figures = {
-                "status": "failed",
-                "error": f"a bug of fracbit: {explain(error)}",
-                "notes": (traceback.format_exc(),),
-            }
+        figures = attempt(lambda: self._measure(run), keep_going)
+        if isinstance(figures, Failure):
+            figures = {"status": "failed", **vars(figures)}
         notes = (*row.notes, *figures.pop("notes", ()))
         return row.model_copy(update={**figures, "notes": notes, "seconds": _since(started)})
 
@@ -159,7 +193,7 @@ class Workbench:
         return Made(work, stored_layers(work.schedule, records), self._changed(tensors), notes)
 
     def _changed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors but those that are the source's own, which the float model has already."""
+        """The tensors, except those of the source that are unchanged: the float model already has them."""
         own = {tensor.data_ptr() for tensor, _ in self.memory.tensors.values()}
         return {name: tensor for name, tensor in tensors.items() if tensor.data_ptr() not in own}
 
@@ -172,7 +206,7 @@ class Workbench:
 
     @cached_property
     def _expected(self) -> Expected:
-        """What the float model predicts, window by window while it fits."""
+        """The float model's predictions, for as many windows as fit."""
         return keep_expected(self.floats.model, self.windows, room_bytes=EXPECTED_BYTES)
 
     def _ask(self) -> tuple[dict[str, float], tuple[str, ...]]:
@@ -191,7 +225,7 @@ class Workbench:
         if not self.workload.evaluation.tasks:
             return None
         if self.tokenizer is None:
-            raise SourceError(f"model {self.workload.model} has no tokenizer: zero-shot tasks are text")
+            raise SourceError(f"model {self.workload.model} has no tokenizer, and zero-shot tasks need one")
         return prepare_questions(tasks_of(self.workload.evaluation.tasks, self.root))
 
     def _beside(self, text: str) -> str:
@@ -206,15 +240,13 @@ class Workbench:
         except DataError as error:
             if ":" in location or (self.root / location).exists() or Path(location).exists():
                 raise
-            raise DataError(
-                f"{error} Below the root of the sweep, {self.root}, there is none either."
-            ) from error
+            raise DataError(f"{error} It is not below the root of the sweep either: {self.root}.") from error
 
 
 def weight_error(made: Made) -> float | None:
     """Squared error of all quantized weights relative to their power.
 
-    None where nothing is quantized, and where a transform changed the float weights: the error is then not that of a rounding.
+    None if nothing is quantized, or if a transform changed the float weights: the error would then include that change.
     """
     plan = made.work.recipe.calibration
     if not made.layers or (plan is not None and plan.transforms):
@@ -226,7 +258,7 @@ def weight_error(made: Made) -> float | None:
                 tensor = made.work.reader.read(item)[0]
                 weight = (tensor.T if item.layer.transposed else tensor).float()  # [out, in]
                 name = item.layer.name
-                decoded = decode(packed_layer(name, made.layers[name], made.tensors))
+                decoded = decode(packed_layer(name, made.layers[name], made.tensors))  # [out, in]
                 error += float((decoded - weight).square().sum())
                 power += float(weight.square().sum())
     return error / power if power else None
@@ -267,11 +299,11 @@ def _loss(judged: Judgement) -> dict[str, object]:
 def explain(error: BaseException) -> str:
     """An error on one line, with its kind when it is not one of ours."""
     text = " ".join(str(error).split())
-    return text if isinstance(error, FracbitError) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, FracbitError) else f"{type(error).__name__.lstrip('_')}: {text}"
 
 
 def device_name(device: str) -> str:
-    """What a row says of where it was measured: `cpu x86_64 AVX2, 2 threads`, the GPU's name, or `8 x` that name."""
+    """The device in a row: `cpu x86_64 AVX2, 2 threads`, the GPU's name, or `8 x` that name."""
     if device == "auto" and torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
     if device.startswith("cuda"):
@@ -291,9 +323,7 @@ def versions() -> dict[str, str]:
 
 
 def _place(model: str, root: Path) -> str:
-    """Where a model of a sweep is: the bundled one, a folder below the root, or what it says."""
-    if model == "bundled":
-        return str(bundled_model())
+    """The location of a sweep's model: a folder below the root, or the name itself."""
     return str(root / model) if (root / model).exists() else model
 
 

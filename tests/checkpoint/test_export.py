@@ -183,7 +183,7 @@ def test_wrong_inputs_are_answered(tiny_llama: Maker, tmp_path: Path) -> None:
         export(tmp_path / "q", tmp_path / "plain", "float:int8")
     with pytest.raises(FormatError, match="is not a fracbit checkpoint"):
         export(tmp_path / "float", tmp_path / "plain", "float")
-    with pytest.raises(OutputError, match="the checkpoint itself"):
+    with pytest.raises(OutputError, match="the model itself"):
         export(tmp_path / "q", tmp_path / "q", "float", overwrite=True)
     assert not (tmp_path / "plain").exists()
     assert json_of(tmp_path / "q")["quantization_config"]["format_version"] == FORMAT_VERSION

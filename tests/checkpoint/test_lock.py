@@ -97,8 +97,8 @@ def test_where_folders_cannot_be_locked_the_record_is_asked(
     def unsupported(*_: object) -> None:
         raise OSError(errno.ENOLCK, "no locks available")
 
-    assert lock.fcntl is not None
-    monkeypatch.setattr(lock.fcntl, "flock", unsupported)
+    assert lock.FCNTL is not None
+    monkeypatch.setattr(lock.FCNTL, "flock", unsupported)
     folder = tmp_path / "q"
     record = folder / JOURNAL / WRITER
     record.parent.mkdir(parents=True)

@@ -130,3 +130,30 @@ def test_a_compression_config_is_a_quantized_model(tmp_path: Path) -> None:
     (tmp_path / "m/config.json").write_text(json.dumps(config))
     with pytest.raises(SourceError, match=r"already quantized \(compressed-tensors\)"):
         open_float(tmp_path / "m")
+
+
+def test_shards_and_links_outside_the_folder_are_refused(folder: Path, tmp_path: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    data = json.loads(index.read_text())
+    first = next(iter(data["weight_map"]))
+    for name in ("../elsewhere.safetensors", "/etc/passwd", "sub/model.safetensors"):
+        index.write_text(json.dumps({**data, "weight_map": {**data["weight_map"], first: name}}))
+        with pytest.raises(SourceError, match="lies beside the index"):
+            open_source(str(folder))
+    index.write_text(json.dumps(data))
+    secret = tmp_path / "secret"
+    secret.write_text("not yours")
+    (folder / "notes.txt").symlink_to(secret)
+    with pytest.raises(SourceError, match=r"notes\.txt is a link to .*secret, outside"):
+        open_source(str(folder))
+
+
+def test_links_within_the_hubs_cache_are_its_own(folder: Path, tmp_path: Path) -> None:
+    repo = tmp_path / "models--a--b"
+    snapshot = repo / "snapshots" / "1234"
+    snapshot.mkdir(parents=True)
+    (repo / "blobs").mkdir()
+    for path in folder.iterdir():
+        path.rename(repo / "blobs" / path.name)
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    assert len(open_source(str(snapshot)).tensors) > 10

@@ -7,6 +7,7 @@ writer on this machine counts while its process lives, one on another machine un
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import socket
@@ -18,10 +19,9 @@ from typing import Any
 
 from fracbit.errors import OutputError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+FCNTL: Any = (
+    importlib.import_module("fcntl") if importlib.util.find_spec("fcntl") else None
+)  # None on Windows
 
 Holder = dict[str, Any]
 
@@ -32,7 +32,7 @@ def only_writer(folder: Path, record: Path) -> Iterator[None]:
 
     Raises `OutputError` naming the holder while another process writes there.
     """
-    descriptor = None if fcntl is None else os.open(folder, os.O_RDONLY)
+    descriptor = None if FCNTL is None else os.open(folder, os.O_RDONLY)
     try:
         locked = _locked(descriptor)
         if locked is False or (locked is None and _alive(_read(record))):
@@ -56,7 +56,7 @@ def _locked(descriptor: int | None) -> bool | None:
     if descriptor is None:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        FCNTL.flock(descriptor, FCNTL.LOCK_EX | FCNTL.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:

@@ -84,6 +84,7 @@ def open_source(model: str, revision: str | None = None, trust_remote_code: bool
     """Open a folder or a hub id. Raises `SourceError` for what is missing, pickled, truncated or corrupt."""
     folder = find_folder(model, revision, trust_remote_code)
     config = read_config(folder)
+    _check_links(folder)
     files = _weight_files(folder)
     return Source(model, folder, config, read_headers([folder / file for file in files]))
 
@@ -240,6 +241,11 @@ def _weight_files(folder: Path) -> list[str]:
         if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
             raise SourceError(f"{folder / INDEX} has no weight_map from the names of tensors to their files")
         files = sorted(set(shards.values()))
+        outside = [file for file in files if Path(file).name != file]
+        if outside:
+            raise SourceError(
+                f"{folder / INDEX} names {outside[0]!r}; a shard lies beside the index, in the same folder"
+            )
         missing = [file for file in files if not (folder / file).is_file()]
         if missing or not files:
             raise SourceError(
@@ -253,6 +259,19 @@ def _weight_files(folder: Path) -> list[str]:
             "convert them to safetensors first (on a machine where you trust them)"
         )
     raise SourceError(f"{folder} holds neither {SINGLE} nor {INDEX}")
+
+
+def _check_links(folder: Path) -> None:
+    """Refuse links to files elsewhere: they would be read, and copied into outputs. The hub's cache links to its own blobs."""
+    homes = [folder.resolve()]
+    if folder.parent.name == "snapshots":
+        homes.append((folder.parent.parent / "blobs").resolve())
+    for path in sorted(folder.iterdir()):
+        where = path.resolve()
+        if path.is_symlink() and not any(where.is_relative_to(home) for home in homes):
+            raise SourceError(
+                f"{path} is a link to {where}, outside of the model's folder; copy the file into the folder"
+            )
 
 
 def read_headers(paths: Iterable[Path]) -> dict[str, TensorInfo]:

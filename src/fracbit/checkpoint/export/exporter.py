@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 from fracbit.checkpoint.format import QUANT_METHOD, StoredLayer, packed_layer, read_layers, tensor_name
 from fracbit.checkpoint.opened import model_config, open_checkpoint
 from fracbit.checkpoint.output import MANIFEST, Output, copy_rest, open_output
+from fracbit.checkpoint.shards import check_apart
 from fracbit.checkpoint.source import Source, read_tensor
-from fracbit.errors import FormatError, OutputError
+from fracbit.errors import FormatError
 from fracbit.models.skeleton import skeleton
 from fracbit.numerics.packed import PackedTensor, part_shapes
 from fracbit.records import tables
@@ -113,8 +114,7 @@ def export(
     exporter = exporter_of(format)
     stored = open_stored(checkpoint, trust_remote_code)
     folder = Path(output).expanduser()
-    if folder.exists() and folder.resolve() == stored.source.folder.resolve():
-        raise OutputError(f"{folder} is the checkpoint itself; name another folder for the export")
+    check_apart(folder, stored.source.folder)
     check_layers(stored, exporter, format)
     key, size = _key(stored, format), exporter.size(stored)
     with showing(progress) as show, open_output(folder, key, size, overwrite, resume) as target:

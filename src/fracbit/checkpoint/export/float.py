@@ -8,7 +8,7 @@ decoded to fp32, so only fp32 loses nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fracbit.checkpoint.export.exporter import StoredModel, Written
 from fracbit.checkpoint.format import StoredLayer
-from fracbit.checkpoint.output import Output, write_json
-from fracbit.checkpoint.source import INDEX, SINGLE
+from fracbit.checkpoint.output import Output
+from fracbit.checkpoint.shards import cut_shards, write_index
 from fracbit.errors import FormatError, RecipeError, WeightError
 from fracbit.models.blocks import is_transposed, weight_of
 from fracbit.models.experts import SplitExperts
@@ -69,7 +69,7 @@ class FloatWeights:
         """Write the shards and their index; one shard is in memory at a time."""
         pieces = self.pieces(stored)
         _check_complete(stored, pieces)
-        shards = _shards(pieces)
+        shards = cut_shards(pieces, lambda piece: piece.bytes, SHARD_BYTES)
         total, done = sum(piece.bytes for piece in pieces), 0
         for shard, content in shards.items():
             if target.record(shard) is None:
@@ -81,12 +81,8 @@ class FloatWeights:
                 target.write_shard(shard, tensors, ShardRecord())
             else:
                 done += sum(piece.bytes for piece in content)
-        if len(shards) > 1:
-            weight_map = {piece.name: shard for shard, content in shards.items() for piece in content}
-            write_json(
-                target.folder / INDEX,
-                {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
-            )
+        places = {piece.name: shard for shard, content in shards.items() for piece in content}
+        write_index(target.folder, places, total)
         return Written(tuple(shards), self._config(stored))
 
     def pieces(self, stored: StoredModel) -> list[Piece]:
@@ -200,23 +196,3 @@ def _check_complete(stored: StoredModel, pieces: Sequence[Piece]) -> None:
             f"{stored.source.name} lacks {len(missing)} tensors of {type(stored.model).__name__}, such as {missing[0]}: "
             "it cannot be exported as a plain model; quantize it again"
         )
-
-
-def _shards(pieces: Sequence[Piece]) -> dict[str, list[Piece]]:
-    """Pieces in files of at most `SHARD_BYTES` (unless one piece is larger), under transformers' names."""
-    parts = list(_runs(pieces))
-    if len(parts) == 1:
-        return {SINGLE: parts[0]}
-    return {f"model-{n:05}-of-{len(parts):05}.safetensors": part for n, part in enumerate(parts, 1)}
-
-
-def _runs(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
-    part: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        if part and size + piece.bytes > SHARD_BYTES:
-            yield part
-            part, size = [], 0
-        part.append(piece)
-        size += piece.bytes
-    yield part

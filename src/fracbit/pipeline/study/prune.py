@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from fracbit.checkpoint.opened import Opened, open_float
-from fracbit.checkpoint.output import SHARD_BYTES, copy_rest, open_output, write_json
-from fracbit.checkpoint.source import INDEX, SINGLE, Source, read_tensor
-from fracbit.errors import OutputError, RecipeError, SourceError, near_matches
+from fracbit.checkpoint.output import SHARD_BYTES, copy_rest, open_output
+from fracbit.checkpoint.shards import check_apart, cut_shards, write_index
+from fracbit.checkpoint.source import Source, read_tensor
+from fracbit.errors import RecipeError, SourceError, near_matches
 from fracbit.models.blocks import blocks
 from fracbit.models.skeleton import origins, skeleton
 from fracbit.records.run import ShardRecord
@@ -80,8 +81,7 @@ def prune(
     names that are not blocks or for all blocks, `SourceError` when the config has no count of blocks, `OutputError`.
     """
     folder, opened = Path(output), model if isinstance(model, Opened) else open_float(model)
-    if folder.exists() and folder.resolve() == opened.source.folder.resolve():
-        raise OutputError(f"{folder} is the model itself; name another folder for the output")
+    check_apart(folder, opened.source.folder)
     kept = _kept([name for name, _ in blocks(opened.model, opened.family)], dropped)
     config = _smaller_config(opened, kept)
     shards = _renamed(opened.source, opened.family.blocks, kept)
@@ -93,8 +93,7 @@ def prune(
         for shard, names in shards.items():
             tensors = {new: read_tensor(opened.source, old) for new, old in names.items()}
             out.write_shard(shard, tensors, ShardRecord())
-        if list(shards) != [SINGLE]:
-            write_json(folder / INDEX, _index(shards, total))
+        write_index(folder, {name: shard for shard, names in shards.items() for name in names}, total)
         copy_rest(opened.source.folder, folder)
         out.finish(config, {"pruned": {"source": opened.source.name, "dropped": list(dropped)}})
     parameters = sum(math.prod(info.shape) for info in infos)
@@ -152,23 +151,5 @@ def _renamed(source: Source, stack: str, kept: Sequence[int]) -> dict[str, dict[
         raise SourceError(
             f"{source.name} holds no tensors of single blocks below {stack!r}; it cannot be pruned"
         )
-    return _shards(source, names)
-
-
-def _shards(source: Source, names: dict[str, str]) -> dict[str, dict[str, str]]:
-    groups: list[dict[str, str]] = [{}]
-    size = 0
-    for new, old in names.items():
-        if groups[-1] and size + source.tensors[old].bytes > SHARD_BYTES:
-            groups.append({})
-            size = 0
-        groups[-1][new] = old
-        size += source.tensors[old].bytes
-    if len(groups) == 1:
-        return {SINGLE: groups[0]}
-    return {f"model-{n:05}-of-{len(groups):05}.safetensors": group for n, group in enumerate(groups, 1)}
-
-
-def _index(shards: dict[str, dict[str, str]], total: int) -> dict[str, Any]:
-    places = {name: shard for shard, names in shards.items() for name in names}
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    parts = cut_shards(names.items(), lambda pair: source.tensors[pair[1]].bytes, SHARD_BYTES)
+    return {shard: dict(part) for shard, part in parts.items()}

@@ -204,7 +204,7 @@ def test_bad_input(model: Path, text: Path, tmp_path: Path) -> None:
     assert "line 1: a recipe has no key 'sede'" in bad("quantize", model, tmp_path / "r.toml", "-o", out)
     (tmp_path / "r.toml").write_text("[scheme]\ndtype = 'nf'\nbitz = 3\n")
     assert "line 3: a scheme has no key 'bitz'" in bad("quantize", model, tmp_path / "r.toml", "-o", out)
-    (tmp_path / "r.toml").write_text("scheme = 'nf4'\noverrides = 3\n")
+    (tmp_path / "r.toml").write_text("scheme = 4\noverrides = 3\n")
     assert "write it as a table, [scheme]" in bad(
         "quantize", model, tmp_path / "r.toml", "-o", out, "--set", "scheme.bits=3"
     )
@@ -220,7 +220,7 @@ def test_bad_input(model: Path, text: Path, tmp_path: Path) -> None:
     assert "128 positions" in bad("generate", model, "def", "--max-new-tokens", 1000, "--json")
     assert "unknown dtype 'float12'" in bad("eval", model, "--text", text, "--dtype", "float12")
     assert "device 'nonsense' cannot be used" in bad("generate", model, "x", "--device", "nonsense")
-    assert "no id of this model" in bad("eval", model, "--text", text, "--bos", 256)
+    assert "not an id of this model" in bad("eval", model, "--text", text, "--bos", 256)
     assert "none.txt" in bad("eval", model, "--text", tmp_path / "none.txt")
     assert "window" in bad("eval", model, "--text", text, "--window", 1)
     assert "window" in bad("eval", model, "--text", text, "--window", 100_000)

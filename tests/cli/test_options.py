@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import fracbit
 from fracbit.cli import app
 from fracbit.cli.asked import Asked, asked, known_settings
-from fracbit.cli.plan import Sampling
+from fracbit.cli.plan import Planning
 from fracbit.cli.quantize import Running
 from fracbit.cli.renamed import OLD, rewritten
 from fracbit.cli.settings import REQUIRED, listing, read_settings
@@ -56,7 +56,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> typing.Callable[..., Asked[Any]]:
         raise Stopped(Asked(recipe, given["spending"], run))
 
     def plan(recipe: Recipe, spending: Spending, **given: Any) -> None:
-        raise Stopped(Asked(recipe, spending, Sampling(given["samples"], given["length"])))
+        raise Stopped(Asked(recipe, spending, Planning()))
 
     def parse(*words: object) -> Asked[Any]:
         done = CliRunner().invoke(app, [str(word) for word in words])
@@ -68,6 +68,9 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> typing.Callable[..., Asked[Any]]:
 
     monkeypatch.setitem(vars(fracbit), "quantize", quantize)
     monkeypatch.setitem(vars(fracbit), "plan", plan)
+    monkeypatch.setattr(
+        "fracbit.cli.names.check_terms", lambda recipe, spending: None
+    )  # of texts that are not there
     return parse
 
 
@@ -130,10 +133,10 @@ def test_a_list_grows_and_anything_else_is_replaced() -> None:
         ("tweek=auto", "did you mean 'calibration.tweak'"),
         ("nonsense=3", "--set help lists all keys"),
         ("search", "write it as key=value"),
-        ("seed=many", "--set seed=many: the value is a whole number"),
+        ("seed=many", "--set seed=many: the value must be a whole number"),
         ("scheme.bits=9", "from 1 to 8, got 9"),
         ("scheme=nf", "is not a scheme"),
-        ("spending.context=long", "--set spending.context=long: the value is a whole number"),
+        ("spending.context=long", "--set spending.context=long: the value must be a whole number"),
         ("run.shard_mb=0", "run.shard_mb must be at least 1"),
     ],
 )
@@ -229,8 +232,45 @@ def test_everyday_options_arrive(parsed: typing.Callable[..., Asked[Any]]) -> No
     assert planned == Spending(fits="8GB", text="t", score="lim", levels="nf4,nf2")
 
 
+def test_a_recipe_may_write_a_scheme_in_one_word(
+    tmp_path: Path, parsed: typing.Callable[..., Asked[Any]]
+) -> None:
+    (tmp_path / "r.toml").write_text(
+        "model = 'm'\nscheme = 'nf3/32'\nhead = 'int8/64'\nembeddings = 'int6z/row'\n"
+    )
+    run = ("quantize", tmp_path / "r.toml", "-o", "out")
+    made = parsed(*run, "--set", "scheme.axis=out", "--set", "head.bits=6").recipe
+    assert made.scheme == Scheme("nf", 3, 32, "out")
+    assert (made.head, made.embeddings) == (Scheme(bits=6), Scheme(bits=6, block="row", offset="zero"))
+    with pytest.raises(SchemeError, match="quantizes nothing"):
+        parsed(*run, "--set", "scheme=float")
+
+
 @pytest.mark.parametrize(
-    ("text", "error"), [("float", RecipeError), ("nf", SchemeError), ("nf4/", SchemeError)]
+    ("words", "says"),
+    [
+        (["--tweak", "closed"], r"calibration\.texts is missing; name what is read: --calibration FILE"),
+        (
+            ["--set", "calibration.samples=0", "--calibration", "t"],
+            r"calibration\.samples is 0; it should be greater",
+        ),
+    ],
+)
+def test_a_fault_of_a_setting_says_what_to_do(
+    words: list[str], says: str, parsed: typing.Callable[..., Asked[Any]]
+) -> None:
+    with pytest.raises(RecipeError, match=says):
+        parsed("quantize", "m", "-o", "out", *words)
+
+
+def test_the_usage_has_single_brackets() -> None:
+    for name in COMMANDS:
+        usage = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"}).stdout
+        assert "[[" not in usage.partition("─")[0], usage
+
+
+@pytest.mark.parametrize(
+    ("text", "error"), [("float", SchemeError), ("nf", SchemeError), ("nf4/", SchemeError)]
 )
 def test_what_is_no_scheme(
     text: str, error: type[FracbitError], parsed: typing.Callable[..., Asked[Any]]
@@ -328,15 +368,16 @@ def test_plan_has_old_names_too(parsed: typing.Callable[..., Asked[Any]]) -> Non
         *run, "--samples", 4, "--length=16", "--solver", "order", "--head", "int8:64", "--seed", 2, "--fused"
     )
     changes = [
-        "run.samples=4",
-        "run.length=16",
+        "spending.samples=4",
+        "spending.length=16",
         "spending.solver=order",
         "head=int8/64",
         "seed=2",
         "spending.fused=true",
     ]
     assert old == parsed(*run, *(word for change in changes for word in ("--set", change)))
-    assert (old.run.samples, old.run.length, old.spending.solver, old.recipe.seed) == (4, 16, "order", 2)
+    assert (old.spending.samples, old.spending.length) == (4, 16)
+    assert (old.spending.solver, old.recipe.seed) == ("order", 2)
 
 
 def test_an_old_name_is_noted_once_and_quietly_where_asked(capsys: pytest.CaptureFixture[str]) -> None:
@@ -352,7 +393,7 @@ def test_an_old_name_is_noted_once_and_quietly_where_asked(capsys: pytest.Captur
         "3",
     ]
     said = capsys.readouterr().err
-    assert said == "note: --axis out is now --set scheme.axis=out; the old name goes in version 0.3\n"
+    assert said == "note: --axis out is now --set scheme.axis=out; version 0.3 removes the old name\n"
     assert rewritten([*words, "--quiet"], OLD["quantize"])
     rewritten(["--search", "--quiet"], OLD["quantize"])
     assert "--search" not in capsys.readouterr().err
@@ -417,6 +458,25 @@ def test_an_unknown_name_is_answered_before_torch_is_imported(words: list[str], 
     assert done.returncode == 2, done.stderr
     assert re.search(rf"did you mean .*'{re.escape(close)}|'[a-z.]*{close}'", done.stderr), done.stderr
     assert not done.stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["quantize", "X", "-o", "o", "--calibration", "gone.txt"],
+        ["quantize", "X", "-o", "o", "--size", "1GB", "--set", "spending.text=gone.txt@0.5"],
+        ["plan", "X", "--average-bits", "3", "--held-out", "gone.txt?keep=9"],
+        ["score", "X", "--method", "lim", "--text", "gone.txt"],
+        ["prune", "X", "--held-out", "gone.txt"],
+        ["lens", "X", "--text", "gone.txt"],
+        ["eval", "X", "--text", "gone.txt"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_missing_text_is_answered_before_torch_is_imported(words: list[str]) -> None:
+    done = without_torch(*words)
+    assert done.returncode == 2, done.stderr
+    assert "gone.txt: no such file" in done.stderr
 
 
 def test_the_list_of_settings_needs_no_torch() -> None:

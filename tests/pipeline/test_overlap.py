@@ -50,19 +50,19 @@ def test_a_checkpoint_remembers_what_it_was_calibrated_with(files: Path, tmp_pat
     assert [source["source"] for source in calibration_sources(files / "q")] == [seen]
     told = ran("eval", files / "q", "--text", f"{files / 'other.u16'}?length=96")["notes"]
     assert told == [
-        f"2 of 6 documents of {files / 'other.u16'}?length=96 stand in the calibration text {seen}: "
-        "figures on them flatter the model"
+        f"2 of 6 documents of {files / 'other.u16'}?length=96 are also in the calibration text {seen}: "
+        "figures on them are too good"
     ]
     assert ran("eval", files / "q", "--text", f"{files / 'fresh.u16'}?length=96")["notes"] == []
     assert ran("eval", files / "float", "--text", seen)["notes"] == []
     np.full(96, 5, dtype=np.uint16).tofile(files / "seen.u16")
     changed = ran("eval", files / "q", "--text", f"{files / 'fresh.u16'}?length=96")["notes"]
     assert len(changed) == 1
-    assert "no longer the file" in changed[0]
+    assert "has changed since" in changed[0]
     (files / "seen.u16").unlink()
     gone = ran("eval", files / "q", "--text", f"{files / 'fresh.u16'}?length=96")["notes"]
     assert len(gone) == 1
-    assert "is not known" in gone[0]
+    assert "could not be compared" in gone[0]
 
 
 def test_a_contest_on_calibration_text_is_noticed(files: Path, tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_contest_on_calibration_text_is_noticed(files: Path, tmp_path: Path) -
         "--set", f"spending.held_out={files / 'held.u16'}?length=96", "--quantizer", "gptq",
         "--set", "spending.levels=int4z/64,int3z/64",
     )["notes"]  # fmt: skip
-    assert any(note.startswith("4 of 90 documents") and "flatter" in note for note in told), told
+    assert any(note.startswith("4 of 90 documents") and "too good" in note for note in told), told
 
 
 def test_a_contest_on_the_text_of_a_score_is_noticed(files: Path, tmp_path: Path) -> None:
@@ -83,12 +83,12 @@ def test_a_contest_on_the_text_of_a_score_is_noticed(files: Path, tmp_path: Path
     score = ("--set", f"spending.score={tmp_path / 'lim.json'}", "--set", "spending.granularity=block")
     budget = ("--average-bits", 3.6, *score, "--set", f"spending.held_out={held}")
     for command in (
-        ("plan", files / "float", *budget, "--set", "run.length=96"),
+        ("plan", files / "float", *budget, "--set", "spending.length=96"),
         ("quantize", files / "float", "-o", tmp_path / "q", *budget),
     ):
-        told = [note for note in ran(*command)["notes"] if "flatter" in note]
+        told = [note for note in ran(*command)["notes"] if "too good" in note]
         assert told == [
-            f"4 of 90 documents of {held} stand in the text that the score saw {seen}: figures on them flatter the model"
+            f"4 of 90 documents of {held} are also in the text that the score saw {seen}: figures on them are too good"
         ]
 
 

@@ -21,9 +21,9 @@ from fracbit.pipeline.plan.scoring import make_losses, make_scores, score
 from fracbit.pipeline.quantize.run import write_checkpoint
 from fracbit.pipeline.study.float_model import load_float
 from fracbit.pipeline.study.weights import weights_on_disk
-from fracbit.records.allocation import allocated, read_levels, recipe_text, uniform
+from fracbit.records.allocation import allocated, read_levels, uniform
 from fracbit.records.calibration import Calibration
-from fracbit.records.recipe import Override, Recipe, make_recipe, read_toml
+from fracbit.records.recipe import Override, Recipe, make_recipe, read_toml, recipe_toml
 from fracbit.records.scheme import Scheme
 from fracbit.records.scores import Losses, Scores
 from fracbit.records.spending import Spending
@@ -124,8 +124,9 @@ def test_what_the_recipe_names_is_left_alone_and_counts(
         whole = made.spelled_out.schemes
         assert {whole[name] for name in whole if "layers.0." in name} == {None}
         assert {whole[name] for name in whole if name.endswith("down_proj")} == {None, down.scheme}
-        (tmp_path / "plan.toml").write_text(recipe_text(made.spelled_out, recipe))
+        (tmp_path / "plan.toml").write_text(recipe_toml(made.recipe, made.notes))
         read = make_recipe(read_toml(tmp_path / "plan.toml"))
+        assert read == made.recipe
         assert write_checkpoint(read, tmp_path / "read", overwrite=True).bytes == result.bytes
     with pytest.raises(RecipeError, match="name every linear"):
         plan(Recipe(model=str(folder), overrides=(Override(layers="*", keep=True),)), spending(size=90_000))
@@ -216,7 +217,8 @@ def test_a_plan_opens_its_model_once(folder: Path, tmp_path: Path, monkeypatch: 
     plan(folder, spending(size=55_000))
     assert counts == {"headers": 1, "skeletons": 1, "loads": 0}
     texts = {"text": f"{tmp_path / 'seen.u16'}?length=32", "held_out": f"{tmp_path / 'unseen.u16'}?length=32"}
-    made = plan(folder, spending(fits=10**7, context=32, score="gram-error", **texts), samples=4, length=32)
+    sizes = {"samples": 4, "length": 32}
+    made = plan(folder, spending(fits=10**7, context=32, score="gram-error", **texts, **sizes))
     assert counts == {"headers": 2, "skeletons": 2, "loads": 1}
     assert made.contest is not None
 
@@ -224,9 +226,9 @@ def test_a_plan_opens_its_model_once(folder: Path, tmp_path: Path, monkeypatch: 
 def test_a_plan_becomes_a_recipe_file(folder: Path, tmp_path: Path) -> None:
     levels = read_levels("int2z/32,nf4/16 out s=int8:64,float")
     made = plan(folder, spending(levels, average_bits=7.0))
-    (tmp_path / "plan.toml").write_text(recipe_text(made.spelled_out, Recipe(model=str(folder))))
+    (tmp_path / "plan.toml").write_text(recipe_toml(made.recipe, made.notes))
     recipe = make_recipe(read_toml(tmp_path / "plan.toml"))
-    assert recipe.overrides == allocated(Recipe(model=str(folder)), made.allocation).overrides
+    assert recipe == made.recipe == allocated(Recipe(model=str(folder)), made.allocation)
     assert {override.keep for override in recipe.overrides} == {True, False}
 
 

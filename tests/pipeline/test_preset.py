@@ -27,9 +27,10 @@ def test_best_keeps_to_the_budget(tiny_llama: Callable[..., LlamaForCausalLM], t
     calibration = Calibration(texts=(text,), samples=16, length=24, distill=0)
     recipe = Recipe(model=str(tmp_path / "float"), calibration=calibration)
     best = Spending(preset="best", average_bits=3.0)
-    asked, notes = budgeted(recipe, best, open_for(recipe))
+    divided = budgeted(recipe, best, open_for(recipe))
+    asked, notes = divided.recipe, divided.notes
     assert asked.quantizer == "descent"
-    assert notes[-1].endswith("divided by exact")
+    assert notes[-1].endswith("divided by the solver exact")
     assert not [note for note in notes if "--held-out" in note]  # which a preset does not take
     assert 2.7 < (write_checkpoint(asked, tmp_path / "q").bits_per_weight or 0) <= 3.0
     with pytest.raises(RecipeError, match="--calibration"):

@@ -63,7 +63,7 @@ def test_both_with_factors_and_a_resume(
         tmp_path / "float", ids, "rotate", "rotate-mlp", "awq", quantizer="gptq", head=Scheme("int", 8)
     )
     notes = write_checkpoint(asked, tmp_path / "whole").notes
-    assert any("lm_head is no longer model.embed_tokens" in note for note in notes)
+    assert any("lm_head is no longer tied to model.embed_tokens" in note for note in notes)
 
     def die(what: str, done: int, total: int) -> None:
         if what.startswith("model.layers.1.mlp"):

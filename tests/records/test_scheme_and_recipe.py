@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fracbit.errors import RecipeError, SchemeError
-from fracbit.records.recipe import key, make_recipe, read_toml
+from fracbit.records.calibration import Calibration
+from fracbit.records.outliers import Outliers
+from fracbit.records.recipe import Override, Recipe, key, make_recipe, read_toml, recipe_toml
 from fracbit.records.scheme import Scheme, parse_scheme
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 SCHEMES = st.builds(
     Scheme,
@@ -20,6 +29,33 @@ SCHEMES = st.builds(
     st.sampled_from(["in", "out"]),
     st.sampled_from(["none", "zero", "float", "mean"]),
     st.sampled_from(["fp32", "fp16", "bf16", "int8:256"]),
+)
+WORDS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+OPTIONAL = st.one_of(st.none(), SCHEMES)
+CALIBRATIONS = st.builds(
+    Calibration,
+    texts=st.lists(WORDS, max_size=3),
+    samples=st.integers(1, 999),
+    chain=st.sampled_from(["quantized", "float"]),
+    transforms=st.lists(st.sampled_from(["smooth", "rotate"]), max_size=2),
+    inputs=st.one_of(st.none(), WORDS),
+    tweak=st.sampled_from(["none", "closed"]),
+    rate=st.floats(1e-30, 1e30),
+)
+RECIPES = st.builds(
+    Recipe,
+    model=WORDS,
+    revision=st.one_of(st.none(), WORDS),
+    trust_remote_code=st.booleans(),
+    scheme=SCHEMES,
+    embeddings=OPTIONAL,
+    head=OPTIONAL,
+    quantizer=st.sampled_from(["rtn", "gptq"]),
+    search=st.booleans(),
+    outliers=st.one_of(st.none(), st.builds(Outliers, chosen=st.just("proxy"), share=st.floats(1e-9, 0.99))),
+    calibration=st.one_of(st.none(), CALIBRATIONS),
+    overrides=st.lists(st.builds(Override, layers=WORDS, keep=st.booleans(), scheme=OPTIONAL), max_size=3),
+    seed=st.integers(0, 2**40),
 )
 
 
@@ -64,6 +100,30 @@ def test_one_word_schemes() -> None:
     assert parse_scheme("nf4") == Scheme("nf", 4, 64)
     with pytest.raises(SchemeError, match="TYPEBITS"):
         parse_scheme("four bits")
+    with pytest.raises(SchemeError, match="quantizes nothing"):
+        parse_scheme("float")
+
+
+@given(SCHEMES)
+def test_a_recipe_takes_the_word_of_a_scheme(scheme: Scheme) -> None:
+    word: Any = str(scheme)
+    made = Recipe(model="m", scheme=word, head=word, overrides=(Override(layers="*", scheme=word),))
+    assert made == Recipe(
+        model="m", scheme=scheme, head=scheme, overrides=(Override(layers="*", scheme=scheme),)
+    )
+    assert (
+        make_recipe(
+            {"model": "m", "scheme": word, "head": word, "overrides": [{"layers": "*", "scheme": word}]}
+        )
+        == made
+    )
+
+
+@given(RECIPES, st.lists(WORDS, max_size=2))
+def test_a_recipe_survives_toml(recipe: Recipe, notes: list[str]) -> None:
+    read = make_recipe(tomllib.loads(recipe_toml(recipe, notes)))
+    assert read == recipe
+    assert key(read) == key(recipe)
 
 
 def write(path: Path, text: str) -> Path:

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from fracbit.errors import BudgetError, FracbitError, RecipeError, SchemeError
+from fracbit.errors import BudgetError, DataError, FracbitError, RecipeError, SchemeError
 from fracbit.records.allocation import read_levels
+from fracbit.records.calibration import Calibration
+from fracbit.records.recipe import Recipe
 from fracbit.records.scheme import Scheme
 from fracbit.records.scores import Scores, save_json
 from fracbit.records.sizes import read_size
-from fracbit.records.spending import BUDGETS, LEVELS, Spending
+from fracbit.records.spending import BUDGETS, LEVELS, Spending, check_terms
 
 
 @pytest.mark.parametrize(
@@ -46,6 +48,7 @@ def test_terms_without_a_budget_are_refused(name: str) -> None:
     others = {
         "average_bits": 3.0, "size": "1GB", "fits": 10**9, "context": 64, "batch": 2, "preset": "best", "levels": "int4/64",
         "score": "zd", "text": "a.txt", "held_out": "a.txt", "granularity": "block", "fused": True, "solver": "order",
+        "samples": 4, "length": 16,
     }  # fmt: skip
     if name in BUDGETS:
         assert Spending(**{name: others[name]}).asked  # type: ignore[arg-type]
@@ -66,6 +69,10 @@ def test_nothing_is_asked_for_by_default() -> None:
         ({"granularity": "row"}, RecipeError, "use block or linear"),
         ({"text": "a.txt", "held_out": "a.txt"}, RecipeError, "hold out another text"),
         ({"levels": "nf/64"}, SchemeError, "not a scheme"),
+        ({"levels": ("nf4/64", 3)}, SchemeError, "3 is not a scheme"),
+        ({"average_bits": "many"}, BudgetError, "average_bits is 'many'; it must be a number"),
+        ({"samples": 0}, RecipeError, "spending.samples is 0; .*at least 1"),
+        ({"length": 1}, RecipeError, "spending.length is 1; .*at least 2"),
         ({"average_bits": None, "size": "much"}, BudgetError, "write a number and a unit"),
         ({"average_bits": None, "fits": 0}, BudgetError, "less than a byte"),
         ({"preset": "fast"}, RecipeError, "did you mean|known: best"),
@@ -80,6 +87,8 @@ def test_terms_that_cannot_be_met(terms: dict[str, object], error: type[FracbitE
 
 def test_levels_and_scores_may_be_the_things_themselves(tmp_path: Path) -> None:
     levels = (Scheme(bits=2), None)
+    assert Spending(size=1000, levels=("int2/64", "float")).schemes == levels
+    assert Spending(size=1000, levels=(Scheme(bits=2), "float")).schemes == levels
     scores = Scores({"a": 1.0}, "lim", "m")
     asked = Spending(size=1000, levels=levels, score=scores)
     assert asked.schemes == levels
@@ -88,3 +97,21 @@ def test_levels_and_scores_may_be_the_things_themselves(tmp_path: Path) -> None:
     save_json(scores, tmp_path / "lim.json")
     assert Spending(average_bits=3, score=str(tmp_path / "lim.json")).named_score() == scores
     assert Spending(average_bits=3, score="zd").named_score() == "zd"
+
+
+def test_a_recipe_and_a_budget_that_do_not_go_together(tmp_path: Path) -> None:
+    there = str(tmp_path / "there.txt")
+    Path(there).write_text("text")
+    plain, budget = Recipe(model="m"), Spending(average_bits=3.5, text=there)
+    check_terms(plain, budget)
+    check_terms(Recipe(model="m", scheme=Scheme()), Spending())
+    check_terms(Recipe(model="m", calibration=Calibration(texts=("generated", there))), budget)
+    with pytest.raises(RecipeError, match="the scheme int4/64, and a budget chooses"):
+        check_terms(Recipe(model="m", scheme=Scheme()), budget)
+    for terms in ({"text": "gone.txt"}, {"held_out": "gone.txt"}):
+        with pytest.raises(DataError, match=r"gone\.txt: no such file"):
+            check_terms(plain, Spending(average_bits=3.5, **terms))
+    with pytest.raises(DataError, match=r"gone\.txt: no such file"):
+        check_terms(Recipe(model="m", calibration=Calibration(texts=(there, "gone.txt"))), Spending())
+    with pytest.raises(DataError, match="this text measures losses"):
+        check_terms(plain, Spending(average_bits=3.5, held_out="generated"))

@@ -38,7 +38,7 @@ def test_a_wrong_name_is_answered(table: str) -> None:
     wrong = name[:-1] + ("x" if name[-1] != "x" else "y")
     assert wrong not in ALL[table]
     for ask in (ALL[table].check, ALL[table].load):
-        with pytest.raises(RecipeError, match=f"unknown {ALL[table].kind} '{wrong}'.*{name}"):
+        with pytest.raises(ALL[table].error, match=f"unknown {ALL[table].kind} '{wrong}'.*{name}"):
             ask(wrong)
 
 

@@ -9,8 +9,8 @@ from typing import Any, Generic, TypeVar
 
 from fracbit.cli.settings import Setting, all_settings, laid_over, read_settings
 from fracbit.errors import RecipeError
-from fracbit.records.allocation import read_level
 from fracbit.records.recipe import Recipe, make_recipe, read_toml
+from fracbit.records.scheme import parse_scheme
 from fracbit.records.spending import Spending
 
 Run = TypeVar("Run")
@@ -34,12 +34,12 @@ def asked(
     run: type[Run], settings: Sequence[str], flags: Mapping[str, Any], *, scheme: str | None = None,
     keep: Sequence[str] = (), path: Path | None = None,
 ) -> Asked[Run]:  # fmt: skip
-    """Lay over the recipe at `path`: `scheme`, then `flags` by their keys (None: not given), then settings, then `keep`.
+    """Override the recipe at `path` by `scheme`, then `flags` by their keys (None: not given), `settings` and `keep`.
 
     Raises `RecipeError`, `SchemeError`.
     """
     given = {key: value for key, value in flags.items() if value is not None}
-    given |= {"scheme": _scheme(scheme)} if scheme is not None else {}
+    given |= {"scheme": parse_scheme(scheme).to_json()} if scheme is not None else {}
     given |= read_settings(settings, known_settings(run))
     parts = {name: _taken(given, f"{name}.") for name in ("spending", "run")}
     data = laid_over(read_toml(path) if path else {}, given, path)
@@ -49,15 +49,6 @@ def asked(
             "no model: name a folder or a hub id on the command line, or as `model` in the recipe"
         )
     return Asked(make_recipe(data, path), Spending(**parts["spending"]), run(**parts["run"]))
-
-
-def _scheme(text: str) -> dict[str, Any]:
-    scheme = read_level(text)
-    if scheme is None:
-        raise RecipeError(
-            "--scheme float would quantize nothing; keep single layers float with --keep PATTERN"
-        )
-    return scheme.to_json()
 
 
 def _taken(given: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`fracbit bench`: how fast a checkpoint generates on this machine, beside the float model."""
+"""`fracbit bench`: how fast a checkpoint generates on this machine, compared with the float model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def bench(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Measure tokens per second, bytes per token, the share of memory bandwidth they make, and memory."""
+    """Measure tokens per second, bytes per token, the share of the memory bandwidth, and memory."""
     check_types(dtype, activations)
     from fracbit.pipeline.serve.speed import Load, measure
 

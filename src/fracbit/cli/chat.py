@@ -1,4 +1,4 @@
-"""`fracbit chat`: a conversation at the terminal, or one message a line from a pipe."""
+"""`fracbit chat`: a conversation at the terminal, or one message per line from a pipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fracbit demo`: the bundled model through several schemes, and what each costs. `make demo` runs it."""
+"""`fracbit demo`: quantizes the bundled model with several schemes and measures each. `make demo` runs it."""
 
 from __future__ import annotations
 

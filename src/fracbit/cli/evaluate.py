@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 import fracbit
 from fracbit.cli import options
-from fracbit.cli.names import check_types
+from fracbit.cli.names import check_texts, check_types
 from fracbit.cli.show import print_json, print_notes, progress
 from fracbit.errors import DataError
-
-if TYPE_CHECKING:
-    from fracbit.pipeline.verbs import Evaluated
 
 
 def evaluate(
@@ -46,12 +42,13 @@ def evaluate(
     window: Annotated[
         int | None,
         typer.Option(
-            help="Tokens seen at once; default the model's, at most 2048.", rich_help_panel=options.DATA
+            help="Tokens seen at once; default: the model's positions, at most 2048.",
+            rich_help_panel=options.DATA,
         ),
     ] = None,
     stride: Annotated[
         int | None,
-        typer.Option(help="Tokens the window moves by; default the window.", rich_help_panel=options.DATA),
+        typer.Option(help="Tokens the window moves by; default: the window.", rich_help_panel=options.DATA),
     ] = None,
     bos: Annotated[
         int | None, typer.Option(help="Token id put before every window.", rich_help_panel=options.DATA)
@@ -63,10 +60,11 @@ def evaluate(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Measure perplexity on a text, with the protocol beside it, and accuracy on tasks."""
+    """Measure perplexity on a text, print its protocol, and measure accuracy on tasks."""
     if text is None and (tasks is None or against is not None):
         raise DataError("nothing to measure: give --text for perplexity, --tasks for accuracy, or both")
     check_types(dtype)
+    check_texts(judged=[text])
     with progress(json or quiet) as show:
         found = fracbit.evaluate(
             model,
@@ -87,29 +85,4 @@ def evaluate(
         print_json(found.to_json())
         return
     print_notes([] if quiet else found.notes)
-    print("\n".join(_lines(found)))
-
-
-def _lines(found: Evaluated) -> list[str]:
-    lines = []
-    if found.loss is not None:
-        loss = found.loss
-        lines.append(
-            f"perplexity {loss.perplexity:.4f} ({loss.nll:.5f} nats per token), {loss.tokens_per_second:.0f} tokens/s"
-        )
-        lines.append(f"protocol: {loss.protocol}")
-    if found.divergence is not None:
-        lines.append(f"from {found.against}: {found.divergence}")
-    if found.zero_shot is not None:
-        lines += [f"{score}: {_accuracies(score.metrics)}" for score in found.zero_shot.scores]
-        mean = found.zero_shot.paper_mean
-        lines += [] if mean is None else [f"mean of the four: {mean:.4f}"]
-    return lines
-
-
-def _accuracies(metrics: Mapping[str, float]) -> str:
-    return ", ".join(
-        f"{name} {value:.4f}" + (f" ± {metrics[name + '_stderr']:.4f}" if f"{name}_stderr" in metrics else "")
-        for name, value in metrics.items()
-        if not name.endswith("_stderr")
-    )
+    print("\n".join(found.figures))

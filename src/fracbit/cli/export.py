@@ -34,7 +34,7 @@ def export(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Write CHECKPOINT again in another format; a layer that the format cannot hold is named, and nothing is written."""
+    """Write CHECKPOINT in another format. If it cannot hold a layer, the error says so and nothing is written."""
     FORMATS.check(to.partition(":")[0])
     with progress(json or quiet) as show:
         made = fracbit.export(

@@ -27,7 +27,7 @@ def generate(
         typer.Option(help="Another prompt of the batch; repeatable.", rich_help_panel=options.WRITE),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="File of prompts, one a line.", rich_help_panel=options.WRITE)
+        Path | None, typer.Option(help="File of prompts, one per line.", rich_help_panel=options.WRITE)
     ] = None,
     prompt_file: Annotated[
         Path | None, typer.Option(help="File that is one long prompt.", rich_help_panel=options.WRITE)

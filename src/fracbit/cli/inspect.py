@@ -1,4 +1,4 @@
-"""`fracbit inspect`: what a checkpoint holds, one line a layer, from its headers and its manifest alone."""
+"""`fracbit inspect`: what a checkpoint holds, one line per layer, read from its headers and its manifest."""
 
 from __future__ import annotations
 

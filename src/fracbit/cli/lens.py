@@ -1,4 +1,4 @@
-"""`fracbit lens`: what errors of known strength and character cost a model, and where it is fragile."""
+"""`fracbit lens`: what errors of known strength and kind cost a model, and where it is fragile."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from fracbit.cli import options
-from fracbit.cli.names import check_errors
+from fracbit.cli.names import check_errors, check_texts
 from fracbit.cli.show import print_json, print_table, progress
 from fracbit.errors import RecipeError
 from fracbit.records.files import check_file
 from fracbit.records.lens import LensReport, additivity, fragility
 from fracbit.records.scores import save_json
+from fracbit.records.spending import LENGTH
 from fracbit.report.pictures import draw_lens
 
 
@@ -24,7 +25,7 @@ def lens(
         str, typer.Option(help="Held-out text that losses are measured on.", rich_help_panel=options.DATA)
     ],
     samples: options.Samples = 16,
-    length: options.Length = 256,
+    length: options.Length = LENGTH,
     kinds: Annotated[
         str,
         typer.Option(
@@ -53,7 +54,7 @@ def lens(
     plant: Annotated[
         float | None,
         typer.Option(
-            help="First plant activation outliers of this factor; the model computes the same with them.",
+            help="First plant activation outliers of this factor; the model's outputs do not change.",
             rich_help_panel=options.MEASURE,
         ),
     ] = None,
@@ -69,13 +70,15 @@ def lens(
             help="Write weight sensitivities as a score for `fracbit plan`.", rich_help_panel=options.WRITE
         ),
     ] = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Put noise into MODEL's weights and activations and see what each kind costs."""
+    """Add noise to MODEL's weights and activations and measure what each kind costs."""
     if scores is not None:
         _check_scores(scores, granularity, target)
     check_errors(_split(kinds))
+    check_texts(judged=[text])
     from fracbit.perturbation import PERTURBATIONS
     from fracbit.pipeline.study.lens_report import lens_report
 
@@ -92,6 +95,7 @@ def lens(
             plant=plant,
             samples=samples,
             length=length,
+            trust_remote_code=trust_remote_code,
             progress=show,
         )
     if output is not None:

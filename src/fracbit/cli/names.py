@@ -1,4 +1,4 @@
-"""The names in what a command line asks for, checked before anything slow is imported. Torch-free."""
+"""Checks the names on a command line before anything slow is imported. Torch-free."""
 
 from __future__ import annotations
 
@@ -9,30 +9,39 @@ from fracbit.errors import RecipeError, SchemeError, near_matches
 from fracbit.records.allocation import read_level
 from fracbit.records.recipe import Recipe
 from fracbit.records.scheme import Scheme
-from fracbit.records.spending import Spending
-from fracbit.records.tables import DATATYPES, PERTURBATIONS, QUANTIZERS, SCORES
+from fracbit.records.spending import Spending, check_terms
+from fracbit.records.tables import DATATYPES, PERTURBATIONS, SCORES
+from fracbit.records.text_source import check_source
 
 FLOAT_TYPES = ("auto", "float32", "bfloat16", "float16", "float64")  # as checkpoint/load.py takes them
 ACTIVATIONS = ("float", "int8")  # as kernels take them
 
 
 def check_names(recipe: Recipe, spending: Spending) -> None:
-    """Raises `RecipeError` or `SchemeError` with near matches for an unknown quantizer, data type or score."""
-    QUANTIZERS.check(recipe.quantizer)
+    """Raises `RecipeError` or `SchemeError` with near matches for an unknown score or data type, and as `check_terms`."""
     chosen = [recipe.scheme, recipe.embeddings, recipe.head, *(each.scheme for each in recipe.overrides)]
     for scheme in (*chosen, *spending.schemes):
         check_dtype(scheme)
     check_score(str(spending.score))
+    check_terms(recipe, spending)
+
+
+def check_texts(read: Sequence[str | None] = (), judged: Sequence[str | None] = ()) -> None:
+    """Raises `DataError` for a text that is not there, and for `generated` among those that a model is `judged` on."""
+    for texts, written in ((read, True), (judged, False)):
+        for text in texts:
+            if text is not None:
+                check_source(text, written)
 
 
 def check_score(name: str) -> None:
-    """Raises `RecipeError` for a score that is neither in the table, `reverse:` taken off, nor a JSON file."""
+    """Raises `RecipeError` for a score that is neither in the table (without `reverse:`) nor a JSON file."""
     if Path(name).suffix != ".json":
         SCORES.check(name.removeprefix("reverse:"))
 
 
 def check_errors(kinds: Sequence[str]) -> None:
-    """Raises `RecipeError` for an error of the lens that is no noise, no `clip:SHARE` and no scheme."""
+    """Raises `RecipeError` for an error of the lens that is not noise, `clip:SHARE` or a scheme."""
     for kind in kinds:
         if kind not in PERTURBATIONS and not kind.startswith("clip:"):
             try:
@@ -51,7 +60,7 @@ def check_dtype(scheme: Scheme | None) -> None:
 
 
 def check_types(dtype: str, activations: str = "float") -> None:
-    """Raises `RecipeError` for a type that a model is not loaded in, or a rounding of activations that there is not."""
+    """Raises `RecipeError` for an unknown type of the model or of its activations."""
     check_word("dtype", dtype, FLOAT_TYPES)
     check_word("--activations value", activations, ACTIVATIONS)
 

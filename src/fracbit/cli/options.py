@@ -1,4 +1,4 @@
-"""The arguments and options that several commands take, each written once, and the headings that `--help` puts them under."""
+"""The arguments and options that several commands share, and the headings of `--help`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ SMALL = "How small"
 DATA = "With data"
 RUN = "Where and how it runs"
 
-FloatModel = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of the float model.")]
-AnyModel = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id, fracbit or float.")]
+FloatModel = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder or hub id of the float model, or bundled.")
+]
+AnyModel = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder or hub id, fracbit or float, or bundled.")
+]
 
 # What to write
 Folder = Annotated[
@@ -47,7 +51,7 @@ Whole = Annotated[
     bool,
     typer.Option(
         "--whole",
-        help="Read all of large weights instead of a sample of their rows.",
+        help="Read all rows of large weights instead of a sample.",
         rich_help_panel=RUN,
     ),
 ]
@@ -74,7 +78,7 @@ Levels = Annotated[
 ]
 
 # With data
-ScoreText = Annotated[str | None, typer.Option(help="Text for scores that read one.", rich_help_panel=DATA)]
+ScoreText = Annotated[str | None, typer.Option(help="Text for scores that read text.", rich_help_panel=DATA)]
 Samples = Annotated[int, typer.Option(help="Samples of each text.", rich_help_panel=DATA)]
 Length = Annotated[int, typer.Option(help="Tokens of a sample.", rich_help_panel=DATA)]
 StudySeed = Annotated[
@@ -82,7 +86,7 @@ StudySeed = Annotated[
 ]
 
 # Generating
-MaxNew = Annotated[int, typer.Option(help="Most tokens to write.", rich_help_panel=WRITE)]
+MaxNew = Annotated[int, typer.Option(help="Maximum number of new tokens.", rich_help_panel=WRITE)]
 Temperature = Annotated[
     float,
     typer.Option(
@@ -108,7 +112,7 @@ Activations = Annotated[
 # Where and how it runs
 Dtype = Annotated[
     str,
-    typer.Option(help=f"Type of what is not quantized: {', '.join(FLOAT_TYPES)}.", rich_help_panel=RUN),
+    typer.Option(help=f"Type of unquantized tensors: {', '.join(FLOAT_TYPES)}.", rich_help_panel=RUN),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, ...", rich_help_panel=RUN)]
 TrustRemoteCode = Annotated[

@@ -1,4 +1,4 @@
-"""`fracbit plan`: what a budget buys, who gets what, what the run will need. No weights are written."""
+"""`fracbit plan`: which scheme each layer gets within a budget, and what the run will need. No weights are written."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fracbit.cli.names import check_names
 from fracbit.cli.settings import asks_for_help
 from fracbit.cli.show import bytes_text, print_json, print_notes, print_settings, print_table, progress
 from fracbit.errors import BudgetError, RecipeError
-from fracbit.records.allocation import Allocation, recipe_text, save_allocation
+from fracbit.records.allocation import save_allocation
 from fracbit.records.files import check_file, write_text
-from fracbit.records.recipe import Recipe
+from fracbit.records.recipe import Recipe, recipe_toml
 from fracbit.records.spending import ONE_BUDGET
 from fracbit.report.pictures import check_picture, draw_bits, draw_plan
 
@@ -26,15 +26,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How much of the texts is read.
-
-    - `samples`: samples of each text.
-    - `length`: tokens of a sample.
-    """
-
-    samples: int = 32
-    length: int = 256
+class Planning:
+    """A plan has no settings of its own beside the recipe's and the budget's."""
 
 
 def plan(
@@ -43,7 +36,7 @@ def plan(
         typer.Argument(
             metavar="MODEL", help="Folder or hub id of the float model. [required]", show_default=False
         ),
-    ] = None,  # asked for below, so that `--set help` needs none
+    ] = None,  # checked below, so that `--set help` needs none
     output: Annotated[
         Path | None,
         typer.Option(
@@ -75,7 +68,7 @@ def plan(
     held_out: Annotated[
         str | None,
         typer.Option(
-            help="Other text: measure against the best uniform scheme on it.", rich_help_panel=options.DATA
+            help="Other text, for a comparison with the best uniform scheme.", rich_help_panel=options.DATA
         ),
     ] = None,
     whole: options.Whole = False,
@@ -84,9 +77,9 @@ def plan(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Plan how MODEL would spend a budget, before anything is written."""
+    """Plan how to spend a budget on MODEL, before any weights are written."""
     if asks_for_help(settings):
-        print_settings(known_settings(Sampling))
+        print_settings(known_settings(Planning))
         return
     flags = {
         "model": model,
@@ -99,7 +92,7 @@ def plan(
         "spending.text": text,
         "spending.held_out": held_out,
     }
-    made = asked(Sampling, settings or [], flags, keep=keep or [])
+    made = asked(Planning, settings or [], flags, keep=keep or [])
     check_names(made.recipe, made.spending)
     if not made.spending.asked:
         raise BudgetError(ONE_BUDGET)
@@ -113,30 +106,39 @@ def plan(
             made.spending,
             whole=whole,
             curve=picture is not None,
-            samples=made.run.samples,
-            length=made.run.length,
             progress=show,
         )
     if output is not None:
-        _write(output, found.spelled_out, made.recipe)
+        _write(output, found)
     if picture is not None:
         _draw(picture, found)
     if json:
         print_json(found.to_json())
         return
-    print_notes(() if quiet else found.notes)
+    print_notes(() if quiet else (*found.notes, *_left_out(output, made.recipe)))
     _print(found)
 
 
-def _write(output: Path, allocation: Allocation, recipe: Recipe) -> None:
+def _write(output: Path, made: Plan) -> None:
+    """The whole recipe, or the schemes alone."""
     if output.suffix == ".toml":
-        write_text(recipe_text(allocation, recipe), output)
+        write_text(recipe_toml(made.recipe, made.notes), output)
     else:
-        save_allocation(allocation, output)
+        save_allocation(made.spelled_out, output)
+
+
+def _left_out(output: Path | None, recipe: Recipe) -> tuple[str, ...]:
+    """A note where a JSON file, which holds schemes alone, leaves settings of the recipe out."""
+    settings = sorted(recipe.model_fields_set - {"model", "revision", "trust_remote_code", "overrides"})
+    if output is None or output.suffix == ".toml" or not settings:
+        return ()
+    return (
+        f"{output} holds the schemes alone, without {', '.join(settings)}; -o {output.stem}.toml is the whole recipe",
+    )
 
 
 def _draw(picture: Path, made: Plan) -> None:
-    """The heat map of bits, and beside it the curve."""
+    """The heat map of bits, and the curve beside it."""
     draw_bits(picture, made.spelled_out.schemes, made.bits_per_weight, made.problem.weights.blocks)
     curve = picture.with_name(f"{picture.stem}-curve{picture.suffix}")
     chosen = (made.chosen.bits_per_weight, made.chosen.predicted_loss or 0.0)
@@ -150,7 +152,7 @@ def _print(made: Plan) -> None:
             f"{c.bits_per_weight:.4f}",
             bytes_text(c.file_bytes),
             f"{c.predicted_loss or 0:.5g}",
-            _used(c.allocation),
+            str(c.allocation),
         ]
         for c in made.candidates
     ]
@@ -169,14 +171,10 @@ def _print(made: Plan) -> None:
     )
 
 
-def _used(allocation: Allocation) -> str:
-    return ", ".join(f"{count} x {scheme or 'float'}" for scheme, count in allocation.used().items())
-
-
 def _check_output(output: Path, ends: bool) -> None:
-    """Raises `RecipeError` for an allocation in JSON, which holds linears alone, where head or embeddings get a scheme too."""
+    """Raises `RecipeError` for a JSON file, which holds only linears, if head or embeddings get a scheme too."""
     check_file(output)
     if ends and output.suffix != ".toml":
         raise RecipeError(
-            f"{output} would hold the linears alone, without embeddings and head; write a recipe: -o {output.stem}.toml"
+            f"{output} would hold only the linears, without embeddings and head; write a recipe: -o {output.stem}.toml"
         )

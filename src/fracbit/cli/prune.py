@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fracbit.cli import options
-from fracbit.cli.names import check_score
+from fracbit.cli.names import check_score, check_texts
 from fracbit.cli.show import bytes_text, print_json, print_notes, print_table, progress
 from fracbit.errors import RecipeError
+from fracbit.records.spending import LENGTH, SAMPLES
 from fracbit.report.pictures import check_picture, draw_lines
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def prune(
         ),
     ] = "lim",
     high: Annotated[
-        str, typer.Option(help="Scheme of what stays, in the comparison.", rich_help_panel=options.SMALL)
+        str, typer.Option(help="Scheme of other blocks, in the comparison.", rich_help_panel=options.SMALL)
     ] = "int4z/64",
     low: Annotated[
         str, typer.Option(help="Scheme of lowered blocks, in the comparison.", rich_help_panel=options.SMALL)
@@ -44,26 +45,28 @@ def prune(
     held_out: Annotated[
         str | None,
         typer.Option(
-            help="Other text: compare with lowering blocks by the same order, at equal size.",
+            help="Other text, for a comparison with lowering blocks in the same order, at equal size.",
             rich_help_panel=options.DATA,
         ),
     ] = None,
-    samples: options.Samples = 32,
-    length: options.Length = 256,
+    samples: options.Samples = SAMPLES,
+    length: options.Length = LENGTH,
     seed: options.StudySeed = 0,
+    trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Drop blocks of MODEL in the order of a score; with --held-out, beside quantizing them instead."""
+    """Drop blocks of MODEL in the order of a score; with --held-out, compare this with quantizing them."""
     if output is None and held_out is None:
         raise RecipeError(
             "nothing to do; name a folder to write with -o, or a text to compare on with --held-out"
         )
     if picture is not None:
         if held_out is None:
-            raise RecipeError("the picture is of the comparison: name a text to compare on with --held-out")
+            raise RecipeError("the picture shows the comparison: name a text to compare on with --held-out")
         check_picture(picture)
     check_score(score)
+    check_texts(read=[text], judged=[held_out])
     from fracbit.pipeline.plan.pruning import prune_by_score
     from fracbit.pipeline.study.prune_comparison import at_equal_size
 
@@ -81,6 +84,7 @@ def prune(
             length=length,
             seed=seed,
             overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
             progress=show,
         )
     lines, method, result = done.comparison, done.scores.method, done.written

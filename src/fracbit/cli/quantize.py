@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Running:
-    """Where and in which portions the work is done; what comes out does not depend on it.
+    """Where the work is done, and in which portions.
 
     - `device`: where blocks are calibrated, one at a time: cpu, cuda, ...
-    - `shard_mb`: largest weight file in MB; bounds the memory.
+    - `shard_mb`: largest weight file of a data-free run in MB; limits its memory.
     """
 
     device: str = "cpu"
@@ -36,14 +36,14 @@ def quantize(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]",
-            help="Folder or hub id of the float model; not needed where the recipe names it.",
+            metavar="MODEL",
+            help="Folder or hub id of the float model; not needed if the recipe names it.",
         ),
     ] = None,
     recipe: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[RECIPE]",
+            metavar="RECIPE",
             help="Recipe (TOML), or an allocation (JSON) that `fracbit plan -o` wrote; options override a recipe.",
         ),
     ] = None,
@@ -59,7 +59,7 @@ def quantize(
     quantizer: Annotated[
         str | None,
         typer.Option(
-            help="How codes are chosen: rtn (nearest), or with calibration text gptq or descent.",
+            help="How codes are chosen: rtn (nearest), or gptq or descent (with calibration text).",
             rich_help_panel=options.WRITE,
         ),
     ] = None,
@@ -72,14 +72,14 @@ def quantize(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="best: what loses least at --average-bits, with --calibration.",
+            help="best: the settings with the least loss; needs --average-bits and --calibration.",
             rich_help_panel=options.SMALL,
         ),
     ] = None,
     calibration: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text, ids or `generated`, for quantizers that look at data; repeatable.",
+            help="Text, ids or `generated`, for quantizers that read data; repeatable.",
             rich_help_panel=options.DATA,
         ),
     ] = None,
@@ -92,7 +92,7 @@ def quantize(
     if asks_for_help(settings):
         print_settings(known_settings(Running))
         return
-    if recipe is None and model is not None and model.endswith(".toml"):
+    if recipe is None and model is not None and model.endswith(".toml") and not Path(model).is_dir():
         recipe, model = Path(model), None
     allocation = recipe if recipe is not None and recipe.suffix == ".json" else None
     flags = {

@@ -1,4 +1,4 @@
-"""Old names of options, each of them a `--set` key now. They work in this version, with a note, and go in the next."""
+"""Old names of options that are `--set` keys now. They work in this version, with a note; the next one removes them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typer.core import TyperCommand
 
 from fracbit.errors import RecipeError
 
-GONE = "0.3"  # the version in which the old names end
+GONE = "0.3"  # the version that removes the old names
 
 Spelling = Callable[[str], str]
 
@@ -38,7 +38,7 @@ _BUDGET: dict[str, Spelling | str] = {
     "--seed": _key("seed"),
 }
 
-# Per command, what an old name is now: a function of its value, or the whole setting where it took none.
+# Per command, the setting of an old name: a function of its value, or the whole setting if it took no value.
 OLD: Mapping[str, Mapping[str, Spelling | str]] = {
     "quantize": {
         "--dtype": _key("scheme.dtype"),
@@ -65,7 +65,7 @@ OLD: Mapping[str, Mapping[str, Spelling | str]] = {
         "--device": _key("run.device"),
         "--shard-size": _key("run.shard_mb"),
     },
-    "plan": {**_BUDGET, "--samples": _key("run.samples"), "--length": _key("run.length")},
+    "plan": {**_BUDGET, "--samples": _key("spending.samples"), "--length": _key("spending.length")},
 }
 
 
@@ -77,7 +77,7 @@ class RenamedOptions(TyperCommand):
 
 
 def rewritten(words: Sequence[str], old: Mapping[str, Spelling | str]) -> list[str]:
-    """The words of a command line with every old option as `--set`, and a note on stderr for each unless `--quiet` is there."""
+    """A command line with every old option replaced by `--set`; without `--quiet`, a note on stderr for each."""
     quiet = "--quiet" in words
     found: list[str] = []
     rest = iter(words)
@@ -90,14 +90,14 @@ def rewritten(words: Sequence[str], old: Mapping[str, Spelling | str]) -> list[s
             continue
         setting, written = _setting(name, old[name], value if equals else None, rest)
         if not quiet:
-            note = f"note: {written} is now --set {setting}; the old name goes in version {GONE}"
+            note = f"note: {written} is now --set {setting}; version {GONE} removes the old name"
             print(note, file=sys.stderr)
         found += ["--set", setting]
     return found
 
 
 def _setting(name: str, new: Spelling | str, value: str | None, rest: Iterator[str]) -> tuple[str, str]:
-    """The setting that an old option is now, and the option as it was written."""
+    """The setting of an old option, and the option as it was written."""
     if isinstance(new, str):
         if value is not None:
             raise RecipeError(f"{name} takes no value; write --set {new}")

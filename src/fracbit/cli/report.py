@@ -59,7 +59,7 @@ def _rows(store: str) -> list[Row]:
     from fracbit.sweeps.store import open_store
 
     if "://" not in store and not Path(store).exists():
-        raise OutputError(f"no store {store}; `fracbit sweep GRID --store {store}` makes one")
+        raise OutputError(f"no store {store}; `fracbit sweep SWEEP --store {store}` makes one")
     if store.endswith(".parquet") or Path(store).is_dir():
         return import_parquet(Path(store))
     with open_store(store) as opened:

@@ -1,4 +1,4 @@
-"""`fracbit score`: what each layer is worth, as a table and as JSON that can be edited and handed to `fracbit plan`."""
+"""`fracbit score`: the score of each layer, as a table and as JSON that can be edited and passed to `fracbit plan`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import typer
 
 import fracbit
 from fracbit.cli import options
-from fracbit.cli.names import check_dtype, check_score
+from fracbit.cli.names import check_dtype, check_score, check_texts
 from fracbit.cli.show import print_json, print_notes, print_table, progress
 from fracbit.records.allocation import read_levels
 from fracbit.records.files import check_file
 from fracbit.records.scores import Losses, save_json
-from fracbit.records.spending import Granularity
+from fracbit.records.spending import LENGTH, SAMPLES, Granularity
 
 
 def score(
@@ -22,7 +22,7 @@ def score(
     method: Annotated[
         str,
         typer.Option(
-            help="lim, zd, first, weight-error, gram-error, fisher, oracle, ...; reverse:NAME turns the order round.",
+            help="lim, zd, first, weight-error, gram-error, fisher, oracle, ...; reverse:NAME reverses the order.",
             rich_help_panel=options.MEASURE,
         ),
     ] = "weight-error",
@@ -32,14 +32,12 @@ def score(
     ] = None,
     low: Annotated[
         str,
-        typer.Option(
-            help="Low level, for scores that look at what a scheme does.", rich_help_panel=options.MEASURE
-        ),
+        typer.Option(help="Low level, for scores that depend on a scheme.", rich_help_panel=options.MEASURE),
     ] = "int2z/64",
     levels: Annotated[
         str | None,
         typer.Option(
-            help="Losses under each of these schemes instead, for plan and quantize.",
+            help="Measure losses under each of these schemes instead, for plan and quantize.",
             rich_help_panel=options.MEASURE,
         ),
     ] = None,
@@ -47,9 +45,10 @@ def score(
     fused: options.Fused = False,
     whole: options.Whole = False,
     text: options.ScoreText = None,
-    samples: options.Samples = 32,
-    length: options.Length = 256,
+    samples: options.Samples = SAMPLES,
+    length: options.Length = LENGTH,
     seed: options.StudySeed = 0,
+    trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -57,6 +56,7 @@ def score(
     check_score(method)
     for level in read_levels(levels or low):
         check_dtype(level)
+    check_texts(read=[text])
     if output is not None:
         check_file(output)
     from fracbit.pipeline.plan.sampling import sampling_notes
@@ -74,6 +74,7 @@ def score(
             samples=samples,
             length=length,
             seed=seed,
+            trust_remote_code=trust_remote_code,
             progress=show,
         )
     if output is not None:

@@ -1,6 +1,6 @@
 """`--set key=value`: every field of a recipe, of a budget and of a run, by its dotted name. Torch-free.
 
-The keys, their types, defaults and descriptions are read from the records themselves, so a field that a record gains is a
+The keys, their types, defaults and descriptions are read from the records themselves, so a new field of a record is a
 setting at once. A field's description is the bullet of its record's docstring.
 """
 
@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from fracbit.errors import RecipeError
 from fracbit.records.allocation import read_level
 from fracbit.records.calibration import Calibration
-from fracbit.records.scheme import Scheme
+from fracbit.records.scheme import Scheme, parse_scheme
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -30,6 +30,7 @@ else:
 
 LISTED = "help"  # `--set help` lists the settings
 REQUIRED = "required"
+SCHEMES = ("scheme", "embeddings", "head")  # fields of a recipe that may be written in one word
 PLAIN = (bool, int, float)
 NAMES = {bool: "true | false", int: "whole number", float: "number", str: "text", Scheme: "scheme"}
 _HEAD = re.compile(r"((?:`\w+`(?:, )?)+): (.+)")
@@ -38,7 +39,7 @@ _CLAUSE = re.compile(r"; (?=(?:`\w+`(?:, )?)+: )")
 
 @dataclass(frozen=True)
 class Setting:
-    """One key: `kind` is the annotation of its field, `default` what holds when it is not set, `line` what it means."""
+    """One key: `kind` is the annotation of its field, `default` its value if it is not set, `line` its description."""
 
     key: str
     kind: Any
@@ -52,7 +53,7 @@ def all_settings(tables: Mapping[str, type]) -> dict[str, Setting]:
 
 
 def read_settings(words: Sequence[str], known: Mapping[str, Setting]) -> dict[str, Any]:
-    """The values of `key=value` words by key; a list grows when its key is repeated, else the last one holds.
+    """The values of `key=value` words by key; a repeated key extends a list, else the last value wins.
 
     A value is TOML where it parses as TOML of the field's type, else a string. Raises `RecipeError`, `SchemeError`.
     """
@@ -84,26 +85,33 @@ def read_value(text: str, kind: Any) -> Any:
         return None
     parsed = _toml(text)
     if _is_scheme(choices):
-        level = None if isinstance(parsed, dict) else read_level(text)
-        return parsed if isinstance(parsed, dict) else level and level.to_json()
+        if isinstance(parsed, dict):
+            return parsed
+        level = read_level(text) if NoneType in choices else parse_scheme(text)
+        return level and level.to_json()
     if any(get_origin(choice) is tuple for choice in choices):
         return parsed if isinstance(parsed, list) else [part.strip() for part in text.split(",")]
     plain = tuple(choice for choice in choices if choice in PLAIN)
     if named or str in choices:
         return parsed if isinstance(parsed, (str, *plain)) else text
     if plain and not _is_plain(parsed, plain):
-        raise ValueError(f"the value is a {_kind_text(kind)}, got {text!r}")
+        raise ValueError(f"the value must be a {_kind_text(kind)}, got {text!r}")
     return parsed
 
 
 def laid_over(data: Mapping[str, Any], values: Mapping[str, Any], path: Path | None = None) -> dict[str, Any]:
-    """Nested tables, those of the file `path`, with dotted settings over them. Raises `RecipeError` below what is no table."""
+    """The nested tables of the file `path`, overridden by dotted settings.
+
+    Raises `RecipeError` for a setting below something that is not a table.
+    """
     found = dict(data)
     for key in sorted(values, key=lambda key: key.count(".")):  # a scheme, then its parts
         *outer, last = key.split(".")
         table = found
         for name in outer:
             inner = table.get(name) or {}
+            if isinstance(inner, str) and name in SCHEMES:
+                inner = parse_scheme(inner).to_json()
             if not isinstance(inner, Mapping):
                 where = f"{path}: " if path else ""
                 raise RecipeError(
@@ -190,7 +198,7 @@ def _bullets(doc: str) -> list[str]:
 
 
 def _toml(text: str) -> Any:
-    """The value as TOML, or the text itself where it is none."""
+    """The value as TOML, or the text itself if it is not TOML."""
     try:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
@@ -205,7 +213,7 @@ def _is_plain(value: object, plain: tuple[type, ...]) -> bool:
 
 
 def _repeats(key: str, known: Mapping[str, Setting]) -> bool:
-    """Whether a key is part of a scheme that there is none of by default: `head.bits`."""
+    """Whether a key is part of a scheme that is not set by default: `head.bits`."""
     whole = known.get(key.rpartition(".")[0])
     return whole is not None and whole.default is None
 

@@ -22,12 +22,12 @@ def progress(quiet: bool = False) -> AbstractContextManager[Progress | None]:
 
 
 def print_json(value: Mapping[str, Any]) -> None:
-    """The one JSON object of a command, alone on stdout."""
+    """Print the JSON object of a command, and nothing else, on stdout."""
     sys.stdout.write(json.dumps(value) + "\n")
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-    """A table on stdout; every column but the first is set to the right. As wide as it needs to be when piped."""
+    """A table on stdout; every column except the first is right-aligned. It is 200 columns wide when piped."""
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
@@ -42,7 +42,7 @@ def print_settings(known: Mapping[str, Setting]) -> None:
     for key, *rest in listing(known):
         table.add_row(Text(key, no_wrap=True), *map(Text, rest))
     _console().print(table)
-    print("\nembeddings.KEY and head.KEY are as scheme.KEY. Values are TOML, or text without quotes.")
+    print("\nembeddings.KEY and head.KEY work like scheme.KEY. Values are TOML, or text without quotes.")
 
 
 def print_notes(notes: Sequence[str]) -> None:

@@ -18,7 +18,8 @@ def task(
     kind: Annotated[
         str,
         typer.Argument(
-            metavar="KIND", help="continuation: which of four goes on; lambada: the last word of passages."
+            metavar="KIND",
+            help="continuation: which of four texts continues another; lambada: the last word of a passage.",
         ),
     ],
     source: Annotated[
@@ -44,10 +45,10 @@ def task(
     words: Annotated[
         int, typer.Option(help="Words of each continuation.", rich_help_panel=options.WRITE)
     ] = 12,
-    seed: Annotated[int, typer.Option(help="Decides what is cut.", rich_help_panel=options.WRITE)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the questions.", rich_help_panel=options.WRITE)] = 0,
     json: options.Json = False,
 ) -> None:
-    """Write a task for `fracbit eval --tasks FOLDER/NAME.yaml`, for a grid's `tasks`, and for lm-eval itself."""
+    """Write a task for `fracbit eval --tasks FOLDER/NAME.yaml`, for a sweep's `tasks`, and for lm-eval itself."""
     if kind not in KINDS:
         raise DataError(f"no task is called {kind!r}: use {' or '.join(KINDS)}")
     from fracbit.evaluation import write_continuation, write_lambada
@@ -71,7 +72,7 @@ def _texts(source: str, model: str | None) -> list[str]:
     from fracbit.data import read_documents
 
     if model is None:
-        raise DataError("--model names the model whose tokenizer reads the text")
+        raise DataError("no tokenizer for the text: name a model that has it with --model")
     tokenizer = load_tokenizer(model)
     documents = read_documents(source, tokenizer, len(tokenizer)).documents
     return [str(tokenizer.decode(document.tolist(), skip_special_tokens=True)) for document in documents]

@@ -3,8 +3,8 @@
 from fracbit.data.read import read_documents, read_sources
 from fracbit.data.samples import read_calibration
 from fracbit.data.self_text import generate_calibration
-from fracbit.data.text_source import ID_FORMATS, TextSource, parse_source
 from fracbit.data.tokens import Opening, Samples, Tokens, hash_ids, sample, shared_documents
+from fracbit.records.text_source import ID_FORMATS, TextSource, parse_source
 
 __all__ = [
     "ID_FORMATS",

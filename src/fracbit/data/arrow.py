@@ -1,7 +1,7 @@
-"""Parquet files and sets of the `datasets` library; both libraries are an extra (fracbit[datasets]).
+"""Parquet files and data sets of the `datasets` library; both libraries are an extra (fracbit[datasets]).
 
-A set does not lie in one file, so its hash is that of its texts in order (raw.hash_texts), whatever the
-library's cache looks like.
+A data set is not one file. So its hash is that of its texts in order (raw.hash_texts), for any cache of the
+library.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from types import ModuleType
 from typing import Any
 
 from fracbit.data.lines import Record, collect_records, pick_field
-from fracbit.data.raw import RawTexts, find_file, hash_file, hash_texts
-from fracbit.data.text_source import TextSource
+from fracbit.data.raw import RawTexts, hash_file, hash_texts
 from fracbit.errors import DataError
+from fracbit.records.text_source import TextSource, find_file
 
 _REMEDY = "install it with: pip install 'fracbit[datasets]'"
 
@@ -37,9 +37,9 @@ def read_parquet(source: TextSource) -> RawTexts:
 
 
 def read_dataset(source: TextSource) -> RawTexts:
-    """Read a set: a folder that save_to_disk wrote, or a name on the hub.
+    """Read a data set: a folder that save_to_disk wrote, or a name on the hub.
 
-    Raises: DataError without the library, offline, and when name, config, split or column are not there.
+    Raises: DataError without the library, offline, and when name, config, split or column do not exist.
     """
     rows = _only_split(_load(source), source)
     field = pick_field(rows.column_names, source, source.location)
@@ -91,16 +91,16 @@ def _saved(folder: Path) -> bool:
 
 
 def _explain(source: TextSource, error: Exception) -> str:
-    """Why a set could not be loaded: the libraries raise OSError for both a missing set and a missing network."""
+    """Why a data set could not be loaded: the libraries raise OSError for a missing data set and a missing network."""
     offline = isinstance(error, ConnectionError) or "offline" in str(error).lower()
     remedy = (
-        "The hub cannot be reached (or HF_HUB_OFFLINE is set) and the set is not in the cache: load it once "
+        "The hub cannot be reached (or HF_HUB_OFFLINE is set) and the data set is not in the cache: load it once "
         "online, or save it elsewhere with save_to_disk and name that folder."
         if offline
         else "Check the name and the config."
     )
     first_line = (str(error).splitlines() or [type(error).__name__])[0]
-    return f"{source}: the set cannot be loaded ({first_line}). {remedy}"
+    return f"{source}: the data set cannot be loaded ({first_line}). {remedy}"
 
 
 def _only_split(loaded: Any, source: TextSource) -> Any:
@@ -111,7 +111,7 @@ def _only_split(loaded: Any, source: TextSource) -> Any:
         return loaded
     names = ", ".join(loaded)
     if source.split is None and len(loaded) != 1:
-        raise DataError(f"{source}: which split of {names}? Write datasets:{source.location}:CONFIG:SPLIT.")
+        raise DataError(f"{source}: name one of the splits {names}: datasets:{source.location}:CONFIG:SPLIT.")
     split = next(iter(loaded)) if source.split is None else source.split
     if split not in loaded:
         raise DataError(f"{source}: there is no split {split}; there are {names}.")

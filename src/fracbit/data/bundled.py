@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fracbit.data.raw import RawTexts, hash_texts, keep_first
-from fracbit.data.text_source import TextSource
+from fracbit.records.text_source import TextSource
 
 
 def read_bundled(source: TextSource) -> RawTexts:

@@ -1,8 +1,8 @@
 """Texts and conversations to ids, with an explicit rule for the BOS.
 
-With `bos=auto` the tokenizer does what it does by itself (Llama and Gemma put a BOS first, GPT-2 and Qwen
-nothing), as in transformers' own examples. A conversation is rendered by the tokenizer's chat template, which
-writes its own special tokens; none are added to it.
+With `bos=auto` the tokenizer decides, as in transformers' own examples: Llama and Gemma put a BOS first, GPT-2
+and Qwen do not. A conversation is rendered by the tokenizer's chat template, which writes its own special
+tokens; none are added to it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 from jinja2 import TemplateError
 
 from fracbit.data.raw import Message, RawText, RawTexts
-from fracbit.data.text_source import TextSource
 from fracbit.errors import DataError
+from fracbit.records.text_source import TextSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,7 +49,7 @@ def _encode(
     opening = _opening(source, tokenizer) if not chat else []
     for name, row in zip(names, rows, strict=False):
         if not row:
-            raise DataError(f"{source.location}, {name}: the tokenizer makes no ids of this text.")
+            raise DataError(f"{source.location}, {name}: the tokenizer gives no ids for this text.")
         yield np.array(opening + row, dtype=np.int64)
 
 

@@ -10,8 +10,8 @@ import io
 import numpy as np
 
 from fracbit.data.raw import RawIds, read_bytes
-from fracbit.data.text_source import TextSource
 from fracbit.errors import DataError
+from fracbit.records.text_source import TextSource
 
 WIDTHS = {"u16": "<u2", "u32": "<u4"}
 

@@ -1,12 +1,12 @@
 """Which ids may begin a self-generated text: those of the main languages of a vocabulary.
 
 Norm tweaking (Li et al. 2023, arXiv:2309.02784, section on calibration data) restricts the random first
-token of LLM-QAT's generated texts to the main languages of the training corpus, without saying how they are
-found. The rule here: an id's script is the Unicode script of its first letter (its name's first word:
-LATIN, CYRILLIC, CJK, ...); ids without a letter, special ids and pieces of a character have none. Scripts
-are kept from the most frequent down until they cover `share` of the ids that have one. Of those ids, the
-ones that begin a word (decoded after another id, they start with a space) are preferred where a vocabulary
-marks such beginnings in a script. A script is not a language: English and French count as one.
+token of LLM-QAT's generated texts to the main languages of the training corpus. It does not say how they are
+found. The rule here: an id's script is the Unicode script of its first letter (the first word of the letter's
+name: LATIN, CYRILLIC, CJK, ...). Ids without a letter, special ids and pieces of a character have none. Scripts
+are kept, the most frequent first, until they cover `share` of the ids that have one. If some ids of a script
+begin a word (decoded after another id, they start with a space), only these are used. A script is not a
+language: English and French count as one.
 """
 
 from __future__ import annotations

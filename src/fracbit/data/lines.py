@@ -1,4 +1,4 @@
-"""Records with named fields, and JSON lines as their plainest form.
+"""Records with named fields, and JSON lines as their simplest form.
 
 A record's document is its field `text`, or, when it has none, the conversation in `messages` (role and
 content) or `conversations` (from and value, as ShareGPT writes them); `field=` names another.
@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fracbit.data.raw import Message, RawText, RawTexts, decode_text, find_file, keep_first
-from fracbit.data.text_source import TextSource
+from fracbit.data.raw import Message, RawText, RawTexts, decode_text, keep_first
 from fracbit.errors import DataError
+from fracbit.records.text_source import TextSource, find_file
 
 FIELDS = ("text", "messages", "conversations")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 JOINT = "\n\n"
-"""Between records that are read as one document, as transformers' page on perplexity joins WikiText."""
+"""Separator of records that are read as one document; transformers' page on perplexity joins WikiText so."""
 
 Record = Mapping[str, Any]
 
@@ -49,7 +49,7 @@ def collect_records(
 
 
 def pick_field(names: Iterable[str], source: TextSource, where: str) -> str:
-    """The field that holds the document. Raises: DataError when none of the names is one."""
+    """The field that holds the document. Raises: DataError when there is no such field."""
     names = list(names)
     wanted = FIELDS if source.field is None else (source.field,)
     for field in wanted:

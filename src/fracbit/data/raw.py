@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from fracbit.data.text_source import TextSource
 from fracbit.errors import DataError
+from fracbit.records.text_source import TextSource, find_file
 
 Message = Mapping[str, Any]
 RawText = str | Sequence[Message]
@@ -23,7 +23,7 @@ BLOCK_BYTES = 1 << 20
 class RawTexts:
     """Documents of text.
 
-    pieces: texts or conversations. names: where each stands ("line 3"). skipped: empty ones left out.
+    pieces: texts or conversations. names: the place of each ("line 3"). skipped: number of empty ones left out.
     """
 
     pieces: tuple[RawText, ...]
@@ -38,16 +38,6 @@ class RawIds:
 
     documents: tuple[np.ndarray, ...]
     sha256: str
-
-
-def find_file(source: TextSource) -> Path:
-    """The file of a source. Raises: DataError when there is none."""
-    path = Path(source.location)
-    if not path.exists():
-        raise DataError(f"{source.location}: no such file (seen from {Path.cwd()}).")
-    if not path.is_file():
-        raise DataError(f"{source.location} is not a file.")
-    return path
 
 
 def read_bytes(source: TextSource) -> bytes:
@@ -83,7 +73,7 @@ def hash_file(path: Path) -> str:
 
 
 def hash_texts(texts: Iterable[str]) -> str:
-    """SHA-256 of texts that do not come from one file: of each, its length in bytes and its UTF-8."""
+    """SHA-256 of texts that do not come from one file: the length in bytes and the UTF-8 of each."""
     digest = hashlib.sha256()
     for text in texts:
         data = text.encode()

@@ -1,6 +1,6 @@
 """Reading any kind of source: from its string to token ids.
 
-To add a format: a reader in a file of its own, an extension in text_source.EXTENSIONS, and a line in READERS.
+To add a format: a reader in a file of its own, an extension in records/text_source.py, and a line in READERS.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from fracbit.data.ids import read_ids
 from fracbit.data.lines import read_jsonl
 from fracbit.data.raw import RawIds, RawTexts
 from fracbit.data.text import read_text
-from fracbit.data.text_source import Format, TextSource, parse_source
 from fracbit.data.tokens import Tokens, join_documents
 from fracbit.errors import DataError
+from fracbit.records.text_source import Format, TextSource, parse_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,11 +39,11 @@ READERS: Mapping[Format, Callable[[TextSource], RawTexts | RawIds]] = {
 def read_documents(
     source: str | TextSource, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int
 ) -> Tokens:
-    """Read one source (grammar: text_source.py) into token ids.
+    """Read one source (grammar: records/text_source.py) into token ids.
 
     tokenizer: of the model; not needed for files of ids. vocabulary: how many ids the model knows.
 
-    Raises: DataError for anything that is wrong with the source, naming the place in it.
+    Raises: DataError for every fault of the source, naming the place in it.
     """
     source = parse_source(source) if isinstance(source, str) else source
     if source.format == "generated":

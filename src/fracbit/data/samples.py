@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from fracbit.data.read import read_documents
 from fracbit.data.self_text import generate_calibration
-from fracbit.data.text_source import TextSource, parse_source
 from fracbit.data.tokens import Opening, Samples, Tokens, sample, split_samples
 from fracbit.errors import DataError
 from fracbit.records.progress import Progress
+from fracbit.records.text_source import TextSource, parse_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,7 +29,7 @@ def read_calibration(
     model: Callable[[], PreTrainedModel] | None = None,
     progress: Progress | None = None,
 ) -> Samples:
-    """Draw calibration samples from a mixture of sources (grammar: text_source.py) by their weights.
+    """Draw calibration samples from a mixture of sources (grammar: records/text_source.py) by their weights.
 
     model: makes the float model, called only when a source is "generated". progress: of generating. The
     rest is as in read_documents and sample.

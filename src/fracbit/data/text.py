@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 from fracbit.data.raw import RawTexts, decode_text, keep_first, read_bytes
-from fracbit.data.text_source import TextSource
+from fracbit.records.text_source import TextSource
 
 _GAP = re.compile(r"\n[ \t\r]*\n\s*")
 

@@ -1,8 +1,8 @@
 """Token ids with their origin, and samples drawn from them.
 
-`Tokens` holds one source: all documents one after another in a flat array, so that a million short documents
-cost no more than one long one, with the hash of the bytes they came from. `Samples` is what a method sees: a
-matrix of samples drawn from one or several sources with a seed, and the hash of exactly that matrix.
+`Tokens` holds one source: all documents one after another in a flat array, and the hash of the bytes they came
+from. So a million short documents cost no more than one long one. `Samples` is what a method sees: a matrix of
+samples drawn from one or several sources with a seed, and the hash of exactly that matrix.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Tokens:
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Samples for the methods that look at data.
+    """Samples for the methods that read data.
 
     ids: int64 [samples, length]. sha256: hash_ids(ids). seed: of the draw. sources: what each sample came
     from, as JSON values. bos: how samples open (see sample).
@@ -157,8 +157,8 @@ def shared_documents(first: Tokens, second: Tokens, *, run: int = 64) -> int:
     one shorter than `run` counts when `second` holds the same document. The BOS is left out of the comparison.
     """
     ours, theirs = _bare_documents(first), _bare_documents(second)
-    runs = [_runs(ids, run) for ids in ours]
-    owners = np.repeat(np.arange(len(ours)), [len(hashes) for hashes in runs])
+    runs = [_runs(ids, run) for ids in ours]  # [runs of a document] each
+    owners = np.repeat(np.arange(len(ours)), [len(hashes) for hashes in runs])  # [runs]
     # Runs in common, by their hashes.
     met = np.isin(np.concatenate(runs), np.concatenate([_runs(ids, run) for ids in theirs]))
     # Documents shorter than a run, as wholes.
@@ -192,7 +192,8 @@ def _draw(part: Tokens, share: int, length: int, *, bos: Opening, generator: tor
     if share > pieces:
         raise DataError(
             f"{part.source} holds {len(row)} ids, and {share} samples x {length} ids = {share * length} are "
-            f"needed: ask for at most {pieces} samples of this length, shorten them, or add text."
+            f"needed: ask for at most {pieces} samples of this length (calibration.samples for calibration, "
+            "spending.samples for a budget, --samples elsewhere), shorten them, or add text."
         )
     phase = int(torch.randint(len(row) - pieces * length + 1, (), generator=generator))
     matrix = row[phase : phase + pieces * length].view(pieces, length)  # [pieces, length]

@@ -1,1 +1,1 @@
-"""The pipeline: schedule, the loop, the end of a run. Everything below meets here."""
+"""The pipeline: plans, the loops that quantize, studies of float models, and serving."""

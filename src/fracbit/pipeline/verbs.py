@@ -1,8 +1,8 @@
-"""The verbs of the package that need the pipeline: few arguments, everything else in a recipe or in a spending."""
+"""The verbs of the package that need the pipeline. They take few arguments; the rest is in `Recipe` and `Spending`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fracbit.checkpoint.load import load, load_tokenizer, tokenizer_or_none
 from fracbit.checkpoint.output import SHARD_BYTES
-from fracbit.data import ID_FORMATS, Tokens, parse_source, read_documents
+from fracbit.data import ID_FORMATS, Tokens, read_documents
 from fracbit.errors import DataError, RecipeError
 from fracbit.evaluation import (
     Divergence,
@@ -32,13 +32,14 @@ from fracbit.records.progress import Shown, showing
 from fracbit.records.recipe import Recipe
 from fracbit.records.run import Result
 from fracbit.records.scheme import Scheme
-from fracbit.records.spending import Spending
+from fracbit.records.spending import Spending, check_terms
+from fracbit.records.text_source import check_source
 
 
 def quantize(
     model: str | Path | Recipe,
     output: str | Path,
-    scheme: Scheme | None = None,
+    scheme: Scheme | str | None = None,
     *,
     spending: Spending | None = None,
     allocation: str | Path | None = None,
@@ -50,7 +51,8 @@ def quantize(
 ) -> Result:
     """Quantize a model into the folder `output`, with the loop that its recipe needs.
 
-    - `model`: a folder or hub id, rounded to `scheme`; or a whole `Recipe`: quantizer, calibration, corrections, overrides.
+    - `model`: a folder or hub id, rounded to `scheme` (a `Scheme`, or a word such as `nf4/64`); or a whole `Recipe`:
+      quantizer, calibration, corrections, overrides.
     - `spending`: a budget or preset that chooses the schemes; `allocation`: a JSON file of `fracbit plan` that names them.
     - `device`: where blocks are calibrated, one at a time; `shard_bytes` bounds the memory of a data-free run.
     - `resume` continues an interrupted output; a finished one is left as it is, and a note says so.
@@ -59,16 +61,16 @@ def quantize(
     named), `OutputError`.
     """
     recipe = _recipe_of(model, scheme)
+    spending = spending or Spending()
+    check_terms(recipe, spending)
     opened = open_for(recipe)
     said: tuple[str, ...] = ()
     with showing(progress) as show:
         if allocation is not None:
             recipe, said = planned(recipe, Path(allocation), opened)
-        if spending is not None:
-            recipe, notes = budgeted(recipe, spending, opened, show)
-            said = (*said, *notes)
+        divided = budgeted(recipe, spending, opened, device, show)
         result = write_checkpoint(
-            recipe,
+            divided.recipe,
             output,
             overwrite=overwrite,
             resume=resume,
@@ -76,17 +78,18 @@ def quantize(
             shard_bytes=shard_bytes,
             progress=show,
             opened=opened,
+            samples=divided.samples,
         )
-    return replace(result, notes=(*said, *result.notes))
+    return replace(result, notes=(*said, *divided.notes, *result.notes))
 
 
 run = quantize
-"""Version 0.1's name of `quantize` with a recipe; goes in 0.3."""
+"""Version 0.1's name of `quantize` with a recipe; removed in 0.3."""
 
 
-def _recipe_of(model: str | Path | Recipe, scheme: Scheme | None) -> Recipe:
+def _recipe_of(model: str | Path | Recipe, scheme: Scheme | str | None) -> Recipe:
     if not isinstance(model, Recipe):
-        # A scheme that nobody asked for must not look as if someone had: a budget refuses to stand beside one.
+        # A default scheme must not look like a requested one: a budget refuses a requested scheme.
         return Recipe(model=str(model)) if scheme is None else Recipe(model=str(model), scheme=scheme)
     if scheme is not None:
         raise RecipeError("a recipe names its scheme: leave the argument `scheme` out, or change the recipe")
@@ -95,9 +98,9 @@ def _recipe_of(model: str | Path | Recipe, scheme: Scheme | None) -> Recipe:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What a model was found to be worth on a text (`loss`, `divergence`) and on tasks (`zero_shot`); None where not asked.
+    """Results of a model on a text (`loss`, `divergence`) and on tasks (`zero_shot`); None for what was not measured.
 
-    `notes`: what the user should know, such as documents that the model was calibrated on.
+    `notes`: what the user should know, such as documents that the model was calibrated on. `print(found)` shows it all.
     """
 
     model: str
@@ -108,6 +111,28 @@ class Evaluated:
     text_sha256: str = ""
     against: str | None = None
     notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """The figures and the notes, a line each."""
+        return "\n".join([*self.figures, *(f"note: {note}" for note in self.notes)])
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """What was measured, as lines: perplexity and its protocol, divergence, accuracies."""
+        lines: list[str] = []
+        if self.loss is not None:
+            nats, speed = f"{self.loss.nll:.5f} nats per token", f"{self.loss.tokens_per_second:.0f} tokens/s"
+            lines += [
+                f"perplexity {self.loss.perplexity:.4f} ({nats}), {speed}",
+                f"protocol: {self.loss.protocol}",
+            ]
+        if self.divergence is not None:
+            lines.append(f"from {self.against}: {self.divergence}")
+        if self.zero_shot is not None:
+            lines += [f"{score}: {_accuracies(score.metrics)}" for score in self.zero_shot.scores]
+            mean = self.zero_shot.paper_mean
+            lines += [] if mean is None else [f"mean of the four: {mean:.4f}"]
+        return tuple(lines)
 
     @property
     def perplexity(self) -> float:
@@ -122,7 +147,7 @@ class Evaluated:
     @property
     def _loss(self) -> Perplexity:
         if self.loss is None:
-            raise DataError("only tasks were evaluated: there is no perplexity; name a text too")
+            raise DataError("only tasks were evaluated, so there is no perplexity; name a text too")
         return self.loss
 
     def to_json(self) -> dict[str, Any]:
@@ -133,6 +158,14 @@ class Evaluated:
         if self.divergence is not None:
             figures["divergence"] = {"against": self.against, **self.divergence.to_json()}
         return figures | ({} if self.zero_shot is None else {"zero_shot": self.zero_shot.to_json()})
+
+
+def _accuracies(metrics: Mapping[str, float]) -> str:
+    return ", ".join(
+        f"{name} {value:.4f}" + (f" ± {metrics[name + '_stderr']:.4f}" if f"{name}_stderr" in metrics else "")
+        for name, value in metrics.items()
+        if not name.endswith("_stderr")
+    )
 
 
 def evaluate(
@@ -154,30 +187,31 @@ def evaluate(
 ) -> Evaluated:
     """Evaluate a loaded model, a folder or a hub id on a text, on zero-shot tasks, or both.
 
-    - `text`: a source such as `file.txt` or `ids.u16?length=512`. A text is one stream; documents of an id file with `length`
-      are windowed each on its own. `window`, `stride`, `bos`, `batch`: see `fracbit.evaluation.cut_windows` and `judge`.
-    - `against`: the float model, for the divergence of the predictions from its own.
+    - `text`: a source such as `file.txt` or `ids.u16?length=512`. A single document is one stream; several documents
+      get windows of their own. `window`, `stride`, `bos`, `batch`: see `fracbit.evaluation.cut_windows` and `judge`.
+    - `against`: the float model, for the divergence from its predictions.
     - `tasks`: names of lm-eval or files of local tasks; the first `limit` questions of each.
-    - `dtype`, `device`, `trust_remote_code`: how models that are not loaded yet are loaded.
+    - `dtype`, `device`, `trust_remote_code`: how to load models that are not loaded yet.
 
     Raises `SourceError`, `DataError`, `WeightError`.
     """
     if text is None and (not tasks or against is not None):
         raise DataError("nothing to measure: give a text for perplexity, tasks for accuracy, or both")
+    source = None if text is None else check_source(str(text))
     questions = prepare_questions(tasks_of(tasks)) if tasks else None
     how = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     loaded = _loaded(model, how)
     name = str(loaded.name_or_path)
     if tokenizer is None:
-        alone = not tasks and text is not None and parse_source(str(text)).format in ID_FORMATS
-        tokenizer = tokenizer_or_none(name) if alone else load_tokenizer(name, trust_remote_code)
+        alone = not tasks and source is not None and source.format in ID_FORMATS
+        tokenizer = (tokenizer_or_none if alone else load_tokenizer)(name, trust_remote_code)
     found = Evaluated(name)
     if text is not None:
         reference = None if against is None else _loaded(against, how)
         tokens = read_text(text, tokenizer, loaded)
         vocabulary = loaded.config.get_text_config().vocab_size
         if bos is not None and not 0 <= bos < vocabulary:
-            raise DataError(f"bos {bos} is no id of this model: its vocabulary is 0..{vocabulary - 1}")
+            raise DataError(f"bos {bos} is not an id of this model: its vocabulary is 0..{vocabulary - 1}")
         windows = cut_windows(ids_of(tokens), window=window or default_window(loaded), stride=stride, bos=bos)
         with showing(progress) as show:
             judged = judge(loaded, windows, batch=batch, reference=reference, progress=show)
@@ -202,10 +236,8 @@ def _loaded(model: PreTrainedModel | str | Path, how: dict[str, Any]) -> PreTrai
 
 
 def read_text(text: str | Path, tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel) -> Tokens:
-    """Read an evaluation text for a model. Raises `DataError`."""
-    if str(text).startswith("generated"):
-        raise DataError("generated text is for calibration; evaluate on text that the model did not write")
-    return read_documents(str(text), tokenizer, model.config.get_text_config().vocab_size)
+    """Read an evaluation text for a model. Raises `DataError`, also for text that the model would write itself."""
+    return read_documents(check_source(str(text)), tokenizer, model.config.get_text_config().vocab_size)
 
 
 def ids_of(tokens: Tokens) -> Ids:

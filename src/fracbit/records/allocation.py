@@ -1,12 +1,10 @@
-"""`Allocation`: which scheme each layer gets, as JSON, and `read_level`, which reads a scheme's short label. Torch-free.
+"""`Allocation`: which scheme each layer gets, as JSON, and `read_level`, which reads a scheme or `float`. Torch-free.
 
 It is what a budget makes of scores (arXiv:2406.17415 and finer ones), and all that the quantizing loop sees of them.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,16 +13,11 @@ from typing import Any
 from fracbit.errors import FormatError, RecipeError, SchemeError
 from fracbit.records.files import check_keys, read_json, write_json
 from fracbit.records.recipe import Override, Recipe
-from fracbit.records.scheme import Scheme
+from fracbit.records.scheme import Scheme, parse_scheme
 from fracbit.records.scores import read_scheme
 
 VERSION = 1
 KEYS: dict[str, type] = {"schemes": list, "layers": dict, "model": str, "origin": dict, "notes": list}
-_OFFSETS = {"": "none", "z": "zero", "f": "float", "m": "mean"}
-_LABEL = re.compile(
-    r"(?P<dtype>[a-z]+(:[A-Za-z0-9./]+?)?)(?P<bits>\d)(?P<offset>[zfm]?)([/:](?P<block>row|tensor|flat:\d+|\d+))?"
-    r"(?P<axis> out)?( s=(?P<scale>[a-z0-9:]+))?"
-)
 
 
 @dataclass(frozen=True)
@@ -40,6 +33,10 @@ class Allocation:
     model: str = ""
     origin: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """How many layers got each scheme: `12 x int4z/64, 9 x float`."""
+        return ", ".join(f"{count} x {scheme or 'float'}" for scheme, count in self.used().items())
 
     def used(self) -> dict[Scheme | None, int]:
         """How many layers got each scheme."""
@@ -114,56 +111,21 @@ def allocated(recipe: Recipe, allocation: Allocation) -> Recipe:
     return recipe.model_copy(update={"overrides": (*recipe.overrides, *mine)})
 
 
-def recipe_text(allocation: Allocation, recipe: Recipe) -> str:
-    """The recipe's model, embeddings and head with an override for each layer, as TOML for `fracbit quantize`."""
-    lines = [f"# {note}" for note in allocation.notes] + [f"model = {json.dumps(recipe.model)}"]
-    for name, scheme in (("embeddings", recipe.embeddings), ("head", recipe.head)):
-        if scheme is not None:
-            lines.append(f"{name} = {_inline(scheme.to_json())}")
-    for name, scheme in allocation.schemes.items():
-        chosen = "keep = true" if scheme is None else f"scheme = {_inline(scheme.to_json())}"
-        lines += ["", "[[overrides]]", f"layers = {json.dumps(name)}", chosen]
-    return "\n".join(lines) + "\n"
-
-
-def _inline(value: object) -> str:
-    """A value as TOML: strings and numbers are written as in JSON, tables inline."""
-    if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{key} = {_inline(item)}" for key, item in value.items()) + " }"
-    return json.dumps(value)
-
-
-def read_level(label: str) -> Scheme | None:
-    """A scheme from its short label, `str(scheme)`: `nf4/64`, `int3z/128 out`, `power:1/24/row s=fp32`; `float` is None.
-
-    A colon may stand for the slash, as in `parse_scheme`; without a block it is 64. Raises `SchemeError` for anything else.
-    """
-    text = label.strip()
-    if text == "float":
-        return None
-    match = _LABEL.fullmatch(text)
-    if match is None:
-        raise SchemeError(
-            f"{label!r} is not a scheme: write TYPE, BITS, a slash and BLOCK without spaces, such as nf4/64, int3z/128 or "
-            "kmeans:row2/row, then ' out' for the other axis; z, f or m after the bits is the offset; float keeps a layer"
-        )
-    size = match["block"] or "64"
-    block: int | str = int(size) if size.isdecimal() else size
-    offset = _OFFSETS[match["offset"]]
-    axis = "out" if match["axis"] else "in"
-    return Scheme(
-        dtype=match["dtype"],
-        bits=int(match["bits"]),
-        block=block,
-        axis=axis,  # type: ignore[arg-type]
-        offset=offset,  # type: ignore[arg-type]
-        scale=match["scale"] or "fp16",
+def read_level(level: Scheme | str | None) -> Scheme | None:
+    """A scheme or None as it is, or from its word: `float` is None, anything else as `parse_scheme`. Raises `SchemeError`."""
+    if isinstance(level, str):
+        return None if level.strip() == "float" else parse_scheme(level)
+    if level is None or isinstance(level, Scheme):
+        return level
+    raise SchemeError(
+        f"{level!r} is not a scheme; write a word such as nf4/64, a Scheme, or float (None) to keep a layer"
     )
 
 
-def read_levels(text: str) -> tuple[Scheme | None, ...]:
-    """Schemes from labels with commas between them: `nf4/64,nf3/64,int2z/32`."""
-    return tuple(read_level(label) for label in text.split(",") if label.strip())
+def read_levels(levels: str | Iterable[Scheme | str | None]) -> tuple[Scheme | None, ...]:
+    """Schemes from words with commas between them, `nf4/64,nf3/64,int2z/32`, or one by one. Raises `SchemeError`."""
+    given = [word for word in levels.split(",") if word.strip()] if isinstance(levels, str) else levels
+    return tuple(read_level(each) for each in given)
 
 
 def _numbered(name: str, number: object, schemes: list[Scheme | None]) -> Scheme | None:

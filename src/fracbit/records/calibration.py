@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
 
+from fracbit.records.checked import Checked
 from fracbit.records.tables import CORRECTIONS, TRANSFORMS
 
 
@@ -18,7 +20,7 @@ TransformName = Annotated[str, AfterValidator(TRANSFORMS.check)]
 AxisChoice = Literal["scheme", "nearest", "gptq", "predicted"]
 
 
-class Calibration(BaseModel):
+class Calibration(Checked):
     """Calibration data and how it is used.
 
     - `texts`: sources as `fracbit evaluate` takes them, `generated` for text that the model writes itself.
@@ -36,7 +38,11 @@ class Calibration(BaseModel):
     - `dtype`: of the forward passes; `auto` is bfloat16 where the machine multiplies it natively and the model is stored in it.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    called: ClassVar[str] = "a calibration"
+    remedies: ClassVar[Mapping[str, str]] = {
+        "texts": 'name what is read: --calibration FILE, or texts = ["FILE"] below [calibration]; "generated" is text that the '
+        "model writes itself"
+    }
 
     texts: tuple[str, ...]
     samples: int = Field(default=128, ge=1)

@@ -6,26 +6,27 @@ Text form: `cost:0.01`, `proxy:2%`, `random:0.02`, `activation:0.01`, `none`. Pr
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from fracbit.errors import RecipeError
+from fracbit.records.checked import Checked
 from fracbit.records.tables import COLUMN_RULES
 
 _TEXT = re.compile(r"([a-z_-]+):(0?\.\d+|\d+(?:\.\d+)?%?)")
 
 
-class Outliers(BaseModel):
+class Outliers(Checked):
     """A `share` of the input columns of every linear in the blocks, above 0 and below 1, kept in 16 bits.
 
     `chosen`: the rule of `COLUMN_RULES`: `cost`, what rounding them would cost; `activation`, their energy on calibration
     text; `proxy`, the weight std of the units that produce them; `random`, the control.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    called: ClassVar[str] = "a choice of outliers"
 
-    chosen: str
+    chosen: Annotated[str, AfterValidator(COLUMN_RULES.check)]
     share: float = Field(gt=0, lt=1)
 
     def __str__(self) -> str:

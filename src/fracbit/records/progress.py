@@ -1,4 +1,4 @@
-"""How long work reports where it is: one type for every room, and the bar that shows it where the work runs. Torch-free.
+"""How long work reports its progress: one type for every package, and the bar that shows it. Torch-free.
 
 A verb takes `progress: Shown = "auto"` and hands `with showing(progress) as step` down; everything below it takes a `Progress`.
 """

@@ -9,24 +9,25 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import (
-    BaseModel,
+    AfterValidator,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainSerializer,
     ValidationError,
     model_validator,
 )
 
-from fracbit.errors import FracbitError, RecipeError, SchemeError, near_matches
+from fracbit.errors import FracbitError, RecipeError, SchemeError
 from fracbit.records.calibration import Calibration
+from fracbit.records.checked import Checked, Keys, explained
 from fracbit.records.outliers import OutliersField
-from fracbit.records.scheme import Scheme
+from fracbit.records.scheme import Scheme, parse_scheme
+from fracbit.records.tables import QUANTIZERS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -35,23 +36,32 @@ else:
 
 
 def _scheme(value: object) -> object:
+    """A scheme from its word or the table of its fields; anything else is for pydantic to judge."""
+    if isinstance(value, str):
+        return parse_scheme(value)
     return Scheme.from_json(value) if isinstance(value, Mapping) else value
 
 
 SchemeField = Annotated[Scheme, BeforeValidator(_scheme), PlainSerializer(Scheme.to_json)]
 
 
-class Override(BaseModel):
-    """Another scheme, or none (kept float), for the layers whose names match the shell pattern `layers`."""
+class Override(Checked):
+    """Another scheme, or none (kept float), for the layers whose names match the shell pattern `layers`.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    Raises `RecipeError`, `SchemeError`.
+    """
+
+    called: ClassVar[str] = "an override"
+    remedies: ClassVar[Mapping[str, str]] = {
+        "layers": 'write a pattern of names, such as layers = "*.down_proj"'
+    }
 
     layers: str
     keep: bool = False
     scheme: SchemeField | None = None
 
 
-class Recipe(BaseModel):
+class Recipe(Checked):
     """What to do to a model.
 
     - `model`: a folder or a hub id; `revision`: branch, tag or commit on the hub;
@@ -63,9 +73,12 @@ class Recipe(BaseModel):
     - `calibration`: the texts that quantizers such as gptq look at; None for data-free ones.
     - `overrides`: other schemes for layers by the pattern of their names; later ones win.
     - `seed`: of everything random.
+
+    A scheme may be written in one word: `scheme="nf4/64"`. Raises `RecipeError` and `SchemeError` for what cannot be.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    called: ClassVar[str] = "a recipe"
+    remedies: ClassVar[Mapping[str, str]] = {"model": "name a folder or a hub id"}
 
     model: str
     revision: str | None = None
@@ -73,7 +86,7 @@ class Recipe(BaseModel):
     scheme: SchemeField = Field(default_factory=Scheme)
     embeddings: SchemeField | None = None
     head: SchemeField | None = None
-    quantizer: str = "rtn"
+    quantizer: Annotated[str, AfterValidator(QUANTIZERS.check)] = "rtn"
     search: bool = False
     outliers: OutliersField = None
     calibration: Calibration | None = None
@@ -105,8 +118,9 @@ def key(recipe: Recipe) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def recipe_toml(recipe: Recipe) -> str:
-    """The recipe as TOML, without what has its default value; `fracbit quantize` reads it back."""
+def recipe_toml(recipe: Recipe, notes: Iterable[str] = ()) -> str:
+    """The recipe as TOML, without what has its default value; `fracbit quantize` reads it back. `notes`: comments on top."""
+    comments = [f"# {_printable(line)}" for note in notes for line in note.splitlines()]
     data = recipe.model_dump(mode="json", exclude_defaults=True)
     tables = {name: value for name, value in data.items() if name in ("scheme", "calibration")}
     lines = [
@@ -116,7 +130,12 @@ def recipe_toml(recipe: Recipe) -> str:
         lines += ["", f"[{name}]", *_keys(table)]
     for override in data.get("overrides", ()):
         lines += ["", "[[overrides]]", *_keys(override)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*comments, *lines]) + "\n"
+
+
+def _printable(line: str) -> str:
+    """A line without the control characters that TOML forbids in comments."""
+    return "".join(each if each.isprintable() else " " for each in line)
 
 
 def _keys(table: Mapping[str, Any]) -> list[str]:
@@ -128,7 +147,9 @@ def inline_toml(value: object) -> str:
     if isinstance(value, Mapping):
         given = {name: item for name, item in value.items() if item is not None}
         return "{ " + ", ".join(f"{name} = {inline_toml(item)}" for name, item in given.items()) + " }"
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False).replace(
+        "\x7f", "\\u007f"
+    )  # which TOML allows in escaped form alone
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -146,29 +167,21 @@ def make_recipe(data: Mapping[str, Any], path: Path | None = None) -> Recipe:
     try:
         return Recipe.model_validate(dict(data))
     except ValidationError as error:
-        first = error.errors()[0]
-        raise RecipeError(_explain(first["loc"], first["type"], first["msg"], path)) from None
+        keys, said = explained(error, Recipe)
+        raise RecipeError(f"{path}{_line_of(keys, path)}: {said}" if path else said) from None
     except FracbitError as error:
         if path is None:
             raise
-        line = _line_of(error.key, path) if isinstance(error, SchemeError) and error.key else ""
+        line = _line_of((error.key,), path) if isinstance(error, SchemeError) and error.key else ""
         raise RecipeError(f"{path}{line}: {error}") from error
 
 
-def _explain(location: tuple[int | str, ...], kind: str, message: str, path: Path | None) -> str:
-    name = ".".join(str(part) for part in location)
-    where = f"{path}{_line_of(str(location[-1]), path)}: " if path else ""
-    if kind == "extra_forbidden":
-        known = Override.model_fields if len(location) > 1 else Recipe.model_fields
-        return f"{where}a recipe has no key {name!r}; {near_matches(str(location[-1]), known)}"
-    return f"{where}{name}: {message}"
-
-
-def _line_of(name: str, path: Path | None) -> str:
-    """`, line N` of the first line of the file that sets `name`."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path else []
-    pattern = re.compile(rf"(^|[\[{{,.])\s*[\"']?{re.escape(name)}[\"']?\s*[\]=.]")
-    for number, line in enumerate(lines, 1):
-        if pattern.search(line):
-            return f", line {number}"
+def _line_of(keys: Keys, path: Path) -> str:
+    """`, line N` of the first line of the file that sets the last of the keys, else one before it."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for key in reversed([key for key in keys if isinstance(key, str)]):
+        pattern = re.compile(rf"(^|[\[{{,.])\s*[\"']?{re.escape(key)}[\"']?\s*[\]=.]")
+        for number, line in enumerate(lines, 1):
+            if pattern.search(line):
+                return f", line {number}"
     return ""

@@ -21,6 +21,11 @@ _NAMED_BLOCKS = ("row", "tensor")
 _FLAT = re.compile(r"flat:([1-9]\d*)")
 _SCALE_SHORTHAND = re.compile(r"([a-z]+)([1-8]):([1-9]\d*)")
 _DTYPE = re.compile(r"[a-z]+(:[A-Za-z0-9./]+)?")
+_OFFSETS = {"": "none", "z": "zero", "f": "float", "m": "mean"}
+_WORD = re.compile(
+    r"(?P<dtype>[a-z]+(:[A-Za-z0-9./]+?)?)(?P<bits>\d)(?P<offset>[zfm]?)([/:](?P<block>row|tensor|flat:\d+|\d+))?"
+    r"(?P<axis> out)?( s=(?P<scale>[a-z0-9:]+))?"
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Scheme:
         object.__setattr__(self, "scale", _scale(self.scale))
 
     def __str__(self) -> str:
-        """A short label, e.g. `nf4/64`, `int3z/128 out`, `kmeans:row4/row`."""
+        """The scheme in one word, e.g. `nf4/64`, `int3z/128 out`, `kmeans:row4/row`; `parse_scheme` reads it back."""
         mark = {"none": "", "zero": "z", "float": "f", "mean": "m"}[self.offset]
         axis = " out" if self.axis == "out" else ""
         scale = "" if self.scale == "fp16" else f" s={scale_label(self.scale)}"
@@ -141,12 +146,29 @@ def _check_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
         raise SchemeError(f"{field} {value!r} is not known; use {', '.join(allowed)}")
 
 
-def parse_scheme(text: str) -> Scheme:
-    """A scheme written in one word, `TYPEBITS:BLOCK`: `int8:64`, `nf4:row`. Raises `SchemeError`."""
-    match = re.fullmatch(r"([a-z]+)([1-8])(?::(\w+(?::\d+)?))?", text)
+def parse_scheme(word: str) -> Scheme:
+    """A scheme from its word, which `str(scheme)` writes: `nf4/64`, `int3z/128 out`, `power:1/24/row s=fp32`.
+
+    A colon may stand for the slash; without a block it is 64. Raises `SchemeError` for anything else.
+    """
+    text = word.strip()
+    if text == "float":
+        raise SchemeError(
+            "float quantizes nothing and is no scheme here: leave it out, or keep single layers float with --keep PATTERN, "
+            "in a recipe keep = true"
+        )
+    match = _WORD.fullmatch(text)
     if match is None:
         raise SchemeError(
-            f"{text!r} is not a scheme in one word: write TYPEBITS or TYPEBITS:BLOCK, such as int8:64"
+            f"{word!r} is not a scheme: write TYPEBITS/BLOCK such as nf4/64, int3z/128 or kmeans:row2/row, then ' out' for "
+            "the other axis; z, f or m after the bits is the offset"
         )
-    dtype, bits, block = match.groups()
-    return Scheme(dtype, int(bits), int(block) if block and block.isdigit() else block or 64)
+    size = match["block"] or "64"
+    return Scheme(
+        dtype=match["dtype"],
+        bits=int(match["bits"]),
+        block=int(size) if size.isdecimal() else size,
+        axis="out" if match["axis"] else "in",
+        offset=_OFFSETS[match["offset"]],  # type: ignore[arg-type]
+        scale=match["scale"] or "fp16",
+    )

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from fracbit.errors import BudgetError, RecipeError, near_matches
 from fracbit.records.allocation import read_levels
+from fracbit.records.recipe import Recipe
 from fracbit.records.scheme import Scheme
 from fracbit.records.scores import Losses, Scores, load_scores
 from fracbit.records.sizes import read_size
+from fracbit.records.text_source import check_source
 
 Granularity: TypeAlias = Literal["block", "linear"]
 Solver: TypeAlias = Literal["exact", "order"]
 
 LEVELS = "int4z/64,int3z/64,int2z/64"
+SAMPLES = 32
+LENGTH = 256
 PRESETS = ("best",)
 BUDGETS = ("average_bits", "size", "fits")
 ONE_BUDGET = "ask for exactly one of --average-bits 3.5, --size 1.2GB and --fits 8GB"
@@ -30,10 +35,11 @@ class Spending:
       device that also holds the KV cache and the activations. One of the three.
     - `context`: tokens of each sequence in that KV cache; `batch`: sequences at once.
     - `preset`: a combination that was measured to lose least (`best`), with `average_bits` alone beside it.
-    - `levels`: the schemes to choose from, `nf4/64,nf2/64` or schemes themselves; None: `LEVELS`.
+    - `levels`: the schemes to choose from, `nf4/64,nf2/64`, or a sequence of words and schemes; None: `LEVELS`.
     - `score`: the name of a score, a JSON file of scores or losses, or these themselves.
     - `text`: the text that the score reads, where it reads any; None: the recipe's calibration texts.
     - `held_out`: other text, on which the division must beat the best uniform scheme of the same size, or that is used.
+    - `samples`: samples that are read of each of these texts; `length`: ids of each sample.
     - `granularity`: one scheme for each block, or for each linear; `fused`: linears that read one input get one scheme.
     - `solver`: `exact` (least sum of predicted losses) or `order` (layers are lifted in the order of their scores).
 
@@ -46,10 +52,12 @@ class Spending:
     context: int = 2048
     batch: int = 1
     preset: str | None = None
-    levels: str | Sequence[Scheme | None] | None = None
+    levels: str | Sequence[Scheme | str | None] | None = None
     score: str | Path | Scores | Losses = "weight-error"
     text: str | None = None
     held_out: str | None = None
+    samples: int = SAMPLES
+    length: int = LENGTH
     granularity: Granularity = "linear"
     fused: bool = False
     solver: Solver = "exact"
@@ -58,10 +66,13 @@ class Spending:
         """Refuse terms that contradict each other, before anything is read."""
         given = self._given()
         _check_budgets(given)
+        _check_number("average_bits", self.average_bits)
         if self.preset is not None:
             _check_preset(self.preset, given)
         check_choice("granularity", self.granularity, get_args(Granularity))
         check_choice("solver", self.solver, get_args(Solver))
+        _check_count("samples", self.samples, least=1)
+        _check_count("length", self.length, least=2)
         if self.text is not None and self.text == self.held_out:
             raise RecipeError(
                 f"{self.text} is both the text that scores read and the held-out one: the comparison would flatter the "
@@ -77,8 +88,7 @@ class Spending:
     @property
     def schemes(self) -> tuple[Scheme | None, ...]:
         """The levels as schemes; None keeps a layer float."""
-        levels = LEVELS if self.levels is None else self.levels
-        return read_levels(levels) if isinstance(levels, str) else tuple(levels)
+        return read_levels(LEVELS if self.levels is None else self.levels)
 
     @property
     def size_bytes(self) -> int | None:
@@ -105,10 +115,37 @@ class Spending:
         }
 
 
+def check_terms(recipe: Recipe, spending: Spending) -> None:
+    """Refuse, before a model is opened, a recipe and a budget that do not go together, and texts that are not there.
+
+    Raises `RecipeError` for a scheme beside a budget, `DataError` for a text that is missing or must not be `generated`.
+    """
+    if spending != Spending() and "scheme" in recipe.model_fields_set:
+        raise RecipeError(
+            f"the recipe has the scheme {recipe.scheme}, and a budget chooses every layer's scheme among spending.levels: "
+            "leave out --scheme, [scheme] and --set scheme; [[overrides]] and --keep still apply"
+        )
+    read = () if recipe.calibration is None else recipe.calibration.texts
+    for text in (*read, *([] if spending.text is None else [spending.text])):
+        check_source(text, written=True)
+    if spending.held_out is not None:
+        check_source(spending.held_out)
+
+
 def check_choice(what: str, value: str, allowed: Sequence[str]) -> None:
     """Refuse a value that is not among those allowed. Raises `RecipeError`."""
     if value not in allowed:
         raise RecipeError(f"{what} {value!r} is not known; use {' or '.join(allowed)}")
+
+
+def _check_number(what: str, value: object) -> None:
+    if value is not None and not isinstance(value, Real):
+        raise BudgetError(f"spending.{what} is {value!r}; it must be a number, such as 3.5")
+
+
+def _check_count(what: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise RecipeError(f"spending.{what} is {value!r}; it must be a whole number of at least {least}")
 
 
 def _check_budgets(given: dict[str, Any]) -> None:
@@ -129,4 +166,4 @@ def _check_preset(name: str, given: dict[str, Any]) -> None:
             f"preset {name} chooses for itself and takes --average-bits alone; leave out {', '.join(others)}"
         )
     if "average_bits" not in given:
-        raise RecipeError("a preset needs its budget: give --average-bits, such as 3.25")
+        raise RecipeError("a preset needs a budget: give --average-bits, such as 3.25")

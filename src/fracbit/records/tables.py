@@ -4,7 +4,7 @@ A `Table` says where the object of each name lives and imports it when it is ask
 a name, and list all names, without torch. To add an entry, write its file and one line here; the law tests then hold it to the
 laws of its kind.
 
-Model families and kernels have tables of their own in their rooms: a lookup there needs the objects themselves.
+Model families and kernels have tables of their own in their packages: a lookup there needs the objects themselves.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Table(Generic[T]):
         return ((name, self.load(name)) for name in self.entries)
 
 
-# Their rooms give these tables their types: `fracbit.quantizers.QUANTIZERS` is a `Table[Callable[[bool], Quantizer]]`.
+# Their packages give these tables a type: `fracbit.quantizers.QUANTIZERS` is a `Table[Callable[[bool], Quantizer]]`.
 
 DATATYPES: Table[Any] = Table(
     "data type",

@@ -1,1 +1,1 @@
-"""Planning: what a budget buys, who gets which scheme, and what the run will need. Nothing is written."""
+"""Planning: which scheme each layer gets within a budget, and what the run will need. Nothing is written."""

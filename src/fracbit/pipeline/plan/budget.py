@@ -1,10 +1,12 @@
-"""A budget in a quantizing run: the scheme that it buys every layer, as overrides of the recipe."""
+"""A budget in a quantizing run: it gives every layer a scheme, as overrides of the recipe."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from fracbit.checkpoint.opened import Opened
+from fracbit.data import Samples
 from fracbit.errors import RecipeError
 from fracbit.pipeline.plan.plan import make_plan
 from fracbit.pipeline.study.weights import weights_on_disk
@@ -14,36 +16,42 @@ from fracbit.records.recipe import Recipe
 from fracbit.records.spending import Spending
 
 
-def budgeted(
-    recipe: Recipe, spending: Spending, opened: Opened, progress: Progress | None = None
-) -> tuple[Recipe, tuple[str, ...]]:
-    """The recipe with a scheme for every layer that the budget buys, and notes; its own overrides hold, within the budget.
+@dataclass(frozen=True, eq=False)
+class Divided:
+    """A recipe with a scheme for every layer, notes, and the samples of its calibration if a score has read them."""
 
-    `opened`: the recipe's model (`plan.open_for`). Without a budget the recipe comes back as it is. With `held_out`, the
-    allocation is measured against the best uniform scheme of no more bytes, which is taken when it wins.
+    recipe: Recipe
+    notes: tuple[str, ...] = ()
+    samples: Samples | None = None
+
+
+def budgeted(
+    recipe: Recipe, spending: Spending, opened: Opened, device: str = "cpu", progress: Progress | None = None
+) -> Divided:
+    """The recipe with a scheme for every layer within the budget. The recipe's own overrides still apply.
+
+    `opened`: the recipe's model (`open_for`); `device`: of the run. Without a budget, the recipe is returned unchanged. With
+    `held_out`, the allocation is compared with the best uniform scheme of no more bytes, and the better one is used.
     Raises `BudgetError` (with the reachable range), `RecipeError`, `SourceError`, `DataError`.
     """
     if spending == Spending():
-        return recipe, ()
-    if "scheme" in recipe.model_fields_set:
-        raise RecipeError(
-            "a budget chooses every layer's scheme among spending.levels: leave out --scheme and the recipe's [scheme]; "
-            "[[overrides]] and --keep hold beside it"
-        )
-    found = make_plan(recipe, spending, opened, progress=progress)
-    divided = f"{found.chosen.bits_per_weight:.4f} bits per weight divided by {found.chosen.name}"
-    return allocated(found.problem.recipe, found.allocation), (*found.notes, divided)
+        return Divided(recipe)
+    found = make_plan(recipe, spending, opened, device=device, progress=progress)
+    how = f"divided by the solver {found.chosen.name}"
+    if found.contest is not None and not found.contest.searched_won:
+        how = "the same scheme for every layer"
+    return Divided(found.recipe, (*found.notes, f"{found.reached}, {how}"), found.samples)
 
 
 def planned(recipe: Recipe, path: Path, opened: Opened) -> tuple[Recipe, tuple[str, ...]]:
     """The recipe with the schemes of an allocation that `fracbit plan -o` wrote, and its notes; the recipe's own overrides win.
 
-    Raises `FormatError`, `RecipeError` for an allocation of another model, or a scheme beside it.
+    Raises `FormatError`, `RecipeError` for an allocation of another model, or if the recipe has a scheme too.
     """
     if "scheme" in recipe.model_fields_set:
         raise RecipeError(
-            f"{path} names the scheme of every linear, so another cannot be used; edit the file, or give --keep, or "
-            "--set head=... or embeddings=..., which hold beside it"
+            f"{path} names the scheme of every linear, so --scheme cannot be used; edit the file instead. --keep, "
+            "--set head=... and --set embeddings=... still apply"
         )
     allocation = load_allocation(path)
     weights = weights_on_disk(opened)

@@ -1,12 +1,12 @@
 """The contest: a searched allocation against the best uniform scheme of no more bytes, on held-out text.
 
-Searched allocations have missed their target and lost to uniform in other tools, so the uniform one is taken when it wins.
+In other tools, searched allocations have missed their budget or lost to a uniform scheme. So the better one is used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -24,12 +24,12 @@ UNCHECKED = (
     "not compared with a uniform scheme of the same size; pass --held-out TEXT that the score has not seen "
     "(to quantize: --set spending.held_out=TEXT)"
 )
-ENOUGH = 0.75  # of the bits of the largest rival: fewer bits of the same kind are never better
+ENOUGH = 0.75  # rivals with fewer bits than this share of the largest rival's are never better, and not tried
 
 
 @dataclass(frozen=True)
 class Contest:
-    """What held-out tokens say: nats per token of the float model, of the searched allocation and of the uniform one."""
+    """Losses on held-out text in nats per token: of the float model, the searched allocation and the uniform one."""
 
     float_nll: float
     searched_nll: float
@@ -37,7 +37,7 @@ class Contest:
     uniform_scheme: str
     uniform_bits_per_weight: float
     tokens: int
-    winner: Allocation
+    winner: Allocation = field(repr=False)
 
     @property
     def searched_won(self) -> bool:
@@ -58,11 +58,11 @@ def contest(
     levels: Sequence[Scheme | None],
     budget: int | None = None,
 ) -> Contest:
-    """Measure the allocation and the best uniform scheme of no more bytes; the winner carries a note of what happened.
+    """Measure the allocation and the best uniform scheme of no more bytes; the winner carries a note with the result.
 
-    `held_out` int64 [samples, tokens]; `budget`: bits that the uniform scheme may take, those of the allocation when it is not
-    given. Uniform rivals are the levels and their kin of every other width, the best by weight error of those that fit.
-    Raises `BudgetError` when no rival fits into the allocation's bytes.
+    `held_out` int64 [samples, tokens]; `budget`: bits that the uniform scheme may take, by default those of the
+    allocation. The uniform rival is one of the levels, at its own or any other width: the one that fits with the least
+    weight error. Raises `BudgetError` when no rival fits into the allocation's bytes.
     """
     bits = budget or sum(unit.bits(allocation.schemes[next(iter(unit.shapes))]) for unit in units)
     scheme, cost = _best_rival(subject.weights, units, bits, levels)
@@ -104,7 +104,7 @@ def _best_rival(
     taken = {scheme: cost for scheme, cost in taken.items() if cost <= bits}
     if not taken:
         raise BudgetError(
-            f"{bits} bits do not hold these layers under any one scheme; offer levels with larger blocks"
+            f"no uniform scheme fits these layers into {bits} bits; add levels with larger blocks"
         )
     near = [scheme for scheme, cost in taken.items() if cost >= ENOUGH * max(taken.values())]
     errors = make_losses(weights, units, WEIGHT_ERROR, near)

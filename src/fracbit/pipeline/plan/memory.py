@@ -1,10 +1,10 @@
-"""What a model needs beside its weights while it runs: KV cache and activations, from the config alone.
+"""Memory that a running model needs besides its weights: KV cache and activations, computed from the config.
 
     cache        sum over blocks of 2 (keys, values) x kv heads x head size x min(context, window of that block) x bytes
     activations  context x (residual, normed copy, the widest of attention's and the MLP's intermediates) x bytes + last logits
 
-Attention is counted as transformers' sdpa runs it, without a matrix of context x context. An estimate, rounded up where it
-must guess; what the process itself takes (Python, torch, a GPU context) is not in it.
+Attention is counted as in transformers' sdpa, without a matrix of context x context. The result is an estimate, rounded
+up where it must guess. It does not include the process itself (Python, torch, a GPU context).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ INNER = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
 
 @dataclass(frozen=True)
 class RunningMemory:
-    """Bytes that running takes beside the weights."""
+    """Bytes that a running model takes besides its weights."""
 
     cache: int
     activations: int

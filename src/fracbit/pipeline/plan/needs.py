@@ -1,4 +1,4 @@
-"""What the run that carries out a plan will need itself: memory, disk and time."""
+"""Memory, disk and time that the run of a plan will need."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class Needs:
 
 
 def needs_of(problem: Problem, allocation: Allocation) -> Needs:
-    """Memory, disk and time of quantizing as planned, without what writing to the disk takes.
+    """Memory, disk and time of quantizing as planned; the time does not include writing to disk.
 
-    Time: each scheme is timed on a piece of its first layer, as is the hash of what is read, which a second thread makes.
+    Each scheme is timed on a piece of its first layer. Hashing, which a second thread does, is timed too.
     """
     shapes = {name: shape for unit in problem.units for name, shape in unit.shapes.items()}
     largest = max(out * width for out, width in shapes.values())
     file_bytes = problem.file_bytes(allocation.schemes)
     seconds = max(_rounding_seconds(problem, allocation), _hashing_seconds(problem))
-    # A tensor as read, as fp32, its codes before packing and their temporaries; beside them the shard that is being filled.
+    # A tensor as read and as fp32, its codes before packing and their temporaries, and the shard that is being filled.
     memory = PROCESS_BYTES + 16 * largest + min(SHARD_BYTES, file_bytes)
     return Needs(memory, file_bytes, seconds)
 
@@ -71,7 +71,7 @@ def _piece(weights: Weights, name: str) -> Tensor:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """How long something takes when nothing else happens: the least of a few times, of fewer when it takes long."""
+    """Seconds that `work` takes: the least of `REPEATS` runs, or of fewer runs if they take long."""
     taken: list[float] = []
     while len(taken) < REPEATS and sum(taken) < PATIENCE:
         started = time.perf_counter()

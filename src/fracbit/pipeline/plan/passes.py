@@ -1,6 +1,6 @@
-"""Passes over a float model in memory that find what scores look at: cosines, Gram matrices, gradients, changes of the loss.
+"""Passes over a float model in memory. They measure what scores read: cosines, Gram matrices, gradients, loss changes.
 
-Each measures all units at once, but the oracle, which measures one unit after the other.
+Each pass measures all units at once, except the oracle, which measures one unit after another.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ UnitScheme: TypeAlias = tuple[str, Scheme | None]
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """What the passes over a model found; empty where nothing asked.
+    """Results of the passes over a model; empty if no score needs them.
 
     - `cosines`: path of a block -> mean cosine of its input and output; `stats`: linear -> inputs that it saw.
     - `gradients`: linear -> [out, in], of the mean loss; `slopes`: -> [samples], derivatives along a scheme's error.
-    - `sample_tokens`: tokens that a sample's mean loss is over; `changes`: -> nats per token that a scheme costs.
+    - `sample_tokens`: tokens in a sample's mean loss; `changes`: -> nats per token that a scheme costs.
     """
 
     cosines: Mapping[str, float] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class Findings:
 def forward_pass(subject: FloatModel, ids: Tensor, gram: bool, final_norm: bool, step: Progress) -> Findings:
     """Walk the blocks once: cosine of each block's raw input and output, and the inputs of its linears when `gram`.
 
-    `ids` int64 [samples, tokens]; `final_norm`: the last block's output is read behind the model's final norm.
+    `ids` int64 [samples, tokens]; `final_norm`: the last block's output is read after the model's final norm.
     """
     stack = blocks(subject.model, subject.family)
     hidden = embed(subject.model, subject.family, ids)
@@ -66,7 +66,7 @@ def forward_pass(subject: FloatModel, ids: Tensor, gram: bool, final_norm: bool,
 
 
 def _observed(subject: FloatModel, path: str, hidden: Hidden, stats: dict[str, Stats]) -> Hidden:
-    """Through a block, adding what its linears are fed to `stats`."""
+    """Run a block and add the inputs of its linears to `stats`."""
     block = subject.model.get_submodule(path)
     names = linears(block, subject.family)
     for name, module in names.items():
@@ -85,9 +85,9 @@ def gradient_pass(
     ids: Tensor,
     step: Progress,
 ) -> Findings:
-    """One backward pass a sample: the mean gradient of every linear, and derivatives along the errors of `schemes`.
+    """One backward pass per sample: the mean gradient of every linear, and derivatives along the errors of `schemes`.
 
-    `ids` int64 [samples, tokens]. Memory: the gradients, and with schemes one more copy of the weights for each of them.
+    `ids` int64 [samples, tokens]. Memory: the gradients, and one copy of the weights for each scheme.
     """
     # What is summed up: mean gradients [out, in] of linears, and slopes [samples] of units under schemes.
     unit_of = {name: unit.name for unit in units for name in unit.own}
@@ -119,7 +119,7 @@ def _gradients(
 
 @contextmanager
 def _differentiable(subject: FloatModel, wanted: Iterable[torch.nn.Parameter]) -> Iterator[None]:
-    """Inside, exactly these parameters ask for gradients; the model's own flags come back afterwards."""
+    """A context in which exactly these parameters require gradients; the model's flags are restored afterwards."""
     flags = [(parameter, parameter.requires_grad) for parameter in subject.model.parameters()]
     chosen = {id(parameter) for parameter in wanted}
     try:
@@ -136,10 +136,10 @@ def ablation(
 ) -> dict[UnitScheme, float]:
     """The oracle: change of the loss in nats per token with one unit rounded under one scheme, all others float.
 
-    `ids` int64 [samples, tokens]. The states at the entrance of a unit's block are those of the float model, computed once
+    `ids` int64 [samples, tokens]. The states that enter a unit's block are those of the float model, computed once
     (variants.py).
     """
-    # Number what can be tried in each block; 0 leaves it float.
+    # Number the options of each block; 0 leaves it float.
     tried: list[list[tuple[Unit, Scheme]]] = [[] for _ in blocks(subject.model, subject.family)]
     for unit in units:
         # Where a tensor is shared, the earliest block that reads it is the first that changes.

@@ -1,16 +1,16 @@
-"""The arc of a budget, from a model on disk to an allocation. No weights are written.
+"""How a budget is spent, from a model on disk to an allocation. No weights are written.
 
 open -> problem -> scores -> losses -> solve -> contest -> Plan
 
-problem.py   what is asked and what may vary: units, levels, bits      written.py  bytes of the files, to the header
-scoring.py   what each unit is worth; passes.py, sampling.py           solve.py    losses divided within the budget
+problem.py   the question: units, levels and bits                      written.py  bytes of the files with headers
+scoring.py   the score of each unit; passes.py, sampling.py            solve.py    division of the budget
 contest.py   against the best uniform scheme, on held-out text         needs.py    memory, disk, time of the run
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,46 +26,80 @@ from fracbit.pipeline.plan.sampling import sampling_notes
 from fracbit.pipeline.plan.solve import Candidate, Curve, curves_of, scores_and_losses, solve
 from fracbit.pipeline.quantize.run import open_for
 from fracbit.pipeline.study.study import Study
-from fracbit.pipeline.study.texts import LENGTH, SAMPLES, SCORED, seen_by, texts_of
-from fracbit.records.allocation import Allocation
+from fracbit.pipeline.study.texts import SCORED, seen_by, texts_of
+from fracbit.records.allocation import Allocation, allocated
 from fracbit.records.progress import Progress, Shown, showing
 from fracbit.records.recipe import Recipe
 from fracbit.records.scores import Losses
-from fracbit.records.spending import Spending
+from fracbit.records.sizes import print_size
+from fracbit.records.spending import Spending, check_terms
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a budget is spent.
+    """How a budget is spent. `print(plan)` shows it in a few lines.
 
-    - `candidates`: every way that was tried, the solver's own first; `allocation`: the one to carry out, of the layers that
-      share the budget: the chosen candidate's, or the uniform one where that won the contest.
-    - `losses`: what the division rests on; `curve`: (stored bits per weight, predicted loss) by solver, for the picture.
-    - `needs`: what the run itself will take; `contest`: what held-out text said, None where none was given.
+    - `candidates`: every allocation that was tried, the chosen solver's first; `allocation`: the one to carry out, for
+      the layers that share the budget: the chosen candidate's, or the uniform one if it won the contest.
+    - `losses`: the basis of the division; `curve`: (stored bits per weight, predicted loss) by solver, for the picture.
+    - `needs`: what the run will take; `contest`: the result on held-out text, None without one.
+    - `samples`: those of the recipe's calibration, if the score has read them.
     """
 
-    problem: Problem
-    losses: Losses
+    problem: Problem = field(repr=False)
+    losses: Losses = field(repr=False)
     candidates: tuple[Candidate, ...]
-    allocation: Allocation
+    allocation: Allocation = field(repr=False)
     needs: Needs
-    curve: Mapping[str, Curve]
+    curve: Mapping[str, Curve] = field(repr=False)
     contest: Contest | None = None
     notes: tuple[str, ...] = ()
+    samples: Samples | None = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        """Bits asked for and reached, schemes, predicted loss, needs and notes, a line each."""
+        loss = "unknown" if self.predicted_loss is None else f"{self.predicted_loss:.5g}"
+        needs = self.needs
+        return "\n".join([
+            f"{self.problem.recipe.model}: asked for {self.budget}, reached {self.reached}",
+            f"schemes: {self.spelled_out}",
+            f"predicted loss: {loss} ({self.losses.method})",
+            f"the run: about {print_size(needs.memory_bytes)} of memory, {print_size(needs.disk_bytes)} on disk",
+            *(f"note: {note}" for note in self.notes),
+        ])  # fmt: skip
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that carries the plan out: `fracbit.quantize(plan.recipe, output)`."""
+        return allocated(self.problem.recipe, self.allocation)
 
     @property
     def chosen(self) -> Candidate:
-        """What the solver that was asked for found."""
+        """The candidate of the requested solver."""
         return self.candidates[0]
 
     @property
     def budget(self) -> str:
-        """What was asked for, such as `3.5000 bits per weight`."""
+        """The budget, such as `3.5000 bits per weight`."""
         return self.problem.budget.figure(self.problem.budget.bits)
 
     @property
+    def reached(self) -> str:
+        """What the allocation takes, such as `3.4987 bits per weight`, or `1.203 GB, 3.4987 bits per weight`."""
+        budget, bits = self.problem.budget, self.problem.bits(self.allocation.schemes)
+        average = f"{budget.per_weight(bits):.4f} bits per weight"
+        return average if budget.figure(bits) == average else f"{budget.figure(bits)}, {average}"
+
+    @property
+    def predicted_loss(self) -> float | None:
+        """Of the allocation, in the units of the score; None for a uniform scheme that won and is none of the candidates."""
+        schemes = self.allocation.schemes
+        alike = (each.predicted_loss for each in self.candidates if each.allocation.schemes == schemes)
+        return next(alike, None)
+
+    @property
     def spelled_out(self) -> Allocation:
-        """The allocation of every linear of the model, those that the recipe fixes among them."""
+        """The allocation of every linear of the model, including those that the recipe fixes."""
         return self.problem.spelled_out(self.allocation)
 
     @property
@@ -99,31 +133,21 @@ def plan(
     text: str | None = None,
     whole: bool = False,
     curve: bool = False,
-    samples: int = SAMPLES,
-    length: int = LENGTH,
     progress: Shown = "auto",
 ) -> Plan:
-    """Plan how a model would spend a budget: a folder, a hub id, or a recipe, whose overrides hold.
+    """Plan how to spend a budget on a model: a folder, a hub id, or a recipe, whose overrides apply.
 
-    - `text`: what the score reads, in place of `spending.text`; `samples` of `length` ids of it and of the held-out text.
-    - `whole`: data-free scores read all of large weights, not a sample of their rows.
+    - `text`: the text that the score reads, in place of `spending.text`.
+    - `whole`: data-free scores read all rows of large weights, not a sample.
     - `curve`: solve for the whole reachable range too.
 
     Raises `BudgetError` (with the reachable range), `RecipeError`, `SchemeError`, `SourceError`, `DataError`.
     """
     recipe = model if isinstance(model, Recipe) else Recipe(model=str(model))
     spending = spending if text is None else replace(spending, text=text)
+    check_terms(recipe, spending)
     with showing(progress) as show:
-        return make_plan(
-            recipe,
-            spending,
-            open_for(recipe),
-            whole=whole,
-            curve=curve,
-            samples=samples,
-            length=length,
-            progress=show,
-        )
+        return make_plan(recipe, spending, open_for(recipe), whole=whole, curve=curve, progress=show)
 
 
 def make_plan(
@@ -133,24 +157,24 @@ def make_plan(
     *,
     whole: bool = False,
     curve: bool = False,
-    samples: int = SAMPLES,
-    length: int = LENGTH,
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> Plan:
-    """`plan`, for a model that is open already."""
-    # What is asked, and what may vary.
+    """`plan`, for a model that is open already and terms that were checked. `device`: of the run that follows."""
+    # The question: units, levels and bits.
     recipe, terms = (recipe, spending) if spending.preset is None else preset(recipe, spending)
     problem = make_problem(recipe, opened, terms, whole)
-    # Scores and losses of every unit; text is read, and the model loaded, only where the score reads some.
-    study = Study(opened, recipe.seed, progress)
-    drawn = _drawn(study, recipe, terms, samples=samples, length=length)
+    # Scores and losses of every unit. Text is read and the model is loaded only if the score reads text.
+    study = Study(opened, recipe.seed, progress, device)
+    drawn = _drawn(study, recipe, terms)
     subject, ids = (None, None) if drawn is None else (study.subject, drawn.ids)
+    ids = None if ids is None else ids[: terms.samples, : terms.length]  # [samples, tokens]
     scores, losses = scores_and_losses(
         problem, terms.named_score(), subject=subject, ids=ids, progress=progress
     )
     if drawn is not None:
         losses = replace(losses, protocol={**losses.protocol, "text": seen_by(drawn)})
-    # The budget divided, and what carrying that out would take.
+    # Divide the budget, and estimate what the run will take.
     solved = solve(problem, scores, losses, terms.solver)
     chosen = solved.candidates[0].allocation
     found = Plan(
@@ -161,36 +185,38 @@ def make_plan(
         needs=needs_of(problem, chosen),
         curve=curves_of(problem, scores, losses) if curve else {},
         notes=(*solved.notes, *sampling_notes(losses.protocol)),
+        samples=drawn if terms.text is None else None,
     )
-    # Judged against the best uniform scheme of no more bytes; a preset was judged when it was made.
+    # Compare with the best uniform scheme of no more bytes; a preset was compared when it was made.
     if terms.held_out is not None:
-        return _judged(found, study, terms.held_out, samples=samples, length=length)
+        return _judged(found, study, terms.held_out, terms)
     return found if spending.preset is not None else replace(found, notes=(*found.notes, UNCHECKED))
 
 
-def _drawn(study: Study, recipe: Recipe, spending: Spending, *, samples: int, length: int) -> Samples | None:
-    """What the score reads: its own text, else the recipe's calibration texts; None for a score that reads nothing.
+def _drawn(study: Study, recipe: Recipe, spending: Spending) -> Samples | None:
+    """Samples of the score's own text, else those of the recipe's calibration; None for a data-free score.
 
-    Of calibration texts no more is read than the calibration itself will read. Raises `RecipeError` when there is no text.
+    The calibration's are all that the run will read, so that it need not draw them, or let the model write them, again.
+    Raises `RecipeError` without a text.
     """
     score = spending.named_score()
     if not isinstance(score, str) or score_method(score).data_free:
         return None
     if spending.text is not None:
-        return study.seen(spending.text, samples, length)
+        return study.seen(spending.text, spending.samples, spending.length)
     calibration = recipe.calibration
     if calibration is None or not calibration.texts:
         raise RecipeError(
             f"score {score} reads text: pass --text FILE (to quantize --set spending.text=FILE, or --calibration FILE), "
             "or take a data-free score such as zd"
         )
-    return study.seen(calibration.texts, min(samples, calibration.samples), min(length, calibration.length))
+    return study.calibration(recipe)
 
 
-def _judged(found: Plan, study: Study, held_out: str, *, samples: int, length: int) -> Plan:
-    """The plan after the contest, with notes of what won and of text that is not as unseen as it should be."""
+def _judged(found: Plan, study: Study, held_out: str, spending: Spending) -> Plan:
+    """The plan after the contest, with notes on the winner and on held-out text that was seen before."""
     problem = found.problem
-    unseen = study.held_out(held_out, samples, length)
+    unseen = study.held_out(held_out, spending.samples, spending.length)
     measured = contest(
         study.subject,
         problem.units,

@@ -1,9 +1,9 @@
-"""What is asked, and what may vary: the units of a model, the levels that each may get, and how many bits there are."""
+"""The question of a plan: the units of a model, the levels that each may get, and the bits of the budget."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from fracbit.checkpoint.opened import Opened
@@ -21,25 +21,29 @@ from fracbit.records.spending import ONE_BUDGET, Spending
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Everything that decides an allocation but the scores.
+    """Everything that decides an allocation, except the scores.
 
-    `weights`: the model's linears on disk; `units` share the `budget`, each gets one of the `levels`; `fixed`: linears that an
-    override of the recipe takes out of it; `rest`: what is written beside the units.
+    `weights`: the model's linears on disk; `units` share the `budget`, and each gets one of the `levels`; `fixed`:
+    linears whose scheme an override of the recipe sets; `rest`: what is written besides the units.
     """
 
     recipe: Recipe
-    opened: Opened
-    weights: Weights
-    units: tuple[Unit, ...]
+    opened: Opened = field(repr=False)
+    weights: Weights = field(repr=False)
+    units: tuple[Unit, ...] = field(repr=False)
     levels: tuple[Scheme | None, ...]
     budget: Budget
-    fixed: Mapping[str, Scheme | None]
-    rest: Rest
+    fixed: Mapping[str, Scheme | None] = field(repr=False)
+    rest: Rest = field(repr=False)
 
     def spelled_out(self, allocation: Allocation) -> Allocation:
-        """The allocation with the layers that the recipe fixes beside it: every linear of the model is named."""
+        """The allocation with the layers that the recipe fixes: it names every linear of the model."""
         schemes = {**self.fixed, **allocation.schemes}
         return replace(allocation, schemes={name: schemes[name] for name in self.weights.layers})
+
+    def bits(self, schemes: Mapping[str, Scheme | None]) -> int:
+        """Stored bits of the units when their layers get these schemes."""
+        return sum(unit.bits(schemes[next(iter(unit.shapes))]) for unit in self.units)
 
     def file_bytes(self, schemes: Mapping[str, Scheme | None]) -> int:
         """Bytes of the weight files when the units' layers get these schemes; a little more than what will be written."""
@@ -50,8 +54,8 @@ def make_problem(recipe: Recipe, opened: Opened, spending: Spending, whole: bool
     """Work out from a model's headers how many bits its linears may take.
 
     `opened`: the recipe's model. Embeddings, head and linears that an override names follow the recipe; all other linears get
-    one of the levels in place of its `scheme`. Data-free scores will look at a sample of the rows of large weights, at all of
-    them when `whole`.
+    one of the levels in place of its `scheme`. Data-free scores will read a sample of the rows of large weights, or all
+    rows with `whole`.
     Raises `SourceError`, `BudgetError`, `SchemeError`, `RecipeError` when overrides name every linear.
     """
     levels = spending.schemes
@@ -76,14 +80,14 @@ def _overridden(recipe: Recipe, layers: Iterable[str]) -> tuple[str, ...]:
     )
     if layers and len(named) == len(layers):
         raise RecipeError(
-            "overrides and --keep name every linear of the model: nothing is left to divide a budget over; take some out, "
-            "or leave the budget out"
+            "overrides and --keep name every linear of the model, so no layer is left to share the budget; "
+            "remove some, or leave the budget out"
         )
     return named
 
 
 def _budget(spending: Spending, opened: Opened, units: Iterable[Unit], rest: Rest, beside: int) -> Budget:
-    """The bits of the units, from what was asked for; `beside`: bytes of the files that are not theirs."""
+    """The bits of the units, from the requested budget; `beside`: bytes of the files besides the units."""
     count = sum(unit.weights for unit in units)
     size, fits = spending.size_bytes, spending.fits_bytes
     if spending.average_bits is not None:

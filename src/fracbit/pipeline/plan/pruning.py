@@ -1,4 +1,4 @@
-"""Pruning by a score: which blocks go, what that costs beside lowering them instead, and the smaller checkpoint."""
+"""Pruning by a score: which blocks are dropped, a comparison with fewer bits for them, and the smaller checkpoint."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from fracbit.pipeline.plan.scoring import LOW, make_scores
 from fracbit.pipeline.study.prune import Pruned, least_important, prune
 from fracbit.pipeline.study.prune_comparison import Point, compare_with_quantizing
 from fracbit.pipeline.study.study import Study
-from fracbit.pipeline.study.texts import LENGTH, SAMPLES
 from fracbit.records.allocation import read_level
 from fracbit.records.progress import Progress
+from fracbit.records.scheme import Scheme
 from fracbit.records.scores import Scores, check_scores, load_scores
+from fracbit.records.spending import LENGTH, SAMPLES
+from fracbit.records.text_source import check_source
 
 HIGH = "int4z/64"
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """The order of blocks, those that go, the lines of the comparison and the written model where they were asked for."""
+    """Scores of blocks, the dropped blocks, and the comparison and the written model if they were requested."""
 
     scores: Scores
     dropped: tuple[str, ...]
@@ -38,26 +40,32 @@ def prune_by_score(
     score: str = "lim",
     text: str | None = None,
     held_out: str | None = None,
-    high: str = HIGH,
-    low: str = LOW,
+    high: Scheme | str | None = HIGH,
+    low: Scheme | str | None = LOW,
     samples: int = SAMPLES,
     length: int = LENGTH,
     seed: int = 0,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Pruning:
-    """Drop the `drop` least important blocks of a float model into the folder `output`.
+    """Write a float model without its `drop` least important blocks into the folder `output`.
 
-    - `score`: the name of a score, or a JSON file of scores of blocks; `text`: what it reads, where it reads any.
+    - `score`: the name of a score, or a JSON file of scores of blocks; `text`: the text that it reads, if any.
     - `held_out`: other text, on which dropping is compared with lowering blocks from `high` to `low` in the same order.
+    - `trust_remote_code`: run the model's own code.
 
     Raises `RecipeError`, `SourceError`, `DataError`, `OutputError`.
     """
-    study = Study(open_float(model), seed, progress)
+    if text is not None:
+        check_source(text, written=True)
+    if held_out is not None:
+        check_source(held_out)
+    study = Study(open_float(model, trust_remote_code=trust_remote_code), seed, progress)
     subject = study.subject
     units = subject.weights.units("block")
     names = [unit.name for unit in units]
-    # Which blocks go.
+    # Choose the blocks to drop.
     scores = _given(score, names, subject.weights.fingerprint)
     if scores is None:
         ids = study.seen(text, samples, length).ids if text else None
@@ -65,7 +73,7 @@ def prune_by_score(
             subject, units, score, scheme=read_level(low), ids=ids, seed=seed, progress=progress
         )
     dropped = least_important(scores, drop, names)
-    # What that costs, beside lowering them.
+    # Compare with lowering them.
     lines = None
     if held_out is not None:
         lines = compare_with_quantizing(
@@ -82,11 +90,11 @@ def prune_by_score(
 
 
 def _given(score: str, names: Sequence[str], model: str) -> Scores | None:
-    """The scores of a JSON file, which must be of this model; None when `score` is the name of one."""
+    """The scores of a JSON file, which must be of this model; None when `score` is the name of a score."""
     if Path(score).suffix != ".json":
         return None
     loaded = load_scores(Path(score))
     if not isinstance(loaded, Scores):
-        raise RecipeError(f"{score} holds losses; pruning takes scores, one number a block")
+        raise RecipeError(f"{score} holds losses; pruning needs scores, one number per block")
     check_scores(loaded, names, model)
     return loaded

@@ -1,9 +1,10 @@
-"""Which rows of large weights the data-free scores look at: what makes `fracbit plan` of a 7B model take seconds.
+"""The rows of large weights that data-free scores read. With this sample, `fracbit plan` of a 7B model takes seconds.
 
-A share of z-scores or a relative error over 16 million weights is known to a fraction of a percent from a quarter of a million
-of them. The rows are drawn one (or one group) from each of equal parts of a weight, so that no part of it is missed and no
-stride meets the heads'; all linears of a unit give the same share of their rows, so that pooling weighs them as before. The
-sample is scored in two halves: their mean is the score, and how far they are apart says how well it is known.
+For 16 million weights, a sample of a quarter of a million gives a share of z-scores or a relative error to a fraction
+of a percent. A weight is divided into equal parts, and one row (or one group) is drawn at random from each. So no part
+is missed, and rows do not repeat with the period of the attention heads. All linears of a unit give the same share of
+their rows, so that pooling weights them as before. The sample is scored in two halves: their mean is the score, and
+their difference estimates its error.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ Rows = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Sampled:
-    """How much was looked at: weights read of all that there are, and by how much scores may be off for it.
+    """How many weights were read, out of how many, and the sampling errors of the scores.
 
-    `errors`: for each unit half the distance of the two halves' scores over their mean, an estimate of one standard error.
+    `errors`: for each number of a unit, half the difference of the two halves divided by their mean, an estimate of one
+    standard error.
     """
 
     weights: int
@@ -44,21 +46,21 @@ class Sampled:
 
 
 def sampling_notes(protocol: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a user should know of scores with this protocol."""
+    """What a user should know about scores with this protocol."""
     found = protocol.get("sampled")
     if not found:
         return ()
     share, middle, largest = found["weights"] / found["of"], found["median_error"], found["largest_error"]
     return (
-        f"scores are from {100 * share:.1f} % of the weights, known to {100 * middle:.2g} % (the worst to "
-        f"{100 * largest:.2g} %); `fracbit plan` and `score` read all with --whole",
+        f"scores are from {100 * share:.1f} % of the weights; their median error is {100 * middle:.2g} %, the largest "
+        f"{100 * largest:.2g} %; `fracbit plan` and `score` read all weights with --whole",
     )
 
 
 def group_of(schemes: Sequence[Scheme | None]) -> int | None:
-    """Rows that must stay together for the errors of these schemes to be theirs; None: only the whole weight will do.
+    """Rows that must stay together so that a sample has the errors of these schemes; None: only the whole weight does.
 
-    Quantized scales share blocks over rows, in a sample with other rows than in the whole.
+    Quantized scales share blocks over rows; in a sample, these are other rows than in the whole weight.
     """
     group = 1
     for scheme in schemes:
@@ -76,10 +78,10 @@ def group_of(schemes: Sequence[Scheme | None]) -> int | None:
 def sample_rows(
     shapes: Mapping[str, tuple[int, int]], group: int, weights: int
 ) -> dict[str, tuple[Rows, Rows]] | None:
-    """Two disjoint halves of a sample of the rows of a unit's linears; None where reading all is hardly more.
+    """Two disjoint halves of a sample of the rows of a unit's linears; None if it would be more than a quarter of them.
 
-    `shapes`: linear -> (out, in); `group`: rows that stay together; `weights`: how many of a linear are looked at. The draw
-    depends on the linear's name alone.
+    `shapes`: linear -> (out, in); `group`: rows that stay together; `weights`: how many weights of a linear are read.
+    The draw is seeded with the linear's name.
     """
     total = sum(out * width for out, width in shapes.values())
     share = max(len(shapes) * weights / total, 2 * group / min(out for out, _ in shapes.values()))
@@ -101,6 +103,6 @@ def _rows(name: str, out: int, group: int, share: float) -> tuple[Rows, Rows]:
 
 
 def relative_error(values: Sequence[float]) -> float:
-    """Half of the distance of two values over their mean magnitude; 0 when they agree."""
+    """Half the difference of two values divided by their mean magnitude; 0 when they are equal."""
     apart = (max(values) - min(values)) / 2
     return apart / (sum(map(abs, values)) / len(values)) if apart else 0.0

@@ -1,8 +1,9 @@
-"""The earlier pass: what each unit is worth, ending in a JSON of floats. Allocations read nothing else.
+"""Scores of units, measured before an allocation and stored as JSON. Allocations read nothing else.
 
-    method -> what it needs (passes.py) -> a view of each unit -> one float a unit, or one a unit and scheme
+    method -> what it needs (passes.py) -> a view of each unit -> one float per unit, or per unit and scheme
 
-Data-free scores read one weight at a time from the disk and never hold the model; of large weights they see a sample of rows.
+Data-free scores read one weight at a time from disk and never hold the model. They read a sample of large weights'
+rows.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from fracbit.pipeline.plan.passes import Findings, ablation, forward_pass, gradi
 from fracbit.pipeline.plan.sampling import Sampled, group_of, relative_error, sample_rows
 from fracbit.pipeline.study.float_model import FloatModel
 from fracbit.pipeline.study.study import Study
-from fracbit.pipeline.study.texts import LENGTH, SAMPLES, seen_by
+from fracbit.pipeline.study.texts import seen_by
 from fracbit.pipeline.study.weights import Weights, weights_on_disk
 from fracbit.records.allocation import read_level, read_levels
 from fracbit.records.progress import Progress, Shown, showing
 from fracbit.records.scheme import Scheme
 from fracbit.records.scores import Losses, Scores
-from fracbit.records.spending import Granularity
+from fracbit.records.spending import LENGTH, SAMPLES, Granularity
+from fracbit.records.text_source import check_source
 
 LOW = "int2z/64"
 WEIGHT_ERROR = "weight-error"
@@ -37,7 +39,7 @@ def score(
     model: str | Path,
     method: str,
     *,
-    levels: str | Sequence[Scheme | None] | None = None,
+    levels: str | Sequence[Scheme | str | None] | None = None,
     low: str | Scheme | None = LOW,
     granularity: Granularity = "block",
     fused: bool = False,
@@ -46,23 +48,26 @@ def score(
     samples: int = SAMPLES,
     length: int = LENGTH,
     seed: int = 0,
+    trust_remote_code: bool = False,
     progress: Shown = "auto",
 ) -> Scores | Losses:
     """Score every block or linear of a float model, a folder or a hub id; larger is more important.
 
-    - `method`: a score of the table `SCORES`; `reverse:NAME` turns one round.
-    - `low`: the scheme that scores look at which know schemes. `levels`: losses under each of these schemes instead of scores.
-    - `granularity`, `fused`: what is scored; `whole`: all of large weights, not a sample of their rows.
-    - `text`: for scores that read some, `samples` of `length` ids drawn from it with `seed`.
+    - `method`: a score of the table `SCORES`; `reverse:NAME` reverses its order.
+    - `low`: the scheme, or its word, for scores that depend on one. `levels`: return losses under each of these instead.
+    - `granularity`, `fused`: what is scored; `whole`: read all rows of large weights, not a sample.
+    - `text`: for scores that read text; `samples` of `length` ids are drawn from it with `seed`.
+    - `trust_remote_code`: run the model's own code.
 
-    What comes out goes into `Spending(score=...)`, or as JSON into `--score`.
+    The result goes into `Spending(score=...)`, or as JSON into `--score`.
     Raises `RecipeError` for an unknown score or one without its text, `SchemeError`, `SourceError`, `DataError`.
     """
     data_free = score_method(method).data_free
-    schemes = read_levels(levels) if isinstance(levels, str) else levels
-    lowest = read_level(low) if isinstance(low, str) else low
+    schemes, lowest = None if levels is None else read_levels(levels), read_level(low)
+    if text is not None and not data_free:
+        check_source(text, written=True)
     with showing(progress) as show:
-        study = Study(open_float(model), seed, show)
+        study = Study(open_float(model, trust_remote_code=trust_remote_code), seed, show)
         where: Weights | FloatModel = weights_on_disk(study.opened, whole)
         drawn = None
         if text is not None and not data_free:
@@ -73,7 +78,7 @@ def score(
         if schemes is None:
             found = make_scores(where, units, method, scheme=lowest, ids=ids, seed=seed, progress=show)
         else:
-            found = make_losses(where, units, method, tuple(schemes), ids=ids, seed=seed, progress=show)
+            found = make_losses(where, units, method, schemes, ids=ids, seed=seed, progress=show)
         return found if drawn is None else replace(found, protocol={**found.protocol, "text": seen_by(drawn)})
 
 
@@ -88,16 +93,14 @@ def make_scores(
 ) -> Scores:
     """Score every unit; larger is more important.
 
-    `scheme` is the low level for scores that look at what quantizing does; `ids` int64 [samples, tokens] is the text of those
-    that read some; a `FloatModel` is needed for these, `Weights` on disk are enough for the data-free ones.
+    `scheme`: the low level, for scores that depend on a scheme; `ids` int64 [samples, tokens]: the text, for scores
+    that read text. These need a `FloatModel`; `Weights` on disk are enough for data-free scores.
     Raises `RecipeError` for a method without what it needs, `DataError`, `WeightError`.
     """
     found, name = score_method(method), method.removeprefix("reverse:")
     if found.of_scheme is not None:
         if scheme is None:
-            raise RecipeError(
-                f"score {name!r} looks at what a scheme does to a layer; name the low level, such as nf2/64"
-            )
+            raise RecipeError(f"score {name!r} depends on a scheme; name the low level, such as nf2/64")
         losses = make_losses(model, units, name, (scheme,), ids=ids, seed=seed, progress=progress)
         values = {unit: row[0] for unit, row in losses.rows.items()}
         protocol = {**losses.protocol, "scheme": str(scheme)}
@@ -123,7 +126,7 @@ def make_losses(
 ) -> Losses:
     """Predict the loss of every unit under every scheme; arguments and errors as `make_scores`.
 
-    A score that does not know schemes weights each scheme's relative squared error (`importance.predict_losses`).
+    A score that does not depend on a scheme weights the relative squared error of each (`importance.predict_losses`).
     """
     found = score_method(method)
     if found.of_scheme is None:
@@ -165,7 +168,7 @@ class _Job:
 def _evaluate(
     job: _Job, score: Callable[[LayerView], tuple[float, ...]]
 ) -> tuple[dict[str, tuple[float, ...]], dict[str, Any]]:
-    """Every unit's numbers, of a sampled unit the mean over the halves of its sample; and the protocol of all that."""
+    """The numbers of every unit (for a sampled unit, the mean over the halves of its sample), and the protocol."""
     rows: dict[str, tuple[float, ...]] = {}
     errors: list[float] = []
     seen = 0
@@ -184,7 +187,7 @@ def _evaluate(
 
 
 def _views(job: _Job) -> Iterator[tuple[LayerView, ...]]:
-    """One unit after the other with what the method needs in it, its weights in memory: one view, or two halves of a sample."""
+    """Each unit with its weights in memory and what the method needs: one view, or one for each half of its sample."""
     found = Findings() if job.method.data_free else _find(job)
     for index, unit in enumerate(job.units):
         view = _view(job, found, index, unit)
@@ -193,7 +196,7 @@ def _views(job: _Job) -> Iterator[tuple[LayerView, ...]]:
 
 
 def _view(job: _Job, found: Findings, index: int, unit: Unit) -> LayerView:
-    """All that was found of one unit."""
+    """Everything that was measured for one unit."""
     names, schemes = unit.own, job.schemes
     return LayerView(
         unit.name,
@@ -210,7 +213,7 @@ def _view(job: _Job, found: Findings, index: int, unit: Unit) -> LayerView:
 
 
 def _weights(job: _Job, unit: Unit) -> tuple[dict[str, Tensor], ...]:
-    """What a score sees of a unit's weights: nothing, all of them, or two halves of a sample of their rows."""
+    """The weights of a unit that a score reads: none, all of them, or two halves of a sample of their rows."""
     where = job.weights
     if "weights" not in job.method.needs:
         return ({},)

@@ -1,10 +1,10 @@
-"""From scores to candidates: losses of every unit under every level, divided by every solver within the budget."""
+"""From scores to candidates: each solver divides the budget by the losses of every unit under every level."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import TypeVar
 
@@ -31,15 +31,15 @@ Value = TypeVar("Value")
 Curve = tuple[tuple[float, float], ...]
 """Points (stored bits per weight, predicted loss)."""
 STEPS = 17  # points of a curve
-LITTLE = 0.02  # of a budget that may be left over without a word
+LITTLE = 0.02  # of a budget that may be left over without a note
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to spend the budget: what it takes, and what it is predicted to lose in the units of its losses."""
+    """One way to spend the budget: its size, and its predicted loss in the units of the score."""
 
     name: str
-    allocation: Allocation
+    allocation: Allocation = field(repr=False)
     bits_per_weight: float
     file_bytes: int
     predicted_loss: float | None
@@ -47,7 +47,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Solved:
-    """The candidates, the solver's own first, and notes: what is left of the budget, what could not be tried."""
+    """The candidates, the chosen solver's first, and notes: the rest of the budget, and solvers that could not run."""
 
     candidates: tuple[Candidate, ...]
     notes: tuple[str, ...]
@@ -60,7 +60,7 @@ def scores_and_losses(
     ids: Tensor | None = None,
     progress: Progress | None = None,
 ) -> tuple[Scores, Losses]:
-    """Scores for the order and losses for the optimum, from whatever was given: a score's name, or scores or losses themselves.
+    """Scores for the solver `order` and losses for `exact`, from the name of a score, from scores, or from losses.
 
     `subject` and `ids` int64 [samples, tokens] are for scores that read text.
     Raises `RecipeError` for scores of another model and losses that do not cover the levels, `WeightError`.
@@ -93,7 +93,7 @@ def _from_scores(problem: Problem, scores: Scores, progress: Progress | None) ->
 
 
 def _without_fixed(problem: Problem, values: Mapping[str, Value]) -> dict[str, Value]:
-    """Values of units; those of linears, and of whole blocks of them, that the recipe fixes are not needed."""
+    """The values of units, without those of linears (and blocks of them) that the recipe fixes."""
     units = {unit.name for unit in problem.units}
     gone = set(problem.fixed) | {
         name for name in values if any(fixed.startswith(f"{name}.") for fixed in problem.fixed)
@@ -102,7 +102,7 @@ def _without_fixed(problem: Problem, values: Mapping[str, Value]) -> dict[str, V
 
 
 def _lift(problem: Problem, losses: Losses) -> Scores:
-    """What lifting a unit from the cheapest level to the dearest is worth, per bit it costs."""
+    """The gain of lifting each unit from the cheapest level to the most expensive one, per bit."""
     costs = cost_table(problem.units, problem.levels)
     total = [sum(cost[i] for cost in costs) for i in range(len(problem.levels))]
     low, high = total.index(min(total)), total.index(max(total))
@@ -114,7 +114,7 @@ def _lift(problem: Problem, losses: Losses) -> Scores:
 
 
 def solve(problem: Problem, scores: Scores, losses: Losses, solver: Solver = "exact") -> Solved:
-    """Divide the budget by `solver`, and beside it by every other way: the other solver, the best uniform level.
+    """Divide the budget by `solver`, and for comparison by the other solver and by the best uniform level.
 
     Raises `BudgetError` (budget out of reach, with the range), `RecipeError` (exact without scipy).
     """
@@ -126,7 +126,7 @@ def solve(problem: Problem, scores: Scores, losses: Losses, solver: Solver = "ex
     level = best_uniform(problem.units, problem.levels, problem.budget.bits, losses)
     if level is not None:
         found["uniform"] = level
-    alone = ("the exact optimum is not shown: that needs scipy (fracbit[budget])",)
+    alone = ("the solver exact did not run: it needs scipy (pip install 'fracbit[budget]')",)
     return Solved(
         tuple(_candidate(problem, name, solution, losses.method) for name, solution in found.items()),
         (*chosen.notes, *(() if "exact" in found else alone), *_left_over(problem, chosen)),
@@ -186,7 +186,7 @@ def _candidate(problem: Problem, name: str, solution: Solution, method: str) -> 
 
 
 def _left_over(problem: Problem, solution: Solution) -> tuple[str, ...]:
-    """A note where much of the budget is left, and why."""
+    """A note if much of the budget is left, with the reason."""
     left = problem.budget.bits - solution.bits
     if left < LITTLE * problem.budget.bits:
         return ()
@@ -198,7 +198,7 @@ def _left_over(problem: Problem, solution: Solution) -> tuple[str, ...]:
         for price in cost
         if price > cost[taken[unit.name]]
     ]
-    why = "nothing it could buy is expected to help" if steps else "every layer has the dearest level"
+    why = "no larger scheme is expected to help" if steps else "every layer has the largest level"
     if steps and min(steps) > left:
-        why = "the cheapest step to a larger scheme costs more"
+        why = "the smallest step to a larger scheme needs more"
     return (f"{100 * left / problem.budget.bits:.1f} % of the budget is left: {why}",)

@@ -1,9 +1,9 @@
-"""What a run writes, before it runs: bytes and shapes of everything in the weight files, to the header.
+"""What a run will write: bytes and shapes of all tensors in the weight files, and bytes of the headers.
 
     units that share a budget: their bytes follow from their schemes (`Unit.bits`)
-    the rest of the model: embeddings, head, norms, what an override names; its bytes are fixed
+    the rest of the model: embeddings, head, norms, overridden layers; their bytes are fixed
 
-This is the one place of the plan that looks at the items of a schedule.
+No other module of the plan reads the items of a schedule.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ Shapes = Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True)
 class Rest:
-    """What is written beside the layers that share a budget.
+    """What is written besides the layers that share a budget.
 
-    - `bytes` and `shapes` of its tensors; `quantized_bits` of `quantized_weights` are in layers that have a scheme.
-    - `schemes`: what every layer of the model gets by the recipe alone, those that share the budget left float.
-    - `shards`: files that the model is spread over; `most_bytes` of all its tensors, every unit float.
+    - `bytes` and `shapes`: of its tensors; `quantized_bits` and `quantized_weights`: of its layers that have a scheme.
+    - `schemes`: the scheme of every layer of the model by the recipe alone; layers that share the budget are float.
+    - `shards`: number of weight files; `most_bytes`: of all tensors of the model, with every unit float.
     """
 
     bytes: int
@@ -79,9 +79,9 @@ def as_run(recipe: Recipe, units: Iterable[Unit]) -> tuple[Unit, ...]:
 
 
 def _fixed_unit(recipe: Recipe, item: Item) -> tuple[Unit, Scheme] | None:
-    """A quantized tensor that shares no budget, as a unit, and its scheme; None for a tensor that stays float.
+    """A quantized tensor outside the budget, as a unit, and its scheme; None for a tensor that stays float.
 
-    Only linears of the blocks have what `as_run` adds.
+    `as_run` applies only to linears of the blocks.
     """
     if isinstance(item, FloatItem):
         return None
@@ -90,12 +90,12 @@ def _fixed_unit(recipe: Recipe, item: Item) -> tuple[Unit, Scheme] | None:
 
 
 def _shards(recipe: Recipe, opened: Opened, streamed: int) -> int:
-    """Files of weights: a calibrated run writes one for each block and one for the rest, another run those of its schedule."""
+    """Number of weight files: those of the schedule, or in a calibrated run one per block and one for the rest."""
     return streamed if recipe.calibration is None else 1 + len(blocks(opened.model, opened.family))
 
 
 def written_bytes(units: Sequence[Unit], rest: Rest, schemes: Mapping[str, Scheme | None]) -> int:
-    """Bytes of the weight files with these schemes: never less than what will be written, and closer than 1 kB a shard."""
+    """Bytes of the weight files with these schemes: at least what will be written, at most 1 kB per shard more."""
     given = [(unit, schemes[next(iter(unit.shapes))]) for unit in units]
     names = dict(rest.shapes)
     for unit, scheme in given:
@@ -105,7 +105,7 @@ def written_bytes(units: Sequence[Unit], rest: Rest, schemes: Mapping[str, Schem
 
 
 def most_bytes_beside(units: Sequence[Unit], rest: Rest, levels: Sequence[Scheme | None]) -> int:
-    """The most that the files hold beside the units: the rest, and headers that name every part that some level stores."""
+    """The most bytes in the files besides the units: the rest, and headers with every part that any level stores."""
     names = dict(rest.shapes)
     for unit in units:
         for level in levels:
@@ -128,7 +128,7 @@ def stored_shapes(unit: Unit, scheme: Scheme | None) -> dict[str, tuple[int, ...
 
 
 def _header_bytes(names: Shapes, size: int, shards: int) -> int:
-    """Bytes of safetensors headers that list these tensors, every offset as long as the largest."""
+    """Bytes of safetensors headers that list these tensors, every offset with as many digits as the largest."""
     entries = {
         name: {"dtype": "BF16", "shape": list(shape), "data_offsets": [size, size]}
         for name, shape in names.items()

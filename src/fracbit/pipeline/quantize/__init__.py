@@ -1,1 +1,1 @@
-"""Quantizing a model: what will be written, the two loops, and everything that happens inside a block."""
+"""Quantizing a model: the schedule, the two loops, and the steps inside a block."""

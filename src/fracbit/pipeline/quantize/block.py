@@ -1,6 +1,7 @@
-"""One block of a calibrated run: load, observe, quantize, install, correct, write, advance; or walk it as it was stored.
+"""One block of a calibrated run: load, observe, rewrite, quantize, install, correct, write, advance.
 
-A block leaves here exactly as it will be read back, so that a run that is resumed sees the same states as one that was not.
+A block that an earlier run finished is only walked. The next states come from the block exactly as it will be read
+back, so a resumed run sees the same states as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ from fracbit.quantizers import Quantized
 from fracbit.records.inputs import Inputs, parse_inputs
 from fracbit.records.run import ShardRecord, TweakRecord
 
-HELD_OUT = 8  # one batch in so many judges the corrections, which do not see it
+HELD_OUT = 8  # one batch in 8 is held out, to evaluate the corrections
 
 
 @dataclass(frozen=True, eq=False)
 class Filled:
-    """A block that was quantized: its linears by name, the states that the float block gives (where something needs them), how
-    inputs are rounded, and what the correction did.
+    """A quantized block: its linears by name, the output states of the float block (if needed), how inputs are rounded,
+    and what the correction did.
     """
 
     made: Mapping[str, Quantized]
@@ -55,6 +56,7 @@ def do_block(
     work: Work,
     target: Shards,
     shard: str,
+    *,
     items: Sequence[Item],
     path: str,
     module: nn.Module,
@@ -81,12 +83,13 @@ def redo_block(
     work: Work,
     target: Shards,
     shard: str,
+    *,
     items: Sequence[Item],
     path: str,
     module: nn.Module,
     hidden: Hidden,
 ) -> Hidden:
-    """Walk through a block that an earlier run finished: float, or as it was stored."""
+    """Walk through a block that an earlier run finished: float in the float chain, else as it was stored."""
     _, block = load_block(work, items, path, module, hidden)
     rounding: dict[str, Inputs] = {}
     if work.calibration.chain == "quantized":
@@ -108,7 +111,7 @@ def redo_block(
 def load_block(
     work: Work, items: Sequence[Item], path: str, module: nn.Module, hidden: Hidden
 ) -> tuple[dict[str, str], Block]:
-    """Bring the float block to the device, rotated where the recipe asks for it; and the hashes of what was read."""
+    """Load the float block to the device, rotated if the recipe says so. Also returns the hashes of its tensors."""
     tensors, hashes = read_items(work, items)
     inside = {name.removeprefix(f"{path}."): tensor for name, tensor in tensors.items()}
     materialize(module, inside, work.dtype, work.device)
@@ -124,7 +127,7 @@ def load_block(
 
 
 def leave_block(work: Work, module: nn.Module, hidden: Hidden, rounding: Mapping[str, Inputs]) -> Hidden:
-    """Advance to the next block, where there is one, and free this one."""
+    """Advance to the next block, if there is one, and free this one."""
     if hidden.index + 1 < len(blocks(work.opened.model, work.opened.family)):
         with rounded_inputs(module, rounding):
             hidden = advance(module, hidden, hidden.states)
@@ -134,26 +137,21 @@ def leave_block(work: Work, module: nn.Module, hidden: Hidden, rounding: Mapping
 
 def quantize_block(work: Work, block: Block) -> Filled:
     """Observe, rewrite, quantize, install and correct a block."""
-    plan, module = work.calibration, block.module
+    calibration, module = work.calibration, block.module
+    # Observe the inputs of its linears.
     stats, floats = observe_block(work, block)
-    rewrite_block(
-        plan.transforms,
-        module,
-        work.opened.family,
-        work.opened.model.config,
-        block.schemes,
-        stats,
-        work.source_dtype,
-        block.turned,
-    )
-    rounding = roundings(plan.inputs, block.order, stats)
-    compared = block.order if plan.tweak != "none" else ()
+    # Rewrite: fold the factors of the transforms, and choose how inputs are rounded.
+    rewrite_block(work, block, stats)
+    rounding = roundings(calibration.inputs, block.order, stats)
+    # Quantize its linears, and install what will be read back.
+    compared = block.order if calibration.tweak != "none" else ()
     weights = {name: weight_of(module.get_submodule(name)).clone() for group in compared for name in group}
     made = fill_block(work, block, stats)
     for name, found in made.items():
         set_weight(module.get_submodule(name), decode(found.packed))
+    # Correct its norms, on inputs rounded as they will be.
     tweak = None
-    if plan.tweak != "none" and floats is not None:
+    if calibration.tweak != "none" and floats is not None:
         evidence = Evidence(block.hidden, floats.states, *split_batches(block.hidden), weights, stats)
         with rounded_inputs(module, rounding):
             tweak = correct(work, block, evidence)
@@ -163,36 +161,37 @@ def quantize_block(work: Work, block: Block) -> Filled:
 def fill_block(work: Work, block: Block, stats: dict[str, Stats]) -> dict[str, Quantized]:
     """Quantize the groups of a block in order of use, each linear along the axis that the recipe chooses.
 
-    `stats` by the first linear of each group; a sequential run observes a group once those before it are quantized.
+    `stats`: by the first linear of each group. A sequential run observes a group after the groups before it are
+    quantized.
     """
-    plan, made = work.calibration, {}
+    calibration, made = work.calibration, {}
     for number, group in enumerate(block.order):
-        if plan.sequential and number:
+        if calibration.sequential and number:
             stats |= observe_some(block.module, block.hidden, block.path, [group], reads_gram(work))
         own, notes = borrow(stats, [group])
         seen = own[group[0]]
         weights = {f"{block.path}.{name}": weight_of(block.module.get_submodule(name)) for name in group}
-        chosen = choose_axes(plan.axis, work.opened.family, work.method, block, group, seen)
+        chosen = choose_axes(work, block, group, seen)
         schemes = {f"{block.path}.{name}": chosen[name] for name in group}
         note = (notes[group[0]],) if group[0] in notes else ()
         for full, found in quantize_layers(work.method, weights, schemes, seen).items():
             name = full.removeprefix(f"{block.path}.")
             made[name] = replace(found, notes=(*found.notes, *note))
             work.show(f"{full} {found.loss:.2e}", len(made), len(block.schemes))
-            if plan.sequential:
+            if calibration.sequential:
                 set_weight(block.module.get_submodule(name), decode(found.packed))
     return made
 
 
 def correct(work: Work, block: Block, evidence: Evidence) -> TweakRecord:
-    """Move the norms of a block that was quantized, as the recipe says."""
+    """Correct the norms of a quantized block as the recipe says."""
     depth = block.hidden.index / len(blocks(work.opened.model, work.opened.family))
     tweaked = CORRECTIONS[work.calibration.tweak](block.module, work.opened.family, evidence, depth)
     return TweakRecord(block.hidden.index, **asdict(tweaked))
 
 
 def roundings(asked: str | None, order: Groups, stats: Mapping[str, Stats]) -> dict[str, Inputs]:
-    """How the inputs of each linear are rounded; a static scale is the largest magnitude that calibration met."""
+    """How the inputs of each linear are rounded; a static scale is the largest magnitude in calibration."""
     if asked is None:
         return {}
     inputs = parse_inputs(asked)
@@ -216,26 +215,26 @@ def rounded_inputs(module: nn.Module, rounding: Mapping[str, Inputs]) -> Abstrac
 
 def reads_gram(work: Work) -> bool:
     """Whether anything in the run reads the Gram matrices of the inputs."""
-    plan = work.calibration
+    calibration = work.calibration
     return (
         "gram" in work.method.fill.needs
-        or plan.axis != "scheme"
-        or plan.tweak != "none"
-        or bool(plan.transforms)
+        or calibration.axis != "scheme"
+        or calibration.tweak != "none"
+        or bool(calibration.transforms)
     )
 
 
 def observe_block(work: Work, block: Block) -> tuple[dict[str, Stats], Hidden | None]:
-    """Statistics of all groups, by the first linear of each; the float block's states only where something reads them.
+    """Statistics of all groups, by the first linear of each, and the float block's output states if they are needed.
 
-    In the float chain neither depends on what was quantized before: runs that share a memory observe a block once.
+    In the float chain they do not depend on quantized blocks, so runs that share a memory observe a block once.
     """
     gram = reads_gram(work)
     if work.calibration.tweak == "none" and work.calibration.chain == "quantized":
         return observe_some(block.module, block.hidden, block.path, block.order, gram), None
 
     def observe() -> Seen:
-        place = torch.empty_like(block.hidden.states)
+        place = torch.empty_like(block.hidden.states)  # [samples, tokens, width]
         return observe_all(block.module, block.hidden, block.path, block.order, gram, place)
 
     shared = (
@@ -254,7 +253,7 @@ def observe_block(work: Work, block: Block) -> tuple[dict[str, Stats], Hidden | 
 
 
 def walk_key(work: Work) -> tuple[object, ...]:
-    """What decides the states of a float walk besides the weights."""
+    """Everything except the weights that decides the states of a float walk."""
     assert work.samples is not None
     batches = (work.calibration.batch, work.calibration.tweak != "none")
     return (work.samples.sha256, work.dtype, str(work.device), *batches)
@@ -263,7 +262,7 @@ def walk_key(work: Work) -> tuple[object, ...]:
 def shard_tensors(
     work: Work, items: Sequence[Item], block: Block, made: Mapping[str, Quantized]
 ) -> dict[str, Tensor]:
-    """What a block's shard holds: packed linears, and everything else as it stands in the block, in the source's type."""
+    """The tensors of a block's shard: packed linears, and all others as they are in the block, in the source's type."""
     tensors: dict[str, Tensor] = {}
     for item in items:
         inside = item.name.removeprefix(f"{block.path}.")
@@ -278,7 +277,7 @@ def shard_tensors(
 def shard_record(
     items: Sequence[Item], block: Block, filled: Filled, hashes: Mapping[str, str]
 ) -> ShardRecord:
-    """What is noted of a block that was quantized."""
+    """The record of a quantized block."""
     layers = {}
     for item in items:
         if isinstance(item, LayerItem):
@@ -290,7 +289,7 @@ def shard_record(
 
 
 def stored_float(work: Work, item: Item, module: nn.Module, inside: str) -> Tensor:
-    """A float tensor to write: the source's own bytes, unless a correction changed it."""
+    """A float tensor to write: the source's own bytes, unless a rewrite or a correction changed it."""
     original = work.reader.read(item)[0]
     held: Tensor = module.state_dict()[inside].cpu()
     if torch.equal(held, original.to(held.dtype)):
@@ -299,7 +298,7 @@ def stored_float(work: Work, item: Item, module: nn.Module, inside: str) -> Tens
 
 
 def split_batches(hidden: Hidden) -> tuple[list[int], list[int]]:
-    """Batches to fit corrections on and batches to judge them by; the last ones are held out."""
+    """Batches to fit corrections on, and batches to evaluate them on; the last ones are held out."""
     count = len(hidden.batches)
     held = max(1, count // HELD_OUT) if count > 1 else 0
     everything = list(range(count))

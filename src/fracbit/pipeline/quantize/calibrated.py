@@ -1,9 +1,10 @@
-"""The loop of runs that read calibration data: block after block, on the outputs of the quantized blocks before it.
+"""The loop of calibrated runs: block after block, each calibrated on the outputs of the blocks before it.
 
-    embed -> for each block: load, observe, quantize, install, correct, advance, write
+    embed -> for each block: load, observe, rewrite, quantize, install, correct, write, advance
 
-In memory are one block, its statistics, and the hidden states, which go to a file when they pass `spill_bytes`. A block is a
-shard; a resumed run walks the finished blocks from their shards and goes on bit-identically at the first that is missing.
+Memory holds one block, its statistics and the hidden states; states larger than `spill_bytes` go to a file. Each block
+is one shard. A resumed run walks the finished blocks from their shards and continues at the first missing one, with the
+same bits.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ from fracbit.records.run import LayerRecord, ShardRecord
 from fracbit.transforms import TRANSFORMS
 
 SPILL_BYTES = 4 << 30
-CACHED_TOKENS = 1024  # through a block at a time: a tenth less memory than 4096 and no slower
+CACHED_TOKENS = 1024  # that run through a block at once: a tenth less memory than 4096, and not slower
 
 
 def calibrate_shards(work: Work, target: Shards, spill_bytes: int = SPILL_BYTES) -> None:
-    """Fill every shard that `target` lacks, the first with what lies outside the blocks, then one for each block.
+    """Fill every shard that `target` lacks: first the tensors outside the blocks, then one shard for each block.
 
     Raises `WeightError` (layer named), `OutputError`.
     """
@@ -52,7 +53,7 @@ def calibrate_shards(work: Work, target: Shards, spill_bytes: int = SPILL_BYTES)
         path, block = blocks(work.opened.model, work.opened.family)[number]
         do = do_block if target.record(shard) is None else redo_block
         part = replace(work, show=partial(show_part, work.show, sum(steps[:number]), sum(steps)))
-        hidden = do(part, target, shard, items, path, block, hidden)
+        hidden = do(part, target, shard, items=items, path=path, module=block, hidden=hidden)
         work.show(f"block {number + 1} of {len(steps)}", sum(steps[: number + 1]), sum(steps))
     if work.calibration.distill:
         distill_shards(work, target)
@@ -64,9 +65,9 @@ def show_part(show: Progress, before: int, total: int, what: str, done: int, _: 
 
 
 def write_rest(target: Shards, shard: str, items: Sequence[Item], work: Work) -> dict[str, Tensor]:
-    """Write what lies outside the blocks: embeddings, head, final norm; round-to-nearest where they have a scheme.
+    """Write the tensors outside the blocks: embeddings, head, final norm; rounded to nearest where they have a scheme.
 
-    Returns the float tensors that the blocks' states begin with: as they are stored, or in the float chain, exact.
+    Returns them as floats, for the first hidden states: as they are stored, or exact in the float chain.
     """
     tensors, hashes = read_items(work, items)
     if work.signs is not None:
@@ -108,21 +109,21 @@ def embed_all(work: Work, outside: Mapping[str, Tensor], target: Shards, spill_b
     return embed(model, work.opened.family, samples.ids, batch_of(work.calibration, work.device), place)
 
 
-def batch_of(plan: Calibration, device: torch.device) -> int:
-    """Samples through a block at a time, `plan.batch` at most.
+def batch_of(calibration: Calibration, device: torch.device) -> int:
+    """Samples that run through a block at once, at most `calibration.batch`.
 
-    Few enough that a correction is judged by a batch that it was not fitted on; where nothing is fitted to a batch, a CPU
-    takes no more than what its caches hold, which saves memory and gives the same.
+    With a correction there are at least two batches, so that one can be held out. Without one, a CPU takes only as many
+    tokens as its caches hold; this saves memory and gives the same result.
     """
-    if plan.tweak != "none":
-        return min(plan.batch, plan.samples // 2)
+    if calibration.tweak != "none":
+        return min(calibration.batch, calibration.samples // 2)
     if device.type == "cpu":
-        return min(plan.batch, max(1, CACHED_TOKENS // plan.length))
-    return plan.batch
+        return min(calibration.batch, max(1, CACHED_TOKENS // calibration.length))
+    return calibration.batch
 
 
 def rewrite_notes(work: Work) -> tuple[str, ...]:
-    """What rewrites changed besides the quantized weights, and those that found no place."""
+    """Notes: what rewrites changed besides the quantized weights, and which rewrites had no effect."""
     opened, notes = work.opened, []
     factors = [name for name in work.calibration.transforms if TRANSFORMS[name].factors is not None]
     stack = blocks(opened.model, opened.family)
@@ -132,7 +133,7 @@ def rewrite_notes(work: Work) -> tuple[str, ...]:
         )
     if opened.untied:
         head, table = opened.family.head, opened.family.embeddings[0]
-        notes.append(f"{head} is no longer {table}: rotated, they are two matrices, and both are stored")
+        notes.append(f"{head} is no longer tied to {table}: rotation makes two matrices, and both are stored")
     if work.signs is not None and work.source_dtype != torch.float32:
         kind = str(work.source_dtype).removeprefix("torch.")
         notes.append(f"rotated tensors that stay float are rounded to {kind}, the type of the source")

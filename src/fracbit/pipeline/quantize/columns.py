@@ -1,9 +1,9 @@
-"""Input columns that are chosen before a run, by rules that look at no calibration data: by their producers, or by chance.
+"""Input columns that are chosen before a run, by rules without calibration data: by their producers, or at random.
 
-arXiv:2212.09720 speaks of consecutive layers i -> i + 1. In a transformer block that is plain for value -> output and
-up -> down (the family's pairs). What queries, keys and the MLP's first layer read is a sum on the residual stream: there the
-producer is the layer that wrote to the stream last, and the embedding table before the first block. The paper does not spell
-this case out; it is our reading.
+arXiv:2212.09720 describes consecutive layers i -> i + 1. In a transformer block these are value -> output and up ->
+down (the family's pairs). Queries, keys and the MLP's first layer read a sum, the residual stream. Their producer is
+the last layer that wrote to the stream, or the embedding table before the first block. The paper does not describe this
+case; it is our reading.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def producer_spreads(opened: Opened, read: Callable[[str], Tensor]) -> dict[str,
             for name in group:
                 width = shape_of(block.get_submodule(name))[1]
                 known = stream if name in readers else _last_fitting(before, width)
-                spread = paired.get(name, known)
+                spread = paired.get(name, known)  # [in]
                 if spread is None or len(spread) != width:
                     raise RecipeError(
                         f"no layer before {path}.{name} produces its input: choose outliers by cost or activation"
@@ -75,7 +75,7 @@ def producer_spreads(opened: Opened, read: Callable[[str], Tensor]) -> dict[str,
                 found[f"{path}.{name}"] = spread
                 before[name] = spreads[name]
             writers = [name for name in group if name not in readers and len(before[name]) == len(stream)]
-            stream = before[writers[-1]] if writers else stream
+            stream = before[writers[-1]] if writers else stream  # [width]
     return found
 
 
@@ -84,11 +84,11 @@ def _names(groups: Iterable[tuple[str, ...]]) -> list[str]:
 
 
 def _paired(block: nn.Module, opened: Opened, spreads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """For the readers of the family's pairs: the source's spread, row by row as it reaches their columns."""
+    """For the readers of the family's pairs: the spread of the source's rows, in the order of the readers' columns."""
     found: dict[str, Tensor] = {}
     for pair in pairs(block, opened.family, opened.model.config):
-        rows = source_rows(block, pair, opened.model.config)
-        found |= dict.fromkeys(pair.readers, spreads[pair.source][rows])
+        rows = source_rows(block, pair, opened.model.config)  # [in]
+        found |= dict.fromkeys(pair.readers, spreads[pair.source][rows])  # [in] each
     return found
 
 

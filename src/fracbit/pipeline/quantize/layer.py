@@ -1,6 +1,6 @@
-"""The one place where a layer is quantized: weights that read one input, their schemes and statistics in, packed weights out.
+"""The one place where layers are quantized: from the weights, schemes and statistics of one input to packed weights.
 
-Both loops, the matrices outside the blocks and every run of a sweep come through here.
+Both loops, the matrices outside the blocks and every run of a sweep use it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from fracbit.records.scheme import Scheme
 class Method:
     """How the layers of a run are quantized.
 
-    - `fill`: the quantizer. `unseen`: the one for layers without statistics: all of a data-free run, and in a calibrated one
-      the experts that saw no token.
-    - `rule` chooses the `share` of input columns that stay in 16 bits; None: none do. `columns`: those that are chosen already,
-      by layer, since their rule looks at no statistics.
+    - `fill`: the quantizer. `unseen`: the quantizer of layers without statistics: all layers of a data-free run, and
+      experts that saw no token.
+    - `rule` chooses the `share` of input columns that stay in 16 bits; None: no columns. `columns`: columns by layer
+      that were chosen before the run, by a rule that reads no statistics.
     """
 
     fill: Quantizer
@@ -52,7 +52,7 @@ def nearest_like(method: Method, search: bool) -> Method:
 
 
 def plain_nearest(search: bool) -> Method:
-    """Round-to-nearest with no columns in 16 bits: what embeddings and head get."""
+    """Round-to-nearest with no columns in 16 bits, for embeddings and head."""
     return Method(nearest(search), nearest(search))
 
 

@@ -14,12 +14,12 @@ from typing import Any
 import safetensors
 import torch
 import transformers
-from safetensors import safe_open
 
 from fracbit.checkpoint.card import Facts, model_card
 from fracbit.checkpoint.format import StoredLayer, quantization_config
-from fracbit.checkpoint.output import MANIFEST, Output, copy_rest, write_json
-from fracbit.checkpoint.source import INDEX, Source, combined_hash
+from fracbit.checkpoint.output import MANIFEST, Output, copy_rest
+from fracbit.checkpoint.shards import write_index
+from fracbit.checkpoint.source import Source, combined_hash
 from fracbit.models.experts import SplitExperts
 from fracbit.pipeline.quantize.calibrated import rewrite_notes
 from fracbit.pipeline.quantize.record import layer_records, records_of, stored_layers
@@ -38,8 +38,8 @@ def finish(work: Work, target: Output) -> tuple[Totals, tuple[str, ...]]:
     records = records_of(work.schedule, target)
     layers, made = stored_layers(work.schedule, records), layer_records(records.values())
     totals, notes = totals_of(work, layers, target), run_notes(work, made)
-    if len(records) > 1:
-        write_json(target.folder / INDEX, _index(target, records, stored_bytes(work, layers)))
+    places = {name: shard for shard, record in records.items() for name in record.stored}
+    write_index(target.folder, places, stored_bytes(work, layers))
     copy_rest(source.folder, target.folder)
     losses = {name: record.loss for name, record in made.items()}
     card = Facts(_card_name(source), type(work.opened.model).__name__, totals.to_json(), layers, losses)
@@ -101,14 +101,6 @@ def some_of(names: Sequence[str], limit: int = 4) -> str:
 def _card_name(source: Source) -> str:
     """The hub id, or the name of the folder: a card shows no local path."""
     return source.folder.resolve().name if Path(source.name).expanduser().is_dir() else source.name
-
-
-def _index(target: Output, records: Mapping[str, ShardRecord], stored_bytes: int) -> dict[str, Any]:
-    weight_map: dict[str, str] = {}
-    for shard in records:
-        with safe_open(target.folder / shard, framework="pt") as file:
-            weight_map |= dict.fromkeys(file.keys(), shard)
-    return {"metadata": {"total_size": stored_bytes}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def _manifest(

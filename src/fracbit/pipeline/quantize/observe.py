@@ -1,7 +1,7 @@
-"""What the linears of a block are fed: one `Stats` per group of linears that read the same input.
+"""Statistics of the inputs of a block's linears: one `Stats` per group of linears that read the same input.
 
-In a mixture of experts each expert sees the tokens routed to it. One that saw fewer tokens than `FEW_TOKENS` borrows the sum
-over all experts of the block, and where there is none either it is quantized without data; both are notes.
+In a mixture of experts, each expert sees the tokens routed to it. An expert with fewer than `FEW_TOKENS` tokens uses
+the sum over all experts of the block. If that is empty too, it is quantized without data. Both cases give a note.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from fracbit.models.walk import Hidden, observe, peek
 from fracbit.numerics.stats import Stats, empty, merge
 from fracbit.numerics.stats import add_inputs as add
 
-FEW_TOKENS = 128  # below, a gram matrix says more about chance than about the layer
+FEW_TOKENS = 128  # a Gram matrix of fewer tokens is mostly noise
 _EXPERT = re.compile(r"\.\d+\.")
 
 
 @dataclass
 class Observer:
-    """Sums up the inputs of linears during a walk; a local of the loop, gone with the block."""
+    """Sums up the inputs of linears during a walk; lives as long as its block."""
 
     label: str
     gram: bool
@@ -44,7 +44,7 @@ class Observer:
             ) from error
 
     def _place(self, name: str, held: Stats, x: Tensor) -> str:
-        """Which sample went wrong; experts see tokens of all samples, mixed."""
+        """The number of the bad sample; "" for experts, which see tokens of all samples."""
         if _EXPERT.search(name):
             return ""
         first = int((~torch.isfinite(x)).any(1).nonzero()[0])
@@ -59,7 +59,7 @@ def observe_all(
     gram: bool,
     out: Tensor | None,
 ) -> tuple[dict[str, Stats], Hidden]:
-    """Statistics by the first name of each group, and the states that the block gives."""
+    """Statistics by the first name of each group, and the block's output states."""
     observer = Observer(label, gram, hidden.states.shape[1])
     exits = observe(block, hidden, [group[0] for group in groups], observer, out)
     return observer.stats, exits
@@ -68,7 +68,7 @@ def observe_all(
 def observe_some(
     block: nn.Module, hidden: Hidden, label: str, groups: Sequence[tuple[str, ...]], gram: bool
 ) -> dict[str, Stats]:
-    """Statistics of some groups only; each batch stops as soon as they were reached."""
+    """Statistics of some groups only; each batch stops once they are reached."""
     observer = Observer(label, gram, hidden.states.shape[1])
     peek(block, hidden, [group[0] for group in groups], observer)
     return observer.stats
@@ -77,7 +77,7 @@ def observe_some(
 def borrow(
     stats: dict[str, Stats], groups: Sequence[tuple[str, ...]]
 ) -> tuple[dict[str, Stats | None], dict[str, str]]:
-    """Statistics for every group, experts with too few tokens borrowing those of all; notes by group."""
+    """Statistics for every group, and notes by group. Experts with too few tokens get the sum over all experts."""
     result: dict[str, Stats | None] = {}
     notes: dict[str, str] = {}
     for group in groups:

@@ -1,6 +1,6 @@
-"""Reading the tensors of a source: each with its hash, the next one while this one is used.
+"""Reads the tensors of a source with their hashes, the next tensor while the current one is used.
 
-A sweep keeps what it has read (`Reader.kept`); everything else reads a tensor when it is needed and lets it go.
+A sweep keeps the tensors that it has read (`Reader.cache`); other runs free each tensor after use.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ PIECE = 1 << 22  # weights that are checked at a time
 
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """Tensors of a source. `kept`: tensors and hashes by name, filled as they are read; None keeps nothing."""
+    """Tensors of a source. `cache`: tensors and hashes by name, filled as they are read; None keeps nothing."""
 
     source: Source
-    kept: dict[str, tuple[Tensor, str]] | None = None
+    cache: dict[str, tuple[Tensor, str]] | None = None
 
     def read(self, item: Item) -> tuple[Tensor, str]:
         """The tensor of an item and the SHA-256 of the tensor on disk that holds it."""
         return self.read_origin(item.origin)
 
     def read_origin(self, origin: Origin) -> tuple[Tensor, str]:
-        """The tensor that lies there and the SHA-256 of the tensor on disk that holds it."""
+        """The tensor at `origin` and the SHA-256 of the tensor on disk that holds it."""
         name = origin.name
-        if self.kept is not None and name in self.kept:
-            whole, digest = self.kept[name]
+        if self.cache is not None and name in self.cache:
+            whole, digest = self.cache[name]
         else:
             whole = read_tensor(self.source, name)
             digest = tensor_hash(whole)
-        if self.kept is not None:
-            self.kept[name] = whole, digest
+        if self.cache is not None:
+            self.cache[name] = whole, digest
         return origin.read(whole), digest
 
     def ahead(self, items: Iterable[Item]) -> Iterator[tuple[Item, Tensor, str]]:
@@ -57,12 +57,12 @@ class Reader:
 
 
 def check_finite(item: Item, tensor: Tensor) -> None:
-    """Raise `WeightError` when a tensor of the model holds NaN or Inf; looked at in pieces, as it may be large."""
+    """Raise `WeightError` when a tensor of the model holds NaN or Inf. It may be large, so it is checked in pieces."""
     unused = isinstance(item, FloatItem) and item.unused
     if unused or not tensor.is_floating_point():
         return
     bad = sum(int((~torch.isfinite(part.float())).sum()) for part in tensor.reshape(-1).split(PIECE))
     if bad:
         raise WeightError(
-            f"tensor {item.name}: {bad} of {tensor.numel()} weights are NaN or Inf; mend the source first"
+            f"tensor {item.name}: {bad} of {tensor.numel()} weights are NaN or Inf; fix the source first"
         )

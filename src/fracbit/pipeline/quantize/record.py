@@ -1,4 +1,4 @@
-"""Between what a quantizer gives, what is stored of a layer, and what is noted of it."""
+"""Conversions between a quantizer's result, the stored layer and the record of a layer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def layer_record(
     inputs: Inputs | None = None,
     rotated: bool = False,
 ) -> LayerRecord:
-    """What is noted of a layer that was quantized."""
+    """The record of a quantized layer."""
     stored = stored_layer(found.packed, kind)
     return LayerRecord(
         stored.scheme,
@@ -35,7 +35,7 @@ def layer_record(
 
 
 def stored_as(item: LayerItem, record: LayerRecord) -> StoredLayer:
-    """How a scheduled layer really is stored, by what was noted of it."""
+    """How a scheduled layer is really stored, according to its record."""
     return replace(
         item.stored,
         scheme=record.scheme,
@@ -57,7 +57,7 @@ def records_of(schedule: Schedule, target: Shards) -> dict[str, ShardRecord]:
 
 
 def layer_records(records: Iterable[ShardRecord]) -> dict[str, LayerRecord]:
-    """What was noted of every quantized layer, by its name."""
+    """The record of every quantized layer, by name."""
     return {name: layer for record in records for name, layer in record.layers.items()}
 
 

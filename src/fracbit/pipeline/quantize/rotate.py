@@ -1,12 +1,12 @@
-"""Rotations in the loop: of the residual stream, folded into the weights, and of what the MLP makes inside, while it runs.
+"""Rotations in the loop: of the residual stream, folded into the weights, and of the MLP's inner states, at run time.
 
-`rotate`: x R instead of x on the residual stream (QuaRot, Ashkboos et al. 2024, arXiv:2404.00456, stage 1a): embeddings and
-what writes the stream are turned, the norms' gains go into the linears that read them, and these are turned back. Nothing is
-left to do at run time. A head that is its embedding table becomes a matrix of its own: the table is turned as it is, the head
-with the final norm's gain in it.
+`rotate`: the residual stream holds x R instead of x (QuaRot, Ashkboos et al. 2024, arXiv:2404.00456, stage 1a).
+Embeddings and the linears that write the stream are rotated. The gains of norms are folded into the linears that read
+them, and these are rotated back. Nothing is left to do at run time. A head that is tied to the embedding table becomes
+a matrix of its own, because it also takes the final norm's gain.
 
-`rotate-mlp`: the input of every quantized down projection is multiplied by a Hadamard matrix at run time (stage 1d), whose
-inverse is in the stored weight; the checkpoint says so, and `QuantLinear` does it.
+`rotate-mlp`: at run time the input of every quantized down projection is multiplied by a Hadamard matrix (stage 1d),
+and the stored weight holds the inverse. The checkpoint records this, and `QuantLinear` does it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def rotates(transforms: Sequence[str]) -> bool:
 
 
 def needs_untied_head(transforms: Sequence[str]) -> bool:
-    """Whether the `transforms` make two matrices of a head and an embedding table that are tied."""
+    """Whether the `transforms` split a tied head and embedding table into two matrices."""
     return any(transform.stream_signs is not None for transform in transforms_of(transforms))
 
 
@@ -55,7 +55,7 @@ def stream_rotation(
 def turned_rest(
     model: PreTrainedModel, family: Family, signs: Tensor, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The `tensors` outside the blocks, turned, in the types that they are stored in. The model is filled with them."""
+    """The `tensors` outside the blocks, rotated, in their stored types. They are also put into the model."""
     known = model.state_dict().keys() & tensors.keys()
     materialize(model, {name: tensors[name] for name in known}, torch.float32, partial=True)
     rotate_rest(model, family, signs)
@@ -70,9 +70,9 @@ def turn_block(
     transforms: Sequence[str],
     quantized: Collection[str],
 ) -> tuple[str, ...]:
-    """Rotate a float block, in place, as the `transforms` say; the linears whose inputs are now turned at run time.
+    """Rotate a float block in place, as the `transforms` say. Returns the linears whose inputs are rotated at run time.
 
-    Only linears that are `quantized` are: a float one has nowhere to say so.
+    These are `quantized` linears only: the checkpoint cannot record a rotation for a float one.
     """
     if signs is not None:
         rotate_block(block, family, signs.to(device_of(block)))
@@ -81,13 +81,13 @@ def turn_block(
     turned = tuple(name for name in inner_readers(block, family) if name in quantized)
     for name in turned:
         module = block.get_submodule(name)
-        set_weight(module, turn_columns(weight_of(module)))
+        set_weight(module, turn_columns(weight_of(module)))  # [out, in]
     return turned
 
 
 @contextmanager
 def fed_through(block: nn.Module, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Put a function before each of the named linears while the context is open; no hook stays behind."""
+    """A context in which a function changes the input of each named linear; its hooks are removed afterwards."""
 
     def before(change: Callable[[Tensor], Tensor], _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (change(args[0]), *args[1:])
@@ -100,5 +100,5 @@ def fed_through(block: nn.Module, changes: Mapping[str, Callable[[Tensor], Tenso
 
 
 def turned_inputs(block: nn.Module, names: Sequence[str]) -> AbstractContextManager[None]:
-    """A context in which the named linears of `block` see turned inputs."""
+    """A context in which the named linears of `block` see rotated inputs."""
     return fed_through(block, dict.fromkeys(names, turn_inputs))

@@ -2,7 +2,7 @@
 
     recipe -> Opened -> Work (schedule, samples, method) -> stream_shards or calibrate_shards -> finish -> Result
 
-`fill_shards` is the core: a folder is filled by it, and so is the memory that a sweep judges (sweeps/workbench.py).
+`fill_shards` is the core: it fills a folder, and also the memory that a sweep evaluates (sweeps/workbench.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import torch
 
 from fracbit.checkpoint.opened import Opened, open_float
 from fracbit.checkpoint.output import SHARD_BYTES, Shards, finished_run, open_output
-from fracbit.errors import FormatError, OutputError
+from fracbit.checkpoint.shards import check_apart
+from fracbit.data import Samples
+from fracbit.errors import FormatError
 from fracbit.pipeline.quantize.calibrated import SPILL_BYTES, calibrate_shards
 from fracbit.pipeline.quantize.manifest import finish
 from fracbit.pipeline.quantize.rotate import needs_untied_head
@@ -39,17 +41,19 @@ def write_checkpoint(
     spill_bytes: int = SPILL_BYTES,
     progress: Progress | None = None,
     opened: Opened | None = None,
+    samples: Samples | None = None,
 ) -> Result:
-    """Quantize a model as `recipe` says into the folder `output`; `opened` is its source where it is open already.
+    """Quantize a model as `recipe` says into the folder `output`; `opened`: its source, if it is already open.
 
-    Blocks of a calibrated run are brought to `device` one at a time; everything else stays in memory. With `resume` an output
-    that this very run has finished is left as it is. Raises a `FracbitError`.
+    `samples`: those of its calibration, if they have been drawn already.
+    Blocks of a calibrated run are moved to `device` one at a time; everything else stays in memory. With `resume`, a
+    finished output of the same run is left as it is. Raises a `FracbitError`.
     """
     started = time.perf_counter()
     folder = Path(output).expanduser()
     opened = opened or open_for(recipe)
-    _check_output(folder, opened)
-    work = prepare(recipe, opened, shard_bytes=shard_bytes, device=device, progress=progress)
+    check_apart(folder, opened.source.folder)
+    work = prepare(recipe, opened, shard_bytes=shard_bytes, device=device, samples=samples, progress=progress)
     notes: tuple[str, ...] = (FINISHED,)
     totals = _finished(folder, work) if resume and not overwrite else None
     if totals is None:
@@ -81,13 +85,8 @@ def open_for(recipe: Recipe) -> Opened:
     )
 
 
-def _check_output(folder: Path, opened: Opened) -> None:
-    if folder.exists() and folder.resolve() == opened.source.folder.resolve():
-        raise OutputError(f"{folder} is the model itself; name another folder for the output")
-
-
 def _finished(folder: Path, work: Work) -> Totals | None:
-    """What the output costs when this run has finished it; None when there is work to do. Raises `FormatError`."""
+    """The totals of the output if this run has finished it; None if there is work to do. Raises `FormatError`."""
     found = finished_run(folder)
     if found is None or found[0] != work.schedule.key:
         return None

@@ -1,7 +1,7 @@
 """What a run will write: every tensor of the model, its scheme, and the shard that it goes to, before anything is read.
 
-The schedule depends on the source's headers and the recipe alone. Shards therefore hold the same tensors whenever and however
-often a run is started, which is what makes a resumed result bit-identical to an uninterrupted one.
+The schedule depends only on the source's headers and the recipe. So shards hold the same tensors each time a run is
+started, and a resumed result is bit-identical to an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from fracbit.checkpoint.format import StoredLayer
 from fracbit.checkpoint.opened import Opened
 from fracbit.checkpoint.output import SHARD_BYTES
+from fracbit.checkpoint.shards import cut_shards
 from fracbit.checkpoint.source import Source, read_tensor
 from fracbit.errors import RecipeError, SourceError, near_matches
 from fracbit.models.blocks import blocks
@@ -110,13 +111,13 @@ def make_schedule(recipe: Recipe, opened: Opened, shard_bytes: int = SHARD_BYTES
             *notes,
             f"{len(places.unused)} tensors belong to no module and were copied: {places.unused[0]}, ...",
         )
-    return Schedule(_key(recipe, source, shard_bytes), _shards(items, shard_bytes), decisions, notes)
+    return Schedule(_key(recipe, source, shard_bytes), _cut(items, shard_bytes), decisions, notes)
 
 
 def by_block(schedule: Schedule, opened: Opened, seen: str) -> Schedule:
-    """The same tensors in other shards: what lies outside the blocks first, then one shard for each block.
+    """The same tensors in other shards: first the tensors outside the blocks, then one shard for each block.
 
-    `seen`: whatever else decides the bytes of a calibrated run (its samples, its device); it becomes part of the key.
+    `seen`: everything else that decides the bytes of a calibrated run (samples, device); it becomes part of the key.
     """
     prefixes = [f"{path}." for path, _ in blocks(opened.model, opened.family)]
     parts: list[list[Item]] = [[] for _ in range(len(prefixes) + 1)]
@@ -131,7 +132,7 @@ def by_block(schedule: Schedule, opened: Opened, seen: str) -> Schedule:
 
 
 def with_both(places: Origins, family: Family) -> Origins:
-    """The places of a model whose head is untied: where the source holds one tensor for head and table, both read it."""
+    """The places of a model with an untied head: if the source holds one tensor for head and table, both read it."""
     head, table = f"{family.head}.weight", f"{family.embeddings[0]}.weight"
     found = dict(places.tensors)
     for name, other in ((head, table), (table, head)):
@@ -141,7 +142,7 @@ def with_both(places: Origins, family: Family) -> Origins:
 
 
 def _check_causal(source: Source, model: PreTrainedModel, incomplete: bool) -> None:
-    """A base model without a head of its own will do (GPT-2's files are one); an encoder or a classifier will not."""
+    """Refuse encoders and classifiers. A base model without a head is accepted; GPT-2's files are one."""
     listed = source.config.get("architectures") or [type(model).__name__]
     heads = any("CausalLM" in name or "LMHead" in name for name in listed)
     base = any(name.endswith("Model") for name in listed) and not incomplete
@@ -183,14 +184,14 @@ def _by_kind(recipe: Recipe, layer: Layer) -> Decision:
 def _tie(
     decisions: dict[str, Decision], layers: Mapping[str, Layer], notes: list[str]
 ) -> dict[str, Decision]:
-    """A head that is its embedding table has one scheme with it."""
+    """A head that is tied to its embedding table has the same scheme."""
     for name, layer in layers.items():
         if layer.tied is None:
             continue
         table, head = decisions[layer.tied].scheme, decisions[name].scheme
         if table is not None and head is not None and table != head:
             raise RecipeError(
-                f"{name} and {layer.tied} are one tensor: give embeddings and head the same scheme, or one"
+                f"{name} and {layer.tied} are one tensor: give both the same scheme, or a scheme to only one"
             )
         both = Decision(table or head, f"tied: {name} and {layer.tied} are one tensor")
         if both.scheme is not None:
@@ -213,15 +214,15 @@ def _item(
 
 
 def _owned(tensors: Mapping[str, Origin], model: PreTrainedModel) -> dict[str, Origin]:
-    """A tied tensor that the source holds only under its borrower's name (a head without a table) gets its owner's."""
+    """A tied tensor that the source holds only under its second name (a head without a table) gets its owner's name."""
     owners = {name: owner for name, owner in model.all_tied_weights_keys.items() if owner not in tensors}
     return {owners.get(name, name): place for name, place in tensors.items()}
 
 
 def _without_tied(items: list[Item], source: Source, model: PreTrainedModel) -> list[Item]:
-    """Drop the second copy of a tied tensor: it is written once, under the name that owns it.
+    """Drop the second copy of a tied tensor: it is written once, under its owner's name.
 
-    Raises `SourceError` when the copies differ: transformers would then not tie them, and no one scheme would be right.
+    Raises `SourceError` when the copies differ: transformers would then not tie them, and one scheme cannot serve both.
     """
     by_name = {item.name: item for item in items}
     pairs = [
@@ -242,28 +243,14 @@ def _without_tied(items: list[Item], source: Source, model: PreTrainedModel) -> 
     return [item for item in items if item.name not in dict(pairs)]
 
 
-def _shards(items: Iterable[Item], limit: int) -> dict[str, tuple[Item, ...]]:
-    groups: list[list[Item]] = [[]]
-    size = 0
-    for item in items:
-        if groups[-1] and size + item.bytes > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(item)
-        size += item.bytes
-    if len(groups) == 1:
-        return {"model.safetensors": tuple(groups[0])}
-    return {
-        f"model-{n:05}-of-{len(groups):05}.safetensors": tuple(group) for n, group in enumerate(groups, 1)
-    }
+def _cut(items: Iterable[Item], limit: int) -> dict[str, tuple[Item, ...]]:
+    return {name: tuple(part) for name, part in cut_shards(items, lambda item: item.bytes, limit).items()}
 
 
 def _key(recipe: Recipe, source: Source, shard_bytes: int) -> str:
     headers = [(name, info.dtype, info.shape) for name, info in sorted(source.tensors.items())]
     files = sorted({info.file for info in source.tensors.values()})
-    states = [
-        (source.folder / file).stat() for file in files
-    ]  # a source that changed since is another source
+    states = [(source.folder / file).stat() for file in files]  # a changed source file gives another key
     stamps = [(state.st_size, state.st_mtime_ns) for state in states]
     text = json.dumps([key(recipe), source.config, headers, stamps, shard_bytes, __version__], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

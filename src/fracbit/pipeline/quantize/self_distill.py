@@ -1,7 +1,8 @@
-"""The last stage of a calibrated run, when asked for: distil the whole quantized model from the float one, rewrite its shards.
+"""The optional last stage of a calibrated run: distill the quantized model from the float model and rewrite its shards.
 
-Tuned shards are collected in the journal first; a marker says that all are there, and only then do they replace the others. A
-run that is killed before the marker trains again from the untouched shards, one killed after it goes on replacing.
+Tuned shards are first collected in the journal. When all are there, a marker is written, and only then do they replace
+the others. A run that is killed before the marker trains again from the unchanged shards; a run that is killed after it
+continues to replace them.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ MARKER = "distilled.json"
 
 
 def distill_shards(work: Work, target: Shards) -> None:
-    """Train and rewrite the finished shards; what it bought is noted in their records."""
+    """Train and rewrite the finished shards; their records note the result."""
     records = records_of(work.schedule, target)
     if target.journal is None:
         tuned, result = train(work, target, records)
@@ -72,7 +73,7 @@ def _replace(
 def train(
     work: Work, target: Shards, records: Mapping[str, ShardRecord]
 ) -> tuple[dict[str, dict[str, Tensor]], DistillRecord]:
-    """The tensors that changed, by shard, and what training bought."""
+    """The changed tensors by shard, and the result of the training."""
     stored = {shard: target.tensors(shard) for shard in work.schedule.shards}
     layers = stored_layers(work.schedule, records)
     packed = {
@@ -108,7 +109,7 @@ def _fill(
     stored: Mapping[str, Mapping[str, Tensor]],
     outside: Mapping[str, PackedTensor],
 ) -> None:
-    """Bring a float model to what is stored beside the linears of the blocks: norms, biases, embeddings, head."""
+    """Give a float model the stored tensors outside the blocks' linears: norms, biases, embeddings, head."""
     if work.signs is not None:
         untie_head(student, work.opened.family)
     for name, packed in outside.items():
@@ -121,7 +122,7 @@ def _fill(
 
 
 def _as_fed(x: Tensor, layer: StoredLayer) -> Tensor:
-    """What a stored layer multiplies, differentiable."""
+    """The input of a stored layer, rotated and rounded as it is at run time; differentiable."""
     x = turn_inputs(x) if layer.rotated else x
     return x if layer.inputs is None else round_through(x, layer.inputs)
 

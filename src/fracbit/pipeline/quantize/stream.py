@@ -1,9 +1,9 @@
-"""The loop of data-free runs: read a tensor, quantize it, write its shard. The model is never whole in memory.
+"""The loop of data-free runs: read a tensor, quantize it, write its shard. The whole model is never in memory.
 
     for each shard: for each item: read, quantize -> write
 
-One thread reads and hashes the next tensor while this one quantizes with torch's threads. In memory are one shard of the
-output, one tensor that is being quantized and one that is being read.
+One thread reads and hashes the next tensor while the current one is quantized with torch's threads. Memory holds one
+output shard, the tensor that is being quantized and the one that is being read.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def write_shard(work: Work, target: Shards, shard: str, items: Iterable[Item], d
 
 
 def quantize_item(method: Method, item: LayerItem, tensor: Tensor) -> Quantized:
-    """A layer from its tensor in the source. 16-bit columns are for the linears of the blocks alone."""
+    """Quantize a layer from its tensor in the source. Only linears of the blocks have 16-bit columns."""
     name = item.layer.name
     method = method if item.layer.kind == "linear" else plain_nearest(method.fill.search)
     weight = (tensor.T if item.layer.transposed else tensor).float()  # [out, in]

@@ -1,4 +1,4 @@
-"""`Work`: what a run needs from its first shard to its last, and nothing that changes."""
+"""`Work`: everything that a run needs and that does not change from its first shard to its last."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fracbit.checkpoint.load import check_device, load, load_tokenizer
+from fracbit.checkpoint.load import check_device, load_opened
 from fracbit.checkpoint.opened import Opened
 from fracbit.checkpoint.output import SHARD_BYTES
 from fracbit.checkpoint.source import Source
-from fracbit.data import ID_FORMATS, Samples, parse_source, read_calibration
+from fracbit.data import Samples
 from fracbit.errors import RecipeError
 from fracbit.models.walk import Hidden
 from fracbit.numerics.stats import Stats
@@ -21,6 +21,7 @@ from fracbit.pipeline.quantize.layer import Method
 from fracbit.pipeline.quantize.reader import Reader
 from fracbit.pipeline.quantize.rotate import rotates, stream_rotation
 from fracbit.pipeline.quantize.schedule import LayerItem, Schedule, by_block, make_schedule
+from fracbit.pipeline.study.texts import calibration_samples
 from fracbit.quantizers import nearest, quantizer
 from fracbit.records.calibration import Calibration
 from fracbit.records.progress import Progress
@@ -29,15 +30,15 @@ from fracbit.records.scheme import Scheme
 from fracbit.records.tables import COLUMN_RULES
 
 Seen = tuple[dict[str, Stats], Hidden]
-"""Statistics of a block's linears, and the states that the block gives."""
+"""Statistics of a block's linears, and the block's output states."""
 
 
 @dataclass(frozen=True, eq=False)
 class Memory:
-    """What runs on one model share: a cache in front of the core, filled as it is asked. A single run has none.
+    """What runs on one model share: a cache that is filled on demand. A single run has none.
 
-    `tensors` of the source with their hashes; `samples` by the settings that decide them; `observed`: what the linears of the
-    float blocks were seen to read, and what the blocks give.
+    `tensors` of the source with their hashes; `samples` by the settings that decide them; `observed`: statistics of the
+    float blocks' linears, and the blocks' output states.
     """
 
     tensors: dict[str, tuple[Tensor, str]] = field(default_factory=dict)
@@ -47,10 +48,10 @@ class Memory:
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """A run, prepared: its recipe, the opened source, the schedule, and how layers are quantized.
+    """A prepared run: its recipe, the opened source, the schedule, and how layers are quantized.
 
-    - `calibration` and `samples` are None for a data-free run. `dtype` is that of the forward passes, `source_dtype` the
-      coarsest type of the source.
+    - `samples` is None for a data-free run. `dtype`: of the forward passes; `source_dtype`: the least precise type of
+      the source.
     - `signs` [width] of the rotation of the residual stream; None where it is not rotated.
     - `memory`: what this run shares with others on the same model.
     """
@@ -80,10 +81,10 @@ Groups = Sequence[tuple[str, ...]]
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """A float block that is about to be quantized: its module and path, the states that enter it, and what is to happen.
+    """A float block that is about to be quantized: its module and path, the states that enter it, and the work to do.
 
-    `schemes` by the names of its linears, inside the block; `order`: those linears in groups that read one input, in order of
-    use; `turned`: linears whose inputs are rotated at run time.
+    `schemes`: by the names of its linears inside the block; `order`: those linears in groups that read one input, in
+    order of use; `turned`: linears whose inputs are rotated at run time.
     """
 
     path: str
@@ -101,19 +102,21 @@ def prepare(
     shard_bytes: int = SHARD_BYTES,
     device: str | torch.device = "cpu",
     memory: Memory | None = None,
+    samples: Samples | None = None,
     progress: Progress | None = None,
 ) -> Work:
     """Check a recipe against its model and read its samples; nothing is quantized yet.
 
-    Raises `RecipeError` for what does not go together, `SourceError`, `DataError`.
+    `samples`: those of its calibration, where they have been drawn before (`calibration_samples`).
+    Raises `RecipeError` for settings that exclude each other, `SourceError`, `DataError`.
     """
     _check(recipe, device)
     show = progress or (lambda what, done, total: None)
     reader = Reader(opened.source, None if memory is None else memory.tensors)
     schedule = make_schedule(recipe, opened, shard_bytes)
-    plan, samples, signs = recipe.calibration, None, None
+    plan, signs = recipe.calibration, None
     if plan is not None:
-        samples = _samples(recipe, opened, device, memory, show)
+        samples = samples or _samples(recipe, opened, device, memory, show)
         schedule = by_block(schedule, opened, f"{samples.sha256}{_place(device)}")
         signs = stream_rotation(opened.model, opened.family, plan.transforms, recipe.seed)
     return Work(
@@ -133,7 +136,7 @@ def prepare(
 
 
 def _check(recipe: Recipe, device: str | torch.device) -> None:
-    """Refuse what does not go together, before anything is read."""
+    """Refuse settings that exclude each other, before anything is read."""
     plan, needs = recipe.calibration, quantizer(recipe.quantizer).needs
     if plan is None and needs:
         raise RecipeError(
@@ -142,7 +145,7 @@ def _check(recipe: Recipe, device: str | torch.device) -> None:
         )
     if plan is None and torch.device(device).type != "cpu":
         raise RecipeError(
-            f"device {device} goes with calibration: rounding without data runs on the CPU; leave the device out"
+            f"device {device} needs calibration: rounding without data runs on the CPU; leave the device out"
         )
     asked = "" if recipe.outliers is None else recipe.outliers.chosen
     wanted = COLUMN_RULES[asked].needs if asked else frozenset()
@@ -152,11 +155,11 @@ def _check(recipe: Recipe, device: str | torch.device) -> None:
         )
     if plan is not None and plan.tweak != "none" and plan.samples < 2:
         raise RecipeError(
-            "norm tweaking fits on some samples and is judged on others: give at least 2, or tweak none"
+            f"norm tweaking needs at least 2 samples, got {plan.samples}; give more samples, or set tweak to none"
         )
     if plan is not None and rotates(plan.transforms) and "producers" in wanted:
         raise RecipeError(
-            f"{asked} outliers are columns of the weights before the rotation; use cost, or leave the rotation out"
+            f"outliers by {asked} are chosen before the rotation and do not fit it; use cost, or leave the rotation out"
         )
     check_device(device)
 
@@ -188,7 +191,7 @@ def _weights_by_name(opened: Opened, reader: Reader) -> Callable[[str], Tensor]:
         origin = opened.origins.tensors[f"{name}.weight"]
         tensor = reader.read_origin(origin)[0]
         layer = opened.layers.get(name)
-        return tensor.T if layer is not None and layer.transposed else tensor
+        return tensor.T if layer is not None and layer.transposed else tensor  # [out, in]
 
     return read
 
@@ -202,25 +205,14 @@ def _samples(
     asked = (plan.texts, plan.samples, plan.length, recipe.seed)
     if memory is not None and asked in memory.samples:
         return memory.samples[asked]
-    only_ids = all(parse_source(text).format in ID_FORMATS for text in plan.texts)
-    folder = opened.source.folder
-    found = read_calibration(
-        plan.texts,
-        None if only_ids else load_tokenizer(folder),
-        opened.model.config.get_text_config().vocab_size,
-        samples=plan.samples,
-        length=plan.length,
-        seed=recipe.seed,
-        model=lambda: load(folder, device=device, trust_remote_code=opened.trust_remote_code),
-        progress=show,
-    )
+    found = calibration_samples(recipe, opened, lambda: load_opened(opened, "auto", device), show)
     if memory is not None:
         memory.samples[asked] = found
     return found
 
 
 def _place(device: str | torch.device) -> str:
-    """Another device than the CPU rounds otherwise: it is part of the run's key."""
+    """The device in the run's key, "" for the CPU: other devices round differently."""
     kind = torch.device(device).type
     return "" if kind == "cpu" else f" {kind}"
 
@@ -240,6 +232,6 @@ def forward_dtype(plan: Calibration | None, source: Source, device: torch.device
 
 
 def stored_dtype(source: Source) -> torch.dtype:
-    """The coarsest float type that the source stores tensors in."""
+    """The least precise float type that the source stores tensors in."""
     stored = {info.dtype for info in source.tensors.values()}
     return torch.bfloat16 if "BF16" in stored else torch.float16 if "F16" in stored else torch.float32

@@ -1,1 +1,1 @@
-"""Running a checkpoint: text from prompts, conversations, and how fast it goes."""
+"""Running a checkpoint: generation from prompts, chat, and speed."""

@@ -1,8 +1,9 @@
-"""Serving: prompts in, text out as it is made, and how fast it was. `fracbit generate` and `fracbit chat` print it.
+"""Serving: streams text from prompts and measures the speed. `fracbit generate` and `fracbit chat` print both.
 
 transformers' `generate` runs the model; a streamer takes the tokens and the times. The first token marks the end of
-prefill, which reads long prompts in chunks so that activations stay small. Where the model has a native decode step
-(`fracbit.models.step`), that takes the place of transformers' loop inside the same `generate`; `Generation.step` says which.
+prefill, which reads long prompts in chunks so that activations stay small. If the model has a native decode step
+(`fracbit.models.step`), it replaces transformers' loop inside the same `generate`; `Generation.step` names the one
+used.
 """
 
 from __future__ import annotations
@@ -62,13 +63,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Generation:
-    """What was written: `texts` of new tokens, one a prompt; speeds in tokens per second over the whole batch."""
+    """The result: `texts` of new tokens, one per prompt; speeds in tokens per second over the whole batch."""
 
     texts: tuple[str, ...]
     whole: tuple[
         str, ...
-    ]  # prompt and continuation, decoded together: spaces between them are the tokenizer's
-    ids: tuple[tuple[int, ...], ...]  # prompts and what follows, padding included
+    ]  # prompt and continuation, decoded together so that the spaces between them are right
+    ids: tuple[tuple[int, ...], ...]  # prompts and new tokens, padding included
     prompt_tokens: int
     new_tokens: int
     seconds: float
@@ -79,7 +80,7 @@ class Generation:
 
 
 class _Clock(BaseStreamer):  # type: ignore[no-untyped-call, unused-ignore]
-    """Takes the time of every step and hands tokens on to a `TextStreamer` when there is one prompt."""
+    """Records the time of every step, and passes tokens to a `TextStreamer` if there is one prompt."""
 
     def __init__(self, text: TextStreamer | None) -> None:
         self.text = text
@@ -125,7 +126,7 @@ NATIVE_STEP = "native step"
 
 
 def step_of(model: PreTrainedModel, kv_bits: int = 16) -> Step:
-    """The fastest way there is for this model and a KV cache of `kv_bits`. Activations must have been chosen before."""
+    """The fastest way for this model and a KV cache of `kv_bits`. Choose activations first."""
     reason = obstacle(model) if kv_bits == 16 else f"the KV cache has {kv_bits} bits"
     if reason is None:
         return Step(Decoder(model), NATIVE_STEP)
@@ -134,7 +135,7 @@ def step_of(model: PreTrainedModel, kv_bits: int = 16) -> Step:
 
 
 def _stays_exact(model: PreTrainedModel) -> bool:
-    """Whether a packed layer was asked for a path that its kernel does not have."""
+    """Whether a packed layer has a type of activations that its kernel does not support."""
     layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
     return any(
         layer.activations not in choose(layer.scheme, model.device, layer.shape).paths for layer in layers
@@ -142,8 +143,9 @@ def _stays_exact(model: PreTrainedModel) -> bool:
 
 
 def new_cache(model: PreTrainedModel, kv_bits: int, step: Step | None = None, room: int = 0) -> Cache:
-    """An empty KV cache for `model`: 16 is the model's own type, 8 and 4 are packed. A native step needs one in one piece,
-    with `room` tokens to begin with.
+    """An empty KV cache for `model`: 16 bits is the model's own type, 8 and 4 are packed.
+
+    A native step needs a cache in one piece, with space for `room` tokens at first.
     """
     if kv_bits != 16:
         return PackedCache(model.config, kv_bits)
@@ -171,7 +173,7 @@ def pad_left(rows: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tensor
 
 
 def padding(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Id that fills short rows; it is masked, so any will do where the tokenizer names none."""
+    """Id that pads short rows; it is masked, so it is 0 if the tokenizer names none."""
     for name in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if name is not None:
             return int(name)
@@ -185,11 +187,11 @@ def generate(
     settings: Settings,
     show: Show | None = None,
 ) -> Generation:
-    """Continue `prompts` together; `show` gets a single prompt and then its continuation as it is made.
+    """Continue `prompts` as one batch; for a single prompt, `show` gets it and then its continuation piece by piece.
 
-    Raises `DataError` for an empty prompt or one that leaves no room in the model's positions.
+    Raises `DataError` for an empty prompt or one that is too long for the model's positions.
     """
-    ids, mask = encode_batch(tokenizer, prompts)
+    ids, mask = encode_batch(tokenizer, prompts)  # [prompts, tokens] each
     step = step_of(model, settings.kv_bits)
     cache = new_cache(model, settings.kv_bits, step, ids.shape[1] + settings.max_new_tokens)
     return continue_ids(model, tokenizer, ids, mask, settings, cache, step, show, True)
@@ -206,7 +208,7 @@ def continue_ids(
     show: Show | None = None,
     show_prompt: bool = False,
 ) -> Generation:
-    """Continue `ids` [prompts, tokens], of which `cache` already holds the first ones; `show` may get the prompt too."""
+    """Continue `ids` [prompts, tokens]; `cache` already holds the first ones. `show` can also get the prompt."""
     held = cache.get_seq_length()
     check_room(model, ids.shape[1], settings.max_new_tokens)
     clock = _Clock(_Shown(tokenizer, show, show_prompt) if show is not None and len(ids) == 1 else None)
@@ -229,7 +231,7 @@ def continue_ids(
         **how,
     )
     seconds = time.perf_counter() - started
-    new = found[:, ids.shape[1] :]
+    new = found[:, ids.shape[1] :]  # [prompts, new tokens]
     first, last, steps = clock.times[1], clock.times[-1], new.shape[1] - 1
     return Generation(
         texts=tuple(tokenizer.batch_decode(new, skip_special_tokens=True)),
@@ -248,10 +250,10 @@ def continue_ids(
 def _decoding(
     decoder: Decoder, mask: Tensor, clock: _Clock, chunk: int, filler: int
 ) -> Callable[..., Tensor]:
-    """A decoding method for transformers' `generate`: its processors and stopping criteria, our step.
+    """A decoding method for transformers' `generate`, with its processors and stopping criteria and our step.
 
-    `generate` hands a method of others neither the streamer nor the chunk, and drops a mask of ones: they come from here.
-    The names of further parameters would be taken for options, so the cache comes in `held`.
+    `generate` gives a custom method neither the streamer nor the chunk, and drops a mask of ones, so they come from
+    here. It takes the names of further parameters for options, so the cache comes in `held`.
     """
 
     def decode(
@@ -259,15 +261,15 @@ def _decoding(
         generation_config: GenerationConfig, **held: Any,
     ) -> Tensor:  # fmt: skip
         cache, pads = held["past_key_values"], (mask == 0).sum(1)
-        going = torch.ones(len(input_ids), dtype=torch.bool)
-        logits = read_prompt(model, input_ids, mask, cache, chunk)
+        going = torch.ones(len(input_ids), dtype=torch.bool)  # [prompts]
+        logits = read_prompt(model, input_ids, mask, cache, chunk)  # [prompts, vocabulary]
         while True:
             scores = logits_processor(input_ids, logits)
-            following = scores.argmax(-1)
+            following = scores.argmax(-1)  # [prompts]
             if generation_config.do_sample:
                 following = torch.multinomial(scores.softmax(-1), 1)[:, 0]
             following = following.masked_fill(~going, filler)
-            input_ids = torch.cat([input_ids, following[:, None]], 1)
+            input_ids = torch.cat([input_ids, following[:, None]], 1)  # [prompts, tokens]
             clock.put(following)
             going = going & ~stopping_criteria(input_ids, None)
             if not going.any():
@@ -280,20 +282,20 @@ def _decoding(
 
 
 def read_prompt(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache, chunk: int) -> Tensor:
-    """Let the model read what `cache` does not hold of `ids` [prompts, tokens]; fp32 logits [prompts, vocabulary]."""
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    """Run the model over the `ids` [prompts, tokens] that `cache` does not hold; fp32 logits [prompts, vocabulary]."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # [prompts, tokens]
     for begin in range(int(cache.get_seq_length()), ids.shape[1], chunk):
         part = slice(begin, begin + chunk)
         state = model(
             input_ids=ids[:, part], attention_mask=mask[:, : part.stop], position_ids=positions[:, part],
             past_key_values=cache, use_cache=True, logits_to_keep=1,
         )  # fmt: skip
-    logits: Tensor = state.logits[:, -1].float()
+    logits: Tensor = state.logits[:, -1].float()  # [prompts, vocabulary]
     return logits
 
 
 def check_room(model: PreTrainedModel, tokens: int, new_tokens: int) -> None:
-    """Raises `DataError` when `model` has too few positions for a prompt of `tokens` and what comes after it."""
+    """Raises `DataError` when `model` has too few positions for a prompt of `tokens` and `new_tokens` after it."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit and tokens + new_tokens > limit:
         raise DataError(
@@ -303,7 +305,7 @@ def check_room(model: PreTrainedModel, tokens: int, new_tokens: int) -> None:
 
 
 class Chat:
-    """A conversation: keeps the messages and, while the template only appends, the cache of what was read."""
+    """A conversation. It keeps the messages, and the cache of the tokens read as long as the template only appends."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings
@@ -327,7 +329,7 @@ class Chat:
         held = self.cache.get_seq_length()
         if ids[:held] != self.read[:held] or held >= len(ids):
             self.cache = new_cache(self.model, self.settings.kv_bits, self.step)
-        row, mask = pad_left([ids], 0)
+        row, mask = pad_left([ids], 0)  # [1, tokens] each
         found = continue_ids(
             self.model, self.tokenizer, row, mask, self.settings, self.cache, self.step, show
         )

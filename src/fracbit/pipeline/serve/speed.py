@@ -1,10 +1,10 @@
-"""What `fracbit bench` measures: speed of prefill and decode, the bytes that a step reads, and the memory they lie in.
+"""What `fracbit bench` measures: speed of prefill and decode, the bytes that a step reads, and resident memory.
 
     bytes per token = weights read + KV cache read         (embeddings are looked up: one row, unless they are the head too)
     share = decode tokens/s x bytes per token / bandwidth   (bandwidth: a plain read of as many bytes, the best of several)
 
-Decode is memory bound at batch 1, so a share of 1 would be the machine's limit. Nothing is timed cold: a prompt is read once
-before the readings that count, and the first step is not counted. Both are medians.
+Decode is memory bound at batch 1, so a share of 1 would be the machine's limit. Warm-up is not counted: neither the
+first reading of the prompt nor the first step. Both speeds are from medians.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
-from fracbit.checkpoint.load import load, open_checkpoint
+from fracbit.checkpoint.load import load
+from fracbit.checkpoint.opened import open_checkpoint
 from fracbit.errors import DataError
 from fracbit.kernels import Activations
 from fracbit.models.blocks import is_table
@@ -90,7 +91,7 @@ def measure(
     device: str = "cpu",
     trust: bool = False,
 ) -> Measured:
-    """Load `model`, run `load_`, and read as many bytes plainly. The model is freed again.
+    """Load `model`, run `load_`, and measure the bandwidth of reading as many bytes. The model is freed afterwards.
 
     Raises `DataError` when the model has fewer positions than `load_` has tokens.
     """
@@ -136,12 +137,12 @@ class Speed:
 def speed_of(
     model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, kv_bits: int = 16
 ) -> tuple[Speed, Cache, str]:
-    """Speed of reading `ids` [tokens] and of `new_tokens` after them, the cache they are in, and how they were made."""
+    """Speed of reading `ids` [tokens] and of making `new_tokens` after them, the cache, and the name of the step."""
     step, readings, steps = step_of(model, kv_bits), [], []
     for _ in range(PROMPTS + 1):
         cache = new_cache(model, kv_bits, step, len(ids) + new_tokens)
         started = time.perf_counter()
-        token = _read(model, ids, cache)
+        token = _read(model, ids, cache)  # [1]
         readings.append(time.perf_counter() - started)
     advance = _advance(model, step, cache)
     for _ in range(new_tokens):
@@ -153,7 +154,7 @@ def speed_of(
 
 
 def _read(model: PreTrainedModel, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
-    """Read `ids` [tokens] in chunks, as `generate` does; the likeliest token after them [1]."""
+    """Read `ids` [tokens] in chunks, as `generate` does; the most likely next token [1]."""
     how = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     for part in ids.split(PREFILL_CHUNK):
         logits = model(part[None], past_key_values=cache, use_cache=True, **how).logits[:, -1]
@@ -186,8 +187,8 @@ def _parts(module: nn.Module) -> list[torch.Tensor]:
 
 
 def bandwidth(count: int, device: str = "cpu") -> float:
-    """Bytes per second of a plain read of `count` bytes, the best of several: the largest of as many float32."""
-    read = torch.ones(max(min(count, LARGEST_READ) // 4, 1), device=device)
+    """Bytes per second of a plain read of `count` bytes, at most `LARGEST_READ`: the best of `READS`."""
+    read = torch.ones(max(min(count, LARGEST_READ) // 4, 1), device=device)  # [numbers]
     return read.numel() * 4 / min(_timed(read) for _ in range(READS))
 
 

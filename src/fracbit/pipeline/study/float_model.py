@@ -1,7 +1,7 @@
-"""`FloatModel`: a float model to experiment on, and `replaced`, which tries other weights in it and puts the old ones back.
+"""`FloatModel`: a float model to experiment on, and `replaced`, which tries other weights and restores the old ones.
 
-What-if questions (what would 2 bits in this block cost? what does this noise do?) need no packed checkpoint: dequantized
-weights go into the float model in place, the kept copies come back afterwards, also when something raises.
+Experiments (what would 2 bits in this block cost? what does this noise do?) need no packed checkpoint. Dequantized
+weights are put into the float model, and the old weights are restored afterwards, also after an exception.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fracbit.records.scheme import Scheme
 
 @dataclass(frozen=True, eq=False)
 class FloatModel:
-    """A float model in memory, in fp32, with its family and its linears. Where it is experimented on, it is the `subject`."""
+    """A float model in memory, by default in fp32, with its family and its linears. Experiments call it `subject`."""
 
     model: PreTrainedModel
     family: Family
@@ -63,8 +63,8 @@ def float_model_of(model: PreTrainedModel) -> FloatModel:
 
 @contextmanager
 def replaced(subject: FloatModel, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model with these weights [out, in] in these layers; on leaving, the ones it had, bit for bit."""
-    kept = {name: weight_of(subject.module(name)).clone() for name in weights}
+    """A context in which these layers have these weights [out, in]; the old ones are restored bit for bit."""
+    kept = {name: weight_of(subject.module(name)).clone() for name in weights}  # [out, in] each
     try:
         for name, weight in weights.items():
             set_weight(subject.module(name), weight)
@@ -75,7 +75,7 @@ def replaced(subject: FloatModel, weights: Mapping[str, Tensor]) -> Iterator[Non
 
 
 def rounded(subject: FloatModel, schemes: Mapping[str, Scheme | None]) -> dict[str, Tensor]:
-    """What round-to-nearest leaves of the weights under these schemes; layers that stay float (None) are left out."""
+    """The weights after round-to-nearest under these schemes; layers that stay float (None) are left out."""
     return {
         name: decode(quantize_tensor(subject.weights.read(name), scheme))
         for name, scheme in schemes.items()
@@ -86,6 +86,6 @@ def rounded(subject: FloatModel, schemes: Mapping[str, Scheme | None]) -> dict[s
 def measure(
     subject: FloatModel, ids: Tensor | Sequence[Tensor], window: int | None = None, batch: int = 8
 ) -> Perplexity:
-    """Perplexity of the model as it stands; `ids` are documents or rows [samples, tokens], each seen on its own."""
-    documents = list(ids) if isinstance(ids, Tensor) and ids.dim() == 2 else ids
+    """Perplexity of the model as it is now; `ids` are documents or rows [samples, tokens], each read on its own."""
+    documents = list(ids) if isinstance(ids, Tensor) and ids.dim() == 2 else ids  # [tokens] each
     return perplexity(subject.model, documents, window=window, batch=batch)

@@ -1,8 +1,8 @@
-"""The lens over a model: put errors of known strength and character into its linears and see what each costs in nats.
+"""The lens on a model: add errors of known strength and kind to its linears, and measure what each costs in nats.
 
-Gong et al. 2024, arXiv:2403.06408. Weights get one draw a seed; activations are perturbed at the input of every linear with
-fresh noise in every forward. Loss is the change of the mean loss on held-out tokens against the untouched model, over seeds
-(the same text for all), with a 95 % interval of its mean by Student's t.
+Gong et al. 2024, arXiv:2403.06408. Weights get one draw per seed. Activations are perturbed at the input of every
+linear, with new noise in every forward pass. The result is the change of the mean loss on held-out tokens (the same for
+all seeds), with a 95 % interval of its mean by Student's t.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _T95 = {
 
 @dataclass
 class _Meter:
-    """Energy of the errors and of what they were added to, over one measurement."""
+    """Sums of squares of the errors and of the values they were added to, over one measurement."""
 
     error: float = 0.0
     signal: float = 0.0
@@ -69,9 +69,9 @@ def probe(
     seeds: Sequence[int] = tuple(range(SEEDS)),
     base: float | None = None,
 ) -> LensPoint:
-    """Add `error` to the weights or inputs of `layers` (None: every linear) and measure the loss, once a seed.
+    """Add `error` to the weights or inputs of `layers` (None: every linear) and measure the loss, once per seed.
 
-    `ids` int64 [samples, tokens]; `base`: the untouched model's loss, measured when it is not given.
+    `ids` int64 [samples, tokens]; `base`: the loss of the unchanged model, measured if it is not given.
     Raises `RecipeError` when there is no seed.
     """
     if not seeds:
@@ -105,9 +105,9 @@ def perturbed(
     seed: int,
     meter: _Meter | None = None,
 ) -> Iterator[None]:
-    """The model with errors in the weights of `layers`, in their inputs (fresh in every forward), or in both.
+    """A context with errors in the weights of `layers`, in their inputs (new in every forward pass), or in both.
 
-    Weights and hooks are as before on the way out, also when something raises.
+    Weights and hooks are restored afterwards, also after an exception.
     """
     meter = meter or _Meter()
     generator = torch.Generator(subject.model.device).manual_seed(seed)
@@ -174,7 +174,7 @@ def unit_effects(
     seeds: Sequence[int] = tuple(range(SEEDS)),
     progress: Progress | None = None,
 ) -> list[LensPoint]:
-    """Every error in every unit alone, then (`layers` is `all`) in all of them at once.
+    """Measure every error in every unit alone, then in all units at once (`layers` is `all`).
 
     `units`: unit name -> its layers, a linear, a block, or all linears of one name (`per_module`).
     """
@@ -199,7 +199,7 @@ def fixed_points(
     seeds: Sequence[int] = tuple(range(SEEDS)),
     progress: Progress | None = None,
 ) -> list[LensPoint]:
-    """What clipping and schemes cost (`named_error`), each beside Gaussian noise of its strength: is it shape or intensity."""
+    """The cost of clipping and schemes (`named_error`), each with that of Gaussian noise of equal strength."""
     base = measure(subject, ids).nll
     points = []
     for done, kind in enumerate(kinds):
@@ -220,7 +220,7 @@ def per_module(subject: FloatModel) -> dict[str, list[str]]:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean by Student's t; the mean itself twice for a single value."""
+    """95 % interval of the mean by Student's t; for a single value, that value twice."""
     mean = statistics.fmean(values)
     if len(values) < 2:
         return mean, mean

@@ -1,4 +1,4 @@
-"""The errors that the lens puts into a model: noise of a chosen strength, clipping, and what schemes really do."""
+"""The errors that the lens adds to a model: noise of a chosen strength, clipping, and rounding errors of schemes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fracbit.records.allocation import read_level
 from fracbit.records.scheme import Scheme
 
 Error: TypeAlias = Callable[[Tensor, torch.Generator], Tensor]
-"""What to add to a tensor: x and a generator in, delta of the same shape out."""
+"""From a tensor x and a generator to the delta to add, of the same shape."""
 
 
 def noise(kind: str, intensity: float, groups: ScalingGroups = "row") -> Error:
@@ -39,12 +39,12 @@ def noise(kind: str, intensity: float, groups: ScalingGroups = "row") -> Error:
 
 
 def rounding(scheme: Scheme) -> Error:
-    """The error that round-to-nearest under `scheme` really makes; no chance in it."""
+    """The error of round-to-nearest under `scheme`; it is not random."""
     return lambda x, generator: scheme_error(x, scheme)
 
 
 def noise_like(kind: str, scheme: Scheme, groups: ScalingGroups | None = None) -> Error:
-    """Noise that has, in every scaling group, the L2 norm of the error that `scheme` makes there."""
+    """Noise with the L2 norm of the error of `scheme` in every scaling group."""
     perturbation(kind)
     return lambda x, generator: perturb_like(
         x, scheme_error(x, scheme), kind, groups or _groups_of(scheme, x), generator=generator
@@ -57,18 +57,20 @@ def clip(share: float, groups: ScalingGroups = "row") -> Error:
 
 
 def noise_like_clipping(share: float, groups: ScalingGroups = "row") -> Error:
-    """The control for `clip`: Gaussian noise on the elements that it moves, of the norm that it moves them by."""
+    """The control for `clip`: Gaussian noise on the elements that clipping changes, with the norm of the change."""
     return lambda x, generator: noise_on(x, clipping(x, share, groups), generator)
 
 
 def is_noise(kind: str) -> bool:
-    """Whether a kind of error is drawn at an intensity that one chooses; the others are what they are."""
+    """Whether a kind of error is drawn at a chosen intensity; the other kinds have a fixed one."""
     return kind in PERTURBATIONS
 
 
 def named_error(kind: str, intensity: float) -> Error:
-    """The error that a word stands for: noise of the table at this intensity, clipping such as `clip:0.001` of the largest in
-    every tensor, or what a scheme such as `int3z/64` really does. Raises `RecipeError` for anything else.
+    """The error that a name stands for. Raises `RecipeError` for any other name.
+
+    Names: noise of the table, at this intensity; clipping such as `clip:0.001`, the largest 0.1 % of every tensor; a
+    scheme such as `int3z/64`.
     """
     if is_noise(kind):
         return noise(kind, intensity)
@@ -76,7 +78,7 @@ def named_error(kind: str, intensity: float) -> Error:
 
 
 def control_for(kind: str) -> Error:
-    """Gaussian noise as strong as clipping or a scheme: on the elements that are clipped, or in every block of the scheme."""
+    """Gaussian noise as strong as clipping or a scheme: on the clipped elements, or in every block of the scheme."""
     return _share_or_scheme(kind, noise_like_clipping, partial(noise_like, "gaussian"))
 
 
@@ -103,5 +105,5 @@ def _share_or_scheme(
 
 
 def _groups_of(scheme: Scheme, x: Tensor) -> ScalingGroups:
-    """A scheme's blocks, for weights; activations [samples, tokens, in] have them inside a token only when they divide."""
+    """The blocks of the scheme for weights; rows for activations [samples, tokens, in]."""
     return scheme if x.dim() == 2 else "row"

@@ -1,4 +1,4 @@
-"""One look at a model through the lens: curves over intensity, units one at a time, error against |x|."""
+"""The lens report of a model: curves over intensity, one unit at a time, and error against |x|."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from fracbit.pipeline.study.lens import SEEDS, fixed_points, intensity_curves, p
 from fracbit.pipeline.study.lens_errors import Error, is_noise, named_error
 from fracbit.pipeline.study.planted import plant_outliers
 from fracbit.pipeline.study.study import Study
-from fracbit.pipeline.study.texts import LENGTH, seen_by
+from fracbit.pipeline.study.texts import seen_by
 from fracbit.records.lens import LensPoint, LensReport, Target
 from fracbit.records.progress import Progress
 from fracbit.records.scheme import Scheme
-from fracbit.records.spending import check_choice
+from fracbit.records.spending import LENGTH, check_choice
+from fracbit.records.text_source import check_source
 
 SAMPLES = 16
 AT = 0.1
@@ -51,26 +52,29 @@ def lens_report(
     plant: float | None = None,
     samples: int = SAMPLES,
     length: int = LENGTH,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> LensReport:
-    """What errors cost a float model (folder or hub id): curves of `kinds`, and each kind in every unit alone.
+    """Measure what errors cost a float model (folder or hub id): curves of `kinds`, and each kind in every unit alone.
 
-    - `kinds`: noise, clipping and schemes (`named_error`). The last two have an intensity of their own and no chance in them;
-      they are measured beside Gaussian noise of their strength.
-    - `intensities` of the curves' noise, `at` that of the units' noise, `seeds` draws of each.
-    - `target`: `weights`, `activations` or `both`, which looks at each by itself; `granularity`: block, linear or module.
-    - `plant`: first plant activation outliers of this factor, which leaves the model's function as it is.
+    - `kinds`: noise, clipping and schemes (`named_error`). The last two have a fixed intensity and are not random; they
+      are measured together with Gaussian noise of equal strength.
+    - `intensities`: of the noise in the curves; `at`: of the noise in the units; `seeds`: draws of each.
+    - `target`: `weights`, `activations` or `both` (each by itself); `granularity`: block, linear or module.
+    - `plant`: first plant activation outliers of this factor; the model's function does not change.
+    - `trust_remote_code`: run the model's own code.
 
     Raises `RecipeError` for unknown names, bad intensities, too few seeds; `SourceError`, `DataError`.
     """
     errors = {kind: named_error(kind, at) for kind in kinds}
     _check(errors, intensities, target=target, granularity=granularity, seeds=seeds)
-    study = Study(open_float(model))
+    check_source(text)
+    study = Study(open_float(model, trust_remote_code=trust_remote_code))
     subject = study.subject
     planted = 0 if plant is None else plant_outliers(subject, plant)
     if plant is not None and planted == 0:
         raise RecipeError(
-            f"{model} has no norm that linears alone read: no outliers can be planted without changing it"
+            f"{model} has no norm that only linears read, so outliers would change its outputs; leave --plant out"
         )
     drawn = study.held_out(text, samples, length)
     base = measure(subject, drawn.ids)
@@ -94,7 +98,7 @@ def lens_report(
 
 @dataclass(frozen=True, eq=False)
 class _Look:
-    """Errors in one target of a model; those with chance in them once a seed, `ids` int64 [samples, tokens]."""
+    """Errors in one target of a model, random ones once per seed; `ids` int64 [samples, tokens]."""
 
     subject: FloatModel
     ids: Tensor
@@ -104,14 +108,14 @@ class _Look:
     progress: Progress | None
 
     def curves(self, intensities: Sequence[float]) -> list[LensPoint]:
-        """Of the whole model: noise over intensities, and the others beside noise of their strength."""
+        """The curves of the whole model: noise over intensities, and other errors with noise of equal strength."""
         noisy, fixed = self._kinds()
         options: Any = {"target": self.target, "seeds": self.seeds, "progress": self.progress}
         drawn = intensity_curves(self.subject, self.ids, list(noisy), intensities, **options)
         return drawn + fixed_points(self.subject, self.ids, list(fixed), **options)
 
     def effects(self, units: Mapping[str, Sequence[str]]) -> list[LensPoint]:
-        """Of every unit alone, and of all at once."""
+        """The effects of errors in every unit alone, and in all units at once."""
         noisy, fixed = self._kinds()
         options: Any = {"target": self.target, "progress": self.progress}
         drawn = unit_effects(self.subject, self.ids, units, noisy, seeds=self.seeds, **options)
@@ -123,7 +127,7 @@ class _Look:
 
 
 def weight_profiles(subject: FloatModel, bins: int = 12) -> dict[str, tuple[tuple[float, float], ...]]:
-    """How the rounding error of the model's weights depends on their size, for three data types at 4 bits a row."""
+    """How the rounding error of the weights depends on their size, for three 4-bit types with one scale per row."""
     profiles = {}
     for name, scheme in PROFILED.items():
         lines = []
@@ -144,9 +148,9 @@ def _check(
     errors: Mapping[str, Error], intensities: Sequence[float], *, target: str, granularity: str, seeds: int
 ) -> None:
     if not errors or (any(map(is_noise, errors)) and not intensities):
-        raise RecipeError("a lens needs at least one kind of error, and noise an intensity")
+        raise RecipeError("a lens needs at least one kind of error, and noise needs an intensity")
     if seeds < SEEDS:
-        raise RecipeError(f"{seeds} seeds say little about noise; take at least {SEEDS}")
+        raise RecipeError(f"{seeds} seeds are too few for noise; take at least {SEEDS}")
     check_choice("target", target, tuple(TARGETS))
     check_choice("granularity", granularity, GRANULARITIES)
 

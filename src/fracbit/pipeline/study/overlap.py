@@ -1,7 +1,7 @@
-"""Whether a model is judged on what it was calibrated with: documents that an evaluation text shares with calibration texts.
+"""Finds documents that an evaluation text shares with the calibration texts of a model.
 
-A figure on text that the quantizer has seen flatters it. The manifest of a checkpoint names its calibration texts, so that this
-is noticed long after the run, on whatever text is evaluated.
+Figures on text that the quantizer has seen are too good. The manifest of a checkpoint names its calibration texts, so a
+later evaluation on any text notices this.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fracbit.errors import DataError
 
 
 def calibration_sources(model: str | Path) -> tuple[dict[str, Any], ...]:
-    """What the manifest beside a model says of its calibration texts: `source`, `sha256`, ...; nothing for other models."""
+    """The calibration texts in a model's manifest: `source`, `sha256`, ...; empty for a model without a manifest."""
     path = Path(model).expanduser() / MANIFEST
     if not path.is_file():
         return ()
@@ -37,10 +37,10 @@ def overlap_notes(
     vocabulary: int,
     what: str = "calibration text",
 ) -> tuple[str, ...]:
-    """A note for every calibration source that shares documents with `text`, or that cannot be looked at any more.
+    """A note for every calibration source that shares documents with `text`, or that can no longer be read.
 
-    `calibration`: as `calibration_sources` gives them; without `sha256` the source is taken as it is now. `what`: how the
-    notes call it.
+    `calibration`: entries of `calibration_sources`; without a `sha256`, the source is taken as it is now. `what`: the
+    name of these texts in the notes.
     """
     notes = []
     for entry in calibration:
@@ -50,14 +50,14 @@ def overlap_notes(
                 continue
             seen = read_documents(name, tokenizer, vocabulary)
         except DataError as error:
-            notes.append(f"whether {text.source} shares documents with the {what} is not known: {error}")
+            notes.append(f"{text.source} could not be compared with the {what}: {error}")
             continue
         if entry.get("sha256", seen.sha256) != seen.sha256:
-            notes.append(f"{name} is no longer the file that was the {what}")
+            notes.append(f"{name} has changed since it was the {what}")
         shared = shared_documents(text, seen)
         if shared:
             notes.append(
-                f"{shared} of {len(text.starts) - 1} documents of {text.source} stand in the {what} {name}: "
-                "figures on them flatter the model"
+                f"{shared} of {len(text.starts) - 1} documents of {text.source} are also in the {what} {name}: "
+                "figures on them are too good"
             )
     return tuple(notes)

@@ -1,11 +1,11 @@
-"""Planted activation outliers: a trained small model has few; this gives it those of a large one."""
+"""Planted activation outliers: a small trained model has few, so this adds outliers like those of a large model."""
 
 from __future__ import annotations
 
 import torch
 
-from fracbit.models.blocks import blocks, gain_of, norms, weight_of
-from fracbit.models.install import set_weight
+from fracbit.models.blocks import blocks, gain_of, norms
+from fracbit.models.fold import fold_norm
 from fracbit.perturbation import check_intensity
 from fracbit.pipeline.study.float_model import FloatModel
 
@@ -23,17 +23,8 @@ def plant_outliers(subject: FloatModel, factor: float = 50.0, channels: int = 2,
             gain = gain_of(block, norm.name)  # [width]
             if not norm.exclusive or not norm.readers or gain is None:
                 continue
-            chosen = torch.randperm(len(gain), generator=generator)[:channels]
-            module = block.get_submodule(norm.name)
-            with torch.no_grad():
-                offset = subject.family.gain_offset
-                gain[chosen] = (gain[chosen] + offset) * factor - offset
-                bias = dict(module.named_parameters(recurse=False)).get("bias")
-                if bias is not None:
-                    bias[chosen] *= factor
-            for reader in norm.readers:
-                weight = weight_of(block.get_submodule(reader)).clone()  # [out, width]
-                weight[:, chosen] /= factor
-                set_weight(block.get_submodule(reader), weight)
+            factors = torch.ones(len(gain))  # [width]
+            factors[torch.randperm(len(gain), generator=generator)[:channels]] = 1 / factor
+            fold_norm(block, subject.family, norm, factors.to(gain.device))
             changed += 1
     return changed

@@ -1,4 +1,4 @@
-"""Dropping blocks against lowering them, by one order and at equal size.
+"""Dropping blocks compared with lowering their bits, in one order and at equal size.
 
 The comparison of arXiv:2406.17415, section 5: at equal size, quantizing the less important layers should beat removing them,
 except where they would fall to 2 bits.
@@ -34,11 +34,11 @@ def compare_with_quantizing(
     held_out: Tensor,
     progress: Progress | None = None,
 ) -> dict[str, list[Point]]:
-    """Dropping blocks against lowering them from `high` to `low`: the lines `quantized` and `pruned`.
+    """Compare dropping blocks with lowering them from `high` to `low`: the lines `pruned` and `quantized`.
 
-    `units` are blocks; `held_out` int64 [samples, tokens]. Bits are over the weights of the whole model, so that what was
-    dropped counts as saved. Both lines start at `high` everywhere (None: float); block after block goes, the least important
-    first. Raises `RecipeError` when `low` takes no fewer bits than `high`.
+    `units` are blocks; `held_out` int64 [samples, tokens]. Bits are divided by the weights of the whole model, so that
+    dropped blocks count as saved. Both lines start with every block at `high` (None: float) and change one block after
+    another, the least important first. Raises `RecipeError` when `low` takes no fewer bits than `high`.
     """
     if sum(unit.bits(low) for unit in units) >= sum(unit.bits(high) for unit in units):
         raise RecipeError(
@@ -62,7 +62,7 @@ def compare_with_quantizing(
 
 
 def _picks(names: Sequence[str], scores: Scores) -> dict[tuple[str, int], Picks]:
-    """What every block gets, by way and by how many blocks are lowered or dropped; never are all dropped."""
+    """The option of every block, by way and number of lowered or dropped blocks; at least one block stays."""
     place = {name: index for index, name in enumerate(names)}
     order = [place[name] for name in reversed(scores.order())]
     ways = {"quantized": (LOW, len(names)), "pruned": (DROPPED, len(names) - 1)}
@@ -80,7 +80,7 @@ def _bits(units: Sequence[Unit], these: Picks, schemes: tuple[Scheme | None, Sch
 
 
 def at_equal_size(lines: Mapping[str, Sequence[Point]]) -> list[tuple[Point, Point | None]]:
-    """Every pruned model beside the quantized one of no more bits: (bits, nats) each, None when all quantized are larger."""
+    """Every pruned model with the largest quantized one of no more bits: (bits, nats) each; None if all are larger."""
     found: list[tuple[Point, Point | None]] = []
     for pruned in lines["pruned"]:
         within = [point for point in lines["quantized"] if point[0] <= pruned[0] + 1e-9]

@@ -8,26 +8,26 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fracbit.checkpoint.load import tokenizer_or_none
+from fracbit.checkpoint.load import load_tokenizer, tokenizer_or_none
 from fracbit.checkpoint.opened import Opened
-from fracbit.data import Samples, Tokens, read_calibration, read_documents
+from fracbit.data import ID_FORMATS, Samples, Tokens, parse_source, read_calibration, read_documents
 from fracbit.pipeline.study.overlap import overlap_notes
 from fracbit.records.progress import Progress
+from fracbit.records.recipe import Recipe
+from fracbit.records.spending import LENGTH, SAMPLES
 
-SAMPLES = 32
-LENGTH = 256
 SCORED = "text that the score saw"
 
 
 @dataclass(frozen=True, eq=False)
 class TextReader:
-    """How a model reads text: its tokenizer, None where it has none (files of ids need none), and how many ids it knows."""
+    """How a model reads text: its tokenizer (None if it has none; files of ids need none) and its number of ids."""
 
     tokenizer: PreTrainedTokenizerBase | None
     vocabulary: int
 
     def documents(self, text: str) -> Tokens:
-        """All of a text (grammar: data/text_source.py). Raises `DataError`."""
+        """All of a text (grammar: records/text_source.py). Raises `DataError`."""
         return read_documents(text, self.tokenizer, self.vocabulary)
 
     def samples(
@@ -55,7 +55,7 @@ class TextReader:
     def overlap(self, text: str, others: Iterable[Mapping[str, Any]], what: str) -> tuple[str, ...]:
         """Notes where `text` shares documents with `others`, which have a `source` each and may have a `sha256`.
 
-        `what`: how the notes call the others. Raises `DataError`.
+        `what`: the name of the others in the notes. Raises `DataError`.
         """
         entries = [dict(other) for other in others]
         if not entries:
@@ -66,11 +66,36 @@ class TextReader:
 def reader_of(opened: Opened) -> TextReader:
     """The reader of an opened checkpoint. Raises `SourceError` when its tokenizer is broken."""
     tokenizer = tokenizer_or_none(opened.source.folder, opened.trust_remote_code)
-    return TextReader(tokenizer, int(opened.model.config.get_text_config().vocab_size))
+    return TextReader(tokenizer, _vocabulary(opened))
+
+
+def calibration_samples(
+    recipe: Recipe, opened: Opened, model: Callable[[], PreTrainedModel], progress: Progress | None = None
+) -> Samples:
+    """The samples of a recipe's calibration, which a run and a score before it both read. `model` writes `generated` text.
+
+    Raises `DataError`, `SourceError` when text needs a tokenizer and there is none.
+    """
+    plan = recipe.calibration
+    assert plan is not None
+    only_ids = all(parse_source(text).format in ID_FORMATS for text in plan.texts)
+    tokenizer = None if only_ids else load_tokenizer(opened.source.folder, opened.trust_remote_code)
+    return TextReader(tokenizer, _vocabulary(opened)).samples(
+        plan.texts,
+        samples=plan.samples,
+        length=plan.length,
+        seed=recipe.seed,
+        model=model,
+        progress=progress,
+    )
+
+
+def _vocabulary(opened: Opened) -> int:
+    return int(opened.model.config.get_text_config().vocab_size)
 
 
 def seen_by(samples: Samples) -> dict[str, Any] | list[dict[str, Any]]:
-    """What a score's protocol says of its text, or of each of its texts: `source` and `sha256`."""
+    """The entry of a score's protocol for its text, or one for each of its texts: `source` and `sha256`."""
     entries = [{"source": each["source"], "sha256": each["sha256"]} for each in samples.sources]
     return entries[0] if len(entries) == 1 else entries
 

@@ -1,9 +1,9 @@
-"""Losses of many variants of one model, computed once where they agree: what makes trying every allocation affordable.
+"""Losses of many variants of one model. What variants share is computed once, so that every allocation can be tried.
 
-Variants differ by block: other weights in it, or the block dropped. Sorted, they are the leaves of a tree, and the states at
-the entrance of a block are shared by all variants that agree before it. All 2^6 choices of two levels for six blocks take 126
-walks through a block instead of 384; one-at-a-time losses (the oracle) take half of the blocks, since what comes before the
-changed one is the float model.
+Variants differ in their blocks: a block has other weights, or it is dropped. Sorted, variants are the leaves of a tree:
+all variants with the same blocks before a block share the states that enter it. All 2^6 choices of two levels for six
+blocks take 126 walks through a block instead of 384. Losses with one changed block at a time (the oracle) take half of
+the blocks, because the blocks before the changed one are float.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fracbit.pipeline.study.float_model import FloatModel
 Picks: TypeAlias = tuple[int, ...]
 """The number of each block's option."""
 Option: TypeAlias = Callable[[int, int], Mapping[str, Tensor] | None]
-"""Block and number of the option in; the weights [out, in] by layer that it changes, or None: the block is dropped."""
+"""From a block and an option's number to the changed weights [out, in] by layer, or None: the block is dropped."""
 
 
 def losses_of(
@@ -36,10 +36,10 @@ def losses_of(
 ) -> Iterator[tuple[Picks, Tensor]]:
     """The loss of every variant, in sorted order: its picks, and nats per token of each sample, fp64 [samples].
 
-    `ids` int64 [samples, tokens]. Only the weights that an option names differ from the model's own. An option is asked for
-    when the walk enters its block, which then holds the model's own weights: one option's weights of a block are in memory
-    at a time, unless the caller keeps them. States are kept once a block. Weights are as before on the way out, also when
-    something raises. Raises `DataError` for samples that the model's positions do not reach, `WeightError` for NaN or Inf.
+    `ids` int64 [samples, tokens]. Only the weights that an option names differ from the model's own. `option` is called
+    when the walk enters its block, which then holds the model's own weights. So memory holds the weights of one option
+    per block, unless the caller keeps more, and one set of states per block. Weights are restored afterwards, also
+    after an exception. Raises `DataError` for samples longer than the model's positions, `WeightError` for NaN or Inf.
     """
     limit = longest_window(subject.model)
     if limit is not None and ids.shape[1] > limit:
@@ -62,7 +62,7 @@ def losses_of(
 
 
 class _Walk:
-    """A walk through the blocks that can go back: the states at the entrance of each, and the weights that were replaced."""
+    """A walk through the blocks that can go back. It keeps the states that enter each block and replaced weights."""
 
     def __init__(self, subject: FloatModel, option: Option) -> None:
         self.subject, self.option = subject, option
@@ -75,14 +75,14 @@ class _Walk:
         self.dropped = False
 
     def go_back(self, block: int, ids: Tensor, batch: int) -> None:
-        """To the entrance of a block; the first time of all, embed."""
+        """Go back to the entrance of a block; the first call embeds the ids."""
         del self.entering[block + 1 :]
         if not self.entering:
             with native_attention(self.subject.model):
                 self.entering.append(embed(self.subject.model, self.subject.family, ids, batch))
 
     def install(self, block: int, number: int) -> None:
-        """Put an option's weights into a block, in place of those of the option before."""
+        """Put an option's weights into a block, in place of those of the previous option."""
         self._write({name: self.own[name] for name in self.changed[block]})
         weights = self.option(block, number)
         self.dropped, weights = weights is None, weights or {}
@@ -92,16 +92,16 @@ class _Walk:
         self._write(weights)
 
     def step(self, block: int) -> None:
-        """Through a block, or past it when its option drops it."""
+        """Run a block, or skip it when its option drops it."""
         hidden = self.entering[-1]
         if self.dropped:
             self.entering.append(replace(hidden, index=block + 1))
             return
-        with native_attention(self.subject.model):  # as `evaluate` judges
+        with native_attention(self.subject.model):  # as in `evaluate`
             self.entering.append(advance(self.stack[block][1], hidden))
 
     def restore(self) -> None:
-        """The model's own weights everywhere."""
+        """Put the model's own weights back everywhere."""
         self._write(self.own)
 
     def _write(self, weights: Mapping[str, Tensor]) -> None:
@@ -118,7 +118,7 @@ def loss_table(
 
 def _sample_losses(subject: FloatModel, hidden: Hidden, ids: Tensor) -> Tensor:
     """Nats per token of each sample, fp64 [samples]."""
-    losses = torch.zeros(len(ids), dtype=torch.float64)
+    losses = torch.zeros(len(ids), dtype=torch.float64)  # [samples]
     start = 0
     for logits in head_batches(
         subject.model, subject.family, hidden

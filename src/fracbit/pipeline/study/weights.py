@@ -21,7 +21,7 @@ from fracbit.records.scores import fingerprint
 from fracbit.records.spending import Granularity
 
 SAMPLED = 1 << 18
-"""Weights of a linear that data-free scores look at, unless they are asked to look at all."""
+"""Weights of a linear that data-free scores read, unless they are asked to read all."""
 HASHED = 1024  # weights of a linear that are in the fingerprint
 
 
@@ -29,8 +29,8 @@ HASHED = 1024  # weights of a linear that are in the fingerprint
 class Weights:
     """The linears of a model by name, and `read`, which gives a weight as fp32 [out, in].
 
-    `rows` gives some of its rows, fp32 [rows, in]; `blocks` is the path of the list of blocks; `sample`: how many weights of a
-    linear data-free scores look at, None: all.
+    `rows` gives some of its rows, fp32 [rows, in]; `blocks` is the path of the list of blocks; `sample`: how many
+    weights of a linear data-free scores read, None: all.
     """
 
     layers: Mapping[str, Layer]
@@ -41,7 +41,7 @@ class Weights:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the model: names, shapes, and some weights of the first, middle and last linear."""
+        """A hash of the model: names, shapes, and some weights of the first, middle and last linear."""
         names = list(self.layers)
         some = (names[i] for i in sorted({0, len(names) // 2, len(names) - 1}))
         sample = b"".join(_some_of(self.read(name)).numpy().tobytes() for name in some)
@@ -55,7 +55,7 @@ class Weights:
     def units(
         self, granularity: Granularity = "block", fused: bool = False, without: Collection[str] = ()
     ) -> tuple[Unit, ...]:
-        """The linears, but those named in `without`, gathered into units that get their scheme together."""
+        """The linears, except those in `without`, grouped into units that get one scheme."""
         shapes = [
             LayerShape(
                 layer.name,
@@ -73,7 +73,7 @@ class Weights:
 def weights_on_disk(opened: Opened, whole: bool = False) -> Weights:
     """The linears of a checkpoint; the model is never in memory. Raises `SourceError` when a weight is missing or cut short.
 
-    Data-free scores look at a sample of the rows of large ones (plan/sampling.py), at all of them when `whole`.
+    Data-free scores read a sample of the rows of large linears (plan/sampling.py), or all rows with `whole`.
     """
     layers, source = opened.linears, opened.source
 
@@ -85,22 +85,22 @@ def weights_on_disk(opened: Opened, whole: bool = False) -> Weights:
 
     def read(name: str) -> Tensor:
         place = place_of(name)
-        return _upright(place.read(read_tensor(source, place.name)), layers[name].transposed)
+        return _upright(place.read(read_tensor(source, place.name)), layers[name].transposed)  # [out, in]
 
     def rows(name: str, cuts: Sequence[slice]) -> Tensor:
         place, transposed = place_of(name), layers[name].transposed
         if place.expert is not None or place.half is not None:  # a part of a tensor on disk: read the tensor
-            return _rows_of(read(name), cuts)
-        return _upright(read_rows(source, place.name, cuts, axis=int(transposed)), transposed)
+            return _rows_of(read(name), cuts)  # [rows, in]
+        return _upright(read_rows(source, place.name, cuts, axis=int(transposed)), transposed)  # [rows, in]
 
     return Weights(layers, opened.family.blocks, read, rows, sample=None if whole else SAMPLED)
 
 
 def weights_in_memory(model: PreTrainedModel, family: Family) -> Weights:
-    """The linears of a model in memory, as it stands when they are read; scores look at all of them."""
+    """The linears of a model in memory, as they are when they are read; scores read all rows."""
 
     def read(name: str) -> Tensor:
-        return weight_of(model.get_submodule(name)).float()
+        return weight_of(model.get_submodule(name)).float()  # [out, in]
 
     return Weights(
         quantizable(model, family), family.blocks, read, lambda name, cuts: _rows_of(read(name), cuts)
@@ -114,9 +114,9 @@ def _upright(weight: Tensor, transposed: bool) -> Tensor:
 
 def _some_of(weight: Tensor) -> Tensor:
     """About `HASHED` weights, evenly over all."""
-    flat = weight.flatten()
+    flat = weight.flatten()  # [out * in]
     return flat[:: max(1, len(flat) // HASHED)].clone()
 
 
 def _rows_of(weight: Tensor, cuts: Sequence[slice]) -> Tensor:
-    return torch.cat([weight[cut] for cut in cuts])
+    return torch.cat([weight[cut] for cut in cuts])  # [rows, in]

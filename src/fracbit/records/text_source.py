@@ -2,10 +2,10 @@
 
     source   = location [ "?" option { "&" option } ] [ "@" weight ]
     location = FILE                                     its extension is its format
-             | FOLDER                                   a set that datasets' save_to_disk wrote
-             | "datasets:" NAME [ ":" [CONFIG] [ ":" SPLIT ] ]          a set on the hub, or such a folder
+             | FOLDER                                   a data set that datasets' save_to_disk wrote
+             | "datasets:" NAME [ ":" [CONFIG] [ ":" SPLIT ] ]          a data set on the hub, or such a folder
              | "bundled" [ ":" ( "held-out" | "train" ) ]               text of the bundled model
-             | "generated"                              written by the float model itself (self_text.py)
+             | "generated"                              written by the float model (data/self_text.py)
     weight   = a number above 0                         share of the samples in a mixture (default 1)
 
     option             values                           meaning (default first)
@@ -40,7 +40,7 @@ from fracbit.errors import DataError
 TextKind = Literal["file", "datasets", "bundled", "generated"]
 Format = Literal["text", "jsonl", "parquet", "u16", "u32", "npy", "datasets", "bundled", "generated"]
 ID_FORMATS = ("u16", "u32", "npy")
-"""Of files that hold token ids: no tokenizer is needed for them."""
+"""Formats of files that hold token ids; they need no tokenizer."""
 Division = Literal["one", "each", "line", "paragraph"]
 Bos = Literal["auto", "always", "never"]
 Empty = Literal["error", "skip"]
@@ -121,6 +121,32 @@ def parse_source(text: str) -> TextSource:
     return _source(text, location, _split_options(text, options), weight)
 
 
+def check_source(text: str, written: bool = False) -> TextSource:
+    """A parsed source whose file, if it names one, exists; nothing is read. `written`: whether the model may write it.
+
+    Raises: DataError as parse_source, for a missing file, and for text that the model would write where it may not.
+    """
+    source = parse_source(text)
+    if source.format in FILE_FORMATS:
+        find_file(source)
+    if source.format == "generated" and not written:
+        raise DataError(
+            f"{text}: generated text is for calibration and for scores, and this text measures losses; name one that "
+            "the model did not write, such as a file or bundled:held-out."
+        )
+    return source
+
+
+def find_file(source: TextSource) -> Path:
+    """The file of a source. Raises: DataError when there is none."""
+    path = Path(source.location)
+    if not path.exists():
+        raise DataError(f"{source.location}: no such file (in the folder {Path.cwd()}).")
+    if not path.is_file():
+        raise DataError(f"{source.location} is not a file.")
+    return path
+
+
 def _split_weight(text: str) -> tuple[str, float]:
     """The weight is a number after the last "@"; any other "@" belongs to the name."""
     head, at, tail = text.rpartition("@")
@@ -174,7 +200,7 @@ def _locate(text: str, location: str) -> tuple[TextKind, str, str | None, str | 
         name, _, rest = tail.partition(":")
         config, _, split = rest.partition(":")
         if not name:
-            raise DataError(f"{text}: which set? Write datasets:NAME[:CONFIG[:SPLIT]].")
+            raise DataError(f"{text}: no name of a data set; write datasets:NAME[:CONFIG[:SPLIT]].")
         return "datasets", name, config or None, split or None
     if head == "bundled":
         if tail not in ("", "train", "held-out"):

@@ -54,10 +54,10 @@ format: $(VENV)/.installed-dev ## let ruff mend what it can
 types: $(VENV)/.installed-dev ## strict mypy
 	$(BIN)/mypy
 
-contracts: $(VENV)/.installed-dev ## import direction between the rooms
+contracts: $(VENV)/.installed-dev ## import direction between the packages
 	$(BIN)/lint-imports
 
-check: lint types contracts test ## everything CI runs
+check: lint types contracts docs test ## everything CI runs
 
 bench: $(VENV)/.installed-dev ## run bench/$(NAME).py with ARGS
 	$(BIN)/python bench/$(NAME).py $(ARGS)

@@ -51,11 +51,11 @@ autodoc_default_options = {"members": True, "exclude-members": "model_config"}
 autodoc_mock_imports = ["triton"]
 python_use_unqualified_type_names = True
 maximum_signature_line_length = 90
-suppress_warnings = ["ref.python"]  # a name that stands in two rooms: the link goes to the first
+suppress_warnings = ["ref.python"]  # a name that is in two packages: the link goes to the first
 
 
 class Room(SphinxDirective):
-    """`.. room:: fracbit.records`: the docstring of a room and of each module in it, with what they define."""
+    """`.. room:: fracbit.records`: the docstring of a package and of each module in it, with what they define."""
 
     required_arguments = 1
 
@@ -71,7 +71,7 @@ class Room(SphinxDirective):
 
 
 def modules_of(room: str) -> Iterator[tuple[str, list[str]]]:
-    """(name, names of the modules inside) of a room and of each public module in it.
+    """(name, names of the modules inside) of a package and of each public module in it.
 
     A package shows what it defines itself: not what it takes from its modules, nor a function that has the name of one.
     """

@@ -18,16 +18,16 @@ def relative(path: Path) -> str:
 
 
 def room_of(path: Path) -> str:
-    """The room that a module lies in; the module's own name where it lies in none."""
+    """The package of a module; the module's own name if it is in none."""
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
 def modules_of(room: str) -> list[str]:
-    """The full names of all modules of a room; of a room that is one file, that file's."""
+    """The full names of all modules of a package; for a package that is one file, the name of the file."""
     if (SOURCE / f"{room}.py").is_file():
         return [f"fracbit.{room}"]
     found = [path for path in MODULES if room_of(path) == room]
-    assert found, f"src/fracbit has no room {room}: a test speaks of one that was renamed"
+    assert found, f"src/fracbit has no package {room}: a test names one that was renamed"
     return [module_name(path) for path in found]
 
 

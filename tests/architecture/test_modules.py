@@ -1,4 +1,4 @@
-"""Who knows what: modules of torch in three rooms, table entries by their protocol alone.
+"""Who knows what: modules of torch in three packages, table entries by their protocol alone.
 
 CONTRIBUTING.md says both in prose; here they are held.
 """
@@ -19,11 +19,11 @@ from fracbit.records.tables import Table
 from source import MODULES, attributes_of, module_name, relative, room_of, tree
 
 HOLDERS = {"models", "checkpoint", "pipeline"}
-"""Rooms that may hold an nn.Module: what loading puts in place, and a block on its way through the loop."""
+"""Packages that may hold an nn.Module: what loading puts in place, and a block on its way through the loop."""
 INSIDE = {"copy_", "set_submodule", "register_parameter", "register_buffer", "register_module"}
 """Methods that change what a module holds."""
-TEXTUAL = {"records", "report", "cli"}
-"""Rooms that print and compare names as text."""
+OTHER_MEANINGS = {("records/row.py", "random"), ("report/pictures.py", "uniform")}
+"""Texts that look like the name of an entry: a rule in rows of version 0.1, and a curve of a plan."""
 ALL_TABLES: Mapping[str, Table[Any]] = {
     name: table for name, table in vars(tables).items() if isinstance(table, Table)
 }
@@ -67,7 +67,7 @@ def test_modules_are_defined_in_models_alone() -> None:
 
 
 def test_modules_are_changed_by_models_alone() -> None:
-    """Other rooms call set_weight, set_tensor, replace and their like; none writes into a module by itself."""
+    """Other packages call set_weight, set_tensor, replace and their like; none writes into a module by itself."""
     changed = [
         f"{relative(path)}:{node.lineno} {node.func.attr}"
         for path in MODULES
@@ -76,6 +76,22 @@ def test_modules_are_changed_by_models_alone() -> None:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in INSIDE
     ]
     assert not changed, f"change a module by a function of models/install.py: {changed}"
+
+
+def test_weights_are_written_by_models_alone() -> None:
+    """`gain[chosen] = ...` under `torch.no_grad()` writes into a module where the tensor is a parameter."""
+    written = [
+        f"{relative(path)}:{node.lineno}"
+        for path in MODULES
+        if room_of(path) in HOLDERS - {"models"}
+        for block in ast.walk(tree(path))
+        if isinstance(block, ast.With) and any("no_grad" in ast.unparse(item) for item in block.items)
+        for node in ast.walk(block)
+        if isinstance(node, ast.Assign | ast.AugAssign)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        if isinstance(target, ast.Subscript) and not isinstance(target.slice, ast.Constant)
+    ]
+    assert not written, f"write into weights by a function of models/: {written}"
 
 
 def table_objects() -> Iterator[tuple[str, Any]]:
@@ -126,18 +142,60 @@ OPEN = {
 }
 
 
+def asked_names(found: ast.AST) -> Iterator[tuple[int, str]]:
+    """Texts that code compares with: by operators, alone or in a collection; by the ends of a text; by cases of a match."""
+    for node in ast.walk(found):
+        asked: list[ast.expr] = []
+        if isinstance(node, ast.Compare):
+            asked = [node.left, *node.comparators]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            asked = node.args if node.func.attr in ("startswith", "endswith") else []
+        elif isinstance(node, ast.MatchValue):
+            asked = [node.value]
+        for side in asked:
+            for part in getattr(side, "elts", None) or getattr(side, "keys", None) or [side]:
+                if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                    yield part.lineno, part.value
+
+
+def is_open(text: str) -> bool:
+    """Whether a text is the name of an entry, alone or with the : that separates it from a parameter."""
+    return text.strip(":").partition(":")[0] in OPEN
+
+
 def test_table_entries_are_not_told_apart_by_their_name() -> None:
     compared = [
-        f"{relative(path)}:{node.lineno} {ast.unparse(node)}"
-        for path in outside(*TEXTUAL)
-        for node in ast.walk(tree(path))
-        if isinstance(node, ast.Compare)
-        for side in (node.left, *node.comparators)
-        if isinstance(side, ast.Constant) and side.value in OPEN
+        f"{relative(path)}:{line} {text!r}"
+        for path in MODULES
+        for line, text in asked_names(tree(path))
+        if is_open(text) and (relative(path), text) not in OTHER_MEANINGS
     ]
     assert not compared, (
         f"another entry could need the same: ask for a field of the entry, such as `needs`: {compared}"
     )
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "name == 'gptq'",
+        "'awq' != name",
+        "name in ('rtn', 'other')",
+        "name not in {'descent'}",
+        "name in {'rtn': 1}",
+        "text.startswith('activation')",
+        "text.startswith(('none', 'random:'))",
+        "text.endswith('rotate-mlp')",
+        "match name:\n    case 'other' | 'smooth':\n        pass",
+    ],
+)
+def test_asking_for_a_name_is_noticed(code: str) -> None:
+    assert any(is_open(text) for _, text in asked_names(ast.parse(code)))
+
+
+@pytest.mark.parametrize("code", ["name == 'none'", "QUANTIZERS['rtn']", "text.startswith('rtnx')"])
+def test_other_texts_may_be_asked_for(code: str) -> None:
+    assert not any(is_open(text) for _, text in asked_names(ast.parse(code)))
 
 
 @pytest.mark.parametrize("table", ALL_TABLES)

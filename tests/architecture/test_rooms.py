@@ -1,4 +1,4 @@
-"""The house holds: imports go one way, light rooms are light, every module says what it is for."""
+"""The structure of the code: imports go one way, light packages are light, every module says what it is for."""
 
 from __future__ import annotations
 
@@ -88,9 +88,9 @@ def test_tensor_rooms_start_without_transformers() -> None:
 
 
 def test_contributing_draws_the_rooms_as_the_contracts_do() -> None:
-    """The drawing has the lines of the layers contract, from top to bottom, and names the same light rooms."""
+    """The drawing has the lines of the layers contract, from top to bottom, and names the same light packages."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    drawing = text.partition("## The rooms")[2].partition("```")[2].partition("```")[0]
+    drawing = text.partition("## The packages")[2].partition("```")[2].partition("```")[0]
     names = "|".join([*ROOMS, "errors"])
     drawn = [set(re.findall(rf"(?:^|\| )({names})\b", line)) for line in drawing.strip().splitlines()]
     layers = next(contract for contract in contracts() if contract["type"] == "layers")["layers"]
@@ -100,7 +100,7 @@ def test_contributing_draws_the_rooms_as_the_contracts_do() -> None:
         sources = {f"fracbit.{room}.**" for room in rooms}
         assert any(set(c["source_modules"]) == sources and name in c["forbidden_modules"] for c in forbidden)
         said = re.search(rf"((?:`\w+`(?:, | and |\s+and\s+)?)+)\s+never\s+import\s+{name}\b", text)
-        assert said, f"CONTRIBUTING.md does not say which rooms never import {name}"
+        assert said, f"CONTRIBUTING.md does not say which packages never import {name}"
         assert set(re.findall(r"`(\w+)`", said[1])) == set(rooms)
 
 

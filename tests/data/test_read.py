@@ -238,7 +238,7 @@ def test_saved_sets(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
         read_documents(single, tokenizer, VOCABULARY)
     several = f"datasets:{tmp_path / 'several'}"
     assert texts(read_documents(f"{several}::test", tokenizer, VOCABULARY), tokenizer) == ["two"]
-    with pytest.raises(DataError, match="which split of train, test"):
+    with pytest.raises(DataError, match="name one of the splits train, test"):
         read_documents(several, tokenizer, VOCABULARY)
     with pytest.raises(DataError, match="no split dev; there are train, test"):
         read_documents(f"{several}::dev", tokenizer, VOCABULARY)

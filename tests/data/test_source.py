@@ -94,7 +94,7 @@ def test_format_overrides_the_extension() -> None:
         ("notes.txt?documents=each", "not one of one, line, paragraph"),
         ("notes.txt?bos=yes", "not one of auto, always, never"),
         ("notes.txt?format=pdf", "not one of text, jsonl"),
-        ("datasets:", "which set"),
+        ("datasets:", "no name of a data set"),
         ("bundled:test", "train and held-out"),
         ("generated?first=3", "takes no options"),
     ],

@@ -214,7 +214,7 @@ def test_a_full_disk(model: LlamaForCausalLM, stream: Tensor, tmp_path: Path) ->
 def test_two_vocabularies(
     model: LlamaForCausalLM, tiny_llama: Callable[..., LlamaForCausalLM], stream: Tensor
 ) -> None:
-    with pytest.raises(DataError, match="96 words and the quantized one 61"):
+    with pytest.raises(DataError, match="96 tokens in its vocabulary, the quantized one 61"):
         divergence(tiny_llama(), model, stream, window=20)
 
 
@@ -223,7 +223,7 @@ def test_infinite_logits_name_the_window(model: LlamaForCausalLM, stream: Tensor
     with torch.no_grad():
         broken.get_output_embeddings().weight[3] = torch.inf
     windows = cut_windows(stream[:20], window=20)
-    with pytest.raises(WeightError, match="predictions in window 0"):
+    with pytest.raises(WeightError, match="loss in window 0"):
         judge(broken, windows, reference=model)
     with pytest.raises(WeightError, match="divergence in window 0"):
         judge(model, windows, reference=broken)

@@ -128,7 +128,7 @@ def test_the_protocol_says_what_a_quantizer_reads(name: str) -> None:
 
 
 def test_no_other_room_knows_which_quantizer_it_holds() -> None:
-    """Quantizers are asked for by name: the files that the table names are imported by their own room alone."""
+    """Quantizers are asked for by name: the files that the table names are imported by their own package alone."""
     source = Path(fracbit.__file__).parent
     files = {entry.partition(":")[0] for entry in QUANTIZERS.entries.values()}
     for path in source.rglob("*.py"):

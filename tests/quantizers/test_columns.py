@@ -52,6 +52,12 @@ def test_rules_choose_by_what_they_are_named_after() -> None:
     assert chosen("random", 6, seed=1).tolist() != chosen("random", 6).tolist()
 
 
+@pytest.mark.parametrize("rule", COLUMN_RULES)
+def test_only_a_rule_that_needs_chance_follows_the_seed(rule: str) -> None:
+    drawn = {tuple(chosen(rule, 6, seed=seed).tolist()) for seed in range(4)}
+    assert (len(drawn) > 1) == ("chance" in COLUMN_RULES[rule].needs)
+
+
 def test_without_data_the_cost_is_that_of_rounding_alone() -> None:
     weight, _ = given()
     weight[:, 40] += 3 * torch.randn(24, generator=torch.Generator().manual_seed(2))

@@ -59,7 +59,9 @@ def test_equals_the_papers_algorithm():
 
 
 @pytest.mark.parametrize("offset", ["none", "zero", "float"])
-@pytest.mark.parametrize("block", [16, "row", "tensor", "flat:8", "flat:28", "flat:56", "flat:24", "flat:112"])
+@pytest.mark.parametrize(
+    "block", [16, "row", "tensor", "flat:8", "flat:28", "flat:56", "flat:24", "flat:112"]
+)
 def test_descent_is_not_worse_than_gptq_whatever_the_block(block: int | str, offset: str):
     """Flat blocks that divide a row, are a row, span rows, and cross them."""
     weight, stats = matrix(40, 56), inputs(56)

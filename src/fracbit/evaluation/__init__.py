@@ -1,4 +1,4 @@
-"""Judging models: perplexity over text, divergence from the float model, and zero-shot accuracy."""
+"""Evaluating models: perplexity on text, divergence from the float model, and zero-shot accuracy."""
 
 from fracbit.evaluation.divergence import Divergence
 from fracbit.evaluation.float_logits import FloatLogits, keep_logits, open_logits

@@ -1,8 +1,9 @@
 """How far a quantized model's predictions are from the float model's, token by token.
 
-KL(float || quantized) = sum_w p(w) (ln p(w) - ln q(w)), p the float and q the quantized model's next-token
-distribution, in nats; and how often both name the same most likely token. Perplexity can stay equal while
-two models say different things; the divergence cannot, and it needs far less text for the same confidence.
+KL(float || quantized) = sum_w p(w) (ln p(w) - ln q(w)) in nats. p is the next-token distribution of the float
+model, q that of the quantized one. Agreement is the share of tokens where both have the same most likely token.
+Perplexity can stay equal while predictions change. The divergence cannot, and it needs far less text for the
+same confidence.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ class Divergence:
     """KL(float || quantized) in nats per token, over the scored ids of a text.
 
     kl: mean. kl_median, kl_p99, kl_max: of single tokens. agreement: share of tokens, 0..1, where both
-    models have the same most likely next token. tokens: over how many it was taken, fewer than the
-    protocol's when the reference was kept for some windows only. seconds: wall clock of the whole
+    models have the same most likely next token. tokens: number of compared tokens, fewer than the
+    protocol's if the reference was kept for some windows only. seconds: wall clock of the whole
     measurement, the reference included.
     """
 
@@ -52,8 +53,8 @@ class Divergence:
 
 @dataclass(frozen=True, eq=False)
 class Distribution:
-    """What the float model expects at some ids. logs, chances: log-probabilities and probabilities, fp32
-    [ids, vocabulary]; top: the most likely words, int64 [ids].
+    """The float model's predictions at some ids. logs, chances: log-probabilities and probabilities, fp32
+    [ids, vocabulary]; top: the most likely tokens, int64 [ids].
     """
 
     logs: Tensor
@@ -64,7 +65,7 @@ class Distribution:
         return Distribution(self.logs[ids], self.chances[ids], self.top[ids])
 
     def to(self, device: torch.device) -> Distribution:
-        """The same on `device`; without a copy where it is there."""
+        """The same on `device`; not copied if it is already there."""
         return Distribution(self.logs.to(device), self.chances.to(device), self.top.to(device))
 
 
@@ -75,13 +76,13 @@ def distribution(logits: Tensor) -> Distribution:
 
 
 def token_divergence(expected: Distribution, logs: Tensor) -> Tensor:
-    """KL(expected || logs) of each row in nats, fp32 [ids]; rounding below zero is cut off.
+    """KL(expected || logs) of each row in nats, fp32 [ids]; negative values from rounding become 0.
 
-    logs: the quantized model's log-probabilities, fp32 [ids, vocabulary]. A word that the float model rules
-    out (-inf) adds nothing.
+    logs: the quantized model's log-probabilities, fp32 [ids, vocabulary]. A token with probability 0 in the
+    float model (-inf) adds nothing.
     """
     found = (expected.logs - logs).mul_(expected.chances).sum(dim=1)  # [ids]
-    if not bool(found.isfinite().all()):  # -inf times 0: rare, so only then a second look
+    if not bool(found.isfinite().all()):  # -inf times 0 is rare, so it is handled only here
         terms = expected.chances * (expected.logs - logs)  # [ids, vocabulary]
         found = terms.masked_fill_(expected.logs == -torch.inf, 0).sum(dim=1)  # [ids]
     return found.clamp_min(0)

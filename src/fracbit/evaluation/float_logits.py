@@ -1,7 +1,7 @@
 """The float model's predictions in a file, kept once for many comparisons.
 
-One safetensors file that is mapped, never read whole. The array is [tokens, vocabulary], all of it: tails
-matter to a divergence. float16 halves it and moves a divergence by about 1e-4 nats; float32 is exact.
+The safetensors file is memory-mapped and never read whole. It holds the full [tokens, vocabulary], because
+tails matter for a divergence. float16 halves it and changes a divergence by about 1e-4 nats; float32 is exact.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ _DTYPES: dict[str, tuple[torch.dtype, str]] = {
 }
 _TENSOR = "log_probabilities"
 _KEY = "plan"
-"""The name in the file's metadata under which the windowing's key stands."""
+"""The name of the windowing's key in the file's metadata."""
 
 
 @dataclass(frozen=True, eq=False)
 class FloatLogits:
     """Log-probabilities of a float model at every scored id of a text.
 
-    rows: from a slice of the scored ids, in the order of the windows, to [ids, vocabulary]. key: of the
-    windowing they belong to. tokens, vocabulary: the size of the whole.
+    rows: a function from a slice of the scored ids, in the order of the windows, to [ids, vocabulary]. key: of
+    their windowing. tokens, vocabulary: the shape of all rows.
     """
 
     rows: Callable[[slice], Tensor]
@@ -71,7 +71,7 @@ def keep_logits(
     """Run the float model over the text and keep its log-probabilities in the file `path`.
 
     batch: windows run together. dtype: of the kept values. The file is written under a temporary name and
-    renamed, so that it is whole or absent.
+    renamed, so that it is complete or absent.
 
     Raises: DataError, WeightError as judge does; OutputError when the file cannot be written.
     """
@@ -83,18 +83,16 @@ def keep_logits(
 
 
 def open_logits(path: Path) -> FloatLogits:
-    """Map a file of keep_logits. Raises: FormatError when it is none, or is cut off."""
+    """Map a file of keep_logits. Raises: FormatError for another or a truncated file."""
     try:
         with safe_open(path, framework="pt") as file:
             key = (file.metadata() or {}).get(_KEY)
             values = file.get_slice(_TENSOR)
             tokens, vocabulary = values.get_shape()
     except (OSError, SafetensorError, ValueError) as error:
-        raise FormatError(
-            f"{path} holds no kept logits ({error}): delete it and let them be made anew."
-        ) from error
+        raise FormatError(f"{path} holds no kept logits ({error}): delete it and make it again.") from error
     if key is None:
-        raise FormatError(f"{path} is not by fracbit: it does not say which text its logits belong to.")
+        raise FormatError(f"{path} was not written by fracbit: it does not name the text of its logits.")
     return FloatLogits(values.__getitem__, key, tokens, vocabulary)
 
 
@@ -125,7 +123,7 @@ def _write(
     shape: tuple[int, int],
     dtype: FileType,
 ) -> None:
-    """A safetensors file, piece by piece: the library's own writer wants the whole tensor in memory."""
+    """Write a safetensors file piece by piece: the library's own writer needs the whole tensor in memory."""
     kind, name = _DTYPES[dtype]
     row_bytes = shape[1] * kind.itemsize
     tensor = {"dtype": name, "shape": list(shape), "data_offsets": [0, shape[0] * row_bytes]}

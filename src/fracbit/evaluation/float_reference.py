@@ -1,4 +1,4 @@
-"""What a model is compared with: a float model that runs beside it, or what was kept of one.
+"""References to compare a model with: a float model that runs at the same time, or its kept predictions.
 
 A sweep compares dozens of quantized models with one float model over one text. Running the float model each
 time doubles the work, so its predictions can be kept: in memory (`Expected`), or in a file
@@ -24,7 +24,7 @@ from fracbit.evaluation.windows import Windowing
 from fracbit.records.progress import Progress
 
 Predictions: TypeAlias = Callable[[slice], Distribution]
-"""Some of a window's scored ids in; what the float model expects there."""
+"""From a slice of a window's scored ids to the float model's distributions there."""
 
 
 class Reference(Protocol):
@@ -43,7 +43,7 @@ class Reference(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Beside:
-    """A float model that runs beside the model that is judged."""
+    """A float model that runs at the same time as the evaluated model."""
 
     model: PreTrainedModel
 
@@ -79,11 +79,11 @@ def keep_expected(
     batch: int = 8,
     progress: Progress | None = None,
 ) -> Expected:
-    """Run the float model over the text and keep what it expects, longest windows first, in `room_bytes`.
+    """Run the float model over the text and keep its predictions, longest windows first, in `room_bytes`.
 
-    Probabilities and log-probabilities are both kept, 8 bytes a word, on the model's device: a comparison
-    then costs one log-softmax, one multiplication and one sum. Windows that do not fit are left out and
-    judged without a divergence.
+    Probabilities and log-probabilities are both kept on the model's device, 8 bytes per logit. A comparison
+    then costs one log-softmax, one multiplication and one sum. Windows that do not fit are left out and get
+    no divergence.
 
     Raises: DataError, WeightError as judge does.
     """
@@ -107,7 +107,7 @@ def expected_from(logits: Tensor, ids: slice) -> Distribution:
 def check_key(key: str, windows: Windowing) -> None:
     """Raises: DataError when predictions kept under `key` belong to another text or other windows."""
     if key != windows.key:
-        raise DataError("the kept logits belong to another text, window, stride or BOS: keep them anew.")
+        raise DataError("the kept logits belong to another text, window, stride or BOS: make them again.")
 
 
 def check_logs(rows: ScoredRows, logs: Tensor) -> None:

@@ -1,6 +1,6 @@
-"""The one judge of models: perplexity and divergence from a float model, in a single pass over a text.
+"""Evaluation on a text: perplexity, and divergence from a float model, in a single pass.
 
-The loss is computed by the same code whether or not there is a reference, so it is equal to the last bit.
+The same code computes the loss with and without a reference, so it is equal to the last bit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fracbit.records.progress import Progress
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a text says of a model. divergence: None without a reference, or where it kept no window."""
+    """Results of a model on a text. divergence: None without a reference, or if it kept no window."""
 
     perplexity: Perplexity
     divergence: Divergence | None
@@ -44,13 +44,13 @@ def judge(
     reference: PreTrainedModel | Reference | None = None,
     progress: Progress | None = None,
 ) -> Judgement:
-    """Measure `model` on a text in one pass: its loss, and how far it is from `reference` where there is one.
+    """Measure `model` on a text in one pass: its loss, and its divergence from `reference` if there is one.
 
-    windows: of cut_windows. batch: windows run together. reference: a float model, which then runs beside
-    this one, or what was kept of one (keep_expected, open_logits). progress: called after each window.
-    Scores are fp32 whatever the model's dtype.
+    windows: of cut_windows. batch: windows run together. reference: a float model, which then runs at the same
+    time, or its kept predictions (keep_expected, open_logits). progress: called after each window. Losses are
+    fp32 for every dtype of the model.
 
-    Raises: DataError (windows or ids that do not fit the model, two vocabularies, a reference kept for
+    Raises: DataError (windows or ids that do not fit the model, different vocabularies, a reference kept for
     another text), WeightError (NaN logits, infinite loss).
     """
     started, aside = time.perf_counter(), 0.0
@@ -85,7 +85,7 @@ def perplexity(
     batch: int = 8,
     progress: Progress | None = None,
 ) -> Perplexity:
-    """Measure the perplexity of `model` over one stream of ids or over separate documents: judge in short.
+    """Measure the perplexity of `model` over one stream of ids or over separate documents: a short form of judge.
 
     ids: a 1-D tensor (one stream), or a sequence of them (documents that do not see each other). window:
     ids seen at once (default: the model's positions, at most 2048). stride, bos: see cut_windows. batch,
@@ -99,7 +99,7 @@ def perplexity(
 @dataclass(frozen=True)
 class _Window:
     """One window's part. nats: its loss; divergences: KL of its ids, fp32 [ids] of each chunk, on the CPU;
-    same: ids with equal top words.
+    same: ids with equal top tokens.
     """
 
     nats: float
@@ -130,13 +130,13 @@ def _judge_window(rows: ScoredRows, predictions: Predictions | None) -> _Window:
 def _predictions(
     reference: PreTrainedModel | Reference | None, model: PreTrainedModel, windows: Windowing, batch: int
 ) -> Iterator[Predictions | None]:
-    """What the reference expects, window by window; None for all of them without one."""
+    """The predictions of the reference, window by window; always None without a reference."""
     if reference is None:
         return repeat(None)
     reference = Beside(reference) if isinstance(reference, PreTrainedModel) else reference
     if reference.vocabulary != vocabulary_of(model):
         raise DataError(
-            f"the float model has {reference.vocabulary} words and the quantized one {vocabulary_of(model)}: "
-            "they are not the same model, and their predictions cannot be compared."
+            f"the float model has {reference.vocabulary} tokens in its vocabulary, the quantized one "
+            f"{vocabulary_of(model)}: they are different models, and their predictions cannot be compared."
         )
     return reference.predictions(windows, batch)

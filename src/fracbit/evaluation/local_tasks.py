@@ -1,12 +1,11 @@
 """Tasks for the evaluation harness that need no hub: LAMBADA from a file, and choices cut from held-out text.
 
-Each is a YAML file beside its data in a folder of the user's, so that `lm_eval --include_path FOLDER` runs it
-too.
+Each is a YAML file beside its data in the user's folder, so that `lm_eval --include_path FOLDER` runs it too.
 
-The continuation task: a context of `context_words` words and four continuations of `choice_words` words: the
-true one, and three from elsewhere in the texts of nearly its length, because longer ones are less likely
-whatever they say. Chance is 0.25. All four come from one kind of text, so that only the context can tell them
-apart: a model that knows the language but not the context stays at chance.
+The continuation task has a context of `context_words` words and four continuations of `choice_words` words: the
+true one, and three from other places in the texts. The wrong ones have nearly the same length, because longer
+texts are less likely. Chance is 0.25. All four come from one kind of text, so only the context can tell them
+apart: a model that knows the language but ignores the context stays at chance.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _WORD = re.compile(r"\S+")
 
 @dataclass(frozen=True)
 class LocalTask:
-    """A task of the user's. path: its YAML file."""
+    """A local task. path: its YAML file."""
 
     name: str
     path: Path
@@ -140,7 +139,7 @@ def _check_passage(line: bytes, where: str) -> None:
 def _write(name: str, data: Path, folder: Path) -> LocalTask:
     template = (files("fracbit.evaluation") / "tasks" / f"{name}.yaml").read_text(encoding="utf-8")
     path = folder / f"{name}.yaml"
-    # JSON's quoting is YAML's, whatever is in a path.
+    # A JSON string is also a valid YAML string.
     _write_text(path, template.replace('"@FILE@"', json.dumps(str(data.resolve()))))
     return LocalTask(name, path)
 

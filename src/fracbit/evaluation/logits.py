@@ -1,8 +1,8 @@
 """From windows to rows of logits, in bounded memory.
 
-The logits of a large vocabulary are the largest tensor of an evaluation (2048 ids x 152 000 words are 1.2
-GB in fp32), so they are never all held in fp32: windows run in batches with logits under
-`LOGIT_BYTES`, and everything that needs fp32 (log-softmax, divergence) sees `ROW_VALUES` values at a time.
+The logits of a large vocabulary are the largest tensor of an evaluation: 2048 ids x 152 000 tokens are 1.2 GB
+in fp32. So they are never all held in fp32. Windows run in batches with logits under `LOGIT_BYTES`, and steps
+that need fp32 (log-softmax, divergence) get `ROW_VALUES` values at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fracbit.models.attention import native_attention
 LOGIT_BYTES = 1 << 30
 
 ROW_VALUES = 1 << 20
-"""4 MiB of fp32. Measured at 152 000 words: 4 times as fast as 64 MiB, which leaves the cache."""
+"""4 MiB of fp32. Measured at 152 000 tokens: 4 times as fast as 64 MiB, which does not fit the cache."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def vocabulary_of(model: PreTrainedModel) -> int:
 
 
 def check_fits(model: PreTrainedModel, windows: Windowing) -> None:
-    """Refuse windows that the positions do not reach and ids that the embedding does not have.
+    """Refuse windows longer than the model's positions and ids outside its vocabulary.
 
     Raises: DataError.
     """
@@ -72,8 +72,8 @@ def check_fits(model: PreTrainedModel, windows: Windowing) -> None:
 def scored_rows(model: PreTrainedModel, windows: Windowing, *, batch: int = 8) -> Iterator[ScoredRows]:
     """Run the model over all windows, longest first, and yield the logits of each window's scored ids.
 
-    batch: windows run together; fewer when their logits would pass LOGIT_BYTES. Logits may be NaN: whoever
-    reads them says so.
+    batch: windows run together; fewer if their logits would exceed LOGIT_BYTES. Logits may be NaN: the caller
+    must check them.
 
     Raises: DataError when the windows do not fit the model.
     """
@@ -87,7 +87,7 @@ def scored_rows(model: PreTrainedModel, windows: Windowing, *, batch: int = 8) -
 
 
 def run_order(windows: Windowing) -> list[int]:
-    """Indices of the windows, longest first: windows of like length share a batch, and little is padding."""
+    """Indices of the windows, longest first: windows of similar length share a batch, with little padding."""
     return sorted(
         range(len(windows.all)), key=lambda index: windows.all[index].begin - windows.all[index].end
     )
@@ -96,10 +96,10 @@ def run_order(windows: Windowing) -> list[int]:
 def predict(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Logits [batch, length, vocabulary] of ids [batch, length], without gradients or dropout.
 
-    The model's training flag is put back afterwards.
+    The model's training flag is restored afterwards.
     """
     training = model.training
-    # Set for this call only: between the windows of a generator the caller's own mode must hold.
+    # Set for this call only: between windows, the model must be in the caller's mode.
     if training:
         model.train(False)
     try:
@@ -119,7 +119,7 @@ def row_chunks(rows: int, vocabulary: int) -> Iterator[slice]:
 
 def _run(model: PreTrainedModel, windows: Windowing, indices: Sequence[int]) -> Iterator[ScoredRows]:
     together = [windows.all[index] for index in indices]
-    inputs = [windows.inputs(window) for window in together]
+    inputs = [windows.inputs(window) for window in together]  # [length of the window] each
     # Padding on the right: a causal model's predictions for the ids before it do not see it.
     padded = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True)  # [batch, length]
     logits = predict(model, padded)  # [batch, length, vocabulary]

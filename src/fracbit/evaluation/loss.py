@@ -2,15 +2,15 @@
 
 perplexity = exp(nll), nll = mean over scored ids of -ln p(id | the ids before it in its window).
 
-The windows are those of the transformers documentation. Two details are exact here and not there: the mean
-runs over the scored ids themselves (the documentation weights a window by its scored ids minus one, also
-where the first of them has context), and a last window of one id, which predicts nothing, is left out.
+The windows are those of the transformers documentation. Two details are exact here and not there. The mean is
+over the scored ids; the documentation weights a window by its scored ids minus one, even if the first of them
+has context. And a last window of one id, which predicts nothing, is left out.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class Perplexity:
     """The loss of a model on a text.
 
     perplexity: exp(nll). nll: nats per scored token. tokens: scored ids. seconds: wall clock of the whole
-    measurement, without what a reference took. tokens_per_second: ids fed to the model per second, overlap
+    measurement, without the reference. tokens_per_second: ids fed to the model per second, overlap
     included. window_nll, window_tokens: nats and scored ids of each window in the order of the text, for
     confidence intervals by resampling.
     """
@@ -39,8 +39,8 @@ class Perplexity:
     protocol: Protocol
     seconds: float
     tokens_per_second: float
-    window_nll: tuple[float, ...]
-    window_tokens: tuple[int, ...]
+    window_nll: tuple[float, ...] = field(repr=False)
+    window_tokens: tuple[int, ...] = field(repr=False)
 
     def to_json(self) -> dict[str, object]:
         """The record as JSON values, without the sums of single windows; an overflowed perplexity is null."""
@@ -77,10 +77,10 @@ def finite_nll(rows: ScoredRows, total: float) -> float:
 
 
 def broken_window(rows: ScoredRows, value: float) -> str:
-    """What to say about a window that has a loss or a divergence of NaN or infinity."""
+    """The error text for a window whose loss or divergence is NaN or infinite."""
     return (
-        f"the model's predictions in window {rows.index} ({rows.window}) come to {value}: a weight is NaN or "
-        "infinite, or an activation overflows. Evaluate with dtype float32, or quantize again."
+        f"the model's loss in window {rows.index} ({rows.window}) is {value}: a weight is NaN or infinite, or an "
+        "activation overflows. Evaluate with dtype float32, or quantize again."
     )
 
 
@@ -101,5 +101,5 @@ def perplexity_of(windows: Windowing, sums: list[float], seconds: float) -> Perp
 
 
 def _exp(nll: float) -> float:
-    """exp, with inf where a double ends (nll above 709): a collapsed model has a perplexity too."""
+    """exp, or inf where a double overflows (nll above 709): a collapsed model has a perplexity too."""
     return math.exp(nll) if nll < 709 else math.inf

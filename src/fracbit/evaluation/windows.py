@@ -5,8 +5,8 @@ The windows are those of the transformers documentation ("Perplexity of fixed-le
 document has no context and is never scored, nor is the first id of a window that does not overlap the one
 before it. With `bos`, every window opens with that id (context only), and every id of the document is scored.
 
-When two tools print different perplexities for one model, they usually differ in this. So the windows are
-values that can be looked at (`Windowing`), and their rule is a record (`Protocol`) printed with every figure.
+When two tools print different perplexities for one model, they usually differ in this. So the windows can be
+inspected (`Windowing`), and their rule is a record (`Protocol`) that is printed with every figure.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a figure over text was measured; printed beside it, because it means nothing without.
+    """How a figure on text was measured. It is printed with the figure, which means nothing without it.
 
     window, stride: ids. bos: the id put before every window, or None when the ids were fed as they are.
     documents: how many were windowed separately (1: one stream). tokens: scored ids.
@@ -75,7 +75,7 @@ class Windowing:
 
     @cached_property
     def key(self) -> str:
-        """SHA-256 of what decides predictions besides the model: ids, windows and the id before them."""
+        """SHA-256 of everything except the model that decides predictions: ids, windows and the id before them."""
         digest = hashlib.sha256(json.dumps(self.protocol.to_json(), sort_keys=True).encode())
         for document in self.documents:
             digest.update(f"{len(document)}:".encode())
@@ -122,7 +122,7 @@ def cut_windows(ids: Ids, *, window: int, stride: int | None = None, bos: int | 
 
 
 def _windows(document: int, length: int, *, room: int, stride: int, context: int) -> list[Window]:
-    """Windows over one document; the first `context` ids of a window have nothing to be predicted from."""
+    """Windows over one document; the first `context` ids of a window have no context and are not scored."""
     windows = []
     scored_to = 0
     for begin in range(0, length, stride):
@@ -144,7 +144,7 @@ def _documents(ids: Ids) -> list[Tensor]:
                 f"document {index} has the shape {list(document.shape)}; each must be a 1-D tensor of ids. "
                 "Pass a matrix of samples as list(matrix)."
             )
-    return [document.to(torch.int64) for document in documents]
+    return [document.to(torch.int64) for document in documents]  # [ids] each
 
 
 def _without_bos(document: Tensor, bos: int | None) -> Tensor:

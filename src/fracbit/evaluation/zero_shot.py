@@ -32,7 +32,7 @@ PAPER_TASKS = ("lambada_openai", "piqa", "winogrande", "hellaswag")
 
 
 def tasks_of(names: Sequence[str], root: Path | None = None) -> list[str | LocalTask]:
-    """Tasks by the names that grids and the command line use: `paper` for the four, `*.yaml` for files, first below `root`."""
+    """Tasks by the names that users write: `paper` for the four, `*.yaml` for files, looked for below `root` first."""
     named = [name for item in names for name in (PAPER_TASKS if item == "paper" else (item,))]
     return [_local(name, root or Path()) if name.endswith(".yaml") else name for name in named]
 

@@ -75,11 +75,12 @@ def scheme_bits(
     """
     if scheme is None:
         return FLOAT_BITS * shape[0] * shape[1]
-    kept = outlier_count(shape[1], outliers) if outliers else 0
+    sixteen = outlier_count(shape[1], outliers) if outliers else 0
     schemes = [replace(scheme, axis=axis) for axis in get_args(Axis)] if either_axis else [scheme]
     return max(
         sum(
-            8 * kinds[0].itemsize * math.prod(size) for kinds, size in part_shapes(each, shape, kept).values()
+            8 * kinds[0].itemsize * math.prod(size)
+            for kinds, size in part_shapes(each, shape, sixteen).values()
         )
         for each in schemes
     )

@@ -138,7 +138,7 @@ def run(prepared: GpuWeight, x: Tensor) -> Tensor:
     y = x.new_empty((x.shape[0], prepared.shape[0]), dtype=torch.float32 if others else x.dtype)
     triton_linear.launch(prepared, inner.contiguous(), y, dot=x.shape[0] > GEMV_ROWS)
     if prepared.columns is not None and prepared.outliers is not None:
-        y += x[:, prepared.columns.long()].float() @ prepared.outliers.float().T
+        y += x[:, prepared.columns.long()].float() @ prepared.outliers.float().T  # [n, out]
     return y.to(x.dtype)
 
 

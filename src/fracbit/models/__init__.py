@@ -40,7 +40,7 @@ __all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name of the room when it is first used."""
+    """Import a name of the package when it is first used."""
     if name not in _HOME:
         raise AttributeError(f"module 'fracbit.models' has no attribute {name!r}")
     return getattr(importlib.import_module(f"fracbit.models.{_HOME[name]}"), name)

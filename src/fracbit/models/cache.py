@@ -59,7 +59,7 @@ def round_states(x: Tensor, bits: int, shared: int) -> RoundedStates:
 
 def restore_states(rounded: RoundedStates, bits: int, dtype: torch.dtype) -> Tensor:
     """Inverse of `round_states`, tokens in a row again: [batch, heads, tokens, head] in `dtype`."""
-    codes = rounded.codes
+    codes = rounded.codes  # [batch, heads, groups, group, head * bits / 8]
     if bits == 4:
         codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)  # [batch, heads, groups, group, head]
     exact = torch.addcmul(rounded.low.float(), codes.float(), rounded.step.float())
@@ -204,4 +204,4 @@ def _layer_bytes(layer: Any) -> int:
 
 def _joined(held: RoundedStates, fresh: RoundedStates) -> RoundedStates:
     parts = zip((held.codes, held.low, held.step), (fresh.codes, fresh.low, fresh.step), strict=True)
-    return RoundedStates(*(torch.cat(pair, 2) for pair in parts))
+    return RoundedStates(*(torch.cat(pair, 2) for pair in parts))  # [batch, heads, groups, ...] each

@@ -74,7 +74,7 @@ def fold_pair(block: nn.Module, pair: Pair, factors: Tensor, config: Any) -> Non
     rows = source_rows(block, pair, config).to(factors.device)  # [in of the readers]
     by_row = torch.ones(shape_of(source)[0], device=factors.device)  # [out of the source]
     by_row[rows] = factors
-    set_weight(source, weight_of(source).float() / by_row[:, None])
+    set_weight(source, weight_of(source).float() / by_row[:, None])  # [out, in]
     bias = bias_of(source)
     if bias is not None:
         with torch.no_grad():
@@ -95,7 +95,7 @@ def scale_columns(block: nn.Module, names: Iterable[str], factors: Tensor) -> No
     """Multiply the input columns of linears by `factors` [in]."""
     for name in names:
         module = block.get_submodule(name)
-        set_weight(module, weight_of(module).float() * factors)
+        set_weight(module, weight_of(module).float() * factors)  # [out, in]
 
 
 def rotate_block(block: nn.Module, family: Family, signs: Tensor) -> None:
@@ -109,7 +109,7 @@ def rotate_block(block: nn.Module, family: Family, signs: Tensor) -> None:
     for norm in norms(block, family):
         if not norm.readers:
             continue
-        gain = gain_of(block, norm.name)
+        gain = gain_of(block, norm.name)  # [width]
         assert gain is not None
         scale_columns(block, norm.readers, gain.float() + family.gain_offset)
         with torch.no_grad():
@@ -118,7 +118,7 @@ def rotate_block(block: nn.Module, family: Family, signs: Tensor) -> None:
     # What reads the stream is turned, then what writes it.
     for name in reading:
         module = block.get_submodule(name)
-        set_weight(module, _turned(weight_of(module), signs))
+        set_weight(module, _turned(weight_of(module), signs))  # [out, width]
     for name in linears(block, family):
         if name not in reading and shape_of(block.get_submodule(name))[0] == len(signs):
             _turn_rows(block.get_submodule(name), signs)
@@ -131,7 +131,7 @@ def rotate_rest(model: nn.Module, family: Family, signs: Tensor) -> None:
     """
     for name in family.embeddings:
         table = model.get_submodule(name)
-        set_weight(table, _turned(weight_of(table), signs))
+        set_weight(table, _turned(weight_of(table), signs))  # [vocabulary, width]
     head, norm = model.get_submodule(family.head), model.get_submodule(family.final_norm)
     gain = dict(norm.named_parameters())["weight"]  # [width]
     with torch.no_grad():
@@ -208,13 +208,13 @@ def scaling_sites(
 def _turned(rows: Tensor, signs: Tensor) -> Tensor:
     """`rows` [n, width] times the rotation with these signs, fp32."""
     parts = [turn_inputs(part.double() * signs).float() for part in rows.split(ROWS)]  # each [<= ROWS, width]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)  # [n, width]
 
 
 def _turn_rows(module: nn.Module, signs: Tensor) -> None:
     """Turn what a linear writes."""
-    set_weight(module, _turned(weight_of(module).T, signs).T)
+    set_weight(module, _turned(weight_of(module).T, signs).T)  # [width, in]
     bias = bias_of(module)
     if bias is not None:
         with torch.no_grad():
-            bias.copy_(_turned(bias[None], signs)[0])
+            bias.copy_(_turned(bias[None], signs)[0])  # [width]

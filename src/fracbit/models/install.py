@@ -1,6 +1,6 @@
 """How a model's weights and modules are changed: set a weight, replace a module, bring a part into memory, free it.
 
-Other rooms change a model by these functions alone; in models/, fold.py and tweak.py also write gains and factors.
+Other packages change a model by these functions alone; in models/, fold.py and tweak.py also write gains and factors.
 
 A model larger than memory is built on the meta device (skeleton.py); `materialize` gives one block its
 tensors and `release` takes them away again.
@@ -29,7 +29,7 @@ def set_weight(module: nn.Module, weight: torch.Tensor) -> None:
         )
     target = module.get_parameter("weight")
     with torch.no_grad():
-        target.copy_(weight.T if is_transposed(module) else weight)
+        target.copy_(weight.T if is_transposed(module) else weight)  # [out, in], [in, out] where transposed
 
 
 def set_tensor(root: nn.Module, name: str, tensor: torch.Tensor) -> None:

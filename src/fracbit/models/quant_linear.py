@@ -50,7 +50,7 @@ class _PackedBuffers(nn.Module):
     def _tensors(self) -> dict[str, Tensor]:
         """The parts of the packed weight by their names, codes first."""
         parts = {name: getattr(self, buffer_name(name)) for name in self._parts}
-        parts["codes"] = parts["codes"].view(self._parts["codes"][1])
+        parts["codes"] = parts["codes"].view(self._parts["codes"][1])  # [out, bytes of a row]
         return parts
 
     def multiply(self, x: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class QuantLinear(_PackedBuffers):
         self.inputs, self.rotated = inputs, rotated
         self._turn: tuple[Tensor, ...] | None = None
         self.in_features, self.out_features = shape[1], shape[0]
-        self.bias = nn.Parameter(torch.empty(shape[0]), requires_grad=False) if bias else None
+        self.bias = nn.Parameter(torch.empty(shape[0]), requires_grad=False) if bias else None  # [out]
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply `x` [..., in], rotated and rounded as the checkpoint says, by the packed weight."""

@@ -37,7 +37,7 @@ class SoftLinear(nn.Module):
         self.table = nn.Parameter(self.base.table.values.clone(), requires_grad=fitted)  # [1 or out, levels]
         self.latent = nn.Parameter(self._start(packed, weight))  # [out, quantized]
         self.bias = None if bias is None else nn.Parameter(bias.float().clone(), requires_grad=False)
-        self.outliers = None if packed.outliers is None else nn.Parameter(packed.outliers.float())
+        self.outliers = None if packed.outliers is None else nn.Parameter(packed.outliers.float())  # [out, p]
 
     def _start(self, packed: PackedTensor, weight: Tensor | None) -> Tensor:
         """Latent weights: the float ones where they round to the chosen code, else the nearest edge of its cell."""
@@ -47,7 +47,7 @@ class SoftLinear(nn.Module):
         quantized = weight.float()
         if packed.columns is not None:
             quantized = quantized[:, quantized_columns(packed.columns, packed.shape[1])]  # [out, quantized]
-        scale = self._spread(self.base.scale.clamp(min=1e-12))
+        scale = self._spread(self.base.scale.clamp(min=1e-12))  # [out, quantized] or broadcastable
         wanted = (quantized - self._spread_shift(self.base.scale)) / scale  # [out, quantized]
         low, high = cell_of(self.base.table.values, self.base.table.boundaries, codes)  # [out, quantized]
         return torch.minimum(torch.maximum(wanted, low), high)
@@ -100,7 +100,7 @@ class SoftLinear(nn.Module):
                 return result
             like = self.packed_like
             assert like.outliers is not None
-            outliers = self.outliers.detach().to(like.outliers.dtype)
+            outliers = self.outliers.detach().to(like.outliers.dtype)  # [out, p]
             return replace(result, shape=like.shape, columns=like.columns, outliers=outliers)
 
 

@@ -45,7 +45,7 @@ class StoreLayer(DynamicLayer):
             return
         self.held = value.shape[-2]
         self.store.make_room(value, self.held)
-        self.store.part(self.index, which)[:, :, : self.held] = value
+        self.store.part(self.index, which)[:, :, : self.held] = value  # [batch, heads, held, head]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -56,7 +56,7 @@ class StoreLayer(DynamicLayer):
         begin, end = self.held, self.held + key_states.shape[-2]
         self.store.make_room(key_states, end)
         for which, states in enumerate((key_states, value_states)):
-            self.store.part(self.index, which)[:, :, begin:end] = states
+            self.store.part(self.index, which)[:, :, begin:end] = states  # [batch, heads, new, head]
         self.held = end
         return self.store.part(self.index, 0)[:, :, :end], self.store.part(self.index, 1)[:, :, :end]
 
@@ -99,7 +99,7 @@ class StoreCache(Cache):
         batch, heads, _, head = like.shape
         self.data = like.new_zeros((self.count, 2, batch, heads, self.room, head))
         if old is not None:
-            self.data[..., : old.shape[-2], :] = old
+            self.data[..., : old.shape[-2], :] = old  # [layers, 2, batch, heads, old room, head]
 
     def part(self, layer: int, which: int) -> Tensor:
         """Keys (0) or values (1) of a layer with all their room."""
@@ -125,7 +125,7 @@ class StoreCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence of the batch."""
         if self.data is not None:
-            self.data = self.data.repeat_interleave(repeats, 2)
+            self.data = self.data.repeat_interleave(repeats, 2)  # [layers, 2, batch * repeats, ...]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some sequences of the batch."""

@@ -115,7 +115,7 @@ def closed_form(block: nn.Module, family: Family, evidence: Evidence) -> None:
         pairs = [
             (evidence.weights[name].float(), weight_of(block.get_submodule(name)).float()) for name in readers
         ]
-        gram = evidence.stats[known].gram
+        gram = evidence.stats[known].gram  # [width, width]
         assert gram is not None
         factor = least_squares_factor(gram, pairs)  # [width]
         _scale_norm(block, norm.name, factor, family.gain_offset)
@@ -180,7 +180,7 @@ def _parameters(block: nn.Module, family: Family) -> list[Tensor]:
 
 
 def _scale_norm(block: nn.Module, name: str, factor: Tensor, offset: float) -> None:
-    gain, bias = gain_of(block, name), bias_of(block.get_submodule(name))
+    gain, bias = gain_of(block, name), bias_of(block.get_submodule(name))  # [width] each
     assert gain is not None
     with torch.no_grad():
         factor = factor.to(gain.device)

@@ -224,7 +224,7 @@ def _entrance(
         # tensor that the next block can be called with, and that block looks at its other arguments only.
         return entered[0].unsqueeze(0)  # [1, batch, tokens, width]
 
-    ids = tokens.to(device_of(model.get_input_embeddings()))
+    ids = tokens.to(device_of(model.get_input_embeddings()))  # [batch, tokens]
     with torch.no_grad(), _patched(stack, [note] * len(stack)), until_stopped():
         model(input_ids=ids, use_cache=False)
     if len(calls) != len(stack):

@@ -71,7 +71,7 @@ def _rms(rows: Tensor, mask: Tensor) -> Tensor:
 
 
 def _by_rank(rows: Tensor, mask: Tensor, generator: torch.Generator, descending: bool) -> Tensor:
-    noise = gaussian(rows, mask, generator)
+    noise = gaussian(rows, mask, generator)  # [groups, length]
     signs = rademacher(rows, mask, generator)
     # Padding sorts behind everything on both sides, so that it trades magnitudes with itself only.
     behind = -torch.inf if descending else torch.inf

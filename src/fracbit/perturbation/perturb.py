@@ -66,7 +66,7 @@ def clipping(x: Tensor, share: float, groups: ScalingGroups) -> Tensor:
     check_share(share)
     rows, mask = to_groups(x.float(), groups)  # [groups, length]
     counts = (mask.sum(1) * share).ceil().long().clamp(min=1)  # [groups], how many are clipped
-    ordered = (rows.abs() * mask).sort(dim=1, descending=True).values
+    ordered = (rows.abs() * mask).sort(dim=1, descending=True).values  # [groups, length]
     limit = ordered.gather(
         1, counts.clamp(max=rows.shape[1] - 1)[:, None]
     )  # [groups, 1], the largest that stays
@@ -97,7 +97,7 @@ def error_profile(
     rows, mask = to_groups(x.float(), groups)  # [groups, length]
     errors = to_groups(delta.float(), groups)[0]
     rms = ((rows * mask).square().sum(1, keepdim=True) / mask.sum(1, keepdim=True)).sqrt()  # [groups, 1]
-    alive = mask & (rms > 0)
+    alive = mask & (rms > 0)  # [groups, length]
     size, error = (rows.abs() / rms)[alive], (errors / rms)[alive]  # [numbers]
     order = size.argsort()
     parts = zip(size[order].tensor_split(bins), error[order].tensor_split(bins), strict=True)
@@ -122,7 +122,7 @@ def check_share(share: float) -> None:
 
 def _scaled(drawn: Tensor, norms: Tensor) -> Tensor:
     """`drawn` [groups, length] with these L2 norms [groups]."""
-    norm = drawn.norm(dim=1)
+    norm = drawn.norm(dim=1)  # [groups]
     # A draw can be zero where x is (growing-scaled on a lone zero): nothing to scale, and the norm asked for is zero as well.
     factor = torch.where(norm > 0, norms / norm.clamp(min=1e-30), 0.0)
-    return drawn * factor[:, None]
+    return drawn * factor[:, None]  # [groups, length]

@@ -24,9 +24,9 @@ def to_groups(x: Tensor, groups: ScalingGroups) -> tuple[Tensor, Tensor]:
     `x` is [..., n]; for the blocks of a scheme, a weight [out, in].
     """
     if groups == "row":
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1])  # [rows, length of a row]
     elif groups == "tensor":
-        rows = x.reshape(1, -1)
+        rows = x.reshape(1, -1)  # [1, all numbers]
     else:
         lines = lines_of(x, groups)  # [lines, length of a line]
         block = block_length((x.shape[0], x.shape[1]), groups)
@@ -34,9 +34,9 @@ def to_groups(x: Tensor, groups: ScalingGroups) -> tuple[Tensor, Tensor]:
         rows = torch.nn.functional.pad(lines, (0, short)).reshape(
             -1, block
         )  # [lines x blocks of a line, block]
-        real = torch.ones(1, lines.shape[1], dtype=torch.bool, device=x.device)
+        real = torch.ones(1, lines.shape[1], dtype=torch.bool, device=x.device)  # [1, length of a line]
         mask = torch.nn.functional.pad(real, (0, short)).reshape(-1, block)  # [blocks of a line, block]
-        return rows, mask.repeat(len(lines), 1)
+        return rows, mask.repeat(len(lines), 1)  # [groups, block] each
     return rows, torch.ones_like(rows, dtype=torch.bool)
 
 
@@ -44,8 +44,8 @@ def from_groups(rows: Tensor, x: Tensor, groups: ScalingGroups) -> Tensor:
     """Inverse of `to_groups`: `rows` [groups, length] in the shape of `x`."""
     if isinstance(groups, str):
         return rows.reshape(x.shape)
-    lines = lines_of(x, groups)
+    lines = lines_of(x, groups)  # [lines, length of a line]
     cut = rows.reshape(len(lines), -1)[:, : lines.shape[1]]  # [lines, length of a line]
     if isinstance(groups.block, int) or groups.block == "row":
-        return cut if groups.axis == "in" else cut.T
+        return cut if groups.axis == "in" else cut.T  # [out, in]
     return cut.reshape(x.shape)

@@ -101,8 +101,8 @@ class Gptq:
         solution = self._solve(weight, start, energy, coupling)
         if self.rounds:
             solution = refine(weight, gram, solution, coupling, damping=self.damping, rounds=self.rounds)
-        packed, costs, kept = _not_worse(weight, gram, start, solution)
-        return packed, costs, notes + kept
+        packed, costs, guarded = _not_worse(weight, gram, start, solution)
+        return packed, costs, notes + guarded
 
     def _solve(self, weight: Tensor, grid: Grid, energy: Tensor, coupling: Coupling) -> Rounded:
         """GPTQ itself: one causal sweep, with the grid fitted on the way where columns carry their own scales."""
@@ -119,17 +119,19 @@ class Gptq:
 
     def _with_columns(self, weight: Tensor, scheme: Scheme, gram: Tensor, columns: Tensor) -> Quantized:
         columns = columns.to(torch.int32).sort().values  # [p]
-        free, kept = columns.long(), quantized_columns(columns, weight.shape[1])  # [p], [kept]
-        if not len(kept):
+        free, quantized = columns.long(), quantized_columns(columns, weight.shape[1])  # [p], [quantized]
+        if not len(quantized):
             raise WeightError(
                 f"all {len(free)} columns are to stay in 16 bits, nothing is left to quantize; keep fewer, or leave "
                 "the layer float"
             )
         # Quantize the others against the gram matrix that is left when these columns repair what they can.
-        reduced, follow = eliminate(gram, kept, free, self.damping)  # [kept, kept], [kept, p]
-        packed, _, notes = self._quantize(weight[:, kept], scheme, reduced, self._feedback(reduced))
+        reduced, follow = eliminate(
+            gram, quantized, free, self.damping
+        )  # [quantized, quantized], [quantized, p]
+        packed, _, notes = self._quantize(weight[:, quantized], scheme, reduced, self._feedback(reduced))
         # Move them to where they do.
-        repaired = weight[:, free] + (weight[:, kept] - decode(packed)) @ follow  # [out, p]
+        repaired = weight[:, free] + (weight[:, quantized] - decode(packed)) @ follow  # [out, p]
         shape = (weight.shape[0], weight.shape[1])
         packed = replace(packed, shape=shape, columns=columns, outliers=in_16_bits(repaired))
         return Quantized(packed, gram_errors(weight - decode(packed), gram), gram_errors(weight, gram), notes)

@@ -35,16 +35,16 @@ def quantize_group(
 
     `columns`: for every weight the numbers int [p] of its input columns that stay in 16 bits, or None.
     """
-    kept = [None] * len(weights) if columns is None else [_some(numbers) for numbers in columns]
-    shares = len(weights) > 1 and any(numbers is None for numbers in kept)
+    sixteen = [None] * len(weights) if columns is None else [_some(numbers) for numbers in columns]
+    shares = len(weights) > 1 and any(numbers is None for numbers in sixteen)
     coupling = fill.couple(stats) if shares else None
-    stacks = coupling is not None and not any(numbers is not None for numbers in kept)
+    stacks = coupling is not None and not any(numbers is not None for numbers in sixteen)
     if stacks and len(set(schemes)) == 1 and rows_stand_alone(schemes[0]):
         whole = fill(torch.cat([w.float() for w in weights]), schemes[0], stats, coupling=coupling)
         return split_quantized(whole, [len(weight) for weight in weights])
     return [
         fill(weight, scheme, stats, columns=numbers, coupling=coupling if numbers is None else None)
-        for weight, scheme, numbers in zip(weights, schemes, kept, strict=True)
+        for weight, scheme, numbers in zip(weights, schemes, sixteen, strict=True)
     ]
 
 

@@ -53,13 +53,15 @@ def squared_errors(
 
     Columns that `packed` keeps in 16 bits count as exact. Decodes a run of rows at a time.
     """
-    kept = None if packed.columns is None else quantized_columns(packed.columns, packed.shape[1])
-    inner = importance if kept is None or importance is None else importance[kept]  # [quantized columns]
+    quantized = None if packed.columns is None else quantized_columns(packed.columns, packed.shape[1])
+    inner = (
+        importance if quantized is None or importance is None else importance[quantized]
+    )  # [quantized columns]
     costs, powers = [], []
     for first, part in decoded_parts(packed):  # [rows, quantized columns]
         rows = weight[first : first + len(part)].float()  # [rows, in]
         powers.append(_weighted_squares(rows, importance))
-        rows = rows if kept is None else rows[:, kept]  # [rows, quantized columns]
+        rows = rows if quantized is None else rows[:, quantized]  # [rows, quantized columns]
         costs.append(_weighted_squares(part.sub_(rows), inner))
     return torch.cat(costs), torch.cat(powers)  # [out] each
 

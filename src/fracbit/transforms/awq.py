@@ -32,7 +32,7 @@ def awq_factors(weights: Sequence[Tensor], schemes: Sequence[Scheme], stats: Sta
     """
     if stats.gram is None:
         raise WeightError("awq reads the gram matrix of the inputs; observe with gram=True")
-    ones = torch.ones_like(stats.energy)
+    ones = torch.ones_like(stats.energy)  # [in]
     if all(scheme.axis == "out" for scheme in schemes):
         return ones
     # Magnitude of each input; a dead one counts as the quietest that is alive.

@@ -45,9 +45,9 @@ def turn_factors(
     odd = _odd_part(width)
     left, factors = width // odd, []
     while left > 1:
-        factors.append(_hadamard(min(left, LARGEST)))
+        factors.append(_hadamard(min(left, LARGEST)))  # [size, size]
         left //= len(factors[-1])
-    factors += [_cosine(odd)] if odd > 1 else []
+    factors += [_cosine(odd)] if odd > 1 else []  # [odd, odd]
     return tuple(factor.to(device, dtype) for factor in factors)
 
 
@@ -80,12 +80,12 @@ def _hadamard(size: int) -> Tensor:
     result = torch.ones(1, 1, dtype=torch.float64)
     while len(result) < size:
         result = torch.cat([torch.cat([result, result], 1), torch.cat([result, -result], 1)])
-    return result / math.sqrt(size)
+    return result / math.sqrt(size)  # [size, size]
 
 
 def _cosine(size: int) -> Tensor:
     """The orthonormal DCT-II matrix."""
-    index = torch.arange(size, dtype=torch.float64)
+    index = torch.arange(size, dtype=torch.float64)  # [size]
     result = torch.cos(math.pi / size * (index[None] + 0.5) * index[:, None]) * math.sqrt(2 / size)
     result[0] /= math.sqrt(2)
     return result

@@ -21,7 +21,7 @@ from fracbit.numerics import (
     quantize_tensor,
     stored_bits,
 )
-from fracbit.numerics.bits import pack_bits, row_bytes, unpack_bits
+from fracbit.numerics.bits import has_top_code, pack_bits, row_bytes, unpack_bits
 from fracbit.numerics.datatypes import EXPONENTS, check_datatype, is_fitted
 from fracbit.numerics.grid import codes_of, fit, grid_error, values_of
 from fracbit.numerics.packed import table_of
@@ -209,6 +209,20 @@ def test_bits_pack_densely(bits: int, rows: int, count: int, seed: int) -> None:
     for row in range(min(rows, 2)):
         stream = sum(int(code) << (i * bits) for i, code in enumerate(codes[row].tolist()))
         assert bytes(packed[row].tolist()) == stream.to_bytes(packed.shape[1], "little")
+    assert has_top_code(packed, bits, count) == bool((codes == 2**bits - 1).any())
+    few = codes.clamp(max=2**bits - 2) if bits > 1 else torch.zeros_like(codes)
+    assert not has_top_code(pack_bits(few, bits), bits, count)
+
+
+def test_a_table_lacks_at_most_the_top_code() -> None:
+    """So that a code without a value has all bits set, and is found without unpacking."""
+    counted = 0
+    for dtype, bits, offset in product(dtypes(), range(1, 9), ("none", "zero", "float", "mean")):
+        scheme = Scheme(dtype, bits, 64, offset=offset)
+        if legal(scheme) and not is_fitted(scheme):
+            assert 2**bits - 1 <= fixed_type(scheme).levels <= 2**bits, scheme
+            counted += 1
+    assert counted > 100
 
 
 @pytest.mark.parametrize(

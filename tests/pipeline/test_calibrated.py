@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import fracbit
+from families import model_of
 from fracbit.checkpoint.load import load
 from fracbit.errors import DataError, RecipeError, WeightError
 from fracbit.models.blocks import blocks
@@ -373,3 +375,19 @@ def test_rounded_activations_break_on_outliers_and_hold_with_the_remedies(
     assert lost["rotate"] < 0.1 * lost["tensor"], lost
     assert lost["power"] < 0.5 * lost["tensor"], lost
     assert lost["token"] < lost["tensor"], lost
+
+
+def test_samples_are_no_longer_than_the_positions_of_the_model(tmp_path: Path) -> None:
+    """A model with learned positions has no row for the next one; 512 ids by default are too many for this one."""
+    model_of("gpt2", n_positions=16, vocab_size=128).save_pretrained(tmp_path / "m")
+    write_ids(tmp_path / "ids.u16", 8, 32)
+    recipe = fracbit.Recipe(
+        model=str(tmp_path / "m"), scheme="int4/16", quantizer="gptq",
+        calibration=Calibration(texts=(f"{tmp_path / 'ids.u16'}?length=32",), samples=4, batch=2),
+    )  # fmt: skip
+    fracbit.quantize(recipe, tmp_path / "q", progress=None)
+    assert manifest(tmp_path / "q")["texts"][0]["length"] == 16
+    asked = recipe.calibration.model_copy(update={"length": 32})
+    with pytest.raises(DataError, match=r"32 ids are longer than the 16 positions .*calibration\.length"):
+        fracbit.quantize(recipe.model_copy(update={"calibration": asked}), tmp_path / "other", progress=None)
+    assert not (tmp_path / "other").exists()

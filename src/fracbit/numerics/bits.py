@@ -45,7 +45,7 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
         return _unpack_within_bytes(_groups(packed, bits, count), bits)[:, :count]
     words, mask = _words(packed, bits, count), (1 << bits) - 1  # [rows, groups]
     codes = torch.stack([(words >> (i * bits)) & mask for i in range(8)], -1)  # [rows, groups, 8]
-    return codes.to(torch.uint8).view(rows, -1)[:, :count]
+    return codes.to(torch.uint8).view(rows, 8 * words.shape[1])[:, :count]
 
 
 def _groups(packed: Tensor, bits: int, count: int) -> Tensor:

@@ -24,7 +24,8 @@ class Calibration(Checked):
     """Calibration data and how it is used.
 
     - `texts`: sources as `fracbit evaluate` takes them, `generated` for text that the model writes itself.
-    - `samples`: pieces of text that are read; `length`: ids of each sample; `batch`: samples that pass a block together.
+    - `samples`: pieces of text that are read; `length`: ids of each sample, by default at most the model's positions.
+    - `batch`: samples that pass a block together.
     - `chain`: a block sees the outputs of the quantized blocks before it, or of the float ones.
     - `sequential`: inside a block, linears are observed after those before them are quantized.
     - `transforms`: equal-function rewrites before a block is quantized, rotations first, then factors in the order given:

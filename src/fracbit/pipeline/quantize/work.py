@@ -114,11 +114,11 @@ def prepare(
     show = progress or (lambda what, done, total: None)
     reader = Reader(opened.source, None if memory is None else memory.tensors)
     schedule = make_schedule(recipe, opened, shard_bytes)
-    plan, signs = recipe.calibration, None
-    if plan is not None:
+    calibration, signs = recipe.calibration, None
+    if calibration is not None:
         samples = samples or _samples(recipe, opened, device, memory, show)
         schedule = by_block(schedule, opened, f"{samples.sha256}{_place(device)}")
-        signs = stream_rotation(opened.model, opened.family, plan.transforms, recipe.seed)
+        signs = stream_rotation(opened.model, opened.family, calibration.transforms, recipe.seed)
     return Work(
         recipe=recipe,
         opened=opened,
@@ -126,7 +126,7 @@ def prepare(
         reader=reader,
         method=_method(recipe, opened, schedule, reader),
         device=torch.device(device),
-        dtype=forward_dtype(plan, opened.source, torch.device(device)),
+        dtype=forward_dtype(calibration, opened.source, torch.device(device)),
         source_dtype=stored_dtype(opened.source),
         show=show,
         samples=samples,
@@ -137,27 +137,27 @@ def prepare(
 
 def _check(recipe: Recipe, device: str | torch.device) -> None:
     """Refuse settings that exclude each other, before anything is read."""
-    plan, needs = recipe.calibration, quantizer(recipe.quantizer).needs
-    if plan is None and needs:
+    calibration, needs = recipe.calibration, quantizer(recipe.quantizer).needs
+    if calibration is None and needs:
         raise RecipeError(
             f"quantizer {recipe.quantizer} reads calibration data; pass texts with --calibration FILE, or give the recipe a "
             "[calibration] table, or use rtn"
         )
-    if plan is None and torch.device(device).type != "cpu":
+    if calibration is None and torch.device(device).type != "cpu":
         raise RecipeError(
             f"device {device} needs calibration: rounding without data runs on the CPU; leave the device out"
         )
     asked = "" if recipe.outliers is None else recipe.outliers.chosen
     wanted = COLUMN_RULES[asked].needs if asked else frozenset()
-    if plan is None and "energy" in wanted:
+    if calibration is None and "energy" in wanted:
         raise RecipeError(
             f"outliers chosen by {asked} read calibration data; pass texts with --calibration FILE, or use cost or proxy"
         )
-    if plan is not None and plan.tweak != "none" and plan.samples < 2:
+    if calibration is not None and calibration.tweak != "none" and calibration.samples < 2:
         raise RecipeError(
-            f"norm tweaking needs at least 2 samples, got {plan.samples}; give more samples, or set tweak to none"
+            f"norm tweaking needs at least 2 samples, got {calibration.samples}; give more samples, or set tweak to none"
         )
-    if plan is not None and rotates(plan.transforms) and "producers" in wanted:
+    if calibration is not None and rotates(calibration.transforms) and "producers" in wanted:
         raise RecipeError(
             f"outliers by {asked} are chosen before the rotation and do not fit it; use cost, or leave the rotation out"
         )
@@ -200,9 +200,9 @@ def _samples(
     recipe: Recipe, opened: Opened, device: str | torch.device, memory: Memory | None, show: Progress
 ) -> Samples:
     """The calibration samples, drawn once where runs share a memory. Raises `DataError`."""
-    plan = recipe.calibration
-    assert plan is not None
-    asked = (plan.texts, plan.samples, plan.length, recipe.seed)
+    calibration = recipe.calibration
+    assert calibration is not None
+    asked = (calibration.texts, calibration.samples, calibration.length, recipe.seed)
     if memory is not None and asked in memory.samples:
         return memory.samples[asked]
     found = calibration_samples(recipe, opened, lambda: load_opened(opened, "auto", device), show)
@@ -217,15 +217,15 @@ def _place(device: str | torch.device) -> str:
     return "" if kind == "cpu" else f" {kind}"
 
 
-def forward_dtype(plan: Calibration | None, source: Source, device: torch.device) -> torch.dtype:
+def forward_dtype(calibration: Calibration | None, source: Source, device: torch.device) -> torch.dtype:
     """bfloat16 when asked for, or when the device multiplies it natively and the model is stored in it.
 
     Rotated weights are no longer bfloat16 numbers: they are kept in float32 until they are quantized.
     """
-    if plan is None:
+    if calibration is None:
         return torch.float32
-    if plan.dtype != "auto" or rotates(plan.transforms):
-        return torch.bfloat16 if plan.dtype == "bfloat16" else torch.float32
+    if calibration.dtype != "auto" or rotates(calibration.transforms):
+        return torch.bfloat16 if calibration.dtype == "bfloat16" else torch.float32
     stored = {info.dtype for info in source.tensors.values()}
     native = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if stored == {"BF16"} and native else torch.float32

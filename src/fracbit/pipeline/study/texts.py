@@ -11,7 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fracbit.checkpoint.load import load_tokenizer, tokenizer_or_none
 from fracbit.checkpoint.opened import Opened
 from fracbit.data import ID_FORMATS, Samples, Tokens, parse_source, read_calibration, read_documents
+from fracbit.errors import DataError
 from fracbit.pipeline.study.overlap import overlap_notes
+from fracbit.records.calibration import Calibration
 from fracbit.records.progress import Progress
 from fracbit.records.recipe import Recipe
 from fracbit.records.spending import LENGTH, SAMPLES
@@ -76,18 +78,32 @@ def calibration_samples(
 
     Raises `DataError`, `SourceError` when text needs a tokenizer and there is none.
     """
-    plan = recipe.calibration
-    assert plan is not None
-    only_ids = all(parse_source(text).format in ID_FORMATS for text in plan.texts)
+    calibration = recipe.calibration
+    assert calibration is not None
+    length = _length(calibration, opened)
+    only_ids = all(parse_source(text).format in ID_FORMATS for text in calibration.texts)
     tokenizer = None if only_ids else load_tokenizer(opened.source.folder, opened.trust_remote_code)
     return TextReader(tokenizer, _vocabulary(opened)).samples(
-        plan.texts,
-        samples=plan.samples,
-        length=plan.length,
+        calibration.texts,
+        samples=calibration.samples,
+        length=length,
         seed=recipe.seed,
         model=model,
         progress=progress,
     )
+
+
+def _length(calibration: Calibration, opened: Opened) -> int:
+    """Ids of a sample: as many as asked for, by default no more than the model has positions. Raises `DataError`."""
+    limit = getattr(opened.model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or calibration.length <= limit:
+        return calibration.length
+    if "length" in calibration.model_fields_set:
+        raise DataError(
+            f"samples of {calibration.length} ids are longer than the {limit} positions of {opened.source.name}; "
+            f"ask for at most {limit} (calibration.length)"
+        )
+    return int(limit)
 
 
 def _vocabulary(opened: Opened) -> int:

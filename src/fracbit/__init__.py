@@ -58,7 +58,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """The names of the interface, verbs that are not imported yet among them."""
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
 class _Registrar(importlib.abc.MetaPathFinder, importlib.abc.Loader):

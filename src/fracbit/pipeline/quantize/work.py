@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fracbit.checkpoint.load import check_device, load_opened
+from fracbit.checkpoint.load import check_device
 from fracbit.checkpoint.opened import Opened
 from fracbit.checkpoint.output import SHARD_BYTES
 from fracbit.checkpoint.source import Source
@@ -21,7 +21,7 @@ from fracbit.pipeline.quantize.layer import Method
 from fracbit.pipeline.quantize.reader import Reader
 from fracbit.pipeline.quantize.rotate import rotates, stream_rotation
 from fracbit.pipeline.quantize.schedule import LayerItem, Schedule, by_block, make_schedule
-from fracbit.pipeline.study.texts import calibration_samples
+from fracbit.pipeline.study.texts import calibration_samples, writer_of
 from fracbit.quantizers import nearest, quantizer
 from fracbit.records.calibration import Calibration
 from fracbit.records.progress import Progress
@@ -205,7 +205,7 @@ def _samples(
     asked = (calibration.texts, calibration.samples, calibration.length, recipe.seed)
     if memory is not None and asked in memory.samples:
         return memory.samples[asked]
-    found = calibration_samples(recipe, opened, lambda: load_opened(opened, "auto", device), show)
+    found = calibration_samples(recipe, opened, lambda: writer_of(opened, device), show)
     if memory is not None:
         memory.samples[asked] = found
     return found

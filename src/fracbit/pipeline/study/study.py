@@ -9,11 +9,10 @@ from functools import cached_property
 import torch
 from transformers import PreTrainedModel
 
-from fracbit.checkpoint.load import load_opened
 from fracbit.checkpoint.opened import Opened
 from fracbit.data import Samples
 from fracbit.pipeline.study.float_model import FloatModel, float_model_of, load_float
-from fracbit.pipeline.study.texts import TextReader, calibration_samples, reader_of
+from fracbit.pipeline.study.texts import TextReader, calibration_samples, reader_of, writer_of
 from fracbit.records.progress import Progress
 from fracbit.records.recipe import Recipe
 from fracbit.records.spending import LENGTH, SAMPLES
@@ -42,7 +41,7 @@ class Study:
     @cached_property
     def writer(self) -> PreTrainedModel:
         """The model as it is stored, on `device`; `subject` takes it over where it is stored in float32."""
-        return load_opened(self.opened, "auto", self.device)
+        return writer_of(self.opened, self.device)
 
     @cached_property
     def reader(self) -> TextReader:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fracbit.checkpoint.load import load_tokenizer, tokenizer_or_none
+from fracbit.checkpoint.load import load_opened, load_tokenizer, tokenizer_or_none
 from fracbit.checkpoint.opened import Opened
 from fracbit.data import ID_FORMATS, Samples, Tokens, parse_source, read_calibration, read_documents
 from fracbit.errors import DataError
@@ -91,6 +92,11 @@ def calibration_samples(
         model=model,
         progress=progress,
     )
+
+
+def writer_of(opened: Opened, device: str | torch.device) -> PreTrainedModel:
+    """The model that writes `generated` text: as it is stored, on `device`. Raises `SourceError`."""
+    return load_opened(opened, "auto", device)
 
 
 def _length(calibration: Calibration, opened: Opened) -> int:

@@ -21,7 +21,7 @@ from fracbit.checkpoint.complete import check_headers, check_listed, listed_tens
 from fracbit.checkpoint.format import QUANT_METHOD, StoredLayer, packed_layer, read_layers
 from fracbit.checkpoint.opened import open_checkpoint
 from fracbit.checkpoint.output import MANIFEST, file_hash
-from fracbit.checkpoint.source import FLOATS, INDEX, Source, read_json, read_tensor, tensor_pieces
+from fracbit.checkpoint.source import FLOATS, INDEX, SINGLE, Source, read_json, read_tensor, tensor_pieces
 from fracbit.errors import FormatError
 from fracbit.numerics.packed import check_values
 from fracbit.records.progress import Shown, showing
@@ -89,8 +89,9 @@ def _contents(source: Source, listed: Mapping[str, StoredTensor], progress: Show
 
 def _layers(source: Source) -> Mapping[str, StoredLayer]:
     """The quantized layers; none in a float model. Raises `FormatError`."""
-    config = source.config.get("quantization_config") or {}
-    return read_layers(config) if config.get("quant_method") == QUANT_METHOD else {}
+    config = source.config.get("quantization_config")
+    ours = isinstance(config, dict) and config.get("quant_method") == QUANT_METHOD
+    return read_layers(config) if ours else {}
 
 
 def _structure(source: Source) -> Iterator[str]:
@@ -99,7 +100,7 @@ def _structure(source: Source) -> Iterator[str]:
     yield from _fault(partial(check_listed, name, listed_tensors(source.folder), source.tensors))
     yield from _fault(partial(check_headers, name, _layers(source), source.tensors))
     path = source.folder / INDEX
-    if not path.is_file() or any(info.file == "model.safetensors" for info in source.tensors.values()):
+    if not path.is_file() or any(info.file == SINGLE for info in source.tensors.values()):
         return
     named = read_json(path, "the index names the shard of every tensor")["weight_map"]
     for tensor in sorted(named.keys() | source.tensors.keys()):

@@ -90,8 +90,9 @@ def _contents(source: Source, listed: Mapping[str, StoredTensor], progress: Show
 def _layers(source: Source) -> Mapping[str, StoredLayer]:
     """The quantized layers; none in a float model. Raises `FormatError`."""
     config = source.config.get("quantization_config")
-    ours = isinstance(config, dict) and config.get("quant_method") == QUANT_METHOD
-    return read_layers(config) if ours else {}
+    if not isinstance(config, dict) or config.get("quant_method") != QUANT_METHOD:
+        return {}
+    return read_layers(config)
 
 
 def _structure(source: Source) -> Iterator[str]:

@@ -9,35 +9,31 @@ with the libraries of this environment. The options differ where version 0.2 ren
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from frame import ROOT, SHARED, Row, arguments, medians, run, say_machine, surroundings, table, write_json
+from frame import (
+    DATA_FREE,
+    ROOT,
+    SHARED,
+    STORIES,
+    Row,
+    arguments,
+    medians,
+    run,
+    say_machine,
+    surroundings,
+    table,
+    write_json,
+)
 from gptq_speed import make_model
 
 BLOCKS = 4  # of a Llama of 160M shape
-SWEEP = """
-root = "{root}"
-models = ["models/tales-s"]
-[evaluation]
-text = "data/tales-evaluation.u16?length=512&first=60&keep=256"
-window = 256
-[calibration]
-text = "data/tales-calibration.u16?length=512&keep=256"
-samples = 32
-length = 256
-"""
-DATA_FREE = """
-[[arm]]
-dtypes = ["int", "float", "nf", "dynamic", "power:1/2", "quantile"]
-bits = [3, 4, 5, 6]
-blocks = [64, 128]
-"""
 CALIBRATED = """
-[[arm]]
 bits = [2, 3, 4]
 offsets = ["zero"]
 quantizers = ["gptq"]
@@ -66,7 +62,9 @@ def tasks(work: Path) -> list[Task]:
     for name, arms in files.items():
         paths = [work / f"{name.replace(' ', '-')}-{side}.toml" for side in ("old", "new")]
         for path, arm in zip(paths, arms, strict=True):
-            path.write_text(SWEEP.format(root=SHARED) + arm)
+            path.write_text(
+                STORIES.format(root=json.dumps(str(SHARED)), models=json.dumps(["models/tales-s"])) + arm
+            )
         old, new = (("sweep", path, "--store", store) for path in paths)
         found.append(Task(f"sweep, {name}, tales-s", old, new))
     to = ("quantize", model, "-o", out)

@@ -33,6 +33,24 @@ INFO = Path("/proc/cpuinfo")
 UNFINISHED = 75
 """Exit status of a study that ran out of its minutes: the same command goes on."""
 Row = dict[str, Any]
+STORIES = """
+root = {root}
+models = {models}
+[evaluation]
+text = "data/tales-evaluation.u16?length=512&first=60&keep=256"
+window = 256
+[calibration]
+text = "data/tales-calibration.u16?length=512&keep=256"
+samples = 32
+length = 256
+[[arm]]
+"""
+"""The head of a sweep file, up to its arm, for benches of the sweep itself."""
+DATA_FREE = """
+dtypes = ["int", "float", "nf", "dynamic", "power:1/2", "quantile"]
+bits = [3, 4, 5, 6]
+blocks = [64, 128]
+"""
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "models": {"nargs": "+", "help": "`bundled`, models of the shared folder (FRACBIT_SHARED), or folders"},

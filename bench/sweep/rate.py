@@ -21,24 +21,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from frame import SHARED, Ran, Row, arguments, fracbit, run, say_machine, write_json
+from frame import DATA_FREE, SHARED, STORIES, Ran, Row, arguments, fracbit, run, say_machine, write_json
 
 from fracbit.records.row import Run
 from fracbit.sweeps.spec import expand, read_sweep
 from fracbit.sweeps.store import open_store
 
-GRID = """
-root = {root}
-models = {models}
-[evaluation]
-text = "data/tales-evaluation.u16?length=512&first=60&keep=256"
-window = 256
-[calibration]
-text = "data/tales-calibration.u16?length=512&keep=256"
-samples = 32
-length = 256
-[[arm]]
-"""
 CALIBRATED = """
 bits = [3, 4]
 blocks = [32, 64, 128, 256]
@@ -47,11 +35,7 @@ quantizers = ["gptq"]
 search = [false, true]
 """
 ARMS = {
-    "data-free": """
-dtypes = ["int", "float", "nf", "dynamic", "power:1/2", "quantile"]
-bits = [3, 4, 5, 6]
-blocks = [64, 128]
-""",
+    "data-free": DATA_FREE,
     "float-chain": CALIBRATED + 'chains = "float"',
     "quantized-chain": CALIBRATED + 'chains = "quantized"',
 }
@@ -75,7 +59,7 @@ def measure(arm: str, model: str, plain_runs: int) -> dict[str, Row]:
     """Both on one model's grid of an arm, the sweep as a whole command; their losses must agree."""
     with tempfile.TemporaryDirectory() as folder:
         grid, store = Path(folder) / "grid.toml", str(Path(folder) / "s.db")
-        head = GRID.format(root=json.dumps(str(SHARED)), models=json.dumps(f"models/{model}"))
+        head = STORIES.format(root=json.dumps(str(SHARED)), models=json.dumps(f"models/{model}"))
         grid.write_text(head + ARMS[arm])
         runs = expand(read_sweep(grid)).runs
         _, swept = fracbit("sweep", grid, "--store", store)

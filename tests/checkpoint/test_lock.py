@@ -114,5 +114,6 @@ def test_where_folders_cannot_be_locked_the_record_is_asked(
             ):
                 pass
         else:
-            with open_output(folder, "key", 0, overwrite=False, resume=True):
+            with open_output(folder, "key", 0, overwrite=False, resume=True) as output:
+                assert output.notes == (lock.UNLOCKED,)
                 assert json.loads(record.read_text())["pid"] == os.getpid()

@@ -24,11 +24,14 @@ FCNTL: Any = (
 )  # None on Windows
 
 Holder = dict[str, Any]
+UNLOCKED = (
+    "the file system of the output has no locks: two runs that start at the same moment are not kept apart"
+)
 
 
 @contextmanager
-def only_writer(folder: Path, record: Path) -> Iterator[None]:
-    """Hold the lock of the existing `folder`. `record` is the file that names the holder; `sign` writes it.
+def only_writer(folder: Path, record: Path) -> Iterator[tuple[str, ...]]:
+    """Hold the lock of the existing `folder`; gives a note where it cannot be locked. `record`: the file that names the holder.
 
     Raises `OutputError` naming the holder while another process writes there.
     """
@@ -40,7 +43,7 @@ def only_writer(folder: Path, record: Path) -> Iterator[None]:
                 f"{folder} is being written by {_words(_read(record))}; wait until it ends, or name another folder"
                 + ("" if locked is False else f" (if it does not run any more, remove {record})")
             )
-        yield
+        yield () if locked else (UNLOCKED,)
     finally:
         if descriptor is not None:
             os.close(descriptor)

@@ -65,9 +65,10 @@ class Shards(Protocol):
 
 @dataclass(frozen=True)
 class Output:
-    """An output folder that a run is filling."""
+    """An output folder that a run is filling. `notes`: what its file system does not give."""
 
     folder: Path
+    notes: tuple[str, ...] = ()
 
     @property
     def journal(self) -> Path | None:
@@ -155,14 +156,14 @@ def open_output(
     _check_space(folder, expected_bytes)
     with _disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with only_writer(folder, folder / JOURNAL / WRITER):
+        with only_writer(folder, folder / JOURNAL / WRITER) as notes:
             check_output(folder, key, overwrite, resume)  # another run may have written or ended meanwhile
             if overwrite and not (resume and is_unfinished(folder) and _key_of(folder) == key):
                 _clear(folder)
             (folder / JOURNAL).mkdir(exist_ok=True)
             write_json(folder / JOURNAL / RUN, {"key": key})
             write_json(folder / JOURNAL / WRITER, holder())
-            yield Output(folder)
+            yield Output(folder, notes)
 
 
 def finished_run(folder: Path) -> tuple[str | None, dict[str, Any]] | None:

@@ -60,6 +60,7 @@ def write_checkpoint(
         with open_output(folder, work.schedule.key, work.schedule.bytes, overwrite, resume) as target:
             fill_shards(work, target, spill_bytes)
             totals, notes = finish(work, target)
+            notes += target.notes
     return Result(
         **totals.to_json(),
         output=str(folder),

@@ -239,3 +239,11 @@ def test_a_float_source_is_checked_against_its_index_and_for_values_that_are_not
     assert any(victim in fault and other in fault for fault in faults)
     assert any("stray" in fault and "nothing of it" in fault for fault in faults)
     assert any(broken in fault and "not finite" in fault for fault in faults)
+
+
+def test_a_manifest_leads_to_no_file_outside(stored: Path, tmp_path: Path) -> None:
+    shutil.copytree(stored, tmp_path / "q")
+    listed = manifest(stored)
+    listed["files"]["../secret"] = "0" * 64
+    (tmp_path / "q/fracbit.json").write_text(json.dumps(listed))
+    assert fracbit.verify(tmp_path / "q").faults == ("../secret is listed, and lies outside of the folder",)

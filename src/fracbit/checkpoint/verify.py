@@ -121,7 +121,9 @@ def _files(folder: Path, hashes: Mapping[str, str]) -> Iterator[str]:
     """Files beside the weights that are missing or changed."""
     for name, wanted in hashes.items():
         path = folder / name
-        if not path.is_file():
+        if Path(name).name != name:
+            yield f"{name} is listed, and lies outside of the folder"
+        elif not path.is_file():
             yield f"{name} is missing"
         elif file_hash(path) != wanted:
             yield f"{name} has changed since it was written"

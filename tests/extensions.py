@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from fracbit.perturbation.noise import Perturbation
 from fracbit.quantizers.columns import LinearView, Rule
 from fracbit.quantizers.quantizer import Quantized
 from fracbit.quantizers.rtn import RoundToNearest
+from fracbit.records.checked import Checked
 from fracbit.records.progress import Progress
 from fracbit.records.run import ShardRecord
 from fracbit.records.scheme import Scheme
@@ -30,12 +32,14 @@ from fracbit.transforms.transform import Transform
 NOTE = "made by an extension"
 
 
-@dataclass(frozen=True)
-class Noted:
+class Noted(Checked):
     """A quantizer: round-to-nearest that says who did it, and wants to know how large inputs were."""
 
+    called: ClassVar[str] = "quantizer noted"
+    needs: ClassVar[frozenset[str]] = frozenset({"absmax"})
+    reads: ClassVar[frozenset[str]] = frozenset({"absmax"})
+
     search: bool = False
-    needs: frozenset[str] = frozenset({"absmax"})
 
     def couple(self, stats: Stats | None) -> Coupling | None:
         """Nothing."""
@@ -51,7 +55,7 @@ class Noted:
         coupling: Coupling | None = None,
     ) -> Quantized:
         """Round, and leave a note."""
-        found = RoundToNearest(self.search)(weight, scheme, columns=columns)
+        found = RoundToNearest(search=self.search)(weight, scheme, columns=columns)
         return replace(found, notes=(*found.notes, NOTE))
 
 

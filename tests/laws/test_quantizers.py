@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import fracbit
+from fracbit.errors import RecipeError
 from fracbit.numerics import decode, parts_of, quantize_tensor
 from fracbit.numerics.linalg import gram_errors
 from fracbit.numerics.stats import Stats, add_inputs, empty
-from fracbit.quantizers import COLUMN_RULES, QUANTIZERS, Quantized, nearest, quantize_group, quantizer
+from fracbit.quantizers import (
+    COLUMN_RULES,
+    QUANTIZERS,
+    Quantized,
+    Quantizer,
+    nearest,
+    quantize_group,
+    quantizer,
+)
 from fracbit.quantizers.group import rows_stand_alone
+from fracbit.records.recipe import Recipe
 from fracbit.records.scheme import Scheme
 
 WIDTH, COUNT = 46, 4
@@ -125,6 +136,69 @@ def test_the_protocol_says_what_a_quantizer_reads(name: str) -> None:
     if coupling is not None:
         shared = fill(weights[0], SCHEMES[0], stats, coupling=coupling)
         assert same_bytes(shared, fill(weights[0], SCHEMES[0], stats))
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_a_quantizer_reads_what_it_says_and_no_more(name: str) -> None:
+    weights, stats = given()
+    fill = quantizer(name, search=True)
+    assert fill.needs <= fill.reads
+    other = {
+        "gram": None,
+        "absmax": torch.full_like(stats.absmax, 3.0),
+        "energy": torch.full_like(stats.energy, 5.0),
+    }
+    unread = replace(stats, **{part: value for part, value in other.items() if part not in fill.reads})
+    first = fill(weights[0], SCHEMES[0], stats)
+    assert same_bytes(first, fill(weights[0], SCHEMES[0], unread))
+    for part in fill.reads - fill.needs:
+        assert not same_bytes(first, fill(weights[0], SCHEMES[0], replace(stats, **{part: other[part]})))
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_options_of_a_quantizer_are_the_fields_of_its_record(name: str) -> None:
+    usual = quantizer(name)
+    options = {key: value for key, value in usual if key != "search"}
+    for key, value in options.items():
+        changed = quantizer(f"{name}:{key}={value * 2 + 1}")
+        assert getattr(changed, key) == value * 2 + 1
+        assert changed == replace_field(usual, key, value * 2 + 1)
+        for wrong in ("many", -1):
+            with pytest.raises(RecipeError, match=rf"{key} is '{wrong}'; it should be"):
+                quantizer(f"{name}:{key}={wrong}")
+    with pytest.raises(RecipeError, match=rf"quantizer {name} has no key 'colour'"):
+        quantizer(f"{name}:colour=3")
+    with pytest.raises(RecipeError, match="search is a setting of its own"):
+        quantizer(f"{name}:search=true")
+
+
+def replace_field(fill: Quantizer, key: str, value: float) -> Quantizer:
+    return type(fill)(**{**dict(fill), key: value})
+
+
+@pytest.mark.parametrize(
+    "word", ["gptq:", "gptq:damping", "gptq:damping=", "gptq:damping=1,damping=2", "gptq:=3"]
+)
+def test_words_that_are_no_quantizer_are_refused(word: str) -> None:
+    with pytest.raises(RecipeError, match="write gptq, or gptq:KEY=VALUE"):
+        quantizer(word)
+    with pytest.raises(RecipeError, match="write gptq, or gptq:KEY=VALUE"):
+        Recipe(model="tiny", quantizer=word)
+
+
+def test_equal_options_have_equal_words() -> None:
+    words = ["descent:rounds=4,damping=0.020", " descent : damping=2e-2 , rounds=4.0"]
+    assert {Recipe(model="tiny", quantizer=word).quantizer for word in words} == {
+        "descent:damping=0.02,rounds=4"
+    }
+
+
+def test_damping_and_rounds_change_the_codes() -> None:
+    weights, stats = given()
+    words = ("gptq", "gptq:damping=0.5", "gptq:rounds=2", "descent", "descent:rounds=1")
+    codes = [parts_of(quantizer(word)(weights[0], SCHEMES[0], stats).packed) for word in words]
+    seen = {dict(each)["codes"].numpy().tobytes() for each in codes}
+    assert len(seen) == len(words)
 
 
 def test_no_other_room_knows_which_quantizer_it_holds() -> None:

@@ -110,6 +110,11 @@ def test_seeds_are_one_run_where_nothing_is_drawn(tmp_path: Path) -> None:
         ("[[arm]]\nbits = 4\n[[arm]]\nbist = 3\n", "line 7: [[arm]] has no key 'bist'; did you mean 'bits'"),
         ('[[arm]]\ndtypes = ["int", "nff"]\n', "line 5: dtypes has no 'nff'; did you mean 'nf'"),
         ('[[arm]]\nbits = 4\nquantizers = "rnt"\n', "line 6: quantizers has no 'rnt'"),
+        (
+            '[[arm]]\nquantizers = "gptq:rounds=-1"\n',
+            "line 5: rounds is '-1'; it should be greater than or equal to 0",
+        ),
+        ('[[arm]]\nquantizers = "rtn:damping=1"\n', "line 5: quantizer rtn has no key 'damping'"),
         ("[[arm]]\nbits = [4, 9]\n", "line 5: bits must be an integer from 1 to 8"),
         ("[[arm]]\nblocks = [0]\n", "line 5: block 0 is not known"),
         ('[[arm]]\nbits = "four"\n', "line 5: arm.0.bits.0"),

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from fracbit.errors import WeightError
@@ -26,6 +28,7 @@ from fracbit.numerics.grid import Grid, codes_of, fit, in_16_bits, moved, pack, 
 from fracbit.numerics.layout import row_chunks
 from fracbit.numerics.linalg import (
     DAMPING,
+    LARGEST_DAMPING,
     Coupling,
     by_energy,
     damped,
@@ -39,6 +42,7 @@ from fracbit.numerics.stats import Stats
 from fracbit.quantizers.column_loop import Lattice, spread_grid, sweep
 from fracbit.quantizers.quantizer import Quantized
 from fracbit.quantizers.refit import refit_scales, refit_table
+from fracbit.records.checked import Checked
 from fracbit.records.scheme import Scheme
 
 CHECKED = 1 << 18  # weights of round-to-nearest between two looks at what they cost so far
@@ -46,17 +50,20 @@ DESCENT_ROUNDS = 12  # at most
 ENOUGH = 1e-3  # relative gain of a round below which refinement stops
 
 
-@dataclass(frozen=True)
-class Gptq:
-    """GPTQ. `search` places block ranges by least weighted error; `damping` is in units of the gram's mean diagonal.
+class Gptq(Checked):
+    """GPTQ. `search` places block ranges by least weighted error.
 
-    `rounds` of closed-form refits and coordinate descent follow (0: plain GPTQ).
+    - `damping`: added to the diagonal of the Gram matrix, relative to the diagonal's mean.
+    - `rounds`: at most so many rounds of closed-form refits and coordinate descent follow (0: plain GPTQ).
     """
 
+    called: ClassVar[str] = "quantizer gptq"
+    needs: ClassVar[frozenset[str]] = frozenset({"gram"})
+    reads: ClassVar[frozenset[str]] = frozenset({"gram"})
+
     search: bool = False
-    damping: float = DAMPING
-    rounds: int = 0
-    needs: frozenset[str] = frozenset({"gram"})
+    damping: float = Field(DAMPING, gt=0, le=LARGEST_DAMPING)
+    rounds: int = Field(0, ge=0)
 
     def __call__(
         self,
@@ -137,9 +144,12 @@ class Gptq:
         return Quantized(packed, gram_errors(weight - decode(packed), gram), gram_errors(weight, gram), notes)
 
 
-def refined(search: bool = False) -> Gptq:
+class Descent(Gptq):
     """GPTQ refined by rounds of closed-form refits and coordinate descent."""
-    return Gptq(search, rounds=DESCENT_ROUNDS)
+
+    called: ClassVar[str] = "quantizer descent"
+
+    rounds: int = Field(DESCENT_ROUNDS, ge=0)
 
 
 @dataclass(frozen=True, eq=False)

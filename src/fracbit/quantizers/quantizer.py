@@ -34,15 +34,21 @@ class Quantized:
 
 
 class Quantizer(Protocol):
-    """A way to choose codes.
+    """A way to choose codes: a `Checked` record whose fields are `search` and the options of its word.
 
-    - `needs` names the statistics that a call reads: any of "gram", "energy", "absmax"; empty for data-free quantizers.
-    - `search` says that the range of every block is searched for the least error.
+    - `needs`: the statistics that a call cannot do without, any of "gram", "energy", "absmax"; empty for data-free quantizers.
+    - `reads`: those that a call looks at where it is given statistics; holds all of `needs`.
+    - `search`: the range of every block is searched for the least error.
     """
 
     @property
     def needs(self) -> frozenset[str]:
         """Statistics that must be observed before the call."""
+        ...
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Statistics that change what a call gives."""
         ...
 
     @property

@@ -6,7 +6,7 @@ given (as AWQ and llama.cpp's importance matrix do), plain otherwise.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,15 +16,18 @@ from fracbit.numerics.linalg import Coupling
 from fracbit.numerics.packed import PackedTensor, decoded_parts, quantized_columns
 from fracbit.numerics.stats import Stats
 from fracbit.quantizers.quantizer import Quantized
+from fracbit.records.checked import Checked
 from fracbit.records.scheme import Scheme
 
 
-@dataclass(frozen=True)
-class RoundToNearest:
+class RoundToNearest(Checked):
     """Round-to-nearest; `search` looks for the block range of least error. Rows and linears share nothing."""
 
+    called: ClassVar[str] = "quantizer rtn"
+    needs: ClassVar[frozenset[str]] = frozenset()
+    reads: ClassVar[frozenset[str]] = frozenset({"energy"})
+
     search: bool = False
-    needs: frozenset[str] = frozenset()
 
     def couple(self, stats: Stats | None) -> Coupling | None:
         """Nothing."""

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     Field,
     PlainSerializer,
@@ -25,9 +24,9 @@ from pydantic import (
 from fracbit.errors import FracbitError, RecipeError, SchemeError
 from fracbit.records.calibration import Calibration
 from fracbit.records.checked import Checked, Keys, explained
+from fracbit.records.named import QuantizerField
 from fracbit.records.outliers import OutliersField
 from fracbit.records.scheme import Scheme, parse_scheme
-from fracbit.records.tables import QUANTIZERS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -68,7 +67,8 @@ class Recipe(Checked):
       `trust_remote_code`: run the model's own code.
     - `scheme`: of every linear of the blocks; `embeddings`: scheme of the embedding table, float unless given;
       `head`: scheme of the output head, float unless given.
-    - `quantizer`: how codes are chosen, rtn, gptq or descent; `search`: look for block ranges of least error.
+    - `quantizer`: how codes are chosen, rtn, gptq or descent, with options if any, such as gptq:damping=0.05;
+      `search`: look for block ranges of least error.
     - `outliers`: input columns of every linear that stay in 16 bits, such as cost:0.01; None for none.
     - `calibration`: the texts that quantizers such as gptq look at; None for data-free ones.
     - `overrides`: other schemes for layers by the pattern of their names; later ones win.
@@ -86,7 +86,7 @@ class Recipe(Checked):
     scheme: SchemeField = Field(default_factory=Scheme)
     embeddings: SchemeField | None = None
     head: SchemeField | None = None
-    quantizer: Annotated[str, AfterValidator(QUANTIZERS.check)] = "rtn"
+    quantizer: QuantizerField = "rtn"
     search: bool = False
     outliers: OutliersField = None
     calibration: Calibration | None = None

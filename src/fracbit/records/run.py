@@ -128,7 +128,7 @@ class ShardRecord:
         tweak = TweakRecord(**data["tweak"]) if "tweak" in data else None
         distilled = DistillRecord(**data["distilled"]) if "distilled" in data else None
         stored = {name: StoredTensor.from_json(tensor) for name, tensor in data["stored"].items()}
-        return ShardRecord(data["hashes"], layers, tweak, distilled, stored)
+        return ShardRecord(data["hashes"], layers, tweak=tweak, distilled=distilled, stored=stored)
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class Table(Generic[T]):
         return ((name, self.load(name)) for name in self.entries)
 
 
-# Their packages give these tables a type: `fracbit.quantizers.QUANTIZERS` is a `Table[Callable[[bool], Quantizer]]`.
+# Their packages give these tables a type: `fracbit.quantizers.QUANTIZERS` is a `Table[Callable[..., Quantizer]]`.
 
 DATATYPES: Table[Any] = Table(
     "data type",
@@ -86,7 +86,7 @@ QUANTIZERS: Table[Any] = Table(
     {
         "rtn": "fracbit.quantizers.rtn:RoundToNearest",
         "gptq": "fracbit.quantizers.gptq:Gptq",
-        "descent": "fracbit.quantizers.gptq:refined",
+        "descent": "fracbit.quantizers.gptq:Descent",
     },
 )
 

@@ -171,7 +171,9 @@ def read_sweep(path: Path) -> Sweep:
         sweep = Sweep.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        raise RecipeError(_explain(first["loc"], first["type"], first["msg"], path, text)) from None
+        raise RecipeError(
+            _explain(first["loc"], first["type"], message=first["msg"], path=path, text=text)
+        ) from None
     except FracbitError as error:
         raise RecipeError(f"{path}: {error}") from error
     for index, arm in enumerate(sweep.arm):
@@ -295,7 +297,7 @@ def _check_names(arm: Arm, index: int, path: Path, text: str) -> None:
     """Refuse a misspelled name; a combination that cannot exist is only left out."""
     tables: dict[str, tuple[tuple[str, ...], Collection[str]]] = {
         "dtypes": (tuple(dtype.split(":", 1)[0] for dtype in arm.dtypes), DATATYPES.entries),
-        "quantizers": (arm.quantizers, QUANTIZERS.entries),
+        "quantizers": (tuple(word.split(":", 1)[0] for word in arm.quantizers), QUANTIZERS.entries),
         "chains": (arm.chains, {"quantized": 0, "float": 0}),
         "transforms": (_parts(arm.transforms), {"none": 0, **TRANSFORMS.entries}),
         "corrections": (arm.corrections, {"none": 0, **CORRECTIONS.entries}),
@@ -328,6 +330,9 @@ def _check_values(arm: Arm, index: int, path: Path, text: str) -> None:
         key = "outliers"
         for outliers in arm.outliers:
             read_outliers(outliers)
+        key = "quantizers"
+        for word in arm.quantizers:
+            quantizer(word)
         key = "inputs"
         for inputs in arm.inputs:
             if inputs != "none":

@@ -54,7 +54,7 @@ ROWS = sa.Table(
     sa.Column("axis", sa.String(4)),
     sa.Column("offset_kind", sa.String(8)),
     sa.Column("scale", sa.String(32)),
-    sa.Column("quantizer", sa.String(32)),
+    sa.Column("quantizer", sa.String(64)),
     sa.Column("search", sa.Boolean),
     sa.Column("chain", sa.String(16)),
     sa.Column("correction", sa.String(32)),

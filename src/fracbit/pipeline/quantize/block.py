@@ -63,7 +63,7 @@ def do_block(
     hidden: Hidden,
 ) -> Hidden:
     """Load, observe, quantize, install, correct, write; returns the states that enter the next block."""
-    hashes, block = load_block(work, items, path, module, hidden)
+    hashes, block = load_block(work, items, path=path, module=module, hidden=hidden)
     with turned_inputs(module, block.turned):
         filled = quantize_block(work, block)
         tensors = shard_tensors(work, items, block, filled.made)
@@ -90,7 +90,7 @@ def redo_block(
     hidden: Hidden,
 ) -> Hidden:
     """Walk through a block that an earlier run finished: float in the float chain, else as it was stored."""
-    _, block = load_block(work, items, path, module, hidden)
+    _, block = load_block(work, items, path=path, module=module, hidden=hidden)
     rounding: dict[str, Inputs] = {}
     if work.calibration.chain == "quantized":
         record, tensors = target.record(shard), target.tensors(shard)
@@ -121,9 +121,11 @@ def load_block(
         for item in items
         if isinstance(item, LayerItem)
     }
-    turned = turn_block(module, family, work.signs, transforms, schemes)
+    turned = turn_block(module, family, signs=work.signs, transforms=transforms, quantized=schemes)
     order = [tuple(name for name in group if name in schemes) for group in groups(module, family)]
-    return hashes, Block(path, module, hidden, schemes, [group for group in order if group], turned)
+    return hashes, Block(
+        path, module, hidden=hidden, schemes=schemes, order=[group for group in order if group], turned=turned
+    )
 
 
 def leave_block(work: Work, module: nn.Module, hidden: Hidden, rounding: Mapping[str, Inputs]) -> Hidden:
@@ -152,7 +154,10 @@ def quantize_block(work: Work, block: Block) -> Filled:
     # Correct its norms, on inputs rounded as they will be.
     tweak = None
     if calibration.tweak != "none" and floats is not None:
-        evidence = Evidence(block.hidden, floats.states, *split_batches(block.hidden), weights, stats)
+        train, judge = split_batches(block.hidden)
+        evidence = Evidence(
+            block.hidden, floats.states, train=train, judge=judge, weights=weights, stats=stats
+        )
         with rounded_inputs(module, rounding):
             tweak = correct(work, block, evidence)
     return Filled(made, floats, rounding, tweak)
@@ -167,7 +172,9 @@ def fill_block(work: Work, block: Block, stats: dict[str, Stats]) -> dict[str, Q
     calibration, made = work.calibration, {}
     for number, group in enumerate(block.order):
         if calibration.sequential and number:
-            stats |= observe_some(block.module, block.hidden, block.path, [group], reads_gram(work))
+            stats |= observe_some(
+                block.module, block.hidden, label=block.path, groups=[group], gram=reads_gram(work)
+            )
         own, notes = borrow(stats, [group])
         seen = own[group[0]]
         weights = {f"{block.path}.{name}": weight_of(block.module.get_submodule(name)) for name in group}
@@ -217,7 +224,7 @@ def reads_gram(work: Work) -> bool:
     """Whether anything in the run reads the Gram matrices of the inputs."""
     calibration = work.calibration
     return (
-        "gram" in work.method.fill.needs
+        "gram" in work.method.fill.reads
         or calibration.axis != "scheme"
         or calibration.tweak != "none"
         or bool(calibration.transforms)
@@ -231,11 +238,13 @@ def observe_block(work: Work, block: Block) -> tuple[dict[str, Stats], Hidden | 
     """
     gram = reads_gram(work)
     if work.calibration.tweak == "none" and work.calibration.chain == "quantized":
-        return observe_some(block.module, block.hidden, block.path, block.order, gram), None
+        return observe_some(block.module, block.hidden, label=block.path, groups=block.order, gram=gram), None
 
     def observe() -> Seen:
         place = torch.empty_like(block.hidden.states)  # [samples, tokens, width]
-        return observe_all(block.module, block.hidden, block.path, block.order, gram, place)
+        return observe_all(
+            block.module, block.hidden, label=block.path, groups=block.order, gram=gram, out=place
+        )
 
     shared = (
         work.memory is not None

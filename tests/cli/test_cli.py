@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import fracbit as package
 from fracbit.cli import main
 from texts import byte_tokenizer
 
@@ -108,6 +109,25 @@ def test_a_process_prints_one_object_and_says_with_its_exit_code_how_it_went(
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr.startswith("fracbit: error: ")
     assert "Traceback" not in refused.stderr
+
+
+def test_the_version_is_the_packages() -> None:
+    assert process("--version").stdout == f"fracbit {package.__version__}\n"
+
+
+def test_options_of_a_quantizer_reach_the_output(model: Path, text: Path, tmp_path: Path) -> None:
+    losses = {}
+    for number, word in enumerate(("gptq", "gptq:damping=0.5", "gptq:rounds=3")):
+        out = tmp_path / str(number)
+        settings = ("--calibration", text, "--set", "calibration.samples=4", "--set", "calibration.length=32")
+        good("quantize", model, "-o", out, "--scheme", "int3/32", "--quantizer", word, *settings)
+        made = json.loads((out / "fracbit.json").read_text())
+        assert made["recipe"]["quantizer"] == word
+        losses[word] = sum(layer.get("loss", 0.0) for layer in made["layers"].values())
+    assert losses["gptq:rounds=3"] < losses["gptq"] < losses["gptq:damping=0.5"]
+    wrong = bad("quantize", model, "-o", tmp_path / "no", "--quantizer", "gptq:dampng=1", *settings)
+    assert "quantizer gptq has no key 'dampng'; did you mean 'damping'" in wrong
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_finished_output_is_not_made_again(model: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
@@ -26,14 +27,31 @@ from fracbit.cli import (
 )
 from fracbit.cli.renamed import RenamedOptions
 from fracbit.errors import FracbitError
+from fracbit.records.version import __version__
 
 app = typer.Typer(
     name="fracbit",
-    help="Compress a language model to any average bit width, and measure what each bit gains.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"fracbit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def everything(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Compress a language model to any average bit width, and measure what each bit gains."""
+
+
 app.command("quantize", cls=RenamedOptions)(quantize.quantize)
 app.command("eval")(evaluate.evaluate)
 app.command("export")(export.export)

@@ -104,39 +104,41 @@ def divisor(width: int, near: int) -> int:
     return min((d for d in range(16, width + 1) if width % d == 0), key=lambda d: abs(d - near))
 
 
-def run_peer(peer: str, subject: Subject, widths: list[int], out: Path, environments: Path) -> None:
+def run_peer(peer: str, float_model: Subject, widths: list[int], out: Path, environments: Path) -> None:
     """Everything a peer is tried with on one model, in one process; one that ends early leaves what it has done."""
-    settings = [one for width in widths for one in peer_settings(peer, width, subject.bed.folder)]
+    settings = [one for width in widths for one in peer_settings(peer, width, float_model.bed.folder)]
     settings = [one for one in settings if not (out / one["label"] / "facts.json").exists()]
     if settings:
-        quantize_with(peer, subject.bed.folder, subject.ids, out, settings, environments, out / "log.txt")
+        quantize_with(
+            peer, float_model.bed.folder, float_model.ids, out, settings, environments, out / "log.txt"
+        )
 
 
-def run_fracbit(subject: Subject, asked: float, out: Path) -> None:
+def run_fracbit(float_model: Subject, asked: float, out: Path) -> None:
     if not (out / "facts.json").exists():
         out.mkdir(parents=True, exist_ok=True)
-        how = ("--preset", "best", "--average-bits", asked, "--calibration", subject.ids)
+        how = ("--preset", "best", "--average-bits", asked, "--calibration", float_model.ids)
         sizes = ("--set", f"calibration.samples={SAMPLES}", "--set", f"calibration.length={LENGTH}")
         where = ("-o", out / "checkpoint", *sizes, "--overwrite")
-        facts, _ = fracbit("quantize", subject.bed.folder, *how, *where)
+        facts, _ = fracbit("quantize", float_model.bed.folder, *how, *where)
         (out / "facts.json").write_text(json.dumps(facts))
 
 
-def fracbit_row(subject: Subject, asked: float, out: Path) -> Row:
+def fracbit_row(float_model: Subject, asked: float, out: Path) -> Row:
     """The checkpoint of fracbit, decoded into the plain model, norms included."""
     facts = json.loads((out / "facts.json").read_text())
-    plain, stored = subject.load(), load(out / "checkpoint", torch.float32)
+    plain, stored = float_model.load(), load(out / "checkpoint", torch.float32)
     packed = {n: m.packed for n, m in stored.named_modules() if isinstance(m, QuantLinear)}
     rest = {n: p for n, p in stored.named_parameters() if n.rpartition(".")[0] not in packed}
     decoded = {f"{name}.weight": decode(packed[name]) for name in linears(plain)}
     plain.load_state_dict(decoded | rest, strict=False)
-    figures = dict(zip(HALVES, subject.judge(plain), strict=True))
+    figures = dict(zip(HALVES, float_model.judge(plain), strict=True))
     same = {name: facts[name] for name in ("seconds", "peak_rss_bytes", "notes")}
-    return subject.row("fracbit", "best", asked, bits=facts["bits_per_weight"], **figures, **same)
+    return float_model.row("fracbit", "best", asked, bits=facts["bits_per_weight"], **figures, **same)
 
 
-def peer_rows(peer: str, subject: Subject, widths: list[int], out: Path) -> Iterator[Row]:
-    plain = subject.load()
+def peer_rows(peer: str, float_model: Subject, widths: list[int], out: Path) -> Iterator[Row]:
+    plain = float_model.load()
     layers = linears(plain)
     floats = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     for path in sorted(out.glob("*/facts.json")):
@@ -147,18 +149,18 @@ def peer_rows(peer: str, subject: Subject, widths: list[int], out: Path) -> Iter
         named = (peer, setting["label"], setting["bits"] + 0.25)
         if "error" in facts:
             nothing = dict.fromkeys(("bits", *HALVES), math.nan)
-            yield subject.row(*named, **nothing, seconds=0, peak_rss_bytes=0, notes=[facts["error"]])
+            yield float_model.row(*named, **nothing, seconds=0, peak_rss_bytes=0, notes=[facts["error"]])
             continue
         made = load_file(path.parent / "weights.safetensors")
         skipped = [name for name in layers if name not in made]
         stored = sum(facts["bytes"].values()) + sum(2 * floats[name].numel() for name in skipped)
         weights = {f"{name}.weight": made.get(name, floats[name]) for name in layers}
         plain.load_state_dict(weights, strict=False)
-        figures = dict(zip(HALVES, subject.judge(plain), strict=True))
+        figures = dict(zip(HALVES, float_model.judge(plain), strict=True))
         bits = 8 * stored / sum(weight.numel() for weight in floats.values())
         notes = [f"{len(skipped)} of {len(layers)} linears left in 16 bits"] if skipped else []
         same = {name: facts[name] for name in ("seconds", "peak_rss_bytes")}
-        yield subject.row(*named, bits=bits, **figures, **same, notes=notes)
+        yield float_model.row(*named, bits=bits, **figures, **same, notes=notes)
 
 
 def compared(rows: list[Row], floats: dict[str, tuple[float, float]]) -> Iterator[Row]:
@@ -215,20 +217,20 @@ def main() -> None:
     environments = given.environments.resolve()
     rows: list[Row] = []
     floats: dict[str, tuple[float, float]] = {}
-    for subject in (find_subject(model, work) for model in given.models):
-        name = subject.bed.name
+    for float_model in (find_subject(model, work) for model in given.models):
+        name = float_model.bed.name
         own = {width + 0.25: work / name / "fracbit" / f"{width + 0.25}" for width in given.widths}
         if given.only != "table":
             for peer in given.peers:
-                run_peer(peer, subject, given.widths, work / name / peer, environments)
+                run_peer(peer, float_model, given.widths, work / name / peer, environments)
             for asked, out in own.items():
-                run_fracbit(subject, asked, out)
+                run_fracbit(float_model, asked, out)
         if given.only != "run":
-            floats[name] = subject.judge(subject.load())
+            floats[name] = float_model.judge(float_model.load())
             for peer in given.peers:
-                rows += peer_rows(peer, subject, given.widths, work / name / peer)
+                rows += peer_rows(peer, float_model, given.widths, work / name / peer)
             done = {asked: out for asked, out in own.items() if (out / "facts.json").exists()}
-            rows += [fracbit_row(subject, asked, out) for asked, out in done.items()]
+            rows += [fracbit_row(float_model, asked, out) for asked, out in done.items()]
     if given.only == "run":
         return
     say_machine()

@@ -231,9 +231,9 @@ def planted(where: Bed) -> Iterator[Row]:
     runs += [("int8/tensor", ("smooth",)), ("int8/tensor", both), ("int8/token", both)]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "planted"
-        subject = load_float(where.folder)
-        plant_outliers(subject, 60.0, 3)
-        subject.model.float().save_pretrained(folder)
+        float_model = load_float(where.folder)
+        plant_outliers(float_model, 60.0, 3)
+        float_model.model.float().save_pretrained(folder)
         for file in where.folder.glob("tokenizer*"):
             shutil.copy(file, folder)
         for here in (where, replace(where, name=f"{where.name} planted", folder=folder)):

@@ -55,37 +55,37 @@ class Study:
     """A model and its texts: `calibration` that scores see, `evaluation` that allocations are judged on."""
 
     name: str
-    subject: FloatModel
+    float_model: FloatModel
     calibration: Tensor
     evaluation: Tensor
 
     @property
     def units(self) -> tuple[Unit, ...]:
-        return self.subject.weights.units()
+        return self.float_model.weights.units()
 
 
 def find_study(model: str, calibration: int, evaluation: int, length: int) -> Study:
     where = bed(model, length)
     opened = open_float(where.folder)
-    subject, reader = load_float(opened), reader_of(opened)
+    float_model, reader = load_float(opened), reader_of(opened)
     texts = {where.calibration: calibration, where.evaluation: evaluation}
     seen, unseen = (reader.samples(text, samples=count, length=length).ids for text, count in texts.items())
-    return Study(where.name, subject, seen, unseen)
+    return Study(where.name, float_model, seen, unseen)
 
 
 def float_loss(study: Study) -> list[Row]:
     """What was measured on, and the float loss."""
-    found = measure(study.subject, study.evaluation)
-    parameters = sum(p.numel() for p in study.subject.model.parameters())
+    found = measure(study.float_model, study.evaluation)
+    parameters = sum(p.numel() for p in study.float_model.model.parameters())
     return [{"blocks": len(study.units), "parameters": parameters, "float nll": f"{found.nll:.5f}",
              "tokens": found.tokens, "calibration tokens": study.calibration.numel()}]  # fmt: skip
 
 
 def scores(study: Study, granularity: str, score: str, low: str) -> Iterator[Row]:
     """A score of every unit; `random 3` is that of seed 3."""
-    units, level = study.subject.weights.units(granularity), read_level(low) if low else None  # type: ignore[arg-type]
+    units, level = study.float_model.weights.units(granularity), read_level(low) if low else None  # type: ignore[arg-type]
     name, _, seed = score.partition(" ")
-    found = make_scores(study.subject, units, name, level, study.calibration, int(seed or 0))
+    found = make_scores(study.float_model, units, name, level, study.calibration, int(seed or 0))
     for unit, value in found.values.items():
         yield {"granularity": granularity, "score": score, "low": low, "unit": unit, "value": f"{value:.6g}"}
 
@@ -110,9 +110,11 @@ def subsets(folder: Path, study: Study, high: str, low: str) -> Iterator[Row]:
     """The loss of every choice of blocks that are lowered from `high` to `low`, or dropped; on each half of the text too."""
     units, schemes = study.units, [read_level(high), None if low == "dropped" else read_level(low)]
     both = [(unit, scheme) for unit in units for scheme in schemes]
-    made = [scheme and rounded(study.subject, dict.fromkeys(unit.shapes, scheme)) for unit, scheme in both]
+    made = [
+        scheme and rounded(study.float_model, dict.fromkeys(unit.shapes, scheme)) for unit, scheme in both
+    ]
     masks = [mask for mask in masks_of(study, low, folder) if low != "dropped" or not all(mask)]
-    for mask, losses in losses_of(study.subject, masks, lambda b, n: made[2 * b + n], study.evaluation):
+    for mask, losses in losses_of(study.float_model, masks, lambda b, n: made[2 * b + n], study.evaluation):
         bits = sum(unit.bits(schemes[n]) for n, unit in zip(mask, units, strict=True) if schemes[n])
         figures = {"bits": bits / sum(unit.weights for unit in units), "nll": float(losses.mean()),
                    "even half": float(losses[::2].mean()), "odd half": float(losses[1::2].mean())}  # fmt: skip
@@ -120,20 +122,20 @@ def subsets(folder: Path, study: Study, high: str, low: str) -> Iterator[Row]:
 
 
 def losses_for(study: Study, levels: Sequence, label: str) -> Iterator[tuple[str, Losses]]:
-    units = study.subject.weights.units("linear")
+    units = study.float_model.weights.units("linear")
     names = ("weight-error", "gram-error", "gradient", "fisher", "oracle")
     for score in (*names, "lim", "zd", "first", "random") if label == "two" else names:
-        yield score, make_losses(study.subject, units, score, levels, study.calibration)
+        yield score, make_losses(study.float_model, units, score, levels, study.calibration)
 
 
 def allocations(study: Study, levels: str) -> Iterator[Row]:
     """Single linears, two levels or eight, every score, beside uniform schemes."""
-    units = study.subject.weights.units("linear")
+    units = study.float_model.weights.units("linear")
     weights = sum(unit.weights for unit in units)
 
     def row(budget: object, solver: str, score: str, bits: float, predicted: object, schemes: dict) -> Row:
-        with replaced(study.subject, rounded(study.subject, schemes)):
-            nll = measure(study.subject, study.evaluation, batch=16).nll
+        with replaced(study.float_model, rounded(study.float_model, schemes)):
+            nll = measure(study.float_model, study.evaluation, batch=16).nll
         return {"budget": budget, "solver": solver, "score": score, "bits": f"{bits / weights:.5f}",
                 "predicted": predicted, "nll": f"{nll:.5f}"}  # fmt: skip
 

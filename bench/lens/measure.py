@@ -52,24 +52,24 @@ class Study:
     """A model, the text that it is judged on, and its loss there; `name` ends in ` planted` when it has outliers."""
 
     name: str
-    subject: FloatModel
+    float_model: FloatModel
     ids: Tensor
     base: float
 
     def change(self) -> float:
         """Of the loss, as the model stands."""
-        return measure(self.subject, self.ids).nll - self.base
+        return measure(self.float_model, self.ids).nll - self.base
 
 
 def find_study(model: str, documents: int, length: int, planted: bool) -> Study:
     where = bed(model, length)
     opened = open_float(where.folder)
-    subject = load_float(opened)
+    float_model = load_float(opened)
     ids = reader_of(opened).samples(where.evaluation, samples=documents, length=length).ids
     if planted:
-        plant_outliers(subject, 50.0, 2)
-    base = measure(subject, ids).nll
-    return Study(f"{where.name} planted" if planted else where.name, subject, ids, base)
+        plant_outliers(float_model, 50.0, 2)
+    base = measure(float_model, ids).nll
+    return Study(f"{where.name} planted" if planted else where.name, float_model, ids, base)
 
 
 def rows_of(points: Iterable[LensPoint]) -> Iterator[Row]:
@@ -78,12 +78,14 @@ def rows_of(points: Iterable[LensPoint]) -> Iterator[Row]:
 
 
 def float_loss(study: Study) -> list[Row]:
-    found = measure(study.subject, study.ids)
+    found = measure(study.float_model, study.ids)
     return [{"float nll": f"{found.nll:.5f}", "tokens": found.tokens}]
 
 
 def curve(intensities: Sequence[float], study: Study, target: str, kind: str) -> Iterator[Row]:
-    return rows_of(lens.intensity_curves(study.subject, study.ids, [kind], intensities, target, seeds=SEEDS))  # type: ignore[arg-type]
+    return rows_of(
+        lens.intensity_curves(study.float_model, study.ids, [kind], intensities, target, seeds=SEEDS)
+    )  # type: ignore[arg-type]
 
 
 def scheme_itself(study: Study, kind: str) -> Iterator[Row]:
@@ -91,7 +93,7 @@ def scheme_itself(study: Study, kind: str) -> Iterator[Row]:
     label = kind.removesuffix(" itself")
     scheme = read_level(label)
     assert scheme is not None
-    look = partial(lens.probe, study.subject, study.ids, base=study.base)
+    look = partial(lens.probe, study.float_model, study.ids, base=study.base)
     noises = ("gaussian", "uniform", "rademacher", "growing", "shrinking")
     beside = (look(noise_like(noise, scheme), f"{label} as {noise}", seeds=SEEDS) for noise in noises)
     return rows_of([look(rounding(scheme), kind, seeds=(0,)), *beside])
@@ -99,7 +101,7 @@ def scheme_itself(study: Study, kind: str) -> Iterator[Row]:
 
 def clipping(study: Study, target: str) -> Iterator[Row]:
     """The largest clipped, beside noise of the same norm on the same elements and everywhere."""
-    look = partial(lens.probe, study.subject, study.ids, target=target, base=study.base)
+    look = partial(lens.probe, study.float_model, study.ids, target=target, base=study.base)
     found = []
     for share in (0.0001, 0.001, 0.01):
         each = f"{100 * share:g} %"
@@ -113,14 +115,14 @@ def clipping(study: Study, target: str) -> Iterator[Row]:
 def effects(units: str, study: Study, target: str, kind: str) -> Iterator[Row]:
     """Errors in single linears, in one module over all blocks, or in whole blocks; real schemes for the weights only."""
     named = {
-        "linears": {layer: [layer] for layer in study.subject.weights.layers},
-        "modules": lens.per_module(study.subject),
-        "blocks": {unit.name: list(unit.shapes) for unit in study.subject.weights.units()},
+        "linears": {layer: [layer] for layer in study.float_model.weights.layers},
+        "modules": lens.per_module(study.float_model),
+        "blocks": {unit.name: list(unit.shapes) for unit in study.float_model.weights.units()},
     }[units]
     level = read_level(kind) if "/" in kind else None
     error = noise(kind, AT) if level is None else rounding(level)
     seeds = SEEDS if level is None else (0,)
-    return rows_of(lens.unit_effects(study.subject, study.ids, named, {kind: error}, target, seeds=seeds))  # type: ignore[arg-type]
+    return rows_of(lens.unit_effects(study.float_model, study.ids, named, {kind: error}, target, seeds=seeds))  # type: ignore[arg-type]
 
 
 def fitted(weight: Tensor, dtype: str, bits: int, block: int | str) -> Scheme:
@@ -136,7 +138,7 @@ def typed(dtype: str, bits: int, block: int | str) -> Error:
 
 def w4(study: Study, setting: str) -> Iterator[Row]:
     """W4 by type and granularity of the scales."""
-    weights = study.subject.weights
+    weights = study.float_model.weights
     for block, dtype in product(("tensor", "row", 64), TYPES):
         noisy, used = {}, set()
         for layer in weights.layers:
@@ -145,27 +147,27 @@ def w4(study: Study, setting: str) -> Iterator[Row]:
             noisy[layer] = weight + scheme_error(weight, scheme)
             used.add(scheme.dtype.removeprefix("power:"))
         exponents = " ".join(sorted(used)) if dtype == "searched" else ""
-        with replaced(study.subject, noisy):
+        with replaced(study.float_model, noisy):
             change = study.change()
         yield {"granularity": str(block), "type": dtype, "change": f"{change:.5f}", "used": exponents}
 
 
 def activations(study: Study, setting: str) -> Iterator[Row]:
     """Weights per row and activations per tensor, per token and per block of 64 of a token, both of one type."""
-    everything = list(study.subject.weights.layers)
+    everything = list(study.float_model.weights.layers)
     blocks = {"tensor": "tensor", "row": "token", 64: "block 64"}
     for (block, name), dtype in product(blocks.items(), TYPES):
         with ExitStack() as stack:
             for target, bits, size in zip(TARGETS, setting[1::2], ("row", block), strict=True):
                 error = typed(dtype, int(bits), size)
-                stack.enter_context(lens.perturbed(study.subject, error, target, everything, 0))  # type: ignore[arg-type]
+                stack.enter_context(lens.perturbed(study.float_model, error, target, everything, 0))  # type: ignore[arg-type]
             change = f"{study.change():.5f}"
         yield {"granularity": f"activations per {name}", "type": dtype, "change": change, "used": ""}
 
 
 def profiles(study: Study) -> Iterator[Row]:
     """Error against |x| of the weights of all linears, W4 per row."""
-    weights = [study.subject.weights.read(layer) for layer in study.subject.weights.layers]
+    weights = [study.float_model.weights.read(layer) for layer in study.float_model.weights.layers]
     for dtype in ("int", "nf", "power:1/3", "power:1/2", "kmeans"):
         scheme = Scheme(dtype, 4, "row")
         found = [error_profile(weight, scheme_error(weight, scheme), "row", 12) for weight in weights]

@@ -265,11 +265,11 @@ def test_memory_of_known_models() -> None:
 def test_the_better_of_searched_and_uniform_is_taken(shared: Path) -> None:
     """At 3 bits of 2 and 4, uniform int3 wins on this model by far, whatever the order; near 4 bits, it does not exist."""
     model = shared / "models" / "tales-s"
-    subject = load_float(model)
+    float_model = load_float(model)
     held_out = ids_of(shared, "evaluation", 8, 256)
     made = plan(model, spending(average_bits=3.4, granularity="block"))
     units, searched = made.problem.units, made.allocation
-    found = contest(subject, units, searched, held_out, levels=TWO, budget=made.problem.budget.bits)
+    found = contest(float_model, units, searched, held_out, levels=TWO, budget=made.problem.budget.bits)
     assert not found.searched_won
     assert set(found.winner.schemes.values()) == {Scheme("int", 3, 64, "in", "zero")}
     assert "uniform scheme won" in found.winner.notes[-1]
@@ -277,4 +277,4 @@ def test_the_better_of_searched_and_uniform_is_taken(shared: Path) -> None:
     worst = uniform(searched.schemes, Scheme(bits=2, block="tensor"))
     best = plan(model, spending(average_bits=4.36, granularity="block")).allocation
     rivals = [worst.schemes[next(iter(worst.schemes))]]
-    assert contest(subject, units, best, held_out, levels=rivals).searched_won
+    assert contest(float_model, units, best, held_out, levels=rivals).searched_won

@@ -22,15 +22,15 @@ from fracbit.records.scores import Scores
 def test_every_family_loses_a_block(name: str, tmp_path: Path) -> None:
     model = families.model_of(name)
     model.save_pretrained(tmp_path / "whole")
-    subject = float_model_of(model)
-    names = [path for path, _ in blocks(subject.model, subject.family)]
+    float_model = float_model_of(model)
+    names = [path for path, _ in blocks(float_model.model, float_model.family)]
     ids = families.tokens(2, 12)
-    base = measure(subject, ids).nll
+    base = measure(float_model, ids).nll
     done = prune(tmp_path / "whole", [names[1]], tmp_path / "pruned")
     assert done.blocks == len(names) - 1
     picks = tuple(int(name == names[1]) for name in names)
-    inside = loss_table(subject, [picks], lambda block, number: None if number else {}, ids)[picks]
-    assert measure(subject, ids).nll == base
+    inside = loss_table(float_model, [picks], lambda block, number: None if number else {}, ids)[picks]
+    assert measure(float_model, ids).nll == base
     loaded = load(tmp_path / "pruned", torch.float32)
     assert sum(p.numel() for p in loaded.parameters()) <= done.parameters
     assert measure(float_model_of(loaded), ids).nll == pytest.approx(inside, abs=1e-6)

@@ -29,7 +29,7 @@ INT2, INT8 = Scheme(bits=2), Scheme(bits=8)
 
 
 @pytest.fixture
-def subject(tiny_llama: Callable[..., LlamaForCausalLM]) -> FloatModel:
+def float_model(tiny_llama: Callable[..., LlamaForCausalLM]) -> FloatModel:
     return float_model_of(tiny_llama())
 
 
@@ -38,71 +38,73 @@ def ids() -> torch.Tensor:
     return torch.randint(0, 96, (3, 24), generator=torch.Generator().manual_seed(0))
 
 
-def state(subject: FloatModel) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in subject.model.state_dict().items()}
+def state(float_model: FloatModel) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in float_model.model.state_dict().items()}
 
 
 @pytest.mark.parametrize("granularity", ["block", "linear"])
 @pytest.mark.parametrize("name", SCORES)
 def test_every_score_names_every_unit_and_leaves_the_model_alone(
-    subject: FloatModel, ids: torch.Tensor, name: str, granularity: str
+    float_model: FloatModel, ids: torch.Tensor, name: str, granularity: str
 ) -> None:
-    before = state(subject)
-    units = subject.weights.units(granularity)  # type: ignore[arg-type]
-    scores = make_scores(subject, units, name, INT2, ids, seed=3)
+    before = state(float_model)
+    units = float_model.weights.units(granularity)  # type: ignore[arg-type]
+    scores = make_scores(float_model, units, name, INT2, ids, seed=3)
     assert list(scores.values) == [unit.name for unit in units]
     assert len(units) == (3 if granularity == "block" else 21)
-    assert scores.values == make_scores(subject, units, name, INT2, ids, seed=3).values
-    assert all(torch.equal(tensor, before[key]) for key, tensor in subject.model.state_dict().items())
-    assert all(parameter.requires_grad for parameter in subject.model.parameters())
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in subject.model.modules())
+    assert scores.values == make_scores(float_model, units, name, INT2, ids, seed=3).values
+    assert all(torch.equal(tensor, before[key]) for key, tensor in float_model.model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in float_model.model.parameters())
+    assert not any(
+        module._forward_pre_hooks or module._forward_hooks for module in float_model.model.modules()
+    )
 
 
 @pytest.mark.parametrize("name", ["lim", "weight-error", "gram-error", "fisher", "oracle"])
 def test_losses_cover_every_scheme_and_float_costs_nothing(
-    subject: FloatModel, ids: torch.Tensor, name: str
+    float_model: FloatModel, ids: torch.Tensor, name: str
 ) -> None:
-    losses = make_losses(subject, subject.weights.units(), name, (INT2, INT8, None), ids)
+    losses = make_losses(float_model, float_model.weights.units(), name, (INT2, INT8, None), ids)
     for row in losses.rows.values():
         assert row[2] == 0
         assert abs(row[1]) < abs(row[0])
 
 
-def test_lim_is_the_cosine_of_raw_states(subject: FloatModel, ids: torch.Tensor) -> None:
-    hidden = embed(subject.model, subject.family, ids)
-    scores = make_scores(subject, subject.weights.units(), "lim", ids=ids)
-    normed = make_scores(subject, subject.weights.units(), "lim-final-norm", ids=ids)
+def test_lim_is_the_cosine_of_raw_states(float_model: FloatModel, ids: torch.Tensor) -> None:
+    hidden = embed(float_model.model, float_model.family, ids)
+    scores = make_scores(float_model, float_model.weights.units(), "lim", ids=ids)
+    normed = make_scores(float_model, float_model.weights.units(), "lim-final-norm", ids=ids)
     for index, (name, value) in enumerate(scores.values.items()):
-        after = advance(subject.model.model.layers[index], hidden)
+        after = advance(float_model.model.model.layers[index], hidden)
         x, y = hidden.states[:, 1:], after.states[:, 1:]
         assert value == pytest.approx(-float(torch.cosine_similarity(x, y, dim=-1).mean()), abs=1e-6)
         if index == 2:
-            y = subject.model.model.norm(y).detach()
+            y = float_model.model.model.norm(y).detach()
         assert normed.values[name] == pytest.approx(
             -float(torch.cosine_similarity(x, y, dim=-1).mean()), abs=1e-6
         )
         hidden = after
 
 
-def test_what_needs_text_or_a_scheme_says_so(subject: FloatModel, ids: torch.Tensor) -> None:
-    units = subject.weights.units()
+def test_what_needs_text_or_a_scheme_says_so(float_model: FloatModel, ids: torch.Tensor) -> None:
+    units = float_model.weights.units()
     with pytest.raises(RecipeError, match="reads text"):
-        make_scores(subject, units, "lim")
+        make_scores(float_model, units, "lim")
     with pytest.raises(RecipeError, match="name the low level"):
-        make_scores(subject, units, "weight-error")
+        make_scores(float_model, units, "weight-error")
     with pytest.raises(DataError, match=r"\[samples, tokens\]"):
-        make_scores(subject, units, "lim", ids=ids[0])
+        make_scores(float_model, units, "lim", ids=ids[0])
 
 
-def test_replaced_weights_come_back_when_something_raises(subject: FloatModel) -> None:
-    before = state(subject)
-    names = list(subject.weights.layers)
+def test_replaced_weights_come_back_when_something_raises(float_model: FloatModel) -> None:
+    before = state(float_model)
+    names = list(float_model.weights.layers)
     stack = ExitStack()
-    stack.enter_context(replaced(subject, rounded(subject, dict.fromkeys(names, INT2))))
-    assert not torch.equal(subject.model.state_dict()[f"{names[0]}.weight"], before[f"{names[0]}.weight"])
+    stack.enter_context(replaced(float_model, rounded(float_model, dict.fromkeys(names, INT2))))
+    assert not torch.equal(float_model.model.state_dict()[f"{names[0]}.weight"], before[f"{names[0]}.weight"])
     with pytest.raises(KeyboardInterrupt), stack:
         raise KeyboardInterrupt
-    assert all(torch.equal(tensor, before[key]) for key, tensor in subject.model.state_dict().items())
+    assert all(torch.equal(tensor, before[key]) for key, tensor in float_model.model.state_dict().items())
 
 
 def test_a_model_on_disk_gives_the_scores_of_the_one_in_memory(
@@ -130,15 +132,15 @@ def test_a_quantized_model_is_refused(tmp_path: Path, tiny_llama: Callable[..., 
 
 @pytest.mark.slow
 def test_the_oracle_is_the_loss_of_one_quantized_block(shared: Path) -> None:
-    subject = load_float(shared / "models" / "tales-xs")
+    float_model = load_float(shared / "models" / "tales-xs")
     import numpy as np
 
     tokens = np.fromfile(shared / "data" / "tales-evaluation.u16", dtype="<u2").reshape(-1, 512)[:8, :256]
     ids = torch.from_numpy(tokens.astype(np.int64))
-    units = subject.weights.units()
+    units = float_model.weights.units()
     scheme = Scheme("int", 2, 64, "in", "zero")
-    oracle = make_scores(subject, units, "oracle", scheme, ids)
-    base = measure(subject, ids).nll
-    with replaced(subject, rounded(subject, dict.fromkeys(units[0].shapes, scheme))):
-        assert oracle.values[units[0].name] == pytest.approx(measure(subject, ids).nll - base, abs=1e-9)
+    oracle = make_scores(float_model, units, "oracle", scheme, ids)
+    base = measure(float_model, ids).nll
+    with replaced(float_model, rounded(float_model, dict.fromkeys(units[0].shapes, scheme))):
+        assert oracle.values[units[0].name] == pytest.approx(measure(float_model, ids).nll - base, abs=1e-9)
     assert all(value > 0.01 for value in oracle.values.values())

@@ -29,7 +29,7 @@ def installed(
     """
     with ExitStack() as restore, torch.no_grad():
         for name, stored in layers.items():
-            _install(model, name, stored, tensors, restore)
+            _install(model, name, stored=stored, tensors=tensors, restore=restore)
         packed = {f"{name}.weight" for name in layers}
         for name, tensor in tensors.items():
             if name not in packed:

@@ -64,7 +64,7 @@ def open_float(
     if untied:
         config.tie_word_embeddings = False
     shell = skeleton(config, trust_remote_code=trust_remote_code)
-    return Opened(source, shell, family_of(shell), trust_remote_code, untied)
+    return Opened(source, shell, family=family_of(shell), trust_remote_code=trust_remote_code, untied=untied)
 
 
 def model_config(source: Source, trust_remote_code: bool = False) -> PreTrainedConfig:

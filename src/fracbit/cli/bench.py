@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -38,9 +39,10 @@ def bench(
     from fracbit.pipeline.serve.speed import Load, measure
 
     load = Load(prompt_tokens, new_tokens, kv_bits)
-    found = measure(model, load, activations, dtype, device, trust_remote_code).to_json()
+    run = partial(measure, load_=load, dtype=dtype, device=device, trust=trust_remote_code)
+    found = run(model, activations=activations).to_json()
     if against is not None:
-        found["against"] = measure(against, load, "float", dtype, device, trust_remote_code).to_json()
+        found["against"] = run(against, activations="float").to_json()
     if json:
         print_json(found)
         return

@@ -29,7 +29,10 @@ def chat(
     from fracbit.pipeline.serve.generation import Chat, Settings
 
     settings = Settings(max_new_tokens, temperature, kv_bits)
-    talk = Chat(*ready(model, dtype, device, trust_remote_code, activations, seed), settings)
+    talk = Chat(
+        *ready(model, dtype, device=device, trust=trust_remote_code, activations=activations, seed=seed),
+        settings,
+    )
     for message in messages():
         found = talk.say(message, write)
         write("\n")

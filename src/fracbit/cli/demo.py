@@ -43,7 +43,9 @@ def demo(
     with progress(json or quiet) as show:
         rows.append(_measure("float", source, show, 0))
         for number, (name, scheme) in enumerate(SCHEMES.items(), 1):
-            rows.append(_quantize(name, source, scheme, output / name, show, number))
+            rows.append(
+                _quantize(name, source, scheme=scheme, folder=output / name, show=show, number=number)
+            )
     protocol = rows[0]["protocol"]
     if json:
         print_json({"rows": rows, "protocol": protocol, "output": str(output)})

@@ -52,9 +52,11 @@ def generate(
     from fracbit.pipeline.serve import generation as serve
 
     settings = serve.Settings(max_new_tokens, temperature, kv_bits, prefill_chunk)
-    loaded, tokenizer = ready(model, dtype, device, trust_remote_code, activations, seed)
+    loaded, tokenizer = ready(
+        model, dtype, device=device, trust=trust_remote_code, activations=activations, seed=seed
+    )
     streams = not json and len(batch) == 1
-    found = serve.generate(loaded, tokenizer, batch, settings, write if streams else None)
+    found = serve.generate(loaded, tokenizer, batch, settings, show=write if streams else None)
     if json:
         print_json(_object(model, found))
         return

@@ -103,11 +103,21 @@ def sweep(
     root = (file.parent / read.root).resolve()
     known = [] if imported is None else import_parquet(imported)
     if dry_run:
-        _print_estimate(estimate_sweep(expand(read), store, root, device, known), json)
+        _print_estimate(estimate_sweep(expand(read), store, root, device=device, known=known), json)
         return
     engine = None
     if ray or address is not None:
-        engine = _on_ray(root, address, device, workers, cpus, gpus, memory, retries, keep_going)
+        engine = _on_ray(
+            root,
+            address,
+            device=device,
+            workers=workers,
+            cpus=cpus,
+            gpus=gpus,
+            memory=memory,
+            retries=retries,
+            keep_going=keep_going,
+        )
     outcome = measure(
         read,
         store,

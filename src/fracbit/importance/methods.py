@@ -51,4 +51,6 @@ def score_method(name: str) -> ScoreMethod:
 def reverse(scores: Scores) -> Scores:
     """The same scores with the least important layer first: the control that a good order must beat."""
     values: Mapping[str, float] = {name: -value for name, value in scores.values.items()}
-    return Scores(values, f"reverse:{scores.method}", scores.model, "order", scores.protocol)
+    return Scores(
+        values, f"reverse:{scores.method}", model=scores.model, kind="order", protocol=scores.protocol
+    )

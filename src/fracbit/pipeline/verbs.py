@@ -68,7 +68,7 @@ def quantize(
     with showing(progress) as show:
         if allocation is not None:
             recipe, said = planned(recipe, Path(allocation), opened)
-        divided = budgeted(recipe, spending, opened, device, show)
+        divided = budgeted(recipe, spending, opened=opened, device=device, progress=show)
         result = write_checkpoint(
             divided.recipe,
             output,

@@ -209,7 +209,15 @@ def power_law(rows: Sequence[Row]) -> PowerLaw | None:
     floor, log_scale, alpha, beta = (float(value) for value in best.x)
     scale = math.exp(min(700.0, log_scale + alpha * float(size.mean())))
     rms = math.sqrt(2 * float(best.cost) / len(rows))
-    return PowerLaw(floor, scale, alpha, beta, rms, float(loss.std()), _left_out(rows))
+    return PowerLaw(
+        floor,
+        scale,
+        alpha=alpha,
+        beta=beta,
+        rms=rms,
+        spread=float(loss.std()),
+        interpolation_rms=_left_out(rows),
+    )
 
 
 def correlation(rows: Sequence[Row], task: str) -> tuple[float, int] | None:
@@ -284,7 +292,9 @@ def _shifts(x: Floats, y: Floats, base_x: Floats, base_y: Floats) -> Floats:
         return np.full(len(y), math.nan)
     need = 0.5 * min(x[-1] - x[0], base_x[-1] - base_x[0])
     tried = np.arange(-4.0, 4.0001, 0.02)
-    misfits = np.array([_misfits(x - shift, y, base_x, base_y, need) for shift in tried])  # [shifts, draws]
+    misfits = np.array(
+        [_misfits(x - shift, y, base_x=base_x, base_y=base_y, need=need) for shift in tried]
+    )  # [shifts, draws]
     possible = np.flatnonzero(np.isfinite(misfits[:, 0]))
     best = misfits.argmin(0)
     # A best shift at the limit of the overlap means that the curves do not fit each other.

@@ -120,7 +120,7 @@ def estimate(
         each, basis = _seconds_per_run(model, alike, parameters.get(model), probe)
         left = runs[model] - done[model]
         seconds = 0.0 if left == 0 else None if each is None else each * left
-        plans.append(ModelPlan(model, runs[model], done[model], seconds, basis))
+        plans.append(ModelPlan(model, runs[model], done=done[model], seconds=seconds, basis=basis))
     windows = max((len(row.window_nll) for row in rows), default=64)
     missing = sum(runs.values()) - sum(done.values())
     return Estimate(tuple(plans), expansion.skipped, missing * (ROW_BYTES + WINDOW_BYTES * windows))

@@ -74,7 +74,7 @@ class OnRay:
         """See `Engine.measure`."""
         ray = _ray()
         _connect(ray, self.address)
-        pool = _Pool(ray, self, queue, runs, claim)
+        pool = _Pool(ray, self, queue=queue, runs=runs, claim=claim)
         try:
             yield from pool.rows()
         finally:

@@ -88,7 +88,7 @@ def sweep(
         opened.add(known)
         on_row = None if show is None else lambda row, done, total: show(str(row.run), done, total)
         called = on_row if progress == "auto" else progress
-        outcome = run_sweep(opened, expansion.runs, used, called, retry_failed)
+        outcome = run_sweep(opened, expansion.runs, engine=used, progress=called, retry_failed=retry_failed)
     return replace(outcome, skipped=expansion.skipped)
 
 

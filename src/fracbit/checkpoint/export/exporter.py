@@ -117,7 +117,10 @@ def export(
     check_apart(folder, stored.source.folder)
     check_layers(stored, exporter, format)
     key, size = _key(stored, format), exporter.size(stored)
-    with showing(progress) as show, open_output(folder, key, size, overwrite, resume) as target:
+    with (
+        showing(progress) as show,
+        open_output(folder, key, expected_bytes=size, overwrite=overwrite, resume=resume) as target,
+    ):
         written = exporter.write(stored, target, show or (lambda what, done, total: None))
         copy_rest(stored.source.folder, folder)
         target.finish(written.config, _manifest(stored, format))

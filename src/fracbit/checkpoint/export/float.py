@@ -101,7 +101,7 @@ class FloatWeights:
             if name.removesuffix(".weight") not in inside
         ]
         fused = [
-            _fused_piece(stored, f"{path}.{leaf}", names, experts, dtype)
+            _fused_piece(stored, f"{path}.{leaf}", names=names, experts=experts, dtype=dtype)
             for path, (experts, tensors) in mixtures.items()
             for leaf, names in tensors.items()
         ]

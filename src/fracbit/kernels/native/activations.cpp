@@ -17,12 +17,12 @@ int64_t sums_stride(const Weight& w) { return aligned(w.blocks.along_out ? 1 : w
 
 // Row n of x as floats; `row` is room for one.
 void load_row(const Weight& w, const Isa& isa, const Matrix& x, int64_t n, const Activations& to, float* row) {
-    float* kept = to.kept + n * to.width;
-    std::fill(kept + w.kept, kept + to.width, 0.0f);
-    if (w.outliers.columns.empty()) return isa.to_float(x.row(n), x.type, w.kept, kept);
+    float* coded = to.coded + n * to.width;
+    std::fill(coded + w.coded, coded + to.width, 0.0f);
+    if (w.outliers.columns.empty()) return isa.to_float(x.row(n), x.type, w.coded, coded);
     isa.to_float(x.row(n), x.type, w.columns, row);
     float* outliers = to.outliers + n * w.outliers.count();
-    for (const int32_t column : w.outliers.kept) *kept++ = row[column];
+    for (const int32_t column : w.outliers.coded) *coded++ = row[column];
     for (const int32_t column : w.outliers.columns) *outliers++ = row[column];
 }
 
@@ -82,7 +82,7 @@ Activations load(const Weight& w, const Isa& isa, const Matrix& x, int64_t batch
     to.batch = batch;
     to.int8 = int8;
     to.width = w.chunks() * kChunk;
-    to.kept = scratch.floats(batch * to.width);
+    to.coded = scratch.floats(batch * to.width);
     to.outliers = scratch.floats(batch * w.outliers.count());
     float* row = scratch.floats(w.columns);
     for (int64_t n = 0; n < batch; ++n) load_row(w, isa, x, n, to, row);
@@ -107,21 +107,21 @@ void fold(const Weight& w, const Isa& isa, const Activations& x, int64_t n, int6
     const Float type = w.scales.type;
     const bool at_once = isa.fold != nullptr && x.int8 && w.scales.zeros.empty();  // zero codes are multiplied by x itself
     for (int64_t c = 0; c < w.chunks(); c += kFoldChunks) {
-        const int64_t first = c * kChunk, count = std::min(kFoldChunks, w.chunks() - c), kept = std::min(count * kChunk, w.kept - first);
+        const int64_t first = c * kChunk, count = std::min(kFoldChunks, w.chunks() - c), coded = std::min(count * kChunk, w.coded - first);
         if (n == 0) {  // memory would idle for as long as the codes of a few rows take to arrive
             const int64_t begin = c / kFoldChunks * kFoldBytes, end = std::min(begin + kFoldBytes, codes.bytes);
             for (int64_t i = begin; i < end; i += kCacheLine) FRACBIT_PREFETCH(codes.data + i, 2);
         }
         const void* scales = number_at(w.scales_of_group(group), type, first);
         const float* natural = x.row(n) + first;
-        if (at_once && kept == count * kChunk) {
+        if (at_once && coded == count * kChunk) {
             isa.fold(natural, scales, type, count, w.bits, to.rounded.from(n * w.chunks() + c));
             continue;
         }
         float scaled[kFoldChunks * kChunk];
-        isa.to_float(scales, type, kept, scaled);
-        for (int64_t i = 0; i < kept; ++i) scaled[i] *= natural[i];
-        std::fill(scaled + kept, scaled + count * kChunk, 0.0f);
+        isa.to_float(scales, type, coded, scaled);
+        for (int64_t i = 0; i < coded; ++i) scaled[i] *= natural[i];
+        std::fill(scaled + coded, scaled + count * kChunk, 0.0f);
         fill(w, isa, scaled, n, x.int8, c, count, to);
     }
     sum_blocks(w, n, to);

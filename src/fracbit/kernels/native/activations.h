@@ -24,12 +24,12 @@ struct LaneActivations {
 struct Activations {
     int64_t batch = 0;
     bool int8 = false;
-    int64_t width = 0;          // a row of `kept`, padded with zeros to whole chunks
-    float* kept = nullptr;      // [batch, width] in natural order
+    int64_t width = 0;          // a row of `coded`, padded with zeros to whole chunks
+    float* coded = nullptr;      // [batch, width] in natural order
     float* outliers = nullptr;  // [batch, outlier columns]
     LaneActivations lanes{};    // empty along out, and where blocks are not whole lanes
 
-    const float* row(int64_t n) const { return kept + n * width; }
+    const float* row(int64_t n) const { return coded + n * width; }
 };
 
 Activations load(const Weight& weight, const Isa& isa, const Matrix& x, int64_t batch, bool int8, Scratch& scratch);

@@ -241,14 +241,14 @@ void look_up_codes(const Codes& codes, int64_t row, const float* values, float* 
     Avx512::FloatTable<bits> table;
     table.load(values);
     const uint8_t* from = codes.row(row);
-    for (int64_t i = 0; i < codes.kept; i += kLookUp) {
+    for (int64_t i = 0; i < codes.coded; i += kLookUp) {
         const int64_t first = code_bytes(i, bits), bytes = codes.stride - first;
         const __mmask64 there = bytes >= 8 * bits ? ~0ull >> (64 - 8 * bits) : (1ull << bytes) - 1;
         __m512i z = _mm512_maskz_loadu_epi8(there, from + first);
         if constexpr (bits < 8) z = cut<bits, 8, 0>(spread<bits, 8>(z));
         const __m128i part[4] = {_mm512_castsi512_si128(z), _mm512_extracti32x4_epi32(z, 1), _mm512_extracti32x4_epi32(z, 2),
                                  _mm512_extracti32x4_epi32(z, 3)};
-        for (int64_t j = 0, left = codes.kept - i; j < 4 && left > 0; ++j, left -= 16) {
+        for (int64_t j = 0, left = codes.coded - i; j < 4 && left > 0; ++j, left -= 16) {
             const auto some = static_cast<__mmask16>(left >= 16 ? 0xffffu : (1u << left) - 1u);
             _mm512_mask_storeu_ps(out + i + 16 * j, some, table.at(_mm512_cvtepu8_epi32(part[j])));
         }

@@ -27,22 +27,22 @@ struct RowScratch {
     float *weights, *scales, *offsets, *whole, *outliers;
 
     RowScratch(const Weight& w, float* memory)
-        : weights(memory), scales(weights + aligned(w.kept)), offsets(scales + aligned(w.kept)), whole(offsets + aligned(w.kept)),
+        : weights(memory), scales(weights + aligned(w.coded)), offsets(scales + aligned(w.coded)), whole(offsets + aligned(w.coded)),
           outliers(whole + aligned(w.columns)) {}
 
-    static int64_t floats(const Weight& w) { return 3 * aligned(w.kept) + aligned(w.columns) + aligned(w.outliers.count()); }
+    static int64_t floats(const Weight& w) { return 3 * aligned(w.coded) + aligned(w.columns) + aligned(w.outliers.count()); }
 };
 
 // Scales and offsets of a group of rows; zero codes are offsets of -scale * T[zero].
 void load_group(const Call& call, int64_t group, const RowScratch& to) {
     const Weight& w = call.weight;
     const Float type = w.scales.type;
-    call.isa.to_float(w.scales_of_group(group), type, w.kept, to.scales);
-    std::fill(to.offsets, to.offsets + w.kept, 0.0f);
-    if (w.scales.offsets != nullptr) call.isa.to_float(w.offsets_of_group(group), type, w.kept, to.offsets);
+    call.isa.to_float(w.scales_of_group(group), type, w.coded, to.scales);
+    std::fill(to.offsets, to.offsets + w.coded, 0.0f);
+    if (w.scales.offsets != nullptr) call.isa.to_float(w.offsets_of_group(group), type, w.coded, to.offsets);
     if (w.scales.zeros.empty()) return;
     const uint8_t* zeros = w.zeros_of_group(group);
-    for (int64_t i = 0; i < w.kept; ++i) to.offsets[i] = -to.scales[i] * w.table.values[zeros[i]];
+    for (int64_t i = 0; i < w.coded; ++i) to.offsets[i] = -to.scales[i] * w.table.values[zeros[i]];
 }
 
 // The row with its outliers in their places.
@@ -50,7 +50,7 @@ const float* with_outliers(const Call& call, int64_t row, const RowScratch& scra
     const Outliers& outliers = call.weight.outliers;
     if (outliers.columns.empty()) return scratch.weights;
     const float* next = scratch.weights;
-    for (const int32_t column : outliers.kept) scratch.whole[column] = *next++;
+    for (const int32_t column : outliers.coded) scratch.whole[column] = *next++;
     call.isa.to_float(outliers.row(row), outliers.type, outliers.count(), scratch.outliers);
     next = scratch.outliers;
     for (const int32_t column : outliers.columns) scratch.whole[column] = *next++;
@@ -62,7 +62,7 @@ void decode_row(const Call& call, int64_t row, const RowScratch& scratch) {
     auto [weights, scales, offsets, whole, outliers] = scratch;
     call.isa.weights_of_row(call.job, call.isa, row, weights);
     if (w.blocks.along_out)
-        for (int64_t i = 0; i < w.kept; ++i) weights[i] = weights[i] * scales[i] + offsets[i];
+        for (int64_t i = 0; i < w.coded; ++i) weights[i] = weights[i] * scales[i] + offsets[i];
     call.isa.from_float(with_outliers(call, row, scratch), call.out.type, w.columns, call.out.row(row - call.first));
 }
 

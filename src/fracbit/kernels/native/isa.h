@@ -28,9 +28,9 @@ struct Isa {
     void (*multiply_float)(const FloatJob& job, int64_t first, int64_t last);
     void (*multiply_decoded)(const DecodedJob& job, const Isa& isa, int64_t first, int64_t last);
 
-    // Weights of a row in natural order, [kept]; without scales where they are null.
+    // Weights of a row in natural order, [coded]; without scales where they are null.
     void (*weights_of_row)(const DecodeJob& job, const Isa& isa, int64_t row, float* out);
-    // Table values of a row in natural order, [kept].
+    // Table values of a row in natural order, [coded].
     void (*look_up)(const Codes& codes, int64_t row, const float* values, float* out);
 
     // Read bytes and do nothing else.

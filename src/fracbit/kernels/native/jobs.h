@@ -12,7 +12,7 @@ namespace fracbit {
 struct Codes {
     const uint8_t* data;
     int64_t stride;  // bytes from row to row
-    int64_t kept;    // codes of a row
+    int64_t coded;    // codes of a row
     int64_t chunks;  // chunks of a row, the last one padded
     int bits;
 

@@ -75,7 +75,7 @@ void run_rows(const Call& call, const LaneActivations& lanes, int64_t first, int
     const Weight& w = *call.weight;
     const Isa& isa = *call.isa;
     if (!w.blocks.whole_lanes) {
-        isa.multiply_decoded({decode_job_of(w), call.x.kept, call.x.batch, call.y, scratch}, isa, first, last);
+        isa.multiply_decoded({decode_job_of(w), call.x.coded, call.x.batch, call.y, scratch}, isa, first, last);
     } else if (call.x.int8) {
         isa.multiply_int8({row_job_of(call, lanes), split_table_of(w), lanes.rounded.a, lanes.rounded.scale}, first, last);
     } else {
@@ -113,11 +113,11 @@ void task_along_in(const Call& call, int64_t index, float* scratch) {
 // activations that are folded and rounded already; floats as they are, in natural order.
 void load_offsets(const Call& call, int64_t group, const GroupScratch& to) {
     const Weight& w = *call.weight;
-    if (w.scales.offsets != nullptr) call.isa->to_float(w.offsets_of_group(group), w.scales.type, w.kept, to.offsets);
+    if (w.scales.offsets != nullptr) call.isa->to_float(w.offsets_of_group(group), w.scales.type, w.coded, to.offsets);
     if (w.scales.zeros.empty()) return;
     const uint8_t* zeros = w.zeros_of_group(group);
-    for (int64_t i = 0; i < w.kept; ++i) to.offsets[i] = -w.table.values[zeros[i]];
-    std::fill(to.offsets + w.kept, to.offsets + call.x.width, 0.0f);
+    for (int64_t i = 0; i < w.coded; ++i) to.offsets[i] = -w.table.values[zeros[i]];
+    std::fill(to.offsets + w.coded, to.offsets + call.x.width, 0.0f);
     call.isa->transpose(to.offsets, w.chunks(), to.zeros);
 }
 
@@ -125,7 +125,7 @@ void load_offsets(const Call& call, int64_t group, const GroupScratch& to) {
 float shift_of(const Call& call, int64_t n, const GroupScratch& group) {
     const int64_t width = call.x.width;
     if (!call.weight->scales.zeros.empty()) return dot_floats(group.zeros, group.lanes.x + n * width, width);
-    if (call.weight->scales.offsets != nullptr) return dot_floats(group.offsets, call.x.row(n), call.weight->kept);
+    if (call.weight->scales.offsets != nullptr) return dot_floats(group.offsets, call.x.row(n), call.weight->coded);
     return 0.0f;
 }
 

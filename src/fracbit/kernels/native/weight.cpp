@@ -59,7 +59,7 @@ void detect_affine(StoredTable& to, const float* table, int64_t levels) {
 int64_t Weight::derived_bytes() const {
     const size_t bytes = scales.zeros.size() + table.high.size() + table.low.size();
     const size_t floats = table.values.size() + table.steps.size();
-    const size_t integers = blocks.lane.size() + outliers.kept.size() + outliers.columns.size();
+    const size_t integers = blocks.lane.size() + outliers.coded.size() + outliers.columns.size();
     return static_cast<int64_t>(bytes + sizeof(float) * floats + sizeof(int32_t) * integers);
 }
 
@@ -67,8 +67,8 @@ void set_size(Weight& w, int64_t rows, int64_t columns, int64_t bits, int64_t ou
     w.rows = in_range(rows, "rows", kMostChannels);
     w.columns = in_range(columns, "columns", kMostChannels);
     w.bits = static_cast<int>(in_range(bits, "bits", 8));
-    w.kept = w.columns - outliers;
-    if (w.kept < 1) refuse("every column is an outlier: nothing is quantized");
+    w.coded = w.columns - outliers;
+    if (w.coded < 1) refuse("every column is an outlier: nothing is quantized");
 }
 
 std::vector<int64_t> set_blocks(Weight& w, const std::string& kind, int64_t block) {
@@ -76,24 +76,24 @@ std::vector<int64_t> set_blocks(Weight& w, const std::string& kind, int64_t bloc
     BlockLayout& blocks = w.blocks;
     std::vector<int64_t> stored;
     if (kind == "in") {
-        blocks.size = std::min(block, w.kept);
-        blocks.count = blocks.stride = blocks_in(w.kept, blocks.size);
+        blocks.size = std::min(block, w.coded);
+        blocks.count = blocks.stride = blocks_in(w.coded, blocks.size);
         stored = {w.rows, blocks.count};
     } else if (kind == "out") {
         blocks.along_out = true;
         blocks.size = std::min(block, w.rows);
         blocks.count = blocks_in(w.rows, blocks.size);
-        stored = {blocks.count, w.kept};
+        stored = {blocks.count, w.coded};
     } else if (kind == "tensor") {
-        blocks.size = w.kept;
+        blocks.size = w.coded;
         blocks.count = 1;
         stored = {1, 1};
     } else if (kind == "flat") {
-        blocks.size = std::min(block, w.rows * w.kept);
-        blocks.flat = w.kept % blocks.size != 0;  // otherwise no block crosses rows, and the scales of a row lie together
-        if (!blocks.flat) blocks.stride = w.kept / blocks.size;
-        blocks.count = blocks.flat ? w.kept / blocks.size + 2 : blocks.stride;
-        stored = {blocks_in(w.rows * w.kept, blocks.size)};
+        blocks.size = std::min(block, w.rows * w.coded);
+        blocks.flat = w.coded % blocks.size != 0;  // otherwise no block crosses rows, and the scales of a row lie together
+        if (!blocks.flat) blocks.stride = w.coded / blocks.size;
+        blocks.count = blocks.flat ? w.coded / blocks.size + 2 : blocks.stride;
+        stored = {blocks_in(w.rows * w.coded, blocks.size)};
     } else {
         refuse("blocks must be 'in', 'out', 'tensor' or 'flat', got '" + kind + "'");
     }
@@ -138,13 +138,13 @@ void set_outlier_columns(Weight& w, std::vector<int32_t> columns) {
         if (next != columns.end() && *next == i) {
             ++next;
         } else {
-            w.outliers.kept.push_back(i);
+            w.outliers.coded.push_back(i);
         }
     }
     w.outliers.columns = std::move(columns);
 }
 
-Codes codes_of(const Weight& w) { return {w.codes, w.stride(), w.kept, w.chunks(), w.bits}; }
+Codes codes_of(const Weight& w) { return {w.codes, w.stride(), w.coded, w.chunks(), w.bits}; }
 
 Table table_of(const Weight& w) {
     const int64_t stride = w.table.rows == 1 ? 0 : table_width(w.bits);

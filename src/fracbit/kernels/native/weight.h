@@ -13,7 +13,7 @@ namespace fracbit {
 
 // How blocks of weights share scales.
 struct BlockLayout {
-    bool along_out = false;  // blocks of output channels: scales [count, kept]
+    bool along_out = false;  // blocks of output channels: scales [count, coded]
     bool flat = false;       // blocks run on from row to row: scales in one line
     int64_t size = 0;
     int64_t count = 0;   // of a row, or along out of a column; flat: the most that a row can touch
@@ -46,7 +46,7 @@ struct Outliers {
     Float type = Float::f32;
     const void* values = nullptr;  // [rows, columns.size()]
     std::vector<int32_t> columns;
-    std::vector<int32_t> kept;  // the other columns; empty when there are no outliers
+    std::vector<int32_t> coded;  // the other columns; empty when there are no outliers
 
     int64_t count() const { return static_cast<int64_t>(columns.size()); }
     const void* row(int64_t index) const { return number_at(values, type, index * count()); }
@@ -55,7 +55,7 @@ struct Outliers {
 struct Weight {
     int64_t rows = 0;     // output channels
     int64_t columns = 0;  // input channels
-    int64_t kept = 0;     // input channels that are quantized
+    int64_t coded = 0;     // input channels that are quantized
     int bits = 0;
     const uint8_t* codes = nullptr;  // [rows, stride()]
     BlockLayout blocks;
@@ -63,13 +63,13 @@ struct Weight {
     StoredTable table;
     Outliers outliers;
 
-    int64_t stride() const { return code_bytes(kept, bits); }
-    int64_t chunks() const { return (kept + kChunk - 1) / kChunk; }
+    int64_t stride() const { return code_bytes(coded, bits); }
+    int64_t chunks() const { return (coded + kChunk - 1) / kChunk; }
 
-    // Scales and offsets of the kept inputs of a group of rows; along out only.
-    const void* scales_of_group(int64_t group) const { return number_at(scales.values, scales.type, group * kept); }
-    const void* offsets_of_group(int64_t group) const { return number_at(scales.offsets, scales.type, group * kept); }
-    const uint8_t* zeros_of_group(int64_t group) const { return scales.zeros.data() + group * kept; }
+    // Scales and offsets of the coded inputs of a group of rows; along out only.
+    const void* scales_of_group(int64_t group) const { return number_at(scales.values, scales.type, group * coded); }
+    const void* offsets_of_group(int64_t group) const { return number_at(scales.offsets, scales.type, group * coded); }
+    const uint8_t* zeros_of_group(int64_t group) const { return scales.zeros.data() + group * coded; }
 
     // Bytes that were derived, besides the memory of the caller.
     int64_t derived_bytes() const;

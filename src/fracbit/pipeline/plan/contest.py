@@ -50,7 +50,7 @@ class Contest:
 
 
 def contest(
-    subject: FloatModel,
+    float_model: FloatModel,
     units: Sequence[Unit],
     allocation: Allocation,
     held_out: Tensor,
@@ -65,11 +65,11 @@ def contest(
     weight error. Raises `BudgetError` when no rival fits into the allocation's bytes.
     """
     bits = budget or sum(unit.bits(allocation.schemes[next(iter(unit.shapes))]) for unit in units)
-    scheme, cost = _best_rival(subject.weights, units, bits, levels)
+    scheme, cost = _best_rival(float_model.weights, units, bits, levels)
     names = [name for unit in units for name in unit.shapes]
     rival = uniform(names, scheme, allocation.model)
-    base = measure(subject, held_out)
-    searched, plain = (_nll(subject, each, held_out) for each in (allocation, rival))
+    base = measure(float_model, held_out)
+    searched, plain = (_nll(float_model, each, held_out) for each in (allocation, rival))
     each = cost / sum(unit.weights for unit in units)
     facts = (
         f"on {base.tokens} held-out tokens: allocated {searched:.4f} nats, uniform {scheme} ({each:.4f} bits per weight) "
@@ -90,10 +90,10 @@ def contest(
     )
 
 
-def _nll(subject: FloatModel, allocation: Allocation, held_out: Tensor) -> float:
+def _nll(float_model: FloatModel, allocation: Allocation, held_out: Tensor) -> float:
     """Nats per token of the model rounded as allocated."""
-    with replaced(subject, rounded(subject, allocation.schemes)):
-        return measure(subject, held_out).nll
+    with replaced(float_model, rounded(float_model, allocation.schemes)):
+        return measure(float_model, held_out).nll
 
 
 def _best_rival(

@@ -43,32 +43,34 @@ class Findings:
     changes: Mapping[UnitScheme, float] = field(default_factory=dict)
 
 
-def forward_pass(subject: FloatModel, ids: Tensor, gram: bool, final_norm: bool, step: Progress) -> Findings:
+def forward_pass(
+    float_model: FloatModel, ids: Tensor, gram: bool, final_norm: bool, step: Progress
+) -> Findings:
     """Walk the blocks once: cosine of each block's raw input and output, and the inputs of its linears when `gram`.
 
     `ids` int64 [samples, tokens]; `final_norm`: the last block's output is read after the model's final norm.
     """
-    stack = blocks(subject.model, subject.family)
-    hidden = embed(subject.model, subject.family, ids)
+    stack = blocks(float_model.model, float_model.family)
+    hidden = embed(float_model.model, float_model.family, ids)
     cosines: dict[str, float] = {}
     stats: dict[str, Stats] = {}
     for index, (path, block) in enumerate(stack):
         entering = hidden
-        hidden = _observed(subject, path, entering, stats) if gram else advance(block, entering)
+        hidden = _observed(float_model, path, entering, stats) if gram else advance(block, entering)
         leaving = hidden.states  # [samples, tokens, width]
-        if final_norm and index == len(stack) - 1 and subject.family.final_norm:
+        if final_norm and index == len(stack) - 1 and float_model.family.final_norm:
             with torch.no_grad():
-                leaving = subject.model.get_submodule(subject.family.final_norm)(leaving)
+                leaving = float_model.model.get_submodule(float_model.family.final_norm)(leaving)
         total, count = cosine_sum(entering.states, leaving)
         cosines[path] = total / count
         step("walking", index + 1, len(stack))
     return Findings(cosines, stats)
 
 
-def _observed(subject: FloatModel, path: str, hidden: Hidden, stats: dict[str, Stats]) -> Hidden:
+def _observed(float_model: FloatModel, path: str, hidden: Hidden, stats: dict[str, Stats]) -> Hidden:
     """Run a block and add the inputs of its linears to `stats`."""
-    block = subject.model.get_submodule(path)
-    names = linears(block, subject.family)
+    block = float_model.model.get_submodule(path)
+    names = linears(block, float_model.family)
     for name, module in names.items():
         stats[f"{path}.{name}"] = empty(weight_of(module).shape[1])
 
@@ -79,7 +81,7 @@ def _observed(subject: FloatModel, path: str, hidden: Hidden, stats: dict[str, S
 
 
 def gradient_pass(
-    subject: FloatModel,
+    float_model: FloatModel,
     units: Sequence[Unit],
     schemes: Sequence[Scheme | None],
     ids: Tensor,
@@ -91,15 +93,15 @@ def gradient_pass(
     """
     # What is summed up: mean gradients [out, in] of linears, and slopes [samples] of units under schemes.
     unit_of = {name: unit.name for unit in units for name in unit.own}
-    mean = {name: torch.zeros_like(subject.weights.read(name)) for name in unit_of}
+    mean = {name: torch.zeros_like(float_model.weights.read(name)) for name in unit_of}
     keys = [(unit.name, scheme) for unit in units for scheme in schemes]
     slopes = {key: torch.zeros(len(ids), dtype=torch.float64) for key in keys}
-    errors = {(name, s): error_of(subject.weights.read(name), s) for name in unit_of for s in schemes}
+    errors = {(name, s): error_of(float_model.weights.read(name), s) for name in unit_of for s in schemes}
     # One sample after the other.
-    parameters = {name: subject.module(name).get_parameter("weight") for name in unit_of}
-    with _differentiable(subject, parameters.values()):
-        for sample, row in enumerate(ids.to(subject.model.device)):  # row [tokens]
-            for name, grad in _gradients(subject, parameters, row).items():
+    parameters = {name: float_model.module(name).get_parameter("weight") for name in unit_of}
+    with _differentiable(float_model, parameters.values()):
+        for sample, row in enumerate(ids.to(float_model.model.device)):  # row [tokens]
+            for name, grad in _gradients(float_model, parameters, row).items():
                 mean[name] += grad.float() / len(ids)
                 for scheme in schemes:
                     along = (grad * errors[name, scheme]).double().sum()
@@ -109,18 +111,18 @@ def gradient_pass(
 
 
 def _gradients(
-    subject: FloatModel, parameters: Mapping[str, torch.nn.Parameter], row: Tensor
+    float_model: FloatModel, parameters: Mapping[str, torch.nn.Parameter], row: Tensor
 ) -> dict[str, Tensor]:
     """The gradients [out, in] of the mean loss of one sample, `row` int64 [tokens], by linear."""
-    loss = subject.model(input_ids=row[None], labels=row[None]).loss
+    loss = float_model.model(input_ids=row[None], labels=row[None]).loss
     grads = zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True)
-    return {name: grad.T if subject.weights.layers[name].transposed else grad for name, grad in grads}
+    return {name: grad.T if float_model.weights.layers[name].transposed else grad for name, grad in grads}
 
 
 @contextmanager
-def _differentiable(subject: FloatModel, wanted: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+def _differentiable(float_model: FloatModel, wanted: Iterable[torch.nn.Parameter]) -> Iterator[None]:
     """A context in which exactly these parameters require gradients; the model's flags are restored afterwards."""
-    flags = [(parameter, parameter.requires_grad) for parameter in subject.model.parameters()]
+    flags = [(parameter, parameter.requires_grad) for parameter in float_model.model.parameters()]
     chosen = {id(parameter) for parameter in wanted}
     try:
         for parameter, _ in flags:
@@ -132,7 +134,11 @@ def _differentiable(subject: FloatModel, wanted: Iterable[torch.nn.Parameter]) -
 
 
 def ablation(
-    subject: FloatModel, units: Sequence[Unit], schemes: Sequence[Scheme | None], ids: Tensor, step: Progress
+    float_model: FloatModel,
+    units: Sequence[Unit],
+    schemes: Sequence[Scheme | None],
+    ids: Tensor,
+    step: Progress,
 ) -> dict[UnitScheme, float]:
     """The oracle: change of the loss in nats per token with one unit rounded under one scheme, all others float.
 
@@ -140,10 +146,10 @@ def ablation(
     (variants.py).
     """
     # Number the options of each block; 0 leaves it float.
-    tried: list[list[tuple[Unit, Scheme]]] = [[] for _ in blocks(subject.model, subject.family)]
+    tried: list[list[tuple[Unit, Scheme]]] = [[] for _ in blocks(float_model.model, float_model.family)]
     for unit in units:
         # Where a tensor is shared, the earliest block that reads it is the first that changes.
-        first = min(subject.weights.layers[name].block or 0 for name in unit.shapes)
+        first = min(float_model.weights.layers[name].block or 0 for name in unit.shapes)
         tried[first] += [(unit, scheme) for scheme in schemes if scheme is not None]
     floats = (0,) * len(tried)
     alone = {
@@ -156,11 +162,11 @@ def ablation(
         if number == 0:
             return {}
         unit, scheme = tried[block][number - 1]
-        return rounded(subject, dict.fromkeys(unit.own, scheme))
+        return rounded(float_model, dict.fromkeys(unit.own, scheme))
 
     # Measure the float model and each of these.
     losses = {}
-    for these, nats in losses_of(subject, [floats, *alone], option, ids):
+    for these, nats in losses_of(float_model, [floats, *alone], option, ids):
         losses[these] = float(nats.mean())
         step("oracle", len(losses), len(alone) + 1)
     # What each costs; staying float costs nothing.

@@ -167,10 +167,10 @@ def make_plan(
     # Scores and losses of every unit. Text is read and the model is loaded only if the score reads text.
     study = Study(opened, recipe.seed, progress, device)
     drawn = _drawn(study, recipe, terms)
-    subject, ids = (None, None) if drawn is None else (study.subject, drawn.ids)
+    float_model, ids = (None, None) if drawn is None else (study.float_model, drawn.ids)
     ids = None if ids is None else ids[: terms.samples, : terms.length]  # [samples, tokens]
     scores, losses = scores_and_losses(
-        problem, terms.named_score(), subject=subject, ids=ids, progress=progress
+        problem, terms.named_score(), float_model=float_model, ids=ids, progress=progress
     )
     if drawn is not None:
         losses = replace(losses, protocol={**losses.protocol, "text": seen_by(drawn)})
@@ -218,7 +218,7 @@ def _judged(found: Plan, study: Study, held_out: str, spending: Spending) -> Pla
     problem = found.problem
     unseen = study.held_out(held_out, spending.samples, spending.length)
     measured = contest(
-        study.subject,
+        study.float_model,
         problem.units,
         found.allocation,
         unseen.ids,

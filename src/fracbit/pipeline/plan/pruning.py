@@ -62,22 +62,22 @@ def prune_by_score(
     if held_out is not None:
         check_source(held_out)
     study = Study(open_float(model, trust_remote_code=trust_remote_code), seed, progress)
-    subject = study.subject
-    units = subject.weights.units("block")
+    float_model = study.float_model
+    units = float_model.weights.units("block")
     names = [unit.name for unit in units]
     # Choose the blocks to drop.
-    scores = _given(score, names, subject.weights.fingerprint)
+    scores = _given(score, names, float_model.weights.fingerprint)
     if scores is None:
         ids = study.seen(text, samples, length).ids if text else None
         scores = make_scores(
-            subject, units, score, scheme=read_level(low), ids=ids, seed=seed, progress=progress
+            float_model, units, score, scheme=read_level(low), ids=ids, seed=seed, progress=progress
         )
     dropped = least_important(scores, drop, names)
     # Compare with lowering them.
     lines = None
     if held_out is not None:
         lines = compare_with_quantizing(
-            subject,
+            float_model,
             units,
             scores,
             high=read_level(high),

@@ -71,7 +71,7 @@ def score(
         where: Weights | FloatModel = weights_on_disk(study.opened, whole)
         drawn = None
         if text is not None and not data_free:
-            where, drawn = study.subject, study.seen(text, samples, length)
+            where, drawn = study.float_model, study.seen(text, samples, length)
         ids = None if drawn is None else drawn.ids
         units = weights_of(where).units(granularity, fused)
         found: Scores | Losses
@@ -227,17 +227,17 @@ def _weights(job: _Job, unit: Unit) -> tuple[dict[str, Tensor], ...]:
 
 def _find(job: _Job) -> Findings:
     """The pass over the model that the method needs."""
-    subject, ids, needs = job.model, job.ids, job.method.needs
-    if ids is None or isinstance(subject, Weights):
+    float_model, ids, needs = job.model, job.ids, job.method.needs
+    if ids is None or isinstance(float_model, Weights):
         raise RecipeError(
             f"this score ({job.method.about}) reads text; name one with --text, or take a data-free score such as zd"
         )
     if ids.dim() != 2 or ids.numel() == 0:
         raise DataError(f"scores take token ids [samples, tokens], got the shape {tuple(ids.shape)}")
     if "loss" in needs:
-        return Findings(changes=ablation(subject, job.units, job.schemes, ids, step=job.step))
+        return Findings(changes=ablation(float_model, job.units, job.schemes, ids, step=job.step))
     if needs & {"gradients", "slopes"}:
         schemes = job.schemes if "slopes" in needs else ()
-        return gradient_pass(subject, job.units, schemes, ids, step=job.step)
+        return gradient_pass(float_model, job.units, schemes, ids, step=job.step)
     final_norm = "cosine behind the final norm" in needs
-    return forward_pass(subject, ids, gram="gram" in needs, final_norm=final_norm, step=job.step)
+    return forward_pass(float_model, ids, gram="gram" in needs, final_norm=final_norm, step=job.step)

@@ -56,20 +56,20 @@ class Solved:
 def scores_and_losses(
     problem: Problem,
     score: str | Scores | Losses,
-    subject: FloatModel | None = None,
+    float_model: FloatModel | None = None,
     ids: Tensor | None = None,
     progress: Progress | None = None,
 ) -> tuple[Scores, Losses]:
     """Scores for the solver `order` and losses for `exact`, from the name of a score, from scores, or from losses.
 
-    `subject` and `ids` int64 [samples, tokens] are for scores that read text.
+    `float_model` and `ids` int64 [samples, tokens] are for scores that read text.
     Raises `RecipeError` for scores of another model and losses that do not cover the levels, `WeightError`.
     """
     if isinstance(score, Losses):
         return _from_losses(problem, score)
     if isinstance(score, Scores):
         return _from_scores(problem, score, progress)
-    where, units, seed = subject or problem.weights, problem.units, problem.recipe.seed
+    where, units, seed = float_model or problem.weights, problem.units, problem.recipe.seed
     losses = make_losses(where, units, score, problem.levels, ids=ids, seed=seed, progress=progress)
     if losses.method == score:
         return _lift(problem, losses), losses

@@ -106,7 +106,13 @@ def embed_all(work: Work, outside: Mapping[str, Tensor], target: Shards, spill_b
     width = model.config.get_text_config().hidden_size
     spills = count * length * width * work.dtype.itemsize > spill_bytes
     place = storage((count, length, width), work.dtype, target.journal if spills else None)
-    return embed(model, work.opened.family, samples.ids, batch_of(work.calibration, work.device), place)
+    return embed(
+        model,
+        work.opened.family,
+        tokens=samples.ids,
+        batch=batch_of(work.calibration, work.device),
+        out=place,
+    )
 
 
 def batch_of(calibration: Calibration, device: torch.device) -> int:

@@ -69,9 +69,9 @@ def quantize_layers(
         found = quantize_group(
             method.unseen if stats is None else method.fill,
             list(weights.values()),
-            [schemes[name] for name in names],
-            stats,
-            columns,
+            schemes=[schemes[name] for name in names],
+            stats=stats,
+            columns=columns,
         )
     except WeightError as error:
         what = "layer" if len(names) == 1 else "layers"

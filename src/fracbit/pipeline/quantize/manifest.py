@@ -42,12 +42,18 @@ def finish(work: Work, target: Output) -> tuple[Totals, tuple[str, ...]]:
     write_index(target.folder, places, stored_bytes(work, layers))
     copy_rest(source.folder, target.folder)
     losses = {name: record.loss for name, record in made.items()}
-    card = Facts(_card_name(source), type(work.opened.model).__name__, totals.to_json(), layers, losses)
+    card = Facts(
+        _card_name(source),
+        type(work.opened.model).__name__,
+        totals=totals.to_json(),
+        layers=layers,
+        losses=losses,
+    )
     config = {**source.config, **({"tie_word_embeddings": False} if work.opened.untied else {})}
     # Experts are stored one by one, even if none is quantized, and plain transformers does not read that.
     ours = bool(layers) or any(isinstance(module, SplitExperts) for module in work.opened.model.modules())
     final = {**config, "quantization_config": quantization_config(layers)} if ours else config
-    target.finish(final, _manifest(work, records, made, totals, notes), model_card(card))
+    target.finish(final, _manifest(work, records, made=made, totals=totals, notes=notes), model_card(card))
     return totals, notes
 
 

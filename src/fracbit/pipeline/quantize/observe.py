@@ -61,7 +61,7 @@ def observe_all(
 ) -> tuple[dict[str, Stats], Hidden]:
     """Statistics by the first name of each group, and the block's output states."""
     observer = Observer(label, gram, hidden.states.shape[1])
-    exits = observe(block, hidden, [group[0] for group in groups], observer, out)
+    exits = observe(block, hidden, names=[group[0] for group in groups], visit=observer, out=out)
     return observer.stats, exits
 
 

@@ -40,7 +40,7 @@ def rewrite_block(work: Work, block: Block, stats: dict[str, Stats]) -> None:
             factors = factors_for(weights, [block.schemes[reader] for reader in quantized], together)  # [in]
             # Folded into the norm or linear before them, as far as it can hold them.
             if isinstance(producer, Norm):
-                factors = storable(module, family, producer, factors, work.source_dtype)
+                factors = storable(module, family, norm=producer, factors=factors, dtype=work.source_dtype)
                 fold_norm(module, family, producer, factors)
             else:
                 factors = tie(module, producer, factors, config)

@@ -57,7 +57,9 @@ def write_checkpoint(
     notes: tuple[str, ...] = (FINISHED,)
     totals = _finished(folder, work) if resume and not overwrite else None
     if totals is None:
-        with open_output(folder, work.schedule.key, work.schedule.bytes, overwrite, resume) as target:
+        with open_output(
+            folder, work.schedule.key, expected_bytes=work.schedule.bytes, overwrite=overwrite, resume=resume
+        ) as target:
             fill_shards(work, target, spill_bytes)
             totals, notes = finish(work, target)
             notes += target.notes

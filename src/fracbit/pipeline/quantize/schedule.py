@@ -99,7 +99,8 @@ def make_schedule(recipe: Recipe, opened: Opened, shard_bytes: int = SHARD_BYTES
             f"{source.name} lacks {len(places.missing)} tensors of its model, such as {places.missing[0]}"
         )
     items: list[Item] = [
-        _item(name, place, source, layers, decisions) for name, place in _owned(places.tensors, model).items()
+        _item(name, place, source=source, layers=layers, decisions=decisions)
+        for name, place in _owned(places.tensors, model).items()
     ]
     items += [
         FloatItem(name, Origin(name), source.tensors[name].bytes, unused=True) for name in places.unused

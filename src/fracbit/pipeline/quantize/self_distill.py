@@ -94,7 +94,15 @@ def train(
 
     assert work.samples is not None
     with fed_through(student, {name: partial(_as_fed, layer=layers[name]) for name in soft}):
-        result = distill(teacher, student, soft, gains, work.samples.ids.to(work.device), plan, show)
+        result = distill(
+            teacher,
+            student,
+            soft=soft,
+            norms=gains,
+            ids=work.samples.ids.to(work.device),
+            how=plan,
+            show=show,
+        )
     changed = {shard: _changed(tensors, soft, gains) for shard, tensors in stored.items()}
     return changed, DistillRecord(**asdict(result))
 

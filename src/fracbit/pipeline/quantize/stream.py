@@ -28,7 +28,7 @@ def stream_shards(work: Work, target: Shards) -> None:
     total, done = work.opened.source.bytes, 0
     for shard, items in work.schedule.shards.items():
         if target.record(shard) is None:
-            write_shard(work, target, shard, items, done)
+            write_shard(work, target, shard=shard, items=items, done=done)
         done += sum(source_bytes(work, item) for item in items)
         work.show(shard, done, total)
 

@@ -116,7 +116,7 @@ def prepare(
     schedule = make_schedule(recipe, opened, shard_bytes)
     calibration, signs = recipe.calibration, None
     if calibration is not None:
-        samples = samples or _samples(recipe, opened, device, memory, show)
+        samples = samples or _samples(recipe, opened, device=device, memory=memory, show=show)
         schedule = by_block(schedule, opened, f"{samples.sha256}{_place(device)}")
         signs = stream_rotation(opened.model, opened.family, calibration.transforms, recipe.seed)
     return Work(
@@ -181,7 +181,13 @@ def _method(recipe: Recipe, opened: Opened, schedule: Schedule, reader: Reader) 
     }
     schemes = {name: item.stored.scheme for name, item in items.items()}
     read = _weights_by_name(opened, reader)
-    return Method(fill, unseen, rule, share, choose_columns(rule, share, schemes, opened, read, recipe.seed))
+    return Method(
+        fill,
+        unseen,
+        rule=rule,
+        share=share,
+        columns=choose_columns(rule, share, schemes=schemes, opened=opened, read=read, seed=recipe.seed),
+    )
 
 
 def _weights_by_name(opened: Opened, reader: Reader) -> Callable[[str], Tensor]:

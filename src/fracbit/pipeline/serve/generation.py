@@ -194,7 +194,17 @@ def generate(
     ids, mask = encode_batch(tokenizer, prompts)  # [prompts, tokens] each
     step = step_of(model, settings.kv_bits)
     cache = new_cache(model, settings.kv_bits, step, ids.shape[1] + settings.max_new_tokens)
-    return continue_ids(model, tokenizer, ids, mask, settings, cache, step, show, True)
+    return continue_ids(
+        model,
+        tokenizer,
+        ids=ids,
+        mask=mask,
+        settings=settings,
+        cache=cache,
+        step=step,
+        show=show,
+        show_prompt=True,
+    )
 
 
 def continue_ids(
@@ -217,7 +227,7 @@ def continue_ids(
         how = {"do_sample": True, "temperature": settings.temperature}
     if step.decoder is not None:
         how["custom_generate"] = _decoding(
-            step.decoder, mask, clock, settings.prefill_chunk, padding(tokenizer)
+            step.decoder, mask, clock=clock, chunk=settings.prefill_chunk, filler=padding(tokenizer)
         )
     started = time.perf_counter()
     found = model.generate(  # type: ignore[operator]
@@ -262,7 +272,7 @@ def _decoding(
     ) -> Tensor:  # fmt: skip
         cache, pads = held["past_key_values"], (mask == 0).sum(1)
         going = torch.ones(len(input_ids), dtype=torch.bool)  # [prompts]
-        logits = read_prompt(model, input_ids, mask, cache, chunk)  # [prompts, vocabulary]
+        logits = read_prompt(model, input_ids, mask=mask, cache=cache, chunk=chunk)  # [prompts, vocabulary]
         while True:
             scores = logits_processor(input_ids, logits)
             following = scores.argmax(-1)  # [prompts]
@@ -331,7 +341,14 @@ class Chat:
             self.cache = new_cache(self.model, self.settings.kv_bits, self.step)
         row, mask = pad_left([ids], 0)  # [1, tokens] each
         found = continue_ids(
-            self.model, self.tokenizer, row, mask, self.settings, self.cache, self.step, show
+            self.model,
+            self.tokenizer,
+            ids=row,
+            mask=mask,
+            settings=self.settings,
+            cache=self.cache,
+            step=self.step,
+            show=show,
         )
         self.messages = [*messages, {"role": "assistant", "content": found.texts[0]}]
         self.read = list(found.ids[0])

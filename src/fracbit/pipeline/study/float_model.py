@@ -30,7 +30,7 @@ from fracbit.records.scheme import Scheme
 
 @dataclass(frozen=True, eq=False)
 class FloatModel:
-    """A float model in memory, by default in fp32, with its family and its linears. Experiments call it `subject`."""
+    """A float model in memory, by default in fp32, with its family and its linears."""
 
     model: PreTrainedModel
     family: Family
@@ -62,30 +62,30 @@ def float_model_of(model: PreTrainedModel) -> FloatModel:
 
 
 @contextmanager
-def replaced(subject: FloatModel, weights: Mapping[str, Tensor]) -> Iterator[None]:
+def replaced(float_model: FloatModel, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """A context in which these layers have these weights [out, in]; the old ones are restored bit for bit."""
-    kept = {name: weight_of(subject.module(name)).clone() for name in weights}  # [out, in] each
+    kept = {name: weight_of(float_model.module(name)).clone() for name in weights}  # [out, in] each
     try:
         for name, weight in weights.items():
-            set_weight(subject.module(name), weight)
+            set_weight(float_model.module(name), weight)
         yield
     finally:
         for name, weight in kept.items():
-            set_weight(subject.module(name), weight)
+            set_weight(float_model.module(name), weight)
 
 
-def rounded(subject: FloatModel, schemes: Mapping[str, Scheme | None]) -> dict[str, Tensor]:
+def rounded(float_model: FloatModel, schemes: Mapping[str, Scheme | None]) -> dict[str, Tensor]:
     """The weights after round-to-nearest under these schemes; layers that stay float (None) are left out."""
     return {
-        name: decode(quantize_tensor(subject.weights.read(name), scheme))
+        name: decode(quantize_tensor(float_model.weights.read(name), scheme))
         for name, scheme in schemes.items()
         if scheme is not None
     }
 
 
 def measure(
-    subject: FloatModel, ids: Tensor | Sequence[Tensor], window: int | None = None, batch: int = 8
+    float_model: FloatModel, ids: Tensor | Sequence[Tensor], window: int | None = None, batch: int = 8
 ) -> Perplexity:
     """Perplexity of the model as it is now; `ids` are documents or rows [samples, tokens], each read on its own."""
     documents = list(ids) if isinstance(ids, Tensor) and ids.dim() == 2 else ids  # [tokens] each
-    return perplexity(subject.model, documents, window=window, batch=batch)
+    return perplexity(float_model.model, documents, window=window, batch=batch)

@@ -59,7 +59,7 @@ class _Meter:
 
 
 def probe(
-    subject: FloatModel,
+    float_model: FloatModel,
     ids: Tensor,
     error: Error,
     kind: str,
@@ -76,13 +76,13 @@ def probe(
     """
     if not seeds:
         raise RecipeError("a lens needs at least one seed")
-    layers = list(subject.weights.layers) if layers is None else layers
-    base = measure(subject, ids).nll if base is None else base
+    layers = list(float_model.weights.layers) if layers is None else layers
+    base = measure(float_model, ids).nll if base is None else base
     meter = _Meter()
     changes = []
     for seed in seeds:
-        with perturbed(subject, error, target, layers, seed=seed, meter=meter):
-            changes.append(measure(subject, ids).nll - base)
+        with perturbed(float_model, error, target, layers, seed=seed, meter=meter):
+            changes.append(measure(float_model, ids).nll - base)
     low, high = interval(changes)
     return LensPoint(
         kind,
@@ -98,7 +98,7 @@ def probe(
 
 @contextmanager
 def perturbed(
-    subject: FloatModel,
+    float_model: FloatModel,
     error: Error,
     target: Target,
     layers: Sequence[str],
@@ -110,23 +110,23 @@ def perturbed(
     Weights and hooks are restored afterwards, also after an exception.
     """
     meter = meter or _Meter()
-    generator = torch.Generator(subject.model.device).manual_seed(seed)
+    generator = torch.Generator(float_model.model.device).manual_seed(seed)
     with ExitStack() as stack:
         if target in ("weights", "both"):
-            noisy = dict(_noisy_weights(subject, layers, error, generator=generator, meter=meter))
-            stack.enter_context(replaced(subject, noisy))
+            noisy = dict(_noisy_weights(float_model, layers, error, generator=generator, meter=meter))
+            stack.enter_context(replaced(float_model, noisy))
         if target in ("activations", "both"):
             for name in layers:
                 hook = partial(_perturb_input, error, generator, meter)
-                stack.callback(subject.module(name).register_forward_pre_hook(hook).remove)
+                stack.callback(float_model.module(name).register_forward_pre_hook(hook).remove)
         yield
 
 
 def _noisy_weights(
-    subject: FloatModel, layers: Iterable[str], error: Error, generator: torch.Generator, meter: _Meter
+    float_model: FloatModel, layers: Iterable[str], error: Error, generator: torch.Generator, meter: _Meter
 ) -> Iterator[tuple[str, Tensor]]:
     for name in layers:
-        weight = weight_of(subject.module(name)).float()  # [out, in]
+        weight = weight_of(float_model.module(name)).float()  # [out, in]
         delta = error(weight, generator)
         meter.add(delta, weight)
         yield name, weight + delta
@@ -142,7 +142,7 @@ def _perturb_input(
 
 
 def intensity_curves(
-    subject: FloatModel,
+    float_model: FloatModel,
     ids: Tensor,
     kinds: Sequence[str],
     intensities: Sequence[float],
@@ -157,16 +157,16 @@ def intensity_curves(
     """
     jobs = [(kind, intensity) for kind in kinds for intensity in intensities]
     errors = [noise(kind, intensity, groups) for kind, intensity in jobs]  # refuses bad ones before any work
-    base = measure(subject, ids).nll
+    base = measure(float_model, ids).nll
     points = []
     for done, ((kind, _), error) in enumerate(zip(jobs, errors, strict=True)):
-        points.append(probe(subject, ids, error, kind, target=target, seeds=seeds, base=base))
+        points.append(probe(float_model, ids, error, kind, target=target, seeds=seeds, base=base))
         _show(progress, f"{target}: {kind}", done + 1, len(jobs))
     return points
 
 
 def unit_effects(
-    subject: FloatModel,
+    float_model: FloatModel,
     ids: Tensor,
     units: Mapping[str, Sequence[str]],
     errors: Mapping[str, Error],
@@ -178,13 +178,21 @@ def unit_effects(
 
     `units`: unit name -> its layers, a linear, a block, or all linears of one name (`per_module`).
     """
-    base = measure(subject, ids).nll
+    base = measure(float_model, ids).nll
     everything = [layer for layers in units.values() for layer in layers]
     places = [*units.items(), (EVERYWHERE, everything)]
     points = []
     for done, (kind, (name, layers)) in enumerate((kind, place) for kind in errors for place in places):
         point = probe(
-            subject, ids, errors[kind], kind, target=target, layers=layers, name=name, seeds=seeds, base=base
+            float_model,
+            ids,
+            errors[kind],
+            kind,
+            target=target,
+            layers=layers,
+            name=name,
+            seeds=seeds,
+            base=base,
         )
         points.append(point)
         _show(progress, f"{target}: {kind}", done + 1, len(errors) * len(places))
@@ -192,7 +200,7 @@ def unit_effects(
 
 
 def fixed_points(
-    subject: FloatModel,
+    float_model: FloatModel,
     ids: Tensor,
     kinds: Sequence[str],
     target: Target = "weights",
@@ -200,21 +208,25 @@ def fixed_points(
     progress: Progress | None = None,
 ) -> list[LensPoint]:
     """The cost of clipping and schemes (`named_error`), each with that of Gaussian noise of equal strength."""
-    base = measure(subject, ids).nll
+    base = measure(float_model, ids).nll
     points = []
     for done, kind in enumerate(kinds):
-        points.append(probe(subject, ids, named_error(kind, 0.0), kind, target=target, seeds=(0,), base=base))
+        points.append(
+            probe(float_model, ids, named_error(kind, 0.0), kind, target=target, seeds=(0,), base=base)
+        )
         label = f"{kind} as gaussian"
-        points.append(probe(subject, ids, control_for(kind), label, target=target, seeds=seeds, base=base))
+        points.append(
+            probe(float_model, ids, control_for(kind), label, target=target, seeds=seeds, base=base)
+        )
         _show(progress, f"{target}: {kind}", done + 1, len(kinds))
     return points
 
 
-def per_module(subject: FloatModel) -> dict[str, list[str]]:
+def per_module(float_model: FloatModel) -> dict[str, list[str]]:
     """Units that are all linears of one name, over the blocks: `self_attn.q_proj` -> the queries of every block."""
     units: dict[str, list[str]] = {}
-    for name in subject.weights.layers:
-        inside = name.removeprefix(f"{subject.weights.blocks}.").partition(".")[2]
+    for name in float_model.weights.layers:
+        inside = name.removeprefix(f"{float_model.weights.blocks}.").partition(".")[2]
         units.setdefault(inside, []).append(name)
     return units
 

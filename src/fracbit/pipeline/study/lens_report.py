@@ -70,27 +70,27 @@ def lens_report(
     _check(errors, intensities, target=target, granularity=granularity, seeds=seeds)
     check_source(text)
     study = Study(open_float(model, trust_remote_code=trust_remote_code))
-    subject = study.subject
-    planted = 0 if plant is None else plant_outliers(subject, plant)
+    float_model = study.float_model
+    planted = 0 if plant is None else plant_outliers(float_model, plant)
     if plant is not None and planted == 0:
         raise RecipeError(
             f"{model} has no norm that only linears read, so outliers would change its outputs; leave --plant out"
         )
     drawn = study.held_out(text, samples, length)
-    base = measure(subject, drawn.ids)
+    base = measure(float_model, drawn.ids)
     curves: list[LensPoint] = []
     effects: list[LensPoint] = []
     for each in TARGETS[target]:
-        look = _Look(subject, drawn.ids, errors, target=each, seeds=range(seeds), progress=progress)
+        look = _Look(float_model, drawn.ids, errors, target=each, seeds=range(seeds), progress=progress)
         curves += look.curves(intensities)
-        effects += look.effects(_units(subject, granularity))
+        effects += look.effects(_units(float_model, granularity))
     return LensReport(
-        subject.weights.fingerprint,
+        float_model.weights.fingerprint,
         base=base.nll,
         tokens=base.tokens,
         curves=tuple(curves),
         effects=tuple(effects),
-        profiles=weight_profiles(subject),
+        profiles=weight_profiles(float_model),
         planted=planted,
         protocol={"intensity": at, "seeds": seeds, "tokens": drawn.ids.numel(), "text": seen_by(drawn)},
     )
@@ -100,7 +100,7 @@ def lens_report(
 class _Look:
     """Errors in one target of a model, random ones once per seed; `ids` int64 [samples, tokens]."""
 
-    subject: FloatModel
+    float_model: FloatModel
     ids: Tensor
     errors: Mapping[str, Error]
     target: Target
@@ -111,28 +111,28 @@ class _Look:
         """The curves of the whole model: noise over intensities, and other errors with noise of equal strength."""
         noisy, fixed = self._kinds()
         options: Any = {"target": self.target, "seeds": self.seeds, "progress": self.progress}
-        drawn = intensity_curves(self.subject, self.ids, list(noisy), intensities, **options)
-        return drawn + fixed_points(self.subject, self.ids, list(fixed), **options)
+        drawn = intensity_curves(self.float_model, self.ids, list(noisy), intensities, **options)
+        return drawn + fixed_points(self.float_model, self.ids, list(fixed), **options)
 
     def effects(self, units: Mapping[str, Sequence[str]]) -> list[LensPoint]:
         """The effects of errors in every unit alone, and in all units at once."""
         noisy, fixed = self._kinds()
         options: Any = {"target": self.target, "progress": self.progress}
-        drawn = unit_effects(self.subject, self.ids, units, noisy, seeds=self.seeds, **options)
-        return drawn + unit_effects(self.subject, self.ids, units, fixed, seeds=(0,), **options)
+        drawn = unit_effects(self.float_model, self.ids, units, noisy, seeds=self.seeds, **options)
+        return drawn + unit_effects(self.float_model, self.ids, units, fixed, seeds=(0,), **options)
 
     def _kinds(self) -> tuple[dict[str, Error], dict[str, Error]]:
         noisy = {kind: error for kind, error in self.errors.items() if is_noise(kind)}
         return noisy, {kind: error for kind, error in self.errors.items() if kind not in noisy}
 
 
-def weight_profiles(subject: FloatModel, bins: int = 12) -> dict[str, tuple[tuple[float, float], ...]]:
+def weight_profiles(float_model: FloatModel, bins: int = 12) -> dict[str, tuple[tuple[float, float], ...]]:
     """How the rounding error of the weights depends on their size, for three 4-bit types with one scale per row."""
     profiles = {}
     for name, scheme in PROFILED.items():
         lines = []
-        for layer in subject.weights.layers:
-            weight = subject.weights.read(layer)  # [out, in]
+        for layer in float_model.weights.layers:
+            weight = float_model.weights.read(layer)  # [out, in]
             lines.append(
                 [point[:2] for point in error_profile(weight, scheme_error(weight, scheme), "row", bins)]
             )
@@ -155,8 +155,8 @@ def _check(
     check_choice("granularity", granularity, GRANULARITIES)
 
 
-def _units(subject: FloatModel, granularity: str) -> dict[str, list[str]]:
+def _units(float_model: FloatModel, granularity: str) -> dict[str, list[str]]:
     if granularity == "module":
-        return per_module(subject)
-    units = subject.weights.units("block" if granularity == "block" else "linear")
+        return per_module(float_model)
+    units = float_model.weights.units("block" if granularity == "block" else "linear")
     return {unit.name: list(unit.shapes) for unit in units}

@@ -10,7 +10,7 @@ from fracbit.perturbation import check_intensity
 from fracbit.pipeline.study.float_model import FloatModel
 
 
-def plant_outliers(subject: FloatModel, factor: float = 50.0, channels: int = 2, seed: int = 0) -> int:
+def plant_outliers(float_model: FloatModel, factor: float = 50.0, channels: int = 2, seed: int = 0) -> int:
     """Plant activation outliers without changing the model: scale some norm gains up and the columns that read them down.
 
     `channels` of every norm that only linears read are scaled by `factor`, in place. Returns how many norms were changed.
@@ -18,13 +18,13 @@ def plant_outliers(subject: FloatModel, factor: float = 50.0, channels: int = 2,
     check_intensity(factor)
     generator = torch.Generator().manual_seed(seed)
     changed = 0
-    for _, block in blocks(subject.model, subject.family):
-        for norm in norms(block, subject.family):
+    for _, block in blocks(float_model.model, float_model.family):
+        for norm in norms(block, float_model.family):
             gain = gain_of(block, norm.name)  # [width]
             if not norm.exclusive or not norm.readers or gain is None:
                 continue
             factors = torch.ones(len(gain))  # [width]
             factors[torch.randperm(len(gain), generator=generator)[:channels]] = 1 / factor
-            fold_norm(block, subject.family, norm, factors.to(gain.device))
+            fold_norm(block, float_model.family, norm, factors.to(gain.device))
             changed += 1
     return changed

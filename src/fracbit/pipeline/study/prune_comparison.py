@@ -25,7 +25,7 @@ HIGH, LOW, DROPPED = 0, 1, 2
 
 
 def compare_with_quantizing(
-    subject: FloatModel,
+    float_model: FloatModel,
     units: Sequence[Unit],
     scores: Scores,
     *,
@@ -45,12 +45,12 @@ def compare_with_quantizing(
             f"--low {low or 'float'} takes no fewer bits than --high {high or 'float'}; name a smaller scheme"
         )
     filled = [
-        [rounded(subject, dict.fromkeys(unit.shapes, scheme)) for scheme in (high, low)] for unit in units
+        [rounded(float_model, dict.fromkeys(unit.shapes, scheme)) for scheme in (high, low)] for unit in units
     ]
     picks = _picks([unit.name for unit in units], scores)
     losses: dict[Picks, float] = {}
     for these, nats in losses_of(
-        subject, picks.values(), lambda block, n: None if n == DROPPED else filled[block][n], held_out
+        float_model, picks.values(), lambda block, n: None if n == DROPPED else filled[block][n], held_out
     ):
         losses[these] = float(nats.mean())
         if progress is not None:

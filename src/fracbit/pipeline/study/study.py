@@ -31,7 +31,7 @@ class Study:
     device: str = "cpu"
 
     @cached_property
-    def subject(self) -> FloatModel:
+    def float_model(self) -> FloatModel:
         """The model in memory, on the CPU and in float32. Raises `SourceError`."""
         writer: PreTrainedModel | None = vars(self).pop("writer", None)
         if writer is None or writer.dtype != torch.float32:
@@ -40,7 +40,7 @@ class Study:
 
     @cached_property
     def writer(self) -> PreTrainedModel:
-        """The model as it is stored, on `device`; `subject` takes it over where it is stored in float32."""
+        """The model as it is stored, on `device`; `float_model` takes it over where it is stored in float32."""
         return writer_of(self.opened, self.device)
 
     @cached_property
@@ -63,6 +63,6 @@ class Study:
             samples=samples,
             length=length,
             seed=self.seed,
-            model=lambda: self.subject.model,
+            model=lambda: self.float_model.model,
             progress=self.progress,
         )

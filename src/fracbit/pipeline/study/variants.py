@@ -32,7 +32,7 @@ Option: TypeAlias = Callable[[int, int], Mapping[str, Tensor] | None]
 
 
 def losses_of(
-    subject: FloatModel, picks: Iterable[Picks], option: Option, ids: Tensor, batch: int = 16
+    float_model: FloatModel, picks: Iterable[Picks], option: Option, ids: Tensor, batch: int = 16
 ) -> Iterator[tuple[Picks, Tensor]]:
     """The loss of every variant, in sorted order: its picks, and nats per token of each sample, fp64 [samples].
 
@@ -41,10 +41,10 @@ def losses_of(
     per block, unless the caller keeps more, and one set of states per block. Weights are restored afterwards, also
     after an exception. Raises `DataError` for samples longer than the model's positions, `WeightError` for NaN or Inf.
     """
-    limit = longest_window(subject.model)
+    limit = longest_window(float_model.model)
     if limit is not None and ids.shape[1] > limit:
         raise DataError(f"samples of {ids.shape[1]} tokens are longer than the model's {limit} positions")
-    walk = _Walk(subject, option)
+    walk = _Walk(float_model, option)
     before: Picks = ()
     try:
         for these in sorted(set(picks)):
@@ -56,7 +56,7 @@ def losses_of(
                 walk.install(block, these[block])
                 walk.step(block)
             before = these
-            yield these, _sample_losses(subject, walk.entering[-1], ids)
+            yield these, _sample_losses(float_model, walk.entering[-1], ids)
     finally:
         walk.restore()
 
@@ -64,9 +64,9 @@ def losses_of(
 class _Walk:
     """A walk through the blocks that can go back. It keeps the states that enter each block and replaced weights."""
 
-    def __init__(self, subject: FloatModel, option: Option) -> None:
-        self.subject, self.option = subject, option
-        self.stack = blocks(subject.model, subject.family)
+    def __init__(self, float_model: FloatModel, option: Option) -> None:
+        self.float_model, self.option = float_model, option
+        self.stack = blocks(float_model.model, float_model.family)
         self.entering: list[
             Hidden
         ] = []  # states [samples, tokens, width] at each block's entrance, and at the end
@@ -78,8 +78,8 @@ class _Walk:
         """Go back to the entrance of a block; the first call embeds the ids."""
         del self.entering[block + 1 :]
         if not self.entering:
-            with native_attention(self.subject.model):
-                self.entering.append(embed(self.subject.model, self.subject.family, ids, batch))
+            with native_attention(self.float_model.model):
+                self.entering.append(embed(self.float_model.model, self.float_model.family, ids, batch))
 
     def install(self, block: int, number: int) -> None:
         """Put an option's weights into a block, in place of those of the previous option."""
@@ -88,7 +88,7 @@ class _Walk:
         self.dropped, weights = weights is None, weights or {}
         self.changed[block] = set(weights)
         for name in self.changed[block] - set(self.own):
-            self.own[name] = weight_of(self.subject.module(name)).clone()
+            self.own[name] = weight_of(self.float_model.module(name)).clone()
         self._write(weights)
 
     def step(self, block: int) -> None:
@@ -97,7 +97,7 @@ class _Walk:
         if self.dropped:
             self.entering.append(replace(hidden, index=block + 1))
             return
-        with native_attention(self.subject.model):  # as in `evaluate`
+        with native_attention(self.float_model.model):  # as in `evaluate`
             self.entering.append(advance(self.stack[block][1], hidden))
 
     def restore(self) -> None:
@@ -106,22 +106,22 @@ class _Walk:
 
     def _write(self, weights: Mapping[str, Tensor]) -> None:
         for name, weight in weights.items():
-            set_weight(self.subject.module(name), weight)
+            set_weight(self.float_model.module(name), weight)
 
 
 def loss_table(
-    subject: FloatModel, picks: Iterable[Picks], option: Option, ids: Tensor
+    float_model: FloatModel, picks: Iterable[Picks], option: Option, ids: Tensor
 ) -> dict[Picks, float]:
     """`losses_of` as means over all tokens."""
-    return {these: float(losses.mean()) for these, losses in losses_of(subject, picks, option, ids)}
+    return {these: float(losses.mean()) for these, losses in losses_of(float_model, picks, option, ids)}
 
 
-def _sample_losses(subject: FloatModel, hidden: Hidden, ids: Tensor) -> Tensor:
+def _sample_losses(float_model: FloatModel, hidden: Hidden, ids: Tensor) -> Tensor:
     """Nats per token of each sample, fp64 [samples]."""
     losses = torch.zeros(len(ids), dtype=torch.float64)  # [samples]
     start = 0
     for logits in head_batches(
-        subject.model, subject.family, hidden
+        float_model.model, float_model.family, hidden
     ):  # [samples of a batch, tokens, vocabulary]
         for row in logits[:, :-1]:  # [tokens - 1, vocabulary]
             following = ids[start, 1:].to(row.device)  # [tokens - 1]

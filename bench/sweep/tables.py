@@ -32,7 +32,7 @@ def name_of(row: Row) -> str:
 
 def kind_of(row: Row) -> str:
     """The data type, and everything that sets a run apart but bits and block."""
-    part = fit.slice_of(row)
+    part, plan = fit.slice_of(row), row.run.recipe.calibration
     words = (
         part.dtype,
         part.offset,
@@ -41,6 +41,7 @@ def kind_of(row: Row) -> str:
         "search" * part.search,
         part.correction,
         "float-chain" * (part.chain == "float"),
+        *(() if plan is None else (*plan.transforms, str(plan.inputs or ""))),
     )
     return " ".join(word for word in (*words, part.outliers) if word not in ("", "none", "in", "rtn"))
 

@@ -1,6 +1,7 @@
 """Estimates come from stored rows, else from other models' rows or a probe scaled by parameters, else are unknown."""
 
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 
@@ -27,6 +28,11 @@ def test_parameters_are_read_from_the_file(study: Path) -> None:
     assert parameters_of("tiny", study) == sum(parameter.numel() for parameter in model.parameters())
     assert parameters_of("away/model", study) is None
     assert parameters_of("bundled", study) == 252_080
+
+
+def test_a_folder_called_bundled_comes_first(study: Path, tmp_path: Path) -> None:
+    copytree(study / "tiny", tmp_path / "bundled")
+    assert parameters_of("bundled", tmp_path) == parameters_of("tiny", study)
 
 
 def test_nothing_is_known_without_rows_or_sizes(study: Path) -> None:

@@ -87,6 +87,16 @@ def test_a_run_equals_the_plain_loop(study: Path, bench: Workbench, scheme: Sche
     assert row.stored_bits == bits
 
 
+def test_the_tokenizer_is_that_of_the_revision_and_trusted_as_the_model(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[object, bool]] = []
+    monkeypatch.setattr(workbench, "tokenizer_or_none", lambda where, trust: asked.append((where, trust)))
+    trusted = FLOAT.model_copy(update={"recipe": FLOAT.recipe.model_copy(update={"trust_remote_code": True})})
+    made = [Workbench(workload_of(run), study) for run in (FLOAT, trusted)]
+    assert asked == [(made[0].opened[False].source.folder, trust) for trust in (False, True)]
+
+
 def test_the_float_model_comes_back(bench: Workbench) -> None:
     first = bench.measure(FLOAT)
     bench.measure(make_run(Scheme("int", 2, 16), embeddings=Scheme("int", 2, 16)))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fracbit.errors import DataError
 
+BUNDLED = "bundled"  # what commands call the model, unless a folder has the name
 HELD_OUT: tuple[str, ...] = (
     "queue.py",
     "asyncio/locks.py",

@@ -30,12 +30,11 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fracbit.bundled import bundled_model
+from fracbit.bundled import BUNDLED, bundled_model
 from fracbit.errors import SourceError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-BUNDLED = "bundled"  # the name of the model that comes with fracbit
 PIECE = 4 << 20  # bytes that are read at a time to hash a tensor
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")

@@ -15,7 +15,7 @@ from statistics import median
 
 from safetensors import SafetensorError, safe_open
 
-from fracbit.bundled import bundled_model
+from fracbit.bundled import BUNDLED, bundled_model
 from fracbit.records.row import Row, Run
 from fracbit.sweeps.queue import workload_of
 from fracbit.sweeps.spec import Expansion
@@ -134,7 +134,9 @@ def measured_alike(expansion: Expansion, rows: Sequence[Row]) -> list[Row]:
 
 def parameters_of(model: str, root: Path) -> int | None:
     """Parameters of a local or the bundled checkpoint, from its headers; None for hub ids and unreadable folders."""
-    folder = bundled_model() if model == "bundled" else root / model
+    folder = root / model
+    if model == BUNDLED and not folder.is_dir():
+        folder = bundled_model()
     total = 0
     try:
         for file in sorted(folder.glob("*.safetensors")):

@@ -136,7 +136,9 @@ class Workbench:
         opened = open_float(self.where, workload.revision, workload.trust_remote_code)
         self.opened: dict[bool, Opened] = {False: opened}  # by whether a rotation unties head and table
         self.floats = load_float(opened, device, dtype="float32" if device == "cpu" else "auto")
-        self.tokenizer: PreTrainedTokenizerBase | None = tokenizer_or_none(self.where)
+        self.tokenizer: PreTrainedTokenizerBase | None = tokenizer_or_none(
+            opened.source.folder, workload.trust_remote_code
+        )
         self.text = self._read(workload.evaluation.text)
         self.windows = _windows(self.floats.model, self.text, workload.evaluation)
         self.questions = self._questions()

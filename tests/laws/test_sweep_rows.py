@@ -43,6 +43,15 @@ CASES: dict[str, dict[str, Any]] = {
         f"quantizer {name}, float chain": {"quantizer": name, **calibrated(chain="float")}
         for name in QUANTIZERS
     },
+    # Where the source is read in the type of the forward passes, nothing may write into what runs share.
+    **{
+        f"{chain} chain in {dtype}": {
+            "quantizer": "gptq",
+            **calibrated(chain=chain, tweak="auto", dtype=dtype),
+        }
+        for chain in ("quantized", "float")
+        for dtype in ("bfloat16", "float32")
+    },
     **{f"correction {name}": {"quantizer": "gptq", **calibrated(tweak=name)} for name in CORRECTIONS},
     **{
         f"correction {name}, float chain": {"quantizer": "gptq", **calibrated(tweak=name, chain="float")}

@@ -114,6 +114,8 @@ def load_block(
     """Load the float block to the device, rotated if the recipe says so. Also returns the hashes of its tensors."""
     tensors, hashes = read_items(work, items)
     inside = {name.removeprefix(f"{path}."): tensor for name, tensor in tensors.items()}
+    if work.memory is not None:  # other runs read these tensors too, and this one writes into its block
+        inside = {name: tensor.clone() for name, tensor in inside.items()}
     materialize(module, inside, work.dtype, work.device)
     family, transforms = work.opened.family, work.calibration.transforms
     schemes = {

@@ -16,8 +16,10 @@ from fracbit.numerics import decode, quantize_tensor
 from fracbit.numerics import stats as statistics
 from fracbit.records.scheme import Scheme
 
+SCHEME = Scheme("int", 2, 24)
 
-def quantized_block(model: PreTrainedModel) -> tuple[torch.nn.Module, Evidence]:
+
+def quantized_block(model: PreTrainedModel, scheme: Scheme = SCHEME) -> tuple[torch.nn.Module, Evidence]:
     """The first block with its linears at 2 bits, and what it is to be tweaked with."""
     family = family_of(model)
     block = blocks(model, family)[0][1]
@@ -33,6 +35,16 @@ def quantized_block(model: PreTrainedModel) -> tuple[torch.nn.Module, Evidence]:
     names = [name for group in order for name in group]
     weights = {name: weight_of(block.get_submodule(name)).clone() for name in names}
     block = copy.deepcopy(block)
-    for name, weight in weights.items():
-        set_weight(block.get_submodule(name), decode(quantize_tensor(weight, Scheme("int", 2, 24))))
-    return block, Evidence(hidden, exits.states, [0, 1, 2], [3], weights, held)
+    packed = {name: quantize_tensor(weight, scheme) for name, weight in weights.items()}
+    for name, tensor in packed.items():
+        set_weight(block.get_submodule(name), decode(tensor))
+    return block, Evidence(
+        hidden,
+        exits.states,
+        train=[0, 1, 2],
+        judge=[3],
+        weights=weights,
+        packed=packed,
+        stats=held,
+        depth=0.5,
+    )

@@ -14,7 +14,7 @@ from fracbit.checkpoint.format import StoredLayer
 from fracbit.checkpoint.output import Output
 from fracbit.importance.methods import ScoreMethod
 from fracbit.importance.view import LayerView
-from fracbit.models.correction import Evidence, Tweaked, error
+from fracbit.models.correction import Corrected, Evidence, error
 from fracbit.models.family import Family
 from fracbit.numerics.datatypes import DataType, DataTypeMaker, nearest_type
 from fracbit.numerics.linalg import Coupling
@@ -69,10 +69,17 @@ def zebra(weights: Sequence[Tensor], schemes: Sequence[Scheme], stats: Stats) ->
     return torch.tensor([2.0, 0.5]).repeat(weights[0].shape[1])[: weights[0].shape[1]]
 
 
-def untouched(block: nn.Module, family: Family, evidence: Evidence, depth: float) -> Tweaked:
+class Untouched(Checked):
     """A correction that looks and leaves the block alone."""
-    found = error(block, evidence)
-    return Tweaked(found, found, "untouched")
+
+    called: ClassVar[str] = "correction untouched"
+    follows: ClassVar[str] = "block"
+    tokens: ClassVar[int | None] = None
+
+    def __call__(self, block: nn.Module, family: Family, evidence: Evidence, show: Progress) -> Corrected:
+        """Look."""
+        found = error(block, evidence)
+        return Corrected(found, found, "untouched")
 
 
 def breadth(view: LayerView) -> float:

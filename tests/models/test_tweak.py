@@ -10,12 +10,17 @@ import torch
 
 from evidence import quantized_block
 from families import model_of
-from fracbit.models.correction import CORRECTIONS, error
+from fracbit.models.correction import error
 from fracbit.models.find import family_of
-from fracbit.models.tweak import distance, least_squares_factor
+from fracbit.models.tweak import Adam, Auto, distance, least_squares_factor
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Shows nothing."""
+
 
 Maker = Callable[..., "LlamaForCausalLM"]
 
@@ -25,7 +30,7 @@ def test_auto_helps_or_leaves_alone(name: str, tiny_llama: Maker) -> None:
     model = tiny_llama() if name == "llama" else model_of("opt")
     block, evidence = quantized_block(model)
     before = {key: value.clone() for key, value in block.state_dict().items()}
-    report = CORRECTIONS["auto"](block, family_of(model), evidence, 0.5)
+    report = Auto()(block, family_of(model), evidence, silent)
     assert report.after <= report.before
     assert error(block, evidence) == pytest.approx(report.after)
     changed = {key for key, value in block.state_dict().items() if not torch.equal(value, before[key])}
@@ -53,7 +58,7 @@ def test_adam_lowers_the_distance(tiny_llama: Maker) -> None:
             )
 
     before = away()
-    CORRECTIONS["adam"](block, family_of(model), evidence, 0.0)
+    Adam(growth=0)(block, family_of(model), evidence, silent)
     assert away() < before
     assert isinstance(block.input_layernorm.weight, torch.nn.Parameter)
 

@@ -159,15 +159,39 @@ def test_tweaks_are_judged_on_samples_they_were_not_fitted_on(
         write_checkpoint(recipe(source, ids, tweak="auto", samples=1), tmp_path / "r")
 
 
-@pytest.mark.parametrize("tweak", ["adam", "closed", "auto"])
+@pytest.mark.parametrize("tweak", ["adam", "closed", "auto", "train"])
 def test_tweak_is_reported_and_saved(source: Path, ids: Path, tmp_path: Path, tweak: str) -> None:
     write_checkpoint(recipe(source, ids, scheme=Scheme("int", 2, 24), tweak=tweak), tmp_path / "q")
     rows = manifest(tmp_path / "q")["tweaks"]
     assert [row["block"] for row in rows] == [0, 1, 2]
-    if tweak == "auto":
+    if tweak in ("auto", "train"):
         assert all(row["after"] <= row["before"] for row in rows)
     gains, before = load(tmp_path / "q").model.layers[0].input_layernorm.weight, torch.ones(48)
     assert torch.equal(gains, before) == (rows[0]["kept"] == "none")
+
+
+def test_training_brings_the_model_closer_to_the_float_one(
+    tiny_llama: Callable[..., LlamaForCausalLM], ids: Path, tmp_path: Path
+) -> None:
+    """Block by block, by the outputs of the float model: what is stored changes, its form and size do not."""
+    model = tiny_llama()
+    with torch.no_grad():  # random weights as they are drawn say nothing: logits of one size
+        model.lm_head.weight.mul_(30)
+    model.save_pretrained(tmp_path / "float")
+    found = {}
+    for tweak in ("none", "train:epochs=8,reach=1,tokens=24"):
+        made = write_checkpoint(
+            recipe(tmp_path / "float", ids, scheme=Scheme("int", 2, 24), tweak=tweak), tmp_path / tweak
+        )
+        away = fracbit.evaluate(
+            tmp_path / tweak, f"{ids}?first=8", against=tmp_path / "float", dtype="float32"
+        )
+        found[tweak] = away.divergence.kl, made.bytes
+    (before, size), (after, same) = found.values()
+    assert after < 0.9 * before
+    assert size == same
+    rows = manifest(tmp_path / "train:epochs=8,reach=1,tokens=24")["tweaks"]
+    assert all(row["after"] < row["before"] and row["kept"].startswith("epoch") for row in rows)
 
 
 def test_sequential_observes_behind_what_is_quantized(source: Path, ids: Path, tmp_path: Path) -> None:

@@ -62,20 +62,22 @@ POINTS = [
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the runs that it kills")
+@pytest.mark.parametrize("tweak", ["auto", "train:epochs=2"])
 def test_killed_anywhere_it_resumes_to_the_same_bytes(
-    tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path
+    tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path, tweak: str
 ) -> None:
     tiny_llama(num_hidden_layers=2, tie_word_embeddings=True).save_pretrained(tmp_path / "float")
     text = write_ids(tmp_path / "ids.u16", 16, 24)
     plan = Calibration(
         texts=(text,), samples=16, length=24, batch=4, transforms=("rotate", "smooth"),
-        axis="nearest", tweak="auto", distill=2,
+        axis="nearest", tweak=tweak, distill=2,
     )  # fmt: skip
     asked = Recipe(
         model=str(tmp_path / "float"),
         scheme=Scheme("int", 3, 24),
         quantizer="descent",
         outliers="cost:0.05",
+        embeddings=Scheme("int", 8, 24),
         calibration=plan,
     )
     words = [asked.model_dump_json(), str(tmp_path / "cut"), json.dumps(POINTS)]

@@ -11,10 +11,12 @@ import pytest
 from fracbit.errors import BudgetError, RecipeError
 from fracbit.pipeline.plan.budget import budgeted
 from fracbit.pipeline.plan.plan import open_for, plan
+from fracbit.pipeline.plan.presets import SMALL, preset
 from fracbit.pipeline.quantize.run import write_checkpoint
 from fracbit.records.calibration import Calibration
 from fracbit.records.recipe import Recipe
-from fracbit.records.spending import Spending
+from fracbit.records.scheme import Scheme
+from fracbit.records.spending import PRESETS, Spending
 from texts import write_ids
 
 if TYPE_CHECKING:
@@ -37,3 +39,41 @@ def test_best_keeps_to_the_budget(tiny_llama: Callable[..., LlamaForCausalLM], t
         plan(tmp_path / "float", best)
     with pytest.raises(BudgetError):
         plan(recipe, Spending(preset="best", average_bits=0.4))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("average", [None, 3.25])
+def test_every_preset_works_with_and_without_a_budget(
+    tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path, name: str, average: float | None
+) -> None:
+    tiny_llama().save_pretrained(tmp_path / "float")
+    text = write_ids(tmp_path / "ids.u16", 16, 24)
+    calibration = Calibration(texts=(text,), samples=16, length=24)
+    recipe = Recipe(model=str(tmp_path / "float"), calibration=None if name == "fast" else calibration)
+    terms = Spending(preset=name, average_bits=average)
+    asked = budgeted(recipe, terms, open_for(recipe)).recipe
+    quick = None if asked.calibration is None else asked.calibration.model_copy(update={"distill": 0})
+    made = write_checkpoint(asked.model_copy(update={"calibration": quick}), tmp_path / "q")
+    assert made.bits_per_weight is not None
+    assert made.bits_per_weight <= (average or 4.6)
+    if average is None:
+        with pytest.raises(BudgetError, match="divides a budget"):
+            plan(recipe, terms)
+
+
+def test_large_models_are_trained_by_blocks_and_small_ones_as_a_whole() -> None:
+    recipe = Recipe(model="m", calibration=Calibration(texts=("t",)))
+    small, large = (preset(recipe, Spending(preset="best"), count)[0] for count in (SMALL, SMALL + 1))
+    assert small.calibration is not None and large.calibration is not None
+    assert (small.calibration.distill, small.calibration.tweak) == (8, "none")
+    assert (large.calibration.distill, large.calibration.tweak) == (0, "train")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_what_a_recipe_says_itself_wins(name: str) -> None:
+    own = Calibration(texts=("t",), tweak="closed", distill=1)
+    recipe = Recipe(model="m", calibration=own, quantizer="descent:rounds=2", scheme=Scheme("nf", 4, 32))
+    found, _ = preset(recipe, Spending(preset=name), SMALL + 1)
+    assert (found.quantizer, found.scheme) == (recipe.quantizer, recipe.scheme)
+    assert found.calibration is not None
+    assert (found.calibration.tweak, found.calibration.distill) == ("closed", 1)

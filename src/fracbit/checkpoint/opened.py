@@ -43,6 +43,11 @@ class Opened:
         """The linears of the blocks, by full name."""
         return quantizable(self.model, self.family)
 
+    @property
+    def weights(self) -> int:
+        """How many weights the linears of the blocks have."""
+        return sum(layer.out * layer.width for layer in self.linears.values())
+
     @cached_property
     def origins(self) -> Origins:
         """Where each tensor of the model lies on disk."""

@@ -72,7 +72,7 @@ def loss_table(model: str) -> tuple[list[str], list[list[str]]]:
     rows = [[block, *(_loss(row.get(kind, ())) for kind in kinds)] for block, row in losses.items()]
     if tweaks:
         rows = [[*row, _tweak(tweaks.get(int(row[0].rpartition(".")[2])))] for row in rows]
-    return ["block", *kinds, *(["output error, tweaked"] if tweaks else [])], rows
+    return ["block", *kinds, *(["output error, corrected"] if tweaks else [])], rows
 
 
 def _loss(layers: Sequence[Mapping[str, Any]]) -> str:

@@ -72,7 +72,7 @@ def quantize(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="best: the settings with the least loss; needs --average-bits and --calibration.",
+            help="fast (no data), good or best (with --calibration): the settings with the least loss for their time.",
             rich_help_panel=options.SMALL,
         ),
     ] = None,

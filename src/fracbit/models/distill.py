@@ -10,7 +10,6 @@ last stage after GPTQ-like fitting, arXiv:2401.06118 (AQLM), arXiv:2405.14852 (P
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -21,11 +20,11 @@ from transformers import PreTrainedModel
 from fracbit.models.blocks import bias_of, weight_of
 from fracbit.models.install import replace
 from fracbit.models.soft import SoftLinear
+from fracbit.models.train import rate_at
 from fracbit.numerics.packed import PackedTensor
 
 SCALE_RATE = 0.3  # of the latent rate: a scale moves every weight of its block
 NORM_RATE = 0.3
-WARM_UP = 0.05  # of all steps
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def distill(
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(_groups(soft, norms, how.rate), betas=(0.9, 0.95))
     steps = how.epochs * -(-len(train) // how.batch)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate_at(step / max(steps, 1)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step / max(steps, 1)))
     generator = torch.Generator().manual_seed(how.seed)
     # Epochs; the state of the best one is put back.
     before = best = divergence(teacher, student, judge, how.batch)
@@ -143,13 +142,6 @@ def _groups(
         {"params": scales, "lr": rate * SCALE_RATE},
         {"params": list(norms.values()), "lr": rate * NORM_RATE},
     ]
-
-
-def _rate_at(share: float) -> float:
-    """A short rise, then half a cosine down to a twentieth."""
-    if share < WARM_UP:
-        return 0.05 + 0.95 * share / WARM_UP
-    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (share - WARM_UP) / (1 - WARM_UP)))
 
 
 def _state(soft: Mapping[str, SoftLinear], norms: Mapping[str, nn.Parameter]) -> list[Tensor]:

@@ -19,15 +19,25 @@ the table of corrections.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from fracbit.models.blocks import bias_of, gain_of, norms, weight_of
 from fracbit.models.calls import device_of
-from fracbit.models.correction import Evidence, Tweaked, error, run_batch
+from fracbit.models.correction import (
+    Corrected,
+    Evidence,
+    Tuned,
+    error,
+    norm_parameters,
+    run_batch,
+)
 from fracbit.models.family import Family
+from fracbit.records.checked import Checked
+from fracbit.records.progress import Progress
 
 LEARNING_RATE = 1e-3  # of the factor on a gain, per step
 DEPTH_SCALE = 1.0
@@ -35,20 +45,54 @@ CLOSED_DAMPING = 0.01
 Variant: TypeAlias = Callable[[nn.Module, Family, Evidence], None]
 
 
-def closed(block: nn.Module, family: Family, evidence: Evidence, depth: float) -> Tweaked:
-    """The closed form."""
-    return _tweaked(block, family, evidence, {"closed": closed_form})
+class Closed(Checked):
+    """The closed form; `damping` is lam, relative to the mean diagonal."""
+
+    called: ClassVar[str] = "correction closed"
+    follows: ClassVar[str] = "block"
+    tokens: ClassVar[int | None] = None
+
+    damping: float = Field(CLOSED_DAMPING, gt=0)
+
+    def __call__(self, block: nn.Module, family: Family, evidence: Evidence, show: Progress) -> Corrected:
+        """Move the norms, whatever it does to the error."""
+        return _tweaked(block, family, evidence, {"closed": self.move})
+
+    def move(self, block: nn.Module, family: Family, evidence: Evidence) -> None:
+        """Move the norms."""
+        closed_form(block, family, evidence, self.damping)
 
 
-def adam(block: nn.Module, family: Family, evidence: Evidence, depth: float) -> Tweaked:
-    """One pass of Adam; its rate grows with `depth`."""
-    return _tweaked(block, family, evidence, {"adam": _adam_at(depth)})
+class Adam(Checked):
+    """One pass of Adam. `rate` of the first block, for the factor on a gain; it grows with depth by up to `growth`."""
+
+    called: ClassVar[str] = "correction adam"
+    follows: ClassVar[str] = "block"
+    tokens: ClassVar[int | None] = None
+
+    rate: float = Field(LEARNING_RATE, gt=0)
+    growth: float = Field(DEPTH_SCALE, ge=0)
+
+    def __call__(self, block: nn.Module, family: Family, evidence: Evidence, show: Progress) -> Corrected:
+        """Move the norms, whatever it does to the error."""
+        return _tweaked(block, family, evidence, {"adam": self.move})
+
+    def move(self, block: nn.Module, family: Family, evidence: Evidence) -> None:
+        """Move the norms."""
+        fit_by_adam(block, family, evidence, self.rate * (1 + self.growth * evidence.depth))
 
 
-def auto(block: nn.Module, family: Family, evidence: Evidence, depth: float) -> Tweaked:
+class Auto(Checked):
     """The better of both, or neither."""
-    variants = {"closed": closed_form, "adam": _adam_at(depth)}
-    return _tweaked(block, family, evidence, variants, or_none=True)
+
+    called: ClassVar[str] = "correction auto"
+    follows: ClassVar[str] = "block"
+    tokens: ClassVar[int | None] = None
+
+    def __call__(self, block: nn.Module, family: Family, evidence: Evidence, show: Progress) -> Corrected:
+        """Move the norms by the one of less error, where it helps."""
+        variants = {"closed": Closed().move, "adam": Adam().move}
+        return _tweaked(block, family, evidence, variants, or_none=True)
 
 
 def _tweaked(
@@ -57,7 +101,7 @@ def _tweaked(
     evidence: Evidence,
     variants: Mapping[str, Variant],
     or_none: bool = False,
-) -> Tweaked:
+) -> Corrected:
     """Move the norms of `block` by the variant of least error, or not at all where none lowers it and `or_none` says so."""
     start = _snapshot(block, family)
     before = error(block, evidence)
@@ -69,33 +113,27 @@ def _tweaked(
     best = min(tried, key=lambda name: tried[name][0])
     after, tensors = tried[best]
     if or_none and not after < before:
-        return Tweaked(before, before, "none")
+        return Corrected(before, before, "none")
     _restore(block, family, tensors)
-    return Tweaked(before, after, best)
-
-
-def _adam_at(depth: float) -> Variant:
-    rate = LEARNING_RATE * (1 + DEPTH_SCALE * depth)
-    return lambda block, family, evidence: fit_by_adam(block, family, evidence, rate)
+    return Corrected(before, after, best)
 
 
 def fit_by_adam(block: nn.Module, family: Family, evidence: Evidence, rate: float) -> None:
     """One pass of Adam over the training batches, a sample at a time being too few for variances: a batch at a time."""
     for parameter in block.parameters():
         parameter.requires_grad_(False)
-    tuned = [_Tuned(parameter) for parameter in _parameters(block, family)]
-    optimizer = torch.optim.Adam([one.change for one in tuned], lr=rate)
+    tuned = {name: Tuned(parameter) for name, parameter in norm_parameters(block, family).items()}
+    optimizer = torch.optim.Adam([one.change for one in tuned.values()], lr=rate)
     for number in evidence.train:
         batch = evidence.entrance.batches[number]
         wanted = evidence.exits[batch.start : batch.stop].to(device_of(block))  # [batch, tokens, width]
-        overrides = {id(one.parameter): one.value() for one in tuned}
-        found = _run_with(block, evidence, number, overrides)  # [batch, tokens, width]
+        values = {name: one.value() for name, one in tuned.items()}
+        found = run_batch(block, evidence, number, values)  # [batch, tokens, width]
         optimizer.zero_grad()
         distance(found.float(), wanted.float()).backward()
         optimizer.step()
-    with torch.no_grad():
-        for one in tuned:
-            one.parameter.copy_(one.value())
+    for one in tuned.values():
+        one.store()
 
 
 def distance(found: Tensor, wanted: Tensor) -> Tensor:
@@ -105,7 +143,9 @@ def distance(found: Tensor, wanted: Tensor) -> Tensor:
     return (means + variances).mean()
 
 
-def closed_form(block: nn.Module, family: Family, evidence: Evidence) -> None:
+def closed_form(
+    block: nn.Module, family: Family, evidence: Evidence, damping: float = CLOSED_DAMPING
+) -> None:
     """Multiply each norm that only linears read by its least-squares factor."""
     for norm in norms(block, family):
         readers = [name for name in norm.readers if name in evidence.weights]
@@ -117,7 +157,7 @@ def closed_form(block: nn.Module, family: Family, evidence: Evidence) -> None:
         ]
         gram = evidence.stats[known].gram  # [width, width]
         assert gram is not None
-        factor = least_squares_factor(gram, pairs)  # [width]
+        factor = least_squares_factor(gram, pairs, damping)  # [width]
         _scale_norm(block, norm.name, factor, family.gain_offset)
 
 
@@ -141,44 +181,6 @@ def least_squares_factor(
     return found.float()
 
 
-class _Tuned:
-    """A norm's parameter times a learned factor, or plus a learned shift where it may be 0 (biases)."""
-
-    def __init__(self, parameter: Tensor) -> None:
-        self.parameter = parameter
-        self.start = parameter.detach().float().clone()  # [width]
-        self.unit = self.start.abs().clamp(min=float(self.start.abs().mean()) * 0.1 + 1e-8)  # [width]
-        self.change = torch.zeros_like(self.start, requires_grad=True)  # [width], in units of `unit`
-
-    def value(self) -> Tensor:
-        """The parameter's present value, differentiable, in its own type."""
-        return (self.start + self.change * self.unit).to(self.parameter.dtype)
-
-
-def _run_with(block: nn.Module, evidence: Evidence, number: int, values: Mapping[int, Tensor]) -> Tensor:
-    """The block's output with some parameters replaced by differentiable values; the block itself does not change."""
-    named = {name: values[id(p)] for name, p in block.named_parameters() if id(p) in values}
-    places = [(block.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in named]
-    held = [module._parameters.pop(leaf) for module, leaf in places]
-    try:
-        for (module, leaf), value in zip(places, named.values(), strict=True):
-            object.__setattr__(module, leaf, value)
-        return run_batch(block, evidence, number)
-    finally:
-        for (module, leaf), parameter in zip(places, held, strict=True):
-            object.__delattr__(module, leaf)
-            module._parameters[leaf] = parameter
-
-
-def _parameters(block: nn.Module, family: Family) -> list[Tensor]:
-    """Gains and biases of the block's norms."""
-    found: list[Tensor] = []
-    for norm in norms(block, family):
-        module = block.get_submodule(norm.name)
-        found += [parameter for _, parameter in module.named_parameters(recurse=False)]
-    return found
-
-
 def _scale_norm(block: nn.Module, name: str, factor: Tensor, offset: float) -> None:
     gain, bias = gain_of(block, name), bias_of(block.get_submodule(name))  # [width] each
     assert gain is not None
@@ -190,10 +192,10 @@ def _scale_norm(block: nn.Module, name: str, factor: Tensor, offset: float) -> N
 
 
 def _snapshot(block: nn.Module, family: Family) -> list[Tensor]:
-    return [parameter.detach().clone() for parameter in _parameters(block, family)]
+    return [parameter.detach().clone() for parameter in norm_parameters(block, family).values()]
 
 
 def _restore(block: nn.Module, family: Family, tensors: Sequence[Tensor]) -> None:
     with torch.no_grad():
-        for parameter, tensor in zip(_parameters(block, family), tensors, strict=True):
+        for parameter, tensor in zip(norm_parameters(block, family).values(), tensors, strict=True):
             parameter.copy_(tensor)

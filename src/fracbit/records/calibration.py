@@ -8,11 +8,12 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, Field
 
 from fracbit.records.checked import Checked
+from fracbit.records.named import read_named
 from fracbit.records.tables import CORRECTIONS, TRANSFORMS
 
 
 def _known_tweak(name: str) -> str:
-    return name if name == "none" else CORRECTIONS.check(name)
+    return name if name == "none" else str(read_named(name, CORRECTIONS))
 
 
 Tweak = Annotated[str, AfterValidator(_known_tweak)]
@@ -32,8 +33,9 @@ class Calibration(Checked):
       `smooth`, `awq`, `rotate` (the residual stream, folded), `rotate-mlp` (a Hadamard matrix at run time).
     - `inputs`: how activations are rounded at run time: None, or `int8`, `int8/tensor`, `power8/token`.
     - `axis`: the scheme's own, or per layer the better of both by trial (`nearest`, `gptq`) or from the scales (`predicted`).
-    - `tweak`: correction after each block: `none`, or norm tweaking by `adam` as the paper, in `closed` form, or (`auto`) by
-      whichever of both helps held-out samples.
+    - `tweak`: correction after each block: `none`; norm tweaking by `adam` as the paper, in `closed` form, or (`auto`) by
+      whichever of both helps held-out samples; or `train`, which trains everything that the block stores, codes included.
+      Options follow a colon: `train:epochs=8`.
     - `distill`: epochs of training everything stored, codes included, on the float model's own predictions;
       `rate`: learning rate of Adam in them.
     - `dtype`: of the forward passes; `auto` is bfloat16 where the machine multiplies it natively and the model is stored in it.

@@ -22,7 +22,7 @@ Solver: TypeAlias = Literal["exact", "order"]
 LEVELS = "int4z/64,int3z/64,int2z/64"
 SAMPLES = 32
 LENGTH = 256
-PRESETS = ("best",)
+PRESETS = ("fast", "good", "best")
 BUDGETS = ("average_bits", "size", "fits")
 ONE_BUDGET = "ask for exactly one of --average-bits 3.5, --size 1.2GB and --fits 8GB"
 
@@ -34,7 +34,7 @@ class Spending:
     - `average_bits`: stored bits per quantized weight; `size`: of all weight files, `1.2GB` or bytes; `fits`: memory of a
       device that also holds the KV cache and the activations. One of the three.
     - `context`: tokens of each sequence in that KV cache; `batch`: sequences at once.
-    - `preset`: a combination that was measured to lose least (`best`), with `average_bits` alone beside it.
+    - `preset`: settings that were measured to lose least for their time: `fast`, `good`, `best`; with `average_bits`, or alone.
     - `levels`: the schemes to choose from, `nf4/64,nf2/64`, or a sequence of words and schemes; None: `LEVELS`.
     - `score`: the name of a score, a JSON file of scores or losses, or these themselves.
     - `text`: the text that the score reads, where it reads any; None: the recipe's calibration texts.
@@ -120,7 +120,7 @@ def check_terms(recipe: Recipe, spending: Spending) -> None:
 
     Raises `RecipeError` for a scheme beside a budget, `DataError` for a text that is missing or must not be `generated`.
     """
-    if spending != Spending() and "scheme" in recipe.model_fields_set:
+    if spending.asked and "scheme" in recipe.model_fields_set:
         raise RecipeError(
             f"the recipe has the scheme {recipe.scheme}, and a budget chooses every layer's scheme among spending.levels: "
             "leave out --scheme, [scheme] and --set scheme; [[overrides]] and --keep still apply"
@@ -165,5 +165,3 @@ def _check_preset(name: str, given: dict[str, Any]) -> None:
         raise RecipeError(
             f"preset {name} chooses for itself and takes --average-bits alone; leave out {', '.join(others)}"
         )
-    if "average_bits" not in given:
-        raise RecipeError("a preset needs a budget: give --average-bits, such as 3.25")

@@ -113,9 +113,10 @@ TRANSFORMS: Table[Any] = Table(
 CORRECTIONS: Table[Any] = Table(
     "correction",
     {
-        "adam": "fracbit.models.tweak:adam",
-        "closed": "fracbit.models.tweak:closed",
-        "auto": "fracbit.models.tweak:auto",
+        "adam": "fracbit.models.tweak:Adam",
+        "closed": "fracbit.models.tweak:Closed",
+        "auto": "fracbit.models.tweak:Auto",
+        "train": "fracbit.models.train:Train",
     },
 )
 

@@ -42,6 +42,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from fracbit.errors import FracbitError, RecipeError, SchemeError, near_matches
+from fracbit.models.correction import correction
 from fracbit.numerics import DATATYPES, check_datatype
 from fracbit.quantizers import COLUMN_RULES, quantizer
 from fracbit.records.calibration import Calibration
@@ -300,7 +301,10 @@ def _check_names(arm: Arm, index: int, path: Path, text: str) -> None:
         "quantizers": (tuple(word.split(":", 1)[0] for word in arm.quantizers), QUANTIZERS.entries),
         "chains": (arm.chains, {"quantized": 0, "float": 0}),
         "transforms": (_parts(arm.transforms), {"none": 0, **TRANSFORMS.entries}),
-        "corrections": (arm.corrections, {"none": 0, **CORRECTIONS.entries}),
+        "corrections": (
+            tuple(word.split(":", 1)[0] for word in arm.corrections),
+            {"none": 0, **CORRECTIONS.entries},
+        ),
         "axes": (arm.axes, {"in": 0, "out": 0}),
         "offsets": (arm.offsets, {"none": 0, "zero": 0, "float": 0, "mean": 0}),
     }
@@ -333,6 +337,10 @@ def _check_values(arm: Arm, index: int, path: Path, text: str) -> None:
         key = "quantizers"
         for word in arm.quantizers:
             quantizer(word)
+        key = "corrections"
+        for word in arm.corrections:
+            if word != "none":
+                correction(word)
         key = "inputs"
         for inputs in arm.inputs:
             if inputs != "none":

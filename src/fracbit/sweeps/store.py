@@ -57,7 +57,7 @@ ROWS = sa.Table(
     sa.Column("quantizer", sa.String(64)),
     sa.Column("search", sa.Boolean),
     sa.Column("chain", sa.String(16)),
-    sa.Column("correction", sa.String(32)),
+    sa.Column("correction", sa.String(64)),
     sa.Column("outliers", sa.String(32)),
     sa.Column("seed", sa.BigInteger),
     sa.Column("parameters", sa.BigInteger),

@@ -9,6 +9,7 @@ from fracbit.checkpoint.opened import Opened
 from fracbit.data import Samples
 from fracbit.errors import RecipeError
 from fracbit.pipeline.plan.plan import make_plan
+from fracbit.pipeline.plan.presets import preset
 from fracbit.pipeline.study.weights import weights_on_disk
 from fracbit.records.allocation import allocated, check_allocation, load_allocation
 from fracbit.records.progress import Progress
@@ -36,6 +37,8 @@ def budgeted(
     """
     if spending == Spending():
         return Divided(recipe)
+    if spending.preset is not None and not spending.asked:
+        return Divided(preset(recipe, spending, opened.weights)[0])
     found = make_plan(recipe, spending, opened, device=device, progress=progress)
     how = f"divided by the solver {found.chosen.name}"
     if found.contest is not None and not found.contest.searched_won:

@@ -16,7 +16,7 @@ from typing import Any
 
 from fracbit.checkpoint.opened import Opened
 from fracbit.data import Samples
-from fracbit.errors import RecipeError
+from fracbit.errors import BudgetError, RecipeError
 from fracbit.importance import scheme_bits, score_method
 from fracbit.pipeline.plan.contest import UNCHECKED, Contest, contest
 from fracbit.pipeline.plan.needs import Needs, needs_of
@@ -32,7 +32,7 @@ from fracbit.records.progress import Progress, Shown, showing
 from fracbit.records.recipe import Recipe
 from fracbit.records.scores import Losses
 from fracbit.records.sizes import print_size
-from fracbit.records.spending import Spending, check_terms
+from fracbit.records.spending import ONE_BUDGET, Spending, check_terms
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,11 @@ def make_plan(
 ) -> Plan:
     """`plan`, for a model that is open already and terms that were checked. `device`: of the run that follows."""
     # The question: units, levels and bits.
-    recipe, terms = (recipe, spending) if spending.preset is None else preset(recipe, spending)
+    recipe, terms = (
+        (recipe, spending) if spending.preset is None else preset(recipe, spending, opened.weights)
+    )
+    if not terms.asked:
+        raise BudgetError(f"a plan divides a budget: {ONE_BUDGET}")
     problem = make_problem(recipe, opened, terms, whole)
     # Scores and losses of every unit. Text is read and the model is loaded only if the score reads text.
     study = Study(opened, recipe.seed, progress, device)

@@ -1,11 +1,16 @@
-"""Presets: the settings with the least measured loss, as a recipe and a budget; bench/quality has the figures.
+"""Presets: settings that were measured to lose least for their time, as a recipe and a budget.
 
-`best`: learned tables of 2^k values (kmeans, one per tensor) over blocks of 32 to 128 with 8-bit scales. The exact
-solver chooses k and block of every linear within the budget. Codes are chosen by GPTQ with coordinate descent and
-closed-form refits. Then codes, scales, tables and norms are distilled from the float model.
+- `fast`: rounding to integers with zero points. Needs no data; seconds.
+- `good`: GPTQ on the outputs of the quantized blocks, with searched ranges. Minutes.
+- `best`: learned tables of 2^k values (kmeans, one per tensor) with 8-bit scales, then training block by block on the float
+  model's states. Models of at most `SMALL` weights are distilled as a whole instead, after GPTQ with coordinate descent.
+
+With a budget, the exact solver chooses bits and block of every linear within it. docs/quality.md has the figures.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from fracbit.errors import RecipeError
 from fracbit.records.calibration import Calibration
@@ -13,34 +18,64 @@ from fracbit.records.recipe import Recipe
 from fracbit.records.scheme import Scheme
 from fracbit.records.spending import Spending
 
-BLOCKS = (32, 48, 64, 128)
+INTEGER_BLOCKS = (32, 64, 128)
+TABLE_BLOCKS = (32, 48, 64, 128)
+UNIFORM = 4  # bits without a budget
+UNIFORM_BLOCK = 64
 SCALES = "int8:256"
-EPOCHS = 8
-RATE = 5e-3  # at 2 bits
+SMALL = 20_000_000  # weights; distillation holds 24 bytes for each, and takes hours on a CPU above
+EPOCHS = 8  # of distillation
+RATE = 5e-3  # of distillation at 2 bits
 
 
-def preset(recipe: Recipe, spending: Spending) -> tuple[Recipe, Spending]:
-    """The recipe with the preset's settings, and the budget with its levels; the recipe's own calibration wins.
+def preset(recipe: Recipe, spending: Spending, weights: int) -> tuple[Recipe, Spending]:
+    """The recipe with the preset's settings, and the budget with its levels; what the recipe says itself wins.
 
-    Raises `RecipeError` without calibration texts or a budget.
+    `weights`: how many weights the model's linears have. Without a budget, the recipe has a scheme, its own or the preset's.
+    Raises `RecipeError` without calibration texts where the preset reads some.
     """
-    if recipe.calibration is None:
+    name = spending.preset
+    if name != "fast" and recipe.calibration is None:
         raise RecipeError(
-            f"preset {spending.preset} needs calibration text; pass --calibration FILE, or --calibration generated"
+            f"preset {name} needs calibration text; pass --calibration FILE, or --calibration generated; preset fast reads none"
         )
     average = spending.average_bits
-    if average is None:
-        raise RecipeError("a preset needs a budget: give --average-bits, such as 3.25")
+    settings, calibration = _settings(str(name), UNIFORM if average is None else average, weights)
+    settings = {field: value for field, value in settings.items() if field not in recipe.model_fields_set}
+    if recipe.calibration is not None:
+        given = recipe.calibration.model_dump(exclude_unset=True)
+        settings["calibration"] = Calibration(**(calibration | given))
+    if average is not None:
+        return recipe.model_copy(update=settings), Spending(
+            average_bits=average, levels=levels(str(name), average)
+        )
+    if "scheme" not in recipe.model_fields_set:
+        settings["scheme"] = _scheme(str(name), UNIFORM, UNIFORM_BLOCK)
+    return recipe.model_copy(update=settings), Spending()
+
+
+def _settings(name: str, bits: float, weights: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of the recipe, and of its calibration."""
+    if name == "fast":
+        return {"quantizer": "rtn", "search": False}, {}
+    if name == "good":
+        return {"quantizer": "gptq", "search": True}, {}
+    if weights > SMALL:
+        return {"quantizer": "gptq", "search": True}, {"tweak": "train"}
     # Latent weights are in units of the block scale, and the values of a table are closer with every bit.
-    rate = RATE * 2.0 ** (2 - int(average))
-    given = recipe.calibration.model_dump(exclude_unset=True)
-    calibration = Calibration(**({"distill": EPOCHS, "rate": rate, "dtype": "float32"} | given))
-    settings = {"quantizer": "descent", "search": True, "calibration": calibration}
-    return recipe.model_copy(update=settings), Spending(average_bits=average, levels=levels(average))
+    rate = RATE * 2.0 ** (2 - int(bits))
+    return {"quantizer": "descent", "search": True}, {"distill": EPOCHS, "rate": rate, "dtype": "float32"}
 
 
-def levels(average_bits: float) -> tuple[Scheme, ...]:
+def levels(name: str, average_bits: float) -> tuple[Scheme, ...]:
     """Schemes around a budget: its whole bits, one bit less and one bit more, at every block size."""
     width = min(max(int(average_bits), 1), 8)
     widths = [k for k in (width - 1, width, width + 1) if 1 <= k <= 8]
-    return tuple(Scheme("kmeans", k, block, scale=SCALES) for k in widths for block in BLOCKS)
+    blocks = TABLE_BLOCKS if name == "best" else INTEGER_BLOCKS
+    return tuple(_scheme(name, k, block) for k in widths for block in blocks)
+
+
+def _scheme(name: str, bits: int, block: int) -> Scheme:
+    if name == "best":
+        return Scheme("kmeans", bits, block, scale=SCALES)
+    return Scheme("int", bits, block, offset="zero")

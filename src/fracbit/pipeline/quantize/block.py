@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -18,7 +18,7 @@ from fracbit.checkpoint.format import packed_layer, tensor_names
 from fracbit.checkpoint.output import Shards
 from fracbit.errors import WeightError
 from fracbit.models.blocks import blocks, groups, weight_of
-from fracbit.models.correction import CORRECTIONS, Evidence
+from fracbit.models.correction import Corrected, Evidence, correction
 from fracbit.models.install import materialize, release, set_tensor, set_weight
 from fracbit.models.walk import Hidden, advance
 from fracbit.numerics.activations import round_through
@@ -32,7 +32,7 @@ from fracbit.pipeline.quantize.record import layer_record, stored_as
 from fracbit.pipeline.quantize.rewrite import rewrite_block
 from fracbit.pipeline.quantize.rotate import fed_through, rotates, turn_block, turned_inputs
 from fracbit.pipeline.quantize.schedule import Item, LayerItem
-from fracbit.pipeline.quantize.work import Block, Groups, Seen, Work
+from fracbit.pipeline.quantize.work import Block, Entrance, Groups, Seen, Work
 from fracbit.quantizers import Quantized
 from fracbit.records.inputs import Inputs, parse_inputs
 from fracbit.records.run import ShardRecord, TweakRecord
@@ -60,10 +60,10 @@ def do_block(
     items: Sequence[Item],
     path: str,
     module: nn.Module,
-    hidden: Hidden,
-) -> Hidden:
+    entrance: Entrance,
+) -> Entrance:
     """Load, observe, quantize, install, correct, write; returns the states that enter the next block."""
-    hashes, block = load_block(work, items, path=path, module=module, hidden=hidden)
+    hashes, block = load_block(work, items, path=path, module=module, entrance=entrance)
     with turned_inputs(module, block.turned):
         filled = quantize_block(work, block)
         tensors = shard_tensors(work, items, block, filled.made)
@@ -75,8 +75,9 @@ def do_block(
         if work.calibration.chain == "float":
             assert filled.floats is not None
             release(module)
-            return filled.floats
-        return leave_block(work, module, hidden, filled.rounding)
+            return Entrance(filled.floats)
+        hidden = leave_block(work, module, entrance.hidden, filled.rounding)
+        return Entrance(hidden, None if entrance.exact is None else filled.floats)
 
 
 def redo_block(
@@ -87,11 +88,14 @@ def redo_block(
     items: Sequence[Item],
     path: str,
     module: nn.Module,
-    hidden: Hidden,
-) -> Hidden:
+    entrance: Entrance,
+) -> Entrance:
     """Walk through a block that an earlier run finished: float in the float chain, else as it was stored."""
-    _, block = load_block(work, items, path=path, module=module, hidden=hidden)
-    rounding: dict[str, Inputs] = {}
+    _, block = load_block(work, items, path=path, module=module, entrance=entrance)
+    exact, rounding = entrance.exact, dict[str, Inputs]()
+    if exact is not None:
+        with turned_inputs(module, block.turned):
+            exact = advance(module, exact, exact.states)
     if work.calibration.chain == "quantized":
         record, tensors = target.record(shard), target.tensors(shard)
         assert record is not None
@@ -105,11 +109,11 @@ def redo_block(
             else:
                 set_tensor(module, inside, tensors[item.name])
     with turned_inputs(module, block.turned):
-        return leave_block(work, module, hidden, rounding)
+        return Entrance(leave_block(work, module, entrance.hidden, rounding), exact)
 
 
 def load_block(
-    work: Work, items: Sequence[Item], path: str, module: nn.Module, hidden: Hidden
+    work: Work, items: Sequence[Item], path: str, module: nn.Module, entrance: Entrance
 ) -> tuple[dict[str, str], Block]:
     """Load the float block to the device, rotated if the recipe says so. Also returns the hashes of its tensors."""
     tensors, hashes = read_items(work, items)
@@ -126,7 +130,13 @@ def load_block(
     turned = turn_block(module, family, signs=work.signs, transforms=transforms, quantized=schemes)
     order = [tuple(name for name in group if name in schemes) for group in groups(module, family)]
     return hashes, Block(
-        path, module, hidden=hidden, schemes=schemes, order=[group for group in order if group], turned=turned
+        path,
+        module,
+        hidden=entrance.hidden,
+        exact=entrance.exact,
+        schemes=schemes,
+        order=[group for group in order if group],
+        turned=turned,
     )
 
 
@@ -153,15 +163,29 @@ def quantize_block(work: Work, block: Block) -> Filled:
     made = fill_block(work, block, stats)
     for name, found in made.items():
         set_weight(module.get_submodule(name), decode(found.packed))
-    # Correct its norms, on inputs rounded as they will be.
+    # Correct it, on inputs rounded as they will be.
     tweak = None
-    if calibration.tweak != "none" and floats is not None:
+    if made and calibration.tweak != "none" and floats is not None:
         train, judge = split_batches(block.hidden)
         evidence = Evidence(
-            block.hidden, floats.states, train=train, judge=judge, weights=weights, stats=stats
+            block.hidden,
+            floats.states,
+            train=train,
+            judge=judge,
+            weights=weights,
+            packed={name: found.packed for name, found in made.items()},
+            stats=stats,
+            depth=block.hidden.index / len(blocks(work.opened.model, work.opened.family)),
+            seed=work.recipe.seed,
         )
         with rounded_inputs(module, rounding):
-            tweak = correct(work, block, evidence)
+            corrected = correct(work, block, evidence)
+        tweak = TweakRecord(
+            block.hidden.index, before=corrected.before, after=corrected.after, kept=corrected.kept
+        )
+        for name, packed in corrected.packed.items():
+            made[name] = replace(made[name], packed=packed)
+            set_weight(module.get_submodule(name), decode(packed))
     return Filled(made, floats, rounding, tweak)
 
 
@@ -192,11 +216,13 @@ def fill_block(work: Work, block: Block, stats: dict[str, Stats]) -> dict[str, Q
     return made
 
 
-def correct(work: Work, block: Block, evidence: Evidence) -> TweakRecord:
-    """Correct the norms of a quantized block as the recipe says."""
-    depth = block.hidden.index / len(blocks(work.opened.model, work.opened.family))
-    tweaked = CORRECTIONS[work.calibration.tweak](block.module, work.opened.family, evidence, depth)
-    return TweakRecord(block.hidden.index, **asdict(tweaked))
+def correct(work: Work, block: Block, evidence: Evidence) -> Corrected:
+    """Correct a quantized block as the recipe says."""
+
+    def show(what: str, done: int, total: int) -> None:
+        work.show(f"{block.path} {what}, {done} of {total}", len(block.schemes), len(block.schemes))
+
+    return correction(work.calibration.tweak)(block.module, work.opened.family, evidence, show)
 
 
 def roundings(asked: str | None, order: Groups, stats: Mapping[str, Stats]) -> dict[str, Inputs]:
@@ -239,6 +265,9 @@ def observe_block(work: Work, block: Block) -> tuple[dict[str, Stats], Hidden | 
     In the float chain they do not depend on quantized blocks, so runs that share a memory observe a block once.
     """
     gram = reads_gram(work)
+    if block.exact is not None:
+        stats = observe_some(block.module, block.hidden, label=block.path, groups=block.order, gram=gram)
+        return stats, advance(block.module, block.exact, block.exact.states)
     if work.calibration.tweak == "none" and work.calibration.chain == "quantized":
         return observe_some(block.module, block.hidden, label=block.path, groups=block.order, gram=gram), None
 

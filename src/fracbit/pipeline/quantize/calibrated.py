@@ -19,6 +19,7 @@ from torch import Tensor
 from fracbit.checkpoint.format import tensor_names
 from fracbit.checkpoint.output import Shards
 from fracbit.models.blocks import blocks
+from fracbit.models.correction import correction
 from fracbit.models.fold import scaling_sites
 from fracbit.models.install import materialize
 from fracbit.models.spill import storage
@@ -30,7 +31,7 @@ from fracbit.pipeline.quantize.rotate import turned_rest
 from fracbit.pipeline.quantize.schedule import Item, LayerItem
 from fracbit.pipeline.quantize.self_distill import distill_shards
 from fracbit.pipeline.quantize.stream import quantize_item
-from fracbit.pipeline.quantize.work import Work
+from fracbit.pipeline.quantize.work import Entrance, Work, follows_model
 from fracbit.records.calibration import Calibration
 from fracbit.records.progress import Progress
 from fracbit.records.run import LayerRecord, ShardRecord
@@ -46,14 +47,18 @@ def calibrate_shards(work: Work, target: Shards, spill_bytes: int = SPILL_BYTES)
     Raises `WeightError` (layer named), `OutputError`.
     """
     (first, outside), *shards = work.schedule.shards.items()
-    rest = write_rest(target, first, outside, work)
-    hidden = embed_all(work, rest, target, spill_bytes)
+    floats, stored = write_rest(target, first, outside, work)
+    follows, exact = follows_model(work.calibration), work.calibration.chain == "float"
+    entrance = Entrance(
+        exact=embed_all(work, floats, target, spill_bytes) if follows else None,
+        hidden=embed_all(work, floats if exact else stored, target, spill_bytes),
+    )
     steps = [1 + sum(isinstance(item, LayerItem) for item in items) for _, items in shards]
     for number, (shard, items) in enumerate(shards):
         path, block = blocks(work.opened.model, work.opened.family)[number]
         do = do_block if target.record(shard) is None else redo_block
         part = replace(work, show=partial(show_part, work.show, sum(steps[:number]), sum(steps)))
-        hidden = do(part, target, shard, items=items, path=path, module=block, hidden=hidden)
+        entrance = do(part, target, shard, items=items, path=path, module=block, entrance=entrance)
         work.show(f"block {number + 1} of {len(steps)}", sum(steps[: number + 1]), sum(steps))
     if work.calibration.distill:
         distill_shards(work, target)
@@ -64,10 +69,12 @@ def show_part(show: Progress, before: int, total: int, what: str, done: int, _: 
     show(what, before + done, total)
 
 
-def write_rest(target: Shards, shard: str, items: Sequence[Item], work: Work) -> dict[str, Tensor]:
+def write_rest(
+    target: Shards, shard: str, items: Sequence[Item], work: Work
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Write the tensors outside the blocks: embeddings, head, final norm; rounded to nearest where they have a scheme.
 
-    Returns them as floats, for the first hidden states: as they are stored, or exact in the float chain.
+    Returns them as floats, for the first hidden states: exact, and as they are stored.
     """
     tensors, hashes = read_items(work, items)
     if work.signs is not None:
@@ -84,11 +91,9 @@ def write_rest(target: Shards, shard: str, items: Sequence[Item], work: Work) ->
         for name, tensor in packed.items():
             stored |= tensor_names(name.removesuffix(".weight"), tensor)
         target.write_shard(shard, stored, ShardRecord(hashes, layers))
-    if work.calibration.chain == "float":
-        return tensors
     transposed = {item.name for item in items if isinstance(item, LayerItem) and item.layer.transposed}
     decoded = {name: decode(tensor) for name, tensor in packed.items()}  # [out, in] each
-    return tensors | {name: w.T if name in transposed else w for name, w in decoded.items()}
+    return tensors, tensors | {name: w.T if name in transposed else w for name, w in decoded.items()}
 
 
 def embed_all(work: Work, outside: Mapping[str, Tensor], target: Shards, spill_bytes: int) -> Hidden:
@@ -118,11 +123,13 @@ def embed_all(work: Work, outside: Mapping[str, Tensor], target: Shards, spill_b
 def batch_of(calibration: Calibration, device: torch.device) -> int:
     """Samples that run through a block at once, at most `calibration.batch`.
 
-    With a correction there are at least two batches, so that one can be held out. Without one, a CPU takes only as many
-    tokens as its caches hold; this saves memory and gives the same result.
+    With a correction there are at least two batches, so that one can be held out, and as many tokens in each as it takes.
+    Without one, a CPU takes only as many tokens as its caches hold; this saves memory and gives the same result.
     """
     if calibration.tweak != "none":
-        return min(calibration.batch, calibration.samples // 2)
+        tokens = correction(calibration.tweak).tokens
+        batch = calibration.batch if tokens is None else max(1, tokens // calibration.length)
+        return min(batch, calibration.samples // 2)
     if device.type == "cpu":
         return min(calibration.batch, max(1, CACHED_TOKENS // calibration.length))
     return calibration.batch

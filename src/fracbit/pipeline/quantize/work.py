@@ -14,6 +14,7 @@ from fracbit.checkpoint.output import SHARD_BYTES
 from fracbit.checkpoint.source import Source
 from fracbit.data import Samples
 from fracbit.errors import RecipeError
+from fracbit.models.correction import correction
 from fracbit.models.walk import Hidden
 from fracbit.numerics.stats import Stats
 from fracbit.pipeline.quantize.columns import choose_columns
@@ -80,9 +81,24 @@ Groups = Sequence[tuple[str, ...]]
 
 
 @dataclass(frozen=True, eq=False)
+class Entrance:
+    """The states before a block: `hidden`, which it is calibrated on; `exact`, the float model's, where these are followed."""
+
+    hidden: Hidden
+    exact: Hidden | None = None
+
+
+def follows_model(calibration: Calibration) -> bool:
+    """Whether the float model's states are carried beside those of the quantized chain, for a correction that follows them."""
+    tweak = calibration.tweak
+    return tweak != "none" and calibration.chain == "quantized" and correction(tweak).follows == "model"
+
+
+@dataclass(frozen=True, eq=False)
 class Block:
     """A float block that is about to be quantized: its module and path, the states that enter it, and the work to do.
 
+    `exact`: the float model's states there, where a correction follows them.
     `schemes`: by the names of its linears inside the block; `order`: those linears in groups that read one input, in
     order of use; `turned`: linears whose inputs are rotated at run time.
     """
@@ -90,6 +106,7 @@ class Block:
     path: str
     module: nn.Module
     hidden: Hidden
+    exact: Hidden | None
     schemes: Mapping[str, Scheme]
     order: Groups
     turned: tuple[str, ...]
@@ -153,10 +170,13 @@ def _check(recipe: Recipe, device: str | torch.device) -> None:
         raise RecipeError(
             f"outliers chosen by {asked} read calibration data; pass texts with --calibration FILE, or use cost or proxy"
         )
-    if calibration is not None and calibration.tweak != "none" and calibration.samples < 2:
-        raise RecipeError(
-            f"norm tweaking needs at least 2 samples, got {calibration.samples}; give more samples, or set tweak to none"
-        )
+    if calibration is not None and calibration.tweak != "none":
+        correction(calibration.tweak)  # its options
+        if calibration.samples < 2:
+            raise RecipeError(
+                f"correction {calibration.tweak} needs at least 2 samples, got {calibration.samples}; give more samples, "
+                "or set tweak to none"
+            )
     if calibration is not None and rotates(calibration.transforms) and "producers" in wanted:
         raise RecipeError(
             f"outliers by {asked} are chosen before the rotation and do not fit it; use cost, or leave the rotation out"

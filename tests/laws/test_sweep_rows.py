@@ -57,6 +57,10 @@ CASES: dict[str, dict[str, Any]] = {
         f"correction {name}, float chain": {"quantizer": "gptq", **calibrated(tweak=name, chain="float")}
         for name in CORRECTIONS
     },
+    "trained by one sample, float chain": {
+        "quantizer": "gptq",
+        **calibrated(tweak="train:tokens=16", chain="float"),
+    },
     **{f"transform {name}": {"quantizer": "gptq", **calibrated(transforms=[name])} for name in TRANSFORMS},
     **{
         f"columns by {name}": {"outliers": f"{name}:0.1", **(calibrated() if name == "activation" else {})}

@@ -62,6 +62,16 @@ CASES: dict[str, tuple[Scheme, str, dict[str, Any]]] = {
             "outliers": "cost:0.1",
         },
     ),
+    "trained": (
+        Scheme("kmeans", 2, 10),
+        "gptq",
+        {"tweak": "train:epochs=2,tokens=24", "transforms": ("smooth",)},
+    ),
+    "trained with zero points": (
+        Scheme("int", 2, 10, offset="zero"),
+        "gptq",
+        {"tweak": "train:epochs=2", "chain": "float"},
+    ),
     "the rest": (
         Scheme("nf", 3, 10, "out", "float"),
         "gptq",

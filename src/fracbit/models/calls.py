@@ -28,9 +28,9 @@ def until_stopped() -> Iterator[None]:
         yield
 
 
-def run(block: nn.Module, states: torch.Tensor, call: Call) -> Any:
-    """The block's own result for states [samples, tokens, width], on the device where the block is."""
-    device = device_of(block)
+def run(block: nn.Module, states: torch.Tensor, call: Call, device: torch.device | None = None) -> Any:
+    """The block's own result for states [samples, tokens, width], on `device`, by default where the block is."""
+    device = device or device_of(block)
     args, kwargs = move(call.args, device), move(dict(call.kwargs), device)
     return block(states.to(device), *args, **kwargs)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fracbit.errors import RecipeError
 from fracbit.models.blocks import norms
+from fracbit.models.calls import device_of
 from fracbit.models.family import Family
 from fracbit.models.walk import Hidden, forward
 from fracbit.numerics.packed import PackedTensor
@@ -47,7 +48,8 @@ class Evidence:
     - `train` and `judge` number the batches to fit and to judge by.
     - `weights`: the float weights [out, in] of its linears by name; `packed`: what they are quantized to; `stats`: the
       statistics of their inputs, gram matrix included, by the first linear that reads them.
-    - `depth`: 0 for the first block of the model, towards 1 for the last; `seed` of everything random.
+    - `depth`: 0 for the first block of the model, towards 1 for the last; `seed` of everything random; `kind`: the type that
+      norms are stored in.
     """
 
     entrance: Hidden
@@ -59,6 +61,7 @@ class Evidence:
     stats: Mapping[str, Stats]
     depth: float = 0.0
     seed: int = 0
+    kind: torch.dtype = torch.float32
 
 
 class Correction(Protocol):
@@ -105,7 +108,7 @@ def error(
     values: Mapping[str, Tensor] | None = None,
     weigh: Callable[[Tensor], Tensor | float] = lambda wanted: 1.0,
 ) -> float:
-    """Squared error of the block's output on the held-out batches, relative to what the float block adds to its input.
+    """Squared error of the block's output on the held-out batches, relative to that of passing its input on as it is.
 
     `values`: parameters by name that stand in for the block's own; `weigh`: from wanted states to the weight of each token.
     """
@@ -132,12 +135,13 @@ def run_batch(
     states, call = hidden.states[batch.start : batch.stop], batch.calls[hidden.index]
     if not values:
         return forward(block, states, call)
+    device = device_of(block)  # now, while its parameters are there
     places = {name: block.get_submodule(name.rpartition(".")[0]) for name in values}
     held = {name: module._parameters.pop(name.rpartition(".")[2]) for name, module in places.items()}
     try:
         for name, module in places.items():
             object.__setattr__(module, name.rpartition(".")[2], values[name])
-        return forward(block, states, call)
+        return forward(block, states, call, device)
     finally:
         for name, module in places.items():
             object.__delattr__(module, name.rpartition(".")[2])
@@ -156,16 +160,16 @@ def norm_parameters(block: nn.Module, family: Family) -> dict[str, nn.Parameter]
 class Tuned:
     """A norm's parameter times a learned factor, or plus a learned shift where it may be 0 (biases)."""
 
-    def __init__(self, parameter: Tensor) -> None:
-        """`parameter` [width] itself is not written to before `store`."""
-        self.parameter = parameter
+    def __init__(self, parameter: Tensor, kind: torch.dtype) -> None:
+        """`parameter` [width] itself is not written to before `store`; its values are rounded to `kind`."""
+        self.parameter, self.kind = parameter, kind
         self.start = parameter.detach().float().clone()  # [width]
         self.unit = self.start.abs().clamp(min=float(self.start.abs().mean()) * 0.1 + 1e-8)  # [width]
         self.change = torch.zeros_like(self.start, requires_grad=True)  # [width], in units of `unit`
 
     def value(self) -> Tensor:
-        """The parameter's present value, differentiable, in its own type."""
-        return (self.start + self.change * self.unit).to(self.parameter.dtype)
+        """The parameter's present value, differentiable, rounded as it will be stored and in its own type."""
+        return (self.start + self.change * self.unit).to(self.kind).to(self.parameter.dtype)
 
     def store(self) -> None:
         """Give the parameter its present value."""

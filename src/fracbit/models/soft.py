@@ -61,7 +61,7 @@ class SoftLinear(nn.Module):
         if self.free_shift:
             return self._spread(self.shift)
         if self.base.zeros is None:
-            return torch.zeros(1, 1)  # [1, 1]
+            return scale.new_zeros(1, 1)  # [1, 1]
         zero = self.base.table.look_up(self.base.zeros).view(scale.shape)  # [per block]
         return self._spread(-scale * zero)
 

@@ -27,8 +27,8 @@ from fracbit.numerics.packed import decode
 from fracbit.records.checked import Checked
 from fracbit.records.progress import Progress
 
-SCALE_RATE = 0.02  # of the latent rate: a scale moves every weight of its block
-NORM_RATE = 0.005
+SCALE_RATE = 0.05  # of the latent rate: a scale moves every weight of its block
+NORM_RATE = 0.1
 WARM_UP = 0.05  # of all steps
 LAST = 0.05  # of the rate, at the end
 MEAN = 0.525  # of the rate over all steps
@@ -47,7 +47,7 @@ class Train(Checked):
 
     epochs: int = Field(4, ge=1)
     reach: float = Field(0.4, gt=0, le=100)
-    tokens: int | None = Field(1024, ge=1)
+    tokens: int = Field(1024, ge=1)
 
     def __call__(self, block: nn.Module, family: Family, evidence: Evidence, show: Progress) -> Corrected:
         """Train the linears that were quantized, and the norms."""
@@ -56,7 +56,8 @@ class Train(Checked):
         soft = {
             name: SoftLinear(packed, evidence.weights[name], None) for name, packed in evidence.packed.items()
         }
-        student = _Student(block, soft, {n: Tuned(p) for n, p in norm_parameters(block, family).items()})
+        norms = {name: Tuned(p, evidence.kind) for name, p in norm_parameters(block, family).items()}
+        student = _Student(block, soft, norms)
         before, after, epoch = self._fit(student, evidence, show)
         if not epoch:
             return Corrected(before, before, "none")

@@ -122,7 +122,9 @@ def fit_by_adam(block: nn.Module, family: Family, evidence: Evidence, rate: floa
     """One pass of Adam over the training batches, a sample at a time being too few for variances: a batch at a time."""
     for parameter in block.parameters():
         parameter.requires_grad_(False)
-    tuned = {name: Tuned(parameter) for name, parameter in norm_parameters(block, family).items()}
+    tuned = {
+        name: Tuned(parameter, evidence.kind) for name, parameter in norm_parameters(block, family).items()
+    }
     optimizer = torch.optim.Adam([one.change for one in tuned.values()], lr=rate)
     for number in evidence.train:
         batch = evidence.entrance.batches[number]

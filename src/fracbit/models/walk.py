@@ -121,11 +121,13 @@ def advance(block: nn.Module, hidden: Hidden, out: torch.Tensor | None = None) -
     return replace(hidden, states=states, index=hidden.index + 1, tupled=tupled)
 
 
-def forward(block: nn.Module, states: torch.Tensor, call: Call) -> torch.Tensor:
-    """One batch through a block, differentiable: states [samples, tokens, width] to the same shape, on the
-    block's device.
+def forward(
+    block: nn.Module, states: torch.Tensor, call: Call, device: torch.device | None = None
+) -> torch.Tensor:
+    """One batch through a block, differentiable: states [samples, tokens, width] to the same shape, on
+    `device`, by default the block's.
     """
-    return first_of(run(block, states, call))
+    return first_of(run(block, states, call, device))
 
 
 def observe(

@@ -27,6 +27,7 @@ from fracbit.evaluation import (
 )
 from fracbit.pipeline.plan.budget import budgeted, planned
 from fracbit.pipeline.quantize.run import open_for, write_checkpoint
+from fracbit.pipeline.quantize.work import check_words
 from fracbit.pipeline.study.overlap import calibration_sources, overlap_notes
 from fracbit.records.progress import Shown, showing
 from fracbit.records.recipe import Recipe
@@ -63,6 +64,7 @@ def quantize(
     recipe = _recipe_of(model, scheme)
     spending = spending or Spending()
     check_terms(recipe, spending)
+    check_words(recipe)
     opened = open_for(recipe)
     said: tuple[str, ...] = ()
     with showing(progress) as show:

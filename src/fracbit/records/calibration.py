@@ -26,7 +26,7 @@ class Calibration(Checked):
 
     - `texts`: sources as `fracbit evaluate` takes them, `generated` for text that the model writes itself.
     - `samples`: pieces of text that are read; `length`: ids of each sample, by default at most the model's positions.
-    - `batch`: samples that pass a block together.
+    - `batch`: samples that pass a block together; a correction with `tokens` of its own, such as `train`, takes those.
     - `chain`: a block sees the outputs of the quantized blocks before it, or of the float ones.
     - `sequential`: inside a block, linears are observed after those before them are quantized.
     - `transforms`: equal-function rewrites before a block is quantized, rotations first, then factors in the order given:

@@ -24,7 +24,7 @@ class Checked(BaseModel):
     `called`: the record in a message, such as "a recipe"; `remedies`: for a field without a default, what to do without it.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     called: ClassVar[str] = "a record"
     remedies: ClassVar[Mapping[str, str]] = {}

@@ -20,7 +20,8 @@ class LayerRecord:
 
     - `scheme`: the one it got, where the run had a choice; `outliers` input columns in `outlier_dtype`.
     - `inputs`: how its activations are rounded at run time; `rotated`: they are multiplied by a Hadamard matrix before that.
-    - `loss`: the quantizer's own objective, relative to that of a zero weight; `bits_per_weight` from the stored bytes.
+    - `loss`: the quantizer's own objective, relative to that of a zero weight, before a correction changed the codes;
+      `bits_per_weight` from the stored bytes.
     """
 
     scheme: Scheme
@@ -77,7 +78,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class TweakRecord:
-    """What a correction did to the norms of block number `block`: relative squared error of its output on held-out samples.
+    """What a correction did to block number `block`: relative squared error of its output on held-out samples.
 
     `kept`: the variant that stayed, `none` where none helped.
     """

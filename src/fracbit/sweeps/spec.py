@@ -298,11 +298,11 @@ def _check_names(arm: Arm, index: int, path: Path, text: str) -> None:
     """Refuse a misspelled name; a combination that cannot exist is only left out."""
     tables: dict[str, tuple[tuple[str, ...], Collection[str]]] = {
         "dtypes": (tuple(dtype.split(":", 1)[0] for dtype in arm.dtypes), DATATYPES.entries),
-        "quantizers": (tuple(word.split(":", 1)[0] for word in arm.quantizers), QUANTIZERS.entries),
+        "quantizers": (tuple(word.split(":", 1)[0].strip() for word in arm.quantizers), QUANTIZERS.entries),
         "chains": (arm.chains, {"quantized": 0, "float": 0}),
         "transforms": (_parts(arm.transforms), {"none": 0, **TRANSFORMS.entries}),
         "corrections": (
-            tuple(word.split(":", 1)[0] for word in arm.corrections),
+            tuple(word.split(":", 1)[0].strip() for word in arm.corrections),
             {"none": 0, **CORRECTIONS.entries},
         ),
         "axes": (arm.axes, {"in": 0, "out": 0}),

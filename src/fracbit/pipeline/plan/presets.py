@@ -40,7 +40,8 @@ def preset(recipe: Recipe, spending: Spending, weights: int) -> tuple[Recipe, Sp
             f"preset {name} needs calibration text; pass --calibration FILE, or --calibration generated; preset fast reads none"
         )
     average = spending.average_bits
-    settings, calibration = _settings(str(name), UNIFORM if average is None else average, weights)
+    own = recipe.scheme.bits if "scheme" in recipe.model_fields_set else UNIFORM
+    settings, calibration = _settings(str(name), own if average is None else average, weights)
     settings = {field: value for field, value in settings.items() if field not in recipe.model_fields_set}
     if recipe.calibration is not None:
         given = recipe.calibration.model_dump(exclude_unset=True)

@@ -32,7 +32,7 @@ from fracbit.pipeline.quantize.record import layer_record, stored_as
 from fracbit.pipeline.quantize.rewrite import rewrite_block
 from fracbit.pipeline.quantize.rotate import fed_through, rotates, turn_block, turned_inputs
 from fracbit.pipeline.quantize.schedule import Item, LayerItem
-from fracbit.pipeline.quantize.work import Block, Entrance, Groups, Seen, Work
+from fracbit.pipeline.quantize.work import Block, Entrance, Groups, Seen, Work, batch_of
 from fracbit.quantizers import Quantized
 from fracbit.records.inputs import Inputs, parse_inputs
 from fracbit.records.run import ShardRecord, TweakRecord
@@ -177,6 +177,7 @@ def quantize_block(work: Work, block: Block) -> Filled:
             stats=stats,
             depth=block.hidden.index / len(blocks(work.opened.model, work.opened.family)),
             seed=work.recipe.seed,
+            kind=work.source_dtype,
         )
         with rounded_inputs(module, rounding):
             corrected = correct(work, block, evidence)
@@ -295,8 +296,8 @@ def observe_block(work: Work, block: Block) -> tuple[dict[str, Stats], Hidden | 
 def walk_key(work: Work) -> tuple[object, ...]:
     """Everything except the weights that decides the states of a float walk."""
     assert work.samples is not None
-    batches = (work.calibration.batch, work.calibration.tweak != "none")
-    return (work.samples.sha256, work.dtype, str(work.device), *batches)
+    batch = batch_of(work.calibration, work.samples.ids.shape[1], work.device)
+    return (work.samples.sha256, work.dtype, str(work.device), batch)
 
 
 def shard_tensors(

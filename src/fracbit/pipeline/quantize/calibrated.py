@@ -19,7 +19,6 @@ from torch import Tensor
 from fracbit.checkpoint.format import tensor_names
 from fracbit.checkpoint.output import Shards
 from fracbit.models.blocks import blocks
-from fracbit.models.correction import correction
 from fracbit.models.fold import scaling_sites
 from fracbit.models.install import materialize
 from fracbit.models.spill import storage
@@ -31,14 +30,12 @@ from fracbit.pipeline.quantize.rotate import turned_rest
 from fracbit.pipeline.quantize.schedule import Item, LayerItem
 from fracbit.pipeline.quantize.self_distill import distill_shards
 from fracbit.pipeline.quantize.stream import quantize_item
-from fracbit.pipeline.quantize.work import Entrance, Work, follows_model
-from fracbit.records.calibration import Calibration
+from fracbit.pipeline.quantize.work import Entrance, Work, batch_of, follows_model
 from fracbit.records.progress import Progress
 from fracbit.records.run import LayerRecord, ShardRecord
 from fracbit.transforms import TRANSFORMS
 
 SPILL_BYTES = 4 << 30
-CACHED_TOKENS = 1024  # that run through a block at once: a tenth less memory than 4096, and not slower
 
 
 def calibrate_shards(work: Work, target: Shards, spill_bytes: int = SPILL_BYTES) -> None:
@@ -115,24 +112,9 @@ def embed_all(work: Work, outside: Mapping[str, Tensor], target: Shards, spill_b
         model,
         work.opened.family,
         tokens=samples.ids,
-        batch=batch_of(work.calibration, work.device),
+        batch=batch_of(work.calibration, length, work.device),
         out=place,
     )
-
-
-def batch_of(calibration: Calibration, device: torch.device) -> int:
-    """Samples that run through a block at once, at most `calibration.batch`.
-
-    With a correction there are at least two batches, so that one can be held out, and as many tokens in each as it takes.
-    Without one, a CPU takes only as many tokens as its caches hold; this saves memory and gives the same result.
-    """
-    if calibration.tweak != "none":
-        tokens = correction(calibration.tweak).tokens
-        batch = calibration.batch if tokens is None else max(1, tokens // calibration.length)
-        return min(batch, calibration.samples // 2)
-    if device.type == "cpu":
-        return min(calibration.batch, max(1, CACHED_TOKENS // calibration.length))
-    return calibration.batch
 
 
 def rewrite_notes(work: Work) -> tuple[str, ...]:

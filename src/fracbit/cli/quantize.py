@@ -72,7 +72,7 @@ def quantize(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="fast (no data), good or best (with --calibration): the settings with the least loss for their time.",
+            help="fast (no data), good or best (with --calibration): the longer it takes, the less is lost.",
             rich_help_panel=options.SMALL,
         ),
     ] = None,

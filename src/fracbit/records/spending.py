@@ -34,7 +34,7 @@ class Spending:
     - `average_bits`: stored bits per quantized weight; `size`: of all weight files, `1.2GB` or bytes; `fits`: memory of a
       device that also holds the KV cache and the activations. One of the three.
     - `context`: tokens of each sequence in that KV cache; `batch`: sequences at once.
-    - `preset`: settings that were measured to lose least for their time: `fast`, `good`, `best`; with `average_bits`, or alone.
+    - `preset`: settings by how long they may take: `fast`, `good` or `best`; with `average_bits`, or alone.
     - `levels`: the schemes to choose from, `nf4/64,nf2/64`, or a sequence of words and schemes; None: `LEVELS`.
     - `score`: the name of a score, a JSON file of scores or losses, or these themselves.
     - `text`: the text that the score reads, where it reads any; None: the recipe's calibration texts.

@@ -1,11 +1,12 @@
-"""Presets: settings that were measured to lose least for their time, as a recipe and a budget.
+"""Presets: settings by how long a run may take, as a recipe and a budget.
 
 - `fast`: rounding to integers with zero points. Needs no data; seconds.
 - `good`: GPTQ on the outputs of the quantized blocks, with searched ranges. Minutes.
 - `best`: learned tables of 2^k values (kmeans, one per tensor) with 8-bit scales, then training block by block on the float
   model's states. Models of at most `SMALL` weights are distilled as a whole instead, after GPTQ with coordinate descent.
 
-With a budget, the exact solver chooses bits and block of every linear within it. docs/quality.md has the figures.
+With a budget, the exact solver chooses bits and block of every linear within it. docs/quality.md has figures of `best` on small
+models, and of its training on a real one; `best` as a whole was not measured on a real model yet.
 """
 
 from __future__ import annotations

@@ -81,8 +81,8 @@ def measured(name: str, model: Path, files: dict[str, Path], work: Path) -> list
         sizes = [
             f"--set=calibration.{key}={value}" for key, value in (("samples", SAMPLES), ("length", LENGTH))
         ]
-        how = (*SETTINGS[name], *data, *(sizes if data else ()))
-        made, ran = fracbit("quantize", model, "-o", folder / "checkpoint", *how, "--overwrite")
+        words = (*SETTINGS[name], *data, *(sizes if data else ()))
+        made, ran = fracbit("quantize", model, "-o", folder / "checkpoint", *words, "--overwrite")
         costs = {"bits": made["bits_per_weight"], "seconds": ran.seconds, "cpu_seconds": ran.cpu_seconds}
         costs["peak_rss_bytes"] = ran.peak_rss_bytes
         rows = [
@@ -94,10 +94,27 @@ def measured(name: str, model: Path, files: dict[str, Path], work: Path) -> list
     return json.loads(facts.read_text())
 
 
+def plain(model: Path, files: dict[str, Path], work: Path) -> dict[str, float]:
+    """Perplexity of the float model on each text that is judged by."""
+    path = work / "float.json"
+    if not path.is_file():
+        found = {
+            text: fracbit("eval", model, *how(file))[0]
+            for text, file in files.items()
+            if text != "calibration"
+        }
+        path.write_text(json.dumps({text: one["perplexity"] for text, one in found.items()}))
+    return json.loads(path.read_text())
+
+
+def how(file: Path) -> tuple[object, ...]:
+    """The protocol, as options of `fracbit eval`."""
+    return ("--text", f"{file}?keep={TOKENS}", "--window", LENGTH, "--dtype", "float32")
+
+
 def judged(checkpoint: Path, model: Path, file: Path) -> Row:
     """A checkpoint beside its float model on the first `TOKENS` of a text."""
-    how = ("--text", f"{file}?keep={TOKENS}", "--window", LENGTH, "--dtype", "float32")
-    found, _ = fracbit("eval", checkpoint, "--against", model, *how)
+    found, _ = fracbit("eval", checkpoint, "--against", model, *how(file))
     away = found["divergence"]
     return {
         "nll": found["nll"], "perplexity": found["perplexity"], "kl": away["kl"], "kl_p99": away["kl_p99"],
@@ -114,12 +131,13 @@ def main() -> None:
     work = given.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     model, files = float_model(work, given.environments.resolve()), texts(work)
-    started, rows = time.monotonic(), []
+    floats, started, rows = plain(model, files, work), time.monotonic(), []
     for name in given.settings:
         if time.monotonic() - started > 60 * given.minutes:
             raise SystemExit(UNFINISHED)
         rows += measured(name, model, files, work)
     say_machine()
+    table("text | perplexity of the float model", ((text, f"{found:.2f}") for text, found in floats.items()))
     table(
         "setting | text | bits | perplexity | KL | 99 % below | same top token | seconds | peak MB",
         ([row["setting"], row["text"], f"{row['bits']:.3f}", f"{row['perplexity']:.2f}", f"{row['kl']:.4f}",
@@ -129,7 +147,7 @@ def main() -> None:
     protocol = (
         f"{SAMPLES} x {LENGTH} ids to calibrate; judged on {TOKENS} tokens of each text, window {LENGTH}"
     )
-    write_json(given.json, {"protocol": protocol, "rows": rows})
+    write_json(given.json, {"protocol": protocol, "float": floats, "rows": rows})
 
 
 if __name__ == "__main__":

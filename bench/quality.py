@@ -45,7 +45,7 @@ COMPARED = {"first_peer_added": ".3f", "first_ratio": ".2f", "second_ratio": ".2
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class FloatModel:
     """A model, the file of its calibration ids [SAMPLES, LENGTH], and two sets of documents [DOCUMENTS, LENGTH] to judge by."""
 
     bed: Bed
@@ -66,7 +66,7 @@ class Subject:
         return {"model": self.bed.name, "tool": tool, "label": label, "asked": asked, **figures}
 
 
-def find_subject(model: str, work: Path) -> Subject:
+def find_float_model(model: str, work: Path) -> FloatModel:
     """A model with its texts; the calibration ids are written below `work`."""
     where, whole = bed(model, LENGTH), bed(model, 2 * LENGTH)
     tokenizer = load_tokenizer(where.folder)
@@ -76,7 +76,7 @@ def find_subject(model: str, work: Path) -> Subject:
         np.save(path, read_calibration(sources, tokenizer, where.vocabulary, **how).ids.numpy())
     stream = read_documents(whole.evaluation, tokenizer, where.vocabulary).stream
     documents = stream[: DOCUMENTS * 2 * LENGTH].view(DOCUMENTS, 2 * LENGTH)
-    return Subject(where, path, documents[:, :LENGTH], documents[:, LENGTH:])
+    return FloatModel(where, path, documents[:, :LENGTH], documents[:, LENGTH:])
 
 
 def peer_settings(peer: str, width: int, folder: Path) -> list[Row]:
@@ -104,7 +104,7 @@ def divisor(width: int, near: int) -> int:
     return min((d for d in range(16, width + 1) if width % d == 0), key=lambda d: abs(d - near))
 
 
-def run_peer(peer: str, float_model: Subject, widths: list[int], out: Path, environments: Path) -> None:
+def run_peer(peer: str, float_model: FloatModel, widths: list[int], out: Path, environments: Path) -> None:
     """Everything a peer is tried with on one model, in one process; one that ends early leaves what it has done."""
     settings = [one for width in widths for one in peer_settings(peer, width, float_model.bed.folder)]
     settings = [one for one in settings if not (out / one["label"] / "facts.json").exists()]
@@ -114,7 +114,7 @@ def run_peer(peer: str, float_model: Subject, widths: list[int], out: Path, envi
         )
 
 
-def run_fracbit(float_model: Subject, asked: float, out: Path) -> None:
+def run_fracbit(float_model: FloatModel, asked: float, out: Path) -> None:
     if not (out / "facts.json").exists():
         out.mkdir(parents=True, exist_ok=True)
         how = ("--preset", "best", "--average-bits", asked, "--calibration", float_model.ids)
@@ -124,7 +124,7 @@ def run_fracbit(float_model: Subject, asked: float, out: Path) -> None:
         (out / "facts.json").write_text(json.dumps(facts))
 
 
-def fracbit_row(float_model: Subject, asked: float, out: Path) -> Row:
+def fracbit_row(float_model: FloatModel, asked: float, out: Path) -> Row:
     """The checkpoint of fracbit, decoded into the plain model, norms included."""
     facts = json.loads((out / "facts.json").read_text())
     plain, stored = float_model.load(), load(out / "checkpoint", torch.float32)
@@ -137,7 +137,7 @@ def fracbit_row(float_model: Subject, asked: float, out: Path) -> Row:
     return float_model.row("fracbit", "best", asked, bits=facts["bits_per_weight"], **figures, **same)
 
 
-def peer_rows(peer: str, float_model: Subject, widths: list[int], out: Path) -> Iterator[Row]:
+def peer_rows(peer: str, float_model: FloatModel, widths: list[int], out: Path) -> Iterator[Row]:
     plain = float_model.load()
     layers = linears(plain)
     floats = {name: layer.weight.detach().clone() for name, layer in layers.items()}
@@ -217,7 +217,7 @@ def main() -> None:
     environments = given.environments.resolve()
     rows: list[Row] = []
     floats: dict[str, tuple[float, float]] = {}
-    for float_model in (find_subject(model, work) for model in given.models):
+    for float_model in (find_float_model(model, work) for model in given.models):
         name = float_model.bed.name
         own = {width + 0.25: work / name / "fracbit" / f"{width + 0.25}" for width in given.widths}
         if given.only != "table":

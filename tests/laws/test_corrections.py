@@ -26,7 +26,7 @@ def silent(what: str, done: int, total: int) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("name", CORRECTIONS)
-def test_every_correction_moves_norms_alone_and_says_what_it_bought(name: str, family: str) -> None:
+def test_every_correction_writes_to_norms_alone_and_says_what_it_bought(name: str, family: str) -> None:
     model = tiny_llama() if family == "llama" else model_of(family)
     block, evidence = quantized_block(model)
     before = {key: value.clone() for key, value in block.state_dict().items()}
@@ -44,7 +44,8 @@ def test_every_correction_moves_norms_alone_and_says_what_it_bought(name: str, f
         like = evidence.packed[linear]
         assert (packed.scheme, packed.shape) == (like.scheme, like.shape)
         set_weight(block.get_submodule(linear), decode(packed))
-    assert report.after == pytest.approx(judge(block), rel=1e-5)
+    # Decoded weights differ from those that were judged by the rounding of their product with the scale.
+    assert report.after == pytest.approx(judge(block), rel=1e-5 if report.packed else 1e-6)
 
 
 @pytest.mark.parametrize("name", CORRECTIONS)

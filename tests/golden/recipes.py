@@ -71,15 +71,15 @@ FREE: dict[str, tuple[str, Table]] = {
     "schemes-first": ("llama", {"overrides": spread(0)}),
     "schemes-second": ("llama", {"overrides": spread(14)}),
     "schemes-turned": ("llama", {"overrides": spread(7)}),
-    "search-first": ("llama", {"overrides": spread(0), "search": True}),
-    "search-second": ("llama", {"overrides": spread(14), "search": True}),
     "embeddings": ("llama", {"scheme": NF, "embeddings": EIGHT}),
     "gpt2": ("gpt2", {"scheme": INT, "overrides": [{"layers": "*.h.1.mlp.*", "keep": True}]}),
     "moe": ("moe", {"scheme": NF, "embeddings": OUT, "head": EIGHT}),
 }
-"""Recipes that read no data."""
+"""Recipes whose bytes depend on no sum of floats."""
 
 CALIBRATED: dict[str, tuple[str, Table]] = {
+    "search-first": ("llama", {"overrides": spread(0), "search": True}),
+    "search-second": ("llama", {"overrides": spread(14), "search": True}),
     "rtn": ("llama", calibrated("rtn", chain="float")),
     "gptq": ("llama", calibrated()),
     "gptq-nf": ("llama", calibrated(kind=NF)),
@@ -120,7 +120,7 @@ CALIBRATED: dict[str, tuple[str, Table]] = {
     "moe": ("moe", calibrated(transforms=["awq"])),
     "moe-rotate": ("moe", calibrated("descent", NF, transforms=["rotate"])),
 }
-"""Recipes that look at the kept text."""
+"""Recipes that sum floats: those that look at the kept text, and searches."""
 
 CHECKPOINTS: dict[str, tuple[str, Table]] = {
     "llama-schemes": ("llama", {"overrides": spread(14), "embeddings": EIGHT}),

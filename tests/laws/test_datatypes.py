@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -23,7 +24,8 @@ from fracbit.numerics import (
 )
 from fracbit.numerics.bits import has_top_code, pack_bits, row_bytes, unpack_bits
 from fracbit.numerics.datatypes import EXPONENTS, check_datatype, is_fitted
-from fracbit.numerics.grid import codes_of, fit, grid_error, values_of
+from fracbit.numerics.grid import EvenErrors, codes_of, fit, grid_error, values_of
+from fracbit.numerics.layout import block_sums
 from fracbit.numerics.packed import table_of
 from fracbit.records.scheme import Scheme
 
@@ -182,6 +184,23 @@ def test_search_never_hurts(scheme: Scheme, rows: int, columns: int, seed: int, 
     plain = grid_error(weight, fit(weight, scheme, importance), importance)
     found = grid_error(weight, fit(weight, scheme, importance, search=True), importance)
     assert found <= plain * (1 + 1e-5) + 1e-12
+
+
+@given(schemes(), st.integers(2, 30), st.integers(2, 70), st.integers(0, 99), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_errors_in_units_of_steps_are_those_of_the_decoded_weights(
+    scheme: Scheme, rows: int, columns: int, seed: int, weighted: bool
+) -> None:
+    scheme = replace(scheme, dtype="int", bits=max(scheme.bits, 2))
+    weight = weights(rows, columns, seed)
+    importance = torch.rand(columns, generator=torch.Generator().manual_seed(seed)) if weighted else None
+    grid = fit(weight, scheme, importance)
+    wrong = (values_of(codes_of(weight, grid), grid) - weight).square()  # [out, in]
+    wanted = block_sums(wrong if importance is None else wrong * importance, scheme)
+    found = EvenErrors(weight, importance, grid)(grid)
+    assert found.shape == wanted.shape
+    apart = (found - wanted).abs() <= 1e-3 * wanted + 1e-9
+    assert bool((apart | (grid.scale == 0)).all())
 
 
 def test_importance_moves_the_error_to_where_it_costs_little() -> None:

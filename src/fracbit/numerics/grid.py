@@ -28,6 +28,7 @@ from fracbit.numerics.datatypes import (
 from fracbit.numerics.layout import (
     block_length,
     block_sums,
+    line_order,
     lines_of,
     row_chunks,
     spread,
@@ -367,6 +368,7 @@ class _Best:
 
     def __init__(self, weight: Tensor, importance: Tensor | None, grid: Grid) -> None:
         self.weight, self.importance, self.grid = weight, importance, grid
+        self.even = EvenErrors(weight, importance, grid) if grid.table.step is not None else None
         self.error = self._block_error(grid)
 
     def offer(self, grid: Grid) -> None:
@@ -383,8 +385,40 @@ class _Best:
         )
 
     def _block_error(self, grid: Grid) -> Tensor:
+        if self.even is not None:
+            return self.even(grid)
         error = (values_of(codes_of(self.weight, grid), grid) - self.weight).square()  # [rows, in]
         return block_sums(_weighted(error, self.importance, 0, None), grid.scheme)
+
+
+class EvenErrors:
+    """Errors of grids with evenly spaced values, in units of their steps: no code is stored and no value looked up."""
+
+    def __init__(self, weight: Tensor, importance: Tensor | None, like: Grid) -> None:
+        scheme = like.scheme
+        block = block_length(like.shape, scheme)
+        self.shape, self.scheme = like.shape, scheme
+        self.blocks = to_blocks(lines_of(weight, scheme), block).contiguous()  # [lines, blocks, block]
+        counted = torch.ones_like(weight) if importance is None else importance.expand_as(weight)  # [out, in]
+        lines = lines_of(counted, scheme)  # [lines, length]
+        padded = torch.nn.functional.pad(lines, (0, -lines.shape[1] % block))  # [lines, blocks * block]
+        self.roots = padded.reshape(len(lines), -1, block).sqrt()  # [lines, blocks, block]
+        self.room = torch.empty_like(self.blocks)  # [lines, blocks, block]
+
+    def __call__(self, grid: Grid) -> Tensor:
+        """Weighted squared error of every block [per block]."""
+        assert grid.table.step is not None
+        step = line_order(grid.scale, self.scheme)[..., None] * grid.table.step  # [lines, blocks, 1]
+        inverse = torch.where(step > 0, 1 / step, 0.0)
+        base = torch.full_like(step, 1 / grid.table.step)  # [lines, blocks, 1]: the code of the value 0
+        if grid.shift is not None:
+            base -= line_order(grid.shift, self.scheme)[..., None] * inverse  # [lines, blocks, 1]
+        place = torch.mul(self.blocks, inverse, out=self.room).add_(base)  # [lines, blocks, block], in codes
+        wrong = place.round().clamp_(0, grid.table.levels - 1).sub_(place).mul_(self.roots)
+        error = torch.linalg.vector_norm(wrong, dim=-1).mul_(step[..., 0]).square_()  # [lines, blocks]
+        # A scale of 0 is for blocks of equal weights, which have no other.
+        error.masked_fill_(step[..., 0] == 0, torch.inf)
+        return stored_order(error, self.shape, self.scheme)
 
 
 def _chosen(better: Tensor, new: Tensor | None, old: Tensor | None) -> Tensor | None:

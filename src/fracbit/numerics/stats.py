@@ -28,19 +28,27 @@ def empty(inputs: int, gram: bool = True, device: torch.device | str = "cpu") ->
     return Stats(0, torch.zeros(inputs, inputs, device=device) if gram else None, zeros, zeros.clone())
 
 
-def add_inputs(stats: Stats, x: Tensor, add: Callable[[Tensor, Tensor], Tensor] = add_gram) -> Stats:
+def add_inputs(
+    stats: Stats,
+    x: Tensor,
+    add: Callable[[Tensor, Tensor], Tensor] = add_gram,
+    weights: Tensor | None = None,
+) -> Stats:
     """Add the inputs `x` [tokens, in]. Raises `WeightError` on NaN or Inf.
 
     `add(gram, x)` gives the gram matrix with theirs; if it writes into the old one, the old `stats` must not be used again.
+    `weights` [tokens]: how much each token counts in `gram` and `energy`; alike where None.
     """
     if not len(x):
         return stats
+    # aminmax takes eight times as long in bfloat16
+    absmax = torch.maximum(stats.absmax, x.abs().amax(0).float())  # [in]
+    if weights is not None:
+        x = (x * weights.to(x.device).sqrt()[:, None]).to(x.dtype)  # [tokens, in]
     gram = None if stats.gram is None else add(stats.gram, x)  # [in, in]
     energy = stats.energy + x.float().square().sum(0) if gram is None else gram.diagonal().clone()  # [in]
     if not bool(torch.isfinite(energy).all()):
         raise WeightError(f"{int((~torch.isfinite(x)).any(1).sum())} of {len(x)} input rows hold NaN or Inf")
-    # aminmax takes eight times as long in bfloat16
-    absmax = torch.maximum(stats.absmax, x.abs().amax(0).float())  # [in]
     return Stats(stats.tokens + len(x), gram, absmax, energy)
 
 

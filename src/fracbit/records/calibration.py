@@ -32,6 +32,8 @@ class Calibration(Checked):
     - `transforms`: equal-function rewrites before a block is quantized, rotations first, then factors in the order given:
       `smooth`, `awq`, `rotate` (the residual stream, folded), `rotate-mlp` (a Hadamard matrix at run time).
     - `inputs`: how activations are rounded at run time: None, or `int8`, `int8/tensor`, `power8/token`.
+    - `weigh`: how tokens count in the statistics that quantizers read: `equal`, or by what the end `loss` makes of them, the
+      squared gradient at the output of the linear; that takes a backward pass over the float model.
     - `axis`: the scheme's own, or per layer the better of both by trial (`nearest`, `gptq`) or from the scales (`predicted`).
     - `tweak`: correction after each block: `none`; norm tweaking by `adam` as the paper, in `closed` form, or (`auto`) by
       whichever of both helps held-out samples; or `train`, which trains everything that the block stores, codes included.
@@ -55,6 +57,7 @@ class Calibration(Checked):
     sequential: bool = False
     transforms: tuple[TransformName, ...] = ()
     inputs: str | None = None
+    weigh: Literal["equal", "loss"] = "equal"
     axis: AxisChoice = "scheme"
     tweak: Tweak = "none"
     distill: int = Field(default=0, ge=0)

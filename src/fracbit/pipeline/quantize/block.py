@@ -26,17 +26,18 @@ from fracbit.numerics.packed import decode
 from fracbit.numerics.stats import Stats
 from fracbit.pipeline.quantize.axis import choose_axes
 from fracbit.pipeline.quantize.layer import quantize_layers
-from fracbit.pipeline.quantize.observe import borrow, observe_all, observe_some
-from fracbit.pipeline.quantize.reader import check_finite
+from fracbit.pipeline.quantize.observe import Observer, borrow, observe_all, observe_some
+from fracbit.pipeline.quantize.reader import read_items
 from fracbit.pipeline.quantize.record import layer_record, stored_as
 from fracbit.pipeline.quantize.rewrite import rewrite_block
 from fracbit.pipeline.quantize.rotate import fed_through, rotates, turn_block, turned_inputs
 from fracbit.pipeline.quantize.schedule import Item, LayerItem
-from fracbit.pipeline.quantize.work import Block, Entrance, Groups, Seen, Work, batch_of
+from fracbit.pipeline.quantize.work import Block, Entrance, Groups, Seen, Work, walk_key
 from fracbit.quantizers import Quantized
 from fracbit.records.inputs import Inputs, parse_inputs
 from fracbit.records.run import ShardRecord, TweakRecord
 
+UNWEIGHED = "counts tokens alike: which ones reach an expert is not known before it is quantized"
 HELD_OUT = 8  # one batch in 8 is held out, to evaluate the corrections
 
 
@@ -116,7 +117,7 @@ def load_block(
     work: Work, items: Sequence[Item], path: str, module: nn.Module, entrance: Entrance
 ) -> tuple[dict[str, str], Block]:
     """Load the float block to the device, rotated if the recipe says so. Also returns the hashes of its tensors."""
-    tensors, hashes = read_items(work, items)
+    tensors, hashes = read_items(work.reader, items)
     inside = {name.removeprefix(f"{path}."): tensor for name, tensor in tensors.items()}
     if work.memory is not None:  # other runs read these tensors too, and this one writes into its block
         inside = {name: tensor.clone() for name, tensor in inside.items()}
@@ -129,6 +130,8 @@ def load_block(
     }
     turned = turn_block(module, family, signs=work.signs, transforms=transforms, quantized=schemes)
     order = [tuple(name for name in group if name in schemes) for group in groups(module, family)]
+    if work.token_weights:  # which differ between linears of one input
+        order = [(name,) for group in order for name in group]
     return hashes, Block(
         path,
         module,
@@ -199,18 +202,18 @@ def fill_block(work: Work, block: Block, stats: dict[str, Stats]) -> dict[str, Q
     calibration, made = work.calibration, {}
     for number, group in enumerate(block.order):
         if calibration.sequential and number:
-            stats |= observe_some(
-                block.module, block.hidden, label=block.path, groups=[group], gram=reads_gram(work)
-            )
+            stats |= observe_some(block.module, block.hidden, observer_of(work, block), [group])
         own, notes = borrow(stats, [group])
         seen = own[group[0]]
         weights = {f"{block.path}.{name}": weight_of(block.module.get_submodule(name)) for name in group}
         chosen = choose_axes(work, block, group, seen)
         schemes = {f"{block.path}.{name}": chosen[name] for name in group}
-        note = (notes[group[0]],) if group[0] in notes else ()
+        said = [notes[group[0]]] if group[0] in notes else []
+        if work.token_weights and f"{block.path}.{group[0]}" not in work.token_weights:
+            said.append(UNWEIGHED)
         for full, found in quantize_layers(work.method, weights, schemes, seen).items():
             name = full.removeprefix(f"{block.path}.")
-            made[name] = replace(found, notes=(*found.notes, *note))
+            made[name] = replace(found, notes=(*found.notes, *said))
             work.show(f"{full} {found.loss:.2e}", len(made), len(block.schemes))
             if calibration.sequential:
                 set_weight(block.module.get_submodule(name), decode(found.packed))
@@ -265,18 +268,16 @@ def observe_block(work: Work, block: Block) -> tuple[dict[str, Stats], Hidden | 
 
     In the float chain they do not depend on quantized blocks, so runs that share a memory observe a block once.
     """
-    gram = reads_gram(work)
+    observer, module = observer_of(work, block), block.module
     if block.exact is not None:
-        stats = observe_some(block.module, block.hidden, label=block.path, groups=block.order, gram=gram)
-        return stats, advance(block.module, block.exact, block.exact.states)
+        stats = observe_some(module, block.hidden, observer, block.order)
+        return stats, advance(module, block.exact, block.exact.states)
     if work.calibration.tweak == "none" and work.calibration.chain == "quantized":
-        return observe_some(block.module, block.hidden, label=block.path, groups=block.order, gram=gram), None
+        return observe_some(module, block.hidden, observer, block.order), None
 
     def observe() -> Seen:
         place = torch.empty_like(block.hidden.states)  # [samples, tokens, width]
-        return observe_all(
-            block.module, block.hidden, label=block.path, groups=block.order, gram=gram, out=place
-        )
+        return observe_all(module, block.hidden, observer, block.order, out=place)
 
     shared = (
         work.memory is not None
@@ -286,18 +287,22 @@ def observe_block(work: Work, block: Block) -> tuple[dict[str, Stats], Hidden | 
     if not shared:
         return observe()
     assert work.memory is not None
-    key = (*walk_key(work), block.hidden.index, tuple(block.order), gram)
+    key = (*walk_key(work), block.hidden.index, tuple(block.order), observer.gram, work.calibration.weigh)
     if key not in work.memory.observed:
         work.memory.observed[key] = observe()
     stats, floats = work.memory.observed[key]
     return dict(stats), floats  # rewrites change the dictionary
 
 
-def walk_key(work: Work) -> tuple[object, ...]:
-    """Everything except the weights that decides the states of a float walk."""
-    assert work.samples is not None
-    batch = batch_of(work.calibration, work.samples.ids.shape[1], work.device)
-    return (work.samples.sha256, work.dtype, str(work.device), batch)
+def observer_of(work: Work, block: Block) -> Observer:
+    """Sums up what a run needs of a block's inputs."""
+    weights = {
+        name: work.token_weights[f"{block.path}.{name}"]
+        for group in block.order
+        for name in group
+        if f"{block.path}.{name}" in work.token_weights
+    }
+    return Observer(block.path, reads_gram(work), block.hidden.states.shape[1], weights)
 
 
 def shard_tensors(
@@ -344,16 +349,3 @@ def split_batches(hidden: Hidden) -> tuple[list[int], list[int]]:
     held = max(1, count // HELD_OUT) if count > 1 else 0
     everything = list(range(count))
     return everything[: count - held], everything[count - held :] or everything
-
-
-def read_items(work: Work, items: Sequence[Item]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of some items from the source, by name, and the hashes of what was read.
-
-    Raises `WeightError` where one holds NaN or Inf.
-    """
-    tensors: dict[str, Tensor] = {}
-    hashes: dict[str, str] = {}
-    for item in items:
-        tensors[item.name], hashes[item.origin.name] = work.reader.read(item)
-        check_finite(item, tensors[item.name])
-    return tensors, hashes

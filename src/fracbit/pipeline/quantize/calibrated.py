@@ -1,6 +1,6 @@
 """The loop of calibrated runs: block after block, each calibrated on the outputs of the blocks before it.
 
-    embed -> for each block: load, observe, rewrite, quantize, install, correct, write, advance
+    embed (-> weights of tokens) -> for each block: load, observe, rewrite, quantize, install, correct, write, advance
 
 Memory holds one block, its statistics and the hidden states; states larger than `spill_bytes` go to a file. Each block
 is one shard. A resumed run walks the finished blocks from their shards and continues at the first missing one, with the
@@ -24,12 +24,14 @@ from fracbit.models.install import materialize
 from fracbit.models.spill import storage
 from fracbit.models.walk import Hidden, embed
 from fracbit.numerics.packed import PackedTensor, decode
-from fracbit.pipeline.quantize.block import do_block, read_items, redo_block
+from fracbit.pipeline.quantize.block import do_block, redo_block
+from fracbit.pipeline.quantize.reader import read_items
 from fracbit.pipeline.quantize.record import layer_record
 from fracbit.pipeline.quantize.rotate import turned_rest
 from fracbit.pipeline.quantize.schedule import Item, LayerItem
 from fracbit.pipeline.quantize.self_distill import distill_shards
 from fracbit.pipeline.quantize.stream import quantize_item
+from fracbit.pipeline.quantize.token_weights import token_weights
 from fracbit.pipeline.quantize.work import Entrance, Work, batch_of, follows_model
 from fracbit.records.progress import Progress
 from fracbit.records.run import LayerRecord, ShardRecord
@@ -46,6 +48,10 @@ def calibrate_shards(work: Work, target: Shards, spill_bytes: int = SPILL_BYTES)
     (first, outside), *shards = work.schedule.shards.items()
     floats, stored = write_rest(target, first, outside, work)
     follows, exact = follows_model(work.calibration), work.calibration.chain == "float"
+    if work.calibration.weigh == "loss":
+        states = embed_all(work, floats, target, spill_bytes)
+        weights = token_weights(work, target, states, [items for _, items in shards], spill_bytes)
+        work = replace(work, token_weights=weights)
     entrance = Entrance(
         exact=embed_all(work, floats, target, spill_bytes) if follows else None,
         hidden=embed_all(work, floats if exact else stored, target, spill_bytes),
@@ -73,7 +79,7 @@ def write_rest(
 
     Returns them as floats, for the first hidden states: exact, and as they are stored.
     """
-    tensors, hashes = read_items(work, items)
+    tensors, hashes = read_items(work.reader, items)
     if work.signs is not None:
         tensors = turned_rest(work.opened.model, work.opened.family, work.signs, tensors)
     packed: dict[str, PackedTensor] = {}

@@ -7,7 +7,7 @@ the sum over all experts of the block. If that is empty too, it is quantized wit
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 
@@ -26,18 +26,24 @@ _EXPERT = re.compile(r"\.\d+\.")
 
 @dataclass
 class Observer:
-    """Sums up the inputs of linears during a walk; lives as long as its block."""
+    """Sums up the inputs of linears during a walk; lives as long as its block.
+
+    `weights` [samples * tokens] by linear: how much each token counts there; alike where a linear has none.
+    """
 
     label: str
     gram: bool
     length: int
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Stats] = field(default_factory=dict)
 
     def __call__(self, name: str, x: Tensor) -> None:
         """Add the inputs `x` [tokens, in] of the linear `name`. Raises `WeightError` naming layer and place."""
         held = self.stats.get(name) or empty(x.shape[1], self.gram, x.device)
         try:
-            self.stats[name] = add(held, x, add_gram_)
+            weights = self.weights.get(name)
+            part = None if weights is None else weights[held.tokens : held.tokens + len(x)]  # [tokens]
+            self.stats[name] = add(held, x, add_gram_, part)
         except WeightError as error:
             raise WeightError(
                 f"inputs of {self.label}.{name}{self._place(name, held, x)}: {error}"
@@ -54,22 +60,19 @@ class Observer:
 def observe_all(
     block: nn.Module,
     hidden: Hidden,
-    label: str,
+    observer: Observer,
     groups: Sequence[tuple[str, ...]],
-    gram: bool,
     out: Tensor | None,
 ) -> tuple[dict[str, Stats], Hidden]:
     """Statistics by the first name of each group, and the block's output states."""
-    observer = Observer(label, gram, hidden.states.shape[1])
     exits = observe(block, hidden, names=[group[0] for group in groups], visit=observer, out=out)
     return observer.stats, exits
 
 
 def observe_some(
-    block: nn.Module, hidden: Hidden, label: str, groups: Sequence[tuple[str, ...]], gram: bool
+    block: nn.Module, hidden: Hidden, observer: Observer, groups: Sequence[tuple[str, ...]]
 ) -> dict[str, Stats]:
     """Statistics of some groups only; each batch stops once they are reached."""
-    observer = Observer(label, gram, hidden.states.shape[1])
     peek(block, hidden, [group[0] for group in groups], observer)
     return observer.stats
 

@@ -56,6 +56,19 @@ class Reader:
                 yield waiting[0], *waiting[1].result()
 
 
+def read_items(reader: Reader, items: Iterable[Item]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of some items, by name, and the hashes of what was read.
+
+    Raises `WeightError` where one holds NaN or Inf.
+    """
+    tensors: dict[str, Tensor] = {}
+    hashes: dict[str, str] = {}
+    for item in items:
+        tensors[item.name], hashes[item.origin.name] = reader.read(item)
+        check_finite(item, tensors[item.name])
+    return tensors, hashes
+
+
 def check_finite(item: Item, tensor: Tensor) -> None:
     """Raise `WeightError` when a tensor of the model holds NaN or Inf. It may be large, so it is checked in pieces."""
     unused = isinstance(item, FloatItem) and item.unused

@@ -39,12 +39,13 @@ class Memory:
     """What runs on one model share: a cache that is filled on demand. A single run has none.
 
     `tensors` of the source with their hashes; `samples` by the settings that decide them; `observed`: statistics of the
-    float blocks' linears, and the blocks' output states.
+    float blocks' linears, and the blocks' output states; `token_weights` of a float walk.
     """
 
     tensors: dict[str, tuple[Tensor, str]] = field(default_factory=dict)
     samples: dict[object, Samples] = field(default_factory=dict)
     observed: dict[object, Seen] = field(default_factory=dict)
+    token_weights: dict[object, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +56,7 @@ class Work:
       the source.
     - `signs` [width] of the rotation of the residual stream; None where it is not rotated.
     - `memory`: what this run shares with others on the same model.
+    - `token_weights` [samples * tokens] by linear: how much each token counts there; empty where all count the same.
     """
 
     recipe: Recipe
@@ -69,6 +71,7 @@ class Work:
     samples: Samples | None = None
     signs: Tensor | None = None
     memory: Memory | None = None
+    token_weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def calibration(self) -> Calibration:
@@ -102,6 +105,13 @@ def batch_of(calibration: Calibration, length: int, device: torch.device) -> int
     if device.type == "cpu":
         return min(calibration.batch, max(1, CACHED_TOKENS // length))
     return calibration.batch
+
+
+def walk_key(work: Work) -> tuple[object, ...]:
+    """Everything except the weights that decides the states of a float walk."""
+    assert work.samples is not None
+    batch = batch_of(work.calibration, work.samples.ids.shape[1], work.device)
+    return (work.samples.sha256, work.dtype, str(work.device), batch)
 
 
 def follows_model(calibration: Calibration) -> bool:

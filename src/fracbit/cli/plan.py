@@ -164,11 +164,7 @@ def _print(made: Plan) -> None:
         "layers",
     ]
     print_table(columns, rows, f"{made.problem.recipe.model}: {made.budget}")
-    needs = made.needs
-    print(
-        f"the run: about {bytes_text(needs.memory_bytes)} of memory, {bytes_text(needs.disk_bytes)} on disk, "
-        f"{needs.seconds:.2g} s for round-to-nearest"
-    )
+    print(f"the run: {made.needs}")
 
 
 def _check_output(output: Path, ends: bool) -> None:

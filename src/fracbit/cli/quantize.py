@@ -13,7 +13,15 @@ from fracbit.cli import options
 from fracbit.cli.asked import asked, known_settings
 from fracbit.cli.names import check_names
 from fracbit.cli.settings import asks_for_help
-from fracbit.cli.show import bytes_text, print_json, print_notes, print_settings, print_table, progress
+from fracbit.cli.show import (
+    bytes_text,
+    print_json,
+    print_notes,
+    print_said,
+    print_settings,
+    print_table,
+    progress,
+)
 from fracbit.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -112,6 +120,7 @@ def quantize(
         raise RecipeError("no output folder; name one with -o OUT")
     if made.run.shard_mb < 1:
         raise RecipeError(f"run.shard_mb must be at least 1 (MB), got {made.run.shard_mb}")
+    long = made.recipe.calibration is not None or made.spending.preset is not None
     with progress(json or quiet) as show:
         result = fracbit.quantize(
             made.recipe,
@@ -123,6 +132,7 @@ def quantize(
             device=made.run.device,
             shard_bytes=made.run.shard_mb << 20,
             progress=show,
+            announce=print_said if long and not (json or quiet or resume) else None,
         )
     if json:
         print_json(asdict(result))

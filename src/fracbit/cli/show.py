@@ -51,6 +51,11 @@ def print_notes(notes: Sequence[str]) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
+def print_said(text: str) -> None:
+    """A line on what is about to happen, on stderr."""
+    print(text, file=sys.stderr)
+
+
 def _console() -> Console:
     """Standard output, 200 columns wide when piped."""
     return Console(width=None if Console().is_terminal else 200)

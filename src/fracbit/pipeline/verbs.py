@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from fracbit.evaluation import (
     tasks_of,
 )
 from fracbit.pipeline.plan.budget import budgeted, planned
+from fracbit.pipeline.plan.needs import needs_of
 from fracbit.pipeline.quantize.run import open_for, write_checkpoint
 from fracbit.pipeline.quantize.work import check_words
 from fracbit.pipeline.study.overlap import calibration_sources, overlap_notes
@@ -49,6 +50,7 @@ def quantize(
     device: str = "cpu",
     shard_bytes: int = SHARD_BYTES,
     progress: Shown = "auto",
+    announce: Callable[[str], None] | None = None,
 ) -> Result:
     """Quantize a model into the folder `output`, with the loop that its recipe needs.
 
@@ -56,6 +58,7 @@ def quantize(
       quantizer, calibration, corrections, overrides.
     - `spending`: a budget or preset that chooses the schemes; `allocation`: a JSON file of `fracbit plan` that names them.
     - `device`: where blocks are calibrated, one at a time; `shard_bytes` bounds the memory of a data-free run.
+    - `announce` is told before the run what it will take, which is measured on one of the model's blocks.
     - `resume` continues an interrupted output; a finished one is left as it is, and a note says so.
 
     Raises a `FracbitError`: `SourceError`, `RecipeError`, `SchemeError`, `BudgetError`, `DataError`, `WeightError` (layer
@@ -71,6 +74,8 @@ def quantize(
         if allocation is not None:
             recipe, said = planned(recipe, Path(allocation), opened)
         divided = budgeted(recipe, spending, opened=opened, device=device, progress=show)
+        if announce is not None:
+            announce(f"the run: {divided.needs or needs_of(divided.recipe, opened, device)}")
         result = write_checkpoint(
             divided.recipe,
             output,

@@ -14,16 +14,21 @@ from fracbit.pipeline.study.weights import weights_on_disk
 from fracbit.records.allocation import allocated, check_allocation, load_allocation
 from fracbit.records.progress import Progress
 from fracbit.records.recipe import Recipe
+from fracbit.records.resources import Needs
 from fracbit.records.spending import Spending
 
 
 @dataclass(frozen=True, eq=False)
 class Divided:
-    """A recipe with a scheme for every layer, notes, and the samples of its calibration if a score has read them."""
+    """A recipe with a scheme for every layer, notes, and the samples of its calibration if a score has read them.
+
+    `needs`: what the run will take, if a plan has measured it.
+    """
 
     recipe: Recipe
     notes: tuple[str, ...] = ()
     samples: Samples | None = None
+    needs: Needs | None = None
 
 
 def budgeted(
@@ -43,7 +48,7 @@ def budgeted(
     how = f"divided by the solver {found.chosen.name}"
     if found.contest is not None and not found.contest.searched_won:
         how = "the same scheme for every layer"
-    return Divided(found.recipe, (*found.notes, f"{found.reached}, {how}"), found.samples)
+    return Divided(found.recipe, (*found.notes, f"{found.reached}, {how}"), found.samples, found.needs)
 
 
 def planned(recipe: Recipe, path: Path, opened: Opened) -> tuple[Recipe, tuple[str, ...]]:

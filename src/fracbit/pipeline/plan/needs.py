@@ -1,20 +1,29 @@
-"""Memory, disk and time that the run of a plan will need."""
+"""Memory, disk and time that a run will need: the one estimator, which plans, presets and the command line ask.
+
+A calibrated run is tried on one of its blocks (pipeline/quantize/trial.py), a run without data on a piece of a layer for each
+scheme.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable
 from functools import partial
 
+import torch
 from torch import Tensor
 
+from fracbit.checkpoint.opened import Opened
 from fracbit.checkpoint.output import SHARD_BYTES
 from fracbit.checkpoint.source import tensor_hash
-from fracbit.pipeline.plan.problem import Problem
-from fracbit.pipeline.study.weights import Weights
+from fracbit.pipeline.quantize.schedule import Item, LayerItem
+from fracbit.pipeline.quantize.trial import measure_needs
+from fracbit.pipeline.quantize.work import Work, prepare
 from fracbit.quantizers import nearest
-from fracbit.records.allocation import Allocation
+from fracbit.records.recipe import Recipe
+from fracbit.records.resources import Needs
+from fracbit.records.scheme import Scheme
 
 PROCESS_BYTES = 450 << 20  # Python, torch and transformers, resident before any tensor
 TIMED = 1 << 20  # weights of a layer that a scheme is timed on
@@ -22,52 +31,48 @@ REPEATS = 5
 PATIENCE = 1.0  # seconds
 
 
-@dataclass(frozen=True)
-class Needs:
-    """What the run itself will take: resident memory, disk and time."""
-
-    memory_bytes: int
-    disk_bytes: int
-    seconds: float
-
-
-def needs_of(problem: Problem, allocation: Allocation) -> Needs:
-    """Memory, disk and time of quantizing as planned; the time does not include writing to disk.
-
-    Each scheme is timed on a piece of its first layer. Hashing, which a second thread does, is timed too.
-    """
-    shapes = {name: shape for unit in problem.units for name, shape in unit.shapes.items()}
-    largest = max(out * width for out, width in shapes.values())
-    file_bytes = problem.file_bytes(allocation.schemes)
-    seconds = max(_rounding_seconds(problem, allocation), _hashing_seconds(problem))
+def needs_of(recipe: Recipe, opened: Opened, device: str | torch.device = "cpu") -> Needs:
+    """What quantizing by `recipe` will take on this machine. Raises as the run."""
+    if recipe.calibration is not None:
+        return measure_needs(recipe, opened, device)
+    work = prepare(recipe, opened, device=device)
+    items = [item for shard in work.schedule.shards.values() for item in shard if isinstance(item, LayerItem)]
+    seconds = max(_rounding_seconds(work, items), _hashing_seconds(work))
     # A tensor as read and as fp32, its codes before packing and their temporaries, and the shard that is being filled.
-    memory = PROCESS_BYTES + 16 * largest + min(SHARD_BYTES, file_bytes)
-    return Needs(memory, file_bytes, seconds)
+    largest = max((item.layer.out * item.layer.width for item in items), default=0)
+    disk = work.schedule.bytes
+    return Needs(PROCESS_BYTES + 16 * largest + min(SHARD_BYTES, disk), disk, seconds)
 
 
-def _rounding_seconds(problem: Problem, allocation: Allocation) -> float:
-    total = 0.0
-    for scheme in dict.fromkeys(allocation.schemes.values()):
-        if scheme is None:
-            continue
-        mine = [name for name, given in allocation.schemes.items() if given == scheme]
-        layers = [problem.weights.layers[name] for name in mine]
-        piece = _piece(problem.weights, mine[0])
-        took = _seconds(partial(nearest(search=False), piece, scheme, None))
-        total += took * sum(layer.out * layer.width for layer in layers) / piece.numel()
+def _rounding_seconds(work: Work, items: Iterable[LayerItem]) -> float:
+    """Each scheme is timed on a piece of its first layer."""
+    weights, first = Counter[Scheme](), dict[Scheme, LayerItem]()
+    for item in items:
+        weights[item.stored.scheme] += item.layer.out * item.layer.width
+        first.setdefault(item.stored.scheme, item)
+    total, fill = 0.0, nearest(work.method.fill.search)
+    for scheme, item in first.items():
+        piece = _piece(work, item, item.layer.transposed)  # [rows, in]
+        total += _seconds(partial(fill, piece, scheme)) * weights[scheme] / piece.numel()
     return total
 
 
-def _hashing_seconds(problem: Problem) -> float:
-    piece = _piece(problem.weights, problem.units[0].own[0])
+def _hashing_seconds(work: Work) -> float:
+    """What a second thread does meanwhile."""
+    item = max(
+        (item for shard in work.schedule.shards.values() for item in shard), key=lambda item: item.bytes
+    )
+    piece = _piece(work, item, False)
     per_byte = _seconds(partial(tensor_hash, piece)) / (piece.numel() * piece.element_size())
-    return per_byte * problem.opened.source.bytes
+    return per_byte * work.opened.source.bytes
 
 
-def _piece(weights: Weights, name: str) -> Tensor:
-    """The first rows of a layer, about `TIMED` weights: [rows, in]."""
-    layer = weights.layers[name]
-    return weights.rows(name, (slice(0, min(layer.out, max(1, TIMED // layer.width))),))
+def _piece(work: Work, item: Item, transposed: bool) -> Tensor:
+    """The first rows of a tensor, about `TIMED` weights: [rows, in]."""
+    tensor = work.reader.read(item)[0]
+    tensor = tensor.T if transposed else tensor
+    tensor = tensor.reshape(len(tensor), -1) if tensor.dim() else tensor.view(1, 1)  # [out, in]
+    return tensor[: max(1, TIMED // tensor.shape[1])].contiguous()
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -19,7 +19,7 @@ from fracbit.data import Samples
 from fracbit.errors import BudgetError, RecipeError
 from fracbit.importance import scheme_bits, score_method
 from fracbit.pipeline.plan.contest import UNCHECKED, Contest, contest
-from fracbit.pipeline.plan.needs import Needs, needs_of
+from fracbit.pipeline.plan.needs import needs_of
 from fracbit.pipeline.plan.presets import preset
 from fracbit.pipeline.plan.problem import Problem, make_problem
 from fracbit.pipeline.plan.sampling import sampling_notes
@@ -30,8 +30,8 @@ from fracbit.pipeline.study.texts import SCORED, seen_by, texts_of
 from fracbit.records.allocation import Allocation, allocated
 from fracbit.records.progress import Progress, Shown, showing
 from fracbit.records.recipe import Recipe
+from fracbit.records.resources import Needs
 from fracbit.records.scores import Losses
-from fracbit.records.sizes import print_size
 from fracbit.records.spending import ONE_BUDGET, Spending, check_terms
 
 
@@ -59,12 +59,11 @@ class Plan:
     def __str__(self) -> str:
         """Bits asked for and reached, schemes, predicted loss, needs and notes, a line each."""
         loss = "unknown" if self.predicted_loss is None else f"{self.predicted_loss:.5g}"
-        needs = self.needs
         return "\n".join([
             f"{self.problem.recipe.model}: asked for {self.budget}, reached {self.reached}",
             f"schemes: {self.spelled_out}",
             f"predicted loss: {loss} ({self.losses.method})",
-            f"the run: about {print_size(needs.memory_bytes)} of memory, {print_size(needs.disk_bytes)} on disk",
+            f"the run: {self.needs}",
             *(f"note: {note}" for note in self.notes),
         ])  # fmt: skip
 
@@ -186,7 +185,7 @@ def make_plan(
         losses,
         solved.candidates,
         chosen,
-        needs=needs_of(problem, chosen),
+        needs=needs_of(allocated(recipe, chosen), opened, device),
         curve=curves_of(problem, scores, losses) if curve else {},
         notes=(*solved.notes, *sampling_notes(losses.protocol)),
         samples=drawn if terms.text is None else None,

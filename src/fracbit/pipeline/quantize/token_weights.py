@@ -61,15 +61,14 @@ def _measured(
     model, family = work.opened.model, work.opened.family
     count = len(shards)
     stride = math.isqrt(count)
-    kept = 2 * stride + 2  # states that are held at once, gradients among them
     states = hidden.states
-    place = target.journal if kept * states.nbytes > spill_bytes else None
+    place = target.journal if held_at_once(count) * states.nbytes > spill_bytes else None
     room = partial(storage, states.shape, states.dtype, place)
     starts = {0: hidden}
     # Forwards: the states at the entrance of every few blocks.
     for index in range(count):
         held = hidden.states if index % stride else room()
-        hidden = _through(work, shards[index], hidden, held)
+        hidden = through(work, shards[index], hidden, held)
         if not (index + 1) % stride and index + 1 < count:
             starts[index + 1] = hidden
         work.show("token weights, forwards", index + 1, 2 * count)
@@ -80,14 +79,19 @@ def _measured(
         stop = min(start + stride, count)
         entrances = [starts.pop(start)]
         for index in range(start, stop - 1):
-            entrances.append(_through(work, shards[index], entrances[-1], room()))
+            entrances.append(through(work, shards[index], entrances[-1], room()))
         for index in range(stop - 1, start - 1, -1):
-            found |= _back(work, shards[index], entrances.pop(), grads)
+            found |= back(work, shards[index], entrances.pop(), grads)
             work.show("token weights, backwards", 2 * count - index, 2 * count)
     return found
 
 
-def _through(work: Work, items: Sequence[Item], hidden: Hidden, out: Tensor) -> Hidden:
+def held_at_once(count: int) -> int:
+    """States that are held at once in a model of `count` blocks, gradients among them."""
+    return 2 * math.isqrt(count) + 2
+
+
+def through(work: Work, items: Sequence[Item], hidden: Hidden, out: Tensor) -> Hidden:
     """The states behind a block."""
     path, module = blocks(work.opened.model, work.opened.family)[hidden.index]
     _load(work, items, path)
@@ -96,7 +100,7 @@ def _through(work: Work, items: Sequence[Item], hidden: Hidden, out: Tensor) -> 
     return hidden
 
 
-def _back(work: Work, items: Sequence[Item], hidden: Hidden, grads: Tensor) -> dict[str, Tensor]:
+def back(work: Work, items: Sequence[Item], hidden: Hidden, grads: Tensor) -> dict[str, Tensor]:
     """Take `grads` through a block, and the weights of tokens at its linears."""
     path, module = blocks(work.opened.model, work.opened.family)[hidden.index]
     _load(work, items, path)

@@ -81,7 +81,7 @@ def calibration_samples(
     """
     calibration = recipe.calibration
     assert calibration is not None
-    length = _length(calibration, opened)
+    length = sample_length(calibration, opened)
     only_ids = all(parse_source(text).format in ID_FORMATS for text in calibration.texts)
     tokenizer = None if only_ids else load_tokenizer(opened.source.folder, opened.trust_remote_code)
     return TextReader(tokenizer, _vocabulary(opened)).samples(
@@ -99,7 +99,7 @@ def writer_of(opened: Opened, device: str | torch.device) -> PreTrainedModel:
     return load_opened(opened, "auto", device)
 
 
-def _length(calibration: Calibration, opened: Opened) -> int:
+def sample_length(calibration: Calibration, opened: Opened) -> int:
     """Ids of a sample: as many as asked for, by default no more than the model has positions. Raises `DataError`."""
     limit = getattr(opened.model.config.get_text_config(), "max_position_embeddings", None)
     if limit is None or calibration.length <= limit:

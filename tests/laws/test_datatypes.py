@@ -24,7 +24,7 @@ from fracbit.numerics import (
 )
 from fracbit.numerics.bits import has_top_code, pack_bits, row_bytes, unpack_bits
 from fracbit.numerics.datatypes import EXPONENTS, check_datatype, is_fitted
-from fracbit.numerics.grid import EvenErrors, codes_of, fit, grid_error, values_of
+from fracbit.numerics.grid import EvenErrors, codes_of, fit, grid_error, power_of, values_of
 from fracbit.numerics.layout import block_sums
 from fracbit.numerics.packed import table_of
 from fracbit.records.scheme import Scheme
@@ -181,8 +181,9 @@ def test_search_never_hurts(scheme: Scheme, rows: int, columns: int, seed: int, 
         return  # the search is done before the scales are rounded a second time
     weight = weights(rows, columns, seed)
     importance = torch.rand(columns, generator=torch.Generator().manual_seed(seed)) if weighted else None
-    plain = grid_error(weight, fit(weight, scheme, importance), importance)
-    found = grid_error(weight, fit(weight, scheme, importance, search=True), importance)
+    power = power_of(importance)
+    plain = grid_error(weight, fit(weight, scheme, importance), importance, power)
+    found = grid_error(weight, fit(weight, scheme, importance, search=True), importance, power)
     assert found <= plain * (1 + 1e-5) + 1e-12
 
 
@@ -195,12 +196,23 @@ def test_errors_in_units_of_steps_are_those_of_the_decoded_weights(
     weight = weights(rows, columns, seed)
     importance = torch.rand(columns, generator=torch.Generator().manual_seed(seed)) if weighted else None
     grid = fit(weight, scheme, importance)
-    wrong = (values_of(codes_of(weight, grid), grid) - weight).square()  # [out, in]
+    unit = float(grid.scale.mean()) or 1.0
+    wrong = ((values_of(codes_of(weight, grid), grid) - weight) / unit).pow(power_of(importance))  # [out, in]
     wanted = block_sums(wrong if importance is None else wrong * importance, scheme)
     found = EvenErrors(weight, importance, grid)(grid)
     assert found.shape == wanted.shape
     apart = (found - wanted).abs() <= 1e-3 * wanted + 1e-9
     assert bool((apart | (grid.scale == 0)).all())
+
+
+@pytest.mark.parametrize("dtype", ["int", "nf", "kmeans"])
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e4])
+def test_a_search_does_not_depend_on_the_size_of_the_weights(dtype: str, size: float) -> None:
+    """Errors are raised to the fourth power: those of small weights must not vanish, those of large ones stay finite."""
+    weight = weights(24, 70, 0)
+    scheme = Scheme(dtype, 3, 16, scale="fp32")
+    codes = [codes_of(x, fit(x, scheme, search=True)) for x in (weight, weight * size)]
+    assert float((codes[0] != codes[1]).float().mean()) < 0.01
 
 
 def test_importance_moves_the_error_to_where_it_costs_little() -> None:

@@ -1,8 +1,9 @@
 """From a weight to a `PackedTensor`: place a grid (scales, offsets, table) on every block, then round to it.
 
 `fit` places the grid: absolute maximum, min-max or mean and maximum, as the offset asks; `search=True` then shrinks every
-block's range to the one with the least weighted squared error and refits the scale to the codes by least squares; the result
-is never worse than the plain range. `encode` rounds. Both know data types only as tables.
+block's range to the one with the least weighted squared error (without importance: the least fourth power) and refits the
+scale to the codes by least squares; the result is never worse than the plain range. `encode` rounds. Both know data types only
+as tables.
 
 Values per block (`scale`, `shift`, zero codes) have the shape of `scales_shape`, written [per block] here: [out, blocks],
 [blocks, in] for axis "out", [1, 1] for "tensor" or [blocks] for "flat:N".
@@ -102,7 +103,7 @@ def fit(weight: Tensor, scheme: Scheme, importance: Tensor | None = None, search
         found = _search(weight, grid, scale, middle, importance=importance)
         if table is None:
             found = _refit_table(weight, found, importance)
-        if grid_error(weight, found, importance) >= grid_error(weight, grid, importance):
+        if _objective(weight, found, importance) >= _objective(weight, grid, importance):
             break
         grid = found
     return grid
@@ -192,13 +193,21 @@ def values_of(codes: Tensor, grid: Grid, first: int = 0, last: int | None = None
     return part + spread(grid.shift, grid.shape, grid.scheme, first=first, last=last)  # [rows, in]
 
 
-def grid_error(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> float:
-    """Sum of squared rounding errors of `weight` on the grid, weighted by `importance`."""
+def power_of(importance: Tensor | None) -> int:
+    """The power of errors that a search minimises: squares where the inputs' importance is known, else fourth powers.
+
+    Squares alone clip the largest weights of a block, which large inputs tend to meet (docs/LOG.md).
+    """
+    return 4 if importance is None else 2
+
+
+def grid_error(weight: Tensor, grid: Grid, importance: Tensor | None = None, power: int = 2) -> float:
+    """Sum of rounding errors of `weight` on the grid, to an even `power`, weighted by `importance`."""
     total = 0.0
     for first, last in row_chunks(grid.shape, _in_axis(grid)):
         codes = codes_of(weight, grid, first, last)  # [rows, in]
         error = values_of(codes, grid, first, last) - weight[first:last]  # [rows, in]
-        total += float(_weighted(error.square(), importance, first, last).sum(dtype=torch.float64))
+        total += float(_weighted(error.double().pow_(power), importance, first, last).sum())
     return total
 
 
@@ -289,6 +298,11 @@ def _grid(
     return grid if table is not None else _fit_table(weight, grid, importance)
 
 
+def _objective(weight: Tensor, grid: Grid, importance: Tensor | None) -> float:
+    """What a search minimises."""
+    return grid_error(weight, grid, importance, power_of(importance))
+
+
 def _fit_table(weight: Tensor, grid: Grid, importance: Tensor | None) -> Grid:
     scale = spread(grid.scale, grid.shape, grid.scheme)  # [out, in] or broadcastable
     centered = weight if grid.shift is None else weight - spread(grid.shift, grid.shape, grid.scheme)
@@ -300,7 +314,7 @@ def _fit_table(weight: Tensor, grid: Grid, importance: Tensor | None) -> Grid:
 
 def _refit_table(weight: Tensor, grid: Grid, importance: Tensor | None) -> Grid:
     fitted = _fit_table(weight, grid, importance)
-    return fitted if grid_error(weight, fitted, importance) < grid_error(weight, grid, importance) else grid
+    return fitted if _objective(weight, fitted, importance) < _objective(weight, grid, importance) else grid
 
 
 def _search(
@@ -368,6 +382,8 @@ class _Best:
 
     def __init__(self, weight: Tensor, importance: Tensor | None, grid: Grid) -> None:
         self.weight, self.importance, self.grid = weight, importance, grid
+        self.power = power_of(importance)
+        self.unit = float(grid.scale.mean()) or 1.0  # of errors: fourth powers of small ones would be 0
         self.even = EvenErrors(weight, importance, grid) if grid.table.step is not None else None
         self.error = self._block_error(grid)
 
@@ -387,7 +403,7 @@ class _Best:
     def _block_error(self, grid: Grid) -> Tensor:
         if self.even is not None:
             return self.even(grid)
-        error = (values_of(codes_of(self.weight, grid), grid) - self.weight).square()  # [rows, in]
+        error = (values_of(codes_of(self.weight, grid), grid) - self.weight).div_(self.unit).pow_(self.power)
         return block_sums(_weighted(error, self.importance, 0, None), grid.scheme)
 
 
@@ -395,18 +411,20 @@ class EvenErrors:
     """Errors of grids with evenly spaced values, in units of their steps: no code is stored and no value looked up."""
 
     def __init__(self, weight: Tensor, importance: Tensor | None, like: Grid) -> None:
-        scheme = like.scheme
+        scheme, self.power = like.scheme, power_of(importance)
         block = block_length(like.shape, scheme)
         self.shape, self.scheme = like.shape, scheme
+        self.unit = float(like.scale.mean()) or 1.0
         self.blocks = to_blocks(lines_of(weight, scheme), block).contiguous()  # [lines, blocks, block]
         counted = torch.ones_like(weight) if importance is None else importance.expand_as(weight)  # [out, in]
         lines = lines_of(counted, scheme)  # [lines, length]
         padded = torch.nn.functional.pad(lines, (0, -lines.shape[1] % block))  # [lines, blocks * block]
-        self.roots = padded.reshape(len(lines), -1, block).sqrt()  # [lines, blocks, block]
+        # As factors of the error, before it is raised to the power.
+        self.roots = padded.reshape(len(lines), -1, block).pow(1 / self.power)  # [lines, blocks, block]
         self.room = torch.empty_like(self.blocks)  # [lines, blocks, block]
 
     def __call__(self, grid: Grid) -> Tensor:
-        """Weighted squared error of every block [per block]."""
+        """Weighted sum of the errors' powers of every block [per block], in units of the mean scale."""
         assert grid.table.step is not None
         step = line_order(grid.scale, self.scheme)[..., None] * grid.table.step  # [lines, blocks, 1]
         inverse = torch.where(step > 0, 1 / step, 0.0)
@@ -415,7 +433,9 @@ class EvenErrors:
             base -= line_order(grid.shift, self.scheme)[..., None] * inverse  # [lines, blocks, 1]
         place = torch.mul(self.blocks, inverse, out=self.room).add_(base)  # [lines, blocks, block], in codes
         wrong = place.round().clamp_(0, grid.table.levels - 1).sub_(place).mul_(self.roots)
-        error = torch.linalg.vector_norm(wrong, dim=-1).mul_(step[..., 0]).square_()  # [lines, blocks]
+        wrong = wrong.square_() if self.power == 4 else wrong
+        error = torch.linalg.vector_norm(wrong, dim=-1).square_()  # [lines, blocks]
+        error *= (step[..., 0] / self.unit) ** self.power
         # A scale of 0 is for blocks of equal weights, which have no other.
         error.masked_fill_(step[..., 0] == 0, torch.inf)
         return stored_order(error, self.shape, self.scheme)

@@ -61,10 +61,16 @@ EIGHT = scheme("int", 8, 32, "in", "none", "fp16")
 
 
 def calibrated(quantizer: str = "gptq", kind: Table = INT, more: Table | None = None, **plan: Any) -> Table:
-    """A recipe that reads the kept text; forward passes in fp32 wherever it runs."""
+    """A recipe that reads the kept text; forward passes in fp32 wherever it runs, and no search, as was the default then."""
     calibration = {"texts": [f"{TEXT}?length={LENGTH}"], "samples": SAMPLES, "length": LENGTH, "batch": 4}
     calibration |= {"dtype": "float32", **plan}
-    return {"quantizer": quantizer, "scheme": kind, "calibration": calibration, **(more or {})}
+    return {
+        "quantizer": quantizer,
+        "scheme": kind,
+        "calibration": calibration,
+        "search": False,
+        **(more or {}),
+    }
 
 
 FREE: dict[str, tuple[str, Table]] = {

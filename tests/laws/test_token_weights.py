@@ -64,7 +64,7 @@ def at_once(model: Any, ids: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]
             full = f"{path}.{name}"
 
             def hook(_: Any, __: Any, result: torch.Tensor, full: str = full) -> None:
-                result.register_hook(lambda g: seen.__setitem__(full, g.square().mean(-1).flatten()))
+                result.register_hook(lambda g: seen.__setitem__(full, g.square().mean(-1).sqrt().flatten()))
 
             module.register_forward_hook(hook)
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()

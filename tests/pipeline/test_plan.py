@@ -24,6 +24,7 @@ from fracbit.pipeline.study.weights import weights_on_disk
 from fracbit.records.allocation import allocated, read_levels, uniform
 from fracbit.records.calibration import Calibration
 from fracbit.records.recipe import Override, Recipe, make_recipe, read_toml, recipe_toml
+from fracbit.records.resources import Needs
 from fracbit.records.scheme import Scheme
 from fracbit.records.scores import Losses, Scores
 from fracbit.records.spending import Spending
@@ -56,6 +57,7 @@ def test_the_plan_is_what_is_written(folder: Path, tmp_path: Path, granularity: 
     assert result.bits_per_weight == pytest.approx(made.chosen.bits_per_weight, rel=1e-12)
     assert result.bits_per_weight <= bits
     assert result.bytes <= made.chosen.file_bytes <= result.bytes + 1000
+    assert isinstance(made.needs, Needs)
     assert made.needs.seconds > 0
     assert UNCHECKED in made.notes
 

@@ -171,3 +171,20 @@ def test_bad_recipes_name_file_and_line(tmp_path: Path, text: str, says: str) ->
 def test_a_missing_recipe_is_said(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="cannot be read"):
         read_toml(tmp_path / "none.toml")
+
+
+def test_calibrated_recipes_search_unless_they_say_otherwise() -> None:
+    texts = Calibration(texts=("t",))
+    assert not Recipe(model="m").search
+    assert Recipe(model="m", calibration=texts).search
+    assert "search" not in Recipe(model="m", calibration=texts).model_fields_set  # a preset may choose
+    off = Recipe(model="m", calibration=texts, search=False)
+    assert not off.search
+    # What is written says so, and reads back as it was.
+    for recipe in (off, Recipe(model="m", calibration=texts), Recipe(model="m")):
+        assert make_recipe(tomllib.loads(recipe_toml(recipe))) == recipe
+        assert Recipe.model_validate(recipe.to_json()) == recipe
+    # A recipe without search has the key that it had before.
+    assert (
+        key(off) != key(Recipe(model="m", calibration=texts)) == key(off.model_copy(update={"search": True}))
+    )

@@ -190,9 +190,9 @@ def test_a_float_block_is_observed_once(bench: Workbench, monkeypatch: pytest.Mo
     seen: list[int] = []
     observe = stage.observe_all
 
-    def counted(module: object, hidden: Any, **named: Any) -> Any:
+    def counted(module: object, hidden: Any, *others: Any, **named: Any) -> Any:
         seen.append(hidden.index)
-        return observe(module, hidden, **named)
+        return observe(module, hidden, *others, **named)
 
     monkeypatch.setattr(stage, "observe_all", counted)
     for fields in (

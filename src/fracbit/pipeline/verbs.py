@@ -26,7 +26,7 @@ from fracbit.evaluation import (
     tasks_of,
 )
 from fracbit.pipeline.plan.budget import budgeted, planned
-from fracbit.pipeline.plan.needs import needs_of
+from fracbit.pipeline.plan.needs import needs_or_why
 from fracbit.pipeline.quantize.run import open_for, write_checkpoint
 from fracbit.pipeline.quantize.work import check_words
 from fracbit.pipeline.study.overlap import calibration_sources, overlap_notes
@@ -75,7 +75,7 @@ def quantize(
             recipe, said = planned(recipe, Path(allocation), opened)
         divided = budgeted(recipe, spending, opened=opened, device=device, progress=show)
         if announce is not None:
-            announce(f"the run: {divided.needs or needs_of(divided.recipe, opened, device)}")
+            announce(f"the run: {divided.needs or needs_or_why(divided.recipe, opened, device)}")
         result = write_checkpoint(
             divided.recipe,
             output,

@@ -33,7 +33,7 @@ class Calibration(Checked):
       `smooth`, `awq`, `rotate` (the residual stream, folded), `rotate-mlp` (a Hadamard matrix at run time).
     - `inputs`: how activations are rounded at run time: None, or `int8`, `int8/tensor`, `power8/token`.
     - `weigh`: how tokens count in the statistics that quantizers read: `equal`, or by what the end `loss` makes of them, the
-      squared gradient at the output of the linear; that takes a backward pass over the float model.
+      size of its gradient at the output of the linear; that takes a backward pass over the float model.
     - `axis`: the scheme's own, or per layer the better of both by trial (`nearest`, `gptq`) or from the scales (`predicted`).
     - `tweak`: correction after each block: `none`; norm tweaking by `adam` as the paper, in `closed` form, or (`auto`) by
       whichever of both helps held-out samples; or `train`, which trains everything that the block stores, codes included.

@@ -68,7 +68,7 @@ class Recipe(Checked):
     - `scheme`: of every linear of the blocks; `embeddings`: scheme of the embedding table, float unless given;
       `head`: scheme of the output head, float unless given.
     - `quantizer`: how codes are chosen, rtn, gptq or descent, with options if any, such as gptq:damping=0.05;
-      `search`: look for block ranges of least error.
+      `search`: look for block ranges of least error; unless it is given, where there are calibration texts.
     - `outliers`: input columns of every linear that stay in 16 bits, such as cost:0.01; None for none.
     - `calibration`: the texts that quantizers such as gptq look at; None for data-free ones.
     - `overrides`: other schemes for layers by the pattern of their names; later ones win.
@@ -104,6 +104,13 @@ class Recipe(Checked):
         given = {"outliers": f"cost:{share}"} if share else {}
         return {**given, **data, "calibration": rest}
 
+    @model_validator(mode="after")
+    def _searched(self) -> Recipe:
+        """On real models, no other setting helps calibrated quantizers as much as `search` (docs/quality.md)."""
+        if self.calibration is not None and "search" not in self.model_fields_set:
+            self.__dict__["search"] = True
+        return self
+
     def to_json(self) -> dict[str, Any]:
         """The recipe as a JSON object."""
         return self.model_dump(mode="json")
@@ -122,6 +129,8 @@ def recipe_toml(recipe: Recipe, notes: Iterable[str] = ()) -> str:
     """The recipe as TOML, without what has its default value; `fracbit quantize` reads it back. `notes`: comments on top."""
     comments = [f"# {_printable(line)}" for note in notes for line in note.splitlines()]
     data = recipe.model_dump(mode="json", exclude_defaults=True)
+    if recipe.calibration is not None:  # where the default depends on others
+        data["search"] = recipe.search
     tables = {name: value for name, value in data.items() if name in ("scheme", "calibration")}
     lines = [
         f"{name} = {inline_toml(value)}" for name, value in data.items() if name not in (*tables, "overrides")

@@ -49,7 +49,7 @@ class Run(_Frozen):
         """
         if not is_old(data):
             return data
-        recipe = dict(data["recipe"])
+        recipe = {"search": False, **data["recipe"]}
         if data.get("outliers"):
             recipe["outliers"] = data["outliers"]
         if data.get("calibration"):

@@ -28,7 +28,7 @@ class Divided:
     recipe: Recipe
     notes: tuple[str, ...] = ()
     samples: Samples | None = None
-    needs: Needs | None = None
+    needs: Needs | str = ""
 
 
 def budgeted(

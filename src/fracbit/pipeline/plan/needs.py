@@ -17,6 +17,7 @@ from torch import Tensor
 from fracbit.checkpoint.opened import Opened
 from fracbit.checkpoint.output import SHARD_BYTES
 from fracbit.checkpoint.source import tensor_hash
+from fracbit.errors import FracbitError
 from fracbit.pipeline.quantize.schedule import Item, LayerItem
 from fracbit.pipeline.quantize.trial import measure_needs
 from fracbit.pipeline.quantize.work import Work, prepare
@@ -29,6 +30,14 @@ PROCESS_BYTES = 450 << 20  # Python, torch and transformers, resident before any
 TIMED = 1 << 20  # weights of a layer that a scheme is timed on
 REPEATS = 5
 PATIENCE = 1.0  # seconds
+
+
+def needs_or_why(recipe: Recipe, opened: Opened, device: str | torch.device = "cpu") -> Needs | str:
+    """`needs_of`, or why it cannot be told: a trial reads random ids and may fail where the run does not."""
+    try:
+        return needs_of(recipe, opened, device)
+    except FracbitError as error:
+        return f"time and memory could not be measured: {error}"
 
 
 def needs_of(recipe: Recipe, opened: Opened, device: str | torch.device = "cpu") -> Needs:

@@ -19,7 +19,7 @@ from fracbit.data import Samples
 from fracbit.errors import BudgetError, RecipeError
 from fracbit.importance import scheme_bits, score_method
 from fracbit.pipeline.plan.contest import UNCHECKED, Contest, contest
-from fracbit.pipeline.plan.needs import needs_of
+from fracbit.pipeline.plan.needs import needs_or_why
 from fracbit.pipeline.plan.presets import preset
 from fracbit.pipeline.plan.problem import Problem, make_problem
 from fracbit.pipeline.plan.sampling import sampling_notes
@@ -42,7 +42,7 @@ class Plan:
     - `candidates`: every allocation that was tried, the chosen solver's first; `allocation`: the one to carry out, for
       the layers that share the budget: the chosen candidate's, or the uniform one if it won the contest.
     - `losses`: the basis of the division; `curve`: (stored bits per weight, predicted loss) by solver, for the picture.
-    - `needs`: what the run will take; `contest`: the result on held-out text, None without one.
+    - `needs`: what the run will take, or why that is not known; `contest`: the result on held-out text, None without one.
     - `samples`: those of the recipe's calibration, if the score has read them.
     """
 
@@ -50,7 +50,7 @@ class Plan:
     losses: Losses = field(repr=False)
     candidates: tuple[Candidate, ...]
     allocation: Allocation = field(repr=False)
-    needs: Needs
+    needs: Needs | str
     curve: Mapping[str, Curve] = field(repr=False)
     contest: Contest | None = None
     notes: tuple[str, ...] = ()
@@ -119,7 +119,7 @@ class Plan:
                 {k: v for k, v in asdict(c).items() if k != "allocation"} for c in self.candidates
             ],
             "allocation": self.spelled_out.to_json(),
-            "needs": asdict(self.needs),
+            "needs": self.needs if isinstance(self.needs, str) else asdict(self.needs),
             "held_out": None if self.contest is None else self.contest.to_json(),
             "notes": list(self.notes),
         }
@@ -185,7 +185,7 @@ def make_plan(
         losses,
         solved.candidates,
         chosen,
-        needs=needs_of(allocated(recipe, chosen), opened, device),
+        needs=needs_or_why(allocated(recipe, chosen), opened, device),
         curve=curves_of(problem, scores, losses) if curve else {},
         notes=(*solved.notes, *sampling_notes(losses.protocol)),
         samples=drawn if terms.text is None else None,

@@ -1,9 +1,10 @@
 """How much each token counts at each linear: the squared gradient of the end loss at its output.
 
-    s_t = mean over outputs j of (dl / dz_tj)^2, divided by its mean over tokens;    H = sum over tokens of s_t x_t x_t^T
+    s_t = root of the mean over outputs j of (dl / dz_tj)^2, divided by its mean over tokens;    H = sum of s_t x_t x_t^T
 
-(GuidedQuant, Kim et al. 2025, arXiv:2505.07004, eq. 7 with one group of outputs.) z = W x are the outputs of the linear in the
-float model, l the sum of next-token losses on the calibration samples. One backward pass gives the weights of all linears.
+z = W x are the outputs of the linear in the float model, l the sum of next-token losses on the calibration samples. This is
+eq. 7 of GuidedQuant (Kim et al. 2025, arXiv:2505.07004) with one group of outputs, but for the root: squares have heavy tails,
+a few tokens make up most of H, and less was gained with them (docs/LOG.md). One backward pass gives the weights of all linears.
 Blocks are walked forwards once, and the states at the entrance of every few of them are kept; backwards, those in between are
 made again. So memory holds about twice the root of the number of blocks times the states, in files above `spill_bytes`.
 
@@ -108,7 +109,7 @@ def back(work: Work, items: Sequence[Item], hidden: Hidden, grads: Tensor) -> di
     parts: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def seen(name: str, grad: Tensor) -> None:  # grad [tokens, out]
-        parts[name].append(grad.float().square().mean(1).cpu())  # [tokens]
+        parts[name].append(grad.float().square().mean(1).sqrt().cpu())  # [tokens]
 
     back_through(module, hidden, grads, names, seen)
     release(module)

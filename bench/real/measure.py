@@ -32,15 +32,21 @@ from frame import (
 from peers.environments import run_peer
 
 SAMPLES, LENGTH, TOKENS = 128, 512, 8192
+GPTQ = ("--quantizer=gptq",)
+WEIGH, TRAIN = "--set=calibration.weigh=loss", "--set=calibration.tweak=train"
 SETTINGS: dict[str, tuple[str, ...]] = {
     f"{name} {bits}": (f"--scheme=int{bits}z/64", *words)
     for bits in (2, 3, 4)
     for name, words in {
         "rtn": (),
-        "gptq": ("--quantizer=gptq",),
-        "gptq, search": ("--quantizer=gptq", "--set=search=true"),
-        "gptq, search, tweak auto": ("--quantizer=gptq", "--set=search=true", "--set=calibration.tweak=auto"),
-        "gptq, search, train": ("--quantizer=gptq", "--set=search=true", "--set=calibration.tweak=train"),
+        "rtn, search": ("--set=search=true",),
+        "gptq, full ranges": (*GPTQ, "--set=search=false"),
+        "gptq": GPTQ,
+        "gptq, tweak auto": (*GPTQ, "--set=calibration.tweak=auto"),
+        "gptq, weigh": (*GPTQ, WEIGH),
+        "gptq, train": (*GPTQ, TRAIN),
+        "gptq, weigh, train": (*GPTQ, WEIGH, TRAIN),
+        "descent, weigh": ("--quantizer=descent", WEIGH),
     }.items()
 }
 """Options of `fracbit quantize`, by what a table calls them."""

@@ -13,6 +13,7 @@ from fracbit.checkpoint.opened import open_float
 from fracbit.errors import DataError, RecipeError, SourceError
 from fracbit.importance import SCORES
 from fracbit.models.walk import advance, embed
+from fracbit.numerics import decode, quantize_tensor
 from fracbit.pipeline.plan.scoring import make_losses, make_scores, score
 from fracbit.pipeline.study.float_model import (
     FloatModel,
@@ -144,3 +145,28 @@ def test_the_oracle_is_the_loss_of_one_quantized_block(shared: Path) -> None:
     with replaced(float_model, rounded(float_model, dict.fromkeys(units[0].shapes, scheme))):
         assert oracle.values[units[0].name] == pytest.approx(measure(float_model, ids).nll - base, abs=1e-9)
     assert all(value > 0.01 for value in oracle.values.values())
+
+
+def test_the_guided_error_is_the_mean_squared_gradient_times_the_squared_error_of_the_outputs(
+    float_model: FloatModel, ids: torch.Tensor
+) -> None:
+    """Against gradients and outputs of one linear, taken by hand."""
+    name = "model.layers.1.mlp.up_proj"
+    units = [unit for unit in float_model.weights.units("linear") if name in unit.own]
+    found = make_losses(float_model, units, "guided-error", [INT2, None], ids).rows[units[0].name]
+    seen: list[torch.Tensor] = []
+    module = float_model.module(name)
+
+    def keep(_: object, args: tuple[torch.Tensor, ...], result: torch.Tensor) -> None:
+        seen.append(args[0].detach())
+        result.register_hook(seen.append)
+
+    with ExitStack() as hooks:
+        hooks.callback(module.register_forward_hook(keep).remove)
+        logits = float_model.model(input_ids=ids).logits[:, :-1].float()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+        torch.autograd.grad(loss, module.weight)
+    x, grad = seen  # [samples, tokens, in] and [samples, tokens, out]
+    error = decode(quantize_tensor(module.weight, INT2)) - module.weight
+    squares = (x @ error.T).square().sum(-1) * grad.square().mean(-1)  # [samples, tokens]
+    assert found == pytest.approx((float(squares.sum()) / 2 / ids.numel(), 0.0), rel=1e-3)

@@ -1,8 +1,14 @@
 """The squared error at the outputs of a unit's linears: the weight error seen through the inputs' Gram matrix.
 
-    sum over linears of tr(E G E^T) / tr(W G W^T),     G = sum x x^T over calibration tokens, E = what quantizing adds to W
+`gram-error`: GPTQ's objective (arXiv:2210.17323), relative to the output's own energy so that linears of different scale can be
+added; G = sum x x^T over calibration tokens, E = what quantizing adds to W.
 
-GPTQ's objective (arXiv:2210.17323), relative to the output's own energy so that linears of different scale can be added.
+    sum over linears of tr(E G E^T) / tr(W G W^T)
+
+`guided-error`: in nats per token, the loss's second-order term with a Fisher matrix that is diagonal at the outputs of a linear
+(GuidedQuant, arXiv:2505.07004, eq. 4); G = mean g_t x_t x_t^T, g_t the mean squared gradient of the summed loss at the outputs.
+
+    sum over linears of tr(E G E^T) / 2
 """
 
 from torch import Tensor
@@ -29,6 +35,19 @@ def gram_error(view: LayerView, scheme: Scheme | None) -> float:
     return total / weights
 
 
+def guided_error(view: LayerView, scheme: Scheme | None) -> float:
+    """Sum over the unit's linears of the loss that their errors add, in nats per token."""
+    total = 0.0
+    for name, weight in view.weights.items():
+        gram = view.stats[name].gram
+        if gram is None:
+            raise DataError(f"the guided error of {name} needs inputs")
+        total += (
+            output_energy(error_of(weight, scheme), gram) / 2
+        )  # 0 for an expert that no token was routed to
+    return total
+
+
 def output_energy(weight: Tensor, gram: Tensor) -> float:
     """tr(W G W^T): squared outputs of `weight` [out, in] summed over the tokens that `gram` [in, in] saw."""
     weight = weight.double()
@@ -38,4 +57,7 @@ def output_energy(weight: Tensor, gram: Tensor) -> float:
 
 GRAM_ERROR = ScoreMethod(
     "relative squared error of the outputs", None, gram_error, frozenset({"weights", "gram"})
+)
+GUIDED_ERROR = ScoreMethod(
+    "loss that the errors of the outputs add", None, guided_error, frozenset({"weights", "weighed gram"})
 )

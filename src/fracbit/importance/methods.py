@@ -16,7 +16,7 @@ from fracbit.records.scores import Scores
 from fracbit.records.tables import Table
 
 Need: TypeAlias = Literal[
-    "weights", "cosine", "cosine behind the final norm", "gram", "gradients", "slopes", "loss"
+    "weights", "cosine", "cosine behind the final norm", "gram", "weighed gram", "gradients", "slopes", "loss"
 ]
 DATA_FREE: frozenset[Need] = frozenset({"weights"})
 

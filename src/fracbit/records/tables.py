@@ -134,6 +134,7 @@ SCORES: Table[Any] = Table(
         "last": "fracbit.importance.sequence:LAST",
         "weight-error": "fracbit.importance.weight_error:WEIGHT_ERROR",
         "gram-error": "fracbit.importance.gram_error:GRAM_ERROR",
+        "guided-error": "fracbit.importance.gram_error:GUIDED_ERROR",
         "gradient": "fracbit.importance.gradient_error:GRADIENT",
         "fisher": "fracbit.importance.gradient_error:FISHER",
         "oracle": "fracbit.importance.oracle:ORACLE",

@@ -6,9 +6,10 @@ Each pass measures all units at once, except the oracle, which measures one unit
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -117,6 +118,35 @@ def _gradients(
     loss = float_model.model(input_ids=row[None], labels=row[None]).loss
     grads = zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True)
     return {name: grad.T if float_model.weights.layers[name].transposed else grad for name, grad in grads}
+
+
+def weighed_pass(float_model: FloatModel, ids: Tensor, step: Progress) -> Findings:
+    """One backward pass per sample: the inputs of every linear, tokens weighed by the mean squared gradient at its outputs.
+
+    The gradient is that of the sum of the next tokens' losses, and the weights are divided by the tokens of the text.
+    `ids` int64 [samples, tokens].
+    """
+    model = float_model.model
+    modules = {name: float_model.module(name) for name in float_model.weights.layers}
+    stats = {name: empty(weight_of(module).shape[1]) for name, module in modules.items()}
+
+    def seen(name: str, x: Tensor, grad: Tensor) -> None:
+        weights = grad.float().square().mean(-1).flatten() / ids.numel()  # [tokens]
+        stats[name] = add_inputs(stats[name], x.reshape(-1, x.shape[-1]), weights=weights)
+
+    def watch(name: str, _: Any, args: tuple[Tensor, ...], result: Tensor) -> None:
+        result.register_hook(partial(seen, name, args[0].detach()))
+
+    with ExitStack() as hooks, _differentiable(float_model, ()):
+        for name, module in modules.items():
+            hooks.callback(module.register_forward_hook(partial(watch, name)).remove)
+        table = model.get_input_embeddings()
+        hooks.callback(table.register_forward_hook(lambda _, __, rows: rows.requires_grad_()).remove)
+        for sample, row in enumerate(ids.to(model.device)):  # row [tokens]
+            loss = model(input_ids=row[None], labels=row[None]).loss * (len(row) - 1)
+            loss.backward()
+            step("gradients", sample + 1, len(ids))
+    return Findings(stats=stats)
 
 
 @contextmanager

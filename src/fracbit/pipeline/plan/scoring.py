@@ -18,7 +18,7 @@ from torch import Tensor
 from fracbit.checkpoint.opened import open_float
 from fracbit.errors import DataError, RecipeError
 from fracbit.importance import LayerView, ScoreMethod, Unit, predict_losses, reverse, score_method
-from fracbit.pipeline.plan.passes import Findings, ablation, forward_pass, gradient_pass
+from fracbit.pipeline.plan.passes import Findings, ablation, forward_pass, gradient_pass, weighed_pass
 from fracbit.pipeline.plan.sampling import Sampled, group_of, relative_error, sample_rows
 from fracbit.pipeline.study.float_model import FloatModel
 from fracbit.pipeline.study.study import Study
@@ -236,6 +236,8 @@ def _find(job: _Job) -> Findings:
         raise DataError(f"scores take token ids [samples, tokens], got the shape {tuple(ids.shape)}")
     if "loss" in needs:
         return Findings(changes=ablation(float_model, job.units, job.schemes, ids, step=job.step))
+    if "weighed gram" in needs:
+        return weighed_pass(float_model, ids, step=job.step)
     if needs & {"gradients", "slopes"}:
         schemes = job.schemes if "slopes" in needs else ()
         return gradient_pass(float_model, job.units, schemes, ids, step=job.step)

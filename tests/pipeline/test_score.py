@@ -167,6 +167,6 @@ def test_the_guided_error_is_the_mean_squared_gradient_times_the_squared_error_o
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
         torch.autograd.grad(loss, module.weight)
     x, grad = seen  # [samples, tokens, in] and [samples, tokens, out]
-    error = decode(quantize_tensor(module.weight, INT2)) - module.weight
+    error = (decode(quantize_tensor(module.weight, INT2)) - module.weight).detach()
     squares = (x @ error.T).square().sum(-1) * grad.square().mean(-1)  # [samples, tokens]
     assert found == pytest.approx((float(squares.sum()) / 2 / ids.numel(), 0.0), rel=1e-3)

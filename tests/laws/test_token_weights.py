@@ -39,16 +39,16 @@ def recipe_for(model: Any, folder: Path, **fields: Any) -> Recipe:
     )
 
 
-def measured(work: Work, folder: Path, spill_bytes: int = 1 << 40) -> dict[str, torch.Tensor]:
+def measured(work: Work, folder: Path) -> dict[str, torch.Tensor]:
     (first, outside), *shards = work.schedule.shards.items()
     with open_output(folder, work.schedule.key, expected_bytes=1, overwrite=True, resume=False) as target:
         floats, _ = write_rest(target, first, outside, work)
-        hidden = embed_all(work, floats, target, spill_bytes)
+        hidden = embed_all(work, floats, target, 1 << 40)
         before = hidden.states.clone()
-        found = token_weights(work, target, hidden, [items for _, items in shards], spill_bytes)
+        found = token_weights(work, target, hidden, [items for _, items in shards])
         assert torch.equal(hidden.states, before)
         assert target.journal is not None
-        again = token_weights(work, target, hidden, [], spill_bytes)  # from the journal: nothing is walked
+        again = token_weights(work, target, hidden, [])  # from the journal: nothing is walked
         assert (target.journal / FILE).is_file()
     assert found.keys() == again.keys()
     assert all(torch.equal(found[name], again[name]) for name in found)
@@ -90,13 +90,14 @@ def test_token_weights_are_those_of_one_backward_pass(name: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 7])
-def test_any_number_of_blocks_and_any_place_for_the_states(depth: int, tmp_path: Path) -> None:
+def test_any_number_of_blocks_and_pieces(depth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pass_, "LEAST_BYTES", 1)
     config, sizes = families.CONFIGS["llama"]
     model = families.model_of("llama", num_hidden_layers=depth)
     assert (config, sizes["num_hidden_layers"]) == ("LlamaConfig", 3)
     recipe = recipe_for(model, tmp_path)
     work = prepare(recipe, open_for(recipe), memory=(memory := Memory()))
-    found = measured(work, tmp_path / "q", spill_bytes=0)
+    found = measured(work, tmp_path / "q")
     assert work.samples is not None
     wanted = dict(at_once(model.eval(), work.samples.ids))
     assert wanted.keys() == found.keys()
@@ -146,7 +147,7 @@ def test_interrupted_runs_read_the_weights_again(tmp_path: Path, monkeypatch: py
 
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint(recipe, tmp_path / "q", progress=stop)
-    assert any(what.startswith("token weights") for what in shown)
+    assert any(what.startswith("weighing tokens") for what in shown)
     monkeypatch.setattr(pass_, "_measured", lambda *_: pytest.fail("measured again"))
     made = write_checkpoint(recipe, tmp_path / "q", resume=True)
     assert replace(made, output="", seconds=0, peak_rss_bytes=0, notes=()) == replace(

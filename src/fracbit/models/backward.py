@@ -35,9 +35,12 @@ def loss_gradients(
     for sample, row in enumerate(ids):
         states = hidden.states[sample : sample + 1].to(device_of(model.get_input_embeddings()))
         states = states.detach().requires_grad_()  # [1, tokens, width]
-        logits = logits_of(model, family, states, hidden.tupled)[0, :-1].float()  # [tokens - 1, vocabulary]
-        loss = nn.functional.cross_entropy(logits, row[1:].to(logits.device), reduction="sum")
-        out[sample : sample + 1].copy_(torch.autograd.grad(loss, states)[0])
+        logits = logits_of(model, family, states, hidden.tupled)  # [1, tokens, vocabulary]
+        # The gradient of cross-entropy: probabilities, less 1 for the next token; the last token has none.
+        wrong = logits.detach()[0].float().softmax(-1)  # [tokens, vocabulary]
+        wrong[torch.arange(len(row) - 1), row[1:]] -= 1
+        wrong[-1] = 0
+        out[sample : sample + 1].copy_(torch.autograd.grad(logits, states, wrong[None].to(logits.dtype))[0])
     return out
 
 

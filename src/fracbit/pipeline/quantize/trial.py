@@ -27,7 +27,7 @@ from fracbit.pipeline.quantize.block import do_block
 from fracbit.pipeline.quantize.calibrated import SPILL_BYTES, calibrate_shards, embed_all, write_rest
 from fracbit.pipeline.quantize.schedule import Item
 from fracbit.pipeline.quantize.self_distill import distill_shards
-from fracbit.pipeline.quantize.token_weights import back, held_at_once, through
+from fracbit.pipeline.quantize.token_weights import back, held_bytes, through
 from fracbit.pipeline.quantize.work import Entrance, Work, batch_of, follows_model, prepare
 from fracbit.pipeline.study.texts import sample_length
 from fracbit.records.recipe import Recipe
@@ -67,7 +67,7 @@ def measure_needs(recipe: Recipe, opened: Opened, device: str | torch.device = "
         seconds += wanted * _weighing(_with(work, ids[:few]), target, floats, shards)
     if calibration.distill:
         seconds += _distilling(recipe, opened, device, _with(work, ids[:few]).samples, wanted)
-    memory = peak_rss() + _states(work, wanted - more, len(shards))
+    memory = peak_rss() + _states(work, wanted - more)
     return Needs(memory, work.schedule.bytes, seconds)
 
 
@@ -94,15 +94,15 @@ def _block(work: Work, target: InMemory, shard: tuple[str, Sequence[Item]], hidd
 def _weighing(
     work: Work, target: InMemory, floats: dict[str, Tensor], shards: Sequence[tuple[str, Sequence[Item]]]
 ) -> float:
-    """Seconds per sample of the pass that weighs tokens: every block twice forwards and once backwards, and the head."""
+    """Seconds per sample of the pass that weighs tokens: every block forwards and backwards, and the head."""
     assert work.samples is not None
     number = len(shards) // 2
     items, ids = shards[number][1], work.samples.ids
     hidden = replace(embed_all(work, floats, target, SPILL_BYTES), index=number)
-    forwards, after = _timed(lambda: through(work, items, hidden, torch.empty_like(hidden.states)))
+    forwards, after = _timed(lambda: through(work, items, hidden))
     head, grads = _timed(lambda: loss_gradients(work.opened.model, work.opened.family, after, ids))
     backwards, _ = _timed(lambda: back(work, items, hidden, grads))
-    return (len(shards) * (2 * forwards + backwards) + head) / len(ids)
+    return (len(shards) * (forwards + backwards) + head) / len(ids)
 
 
 def _distilling(
@@ -127,16 +127,15 @@ def _distilling(
     return max(one - epoch, 0.0) + calibration.distill * epoch * wanted / len(samples.ids)
 
 
-def _states(work: Work, samples: int, count: int) -> int:
-    """Bytes of the states of `samples` more samples that are in memory at once, of a model with `count` blocks."""
+def _states(work: Work, samples: int) -> int:
+    """Bytes of the states of `samples` more samples that are in memory at once."""
     calibration = work.calibration
     assert work.samples is not None
     width = int(work.opened.model.config.get_text_config().hidden_size)
     one = samples * work.samples.ids.shape[1] * width * work.dtype.itemsize
     copies = 2 if calibration.tweak != "none" or calibration.chain == "float" else 1
-    if calibration.weigh == "loss":
-        copies = max(copies, held_at_once(count))
-    return copies * one if copies * one <= SPILL_BYTES else 0
+    held = copies * one if copies * one <= SPILL_BYTES else 0
+    return max(held, one + held_bytes(one)) if calibration.weigh == "loss" else held
 
 
 def _timed(work: Callable[[], Result]) -> tuple[float, Result]:

@@ -11,11 +11,13 @@ added; G = sum x x^T over calibration tokens, E = what quantizing adds to W.
     sum over linears of tr(E G E^T) / 2
 """
 
+import torch
 from torch import Tensor
 
 from fracbit.errors import DataError
 from fracbit.importance.methods import ScoreMethod
 from fracbit.importance.view import LayerView, error_of
+from fracbit.numerics.linalg import gram_errors
 from fracbit.records.scheme import Scheme
 
 
@@ -42,9 +44,10 @@ def guided_error(view: LayerView, scheme: Scheme | None) -> float:
         gram = view.stats[name].gram
         if gram is None:
             raise DataError(f"the guided error of {name} needs inputs")
-        total += (
-            output_energy(error_of(weight, scheme), gram) / 2
-        )  # 0 for an expert that no token was routed to
+        errors = gram_errors(
+            error_of(weight, scheme), gram
+        )  # [out]: 0 for an expert that no token was routed to
+        total += float(errors.sum(dtype=torch.float64)) / 2
     return total
 
 

@@ -5,8 +5,10 @@
 - `best`: learned tables of 2^k values (kmeans, one per tensor) with 8-bit scales, then training block by block on the float
   model's states. Models of at most `SMALL` weights are distilled as a whole instead, after GPTQ with coordinate descent.
 
-With a budget, the exact solver chooses bits and block of every linear within it. docs/quality.md has figures of `best` on small
-models, and of its training on a real one; `best` as a whole was not measured on a real model yet.
+With a budget, the exact solver chooses bits and block of every linear within it, by the loss that its errors add (score
+`guided-error`, one backward pass over the float model in memory). `fast`, models above `GUIDED` weights and models that are
+distilled go by the error of the weights. docs/quality.md has figures of `best` on small models, and of its training on a real
+one; `best` as a whole was not measured on a real model yet.
 """
 
 from __future__ import annotations
@@ -26,6 +28,10 @@ UNIFORM_BLOCK = 64
 SCALES = "int8:256"
 SMALL = 20_000_000  # weights; distillation holds 24 bytes for each, and takes hours on a CPU above
 WEIGHED = 3  # bits from which tokens are weighed by the loss; at 2 bits that lost a little on SmolLM2-135M
+GUIDED = (
+    1_500_000_000  # weights; above, bits are divided by the error of weights, which needs no model in memory
+)
+SCORED = 16  # samples that predict what each linear loses
 EPOCHS = 8  # of distillation
 RATE = 5e-3  # of distillation at 2 bits
 
@@ -49,8 +55,11 @@ def preset(recipe: Recipe, spending: Spending, weights: int) -> tuple[Recipe, Sp
         given = recipe.calibration.model_dump(exclude_unset=True)
         settings["calibration"] = Calibration(**(calibration | given))
     if average is not None:
+        least = SMALL if name == "best" else 0
+        reads = name != "fast" and least < weights <= GUIDED
+        score: dict[str, Any] = {"score": "guided-error", "samples": SCORED} if reads else {}
         return recipe.model_copy(update=settings), Spending(
-            average_bits=average, levels=levels(str(name), average)
+            average_bits=average, levels=levels(str(name), average), **score
         )
     if "scheme" not in recipe.model_fields_set:
         settings["scheme"] = _scheme(str(name), UNIFORM, UNIFORM_BLOCK)

@@ -1,6 +1,6 @@
 """What settings lose on a real trained model: SmolLM2-135M-Instruct (bench/results/real.json, docs/quality.md).
 
-    python bench/real/measure.py --work FOLDER [--settings NAME ...] [--minutes M]
+    python bench/real/measure.py --work FOLDER [--settings "gptq 3" ...] [--minutes M]
 
 Every setting is one `fracbit quantize` in a process of its own, calibrated on the first 70 % of WikiText-2's validation text.
 It is judged on the rest of that text, on which settings were chosen, and on two texts that no choice has seen: passages of
@@ -48,6 +48,10 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "gptq, weigh, train": (*GPTQ, WEIGH, TRAIN),
         "descent, weigh": ("--quantizer=descent", WEIGH),
     }.items()
+} | {
+    f"{preset} {bits}": (f"--preset={preset}", f"--average-bits={bits}")
+    for preset in ("fast", "good", "best")
+    for bits in (2.25, 3.25, 4.25)
 }
 """Options of `fracbit quantize`, by what a table calls them."""
 
@@ -83,7 +87,8 @@ def measured(name: str, model: Path, files: dict[str, Path], work: Path) -> list
     folder = work / name.replace(" ", "-").replace(",", "")
     facts = folder / "facts.json"
     if not facts.is_file():
-        data = ("--calibration", files["calibration"]) if "--quantizer" in " ".join(SETTINGS[name]) else ()
+        free = name.startswith(("rtn", "fast"))
+        data = () if free else ("--calibration", files["calibration"])
         sizes = [
             f"--set=calibration.{key}={value}" for key, value in (("samples", SAMPLES), ("length", LENGTH))
         ]

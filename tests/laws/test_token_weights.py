@@ -1,4 +1,4 @@
-"""Law of every family: token weights, made block by block, are those of a backward pass through the whole model."""
+"""Laws of every family: gradients taken block by block are those of a backward pass through the whole model."""
 
 from __future__ import annotations
 
@@ -12,17 +12,22 @@ import torch
 
 import families
 from fracbit.checkpoint.output import open_output
+from fracbit.models import backward
 from fracbit.models.blocks import blocks, linears
 from fracbit.models.experts import split_experts
 from fracbit.models.find import family_of
 from fracbit.numerics.stats import add_inputs, empty
+from fracbit.pipeline.plan.scoring import make_losses
+from fracbit.pipeline.plan.streamed import streamed
 from fracbit.pipeline.quantize import token_weights as pass_
 from fracbit.pipeline.quantize.calibrated import embed_all, write_rest
 from fracbit.pipeline.quantize.run import open_for, write_checkpoint
 from fracbit.pipeline.quantize.token_weights import FILE, token_weights
 from fracbit.pipeline.quantize.work import Memory, Work, prepare
+from fracbit.pipeline.study.float_model import float_model_of
 from fracbit.records.calibration import Calibration
 from fracbit.records.recipe import Recipe
+from fracbit.records.scheme import Scheme
 from texts import write_ids
 
 SAMPLES, LENGTH = 6, 16
@@ -40,15 +45,15 @@ def recipe_for(model: Any, folder: Path, **fields: Any) -> Recipe:
 
 
 def measured(work: Work, folder: Path) -> dict[str, torch.Tensor]:
-    (first, outside), *shards = work.schedule.shards.items()
+    (first, outside), *_ = work.schedule.shards.items()
     with open_output(folder, work.schedule.key, expected_bytes=1, overwrite=True, resume=False) as target:
         floats, _ = write_rest(target, first, outside, work)
         hidden = embed_all(work, floats, target, 1 << 40)
         before = hidden.states.clone()
-        found = token_weights(work, target, hidden, [items for _, items in shards])
+        found = token_weights(work, target, hidden)
         assert torch.equal(hidden.states, before)
         assert target.journal is not None
-        again = token_weights(work, target, hidden, [])  # from the journal: nothing is walked
+        again = token_weights(work, target, hidden)  # from the journal: nothing is walked
         assert (target.journal / FILE).is_file()
     assert found.keys() == again.keys()
     assert all(torch.equal(found[name], again[name]) for name in found)
@@ -91,7 +96,7 @@ def test_token_weights_are_those_of_one_backward_pass(name: str, tmp_path: Path)
 
 @pytest.mark.parametrize("depth", [1, 2, 7])
 def test_any_number_of_blocks_and_pieces(depth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pass_, "LEAST_BYTES", 1)
+    monkeypatch.setattr(backward, "LEAST_BYTES", 1)
     config, sizes = families.CONFIGS["llama"]
     model = families.model_of("llama", num_hidden_layers=depth)
     assert (config, sizes["num_hidden_layers"]) == ("LlamaConfig", 3)
@@ -147,7 +152,7 @@ def test_interrupted_runs_read_the_weights_again(tmp_path: Path, monkeypatch: py
 
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint(recipe, tmp_path / "q", progress=stop)
-    assert any(what.startswith("weighing tokens") for what in shown)
+    assert any(what.startswith("gradients of the loss") for what in shown)
     monkeypatch.setattr(pass_, "_measured", lambda *_: pytest.fail("measured again"))
     made = write_checkpoint(recipe, tmp_path / "q", resume=True)
     assert replace(made, output="", seconds=0, peak_rss_bytes=0, notes=()) == replace(
@@ -155,3 +160,22 @@ def test_interrupted_runs_read_the_weights_again(tmp_path: Path, monkeypatch: py
     )
     for path in sorted((tmp_path / "whole").glob("*.safetensors")):
         assert (tmp_path / "q" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("name", families.CONFIGS)
+def test_guided_errors_are_the_same_with_blocks_in_turn(name: str, tmp_path: Path) -> None:
+    model = families.model_of(name)
+    model.save_pretrained(tmp_path / "float")
+    ids = families.tokens(4, 16)
+    schemes = (Scheme("int", 2, 16), None)
+    turned = streamed(open_for(Recipe(model=str(tmp_path / "float"))), ids)
+    whole = float_model_of(model)
+    found, wanted = (
+        make_losses(where, where.weights.units("linear"), "guided-error", schemes, ids).rows
+        for where in (turned, whole)
+    )
+    assert found.keys() == wanted.keys()
+    for layer, (loss, nothing) in wanted.items():
+        assert nothing == 0
+        assert found[layer] == pytest.approx((loss, 0.0), rel=2e-2, abs=1e-9)
+    assert sum(loss for loss, _ in wanted.values()) > 0

@@ -18,6 +18,7 @@ from fracbit.errors import DataError
 from fracbit.importance.methods import ScoreMethod
 from fracbit.importance.view import LayerView, error_of
 from fracbit.numerics.linalg import gram_errors
+from fracbit.numerics.stats import Stats
 from fracbit.records.scheme import Scheme
 
 
@@ -37,18 +38,15 @@ def gram_error(view: LayerView, scheme: Scheme | None) -> float:
     return total / weights
 
 
-def guided_error(view: LayerView, scheme: Scheme | None) -> float:
-    """Sum over the unit's linears of the loss that their errors add, in nats per token."""
-    total = 0.0
-    for name, weight in view.weights.items():
-        gram = view.stats[name].gram
-        if gram is None:
-            raise DataError(f"the guided error of {name} needs inputs")
-        errors = gram_errors(
-            error_of(weight, scheme), gram
-        )  # [out]: 0 for an expert that no token was routed to
-        total += float(errors.sum(dtype=torch.float64)) / 2
-    return total
+def guided_error(weight: Tensor, stats: Stats, scheme: Scheme | None) -> float:
+    """The loss that the error of one linear adds, in nats; tokens of `stats` are weighed. `weight` [out, in]."""
+    assert stats.gram is not None
+    return float(gram_errors(error_of(weight, scheme), stats.gram).sum(dtype=torch.float64)) / 2
+
+
+def added_loss(view: LayerView, scheme: Scheme | None) -> float:
+    """The loss that the errors of the unit's linears add, in nats per token."""
+    return view.loss_change[scheme]
 
 
 def output_energy(weight: Tensor, gram: Tensor) -> float:
@@ -62,5 +60,5 @@ GRAM_ERROR = ScoreMethod(
     "relative squared error of the outputs", None, gram_error, frozenset({"weights", "gram"})
 )
 GUIDED_ERROR = ScoreMethod(
-    "loss that the errors of the outputs add", None, guided_error, frozenset({"weights", "weighed gram"})
+    "loss that the errors of the outputs add", None, added_loss, frozenset({"guided errors"})
 )

@@ -16,9 +16,18 @@ from fracbit.records.scores import Scores
 from fracbit.records.tables import Table
 
 Need: TypeAlias = Literal[
-    "weights", "cosine", "cosine behind the final norm", "gram", "weighed gram", "gradients", "slopes", "loss"
+    "weights",
+    "cosine",
+    "cosine behind the final norm",
+    "gram",
+    "guided errors",
+    "gradients",
+    "slopes",
+    "loss",
 ]
 DATA_FREE: frozenset[Need] = frozenset({"weights"})
+IN_TURN: frozenset[Need] = frozenset({"guided errors"})
+"""What is measured block by block, without the whole model in memory."""
 
 
 @dataclass(frozen=True)

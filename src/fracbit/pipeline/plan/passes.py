@@ -5,21 +5,23 @@ Each pass measures all units at once, except the oracle, which measures one unit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from fracbit.importance import Unit, cosine_sum, error_of
+from fracbit.importance import Unit, cosine_sum, error_of, guided_error
+from fracbit.models.backward import Stack, gradient_squares, resident
 from fracbit.models.blocks import blocks, linears, weight_of
 from fracbit.models.walk import Hidden, advance, embed, observe
 from fracbit.numerics.stats import Stats, add_inputs, empty
+from fracbit.pipeline.quantize.observe import Observer
 from fracbit.pipeline.study.float_model import FloatModel, rounded
 from fracbit.pipeline.study.variants import losses_of
+from fracbit.pipeline.study.weights import Weights
 from fracbit.records.progress import Progress
 from fracbit.records.scheme import Scheme
 
@@ -120,33 +122,48 @@ def _gradients(
     return {name: grad.T if float_model.weights.layers[name].transposed else grad for name, grad in grads}
 
 
-def weighed_pass(float_model: FloatModel, ids: Tensor, step: Progress) -> Findings:
-    """One backward pass per sample: the inputs of every linear, tokens weighed by the mean squared gradient at its outputs.
+@dataclass(frozen=True, eq=False)
+class Streamed:
+    """A float model that need not be in memory as a whole: its linears, its blocks in turn, and how it embeds `ids`."""
 
-    The gradient is that of the sum of the next tokens' losses, and the weights are divided by the tokens of the text.
-    `ids` int64 [samples, tokens].
+    weights: Weights
+    stack: Stack
+    ids: Tensor
+    embed: Callable[[], Hidden]
+
+
+def in_memory(float_model: FloatModel, ids: Tensor) -> Streamed:
+    """A model that is in memory anyway."""
+    model, family = float_model.model, float_model.family
+    return Streamed(float_model.weights, resident(model, family), ids, lambda: embed(model, family, ids))
+
+
+def guided_pass(
+    where: Streamed, units: Sequence[Unit], schemes: Sequence[Scheme | None], step: Progress
+) -> Findings:
+    """The loss that the errors of each unit's linears add, block by block: one backward pass, then one forwards.
+
+    Tokens are weighed by the mean squared gradient at a linear's outputs: the error of its outputs is in nats per token.
     """
-    model = float_model.model
-    modules = {name: float_model.module(name) for name in float_model.weights.layers}
-    stats = {name: empty(weight_of(module).shape[1]) for name, module in modules.items()}
-
-    def seen(name: str, x: Tensor, grad: Tensor) -> None:
-        weights = grad.float().square().mean(-1).flatten() / ids.numel()  # [tokens]
-        stats[name] = add_inputs(stats[name], x.reshape(-1, x.shape[-1]), weights=weights)
-
-    def watch(name: str, _: Any, args: tuple[Tensor, ...], result: Tensor) -> None:
-        result.register_hook(partial(seen, name, args[0].detach()))
-
-    with ExitStack() as hooks, _differentiable(float_model, ()):
-        for name, module in modules.items():
-            hooks.callback(module.register_forward_hook(partial(watch, name)).remove)
-        table = model.get_input_embeddings()
-        hooks.callback(table.register_forward_hook(lambda _, __, rows: rows.requires_grad_()).remove)
-        for sample, row in enumerate(ids.to(model.device)):  # row [tokens]
-            loss = model(input_ids=row[None], labels=row[None]).loss * (len(row) - 1)
-            loss.backward()
-            step("gradients", sample + 1, len(ids))
-    return Findings(stats=stats)
+    hidden, ids = where.embed(), where.ids
+    squares = gradient_squares(where.stack, hidden, ids, step)
+    unit_of = {name: unit.name for unit in units for name in unit.own}
+    changes = {(unit.name, scheme): 0.0 for unit in units for scheme in schemes}
+    for number, path in enumerate(where.stack.paths):
+        with where.stack.loaded(number) as block:
+            full = {name: f"{path}.{name}" for name in linears(block, where.stack.family)}
+            # Experts that no token was routed to have no gradients, and cost nothing.
+            weights = {
+                name: squares[full[name]] for name in full if full[name] in unit_of and full[name] in squares
+            }
+            observer = Observer(path, gram=True, length=ids.shape[1], weights=weights)
+            hidden = observe(block, hidden, list(weights), observer)
+            for name, stats in observer.stats.items():
+                weight = weight_of(block.get_submodule(name)).float()  # [out, in]
+                for scheme in schemes:
+                    changes[unit_of[full[name]], scheme] += guided_error(weight, stats, scheme) / ids.numel()
+        step("errors of the outputs", number + 1, len(where.stack.paths))
+    return Findings(changes=changes)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from fracbit.pipeline.plan.needs import needs_or_why
 from fracbit.pipeline.plan.presets import preset
 from fracbit.pipeline.plan.problem import Problem, make_problem
 from fracbit.pipeline.plan.sampling import sampling_notes
+from fracbit.pipeline.plan.scoring import model_for
 from fracbit.pipeline.plan.solve import Candidate, Curve, curves_of, scores_and_losses, solve
 from fracbit.pipeline.quantize.run import open_for
 from fracbit.pipeline.study.study import Study
@@ -170,11 +171,10 @@ def make_plan(
     # Scores and losses of every unit. Text is read and the model is loaded only if the score reads text.
     study = Study(opened, recipe.seed, progress, device)
     drawn = _drawn(study, recipe, terms)
-    float_model, ids = (None, None) if drawn is None else (study.float_model, drawn.ids)
-    ids = None if ids is None else ids[: terms.samples, : terms.length]  # [samples, tokens]
-    scores, losses = scores_and_losses(
-        problem, terms.named_score(), float_model=float_model, ids=ids, progress=progress
-    )
+    named = terms.named_score()
+    ids = None if drawn is None else drawn.ids[: terms.samples, : terms.length]  # [samples, tokens]
+    where = None if ids is None else model_for(str(named), study, ids)
+    scores, losses = scores_and_losses(problem, named, float_model=where, ids=ids, progress=progress)
     if drawn is not None:
         losses = replace(losses, protocol={**losses.protocol, "text": seen_by(drawn)})
     # Divide the budget, and estimate what the run will take.

@@ -6,9 +6,9 @@
   model's states. Models of at most `SMALL` weights are distilled as a whole instead, after GPTQ with coordinate descent.
 
 With a budget, the exact solver chooses bits and block of every linear within it, by the loss that its errors add (score
-`guided-error`, one backward pass over the float model in memory). `fast`, models above `GUIDED` weights and models that are
-distilled go by the error of the weights. docs/quality.md has figures of `best` on small models, and of its training on a real
-one; `best` as a whole was not measured on a real model yet.
+`guided-error`, one backward pass over the float model, block by block). `fast` and models that are distilled go by the error of
+the weights. docs/quality.md has figures of `best` on small models, and of its training on a real one; `best` as a whole was
+not measured on a real model yet.
 """
 
 from __future__ import annotations
@@ -28,9 +28,6 @@ UNIFORM_BLOCK = 64
 SCALES = "int8:256"
 SMALL = 20_000_000  # weights; distillation holds 24 bytes for each, and takes hours on a CPU above
 WEIGHED = 3  # bits from which tokens are weighed by the loss; at 2 bits that lost a little on SmolLM2-135M
-GUIDED = (
-    1_500_000_000  # weights; above, bits are divided by the error of weights, which needs no model in memory
-)
 SCORED = 16  # samples that predict what each linear loses
 EPOCHS = 8  # of distillation
 RATE = 5e-3  # of distillation at 2 bits
@@ -55,8 +52,7 @@ def preset(recipe: Recipe, spending: Spending, weights: int) -> tuple[Recipe, Sp
         given = recipe.calibration.model_dump(exclude_unset=True)
         settings["calibration"] = Calibration(**(calibration | given))
     if average is not None:
-        least = SMALL if name == "best" else 0
-        reads = name != "fast" and least < weights <= GUIDED
+        reads = name == "good" or (name == "best" and weights > SMALL)
         score: dict[str, Any] = {"score": "guided-error", "samples": SCORED} if reads else {}
         return recipe.model_copy(update=settings), Spending(
             average_bits=average, levels=levels(str(name), average), **score

@@ -17,9 +17,18 @@ from torch import Tensor
 
 from fracbit.checkpoint.opened import open_float
 from fracbit.errors import DataError, RecipeError
-from fracbit.importance import LayerView, ScoreMethod, Unit, predict_losses, reverse, score_method
-from fracbit.pipeline.plan.passes import Findings, ablation, forward_pass, gradient_pass, weighed_pass
+from fracbit.importance import IN_TURN, LayerView, ScoreMethod, Unit, predict_losses, reverse, score_method
+from fracbit.pipeline.plan.passes import (
+    Findings,
+    Streamed,
+    ablation,
+    forward_pass,
+    gradient_pass,
+    guided_pass,
+    in_memory,
+)
 from fracbit.pipeline.plan.sampling import Sampled, group_of, relative_error, sample_rows
+from fracbit.pipeline.plan.streamed import streamed
 from fracbit.pipeline.study.float_model import FloatModel
 from fracbit.pipeline.study.study import Study
 from fracbit.pipeline.study.texts import seen_by
@@ -68,10 +77,11 @@ def score(
         check_source(text, written=True)
     with showing(progress) as show:
         study = Study(open_float(model, trust_remote_code=trust_remote_code), seed, show)
-        where: Weights | FloatModel = weights_on_disk(study.opened, whole)
+        where: Weights | FloatModel | Streamed = weights_on_disk(study.opened, whole)
         drawn = None
         if text is not None and not data_free:
-            where, drawn = study.float_model, study.seen(text, samples, length)
+            drawn = study.seen(text, samples, length)
+            where = model_for(method, study, drawn.ids)
         ids = None if drawn is None else drawn.ids
         units = weights_of(where).units(granularity, fused)
         found: Scores | Losses
@@ -82,8 +92,15 @@ def score(
         return found if drawn is None else replace(found, protocol={**found.protocol, "text": seen_by(drawn)})
 
 
+def model_for(method: str, study: Study, ids: Tensor) -> FloatModel | Streamed:
+    """What a score of `ids` [samples, tokens] looks at: blocks in turn where that is enough, else the whole model in memory."""
+    if score_method(method).needs <= IN_TURN:
+        return streamed(study.opened, ids, study.device)
+    return study.float_model
+
+
 def make_scores(
-    model: Weights | FloatModel,
+    model: Weights | FloatModel | Streamed,
     units: Sequence[Unit],
     method: str,
     scheme: Scheme | None = None,
@@ -116,7 +133,7 @@ def make_scores(
 
 
 def make_losses(
-    model: Weights | FloatModel,
+    model: Weights | FloatModel | Streamed,
     units: Sequence[Unit],
     method: str,
     schemes: Sequence[Scheme | None],
@@ -139,16 +156,16 @@ def make_losses(
     return Losses(job.schemes, rows, method, job.weights.fingerprint, protocol=protocol)
 
 
-def weights_of(model: Weights | FloatModel) -> Weights:
+def weights_of(model: Weights | FloatModel | Streamed) -> Weights:
     """The linears of either."""
-    return model.weights if isinstance(model, FloatModel) else model
+    return model if isinstance(model, Weights) else model.weights
 
 
 @dataclass(frozen=True, eq=False)
 class _Job:
     """What is scored, by which method, under which schemes, on which text."""
 
-    model: Weights | FloatModel
+    model: Weights | FloatModel | Streamed
     units: Sequence[Unit]
     method: ScoreMethod
     schemes: tuple[Scheme | None, ...]
@@ -234,10 +251,12 @@ def _find(job: _Job) -> Findings:
         )
     if ids.dim() != 2 or ids.numel() == 0:
         raise DataError(f"scores take token ids [samples, tokens], got the shape {tuple(ids.shape)}")
+    if "guided errors" in needs:
+        where = float_model if isinstance(float_model, Streamed) else in_memory(float_model, ids)
+        return guided_pass(where, job.units, job.schemes, step=job.step)
+    assert isinstance(float_model, FloatModel)
     if "loss" in needs:
         return Findings(changes=ablation(float_model, job.units, job.schemes, ids, step=job.step))
-    if "weighed gram" in needs:
-        return weighed_pass(float_model, ids, step=job.step)
     if needs & {"gradients", "slopes"}:
         schemes = job.schemes if "slopes" in needs else ()
         return gradient_pass(float_model, job.units, schemes, ids, step=job.step)

@@ -19,6 +19,7 @@ from fracbit.importance import (
     exact,
     predict_losses,
 )
+from fracbit.pipeline.plan.passes import Streamed
 from fracbit.pipeline.plan.problem import Problem
 from fracbit.pipeline.plan.scoring import WEIGHT_ERROR, make_losses, make_scores
 from fracbit.pipeline.study.float_model import FloatModel
@@ -56,7 +57,7 @@ class Solved:
 def scores_and_losses(
     problem: Problem,
     score: str | Scores | Losses,
-    float_model: FloatModel | None = None,
+    float_model: FloatModel | Streamed | None = None,
     ids: Tensor | None = None,
     progress: Progress | None = None,
 ) -> tuple[Scores, Losses]:

@@ -50,7 +50,7 @@ def calibrate_shards(work: Work, target: Shards, spill_bytes: int = SPILL_BYTES)
     follows, exact = follows_model(work.calibration), work.calibration.chain == "float"
     if work.calibration.weigh == "loss":
         states = embed_all(work, floats, target, spill_bytes)
-        weights = token_weights(work, target, states, [items for _, items in shards])
+        weights = token_weights(work, target, states)
         work = replace(work, token_weights=weights)
     entrance = Entrance(
         exact=embed_all(work, floats, target, spill_bytes) if follows else None,

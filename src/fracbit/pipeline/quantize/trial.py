@@ -20,14 +20,14 @@ from torch import Tensor
 from fracbit.checkpoint.opened import Opened
 from fracbit.checkpoint.output import InMemory
 from fracbit.data import Samples
-from fracbit.models.backward import loss_gradients
+from fracbit.models.backward import back, held_bytes, loss_gradients, through
 from fracbit.models.blocks import blocks
 from fracbit.models.walk import Hidden
 from fracbit.pipeline.quantize.block import do_block
 from fracbit.pipeline.quantize.calibrated import SPILL_BYTES, calibrate_shards, embed_all, write_rest
 from fracbit.pipeline.quantize.schedule import Item
 from fracbit.pipeline.quantize.self_distill import distill_shards
-from fracbit.pipeline.quantize.token_weights import back, held_bytes, through
+from fracbit.pipeline.quantize.token_weights import stack_of
 from fracbit.pipeline.quantize.work import Entrance, Work, batch_of, follows_model, prepare
 from fracbit.pipeline.study.texts import sample_length
 from fracbit.records.recipe import Recipe
@@ -64,7 +64,7 @@ def measure_needs(recipe: Recipe, opened: Opened, device: str | torch.device = "
     slope = (long - short) / max(more - few, 1)  # seconds per sample and block
     seconds = start + len(shards) * max(short + slope * (wanted - few), 0.0)
     if calibration.weigh == "loss":
-        seconds += wanted * _weighing(_with(work, ids[:few]), target, floats, shards)
+        seconds += wanted * _weighing(_with(work, ids[:few]), target, floats)
     if calibration.distill:
         seconds += _distilling(recipe, opened, device, _with(work, ids[:few]).samples, wanted)
     memory = peak_rss() + _states(work, wanted - more)
@@ -91,18 +91,16 @@ def _block(work: Work, target: InMemory, shard: tuple[str, Sequence[Item]], hidd
     do_block(work, target, name, items=items, path=path, module=module, entrance=Entrance(hidden, exact))
 
 
-def _weighing(
-    work: Work, target: InMemory, floats: dict[str, Tensor], shards: Sequence[tuple[str, Sequence[Item]]]
-) -> float:
+def _weighing(work: Work, target: InMemory, floats: dict[str, Tensor]) -> float:
     """Seconds per sample of the pass that weighs tokens: every block forwards and backwards, and the head."""
     assert work.samples is not None
-    number = len(shards) // 2
-    items, ids = shards[number][1], work.samples.ids
+    stack, ids = stack_of(work), work.samples.ids
+    number = len(stack.paths) // 2
     hidden = replace(embed_all(work, floats, target, SPILL_BYTES), index=number)
-    forwards, after = _timed(lambda: through(work, items, hidden))
+    forwards, after = _timed(lambda: through(stack, number, hidden))
     head, grads = _timed(lambda: loss_gradients(work.opened.model, work.opened.family, after, ids))
-    backwards, _ = _timed(lambda: back(work, items, hidden, grads))
-    return (len(shards) * (forwards + backwards) + head) / len(ids)
+    backwards, _ = _timed(lambda: back(stack, number, hidden, grads))
+    return (len(stack.paths) * (forwards + backwards) + head) / len(ids)
 
 
 def _distilling(

@@ -1,0 +1,36 @@
+"""A float model for scores that look at one block at a time: read from the source as a calibrated run reads it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fracbit.checkpoint.opened import Opened
+from fracbit.checkpoint.output import InMemory
+from fracbit.data import Samples
+from fracbit.models.walk import Hidden
+from fracbit.pipeline.plan.passes import Streamed
+from fracbit.pipeline.quantize.calibrated import SPILL_BYTES, embed_all
+from fracbit.pipeline.quantize.reader import read_items
+from fracbit.pipeline.quantize.token_weights import stack_of
+from fracbit.pipeline.quantize.work import prepare
+from fracbit.pipeline.study.weights import weights_on_disk
+from fracbit.records.calibration import Calibration
+from fracbit.records.recipe import Recipe
+
+
+def streamed(opened: Opened, ids: Tensor, device: str | torch.device = "cpu") -> Streamed:
+    """The model of a source, for `ids` int64 [samples, tokens], in the type in which a run walks it. Raises `SourceError`."""
+    count, length = ids.shape
+    plan = Calibration(texts=("samples that were drawn",), samples=count, length=length)
+    recipe = Recipe(
+        model=opened.source.name, trust_remote_code=opened.trust_remote_code, calibration=plan, search=False
+    )
+    samples = Samples(ids, "", seed=0, bos="stored", sources=())
+    work = prepare(recipe, opened, device=device, samples=samples)
+
+    def embed() -> Hidden:
+        outside = read_items(work.reader, next(iter(work.schedule.shards.values())))[0]
+        return embed_all(work, outside, InMemory(), SPILL_BYTES)
+
+    return Streamed(weights_on_disk(opened), stack_of(work), ids, embed)

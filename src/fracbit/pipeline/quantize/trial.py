@@ -66,7 +66,7 @@ def measure_needs(recipe: Recipe, opened: Opened, device: str | torch.device = "
     if calibration.weigh == "loss":
         seconds += wanted * _weighing(_with(work, ids[:few]), target, floats)
     if calibration.distill:
-        seconds += _distilling(recipe, opened, device, _with(work, ids[:few]).samples, wanted)
+        seconds += _distilling(recipe, opened, device, samples=_with(work, ids[:few]).samples, wanted=wanted)
     memory = peak_rss() + _states(work, wanted - more)
     return Needs(memory, work.schedule.bytes, seconds)
 
@@ -104,7 +104,7 @@ def _weighing(work: Work, target: InMemory, floats: dict[str, Tensor]) -> float:
 
 
 def _distilling(
-    recipe: Recipe, opened: Opened, device: str | torch.device, samples: Samples | None, wanted: int
+    recipe: Recipe, opened: Opened, device: str | torch.device, *, samples: Samples | None, wanted: int
 ) -> float:
     """Seconds of distilling on `wanted` samples, from one and from two epochs on a few, after rounding to nearest."""
     calibration = recipe.calibration

@@ -53,6 +53,11 @@ def measure_needs(recipe: Recipe, opened: Opened, device: str | torch.device = "
     tensors = floats if calibration.chain == "float" else stored
     # One block in the middle, with few and with more samples.
     number = len(shards) // 2
+    if calibration.weigh == "loss":  # a Gram matrix for every linear
+        alike = torch.ones(ids.numel())  # [more * length]
+        work = replace(
+            work, token_weights={item.name.removesuffix(".weight"): alike for item in shards[number][1]}
+        )
 
     def trial(count: int) -> float:
         part = _with(work, ids[:count])

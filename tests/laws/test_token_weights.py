@@ -134,6 +134,23 @@ def test_weighted_tokens_change_what_is_made(fields: dict[str, Any], tmp_path: P
     assert stored[0] != stored[1]
 
 
+@pytest.mark.parametrize("transforms", [(), ("rotate",), ("smooth",), ("rotate-mlp", "awq")])
+def test_a_run_weighs_tokens_by_the_model_of_the_source(
+    transforms: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rotations change embeddings, head and blocks, and the gradients at outputs of linears not at all."""
+    model = families.model_of("llama-tied-biased")
+    recipe = recipe_for(model, tmp_path, transforms=transforms)
+    seen: list[dict[str, torch.Tensor]] = []
+    real = pass_._measured
+    monkeypatch.setattr(pass_, "_measured", lambda *given: seen.append(real(*given)) or seen[0])
+    write_checkpoint(recipe, tmp_path / "q")
+    ids = prepare(recipe, open_for(recipe)).samples
+    assert ids is not None
+    for layer, weights in at_once(model.eval(), ids.ids):
+        assert torch.allclose(seen[0][layer], weights, rtol=1e-3, atol=1e-3), layer
+
+
 def test_a_mixture_says_which_linears_count_tokens_alike(tmp_path: Path) -> None:
     recipe = recipe_for(families.model_of("mixtral"), tmp_path)
     notes = write_checkpoint(recipe, tmp_path / "q").notes

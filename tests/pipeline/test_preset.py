@@ -16,7 +16,7 @@ from fracbit.pipeline.quantize.run import write_checkpoint
 from fracbit.records.calibration import Calibration
 from fracbit.records.recipe import Recipe
 from fracbit.records.scheme import Scheme
-from fracbit.records.spending import PRESETS, Spending
+from fracbit.records.spending import PRESETS, SAMPLES, Spending
 from texts import write_ids
 
 if TYPE_CHECKING:
@@ -91,6 +91,8 @@ def test_settings_of_presets(name: str, weights: int, average: float | None) -> 
         assert not terms.asked
     else:
         assert terms.average_bits == average
+        guided = name == "good" or (name == "best" and weights > SMALL)
+        assert (terms.score, terms.samples) == (("guided-error", 16) if guided else ("weight-error", SAMPLES))
         assert {level.dtype for level in terms.schemes if level} == {table}
 
 

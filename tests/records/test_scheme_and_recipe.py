@@ -14,6 +14,7 @@ from fracbit.errors import RecipeError, SchemeError
 from fracbit.records.calibration import Calibration
 from fracbit.records.outliers import Outliers
 from fracbit.records.recipe import Override, Recipe, key, make_recipe, read_toml, recipe_toml
+from fracbit.records.row import Evaluation, Run
 from fracbit.records.scheme import Scheme, parse_scheme
 
 if sys.version_info >= (3, 11):
@@ -188,3 +189,7 @@ def test_calibrated_recipes_search_unless_they_say_otherwise() -> None:
     assert (
         key(off) != key(Recipe(model="m", calibration=texts)) == key(off.model_copy(update={"search": True}))
     )
+    # Records that exist already are not changed, wherever they go.
+    copied = Recipe(model="m").model_copy(update={"calibration": texts})
+    assert Run(recipe=copied, evaluation=Evaluation(text="t")).recipe == copied
+    assert not copied.search

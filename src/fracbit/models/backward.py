@@ -1,4 +1,4 @@
-"""Gradients of the end loss at every linear of a model, block by block, in the memory of one block and a few samples' states.
+"""Gradients of the end loss at every linear of a model, block by block, in the memory of one block and of states.
 
     gradient_squares:   for each piece of the samples: forwards through all blocks -> head -> backwards
 
@@ -78,7 +78,7 @@ def _piece(stack: Stack, hidden: Hidden, ids: Tensor) -> dict[str, Tensor]:
 def pieces(hidden: Hidden, count: int) -> list[tuple[int, int]]:
     """Runs of batches, first and last + 1, whose states before each of `count` blocks take no more than `held_bytes`."""
     one = hidden.states[0].nbytes * count
-    most = max(1, held_bytes(hidden.states.nbytes) // one)
+    most = max(1, held_bytes(hidden.states.nbytes, count) // one)
     runs, first = list[tuple[int, int]](), 0
     for number, batch in enumerate(hidden.batches):
         if number > first and batch.stop - hidden.batches[first].start > most:
@@ -87,9 +87,9 @@ def pieces(hidden: Hidden, count: int) -> list[tuple[int, int]]:
     return [*runs, (first, len(hidden.batches))]
 
 
-def held_bytes(states: int) -> int:
-    """Bytes for the states of a piece before every block, where those of all samples before one block take `states`."""
-    return max(states, LEAST_BYTES)
+def held_bytes(states: int, count: int) -> int:
+    """Bytes for the states of a piece before each of `count` blocks, where those of all samples before one take `states`."""
+    return min(max(states, LEAST_BYTES), states * count)
 
 
 def _cut(hidden: Hidden, first: int, last: int) -> Hidden:
@@ -117,7 +117,8 @@ def loss_gradients(model: PreTrainedModel, family: Family, hidden: Hidden, ids: 
     for sample, row in enumerate(ids):
         states = hidden.states[sample : sample + 1].to(device_of(model.get_input_embeddings()))
         states = states.detach().requires_grad_()  # [1, tokens, width]
-        logits = logits_of(model, family, states, hidden.tupled)  # [1, tokens, vocabulary]
+        with torch.enable_grad():
+            logits = logits_of(model, family, states, hidden.tupled)  # [1, tokens, vocabulary]
         # The gradient of cross-entropy: probabilities, less 1 for the next token; the last token has none.
         wrong = logits.detach()[0].float().softmax(-1)  # [tokens, vocabulary]
         wrong[torch.arange(len(row) - 1), row[1:]] -= 1

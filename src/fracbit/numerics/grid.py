@@ -420,7 +420,9 @@ class EvenErrors:
         lines = lines_of(counted, scheme)  # [lines, length]
         padded = torch.nn.functional.pad(lines, (0, -lines.shape[1] % block))  # [lines, blocks * block]
         # As factors of the error, before it is raised to the power.
-        self.roots = padded.reshape(len(lines), -1, block).pow(1 / self.power)  # [lines, blocks, block]
+        self.roots = (
+            padded.reshape(len(lines), -1, block).clamp(min=0).pow(1 / self.power)
+        )  # [lines, blocks, block]
         self.room = torch.empty_like(self.blocks)  # [lines, blocks, block]
 
     def __call__(self, grid: Grid) -> Tensor:

@@ -73,7 +73,8 @@ def quantize(
     with showing(progress) as show:
         if allocation is not None:
             recipe, said = planned(recipe, Path(allocation), opened)
-        divided = budgeted(recipe, spending, opened=opened, device=device, progress=show)
+        asked = announce is not None
+        divided = budgeted(recipe, spending, opened=opened, device=device, measured=asked, progress=show)
         if announce is not None:
             announce(f"the run: {divided.needs or needs_or_why(divided.recipe, opened, device)}")
         result = write_checkpoint(

@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import (
     BeforeValidator,
     Field,
+    ModelWrapValidatorHandler,
     PlainSerializer,
     ValidationError,
     model_validator,
@@ -104,12 +105,14 @@ class Recipe(Checked):
         given = {"outliers": f"cost:{share}"} if share else {}
         return {**given, **data, "calibration": rest}
 
-    @model_validator(mode="after")
-    def _searched(self) -> Recipe:
+    @model_validator(mode="wrap")
+    @classmethod
+    def _searched(cls, data: Any, handler: ModelWrapValidatorHandler[Recipe]) -> Recipe:
         """On real models, no other setting helps calibrated quantizers as much as `search` (docs/quality.md)."""
-        if self.calibration is not None and "search" not in self.model_fields_set:
-            self.__dict__["search"] = True
-        return self
+        made = handler(data)
+        if isinstance(data, Mapping) and "search" not in data and made.calibration is not None:
+            made.__dict__["search"] = True  # the default of this recipe: not among the fields that were set
+        return made
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as a JSON object."""

@@ -67,7 +67,9 @@ def _row(line: Mapping[str, Any], path: Path) -> Row:
     fields = {name: line[name] for name in Row.model_fields if name in line and name not in ("run", *NESTED)}
     try:
         nested = {name: json.loads(line[name]) for name in ("run", *NESTED)}
-        nested["run"].get("recipe", {}).setdefault("search", False)  # left out as it is the field's default
+        recipe = nested["run"].get("recipe") if isinstance(nested["run"], dict) else None
+        if isinstance(recipe, dict):
+            recipe.setdefault("search", False)  # left out as it is the field's default
         row = Row.model_validate({**fields, **nested})
     except (ValidationError, ValueError, TypeError) as error:
         raise FormatError(f"{path}: row {line['key']} cannot be read: {error}") from error

@@ -32,11 +32,18 @@ class Divided:
 
 
 def budgeted(
-    recipe: Recipe, spending: Spending, opened: Opened, device: str = "cpu", progress: Progress | None = None
+    recipe: Recipe,
+    spending: Spending,
+    opened: Opened,
+    device: str = "cpu",
+    *,
+    measured: bool = False,
+    progress: Progress | None = None,
 ) -> Divided:
     """The recipe with a scheme for every layer within the budget. The recipe's own overrides still apply.
 
-    `opened`: the recipe's model (`open_for`); `device`: of the run. Without a budget, the recipe is returned unchanged. With
+    `opened`: the recipe's model (`open_for`); `device`: of the run; `measured`: whether a plan tries what that will take.
+    Without a budget, the recipe is returned unchanged. With
     `held_out`, the allocation is compared with the best uniform scheme of no more bytes, and the better one is used.
     Raises `BudgetError` (with the reachable range), `RecipeError`, `SourceError`, `DataError`.
     """
@@ -44,7 +51,7 @@ def budgeted(
         return Divided(recipe)
     if spending.preset is not None and not spending.asked:
         return Divided(preset(recipe, spending, opened.weights)[0])
-    found = make_plan(recipe, spending, opened, device=device, progress=progress)
+    found = make_plan(recipe, spending, opened, device=device, measured=measured, progress=progress)
     how = f"divided by the solver {found.chosen.name}"
     if found.contest is not None and not found.contest.searched_won:
         how = "the same scheme for every layer"

@@ -36,7 +36,7 @@ def needs_or_why(recipe: Recipe, opened: Opened, device: str | torch.device = "c
     """`needs_of`, or why it cannot be told: a trial reads random ids and may fail where the run does not."""
     try:
         return needs_of(recipe, opened, device)
-    except FracbitError as error:
+    except (FracbitError, RuntimeError, ValueError) as error:
         return f"time and memory could not be measured: {error}"
 
 

@@ -158,9 +158,13 @@ def make_plan(
     whole: bool = False,
     curve: bool = False,
     device: str = "cpu",
+    measured: bool = True,
     progress: Progress | None = None,
 ) -> Plan:
-    """`plan`, for a model that is open already and terms that were checked. `device`: of the run that follows."""
+    """`plan`, for a model that is open already and terms that were checked.
+
+    `device`: of the run that follows; `measured`: whether it is tried what that will take.
+    """
     # The question: units, levels and bits.
     recipe, terms = (
         (recipe, spending) if spending.preset is None else preset(recipe, spending, opened.weights)
@@ -185,7 +189,7 @@ def make_plan(
         losses,
         solved.candidates,
         chosen,
-        needs=needs_or_why(allocated(recipe, chosen), opened, device),
+        needs=needs_or_why(allocated(recipe, chosen), opened, device) if measured else "not measured",
         curve=curves_of(problem, scores, losses) if curve else {},
         notes=(*solved.notes, *sampling_notes(losses.protocol)),
         samples=drawn if terms.text is None else None,

@@ -49,8 +49,9 @@ def calibrate_shards(work: Work, target: Shards, spill_bytes: int = SPILL_BYTES)
     floats, stored = write_rest(target, first, outside, work)
     follows, exact = follows_model(work.calibration), work.calibration.chain == "float"
     if work.calibration.weigh == "loss":
-        states = embed_all(work, floats, target, spill_bytes)
-        weights = token_weights(work, target, states)
+        # Of the model as it is in the source: a rotation does not change the gradients at outputs of linears.
+        plain = read_items(work.reader, outside)[0]
+        weights = token_weights(work, target, embed_all(work, plain, target, spill_bytes))
         work = replace(work, token_weights=weights)
     entrance = Entrance(
         exact=embed_all(work, floats, target, spill_bytes) if follows else None,

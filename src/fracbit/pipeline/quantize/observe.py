@@ -24,6 +24,11 @@ FEW_TOKENS = 128  # a Gram matrix of fewer tokens is mostly noise
 _EXPERT = re.compile(r"\.\d+\.")
 
 
+def is_expert(name: str) -> bool:
+    """Whether the linear `name` inside a block is an expert's, which sees the tokens that are routed to it."""
+    return _EXPERT.search(name) is not None
+
+
 @dataclass
 class Observer:
     """Sums up the inputs of linears during a walk; lives as long as its block.
@@ -51,7 +56,7 @@ class Observer:
 
     def _place(self, name: str, held: Stats, x: Tensor) -> str:
         """The number of the bad sample; "" for experts, which see tokens of all samples."""
-        if _EXPERT.search(name):
+        if is_expert(name):
             return ""
         first = int((~torch.isfinite(x)).any(1).nonzero()[0])
         return f", sample {(held.tokens + first) // self.length}"
@@ -87,7 +92,7 @@ def borrow(
         name = group[0]
         own = stats.get(name)
         seen = 0 if own is None else own.tokens
-        if seen >= FEW_TOKENS or not _EXPERT.search(name):
+        if seen >= FEW_TOKENS or not is_expert(name):
             result[name] = own
             continue
         shape = _EXPERT.sub(".*.", name)

@@ -24,6 +24,7 @@ from fracbit.models.backward import Stack, gradient_squares
 from fracbit.models.blocks import blocks
 from fracbit.models.install import materialize, release
 from fracbit.models.walk import Hidden
+from fracbit.pipeline.quantize.observe import is_expert
 from fracbit.pipeline.quantize.reader import read_items
 from fracbit.pipeline.quantize.schedule import Item
 from fracbit.pipeline.quantize.work import Work, walk_key
@@ -53,8 +54,13 @@ def token_weights(work: Work, target: Shards, hidden: Hidden) -> Mapping[str, Te
 def _measured(work: Work, hidden: Hidden) -> dict[str, Tensor]:
     assert work.samples is not None
     squares = gradient_squares(stack_of(work), hidden, work.samples.ids, work.show)
-    sizes = {name: each.sqrt() for name, each in squares.items() if len(each) == work.samples.ids.numel()}
+    sizes = {name: each.sqrt() for name, each in squares.items() if not is_expert(_inside(work, name))}
     return {name: each / each.mean().clamp(min=torch.finfo(each.dtype).tiny) for name, each in sizes.items()}
+
+
+def _inside(work: Work, name: str) -> str:
+    """The name of a linear inside its block."""
+    return name.removeprefix(f"{work.opened.family.blocks}.").partition(".")[2]
 
 
 def stack_of(work: Work) -> Stack:

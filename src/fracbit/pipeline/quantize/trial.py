@@ -1,6 +1,6 @@
-"""What a calibrated run will take, measured on this machine before it starts: one block is quantized twice, with few samples.
+"""What a calibrated run will take, measured on this machine before it starts: one block is quantized, with few samples.
 
-    seconds = start + blocks x (a + b x samples),    a and b from the two trials
+    seconds = start + blocks x (a + b x samples),    a and b from two trials after one to warm up
 
 Every quantizer, correction and transform counts, since the block goes through the loop itself. Distillation is tried on the
 whole model, which is small where it is used. Ids are random: no text is read, and what reading or generating it takes is not
@@ -25,6 +25,7 @@ from fracbit.models.blocks import blocks
 from fracbit.models.walk import Hidden
 from fracbit.pipeline.quantize.block import do_block
 from fracbit.pipeline.quantize.calibrated import SPILL_BYTES, calibrate_shards, embed_all, write_rest
+from fracbit.pipeline.quantize.reader import read_items
 from fracbit.pipeline.quantize.schedule import Item
 from fracbit.pipeline.quantize.self_distill import distill_shards
 from fracbit.pipeline.quantize.token_weights import stack_of
@@ -64,15 +65,16 @@ def measure_needs(recipe: Recipe, opened: Opened, device: str | torch.device = "
         took, hidden = _timed(lambda: embed_all(part, tensors, target, SPILL_BYTES))
         return took / len(shards) + _timed(lambda: _block(part, target, shards[number], hidden))[0]
 
+    trial(few)  # loads code and starts threads
     short = trial(few)
     long = trial(more) if more > few else short
-    slope = (long - short) / max(more - few, 1)  # seconds per sample and block
-    seconds = start + len(shards) * max(short + slope * (wanted - few), 0.0)
+    slope = max(long - short, 0.0) / max(more - few, 1)  # seconds per sample and block
+    seconds = start + len(shards) * (short + slope * (wanted - few))
     if calibration.weigh == "loss":
-        seconds += wanted * _weighing(_with(work, ids[:few]), target, floats)
+        seconds += wanted * _weighing(_with(work, ids[:few]), target, read_items(work.reader, outside)[0])
     if calibration.distill:
         seconds += _distilling(recipe, opened, device, samples=_with(work, ids[:few]).samples, wanted=wanted)
-    memory = peak_rss() + _states(work, wanted - more)
+    memory = peak_rss() + _states(work, wanted - more, len(shards))
     return Needs(memory, work.schedule.bytes, seconds)
 
 
@@ -130,15 +132,18 @@ def _distilling(
     return max(one - epoch, 0.0) + calibration.distill * epoch * wanted / len(samples.ids)
 
 
-def _states(work: Work, samples: int) -> int:
-    """Bytes of the states of `samples` more samples that are in memory at once."""
+def _states(work: Work, samples: int, count: int) -> int:
+    """Bytes of what `samples` more samples take at once in a model of `count` blocks: states, and weights of tokens."""
     calibration = work.calibration
     assert work.samples is not None
     width = int(work.opened.model.config.get_text_config().hidden_size)
     one = samples * work.samples.ids.shape[1] * width * work.dtype.itemsize
     copies = 2 if calibration.tweak != "none" or calibration.chain == "float" else 1
     held = copies * one if copies * one <= SPILL_BYTES else 0
-    return max(held, one + held_bytes(one)) if calibration.weigh == "loss" else held
+    if calibration.weigh == "equal":
+        return held
+    weights = 4 * samples * work.samples.ids.shape[1] * len(work.opened.linears)
+    return max(held, one + held_bytes(one, count)) + weights
 
 
 def _timed(work: Callable[[], Result]) -> tuple[float, Result]:

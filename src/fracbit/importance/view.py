@@ -26,7 +26,8 @@ class LayerView:
     - `slopes`: scheme -> [samples], derivative of each sample's mean loss along the error that the scheme makes in the unit.
     - `sample_tokens`: tokens that a sample's mean loss is over.
     - `cosine`: mean per-token cosine of the input and output of the unit's block (LIM).
-    - `loss_change`: scheme -> change of the model's loss in nats per token when only this unit is quantized so.
+    - `loss_change`: scheme -> change of the model's loss in nats per token when only this unit is quantized so,
+      measured or predicted.
     - `seed`: for scores that draw lots.
     """
 

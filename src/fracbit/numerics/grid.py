@@ -438,7 +438,7 @@ class EvenErrors:
         wrong = wrong.square_() if self.power == 4 else wrong
         error = torch.linalg.vector_norm(wrong, dim=-1).square_()  # [lines, blocks]
         error *= (step[..., 0] / self.unit) ** self.power
-        # A scale of 0 is for blocks of equal weights, which have no other.
+        # Blocks of zeros, or of weights that are all the offset, have a scale of 0 and no other.
         error.masked_fill_(step[..., 0] == 0, torch.inf)
         return stored_order(error, self.shape, self.scheme)
 

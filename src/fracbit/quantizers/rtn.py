@@ -1,7 +1,7 @@
 """Round-to-nearest: every weight goes to the nearest value of its block's grid. Data-free; the baseline of all papers.
 
-With `search`, each block's range is shrunk: to the least squared error, weighted by the inputs' energy, when statistics are given
-(as AWQ and llama.cpp's importance matrix do), else to the least fourth power of errors.
+With `search`, each block's range is shrunk: to the least squared error, weighted by the inputs' energy, when statistics are
+given (as AWQ and llama.cpp's importance matrix do), else to the least fourth power of errors.
 """
 
 from __future__ import annotations

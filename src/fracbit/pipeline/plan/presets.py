@@ -1,7 +1,8 @@
 """Presets: settings by how long a run may take, as a recipe and a budget.
 
 - `fast`: rounding to integers with zero points. Needs no data; seconds.
-- `good`: GPTQ on the outputs of the quantized blocks, with searched ranges; from 3 bits on, tokens weighed by the end loss. Minutes.
+- `good`: GPTQ on the outputs of the quantized blocks, with searched ranges; from 3 bits on, tokens weighed by the end loss.
+  Minutes.
 - `best`: learned tables of 2^k values (kmeans, one per tensor) with 8-bit scales, then training block by block on the float
   model's states. Models of at most `SMALL` weights are distilled as a whole instead, after GPTQ with coordinate descent.
 

@@ -111,7 +111,8 @@ def make_scores(
     """Score every unit; larger is more important.
 
     `scheme`: the low level, for scores that depend on a scheme; `ids` int64 [samples, tokens]: the text, for scores
-    that read text. These need a `FloatModel`, or `Streamed` blocks where the score looks at one at a time; `Weights` on disk are enough for data-free scores.
+    that read text. These need a `FloatModel`, or a `Streamed` one if they look at one block at a time; `Weights` on disk
+    are enough for data-free scores.
     Raises `RecipeError` for a method without what it needs, `DataError`, `WeightError`.
     """
     found, name = score_method(method), method.removeprefix("reverse:")

@@ -56,6 +56,7 @@ CALIBRATED_OTHERWISE: dict[str, Any] = {
     "sequential": True,
     "transforms": ("awq",),
     "inputs": "int8/token",
+    "weigh": "loss",
     "axis": "predicted",
     "tweak": "auto",
     "distill": 2,
@@ -63,7 +64,7 @@ CALIBRATED_OTHERWISE: dict[str, Any] = {
     "dtype": "float32",
 }
 PLAN = Calibration(texts=("c.u16",))
-GPTQ = Recipe(model="m", quantizer="gptq", calibration=PLAN)
+GPTQ = Recipe(model="m", quantizer="gptq", search=False, calibration=PLAN)
 
 
 def other(name: str) -> Recipe:
@@ -163,7 +164,7 @@ def test_slices_with_the_same_words_say_what_differs() -> None:
         "int, block 64, gptq (texts c.u16 + d.u16, samples 64)",
     ]
     assert named(parts[:1]) == {parts[0]: "int, block 64, gptq"}
-    rounded = [slice_of(row_of(Recipe(model="m", calibration=plan))) for plan in (None, PLAN)]
+    rounded = [slice_of(row_of(Recipe(model="m", calibration=plan, search=False))) for plan in (None, PLAN)]
     assert [*named(rounded).values()] == [
         "int, block 64 (texts none)",
         "int, block 64 (texts c.u16, samples 128, length 512, batch 8)",

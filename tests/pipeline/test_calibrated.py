@@ -51,7 +51,7 @@ def source(tiny_llama: Maker, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(source: Path, ids: Path, quantizer: str = "gptq", scheme: Scheme = SCHEME, **plan: Any) -> Recipe:
-    own = {name: plan.pop(name) for name in ("outliers",) if name in plan}
+    own = {name: plan.pop(name) for name in ("outliers", "search") if name in plan}
     calibration = Calibration(texts=(f"{ids}?length=24",), **{"samples": 16, "length": 24, "batch": 4} | plan)
     return Recipe(model=str(source), scheme=scheme, quantizer=quantizer, calibration=calibration, **own)
 
@@ -80,7 +80,7 @@ def test_first_block_is_what_the_quantizer_gives(source: Path, ids: Path, tmp_pa
     observe(block, hidden, ["self_attn.q_proj"], add)
     names = ("q_proj", "k_proj", "v_proj")
     weights = [getattr(block.self_attn, name).weight.detach() for name in names]
-    expected = quantize_group(Gptq(), weights, [SCHEME] * 3, held["stats"])
+    expected = quantize_group(Gptq(search=True), weights, [SCHEME] * 3, held["stats"])
     for name, found in zip(names, expected, strict=True):
         layer = getattr(made.model.layers[0].self_attn, name)
         assert torch.equal(decode(layer.packed), decode(found.packed))
@@ -345,7 +345,9 @@ def test_columns_in_sixteen_bits_are_saved_loaded_and_counted(
 ) -> None:
     x, results = torch.arange(3, 43)[None], {}
     for share, chosen in ((0.0, None), (0.1, "cost:0.1")):
-        asked = recipe(source, ids, quantizer, Scheme("int", 2, 24, offset="zero"), outliers=chosen)
+        asked = recipe(
+            source, ids, quantizer, Scheme("int", 2, 24, offset="zero"), outliers=chosen, search=False
+        )
         results[share] = write_checkpoint(asked, tmp_path / f"{share}")
     made, packed = load(tmp_path / "0.1"), manifest(tmp_path / "0.1")["layers"]
     layer = made.model.layers[1].mlp.down_proj.packed

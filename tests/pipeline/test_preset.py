@@ -68,7 +68,7 @@ SETTINGS: dict[tuple[str, int, float | None], tuple[str, bool, dict[str, object]
     ("good", SMALL, None): ("gptq", True, WEIGHED),
     ("good", SMALL + 1, 3.0): ("gptq", True, WEIGHED),
     ("good", SMALL + 1, 2.9): ("gptq", True, {}),
-    ("best", SMALL + 1, None): ("gptq", True, WEIGHED | {"tweak": "train"}),
+    ("best", SMALL + 1, None): ("gptq", True, {"tweak": "train"}),
     ("best", SMALL + 1, 2.5): ("gptq", True, {"tweak": "train"}),
     ("best", SMALL, None): ("descent", True, {"distill": 8, "rate": 5e-3 / 4, "dtype": "float32"}),
     ("best", SMALL, 3.9): ("descent", True, {"distill": 8, "rate": 5e-3 / 2, "dtype": "float32"}),

@@ -68,7 +68,7 @@ def _settings(name: str, bits: float, weights: int) -> tuple[dict[str, Any], dic
     if name == "fast":
         return {"quantizer": "rtn", "search": False}, {}
     if name == "good" or weights > SMALL:
-        calibration = {"weigh": "loss"} if bits >= WEIGHED else {}
+        calibration = {"weigh": "loss"} if name == "good" and bits >= WEIGHED else {}
         return {"quantizer": "gptq", "search": True}, calibration | (
             {"tweak": "train"} if name == "best" else {}
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import fracbit
+from fracbit.errors import OutputError
 from fracbit.pipeline.plan.needs import needs_of
 from fracbit.pipeline.quantize import trial
 from fracbit.pipeline.quantize.run import open_for, write_checkpoint
@@ -101,6 +102,17 @@ def test_a_run_says_what_it_will_take(tiny_llama: Maker, tmp_path: Path, average
     fracbit.quantize(recipe, tmp_path / "q", spending=spending, progress=None, announce=announce)
     assert len(said) == 1
     assert said[0].startswith("the run: about ")
+
+
+def test_an_output_that_is_taken_is_refused_before_anything_is_measured(
+    tiny_llama: Maker, tmp_path: Path
+) -> None:
+    recipe = recipe_of(tiny_llama, tmp_path)
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q" / "mine.txt").touch()
+    with pytest.raises(OutputError, match="is not empty"):
+        fracbit.quantize(recipe, tmp_path / "q", progress=None, announce=lambda said: pytest.fail(said))
+    assert [path.name for path in (tmp_path / "q").iterdir()] == ["mine.txt"]
 
 
 @pytest.mark.parametrize(

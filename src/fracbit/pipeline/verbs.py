@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fracbit.checkpoint.load import load, load_tokenizer, tokenizer_or_none
-from fracbit.checkpoint.output import SHARD_BYTES
+from fracbit.checkpoint.output import SHARD_BYTES, check_output
 from fracbit.data import ID_FORMATS, Tokens, read_documents
 from fracbit.errors import DataError, RecipeError
 from fracbit.evaluation import (
@@ -68,6 +68,8 @@ def quantize(
     spending = spending or Spending()
     check_terms(recipe, spending)
     check_words(recipe)
+    if not resume:  # before scores and trials, which may take long; a resumed run is known by its key
+        check_output(Path(output).expanduser(), "", overwrite, resume)
     opened = open_for(recipe)
     said: tuple[str, ...] = ()
     with showing(progress) as show:

@@ -3,7 +3,7 @@
     gradient_squares:   for each piece of the samples: forwards through all blocks -> head -> backwards
 
 Samples go through all blocks and back in pieces, so that the states before every block take no more memory than those of all
-samples before one. Weights get no gradients.
+samples before one, or `LEAST_BYTES`. Weights get no gradients.
 """
 
 from __future__ import annotations

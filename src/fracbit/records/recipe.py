@@ -108,7 +108,7 @@ class Recipe(Checked):
     @model_validator(mode="wrap")
     @classmethod
     def _searched(cls, data: Any, handler: ModelWrapValidatorHandler[Recipe]) -> Recipe:
-        """On real models, no other setting helps calibrated quantizers as much as `search` (docs/quality.md)."""
+        """GPTQ at 3 bits lost 39 to 41 % less with `search` on a real model, on three texts (docs/quality.md)."""
         made = handler(data)
         if isinstance(data, Mapping) and "search" not in data and made.calibration is not None:
             made.__dict__["search"] = True  # the default of this recipe: not among the fields that were set

@@ -20,7 +20,7 @@ from fracbit.records.recipe import Recipe
 
 
 def streamed(opened: Opened, ids: Tensor, device: str | torch.device = "cpu") -> Streamed:
-    """The model of a source, for `ids` int64 [samples, tokens], in the type in which a run walks it. Raises `SourceError`."""
+    """The model of a source, for `ids` int64 [samples, tokens], in the type that `auto` gives a run. Raises `SourceError`."""
     count, length = ids.shape
     plan = Calibration(texts=("samples that were drawn",), samples=count, length=length)
     recipe = Recipe(

@@ -94,7 +94,9 @@ def test_a_recipe_that_sums_floats_gives_the_same_bytes(
     assert different <= CODES, f"{different:.1%} of the codes' bytes are not those of 0.1.0; machine {here}"
     assert losses("q") == pytest.approx(row["losses"], rel=LOSS, abs=1e-7)
     if CALIBRATED[name][1].get("search"):
-        return
+        pytest.skip(
+            "within the bounds; searches add in another order than 0.1.0 and break ties in another way"
+        )
     if here != kept["machine"]:
         pytest.skip(f"within the bounds; equal bytes are asked where sums are {kept['machine']}, not {here}")
     assert found == row["tensors"]

@@ -50,10 +50,12 @@ def measured(work: Work, folder: Path) -> dict[str, torch.Tensor]:
         floats, _ = write_rest(target, first, outside, work)
         hidden = embed_all(work, floats, target, 1 << 40)
         before = hidden.states.clone()
-        found = token_weights(work, target, hidden)
+        found = token_weights(work, target, lambda: hidden)
         assert torch.equal(hidden.states, before)
         assert target.journal is not None
-        again = token_weights(work, target, hidden)  # from the journal: nothing is walked
+        again = token_weights(
+            work, target, lambda: pytest.fail("walked again")
+        )  # from the journal: nothing is walked
         assert (target.journal / FILE).is_file()
     assert found.keys() == again.keys()
     assert all(torch.equal(found[name], again[name]) for name in found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -68,12 +68,19 @@ def test_closed_form_is_the_least_squares_answer() -> None:
     x = torch.randn(300, 12, generator=random) @ torch.randn(12, 12, generator=random)
     weights = [torch.randn(8, 12, generator=random) for _ in range(2)]
     pairs = [(w, w * 0.8 + 0.3 * torch.randn(w.shape, generator=random)) for w in weights]
-    found = least_squares_factor(x.T @ x, pairs, damping=0.0)
+    # Both linears on the same inputs, and each on inputs (or tokens weighed) of its own.
+    y = torch.randn(200, 12, generator=random) * torch.rand(12, generator=random)
+    for seen in ([(x, pairs)], [(x, pairs[:1]), (y, pairs[1:])]):
+        found = least_squares_factor([(inputs.T @ inputs, own) for inputs, own in seen], damping=0.0)
 
-    def cost(factor: torch.Tensor) -> float:
-        return sum(float((x @ w.T - (x * factor) @ q.T).square().sum()) for w, q in pairs)
+        def cost(factor: torch.Tensor, seen: Any = seen) -> float:
+            return sum(
+                float((inputs @ w.T - (inputs * factor) @ q.T).square().sum())
+                for inputs, own in seen
+                for w, q in own
+            )
 
-    best = cost(found)
-    for _ in range(20):
-        assert best <= cost(found + 0.05 * torch.randn(12, generator=random))
-    assert torch.equal(least_squares_factor(torch.zeros(12, 12), pairs), torch.ones(12))
+        best = cost(found)
+        for _ in range(20):
+            assert best <= cost(found + 0.05 * torch.randn(12, generator=random))
+    assert torch.equal(least_squares_factor([(torch.zeros(12, 12), pairs)]), torch.ones(12))

@@ -42,6 +42,7 @@ from fracbit.records.progress import Progress
 LEARNING_RATE = 1e-3  # of the factor on a gain, per step
 DEPTH_SCALE = 1.0
 CLOSED_DAMPING = 0.01
+Pair: TypeAlias = tuple[Tensor, Tensor]
 Variant: TypeAlias = Callable[[nn.Module, Family, Evidence], None]
 
 
@@ -151,34 +152,43 @@ def closed_form(
     """Multiply each norm that only linears read by its least-squares factor."""
     for norm in norms(block, family):
         readers = [name for name in norm.readers if name in evidence.weights]
-        known = next((name for name in readers if name in evidence.stats), None)
-        if not norm.exclusive or known is None or evidence.stats[known].gram is None:
+        known = [name for name in readers if name in evidence.stats and evidence.stats[name].gram is not None]
+        if not norm.exclusive or not known:
             continue
-        pairs = [
-            (evidence.weights[name].float(), weight_of(block.get_submodule(name)).float()) for name in readers
-        ]
-        gram = evidence.stats[known].gram  # [width, width]
-        assert gram is not None
-        factor = least_squares_factor(gram, pairs, damping)  # [width]
+        # Each reader with the statistics of its own inputs, where it has some, else with those of a reader before it.
+        parts: dict[str, list[Pair]] = {name: [] for name in known}
+        part = known[0]
+        for name in readers:
+            part = name if name in parts else part
+            pair = evidence.weights[name].float(), weight_of(block.get_submodule(name)).float()
+            parts[part].append(pair)
+        grams = {name: evidence.stats[name].gram for name in known}  # [width, width] each
+        factor = least_squares_factor(
+            [(gram, parts[name]) for name, gram in grams.items() if gram is not None], damping
+        )  # [width]
         _scale_norm(block, norm.name, factor, family.gain_offset)
 
 
 def least_squares_factor(
-    gram: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], damping: float = CLOSED_DAMPING
+    parts: Sequence[tuple[Tensor, Sequence[Pair]]], damping: float = CLOSED_DAMPING
 ) -> Tensor:
-    """The factor [in] on inputs with `gram` [in, in] under which quantized weights best replace float ones.
+    """The factor [in] on inputs under which quantized weights best replace float ones.
 
-    `pairs` are (float, quantized) weights [out, in] of all linears that read these inputs.
+    `parts`: a gram matrix [in, in] of the inputs, and the (float, quantized) weights [out, in] of the linears that saw these.
     """
-    inner = sum((q.T @ q for _, q in pairs), torch.zeros_like(gram))  # [in, in]
-    cross = sum((w.T @ q for w, q in pairs), torch.zeros_like(gram))  # [in, in]
-    matrix = (gram * inner).double()  # [in, in]
+    matrix = torch.zeros_like(parts[0][0]).double()  # [in, in]
+    cross_sums = torch.zeros_like(matrix[0])  # [in]
+    for gram, pairs in parts:
+        inner = sum((q.T @ q for _, q in pairs), torch.zeros_like(gram))  # [in, in]
+        cross = sum((w.T @ q for w, q in pairs), torch.zeros_like(gram))  # [in, in]
+        matrix += (gram * inner).double()
+        cross_sums += (gram * cross.T).sum(1).double()
     size = float(matrix.diagonal().mean())
     if size <= 0:
-        return torch.ones_like(gram[0])
+        return torch.ones_like(parts[0][0][0])
     lam = damping * size
     matrix.diagonal().add_(lam)
-    right = (gram * cross.T).sum(1).double() + lam  # [in]
+    right = cross_sums + lam  # [in]
     found: Tensor = torch.linalg.solve(matrix, right)  # [in]
     return found.float()
 

@@ -80,7 +80,8 @@ def quantize_tensor(
 ) -> PackedTensor:
     """Round-to-nearest: fit a grid to `weight` [out, in] and round to it.
 
-    `importance` [in] or [out, in] weights the squared error, without it a `search` lowers fourth powers; `columns` int [p] are input columns kept in 16 bits.
+    `importance` [in] or [out, in] weights the squared error (without it, a `search` lowers fourth powers); `columns` int [p]
+    are input columns kept in 16 bits.
     Raises `WeightError` on NaN or Inf or when a scale does not fit its type, `SchemeError` on a scheme that cannot be.
     """
     if columns is not None and len(columns):

@@ -181,7 +181,7 @@ def make_plan(
     scores, losses = scores_and_losses(problem, named, float_model=where, ids=ids, progress=progress)
     if drawn is not None:
         losses = replace(losses, protocol={**losses.protocol, "text": seen_by(drawn)})
-    # Divide the budget, and estimate what the run will take.
+    # Divide the budget.
     solved = solve(problem, scores, losses, terms.solver)
     chosen = solved.candidates[0].allocation
     found = Plan(
@@ -189,15 +189,17 @@ def make_plan(
         losses,
         solved.candidates,
         chosen,
-        needs=needs_or_why(allocated(recipe, chosen), opened, device) if measured else "not measured",
+        needs="not measured",
         curve=curves_of(problem, scores, losses) if curve else {},
         notes=(*solved.notes, *sampling_notes(losses.protocol)),
         samples=drawn if terms.text is None else None,
     )
-    # Compare with the best uniform scheme of no more bytes; a preset was compared when it was made.
+    # Compare with the best uniform scheme of no more bytes; a preset holds no text out for that.
     if terms.held_out is not None:
-        return _judged(found, study, terms.held_out, terms)
-    return found if spending.preset is not None else replace(found, notes=(*found.notes, UNCHECKED))
+        found = _judged(found, study, terms.held_out, terms)
+    elif spending.preset is None:
+        found = replace(found, notes=(*found.notes, UNCHECKED))
+    return replace(found, needs=needs_or_why(found.recipe, opened, device)) if measured else found
 
 
 def _drawn(study: Study, recipe: Recipe, spending: Spending) -> Samples | None:

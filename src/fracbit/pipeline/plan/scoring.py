@@ -255,7 +255,10 @@ def _find(job: _Job) -> Findings:
     if "guided errors" in needs:
         where = float_model if isinstance(float_model, Streamed) else in_memory(float_model, ids)
         return guided_pass(where, job.units, job.schemes, step=job.step)
-    assert isinstance(float_model, FloatModel)
+    if isinstance(float_model, Streamed):
+        raise RecipeError(
+            f"this score ({job.method.about}) needs the whole model in memory: pass a FloatModel"
+        )
     if "loss" in needs:
         return Findings(changes=ablation(float_model, job.units, job.schemes, ids, step=job.step))
     if needs & {"gradients", "slopes"}:

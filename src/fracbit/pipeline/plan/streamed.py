@@ -8,10 +8,8 @@ from torch import Tensor
 from fracbit.checkpoint.opened import Opened
 from fracbit.checkpoint.output import InMemory
 from fracbit.data import Samples
-from fracbit.models.walk import Hidden
 from fracbit.pipeline.plan.passes import Streamed
-from fracbit.pipeline.quantize.calibrated import SPILL_BYTES, embed_all
-from fracbit.pipeline.quantize.reader import read_items
+from fracbit.pipeline.quantize.calibrated import embed_source
 from fracbit.pipeline.quantize.token_weights import stack_of
 from fracbit.pipeline.quantize.work import prepare
 from fracbit.pipeline.study.weights import weights_on_disk
@@ -28,9 +26,4 @@ def streamed(opened: Opened, ids: Tensor, device: str | torch.device = "cpu") ->
     )
     samples = Samples(ids, "", seed=0, bos="stored", sources=())
     work = prepare(recipe, opened, device=device, samples=samples)
-
-    def embed() -> Hidden:
-        outside = read_items(work.reader, next(iter(work.schedule.shards.values())))[0]
-        return embed_all(work, outside, InMemory(), SPILL_BYTES)
-
-    return Streamed(weights_on_disk(opened), stack_of(work), ids, embed)
+    return Streamed(weights_on_disk(opened), stack_of(work), ids, lambda: embed_source(work, InMemory()))

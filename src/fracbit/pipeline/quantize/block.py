@@ -26,7 +26,7 @@ from fracbit.numerics.packed import decode
 from fracbit.numerics.stats import Stats
 from fracbit.pipeline.quantize.axis import choose_axes
 from fracbit.pipeline.quantize.layer import quantize_layers
-from fracbit.pipeline.quantize.observe import Observer, borrow, observe_all, observe_some
+from fracbit.pipeline.quantize.observe import Observer, borrow, is_expert, observe_all, observe_some
 from fracbit.pipeline.quantize.reader import read_items
 from fracbit.pipeline.quantize.record import layer_record, stored_as
 from fracbit.pipeline.quantize.rewrite import rewrite_block
@@ -130,8 +130,9 @@ def load_block(
     }
     turned = turn_block(module, family, signs=work.signs, transforms=transforms, quantized=schemes)
     order = [tuple(name for name in group if name in schemes) for group in groups(module, family)]
-    if work.token_weights:  # which differ between linears of one input
-        order = [(name,) for group in order for name in group]
+    # Linears of one input have weights of tokens, and so statistics, of their own.
+    weighed = {name for name in schemes if f"{path}.{name}" in work.token_weights}
+    order = [part for group in order for part in ([(n,) for n in group] if weighed & {*group} else [group])]
     return hashes, Block(
         path,
         module,
@@ -209,7 +210,7 @@ def fill_block(work: Work, block: Block, stats: dict[str, Stats]) -> dict[str, Q
         chosen = choose_axes(work, block, group, seen)
         schemes = {f"{block.path}.{name}": chosen[name] for name in group}
         said = [notes[group[0]]] if group[0] in notes else []
-        if work.token_weights and f"{block.path}.{group[0]}" not in work.token_weights:
+        if work.token_weights and seen is not None and is_expert(group[0]):
             said.append(UNWEIGHED)
         for full, found in quantize_layers(work.method, weights, schemes, seen).items():
             name = full.removeprefix(f"{block.path}.")

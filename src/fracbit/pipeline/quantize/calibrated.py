@@ -49,9 +49,7 @@ def calibrate_shards(work: Work, target: Shards, spill_bytes: int = SPILL_BYTES)
     floats, stored = write_rest(target, first, outside, work)
     follows, exact = follows_model(work.calibration), work.calibration.chain == "float"
     if work.calibration.weigh == "loss":
-        # Of the model as it is in the source: a rotation does not change the gradients at outputs of linears.
-        plain = read_items(work.reader, outside)[0]
-        weights = token_weights(work, target, embed_all(work, plain, target, spill_bytes))
+        weights = token_weights(work, target, lambda: embed_source(work, target, spill_bytes))
         work = replace(work, token_weights=weights)
     entrance = Entrance(
         exact=embed_all(work, floats, target, spill_bytes) if follows else None,
@@ -122,6 +120,12 @@ def embed_all(work: Work, outside: Mapping[str, Tensor], target: Shards, spill_b
         batch=batch_of(work.calibration, length, work.device),
         out=place,
     )
+
+
+def embed_source(work: Work, target: Shards, spill_bytes: int = SPILL_BYTES) -> Hidden:
+    """The states of the model as it is in the source, neither rotated nor quantized."""
+    first = next(iter(work.schedule.shards.values()))
+    return embed_all(work, read_items(work.reader, first)[0], target, spill_bytes)
 
 
 def rewrite_notes(work: Work) -> tuple[str, ...]:

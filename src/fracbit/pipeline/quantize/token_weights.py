@@ -12,7 +12,7 @@ Experts of a mixture see the tokens that are routed to them, and the quantized c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -32,10 +32,11 @@ from fracbit.pipeline.quantize.work import Work, walk_key
 FILE = "token-weights.safetensors"
 
 
-def token_weights(work: Work, target: Shards, hidden: Hidden) -> Mapping[str, Tensor]:
+def token_weights(work: Work, target: Shards, embed: Callable[[], Hidden]) -> Mapping[str, Tensor]:
     """The weights [samples * tokens] fp32 of every linear by its full name, mean 1; from an earlier run where there is one.
 
-    `hidden`: the float model's states at its first block.
+    `embed` gives the states at the first block of the model as it is in the source: a rotation does not change gradients at the
+    outputs of linears.
     """
     path = None if target.journal is None else target.journal / FILE
     if path is not None and path.is_file():
@@ -43,7 +44,7 @@ def token_weights(work: Work, target: Shards, hidden: Hidden) -> Mapping[str, Te
     known = {} if work.memory is None else work.memory.token_weights
     key = walk_key(work)
     if key not in known:
-        known[key] = _measured(work, hidden)
+        known[key] = _measured(work, embed())
     if path is not None:
         part = path.with_suffix(".tmp")
         save_file(dict(known[key]), part)

@@ -24,8 +24,13 @@ from fracbit.models.backward import back, held_bytes, loss_gradients, through
 from fracbit.models.blocks import blocks
 from fracbit.models.walk import Hidden
 from fracbit.pipeline.quantize.block import do_block
-from fracbit.pipeline.quantize.calibrated import SPILL_BYTES, calibrate_shards, embed_all, write_rest
-from fracbit.pipeline.quantize.reader import read_items
+from fracbit.pipeline.quantize.calibrated import (
+    SPILL_BYTES,
+    calibrate_shards,
+    embed_all,
+    embed_source,
+    write_rest,
+)
 from fracbit.pipeline.quantize.schedule import Item
 from fracbit.pipeline.quantize.self_distill import distill_shards
 from fracbit.pipeline.quantize.token_weights import stack_of
@@ -71,7 +76,7 @@ def measure_needs(recipe: Recipe, opened: Opened, device: str | torch.device = "
     slope = max(long - short, 0.0) / max(more - few, 1)  # seconds per sample and block
     seconds = start + len(shards) * (short + slope * (wanted - few))
     if calibration.weigh == "loss":
-        seconds += wanted * _weighing(_with(work, ids[:few]), target, read_items(work.reader, outside)[0])
+        seconds += wanted * _weighing(_with(work, ids[:few]), target)
     if calibration.distill:
         seconds += _distilling(recipe, opened, device, samples=_with(work, ids[:few]).samples, wanted=wanted)
     memory = peak_rss() + _states(work, wanted - more, len(shards))
@@ -98,12 +103,12 @@ def _block(work: Work, target: InMemory, shard: tuple[str, Sequence[Item]], hidd
     do_block(work, target, name, items=items, path=path, module=module, entrance=Entrance(hidden, exact))
 
 
-def _weighing(work: Work, target: InMemory, floats: dict[str, Tensor]) -> float:
+def _weighing(work: Work, target: InMemory) -> float:
     """Seconds per sample of the pass that weighs tokens: every block forwards and backwards, and the head."""
     assert work.samples is not None
     stack, ids = stack_of(work), work.samples.ids
     number = len(stack.paths) // 2
-    hidden = replace(embed_all(work, floats, target, SPILL_BYTES), index=number)
+    hidden = replace(embed_source(work, target), index=number)
     forwards, after = _timed(lambda: through(stack, number, hidden))
     head, grads = _timed(lambda: loss_gradients(work.opened.model, work.opened.family, after, ids))
     backwards, _ = _timed(lambda: back(stack, number, hidden, grads))

@@ -42,7 +42,7 @@ from fracbit.records.progress import Progress
 LEARNING_RATE = 1e-3  # of the factor on a gain, per step
 DEPTH_SCALE = 1.0
 CLOSED_DAMPING = 0.01
-Pair: TypeAlias = tuple[Tensor, Tensor]
+BeforeAfter: TypeAlias = tuple[Tensor, Tensor]
 Variant: TypeAlias = Callable[[nn.Module, Family, Evidence], None]
 
 
@@ -156,7 +156,7 @@ def closed_form(
         if not norm.exclusive or not known:
             continue
         # Each reader with the statistics of its own inputs, where it has some, else with those of a reader before it.
-        parts: dict[str, list[Pair]] = {name: [] for name in known}
+        parts: dict[str, list[BeforeAfter]] = {name: [] for name in known}
         part = known[0]
         for name in readers:
             part = name if name in parts else part
@@ -170,7 +170,7 @@ def closed_form(
 
 
 def least_squares_factor(
-    parts: Sequence[tuple[Tensor, Sequence[Pair]]], damping: float = CLOSED_DAMPING
+    parts: Sequence[tuple[Tensor, Sequence[BeforeAfter]]], damping: float = CLOSED_DAMPING
 ) -> Tensor:
     """The factor [in] on inputs under which quantized weights best replace float ones.
 

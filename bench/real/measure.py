@@ -1,18 +1,23 @@
 """What settings lose on a real trained model: SmolLM2-135M-Instruct (bench/results/real.json, docs/quality.md).
 
-    python bench/real/measure.py --work FOLDER [--settings "gptq 3" ...] [--minutes M]
+    python bench/real/measure.py --work FOLDER [--settings "gptq 3" "AutoRound 3" ...] [--threads 1] [--minutes M]
 
-Every setting is one `fracbit quantize` in a process of its own, calibrated on the first 70 % of WikiText-2's validation text.
-It is judged on the rest of that text, on which settings were chosen, and on two texts that no choice has seen: passages of
-novels (LAMBADA) and the reference of Python's language. Each by perplexity, KL divergence (mean and 99th percentile) and top-1
-agreement, in fp32 over 16 windows of 512. What FOLDER holds is not made again.
+Every setting is one `fracbit quantize`, or one run of a peer, in a process of its own, calibrated on the same ids: 128 samples
+of 512 from the first 70 % of WikiText-2's validation text. What comes out is judged by `fracbit eval`, that of a peer as a
+plain model of its decoded weights: on the rest of that text, on which settings were chosen, and on two texts that no choice has
+seen, passages of novels (LAMBADA) and the reference of Python's language. Each by perplexity, KL divergence (mean and 99th
+percentile) and top-1 agreement, in fp32 over 16 windows of 512. Bits are stored bytes of the linears of the blocks; what a tool
+leaves in 16 bits counts as such. What FOLDER holds is not made again, and settings that are not named keep their rows in the
+result.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,14 +27,16 @@ from frame import (
     RESULTS,
     SHARED,
     UNFINISHED,
+    Ran,
     Row,
     arguments,
     fracbit,
+    machine,
     say_machine,
     table,
     write_json,
 )
-from peers.environments import run_peer
+from peers.environments import quantize_with, run_peer
 
 SAMPLES, LENGTH, TOKENS = 128, 512, 8192
 GPTQ = ("--quantizer=gptq",)
@@ -54,6 +61,22 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     for bits in (2.25, 3.25, 4.25)
 }
 """Options of `fracbit quantize`, by what a table calls them."""
+GROUPED = {"group": 64, "sym": False}
+K_TYPES = {2: ("Q2_K_S", "IQ2_M"), 3: ("Q3_K_S", "IQ3_XXS"), 4: ("Q4_K_S", "IQ4_XS")}
+PEERS: dict[str, tuple[str, Row]] = {
+    f"{name} {bits}": (peer, {"bits": bits, **setting})
+    for bits in (2, 3, 4)
+    for name, peer, setting in (
+        ("AutoRound", "autoround", {**GROUPED, "iters": 200}),
+        ("GPTQModel", "gptqmodel", GROUPED),
+        ("GPTQModel, mse", "gptqmodel", {**GROUPED, "mse": 2.4}),
+        ("llm-compressor", "llmcompressor", GROUPED),
+        ("llm-compressor, mse", "llmcompressor", {**GROUPED, "observer": "mse"}),
+        ("HQQ", "hqq", {"group": 64, "axis": 1}),
+        *((f"llama.cpp {name}", "llamacpp", {"type": name}) for name in K_TYPES[bits]),
+    )
+}
+"""A peer's name in peers/quantize.py and its setting, by what a table calls them."""
 
 
 def float_model(work: Path, environments: Path) -> Path:
@@ -82,27 +105,88 @@ def texts(work: Path) -> dict[str, Path]:
     return {name: work / f"{name}.txt" for name in found}
 
 
-def measured(name: str, model: Path, files: dict[str, Path], work: Path) -> list[Row]:
-    """One row for every text that the setting is judged by."""
+def ids(model: Path, files: dict[str, Path], work: Path) -> Path:
+    """What every run is calibrated on, as a file: the ids that `fracbit quantize` draws, [SAMPLES, LENGTH]."""
+    import numpy
+
+    from fracbit.checkpoint.load import load_tokenizer
+    from fracbit.data import read_calibration
+
+    path, tokenizer = work / "calibration.npy", load_tokenizer(model)
+    if not path.is_file():
+        how = {"samples": SAMPLES, "length": LENGTH, "seed": 0}
+        drawn = read_calibration([str(files["calibration"])], tokenizer, tokenizer.vocab_size, **how)
+        numpy.save(path, drawn.ids.numpy())
+    return path
+
+
+def measured(name: str, model: Path, files: dict[str, Path], work: Path, given: Namespace) -> Row:
+    """`rows`, one for every text that the setting is judged by, with where it was measured (`machine`) and `note`."""
     folder = work / name.replace(" ", "-").replace(",", "")
     facts = folder / "facts.json"
     if not facts.is_file():
-        free = name.startswith(("rtn", "fast"))
-        data = () if free else ("--calibration", files["calibration"])
-        sizes = [
-            f"--set=calibration.{key}={value}" for key, value in (("samples", SAMPLES), ("length", LENGTH))
-        ]
-        words = (*SETTINGS[name], *data, *(sizes if data else ()))
-        made, ran = fracbit("quantize", model, "-o", folder / "checkpoint", *words, "--overwrite")
-        costs = {"bits": made["bits_per_weight"], "seconds": ran.seconds, "cpu_seconds": ran.cpu_seconds}
-        costs["peak_rss_bytes"] = ran.peak_rss_bytes
+        folder.mkdir(parents=True, exist_ok=True)
+        made, costs = (own if name in SETTINGS else peer)(name, model, files, folder, given)
+        judges = {text: file for text, file in files.items() if text != "calibration"}
         rows = [
-            {"setting": name, "text": text, **costs, **judged(folder / "checkpoint", model, file)}
-            for text, file in files.items()
-            if text != "calibration"
+            {"setting": name, "text": text, **costs, **judged(made, model, file)}
+            for text, file in judges.items()
         ]
-        facts.write_text(json.dumps(rows))
+        where = machine() | ({"threads": given.threads} if given.threads else {})
+        facts.write_text(json.dumps({"rows": rows, "machine": where, "note": given.note}))
+        if name in PEERS:
+            shutil.rmtree(made)
     return json.loads(facts.read_text())
+
+
+def own(name: str, model: Path, files: dict[str, Path], folder: Path, given: Namespace) -> tuple[Path, Row]:
+    """A checkpoint of fracbit, and what it took."""
+    free = name.startswith(("rtn", "fast"))
+    data = () if free else ("--calibration", ids(model, files, folder.parent))
+    sizes = [f"--set=calibration.{key}={value}" for key, value in (("samples", SAMPLES), ("length", LENGTH))]
+    words = (*SETTINGS[name], *data, *(sizes if data else ()))
+    made, ran = fracbit(
+        "quantize", model, "-o", folder / "checkpoint", *words, "--overwrite", threads=given.threads
+    )
+    return folder / "checkpoint", {"bits": made["bits_per_weight"], **cost(ran)}
+
+
+def peer(name: str, model: Path, files: dict[str, Path], folder: Path, given: Namespace) -> tuple[Path, Row]:
+    """A plain checkpoint in fp32 of what a peer made, decoded, and what it took."""
+    from safetensors.torch import load_file, save_file
+
+    tool, setting = PEERS[name]
+    facts = folder / "made" / "facts.json"
+    if not facts.is_file():
+        one = [{"label": "made", **setting}]
+        ran = quantize_with(
+            tool, model, ids(model, files, folder.parent), folder, one, given.environments.resolve(),
+            folder / "log.txt", given.threads,
+        )  # fmt: skip
+        facts.write_text(json.dumps({**json.loads(facts.read_text()), **cost(ran)}))
+    done = json.loads(facts.read_text())
+    if "error" in done:
+        raise SystemExit(f"{name}: {done['error']}; see {folder / 'log.txt'}")
+    made = load_file(folder / "made" / "weights.safetensors")
+    whole = {key: tensor.float() for key, tensor in load_file(model / "model.safetensors").items()}
+    linears = [key for key in whole if ".layers." in key and key.endswith("_proj.weight")]
+    weights = {f"{key}.weight": tensor for key, tensor in made.items()}
+    assert weights.keys() <= set(linears)
+    stored = sum(done["bytes"].values()) + sum(
+        2 * whole[key].numel() for key in linears if key not in weights
+    )
+    bits = 8 * stored / sum(whole[key].numel() for key in linears)
+    plain = folder / "decoded"
+    shutil.copytree(model, plain, dirs_exist_ok=True)
+    save_file(whole | weights, plain / "model.safetensors", metadata={"format": "pt"})
+    shutil.rmtree(folder / "made")
+    took = {key: done[key] for key in ("seconds", "cpu_seconds", "peak_rss_bytes", "versions")}
+    return plain, {"bits": bits, **took}
+
+
+def cost(ran: Ran) -> Row:
+    """What a process took."""
+    return {"seconds": ran.seconds, "cpu_seconds": ran.cpu_seconds, "peak_rss_bytes": ran.peak_rss_bytes}
 
 
 def plain(model: Path, files: dict[str, Path], work: Path) -> dict[str, float]:
@@ -134,31 +218,39 @@ def judged(checkpoint: Path, model: Path, file: Path) -> Row:
 
 
 def main() -> None:
+    every = [*SETTINGS, *PEERS]
     parser = arguments(
-        __doc__, work=None, environments=ENVIRONMENTS, minutes=600.0, json=RESULTS / "real.json"
+        __doc__, work=None, environments=ENVIRONMENTS, threads=None, minutes=600.0, json=RESULTS / "real.json"
     )
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME")
+    parser.add_argument("--settings", nargs="+", choices=every, default=every, metavar="NAME")
+    parser.add_argument("--note", default="", help="what to know of these figures, such as other work beside")
     given = parser.parse_args()
     work = given.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     model, files = float_model(work, given.environments.resolve()), texts(work)
-    floats, started, rows = plain(model, files, work), time.monotonic(), []
+    floats, started = plain(model, files, work), time.monotonic()
+    known = json.loads(given.json.read_text()) if given.json.is_file() else {"rows": [], "measured": {}}
+    rows = [row for row in known["rows"] if row["setting"] not in given.settings]
+    places = {name: place for name, place in known["measured"].items() if name not in given.settings}
     for name in given.settings:
         if time.monotonic() - started > 60 * given.minutes:
             raise SystemExit(UNFINISHED)
-        rows += measured(name, model, files, work)
+        found = measured(name, model, files, work, given)
+        rows += found["rows"]
+        places[name] = {"machine": found["machine"], "note": found["note"]}
+    rows.sort(key=lambda row: every.index(row["setting"]))
     say_machine()
     table("text | perplexity of the float model", ((text, f"{found:.2f}") for text, found in floats.items()))
     table(
-        "setting | text | bits | perplexity | KL | 99 % below | same top token | seconds | peak MB",
+        "setting | text | bits | perplexity | KL | 99 % below | same top token | seconds | of processors | peak MB",
         ([row["setting"], row["text"], f"{row['bits']:.3f}", f"{row['perplexity']:.2f}", f"{row['kl']:.4f}",
-          f"{row['kl_p99']:.3f}", f"{100 * row['agreement']:.2f} %", f"{row['seconds']:.0f}",
+          f"{row['kl_p99']:.3f}", f"{100 * row['agreement']:.2f} %", f"{row['seconds']:.0f}", f"{row['cpu_seconds']:.0f}",
           f"{row['peak_rss_bytes'] / 1e6:.0f}"] for row in rows),
     )  # fmt: skip
     protocol = (
         f"{SAMPLES} x {LENGTH} ids to calibrate; judged on {TOKENS} tokens of each text, window {LENGTH}"
     )
-    write_json(given.json, {"protocol": protocol, "float": floats, "rows": rows})
+    write_json(given.json, {"protocol": protocol, "float": floats, "rows": rows, "measured": places})
 
 
 if __name__ == "__main__":

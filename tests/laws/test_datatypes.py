@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ from fracbit.numerics import (
 )
 from fracbit.numerics.bits import has_top_code, pack_bits, row_bytes, unpack_bits
 from fracbit.numerics.datatypes import EXPONENTS, check_datatype, is_fitted
-from fracbit.numerics.grid import EvenErrors, codes_of, fit, grid_error, power_of, values_of
+from fracbit.numerics.fit import EvenErrors, fit, grid_error, power_of
+from fracbit.numerics.grid import codes_of, moved, values_of
 from fracbit.numerics.layout import block_sums
 from fracbit.numerics.packed import table_of
 from fracbit.records.scheme import Scheme
@@ -187,6 +189,25 @@ def test_search_never_hurts(scheme: Scheme, rows: int, columns: int, seed: int, 
     assert found <= plain * (1 + 1e-5) + 1e-12
 
 
+@given(schemes(), st.sampled_from(["int4:64", "int8:256", "nf3:32"]), st.integers(0, 99), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_quantized_scales_settle_where_they_lose_least(
+    scheme: Scheme, scale: str, seed: int, weighted: bool
+) -> None:
+    scheme = replace(scheme, scale=scale)
+    weight = weights(24, 70, seed)
+    importance = torch.rand(70, generator=torch.Generator().manual_seed(seed)) if weighted else None
+    power = power_of(importance)
+    found = fit(weight, scheme, importance, search=True)
+    kept = moved(found, found.scale, found.shift, near=True)
+    assert torch.equal(kept.scale, found.scale)
+    assert found.shift is None or torch.equal(kept.shift, found.shift)  # type: ignore[arg-type]
+    with patch("fracbit.numerics.fit._settled", lambda weight, grid, importance: grid):
+        rounded = fit(weight, scheme, importance, search=True)
+    best, before = (grid_error(weight, grid, importance, power) for grid in (found, rounded))
+    assert best <= before * (1 + 1e-5) + 1e-12
+
+
 @given(schemes(), st.integers(2, 30), st.integers(2, 70), st.integers(0, 99), st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_errors_in_units_of_steps_are_those_of_the_decoded_weights(
@@ -199,7 +220,7 @@ def test_errors_in_units_of_steps_are_those_of_the_decoded_weights(
     unit = float(grid.scale.mean()) or 1.0
     wrong = ((values_of(codes_of(weight, grid), grid) - weight) / unit).pow(power_of(importance))  # [out, in]
     wanted = block_sums(wrong if importance is None else wrong * importance, scheme)
-    found = EvenErrors(weight, importance, grid)(grid)
+    found = EvenErrors(weight, importance, grid, unit=unit)(grid)
     assert found.shape == wanted.shape
     apart = (found - wanted).abs() <= 1e-3 * wanted + 1e-9
     assert bool((apart | (grid.scale == 0)).all())

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from fracbit.records.scheme import FLOAT_SCALES
 from golden.make import answers, codes, digests, losses, machine, one_thread, quantize, stored
 from golden.recipes import CALIBRATED, CHECKPOINTS, FREE
 
@@ -85,15 +86,20 @@ def test_a_recipe_that_sums_floats_gives_the_same_bytes(
 ) -> None:
     """Codes and losses within a bound first, so that a machine that adds otherwise has been asked, too.
 
-    Searches add the errors of a block in another order than 0.1.0, and take another of two ranges that are equally good.
+    Searches add the errors of a block in another order than 0.1.0, and take another of two ranges that are equally good. Where
+    scales are quantized, a search settles them since 0.2: the losses may be lower than they were.
     """
     quantize(*CALIBRATED[name], "q")
     row, found = kept["calibrated"][name], digests("q")
     assert found.keys() == row["tensors"].keys()
+    recipe = CALIBRATED[name][1]
+    if recipe.get("search") and recipe["scheme"]["scale"] not in FLOAT_SCALES:
+        assert sum(losses("q").values()) <= sum(row["losses"].values())
+        return
     different = float((codes("q") != load_file(GOLDEN / "codes.safetensors")[name]).float().mean())
     assert different <= CODES, f"{different:.1%} of the codes' bytes are not those of 0.1.0; machine {here}"
     assert losses("q") == pytest.approx(row["losses"], rel=LOSS, abs=1e-7)
-    if CALIBRATED[name][1].get("search"):
+    if recipe.get("search"):
         pytest.skip(
             "within the bounds; searches add in another order than 0.1.0 and break ties in another way"
         )

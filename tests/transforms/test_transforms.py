@@ -11,7 +11,7 @@ from fracbit.models.blocks import blocks, pairs
 from fracbit.models.family import Norm
 from fracbit.models.find import family_of
 from fracbit.models.fold import fold_norm, rotate_block, rotate_rest, scaling_sites, storable
-from fracbit.numerics.grid import quantize_tensor
+from fracbit.numerics.fit import quantize_tensor
 from fracbit.numerics.linalg import gram_errors
 from fracbit.numerics.packed import decode
 from fracbit.numerics.stats import add_inputs, empty

@@ -2,9 +2,10 @@
 
     W = scale * T[nearest(u)] + shift         u: latent weights in units of the scale
 
-Scale, shift and a fitted table are learned as they are; the gradient of the rounding is taken to be 1 inside the table's
-range and 0 outside (straight-through, Bengio et al. 2013, arXiv:1308.3432; learned step sizes: Esser et al. 2019,
-arXiv:1902.08153). It lives only while a correction runs: `packed` turns it back into bytes.
+Scale, shift and a fitted table are learned; scales that are quantized count as they are stored, on the grid that they came
+with. The gradient of rounding is taken to be 1, for weights outside the table's range 0 (straight-through, Bengio et al. 2013,
+arXiv:1308.3432; learned step sizes: Esser et al. 2019, arXiv:1902.08153). It lives only while a correction runs: `packed` turns
+it back into bytes.
 
 Scales and shifts [per block] have the shape of `layout.scales_shape`.
 """
@@ -49,7 +50,9 @@ class SoftLinear(nn.Module):
         if packed.columns is not None:
             quantized = quantized[:, quantized_columns(packed.columns, packed.shape[1])]  # [out, quantized]
         scale = self._spread(self.base.scale.clamp(min=1e-12))  # [out, quantized] or broadcastable
-        wanted = (quantized - self._spread_shift(self.base.scale)) / scale  # [out, quantized]
+        wanted = (
+            quantized - self._spread_shift(self.base.scale, self.shift.detach())
+        ) / scale  # [out, quantized]
         low, high = cell_of(self.base.table.values, self.base.table.boundaries, codes)  # [out, quantized]
         return torch.minimum(torch.maximum(wanted, low), high)
 
@@ -57,13 +60,25 @@ class SoftLinear(nn.Module):
         """Values [per block], broadcastable to [out, quantized]."""
         return spread(values, self.base.shape, self.base.scheme)
 
-    def _spread_shift(self, scale: Tensor) -> Tensor:
+    def _spread_shift(self, scale: Tensor, shift: Tensor) -> Tensor:
         if self.free_shift:
-            return self._spread(self.shift)
+            return self._spread(shift)
         if self.base.zeros is None:
             return scale.new_zeros(1, 1)  # [1, 1]
         zero = self.base.table.look_up(self.base.zeros).view(scale.shape)  # [per block]
         return self._spread(-scale * zero)
+
+    def _as_stored(self) -> tuple[Tensor, Tensor]:
+        """Scale and free shift [per block], differentiable; with the values of what is stored where that is quantized."""
+        scale, free = self.log_scale.exp(), self.free_shift  # [per block]
+        if isinstance(self.base.scheme.scale, str):
+            return scale, self.shift
+        with torch.no_grad():
+            grid = moved(self.base, scale, self.shift if free else None, near=True)
+        stored = scale + (grid.scale - scale).detach()  # [per block]
+        if not free or grid.shift is None:
+            return stored, self.shift
+        return stored, self.shift + (grid.shift - self.shift).detach()
 
     def weight(self) -> Tensor:
         """The decoded weight [out, in], differentiable."""
@@ -75,8 +90,8 @@ class SoftLinear(nn.Module):
         inside = (latent >= table.values[:, :1]) & (latent <= table.values[:, -1:])  # [out, quantized]
         values = values + torch.where(inside, self.latent - latent, 0.0)  # [out, quantized]
         # Scale them, and put the 16-bit columns beside them.
-        scale = self.log_scale.exp()  # [per block]
-        quantized = values * self._spread(scale) + self._spread_shift(scale)  # [out, quantized]
+        scale, shift = self._as_stored()  # [per block] each
+        quantized = values * self._spread(scale) + self._spread_shift(scale, shift)  # [out, quantized]
         if self.outliers is None:
             return quantized
         assert self.packed_like.columns is not None
@@ -95,7 +110,7 @@ class SoftLinear(nn.Module):
             grid: Grid = with_table(self.base, table.half()) if self.table.requires_grad else self.base
             codes = grid.table.nearest(self.latent.detach())  # [out, quantized]
             shift = self.shift.detach() if self.free_shift else None
-            grid = moved(grid, self.log_scale.detach().exp(), shift)
+            grid = moved(grid, self.log_scale.detach().exp(), shift, near=True)
             result = pack(codes, grid)
             if self.outliers is None:
                 return result

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from fracbit.numerics.grid import fit
+from fracbit.numerics.fit import fit
 from fracbit.numerics.layout import spread
 from fracbit.records.scheme import Axis, Scheme
 

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from fracbit.errors import WeightError
 from fracbit.numerics.datatypes import is_fitted
-from fracbit.numerics.grid import Grid, codes_of, fit, in_16_bits, moved, pack, values_of
+from fracbit.numerics.fit import fit
+from fracbit.numerics.grid import Grid, codes_of, in_16_bits, moved, pack, values_of
 from fracbit.numerics.layout import row_chunks
 from fracbit.numerics.linalg import (
     DAMPING,

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fracbit.numerics.grid import quantize_tensor
+from fracbit.numerics.fit import quantize_tensor
 from fracbit.numerics.linalg import Coupling
 from fracbit.numerics.packed import PackedTensor, decoded_parts, quantized_columns
 from fracbit.numerics.stats import Stats

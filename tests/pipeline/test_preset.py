@@ -86,14 +86,27 @@ def test_settings_of_presets(name: str, weights: int, average: float | None) -> 
     assert found.calibration == texts.model_copy(update=calibration)
     table = "kmeans" if name == "best" else "int"
     if average is None:
-        scale, offset = ("int8:256", "none") if name == "best" else ("fp16", "zero")
-        assert found.scheme == Scheme(table, 4, 64, offset=offset, scale=scale)  # type: ignore[arg-type]
+        assert found.scheme == Scheme(table, 4, 32, offset="float", scale="int4:256")
         assert not terms.asked
     else:
         assert terms.average_bits == average
         guided = name == "good" or (name == "best" and weights > SMALL)
         assert (terms.score, terms.samples) == (("guided-error", 16) if guided else ("weight-error", SAMPLES))
         assert {level.dtype for level in terms.schemes if level} == {table}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_keep_to_grids_of_engines(name: str) -> None:
+    recipe = Recipe(model="m", calibration=Calibration(texts=("t",)))
+    alone, _ = preset(recipe, Spending(preset=name, grids="engine"), SMALL + 1)
+    assert alone.scheme == Scheme("int", 4, 64, offset="zero")
+    _, terms = preset(recipe, Spending(preset=name, average_bits=2.5, grids="engine"), SMALL + 1)
+    wanted = {("int", "zero", "fp16")}
+    assert {(level.dtype, level.offset, level.scale) for level in terms.schemes if level} == wanted
+    with pytest.raises(RecipeError, match="for presets"):
+        Spending(average_bits=3.0, grids="engine")
+    with pytest.raises(RecipeError, match="any or engine"):
+        Spending(preset=name, grids="vllm")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -48,7 +48,7 @@ def test_terms_without_a_budget_are_refused(name: str) -> None:
     others = {
         "average_bits": 3.0, "size": "1GB", "fits": 10**9, "context": 64, "batch": 2, "preset": "best", "levels": "int4/64",
         "score": "zd", "text": "a.txt", "held_out": "a.txt", "granularity": "block", "fused": True, "solver": "order",
-        "samples": 4, "length": 16,
+        "samples": 4, "length": 16, "grids": "engine",
     }  # fmt: skip
     if name in BUDGETS:
         assert Spending(**{name: others[name]}).asked  # type: ignore[arg-type]

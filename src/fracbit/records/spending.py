@@ -18,6 +18,7 @@ from fracbit.records.text_source import check_source
 
 Granularity: TypeAlias = Literal["block", "linear"]
 Solver: TypeAlias = Literal["exact", "order"]
+Grids: TypeAlias = Literal["any", "engine"]
 
 LEVELS = "int4z/64,int3z/64,int2z/64"
 SAMPLES = 32
@@ -35,6 +36,7 @@ class Spending:
       device that also holds the KV cache and the activations. One of the three.
     - `context`: tokens of each sequence in that KV cache; `batch`: sequences at once.
     - `preset`: settings by how long they may take: `fast`, `good` or `best`; with `average_bits`, or alone.
+    - `grids`: what a preset may store: `any`, or `engine`, integers with zero points and 16-bit scales, which engines read.
     - `levels`: the schemes to choose from, `nf4/64,nf2/64`, or a sequence of words and schemes; None: `LEVELS`.
     - `score`: the name of a score, a JSON file of scores or losses, or these themselves.
     - `text`: the text that the score reads, where it reads any; None: the recipe's calibration texts.
@@ -52,6 +54,7 @@ class Spending:
     context: int = 2048
     batch: int = 1
     preset: str | None = None
+    grids: Grids = "any"
     levels: str | Sequence[Scheme | str | None] | None = None
     score: str | Path | Scores | Losses = "weight-error"
     text: str | None = None
@@ -67,8 +70,11 @@ class Spending:
         given = self._given()
         _check_budgets(given)
         _check_number("average_bits", self.average_bits)
+        check_choice("grids", self.grids, get_args(Grids))
         if self.preset is not None:
             _check_preset(self.preset, given)
+        elif self.grids != "any":
+            raise RecipeError("spending.grids is for presets; without one, spending.levels names the schemes")
         check_choice("granularity", self.granularity, get_args(Granularity))
         check_choice("solver", self.solver, get_args(Solver))
         _check_count("samples", self.samples, least=1)
@@ -160,8 +166,8 @@ def _check_budgets(given: dict[str, Any]) -> None:
 def _check_preset(name: str, given: dict[str, Any]) -> None:
     if name not in PRESETS:
         raise RecipeError(f"unknown preset {name!r}; {near_matches(name, PRESETS)}")
-    others = [term for term in given if term not in ("preset", "average_bits")]
+    others = [term for term in given if term not in ("preset", "average_bits", "grids")]
     if others:
         raise RecipeError(
-            f"preset {name} chooses for itself and takes --average-bits alone; leave out {', '.join(others)}"
+            f"preset {name} chooses for itself and takes --average-bits and spending.grids; leave out {', '.join(others)}"
         )

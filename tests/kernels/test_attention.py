@@ -40,6 +40,15 @@ def test_equals_torch(heads: int, shared: int, tokens: int, head: int, size: flo
     assert error <= max(3 * theirs, 1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_states_are_computed_in_fp32(dtype: torch.dtype):
+    queries, keys, values = (x.to(dtype) for x in drawn(4, 2, 50, 16))
+    assert attends(queries, keys, values)
+    found = attend_causal(queries, keys, values, 0.3)
+    assert found.dtype == dtype
+    assert torch.equal(found, attend_causal(queries.float(), keys.float(), values.float(), 0.3).to(dtype))
+
+
 def test_numbers_that_are_none_stay_visible():
     queries, keys, values = drawn(2, 1, 40, 8)
     keys[0, 0, 7, 3] = torch.nan
@@ -52,7 +61,7 @@ def test_numbers_that_are_none_stay_visible():
 def test_what_does_not_fit_is_left_to_torch():
     queries, keys, values = drawn(4, 2, 20, 8)
     assert attends(queries, keys, values)
-    assert not attends(queries.bfloat16(), keys.bfloat16(), values.bfloat16())
+    assert not attends(queries.double(), keys.double(), values.double())
     assert not attends(queries[:, :, :1], keys, values)  # a step of decoding
     assert not attends(queries[..., :6], keys[..., :6], values[..., :6])
     assert not attends(queries.clone().requires_grad_(), keys, values)

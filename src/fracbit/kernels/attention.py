@@ -1,8 +1,8 @@
-"""Causal attention of whole sequences in fp32 on a CPU, for judging a model over text.
+"""Causal attention of whole sequences on a CPU, for calibrating a model and judging it over text.
 
-torch's kernel is made for long sequences and wide heads: over windows of some hundred tokens and heads of 8 to 64 numbers it
-takes longer than the products of the layers. The native kernel works on 32 queries at a time and keeps their scores in the
-cache. It needs AVX-512; torch's kernel runs everywhere else and is the definition.
+torch's kernel is made for long sequences and wide heads: over windows of some hundred tokens it takes longer than the products
+of the layers. The native kernel works on 32 queries at a time and keeps their scores in the cache. It computes in fp32, also
+for 16-bit states, and needs AVX-512; torch's kernel runs everywhere else and is the definition.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from fracbit.kernels.cpu import NATIVE
 
 HEAD_STEP = 8
 """A head must be a multiple of it: kHeadStep of native/attention.h."""
-CACHE_BYTES = 1 << 18
-"""The most that a head's keys and values may take: those of 512 tokens of 64 numbers."""
+CACHE_BYTES = 1 << 19
+"""The most that a head's keys and values may take in fp32: those of 512 tokens of 128 numbers."""
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def attends(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether the native kernel can run these: fp32 on a CPU, whole sequences, no gradients, small enough for the cache."""
+    """Whether the native kernel can run these: floats on a CPU, whole sequences, no gradients, small enough for the cache."""
     tensors = (queries, keys, values)
     return (
         NATIVE is not None
         and NATIVE.has_causal()
-        and all(type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
+        and all(type(x) is Tensor and x.device.type == "cpu" and x.dtype in FLOATS for x in tensors)
         and all(x.stride(-1) == 1 for x in tensors)
         and not any(x.requires_grad for x in tensors)
         and keys.shape == values.shape
@@ -37,16 +38,21 @@ def attends(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
 
 
 def attend_causal(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """softmax(scale * queries keys^T) values over a token and those before it, fp32 [sequences, tokens, heads, head].
+    """softmax(scale * queries keys^T) values over a token and those before it: [sequences, tokens, heads, head].
 
-    `queries` is fp32 [sequences, heads, tokens, head]; `keys` and `values` have as many heads or a divisor of them. `attends`
-    must hold for the three.
+    `queries` is [sequences, heads, tokens, head]; `keys` and `values` have as many heads or a divisor of them. The result has
+    the type of the queries and is computed in fp32. `attends` must hold for the three.
     """
     assert NATIVE is not None
     sequences, heads, tokens, head = queries.shape
-    result = queries.new_empty(sequences, tokens, heads, head)  # [sequences, tokens, heads, head]
+    result = torch.empty(sequences, tokens, heads, head)  # [sequences, tokens, heads, head]
     by_head = result.transpose(1, 2)  # [sequences, heads, tokens, head]
     NATIVE.attend_causal(
-        queries=queries, keys=keys, values=values, out=by_head, scale=scale, threads=torch.get_num_threads()
+        queries=queries.float(),
+        keys=keys.float(),
+        values=values.float(),
+        out=by_head,
+        scale=scale,
+        threads=torch.get_num_threads(),
     )
-    return result
+    return result.to(queries.dtype)

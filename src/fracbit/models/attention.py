@@ -1,7 +1,7 @@
 """The attention that a model's own code calls, replaced for the time of a call.
 
 transformers looks an attention function up by name in every layer; fracbit registers one that takes the native kernel where
-that fits (fp32 on a CPU, causal, no mask, no dropout) and is `sdpa`, torch's, everywhere else.
+that fits (on a CPU, causal, no mask, no dropout, no gradients) and is `sdpa`, torch's, everywhere else.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def forward(
     is_causal: bool | None = None,
     **further: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers: fp32 [sequences, heads, tokens, head] to [sequences, tokens, heads, head]."""
+    """An attention function of transformers: [sequences, heads, tokens, head] to [sequences, tokens, heads, head]."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plain = all(name in PLAIN or given is None for name, given in further.items())
     if causal and plain and attention_mask is None and not dropout and attends(query, key, value):

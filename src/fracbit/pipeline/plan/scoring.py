@@ -18,6 +18,7 @@ from torch import Tensor
 from fracbit.checkpoint.opened import open_float
 from fracbit.errors import DataError, RecipeError
 from fracbit.importance import IN_TURN, LayerView, ScoreMethod, Unit, predict_losses, reverse, score_method
+from fracbit.models.attention import native_attention
 from fracbit.pipeline.plan.passes import (
     Findings,
     Streamed,
@@ -254,7 +255,8 @@ def _find(job: _Job) -> Findings:
         raise DataError(f"scores take token ids [samples, tokens], got the shape {tuple(ids.shape)}")
     if "guided errors" in needs:
         where = float_model if isinstance(float_model, Streamed) else in_memory(float_model, ids)
-        return guided_pass(where, job.units, job.schemes, step=job.step)
+        with native_attention(where.stack.model):
+            return guided_pass(where, job.units, job.schemes, step=job.step)
     if isinstance(float_model, Streamed):
         raise RecipeError(
             f"this score ({job.method.about}) needs the whole model in memory: pass a FloatModel"
@@ -265,4 +267,5 @@ def _find(job: _Job) -> Findings:
         schemes = job.schemes if "slopes" in needs else ()
         return gradient_pass(float_model, job.units, schemes, ids, step=job.step)
     final_norm = "cosine behind the final norm" in needs
-    return forward_pass(float_model, ids, gram="gram" in needs, final_norm=final_norm, step=job.step)
+    with native_attention(float_model.model):
+        return forward_pass(float_model, ids, gram="gram" in needs, final_norm=final_norm, step=job.step)

@@ -17,6 +17,7 @@ from fracbit.checkpoint.output import SHARD_BYTES, Shards, finished_run, open_ou
 from fracbit.checkpoint.shards import check_apart
 from fracbit.data import Samples
 from fracbit.errors import FormatError
+from fracbit.models.attention import native_attention
 from fracbit.pipeline.quantize.calibrated import SPILL_BYTES, calibrate_shards
 from fracbit.pipeline.quantize.manifest import finish
 from fracbit.pipeline.quantize.rotate import needs_untied_head
@@ -76,7 +77,8 @@ def fill_shards(work: Work, target: Shards, spill_bytes: int = SPILL_BYTES) -> N
     """Quantize everything that `target` lacks. Raises `WeightError` (layer named), `OutputError`."""
     if work.recipe.calibration is None:
         stream_shards(work, target)
-    else:
+        return
+    with native_attention(work.opened.model):
         calibrate_shards(work, target, spill_bytes)
 
 

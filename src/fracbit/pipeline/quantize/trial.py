@@ -20,6 +20,7 @@ from torch import Tensor
 from fracbit.checkpoint.opened import Opened
 from fracbit.checkpoint.output import InMemory
 from fracbit.data import Samples
+from fracbit.models.attention import native_attention
 from fracbit.models.backward import back, held_bytes, loss_gradients, through
 from fracbit.models.blocks import blocks
 from fracbit.models.walk import Hidden
@@ -45,6 +46,11 @@ FEW, MORE = 2, 6  # batches of the two trials
 
 def measure_needs(recipe: Recipe, opened: Opened, device: str | torch.device = "cpu") -> Needs:
     """Measure what the calibrated `recipe` will take; nothing is written. Raises as the run."""
+    with native_attention(opened.model):
+        return _measured(recipe, opened, device)
+
+
+def _measured(recipe: Recipe, opened: Opened, device: str | torch.device) -> Needs:
     calibration = recipe.calibration
     assert calibration is not None
     length, wanted = sample_length(calibration, opened), calibration.samples

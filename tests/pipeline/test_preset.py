@@ -84,15 +84,16 @@ def test_settings_of_presets(name: str, weights: int, average: float | None) -> 
     found, terms = preset(Recipe(model="m", calibration=texts), spending, weights)
     assert (found.quantizer, found.search) == (quantizer, search)
     assert found.calibration == texts.model_copy(update=calibration)
-    table = "kmeans" if name == "best" else "int"
+    tables = name == "best" and weights <= SMALL
     if average is None:
-        assert found.scheme == Scheme(table, 4, 32, offset="float", scale="int4:256")
+        fine = Scheme("int", 4, 32, offset="float", scale="int4:256")
+        assert found.scheme == (Scheme("kmeans", 4, 64, scale="int8:256") if tables else fine)
         assert not terms.asked
     else:
         assert terms.average_bits == average
         guided = name == "good" or (name == "best" and weights > SMALL)
         assert (terms.score, terms.samples) == (("guided-error", 16) if guided else ("weight-error", SAMPLES))
-        assert {level.dtype for level in terms.schemes if level} == {table}
+        assert {level.dtype for level in terms.schemes if level} == {"kmeans" if tables else "int"}
 
 
 @pytest.mark.parametrize("name", PRESETS)

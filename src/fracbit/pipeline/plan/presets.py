@@ -3,12 +3,12 @@
 - `fast`: rounding to nearest. Needs no data; seconds.
 - `good`: GPTQ on the outputs of the quantized blocks, with searched ranges; from 3 bits on, tokens weighed by the end loss.
   Minutes.
-- `best`: GPTQ on learned tables of 2^k values (kmeans, one per tensor), then training block by block on the float model's
-  states. Models of at most `SMALL` weights are distilled as a whole instead, after GPTQ with coordinate descent.
+- `best`: GPTQ, then training block by block on the float model's states. Models of at most `SMALL` weights are distilled as a
+  whole instead, after GPTQ with coordinate descent on learned tables (kmeans) with 8-bit scales.
 
-All store blocks of 24 to 128 weights with a scale and an offset of 3 or 4 bits each: at equal stored bits they lose a quarter
-less than blocks of 64 with a 16-bit scale and a zero point (docs/LOG.md). `grids="engine"` keeps to the latter, integers that
-the files of GPTQ, AWQ and compressed-tensors hold.
+All others store integers in blocks of 24 to 128 weights with a scale and an offset of 3 or 4 bits each: at equal stored bits
+they lose a quarter less than blocks of 64 with a 16-bit scale and a zero point (docs/LOG.md). `grids="engine"` keeps to the
+latter, integers that the files of GPTQ, AWQ and compressed-tensors hold.
 
 With a budget, the exact solver chooses bits and block of every linear within it, by the loss that its errors add (score
 `guided-error`, one backward pass over the float model, block by block). `fast` and models that are distilled go by the error of
@@ -23,11 +23,11 @@ from fracbit.errors import RecipeError
 from fracbit.records.calibration import Calibration
 from fracbit.records.recipe import Recipe
 from fracbit.records.scheme import Scheme
-from fracbit.records.spending import Grids, Spending
+from fracbit.records.spending import Spending
 
-BLOCKS = {"any": (24, 32, 48, 64, 128), "engine": (32, 64, 128)}
+BLOCKS = {"fine": (24, 32, 48, 64, 128), "table": (32, 48, 64, 128), "engine": (32, 64, 128)}
 UNIFORM = 4  # bits without a budget
-UNIFORM_BLOCK = {"any": 32, "engine": 64}
+UNIFORM_BLOCK = {"fine": 32, "table": 64, "engine": 64}
 SMALL = 20_000_000  # weights; distillation holds 24 bytes for each, and takes hours on a CPU above
 WEIGHED = 3  # bits from which tokens are weighed by the loss; at 2 bits nothing was gained on SmolLM2-135M
 SCORED = 16  # samples that predict what each linear loses
@@ -47,6 +47,8 @@ def preset(recipe: Recipe, spending: Spending, weights: int) -> tuple[Recipe, Sp
             f"preset {name} needs calibration text; pass --calibration FILE, or --calibration generated; preset fast reads none"
         )
     average = spending.average_bits
+    distilled = name == "best" and weights <= SMALL
+    kind = "engine" if spending.grids == "engine" else "table" if distilled else "fine"
     own = recipe.scheme.bits if "scheme" in recipe.model_fields_set else UNIFORM
     settings, calibration = _settings(str(name), own if average is None else average, weights)
     settings = {field: value for field, value in settings.items() if field not in recipe.model_fields_set}
@@ -54,13 +56,13 @@ def preset(recipe: Recipe, spending: Spending, weights: int) -> tuple[Recipe, Sp
         given = recipe.calibration.model_dump(exclude_unset=True)
         settings["calibration"] = Calibration(**(calibration | given))
     if average is not None:
-        reads = name == "good" or (name == "best" and weights > SMALL)
-        score: dict[str, Any] = {"score": "guided-error", "samples": SCORED} if reads else {}
+        guided = name != "fast" and not distilled
+        score: dict[str, Any] = {"score": "guided-error", "samples": SCORED} if guided else {}
         return recipe.model_copy(update=settings), Spending(
-            average_bits=average, levels=levels(str(name), average, spending.grids), **score
+            average_bits=average, levels=levels(kind, average), **score
         )
     if "scheme" not in recipe.model_fields_set:
-        settings["scheme"] = _scheme(str(name), UNIFORM, UNIFORM_BLOCK[spending.grids], spending.grids)
+        settings["scheme"] = _scheme(kind, UNIFORM, UNIFORM_BLOCK[kind])
     return recipe.model_copy(update=settings), Spending()
 
 
@@ -78,15 +80,16 @@ def _settings(name: str, bits: float, weights: int) -> tuple[dict[str, Any], dic
     return {"quantizer": "descent", "search": True}, {"distill": EPOCHS, "rate": rate, "dtype": "float32"}
 
 
-def levels(name: str, average_bits: float, grids: Grids) -> tuple[Scheme, ...]:
-    """Schemes around a budget: its whole bits, one bit less and one bit more, at every block size."""
+def levels(kind: str, average_bits: float) -> tuple[Scheme, ...]:
+    """Schemes of a `kind` of grid around a budget: its whole bits, one bit less and one bit more, at every block size."""
     width = min(max(int(average_bits), 1), 8)
     widths = [k for k in (width - 1, width, width + 1) if 1 <= k <= 8]
-    return tuple(_scheme(name, k, block, grids) for k in widths for block in BLOCKS[grids])
+    return tuple(_scheme(kind, k, block) for k in widths for block in BLOCKS[kind])
 
 
-def _scheme(name: str, bits: int, block: int, grids: Grids) -> Scheme:
-    if grids == "engine":
+def _scheme(kind: str, bits: int, block: int) -> Scheme:
+    if kind == "engine":
         return Scheme("int", bits, block, offset="zero")
-    table = "kmeans" if name == "best" else "int"
-    return Scheme(table, bits, block, offset="float", scale=f"int{3 if bits <= 2 else 4}:256")
+    if kind == "table":
+        return Scheme("kmeans", bits, block, scale="int8:256")
+    return Scheme("int", bits, block, offset="float", scale=f"int{3 if bits <= 2 else 4}:256")

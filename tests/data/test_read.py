@@ -259,7 +259,7 @@ def test_without_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"datasets, which is not installed.*fracbit\[datasets\]"):
+    with pytest.raises(DataError, match=r"datasets, which is not installed.*\[datasets\]"):
         read_documents("datasets:wikitext", tokenizer, VOCABULARY)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(DataError, match="pyarrow, which is not installed"):

@@ -3,7 +3,6 @@
 import itertools
 import math
 import os
-import sys
 
 import pytest
 import torch
@@ -210,13 +209,6 @@ def test_budgets_in_bytes() -> None:
     )
     with pytest.raises(BudgetError, match="above the highest"):
         by_order(UNITS, [INT[0], INT[2]], file_size(10**9, 4096, 10**6), SCORES)
-
-
-def test_without_scipy_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
-    losses = Losses((INT[0], INT[2]), {u.name: (1.0, 0.0) for u in UNITS}, "m", "")
-    with pytest.raises(RecipeError, match=r"fracbit\[budget\]"):
-        exact(UNITS, [INT[0], INT[2]], average_bits(3.5, 4096), losses)
 
 
 def test_what_the_solver_prints_is_not_among_the_results(

@@ -1,6 +1,5 @@
 """Plans: predicted sizes hold when a plan is carried out, budgets of every kind are kept, uniform is taken when it wins."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -153,18 +152,6 @@ def test_the_candidates_are_ordered_and_the_curve_falls(folder: Path) -> None:
     exact = made.curve["exact"]
     assert [loss for _, loss in exact] == sorted((loss for _, loss in exact), reverse=True)
     assert all(e <= o + 1e-9 for (_, e), (_, o) in zip(exact, made.curve["order"], strict=True))
-
-
-def test_the_order_needs_no_scipy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("scipy", "scipy.optimize", "scipy.sparse"):
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr("fracbit.pipeline.plan.solve.find_spec", lambda name: None)
-    made = plan(folder, spending(average_bits=3.5, solver="order"), curve=True)
-    assert [candidate.name for candidate in made.candidates] == ["order", "uniform"]
-    assert set(made.curve) == {"order", "uniform"}
-    assert any("scipy" in note for note in made.notes)
-    with pytest.raises(RecipeError, match="needs scipy"):
-        plan(folder, spending(average_bits=3.5))
 
 
 def test_scores_and_losses_can_be_brought_along(folder: Path) -> None:

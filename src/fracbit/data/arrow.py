@@ -16,9 +16,8 @@ from typing import Any
 from fracbit.data.lines import Record, collect_records, pick_field
 from fracbit.data.raw import RawTexts, hash_file, hash_texts
 from fracbit.errors import DataError
+from fracbit.records.extras import install
 from fracbit.records.text_source import TextSource, find_file
-
-_REMEDY = "install it with: pip install 'fracbit[datasets]'"
 
 
 def read_parquet(source: TextSource) -> RawTexts:
@@ -58,7 +57,7 @@ def _library(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise DataError(
-            f"this source needs {name.partition('.')[0]}, which is not installed: {_REMEDY}."
+            f"this source needs {name.partition('.')[0]}, which is not installed: {install('datasets')}"
         ) from error
 
 

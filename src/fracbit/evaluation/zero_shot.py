@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from fracbit.errors import DataError
 from fracbit.evaluation.local_tasks import LocalTask
+from fracbit.records.extras import install
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -272,6 +273,5 @@ def _library(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise DataError(
-            f"zero-shot tasks need {error.name}, which is not installed: "
-            "install it with pip install 'fracbit[eval]'."
+            f"zero-shot tasks need {error.name}, which is not installed: {install('eval')}"
         ) from error

@@ -72,7 +72,7 @@ def exact(units: Sequence[Unit], choices: Choices, budget: Budget, losses: Losse
     """The choice of least summed loss within the budget.
 
     A choice that costs a unit more and promises it no less loss is never taken, so a budget may be left over when nothing
-    that it could buy is expected to help. Raises as `by_order`; `RecipeError` also when scipy is not installed.
+    that it could buy is expected to help. Raises as `by_order`.
     """
     check_scores(losses, [unit.name for unit in units])
     costs = _checked_costs(units, choices, budget)  # [unit][choice]
@@ -224,14 +224,10 @@ def _knapsack(
 
 def _solve(extra: list[list[int]], losses: list[list[float]], room: int) -> tuple[list[int], tuple[str, ...]]:
     """The entry that each row takes; `extra` [unit][choice] are costs above the cheapest, `room` what they may sum to."""
-    try:
-        import numpy as np
-        from scipy.optimize import Bounds, LinearConstraint, milp
-        from scipy.sparse import csr_array
-    except ImportError as error:
-        raise RecipeError(
-            "the exact solver needs scipy: pip install 'fracbit[budget]', or take the order (--set spending.solver=order)"
-        ) from error
+    import numpy as np
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
     # One variable for each choice of each unit, all behind each other: 1 where it is taken.
     sizes = [len(row) for row in extra]  # [units]
     flat_loss = np.array([loss - row[-1] for row in losses for loss in row])  # [variables]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fracbit.errors import DataError, OutputError
+from fracbit.records.extras import install
 from fracbit.records.row import Row, label
 from fracbit.report import fit
 from fracbit.report.command import command_of, recipe_of
@@ -68,7 +69,7 @@ def _plotly() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise OutputError("a report needs plotly: pip install 'fracbit[report]'") from error
+        raise OutputError(f"a report needs plotly: {install('report')}") from error
     return str(get_plotlyjs())
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fracbit.errors import OutputError, RecipeError
+from fracbit.records.extras import install
 from fracbit.records.lens import EVERYWHERE, LensPoint, LensReport, fragility
 from fracbit.records.scheme import Scheme
 
@@ -277,7 +278,7 @@ def _matplotlib() -> tuple[Any, Any]:
         from matplotlib import colors
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise RecipeError("pictures need matplotlib: pip install 'fracbit[plots]'") from error
+        raise RecipeError(f"pictures need matplotlib: {install('plots')}") from error
     return Figure, colors
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fracbit.errors import FormatError, OutputError
+from fracbit.records.extras import install
 from fracbit.records.row import Row, run_key
 from fracbit.sweeps.store import columns_of
 
@@ -86,4 +87,4 @@ def _library(name: str) -> ModuleType:
     try:
         return import_module(name)
     except ImportError as error:
-        raise OutputError("Parquet needs pyarrow: pip install 'fracbit[store]'") from error
+        raise OutputError(f"Parquet needs pyarrow: {install('store')}") from error

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fracbit.errors import OutputError, RecipeError
+from fracbit.records.extras import install
 from fracbit.records.row import Row, Run, failed_row
 from fracbit.sweeps.address import check_address
 from fracbit.sweeps.queue import Queue, Workload, workload_of
@@ -180,7 +181,7 @@ def _ray() -> Any:
     try:
         import ray
     except ImportError as error:
-        raise OutputError("--ray needs Ray: pip install 'fracbit[ray]'") from error
+        raise OutputError(f"--ray needs Ray: {install('ray')}") from error
     return ray
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fracbit.errors import FormatError, OutputError
+from fracbit.records.extras import install
 from fracbit.records.row import Row, label
 from fracbit.records.scheme import scale_label
 
@@ -29,7 +30,7 @@ try:
     import sqlalchemy as sa
     from sqlalchemy import exc
 except ImportError as error:  # an extra; everything else of fracbit works without it
-    raise OutputError("a store needs SQLAlchemy 2: pip install 'fracbit[store]'") from error
+    raise OutputError(f"a store needs SQLAlchemy 2: {install('store')}") from error
 
 SCHEMA_VERSION = 4
 """2 added scale, search and text_sha256; 3 added chain, and a run became a recipe and an evaluation; 4 made labels unique."""
@@ -242,7 +243,7 @@ def _engine(where: str) -> sa.Engine:
     except exc.ArgumentError as error:
         raise OutputError(f"store {where!r} is neither a path nor a database URL: {error}") from error
     except ImportError as error:
-        raise OutputError(f"store {shown(where)}: {error}; pip install 'fracbit[postgresql]'") from error
+        raise OutputError(f"store {shown(where)}: {error}; {install('postgresql')}") from error
 
 
 def _tune_sqlite(link: sqlite3.Connection, _: object) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 from torch import Tensor
 
@@ -117,20 +116,19 @@ def _lift(problem: Problem, losses: Losses) -> Scores:
 def solve(problem: Problem, scores: Scores, losses: Losses, solver: Solver = "exact") -> Solved:
     """Divide the budget by `solver`, and for comparison by the other solver and by the best uniform level.
 
-    Raises `BudgetError` (budget out of reach, with the range), `RecipeError` (exact without scipy).
+    Raises `BudgetError` (budget out of reach, with the range).
     """
     chosen = _divide(problem, scores, losses, solver)
     found: dict[str, Solution] = {solver: chosen}
-    for other in _solvers():
+    for other in get_args(Solver):
         if other != solver:
             found[other] = _divide(problem, scores, losses, other)
     level = best_uniform(problem.units, problem.levels, problem.budget.bits, losses)
     if level is not None:
         found["uniform"] = level
-    alone = ("the solver exact did not run: it needs scipy (pip install 'fracbit[budget]')",)
     return Solved(
         tuple(_candidate(problem, name, solution, losses.method) for name, solution in found.items()),
-        (*chosen.notes, *(() if "exact" in found else alone), *_left_over(problem, chosen)),
+        (*chosen.notes, *_left_over(problem, chosen)),
     )
 
 
@@ -141,7 +139,7 @@ def curves_of(problem: Problem, scores: Scores, losses: Losses) -> dict[str, Cur
     steps = [least + (most - least) * i // (STEPS - 1) for i in range(STEPS)]
     budgets = [replace(problem.budget, bits=bits, question="average bits") for bits in steps]
     curves: dict[str, Curve] = {}
-    for solver in _solvers():
+    for solver in get_args(Solver):
         solved = [_divide(replace(problem, budget=budget), scores, losses, solver) for budget in budgets]
         curves[solver] = tuple((problem.budget.per_weight(s.bits), s.loss) for s in solved)
     return curves | {"uniform": _uniform_points(problem, costs, losses)}
@@ -154,11 +152,6 @@ def _uniform_points(problem: Problem, costs: Sequence[Sequence[int]], losses: Lo
         total = sum(cost[i] for cost in costs)
         points.append((problem.budget.per_weight(total), sum(row[column] for row in losses.rows.values())))
     return tuple(sorted(points))
-
-
-def _solvers() -> tuple[Solver, ...]:
-    """Those that can run here: the exact one needs scipy, an extra."""
-    return ("exact", "order") if find_spec("scipy") else ("order",)
 
 
 def _divide(problem: Problem, scores: Scores, losses: Losses, solver: Solver) -> Solution:

@@ -1,0 +1,30 @@
+"""How to install an extra of fracbit, by how fracbit itself was installed. Torch-free."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import PackageNotFoundError, distribution
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+
+def install(extra: str) -> str:
+    """The command that adds `extra`: for an editable clone, a file, folder or repository, or an index."""
+    facts = _origin()
+    url = str(facts.get("url", ""))
+    if facts.get("dir_info", {}).get("editable"):
+        return f"pip install -e '{url2pathname(urlsplit(url).path)}[{extra}]'"
+    if "vcs_info" in facts:
+        url = f"{facts['vcs_info']['vcs']}+{url}@{facts['vcs_info']['commit_id']}"
+    return f"pip install 'fracbit[{extra}] @ {url}'" if url else f"pip install 'fracbit[{extra}]'"
+
+
+def _origin() -> dict[str, Any]:
+    """What the installer wrote down of where fracbit came from (PEP 610); nothing for one from an index."""
+    try:
+        text = distribution("fracbit").read_text("direct_url.json")
+    except PackageNotFoundError:  # sources on PYTHONPATH
+        return {}
+    found: dict[str, Any] = json.loads(text) if text else {}
+    return found

@@ -25,10 +25,10 @@ from fracbit.numerics import (
 )
 from fracbit.numerics.bits import has_top_code, pack_bits, row_bytes, unpack_bits
 from fracbit.numerics.datatypes import EXPONENTS, check_datatype, is_fitted
-from fracbit.numerics.fit import EvenErrors, fit, grid_error, power_of
 from fracbit.numerics.grid import codes_of, moved, values_of
 from fracbit.numerics.layout import block_sums
 from fracbit.numerics.packed import table_of
+from fracbit.numerics.ranges import EvenErrors, fit, grid_error, power_of
 from fracbit.records.scheme import Scheme
 
 PARAMETERS = {"float": ["", ":e3m0"], "power": ["", ":1/2", ":fit"], "kmeans": ["", ":row"]}
@@ -202,7 +202,7 @@ def test_quantized_scales_settle_where_they_lose_least(
     kept = moved(found, found.scale, found.shift, near=True)
     assert torch.equal(kept.scale, found.scale)
     assert found.shift is None or torch.equal(kept.shift, found.shift)  # type: ignore[arg-type]
-    with patch("fracbit.numerics.fit._settled", lambda weight, grid, importance: grid):
+    with patch("fracbit.numerics.ranges._settled", lambda weight, grid, importance: grid):
         rounded = fit(weight, scheme, importance, search=True)
     best, before = (grid_error(weight, grid, importance, power) for grid in (found, rounded))
     assert best <= before * (1 + 1e-5) + 1e-12

@@ -11,9 +11,9 @@ from fracbit.models.blocks import blocks, pairs
 from fracbit.models.family import Norm
 from fracbit.models.find import family_of
 from fracbit.models.fold import fold_norm, rotate_block, rotate_rest, scaling_sites, storable
-from fracbit.numerics.fit import quantize_tensor
 from fracbit.numerics.linalg import gram_errors
 from fracbit.numerics.packed import decode
+from fracbit.numerics.ranges import quantize_tensor
 from fracbit.numerics.stats import add_inputs, empty
 from fracbit.records.scheme import Scheme
 from fracbit.transforms import awq_factors, smooth_factors

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fracbit.numerics.fit import quantize_tensor
 from fracbit.numerics.packed import decode
+from fracbit.numerics.ranges import quantize_tensor
 from fracbit.numerics.stats import Stats
 from fracbit.records.scheme import Scheme
 

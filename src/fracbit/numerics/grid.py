@@ -1,6 +1,6 @@
 """`Grid`: the values that every block of a weight may take, and rounding to them: from a weight to a `PackedTensor`.
 
-`place` puts a grid on given ranges (`plain_range`: absolute maximum, min-max or mean and maximum, as the offset asks; fit.py
+`place` puts a grid on given ranges (`plain_range`: absolute maximum, min-max or mean and maximum, as the offset asks; ranges.py
 searches for better ones). `encode` rounds. All know data types only as tables.
 
 Values per block (`scale`, `shift`, zero codes) have the shape of `scales_shape`, written [per block] here: [out, blocks],

@@ -16,8 +16,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from fracbit.numerics.fit import fit
 from fracbit.numerics.layout import spread
+from fracbit.numerics.ranges import fit
 from fracbit.records.scheme import Axis, Scheme
 
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from fracbit.errors import WeightError
-from fracbit.numerics.fit import quantize_tensor
 from fracbit.numerics.packed import decode
+from fracbit.numerics.ranges import quantize_tensor
 from fracbit.numerics.stats import Stats
 from fracbit.records.scheme import Scheme
 

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from fracbit.errors import WeightError
 from fracbit.numerics.datatypes import is_fitted
-from fracbit.numerics.fit import fit
 from fracbit.numerics.grid import Grid, codes_of, in_16_bits, moved, pack, values_of
 from fracbit.numerics.layout import row_chunks
 from fracbit.numerics.linalg import (
@@ -39,6 +38,7 @@ from fracbit.numerics.linalg import (
     gram_errors,
 )
 from fracbit.numerics.packed import PackedTensor, decode, quantized_columns
+from fracbit.numerics.ranges import fit
 from fracbit.numerics.stats import Stats
 from fracbit.quantizers.column_loop import Lattice, spread_grid, sweep
 from fracbit.quantizers.quantizer import Quantized

@@ -11,9 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fracbit.numerics.fit import quantize_tensor
 from fracbit.numerics.linalg import Coupling
 from fracbit.numerics.packed import PackedTensor, decoded_parts, quantized_columns
+from fracbit.numerics.ranges import quantize_tensor
 from fracbit.numerics.stats import Stats
 from fracbit.quantizers.quantizer import Quantized
 from fracbit.records.checked import Checked

@@ -73,6 +73,7 @@ PEERS: dict[str, tuple[str, Row]] = {
         ("llm-compressor", "llmcompressor", GROUPED),
         ("llm-compressor, mse", "llmcompressor", {**GROUPED, "observer": "mse"}),
         ("HQQ", "hqq", {"group": 64, "axis": 1}),
+        ("HQQ, axis 0", "hqq", {"group": 64, "axis": 0}),
         *((f"llama.cpp {name}", "llamacpp", {"type": name}) for name in K_TYPES[bits]),
     )
 }

@@ -54,7 +54,7 @@ from fracbit.records.scheme import Scheme
 
 SHRINK = [1 - 0.025 * i for i in range(1, 25)]  # ranges from 0.975 down to 0.4 of the full one
 REFITS = 2
-BESIDE = (-1, 0, 1)  # codes of quantized scales and offsets that are tried
+BESIDE = 3  # codes of a quantized scale or offset that are tried: one less, the same, one more
 Errors: TypeAlias = Callable[[Grid], Tensor]
 """What a grid costs in every block [per block]."""
 
@@ -286,7 +286,7 @@ def _settled(weight: Tensor, grid: Grid, importance: Tensor | None) -> Grid:
         scales = _stepped(grid.scales, best)
         scale = decode(scales).view(grid.scale.shape)  # [per block]
         return replace(grid, scale=scale, scales=scales, shift=_shift_by_zeros(grid, scale))
-    scales, offsets = _stepped(grid.scales, best // len(BESIDE)), _stepped(grid.offsets, best % len(BESIDE))
+    scales, offsets = _stepped(grid.scales, best // BESIDE), _stepped(grid.offsets, best % BESIDE)
     scale, shift = (decode(stored).view(grid.scale.shape) for stored in (scales, offsets))  # [per block] each
     return replace(grid, scale=scale, scales=scales, shift=shift, offsets=offsets)
 
@@ -319,20 +319,20 @@ def _best_choice(
 
 def _neighbours(grid: Grid) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Scale and shift [per block] of every pair of steps, those of the scale in the outer loop."""
-    for by_scale in range(len(BESIDE)):
+    for by_scale in range(BESIDE):
         scale = decode(_stepped(grid.scales, by_scale)).view(grid.scale.shape)  # [per block]
         if grid.offsets is None:
             yield scale, _shift_by_zeros(grid, scale)
             continue
-        for by_offset in range(len(BESIDE)):
+        for by_offset in range(BESIDE):
             yield scale, decode(_stepped(grid.offsets, by_offset)).view(scale.shape)
 
 
 def _stepped(stored: Tensor | PackedTensor | None, choice: Tensor | int) -> PackedTensor:
-    """Quantized scales or offsets whose codes move by the chosen ones of `BESIDE` [1, blocks]."""
+    """Quantized scales or offsets with codes one less (0), the same (1) or one more (2): one choice for all, or [1, blocks]."""
     assert isinstance(stored, PackedTensor)
     like = grid_of(stored)
-    codes = codes_in(stored).int() + torch.tensor(BESIDE, device=stored.codes.device)[choice]  # [1, blocks]
+    codes = codes_in(stored).int() + (choice - 1)  # [1, blocks]
     return pack(codes.clamp_(0, like.table.levels - 1).to(torch.uint8), like)
 
 

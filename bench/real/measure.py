@@ -248,6 +248,14 @@ def main() -> None:
           f"{row['kl_p99']:.3f}", f"{100 * row['agreement']:.2f} %", f"{row['seconds']:.0f}", f"{row['cpu_seconds']:.0f}",
           f"{row['peak_rss_bytes'] / 1e6:.0f}"] for row in rows),
     )  # fmt: skip
+    of_setting = {name: [row for row in rows if row["setting"] == name] for name in places}
+    table(
+        f"setting | bits | of processors | peak GB | {' | '.join(f'perplexity: {text}' for text in floats)} | "
+        + " | ".join(f"KL: {text}" for text in floats),
+        ([name, f"{some[0]['bits']:.3f}", f"{some[0]['cpu_seconds']:.0f}", f"{some[0]['peak_rss_bytes'] / 1e9:.2f}",
+          *(f"{row['perplexity']:.2f}" for row in some), *(f"{row['kl']:.3f}" for row in some)]
+         for name, some in of_setting.items()),
+    )  # fmt: skip
     protocol = (
         f"{SAMPLES} x {LENGTH} ids to calibrate; judged on {TOKENS} tokens of each text, window {LENGTH}"
     )

@@ -202,8 +202,17 @@ def machine() -> Row:
         "instruction_set_of_torch": torch.backends.cpu.get_cpu_capability(),
         "versions": {"python": platform.python_version()} | versions("fracbit", "torch", "transformers"),
         "commit": _commit(),
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+        "command": shlex.join(["python", *map(_said, sys.argv)]),
     }
+
+
+def _said(word: str) -> str:
+    """A word of the command line; paths as seen from the repository, those outside it as `FOLDER`."""
+    path = Path(word)
+    if word == sys.argv[0] or path.is_absolute():
+        path = Path(os.path.relpath(path, ROOT))
+        return "FOLDER" if path.parts[:1] == ("..",) else str(path)
+    return word
 
 
 def versions(*packages: str) -> dict[str, str]:

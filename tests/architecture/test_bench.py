@@ -101,3 +101,10 @@ def test_a_docstring_says_which_document_a_script_serves(script: str) -> None:
     docstring = (BENCH / script).read_text().split('"""')[1]
     for document in set(re.findall(r"docs/\w+\.md|README\.md", line)):
         assert document in docstring, f"{script} does not say that it makes something of {document}"
+
+
+@pytest.mark.parametrize("path", sorted((BENCH / "results").glob("*.json")), ids=lambda path: path.name)
+def test_a_result_names_no_folder_of_the_machine_it_was_measured_on(path: Path) -> None:
+    commands = re.findall(r'"command": "(.*)"', path.read_text())
+    words = [word for command in commands for word in shlex.split(command)]
+    assert not [word for word in words if Path(word).is_absolute() or word.startswith("..")]

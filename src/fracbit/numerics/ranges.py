@@ -265,9 +265,17 @@ class EvenErrors:
         wrong = wrong.square_() if self.power == 4 else wrong
         error = torch.linalg.vector_norm(wrong, dim=-1).square_()  # [lines, blocks]
         error *= (step[..., 0] / self.unit) ** self.power
-        # Blocks of zeros, or of weights that are all the offset, have a scale of 0 and no other.
-        error.masked_fill_(step[..., 0] == 0, torch.inf)
+        flat = step[..., 0] == 0  # [lines, blocks]: no steps to count in, every weight becomes the offset
+        if flat.any():
+            error[flat] = self._of_flat(grid, flat)
         return stored_order(error, self.shape, self.scheme)
+
+    def _of_flat(self, grid: Grid, flat: Tensor) -> Tensor:
+        """The errors [n] of the n blocks that have a scale of 0."""
+        wrong = self.blocks[flat]  # [n, block]
+        if grid.shift is not None:
+            wrong = wrong - line_order(grid.shift, self.scheme)[flat][:, None]  # [n, block]
+        return (wrong / self.unit * self.roots[flat]).pow_(self.power).sum(-1)  # [n]
 
 
 def _settled(weight: Tensor, grid: Grid, importance: Tensor | None) -> Grid:

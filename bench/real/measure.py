@@ -4,20 +4,24 @@
 
 Every setting is one `fracbit quantize`, or one run of a peer, in a process of its own, calibrated on the same ids: 128 samples
 of 512 from the first 70 % of WikiText-2's validation text. What comes out is judged by `fracbit eval`, that of a peer as a
-plain model of its decoded weights: on the rest of that text, on which settings were chosen, and on two texts that no choice has
-seen, passages of novels (LAMBADA) and the reference of Python's language. Each by perplexity, KL divergence (mean and 99th
-percentile) and top-1 agreement, in fp32 over 16 windows of 512. Bits are stored bytes of the linears of the blocks; what a tool
-leaves in 16 bits counts as such. What FOLDER holds is not made again, and settings that are not named keep their rows in the
-result.
+plain model of its decoded weights: on the rest of that text, on which settings were chosen, and on texts that no choice has
+seen: passages of novels (LAMBADA), the reference of Python's language, and conversations (questions of ARC-Easy with their
+answers, through the chat template). Each by perplexity, KL divergence (mean and 99th percentile) and top-1 agreement, in fp32
+over 16 windows of 512. Accuracy is zero-shot, over the first questions of three sets, for environments with fracbit[eval]. Bits
+are stored bytes of the linears of the blocks; what a tool leaves in 16 bits counts as such. What FOLDER holds is neither made
+nor judged again, and settings that are not named keep their rows in the result.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -38,7 +42,16 @@ from frame import (
 )
 from peers.environments import quantize_with, run_peer
 
-SAMPLES, LENGTH, TOKENS = 128, 512, 8192
+SAMPLES, LENGTH, TOKENS, QUESTIONS = 128, 512, 8192, 150
+ASKED = {  # sets of questions, as lm-eval's task files name their fields
+    "arc_easy": {"doc_to_text": "{{query}}\nAnswer:", "doc_to_choice": "choices", "doc_to_target": "gold"},
+    "piqa": {"doc_to_text": "{{query}}Answer:", "doc_to_choice": "choices", "doc_to_target": "gold"},
+    "winogrande": {
+        "doc_to_text": "gold",
+        "doc_to_choice": "context_options",
+        "doc_to_target": "continuation",
+    },
+}
 GPTQ = ("--quantizer=gptq",)
 WEIGH, TRAIN = "--set=calibration.weigh=loss", "--set=calibration.tweak=train"
 SETTINGS: dict[str, tuple[str, ...]] = {
@@ -94,16 +107,49 @@ def texts(work: Path) -> dict[str, Path]:
 
     whole = (SHARED / "data" / "wikitext-2-valid.txt").read_text(encoding="utf-8")
     cut = whole.index("\n \n", int(len(whole) * 0.7))
-    novels = (SHARED / "data" / "lambada-2000.jsonl").read_text(encoding="utf-8").splitlines()
+    novels = read_lines(SHARED / "data" / "lambada-2000.jsonl")[:200]
+    # From the end of the file, whose beginning is asked.
+    answered = read_lines(SHARED / "data" / "zero-shot" / "arc_easy.jsonl")[-100:]
     found = {
-        "calibration": whole[:cut],
-        "wikitext": whole[cut:],
-        "novels": "\n\n".join(json.loads(line)["text"] for line in novels[:200]),
-        "reference": "\n\n".join(topics[name] for name in sorted(topics)),
+        "calibration.txt": whole[:cut],
+        "wikitext.txt": whole[cut:],
+        "novels.txt": "\n\n".join(line["text"] for line in novels),
+        "reference.txt": "\n\n".join(topics[name] for name in sorted(topics)),
+        "chats.jsonl": "\n".join(json.dumps(chat(line)) for line in answered),
     }
     for name, text in found.items():
-        (work / f"{name}.txt").write_text(text, encoding="utf-8")
-    return {name: work / f"{name}.txt" for name in found}
+        (work / name).write_text(text, encoding="utf-8")
+    return {Path(name).stem: work / name for name in found}
+
+
+def read_lines(path: Path) -> list[Row]:
+    """JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def chat(line: Row) -> Row:
+    """A question of ARC-Easy with its answer, as a conversation."""
+    asked = line["query"].removeprefix("Question: ") + "".join(f"\n- {choice}" for choice in line["choices"])
+    answer = line["choices"][line["gold"]]
+    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
+
+
+def questions(work: Path) -> list[Path]:
+    """The task files for `fracbit eval --tasks`, with their data."""
+    folder = work / "questions"
+    folder.mkdir(exist_ok=True)
+    for name, fields in ASKED.items():
+        asked = read_lines(SHARED / "data" / "zero-shot" / f"{name}.jsonl")[:QUESTIONS]
+        data = folder / f"{name}.jsonl"
+        data.write_text("\n".join(map(json.dumps, asked)), encoding="utf-8")
+        task = {
+            "task": f"{name}_first", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}},
+            "output_type": "multiple_choice", "test_split": "test", **fields,
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+            "metadata": {"version": 1.0},
+        }  # fmt: skip
+        (folder / f"{name}_first.yaml").write_text(json.dumps(task), encoding="utf-8")  # JSON is YAML
+    return [folder / f"{name}_first.yaml" for name in ASKED]
 
 
 def ids(model: Path, files: dict[str, Path], work: Path) -> Path:
@@ -122,22 +168,48 @@ def ids(model: Path, files: dict[str, Path], work: Path) -> Path:
 
 
 def measured(name: str, model: Path, files: dict[str, Path], work: Path, given: Namespace) -> Row:
-    """`rows`, one for every text that the setting is judged by, with where it was measured (`machine`) and `note`."""
+    """What a setting took (`costs`), where it was measured (`machine`, `note`), its `rows`, one a text, and its `accuracy`."""
     folder = work / name.replace(" ", "-").replace(",", "")
-    facts = folder / "facts.json"
-    if not facts.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        made, costs = (own if name in SETTINGS else peer)(name, model, files, folder, given)
-        judges = {text: file for text, file in files.items() if text != "calibration"}
-        rows = [
-            {"setting": name, "text": text, **costs, **judged(made, model, file)}
-            for text, file in judges.items()
-        ]
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def made() -> Row:
+        checkpoint, costs = (own if name in SETTINGS else peer)(name, model, files, folder, given)
         where = machine() | ({"threads": given.threads} if given.threads else {})
-        facts.write_text(json.dumps({"rows": rows, "machine": where, "note": given.note}))
-        if name in PEERS:
-            shutil.rmtree(made)
-    return json.loads(facts.read_text())
+        return {"checkpoint": checkpoint.name, "costs": costs, "machine": where, "note": given.note}
+
+    facts = kept(folder / "made.json", made)
+    checkpoint = folder / facts["checkpoint"]
+    found = {
+        text: kept(folder / f"{text}.json", partial(judged, checkpoint, model, file))
+        for text, file in files.items()
+        if text != "calibration"
+    }
+    rows = [{"setting": name, "text": text, **facts["costs"], **row} for text, row in found.items()]
+    return facts | {"rows": rows, "accuracy": accuracy(checkpoint, folder, work)}
+
+
+def kept(path: Path, make: Callable[[], Row]) -> Row:
+    """A file's JSON, written when it is missing."""
+    if not path.is_file():
+        path.write_text(json.dumps(make()))
+    return json.loads(path.read_text())
+
+
+def accuracy(checkpoint: Path, folder: Path, work: Path) -> Row:
+    """Share of right answers by set of questions, and their mean; empty without lm-eval."""
+    if importlib.util.find_spec("lm_eval") is None:
+        return {}
+
+    def answered() -> Row:
+        found, _ = fracbit(
+            "eval", checkpoint, "--tasks", ",".join(map(str, questions(work))), "--dtype", "float32"
+        )
+        scores = {
+            one["task"].removesuffix("_first"): one["metrics"]["acc"] for one in found["zero_shot"]["scores"]
+        }
+        return scores | {"mean": found["zero_shot"]["mean"]}
+
+    return kept(folder / "accuracy.json", answered)
 
 
 def own(name: str, model: Path, files: dict[str, Path], folder: Path, given: Namespace) -> tuple[Path, Row]:
@@ -192,15 +264,18 @@ def cost(ran: Ran) -> Row:
 
 def plain(model: Path, files: dict[str, Path], work: Path) -> dict[str, float]:
     """Perplexity of the float model on each text that is judged by."""
-    path = work / "float.json"
-    if not path.is_file():
-        found = {
-            text: fracbit("eval", model, *how(file))[0]
-            for text, file in files.items()
-            if text != "calibration"
-        }
-        path.write_text(json.dumps({text: one["perplexity"] for text, one in found.items()}))
-    return json.loads(path.read_text())
+    (work / "float").mkdir(exist_ok=True)
+    return {
+        text: kept(work / "float" / f"{text}.json", partial(alone, model, file))["perplexity"]
+        for text, file in files.items()
+        if text != "calibration"
+    }
+
+
+def alone(model: Path, file: Path) -> Row:
+    """A model on the first `TOKENS` of a text."""
+    found, _ = fracbit("eval", model, *how(file))
+    return found
 
 
 def how(file: Path) -> tuple[object, ...]:
@@ -229,7 +304,8 @@ def main() -> None:
     work = given.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     model, files = float_model(work, given.environments.resolve()), texts(work)
-    floats, started = plain(model, files, work), time.monotonic()
+    floats, right = plain(model, files, work), accuracy(model, work / "float", work)
+    started = time.monotonic()
     known = json.loads(given.json.read_text()) if given.json.is_file() else {"rows": [], "measured": {}}
     rows = [row for row in known["rows"] if row["setting"] not in given.settings]
     places = {name: place for name, place in known["measured"].items() if name not in given.settings}
@@ -238,7 +314,7 @@ def main() -> None:
             raise SystemExit(UNFINISHED)
         found = measured(name, model, files, work, given)
         rows += found["rows"]
-        places[name] = {"machine": found["machine"], "note": found["note"]}
+        places[name] = {"machine": found["machine"], "note": found["note"], "accuracy": found["accuracy"]}
     rows.sort(key=lambda row: every.index(row["setting"]))
     say_machine()
     table("text | perplexity of the float model", ((text, f"{found:.2f}") for text, found in floats.items()))
@@ -248,18 +324,30 @@ def main() -> None:
           f"{row['kl_p99']:.3f}", f"{100 * row['agreement']:.2f} %", f"{row['seconds']:.0f}", f"{row['cpu_seconds']:.0f}",
           f"{row['peak_rss_bytes'] / 1e6:.0f}"] for row in rows),
     )  # fmt: skip
-    of_setting = {name: [row for row in rows if row["setting"] == name] for name in places}
+    of_text = {(row["setting"], row["text"]): row for row in rows}
     table(
         f"setting | bits | of processors | peak GB | {' | '.join(f'perplexity: {text}' for text in floats)} | "
-        + " | ".join(f"KL: {text}" for text in floats),
-        ([name, f"{some[0]['bits']:.3f}", f"{some[0]['cpu_seconds']:.0f}", f"{some[0]['peak_rss_bytes'] / 1e9:.2f}",
-          *(f"{row['perplexity']:.2f}" for row in some), *(f"{row['kl']:.3f}" for row in some)]
-         for name, some in of_setting.items()),
+        + " | ".join(f"KL: {text}" for text in floats) + " | right answers",
+        (summary(name, [of_text.get((name, text)) for text in floats], place.get("accuracy", {}))
+         for name, place in places.items()),
     )  # fmt: skip
     protocol = (
         f"{SAMPLES} x {LENGTH} ids to calibrate; judged on {TOKENS} tokens of each text, window {LENGTH}"
     )
-    write_json(given.json, {"protocol": protocol, "float": floats, "rows": rows, "measured": places})
+    write_json(
+        given.json,
+        {"protocol": protocol, "float": floats, "float accuracy": right, "rows": rows, "measured": places},
+    )
+
+
+def summary(name: str, some: list[Row | None], right: Row) -> list[str]:
+    """A setting's line of the table: what it took and its figures on every text; `-` where it was not judged."""
+    first = next(row for row in some if row)
+    of = [(f"{row['perplexity']:.2f}", f"{row['kl']:.3f}") if row else ("-", "-") for row in some]
+    return [
+        name, f"{first['bits']:.3f}", f"{first['cpu_seconds']:.0f}", f"{first['peak_rss_bytes'] / 1e9:.2f}",
+        *(perplexity for perplexity, _ in of), *(kl for _, kl in of), f"{100 * right['mean']:.1f} %" if right else "-",
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -54,6 +54,9 @@ ASKED = {  # sets of questions, as lm-eval's task files name their fields
 }
 GPTQ = ("--quantizer=gptq",)
 WEIGH, TRAIN = "--set=calibration.weigh=loss", "--set=calibration.tweak=train"
+PRESETS = {
+    f"{preset} {bits}": (preset, bits) for preset in ("fast", "good", "best") for bits in (2.25, 3.25, 4.25)
+}
 SETTINGS: dict[str, tuple[str, ...]] = {
     f"{name} {bits}": (f"--scheme=int{bits}z/64", *words)
     for bits in (2, 3, 4)
@@ -68,11 +71,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "gptq, weigh, train": (*GPTQ, WEIGH, TRAIN),
         "descent, weigh": ("--quantizer=descent", WEIGH),
     }.items()
-} | {
-    f"{preset} {bits}": (f"--preset={preset}", f"--average-bits={bits}")
-    for preset in ("fast", "good", "best")
-    for bits in (2.25, 3.25, 4.25)
-}
+} | {name: (f"--preset={preset}", f"--average-bits={bits}") for name, (preset, bits) in PRESETS.items()}
 """Options of `fracbit quantize`, by what a table calls them."""
 GROUPED = {"group": 64, "sym": False}
 K_TYPES = {2: ("Q2_K_S", "IQ2_M"), 3: ("Q3_K_S", "IQ3_XXS"), 4: ("Q4_K_S", "IQ4_XS")}

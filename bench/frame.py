@@ -208,10 +208,11 @@ def machine() -> Row:
 
 def _said(word: str) -> str:
     """A word of the command line; paths as seen from the repository, those outside it as `FOLDER`."""
-    path = Path(word)
-    if word == sys.argv[0] or path.is_absolute():
+    option, sign, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    path = Path(value)
+    if value == sys.argv[0] or path.is_absolute() or path.parts[:1] == ("..",):
         path = Path(os.path.relpath(path, ROOT))
-        return "FOLDER" if path.parts[:1] == ("..",) else str(path)
+        return option + sign + ("FOLDER" if path.parts[:1] == ("..",) else str(path))
     return word
 
 

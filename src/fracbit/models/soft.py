@@ -1,9 +1,9 @@
-"""`SoftLinear`: a quantized linear that can be trained; its output is exactly that of its packed form.
+"""`SoftLinear`: a quantized linear that can be trained; its output is that of its packed form.
 
     W = scale * T[nearest(u)] + shift         u: latent weights in units of the scale
 
 Scale, shift and a fitted table are learned; scales that are quantized count as they are stored, on the grid that they came
-with. The gradient of rounding is taken to be 1, for weights outside the table's range 0 (straight-through, Bengio et al. 2013,
+with; float ones are rounded when it is packed. The gradient of rounding is taken to be 1, for weights outside the table's range 0 (straight-through, Bengio et al. 2013,
 arXiv:1308.3432; learned step sizes: Esser et al. 2019, arXiv:1902.08153). It lives only while a correction runs: `packed` turns
 it back into bytes.
 

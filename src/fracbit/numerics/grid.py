@@ -280,7 +280,7 @@ def _store(
     """Scales or offsets as they are stored; quantized ones on the grid of `like`, where it is given."""
     if isinstance(scheme.scale, str):
         return _to_float(values, scheme.scale, positive)
-    row = values.reshape(1, -1)  # [1, blocks]
+    row = finite(values.reshape(1, -1))  # [1, blocks]
     return encode(row, grid_of(like) if isinstance(like, PackedTensor) else plain(row, scheme.scale))
 
 

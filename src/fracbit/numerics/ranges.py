@@ -318,22 +318,30 @@ def _best_choice(
     if importance is not None and importance.dim() == 2:
         importance = importance[slice(*span)]  # [rows, in]
     errors = errors_of(weight, importance, start)
-    found = [
-        errors(replace(start, scale=scale[rows], shift=None if shift is None else shift[rows]))
-        for scale, shift in choices
-    ]  # [per block] each
-    return torch.stack(found).argmin(0)  # [per block]
+
+    def error_of(number: int) -> Tensor:
+        scale, shift = choices[number]
+        error = errors(replace(start, scale=scale[rows], shift=None if shift is None else shift[rows]))
+        return error.masked_fill(scale[rows] < 0, torch.inf)  # [per block]
+
+    # What is rounded stays where no other is better.
+    same = len(choices) // 2
+    best, least = torch.full_like(start.scale, same, dtype=torch.long), error_of(same)  # [per block] each
+    for number in range(len(choices)):
+        error = error_of(number)  # [per block]
+        better = error < least
+        best, least = torch.where(better, number, best), torch.where(better, error, least)
+    return best
 
 
 def _neighbours(grid: Grid) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Scale and shift [per block] of every pair of steps, those of the scale in the outer loop."""
-    for by_scale in range(BESIDE):
-        scale = decode(_stepped(grid.scales, by_scale)).view(grid.scale.shape)  # [per block]
-        if grid.offsets is None:
-            yield scale, _shift_by_zeros(grid, scale)
-            continue
-        for by_offset in range(BESIDE):
-            yield scale, decode(_stepped(grid.offsets, by_offset)).view(scale.shape)
+    steps = range(BESIDE)
+    free = grid.offsets is not None
+    shifts = [decode(_stepped(grid.offsets, step)).view(grid.scale.shape) for step in steps if free]
+    for step in steps:
+        scale = decode(_stepped(grid.scales, step)).view(grid.scale.shape)  # [per block]
+        yield from ((scale, shift) for shift in (shifts if free else [_shift_by_zeros(grid, scale)]))
 
 
 def _stepped(stored: Tensor | PackedTensor | None, choice: Tensor | int) -> PackedTensor:

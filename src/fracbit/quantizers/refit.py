@@ -43,7 +43,10 @@ def refit_scales(weight: Tensor, gram: Tensor, grid: Grid, codes: Tensor) -> Gri
     scale = scale.reshape(grid.scale.shape)  # [per block]
     scale = torch.where(scale > 0, scale, grid.scale)
     shift = None if shift is None else shift.reshape(grid.scale.shape)
-    return _better(weight, gram, codes, grid, candidate=moved(grid, scale, shift))
+    # Quantized ones on the grid that they have, whose range was settled, and on a new one.
+    for near in (True, False) if not isinstance(scheme.scale, str) else (False,):
+        grid = _better(weight, gram, codes, grid, candidate=moved(grid, scale, shift, near=near))
+    return grid
 
 
 def refit_table(weight: Tensor, gram: Tensor, grid: Grid, codes: Tensor) -> tuple[Grid, Tensor]:

@@ -17,6 +17,8 @@ def install(extra: str) -> str:
         return f"pip install -e '{url2pathname(urlsplit(url).path)}[{extra}]'"
     if "vcs_info" in facts:
         url = f"{facts['vcs_info']['vcs']}+{url}@{facts['vcs_info']['commit_id']}"
+    if facts.get("subdirectory"):
+        url += f"#subdirectory={facts['subdirectory']}"
     return f"pip install 'fracbit[{extra}] @ {url}'" if url else f"pip install 'fracbit[{extra}]'"
 
 

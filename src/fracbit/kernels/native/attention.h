@@ -1,4 +1,4 @@
-// Causal attention of whole sequences in fp32, for judging a model over text.
+// Causal attention of whole sequences in fp32, for calibrating a model and for judging it over text.
 #pragma once
 
 #include <cstdint>

@@ -189,8 +189,11 @@ def saved(model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
 def fill(empty: PreTrainedModel, disk: Mapping[str, torch.Tensor]) -> None:
     """Fill a skeleton with the tensors of a checkpoint, which must hold them all."""
     from fracbit.models.install import materialize
-    from fracbit.models.skeleton import origins
+    from fracbit.models.origin import origins
 
     found = origins(empty, disk)
     assert found.missing == ()
-    materialize(empty, {name: origin.read(disk[origin.name]) for name, origin in found.tensors.items()})
+    tensors = {
+        name: origin.read([disk[each] for each in origin.names]) for name, origin in found.tensors.items()
+    }
+    materialize(empty, tensors)

@@ -15,9 +15,11 @@ from source import MODULES, ROOMS, SOURCE, module_name, relative, tree
 
 SIBLINGS = {
     "attention": "models/ exchanges the attention of a model for the kernel in kernels/",
+    "awq": "the method and the format of files that its authors named after it",
     "bundled": "data/ reads the texts that the package bundled/ names",
     "columns": "pipeline/quantize chooses columns ahead of a run by the rules in quantizers/",
     "export": "the command and the folder of export formats that it calls",
+    "gptq": "the method and the format of files that its authors named after it",
     "lens": "the command, the study that it calls and the record that comes out",
     "plan": "the command, and the subpackage with the function that it calls",
     "prune": "the command and the study that it calls",

@@ -123,15 +123,6 @@ def test_weights_without_their_scales_are_refused(tmp_path: Path, dtype: torch.d
             use()
 
 
-def test_a_compression_config_is_a_quantized_model(tmp_path: Path) -> None:
-    make_llama(num_hidden_layers=1).save_pretrained(tmp_path / "m")
-    config = json.loads((tmp_path / "m/config.json").read_text())
-    config["compression_config"] = {"quant_method": "compressed-tensors"}
-    (tmp_path / "m/config.json").write_text(json.dumps(config))
-    with pytest.raises(SourceError, match=r"already quantized \(compressed-tensors\)"):
-        open_float(tmp_path / "m")
-
-
 def test_shards_and_links_outside_the_folder_are_refused(folder: Path, tmp_path: Path) -> None:
     index = folder / "model.safetensors.index.json"
     data = json.loads(index.read_text())

@@ -171,8 +171,10 @@ def test_structure_agrees_with_the_table(model: PreTrainedModel) -> None:
     assert found.head == known.head
     assert found.embeddings == known.embeddings[:1]
     for _, block in blocks(model, known):
-        names = {name for name, module in block.named_modules() if is_linear(module)}
-        assert set(linears(block, found)) == names
+        # BLOOM's code reads some weights, on a path that no released model takes.
+        left_out = set(linears(block, known)) - set(linears(block, found))
+        assert left_out <= set(found.keep_float)
+        assert set(linears(block, found)) <= set(linears(block, known))
 
 
 def test_folding_any_factors_leaves_the_output(model: PreTrainedModel, tokens: torch.Tensor) -> None:

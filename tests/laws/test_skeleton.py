@@ -10,7 +10,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from families import fill, saved
 from fracbit.models.experts import split_experts
 from fracbit.models.find import family_of
-from fracbit.models.skeleton import origins, quantizable, skeleton
+from fracbit.models.origin import origins
+from fracbit.models.skeleton import quantizable, skeleton
 
 
 def test_a_saved_checkpoint_fills_the_skeleton(

@@ -7,13 +7,11 @@ import torch
 import transformers as hf
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from fracbit.errors import SourceError, WeightError
 from fracbit.models.blocks import bias_of, blocks, shape_of, weight_of
-from fracbit.models.experts import split_experts, without_fusing
+from fracbit.models.experts import split_experts
 from fracbit.models.find import family_of
 from fracbit.models.install import materialize, release, replace, set_weight
 from fracbit.models.skeleton import skeleton
@@ -100,13 +98,3 @@ def test_split_experts_give_the_same_logits(tokens: torch.Tensor, kind: str) -> 
     split_experts(split)
     torch.testing.assert_close(split(tokens).logits, fused(tokens).logits, rtol=1e-5, atol=1e-5)
     assert sum(p.numel() for p in split.parameters()) == sum(p.numel() for p in fused.parameters())
-
-
-@pytest.mark.parametrize("kind", [hf.MixtralConfig, hf.Qwen3MoeConfig])
-def test_a_split_model_loads_its_own_names(kind: type[hf.PreTrainedConfig]) -> None:
-    empty = skeleton(kind(num_hidden_layers=1))
-    rules = without_fusing(get_model_conversion_mapping(empty))
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    fusing = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    names = set(empty.state_dict())
-    assert {rename_source_key(name, renamings, fusing)[0] for name in names} == names

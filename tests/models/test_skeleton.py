@@ -12,8 +12,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from families import fill, saved
 from fracbit.errors import SourceError
 from fracbit.models.blocks import blocks
+from fracbit.models.experts import Cut
 from fracbit.models.find import family_of
-from fracbit.models.skeleton import Origin, origins, quantizable, skeleton
+from fracbit.models.origin import Origin, origins
+from fracbit.models.skeleton import quantizable, skeleton
 
 
 @pytest.mark.parametrize("kind", [hf.GPT2Config, hf.BloomConfig])
@@ -52,7 +54,7 @@ def test_experts_may_be_fused_on_disk(kind: type[PreTrainedConfig], tokens: torc
     empty = skeleton(real.config)
     name = "model.layers.1.mlp.experts.2.up_proj.weight"
     assert origins(empty, disk).tensors[name] == Origin(
-        "model.layers.1.mlp.experts.gate_up_proj", 2, "second"
+        ("model.layers.1.mlp.experts.gate_up_proj",), cut=Cut(2, 3, "second")
     )
     fill(empty, disk)
     torch.testing.assert_close(empty(tokens).logits, real(tokens).logits, rtol=1e-5, atol=1e-5)

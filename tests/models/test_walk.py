@@ -26,7 +26,7 @@ def test_forward_is_differentiable(llama: PreTrainedModel, tokens: torch.Tensor)
 def test_states_may_be_mapped_to_a_file(llama: PreTrainedModel, tokens: torch.Tensor, tmp_path: Path) -> None:
     family = family_of(llama)
     room = storage((5, 11, 40), torch.float32, tmp_path)
-    hidden = embed(llama, family, tokens, batch=2, out=room)
+    hidden = embed(llama, family, tokens, 2, room=lambda shape, dtype: room)
     for _, block in blocks(llama, family):
         hidden = advance(block, hidden, out=room)
     torch.testing.assert_close(head(llama, family, hidden), llama(tokens).logits, rtol=1e-5, atol=1e-5)

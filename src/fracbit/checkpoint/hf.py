@@ -5,11 +5,15 @@ The quantizer replaces modules of the empty skeleton; then transformers loads te
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -29,13 +33,15 @@ from fracbit.checkpoint.complete import (
 from fracbit.checkpoint.format import QUANT_METHOD, StoredLayer, read_layers
 from fracbit.checkpoint.source import read_headers
 from fracbit.errors import FormatError
-from fracbit.models.experts import split_experts, without_fusing
+from fracbit.models.blocks import find, is_table
+from fracbit.models.experts import split_experts
 from fracbit.models.install import replace
-from fracbit.models.quant_linear import QuantEmbedding, QuantLinear, TiedHead
+from fracbit.models.quant_linear import QuantEmbedding, QuantLinear, TiedCopy, TiedHead
 
 if TYPE_CHECKING:  # transformers' modeling_utils may still be loading when this module is imported
     from transformers import PreTrainedModel
 
+_BLOCK = re.compile(r".*?\.\d+(?=\.)")
 SIXTEEN = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -65,8 +71,9 @@ class FracbitQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         split_experts(model)
-        for name, stored in self.stored.items():
-            swap(model, name, stored)
+        for name, place in places(model, self.stored).items():
+            swap(model, place, self.stored[name])
+            _leave_to_the_files(model, place)
         files = [
             Path(file) for file in kwargs.get("checkpoint_files") or () if str(file).endswith(".safetensors")
         ]
@@ -80,9 +87,9 @@ class FracbitQuantizer(HfQuantizer):
         check_packed(_name_of(model), model)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """Fuse no experts: a fracbit checkpoint names each one by itself, as the split model does."""
+        """None for the class that was quantized, which has the names of the files; another class renames as it does floats."""
         rules = super().update_weight_conversions(weight_conversions, model)  # type: ignore[no-untyped-call]
-        return without_fusing(rules)
+        return [] if _is_own(model, self.stored) else _renamings(model, self.stored, rules)
 
     def is_serializable(self) -> bool:
         """Packed buffers are saved as they are."""
@@ -92,6 +99,57 @@ class FracbitQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Codes have no gradient."""
         return False
+
+
+def places(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Where the layers called `names` in a checkpoint lie in `model`, which may be another class than was quantized.
+
+    A text model that is loaded from the checkpoint of a model for images leaves the other's towers out.
+    """
+    names = list(names)
+    if _is_own(model, names):
+        return {name: name for name in names}
+    state, left_out = model.state_dict(), model._keys_to_ignore_on_load_unexpected or []
+    renamings = _renamings(model, names)
+    found = {
+        name: rename_source_key(f"{name}.weight", renamings, [], model.base_model_prefix, state)[0]
+        for name in names
+        if not any(re.search(pattern, f"{name}.weight") for pattern in left_out)
+    }
+    return {name: place.removesuffix(".weight") for name, place in found.items()}
+
+
+def _renamings(
+    model: PreTrainedModel, names: Iterable[str], rules: Iterable[Any] | None = None
+) -> list[WeightRenaming]:
+    """How a class that was not quantized calls the tensors of a checkpoint with layers called `names`.
+
+    By transformers' rules where they lead to its blocks, else by the path of its own blocks: files of fracbit have the names of
+    the class that was quantized, for which transformers has no rules to another class.
+    """
+    rules = get_model_conversion_mapping(model) if rules is None else rules
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    block = next((match[0] for match in map(_BLOCK.match, names) if match), "")
+    state = {name: True for name, _ in model.named_modules()}
+    there = rename_source_key(block, renamings, [], model.base_model_prefix, state)[0]
+    stack, _, number = block.rpartition(".")
+    same = [
+        name.removesuffix(f".{number}")
+        for name in state
+        if name.endswith(f".{stack.rpartition('.')[2]}.{number}")
+    ]
+    if there in state or len(same) != 1:
+        return renamings
+    old, new = stack.split("."), same[0].split(".")
+    while old and new and old[-1] == new[-1]:
+        old, new = old[:-1], new[:-1]
+    return [WeightRenaming("^" + re.escape(".".join([*old, ""])), ".".join([*new, ""]) if new else "")]
+
+
+def _is_own(model: PreTrainedModel, names: Iterable[str]) -> bool:
+    """Whether `model` has the blocks in which the layers called `names` lie."""
+    blocks = {match[0] for match in map(_BLOCK.match, names) if match}
+    return all(find(model, block) is not None for block in blocks)
 
 
 def swap(model: PreTrainedModel, name: str, stored: StoredLayer) -> None:
@@ -105,10 +163,32 @@ def swap(model: PreTrainedModel, name: str, stored: StoredLayer) -> None:
     with torch.device(_device_of(module)):
         packed = packed_module(module, stored)
     replace(model, name, packed)
-    if isinstance(packed, QuantEmbedding):
-        for head in tied_heads(model, name):
-            model.all_tied_weights_keys.pop(f"{head}.weight")
-            replace(model, head, TiedHead(packed))
+    for other in tied_to(model, name):
+        model.all_tied_weights_keys.pop(f"{other}.weight")
+        replace(model, other, tied_copy(model.get_submodule(other), packed))
+
+
+def _leave_to_the_files(model: PreTrainedModel, name: str) -> None:
+    """Keep transformers from initializing what holds a packed module, by the shape of its weight: all of it is in the files.
+
+    A module with buffers that no file holds must still be initialized.
+    """
+    while name := name.rpartition(".")[0]:
+        module: Any = model.get_submodule(name)
+        if _is_model(module) or module._non_persistent_buffers_set:
+            return
+        module._is_hf_initialized = True
+
+
+def _is_model(module: nn.Module) -> bool:
+    return hasattr(module, "base_model_prefix")
+
+
+def tied_copy(module: nn.Module, owner: QuantLinear | QuantEmbedding) -> nn.Module:
+    """What stands in for a float `module` that shares its weight with the one that `owner` replaces."""
+    if isinstance(owner, QuantEmbedding) and not is_table(module):
+        return TiedHead(owner)
+    return TiedCopy(owner)
 
 
 def packed_module(module: nn.Module, stored: StoredLayer) -> QuantLinear | QuantEmbedding:
@@ -131,10 +211,10 @@ def _name_of(model: PreTrainedModel) -> str:
     return str(model.config.name_or_path or type(model).__name__)
 
 
-def tied_heads(model: PreTrainedModel, name: str) -> list[str]:
-    """The modules that share the weight of the embedding table `name`."""
+def tied_to(model: PreTrainedModel, name: str) -> list[str]:
+    """The modules that share the weight of the module `name`: a head, or linears of blocks that repeat (Zamba)."""
     pairs = model.all_tied_weights_keys.items()
-    return [head.removesuffix(".weight") for head, table in pairs if table == f"{name}.weight"]
+    return [other.removesuffix(".weight") for other, owner in pairs if owner == f"{name}.weight"]
 
 
 def _device_of(module: nn.Module) -> torch.device:

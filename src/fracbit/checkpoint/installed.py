@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fracbit.checkpoint.format import StoredLayer, packed_layer
-from fracbit.checkpoint.hf import packed_module, tied_heads
+from fracbit.checkpoint.hf import packed_module, tied_copy, tied_to
 from fracbit.models.install import replace
-from fracbit.models.quant_linear import QuantEmbedding, TiedHead
+from fracbit.models.quant_linear import QuantEmbedding
 
 
 @contextmanager
@@ -45,10 +45,10 @@ def _install(
     with torch.device(weight.device):
         module = packed_module(float_module, stored)
     module.fill(packed_layer(name, stored, tensors).to(weight.device))
+    for other in tied_to(model, name):
+        _replace(model, other, tied_copy(model.get_submodule(other), module), restore)
     if isinstance(module, QuantEmbedding):
         module.dtype = weight.dtype
-        for head in tied_heads(model, name):
-            _replace(model, head, TiedHead(module), restore)
     elif module.bias is not None:
         module.bias = float_module.get_parameter("bias")
     _replace(model, name, module, restore)

@@ -7,15 +7,23 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from fracbit.checkpoint.complete import check_missing
+from fracbit.checkpoint.formats.loaded import load_decoded
 from fracbit.checkpoint.hf import register
-from fracbit.checkpoint.opened import Opened, check_finished, check_weight_types, open_checkpoint
+from fracbit.checkpoint.opened import (
+    Opened,
+    check_finished,
+    check_weight_types,
+    model_config,
+    open_checkpoint,
+)
 from fracbit.checkpoint.source import Source, find_folder
 from fracbit.checkpoint.verify import verified
 from fracbit.errors import FormatError, SourceError
+from fracbit.models.classes import auto_class
 from fracbit.models.experts import split_experts
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -67,11 +75,14 @@ def load_source(
         check_weight_types(source)
     spread = device == "auto"
     check_device("cpu" if spread else device)
+    if source.decodings or source.quantization:
+        return load_decoded(source, dtype, device, trust_remote_code)
     register()
+    auto = auto_class(model_config(source, trust_remote_code))
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        pair: Any = AutoModelForCausalLM.from_pretrained(
+        pair: Any = auto.from_pretrained(
             source.folder,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
@@ -79,7 +90,7 @@ def load_source(
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
-        raise SourceError(f"{source.name} cannot be loaded as a causal language model: {error}") from error
+        raise SourceError(f"{source.name} cannot be loaded by {auto.__name__}: {error}") from error
     finally:
         if shown:
             logging.enable_progress_bar()

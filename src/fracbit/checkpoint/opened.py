@@ -1,23 +1,30 @@
 """A float checkpoint, opened once: its files, its config, and the model's skeleton, from which everything else is read.
 
+One that other programs have quantized counts as the floats that its codes stand for (formats/).
+
 Everything that reads a source before its weights (the schedule of a run, a plan, a score) takes an `Opened`, so that no
 command opens the files or builds the skeleton twice.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from fracbit.checkpoint.formats.decoding import Decoding, turned
+from fracbit.checkpoint.formats.known import KEYS, OURS, SOURCE_FORMATS, coded, known_methods
 from fracbit.checkpoint.output import is_unfinished
 from fracbit.checkpoint.source import FLOATS, Source, open_source
 from fracbit.errors import FormatError, SourceError
 from fracbit.models.family import Family
 from fracbit.models.find import family_of
-from fracbit.models.skeleton import Layer, Origins, origins, quantizable, skeleton
+from fracbit.models.origin import Origins, origins
+from fracbit.models.skeleton import Layer, quantizable, skeleton
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +67,7 @@ def open_float(
     """Open the float checkpoint in a folder or of a hub id. No weight is read.
 
     `untied` gives the head a matrix of its own where the config ties it to the embedding table.
-    Raises `SourceError` when it cannot be read, is quantized already, or is not a causal language model.
+    Raises `SourceError` when it cannot be read, is quantized in a way that is not known, or is not a causal language model.
     """
     source = open_source(str(model), revision, trust_remote_code)
     _check_float(source)
@@ -68,8 +75,20 @@ def open_float(
     untied = untied and bool(config.tie_word_embeddings)
     if untied:
         config.tie_word_embeddings = False
+    return opened_source(source, config, trust_remote_code, untied)
+
+
+def opened_source(
+    source: Source, config: PreTrainedConfig, trust_remote_code: bool = False, untied: bool = False
+) -> Opened:
+    """A source with the skeleton of its model. Raises `SourceError` where a tensor does not fit the model."""
     shell = skeleton(config, trust_remote_code=trust_remote_code)
-    return Opened(source, shell, family=family_of(shell), trust_remote_code=trust_remote_code, untied=untied)
+    opened = Opened(
+        source, shell, family=family_of(shell), trust_remote_code=trust_remote_code, untied=untied
+    )
+    opened = _with_turned(opened)
+    _check_fit(opened)
+    return opened
 
 
 def model_config(source: Source, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -81,7 +100,19 @@ def model_config(source: Source, trust_remote_code: bool = False) -> PreTrainedC
     except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
         raise SourceError(f"{source.name} is not a model that transformers knows: {error}") from error
     assert isinstance(config, PreTrainedConfig)
+    if source.quantization or source.decoded:
+        _forget_quantization(config)
     return config
+
+
+def _forget_quantization(config: PreTrainedConfig) -> None:
+    """Take out of a config, and of those of its parts, what it says of a quantization."""
+    for key in KEYS:
+        config.__dict__.pop(key, None)
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if isinstance(part, PreTrainedConfig):
+            _forget_quantization(part)
 
 
 def _unknown(source: Source) -> bool:
@@ -91,7 +122,7 @@ def _unknown(source: Source) -> bool:
 
 
 def _check_float(source: Source) -> None:
-    """Raise `SourceError` where the weights are quantized already."""
+    """Raise `SourceError` where the weights are quantized in a way that is not decoded."""
     quantization = source.config.get("quantization_config") or source.config.get("compression_config")
     if not quantization:
         check_weight_types(source)
@@ -99,8 +130,16 @@ def _check_float(source: Source) -> None:
     method = (
         quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else quantization
     )
+    if method == OURS:
+        raise SourceError(
+            f"{source.name} is already quantized (fracbit); start from the float model: a second rounding loses more"
+        )
+    codes = coded(source) if str(method).lower() in SOURCE_FORMATS else {}
+    what = "".join(
+        f", and {name} in {dtype} is not of that format" for name, dtype in list(codes.items())[:1]
+    )
     raise SourceError(
-        f"{source.name} is already quantized ({method}); start from the float model: a second rounding loses more"
+        f"{source.name} is already quantized ({method}){what}; fracbit decodes {known_methods()}: start from the float model"
     )
 
 
@@ -109,17 +148,53 @@ def check_weight_types(source: Source) -> None:
 
     For a model whose config says nothing of quantization. Raises `SourceError` naming a tensor.
     """
-    codes = {
-        name: info.dtype
-        for name, info in source.tensors.items()
-        if info.dtype not in FLOATS and (info.dtype.startswith("F") or "weight" in name.rpartition(".")[2])
-    }
+    codes = coded(source)
     if codes:
         name, dtype = next(iter(codes.items()))
         raise SourceError(
             f"{source.name} holds {len(codes)} weights that are not 16, 32 or 64-bit floats ({name}: {dtype}), and its config "
             "has no quantization_config that says how to decode them; start from the float model, or restore the config"
         )
+
+
+def _with_turned(opened: Opened) -> Opened:
+    """Decoded weights are [out, in]; layers that store theirs as [in, out] (GPT-2's Conv1D) get the transpose."""
+    source = opened.source
+    turn = {
+        place.plain
+        for name, layer in opened.layers.items()
+        if layer.transposed and (place := opened.origins.tensors.get(f"{name}.weight")) is not None
+    }
+    made: dict[str, Decoding] = {}
+    for name, decoding in source.decodings.items():
+        if name in turn and decoding.upright:
+            made[name] = turned(decoding, replace(decoding.info, shape=decoding.info.shape[::-1]))
+    if not made:
+        return opened
+    tensors = {**source.tensors, **{name: decoding.info for name, decoding in made.items()}}
+    return replace(opened, source=replace(source, tensors=tensors, decodings={**source.decodings, **made}))
+
+
+def _check_fit(opened: Opened) -> None:
+    """Raise `SourceError` for a tensor whose type, or decoded shape, is not that of a weight of the model."""
+    source = opened.source
+    wanted: Mapping[str, torch.Tensor] = opened.model.state_dict(keep_vars=True)
+    for name, origin in opened.origins.tensors.items():
+        weight, infos = wanted[name], [source.tensors[each] for each in origin.names]
+        for each, info in zip(origin.names, infos, strict=True):
+            if weight.is_floating_point() and info.dtype not in FLOATS:
+                raise SourceError(
+                    f"{source.name} holds {each} in {info.dtype}, and the model has a float weight there; its config has no "
+                    "quantization_config that says how to decode it: start from the float model, or restore the config"
+                )
+        if origin.conversion is not None or origin.names[0] not in source.decodings:
+            continue
+        found = origin.read([torch.empty(info.shape, device="meta") for info in infos]).shape
+        if found != weight.shape:
+            raise SourceError(
+                f"{source.name}: {origin.names[0]} is decoded ({source.decoded}) to {list(found)}, and {name} of a "
+                f"{type(opened.model).__name__} is {list(weight.shape)}; compare config.json with the released one"
+            )
 
 
 def open_checkpoint(

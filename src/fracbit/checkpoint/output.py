@@ -36,7 +36,8 @@ WRITER = "writer.json"
 """Names the process that is writing, or was when it was killed."""
 MANIFEST = "fracbit.json"
 NOT_COPIED = (
-    "*.safetensors", INDEX, "config.json", "README.md", ".*", "*.index.json", "*.gguf", "*.h5", "*.msgpack", *PICKLES,
+    "*.safetensors", INDEX, "config.json", "README.md", ".*", "*.index.json", "*.gguf", "*.h5", "*.msgpack",
+    "adapter_config.json", *PICKLES,
 )  # fmt: skip
 SHARD_BYTES = 256 << 20  # of one weight file
 SPARE_BYTES = 16 << 20  # for the tokenizer, the card and the file system's own blocks

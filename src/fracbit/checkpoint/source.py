@@ -1,7 +1,8 @@
-"""A model's files, read lazily: headers first, then one tensor at a time. Only safetensors; nothing is ever unpickled.
+"""A model's files, read lazily: headers first, then one tensor at a time. Nothing is ever unpickled.
 
 A source is a folder or a hub id (fetched by huggingface_hub into its cache). Opening it reads the header of every shard, so
-that a truncated or corrupt shard is found before any work starts.
+that a truncated or corrupt shard is found before any work starts. What other programs have quantized is decoded tensor by
+tensor while it is read (formats/): `Source.tensors` holds the floats, whatever lies on the disk.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fracbit.bundled import BUNDLED, bundled_model
+from fracbit.checkpoint.formats.decoding import Decoding, Part, cut, filled
 from fracbit.errors import SourceError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+GGUF = ".gguf"
 PIECE = 4 << 20  # bytes that are read at a time to hash a tensor
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -44,63 +47,101 @@ TYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
     torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.complex64: "C64",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
 }  # fmt: skip
 """Types as the header of a safetensors file names them."""
-_SIZES = {name: dtype.itemsize for dtype, name in TYPE_NAMES.items()}
+_DTYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """The file of a tensor, its type and its shape, read from the header."""
+    """The file of a tensor, its type and its shape, read from the header. `start`: the byte of a file that is no safetensors
+    file where its data begins.
+    """
 
     file: str
     dtype: str
     shape: tuple[int, ...]
+    start: int | None = None
 
     @property
     def bytes(self) -> int:
         """Bytes of the tensor's data."""
-        return torch.Size(self.shape).numel() * _SIZES.get(self.dtype, 1)
+        itemsize = _DTYPES[self.dtype].itemsize if self.dtype in _DTYPES else 1
+        return torch.Size(self.shape).numel() * itemsize
 
 
 @dataclass(frozen=True)
 class Source:
-    """An opened model: `name` as the user gave it, its folder, its config.json and its tensors in file order."""
+    """An opened model: `name` as the user gave it, its folder, its config.json and its tensors in file order.
+
+    Of a source that was quantized before, `tensors` are the floats that its codes stand for, and `config` says nothing of it:
+
+    - `decodings`: how these floats are made; `stored`: all tensors by the names and types that they have on the disk.
+    - `decoded`: what it was, such as "block fp8, 8 bits"; "" for a float model.
+    - `quantization`: what its config said; `notes`: what the user should know.
+    """
 
     name: str
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
+    decodings: Mapping[str, Decoding] = field(default_factory=dict)
+    stored: Mapping[str, TensorInfo] = field(default_factory=dict)
+    decoded: str = ""
+    quantization: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(info.bytes for info in self.tensors.values())
 
+    @property
+    def on_disk(self) -> Mapping[str, TensorInfo]:
+        """The tensors as they lie on the disk, by the names that they have there."""
+        return self.stored or self.tensors
+
 
 def open_source(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Source:
     """Open a folder or a hub id. Raises `SourceError` for what is missing, pickled, truncated or corrupt."""
-    folder = find_folder(model, revision, trust_remote_code)
+    from fracbit.checkpoint.formats.known import decoded
+    from fracbit.checkpoint.formats.lora import adapted, base_of, with_adapter
+    from fracbit.checkpoint.formats.places import check_names, folder_of, weights_of
+
+    place = _place(model, revision, trust_remote_code)
+    folder = folder_of(place, revision, trust_remote_code)
+    base = base_of(place)
+    if base is not None:
+        return adapted(open_source(base, revision, trust_remote_code), model, place=place, folder=folder)
+    check_names(folder)
     config = read_config(folder)
     _check_links(folder)
-    files = _weight_files(folder)
-    return Source(model, folder, config, read_headers([folder / file for file in files]))
+    files = weights_of(folder) or [folder / file for file in _weight_files(folder)]
+    return with_adapter(decoded(Source(model, folder, config, read_headers(files))))
 
 
 def find_folder(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Path:
     """The local folder of a model; a hub id is fetched, or found in the cache when offline. Raises `SourceError`.
 
-    `bundled` is the model that comes with fracbit, unless a folder of that name is here.
+    `bundled` is the model that comes with fracbit, unless a folder of that name is here. A GGUF file, or an adapter without its
+    base model, gives a folder of this process with a config and a tokenizer.
     """
+    from fracbit.checkpoint.formats.places import folder_of
+
+    return folder_of(_place(model, revision, trust_remote_code), revision, trust_remote_code)
+
+
+def _place(model: str, revision: str | None, trust_remote_code: bool) -> Path:
+    """The local folder, or the file, that a model's name stands for. Raises `SourceError`."""
     path = Path(model).expanduser()
-    if path.is_dir():
+    if path.is_dir() or (path.is_file() and path.suffix == GGUF):
         return path
     if model == BUNDLED:
         return bundled_model()
     if path.exists():
         raise SourceError(
-            f"{model} is a file; name the folder that holds config.json and the safetensors files"
+            f"{model} is a file; name the folder that holds config.json and the safetensors files, or a {GGUF} file"
         )
     if not _HUB_ID.fullmatch(model) or model.startswith("."):
         raise SourceError(
@@ -139,27 +180,68 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_tensor(source: Source, name: str) -> Tensor:
     """One tensor in its own type. The file is opened only for this tensor, so that its pages do not stay in memory."""
-    info = source.tensors[name]
+    decoding = source.decodings.get(name)
+    if decoding is None:
+        return read_stored(source, name)
+    parts = {role: read_stored(source, part.name) for role, part in decoding.parts.items()}
+    return filled(decoding, parts, FLOATS[decoding.info.dtype])
+
+
+def read_rows(source: Source, name: str, rows: Sequence[slice], axis: int = 0) -> Tensor:
+    """These rows (`axis` 0) or columns (1) of a matrix, one after another."""
+    decoding = source.decodings.get(name)
+    if decoding is None:
+        return _stored_rows(source, name, rows, axis)
+    if axis == 1:
+        whole = read_tensor(source, name)
+        return torch.cat([whole[:, some] for some in rows], axis)
+    return torch.cat([_decoded_rows(source, decoding, some) for some in rows])
+
+
+def _decoded_rows(source: Source, decoding: Decoding, rows: slice) -> Tensor:
+    """Rows of a decoded tensor, from the steps of rows that hold them."""
+    wide = decoding.widened(rows)
+    parts = {role: _read_part(source, part, wide) for role, part in decoding.parts.items()}
+    found = decoding.decode(parts).to(FLOATS[decoding.info.dtype])
+    return found[rows.start - wide.start : rows.stop - wide.start]
+
+
+def _read_part(source: Source, part: Part, rows: slice) -> Tensor:
+    """What rows of a decoded tensor need of one of its parts."""
+    info = source.on_disk[part.name]
+    if not part.rows:
+        return read_stored(source, part.name)
+    if info.start is not None and part.axis:
+        return cut(part, read_stored(source, part.name), rows)
+    return _stored_rows(source, part.name, [part.indices(rows, info.shape[part.axis])], part.axis)
+
+
+def read_stored(source: Source, name: str) -> Tensor:
+    """One tensor as it lies on the disk. Raises `SourceError`."""
+    info = source.on_disk[name]
     try:
+        if info.start is not None:
+            return _rows_at(source.folder / info.file, info.start, info, [slice(0, info.shape[0])])
         with safe_open(source.folder / info.file, framework="pt") as file:
             return file.get_tensor(name)  # type: ignore[no-any-return]
     except (SafetensorError, OSError) as error:
         raise SourceError(f"tensor {name} cannot be read from {info.file}: {error}") from error
 
 
-def read_rows(source: Source, name: str, rows: Sequence[slice], axis: int = 0) -> Tensor:
-    """These rows (`axis` 0) or columns (1) of a matrix, one after another.
+def _stored_rows(source: Source, name: str, rows: Sequence[slice], axis: int) -> Tensor:
+    """Rows or columns of a tensor as it lies on the disk.
 
     Rows are read by position: with a mapped file, the system would read much more data around every row.
     """
-    info = source.tensors[name]
+    info = source.on_disk[name]
     path = source.folder / info.file
     try:
-        if axis == 0 and info.dtype in FLOATS:
-            return _rows_at(path, _offsets(path, path.stat().st_mtime_ns)[name][0], info, rows)
+        if axis == 0 and (info.start is not None or info.dtype in _DTYPES):
+            start = _span(path, name, info)[0]
+            return _rows_at(path, start, info, rows)
         with safe_open(path, framework="pt") as file:
             matrix = file.get_slice(name)
-            return torch.cat([matrix[cut] if axis == 0 else matrix[:, cut] for cut in rows], axis)
+            return torch.cat([matrix[some] if axis == 0 else matrix[:, some] for some in rows], axis)
     except (SafetensorError, OSError) as error:
         raise SourceError(f"tensor {name} cannot be read from {info.file}: {error}") from error
 
@@ -180,15 +262,21 @@ def _rows_at(path: Path, start: int, info: TensorInfo, rows: Sequence[slice]) ->
                 if not count:
                     raise SourceError(f"shard {path.name} ends inside a tensor; fetch it again: {path}")
                 filled += count
-    return torch.frombuffer(data, dtype=FLOATS[info.dtype]).view(-1, *info.shape[1:])  # [rows, in]
+    dtype = _DTYPES.get(info.dtype, torch.uint8)  # blocks of other formats are bytes
+    return torch.frombuffer(data, dtype=dtype).view(-1, *info.shape[1:])  # [rows, in]
 
 
 def tensor_pieces(source: Source, name: str) -> Iterator[bytearray]:
     """The bytes of a tensor, some megabytes at a time, so that no file stays in memory. Raises `SourceError`."""
-    info = source.tensors[name]
+    decoding = source.decodings.get(name)
+    if decoding is not None:
+        for rows in decoding.pieces():
+            yield bytearray(content(_decoded_rows(source, decoding, rows)))
+        return
+    info = source.on_disk[name]
     path = source.folder / info.file
     try:
-        start, end = _offsets(path, path.stat().st_mtime_ns)[name]
+        start, end = _span(path, name, info)
         with path.open("rb", buffering=0) as file:
             file.seek(start)
             left = end - start
@@ -200,6 +288,13 @@ def tensor_pieces(source: Source, name: str) -> Iterator[bytearray]:
                 yield piece
     except OSError as error:
         raise SourceError(f"tensor {name} cannot be read from {info.file}: {error}") from error
+
+
+def _span(path: Path, name: str, info: TensorInfo) -> tuple[int, int]:
+    """Where the data of a stored tensor begins and ends."""
+    if info.start is not None:
+        return info.start, info.start + info.bytes
+    return _offsets(path, path.stat().st_mtime_ns)[name]
 
 
 @lru_cache(maxsize=256)
@@ -215,13 +310,18 @@ def _offsets(path: Path, changed: int) -> dict[str, tuple[int, int]]:
 def tensor_hash(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes, with its type and shape."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    digest.update(content(tensor))
     return digest.hexdigest()
 
 
 def content_hash(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes, as they are stored."""
-    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
+    return hashlib.sha256(content(tensor)).hexdigest()
+
+
+def content(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, row by row."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def combined_hash(hashes: Mapping[str, str]) -> str:
@@ -275,9 +375,11 @@ def _check_links(folder: Path) -> None:
 
 def read_headers(paths: Iterable[Path]) -> dict[str, TensorInfo]:
     """The tensors of weight files, in file order. Raises `SourceError` for a file that is truncated or corrupt."""
+    from fracbit.checkpoint.formats.places import stored_tensors
+
     tensors: dict[str, TensorInfo] = {}
     for path in paths:
-        tensors |= _header(path)
+        tensors |= stored_tensors(path) or _header(path)
     return tensors
 
 

@@ -12,7 +12,7 @@ import torch
 from fracbit.checkpoint.format import QUANT_METHOD, StoredLayer, read_layers, tensor_name
 from fracbit.checkpoint.opened import open_checkpoint
 from fracbit.checkpoint.output import MANIFEST
-from fracbit.checkpoint.source import Source
+from fracbit.checkpoint.source import Source, TensorInfo
 from fracbit.errors import FormatError
 from fracbit.numerics.packed import part_shapes
 
@@ -22,6 +22,7 @@ _BLOCK = re.compile(r"(.*?\.\d+)\.")
 def summarize(model: str) -> dict[str, Any]:
     """Bits and bytes of every matrix and of the whole; `relative_error` from the manifest, None without one.
 
+    `share_of_blocks` and `share_of_parameters`, 0..1: of the weights of the blocks' matrices and of all that are quantized.
     Raises `SourceError` or `FormatError`, the latter also when a tensor does not have the size that its scheme needs.
     """
     # The quantized layers, then what is left of the files.
@@ -48,8 +49,25 @@ def summarize(model: str) -> dict[str, Any]:
         "bits_per_weight": 8 * sum(layer.bytes for layer in stored.values()) / weights if weights else None,
         "bits_per_parameter": 8 * source.bytes / max(parameters, 1),
         "bytes": source.bytes,
+        "share_of_blocks": _share_of_blocks(stored, rest),
+        "share_of_parameters": weights / max(parameters, 1),
         "layers": layers,
     }
+
+
+def _share_of_blocks(stored: Mapping[str, StoredLayer], rest: Mapping[str, TensorInfo]) -> float:
+    """Of the weights in matrices of the stacks in which layers are quantized."""
+    stacks = {match[1].rpartition(".")[0] for match in map(_BLOCK.match, stored) if match}
+
+    def inside(name: str) -> bool:
+        match = _BLOCK.match(name)
+        return match is not None and match[1].rpartition(".")[0] in stacks
+
+    small = sum(layer.shape[0] * layer.shape[1] for name, layer in stored.items() if inside(name))
+    floats = sum(
+        torch.Size(info.shape).numel() for name, info in rest.items() if len(info.shape) > 1 and inside(name)
+    )
+    return small / max(small + floats, 1)
 
 
 def loss_table(model: str) -> tuple[list[str], list[list[str]]]:

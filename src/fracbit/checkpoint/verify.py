@@ -104,8 +104,9 @@ def _structure(source: Source) -> Iterator[str]:
     if not path.is_file() or any(info.file == SINGLE for info in source.tensors.values()):
         return
     named = read_json(path, "the index names the shard of every tensor")["weight_map"]
-    for tensor in sorted(named.keys() | source.tensors.keys()):
-        held = source.tensors[tensor].file if tensor in source.tensors else "no file"
+    stored = source.on_disk
+    for tensor in sorted(named.keys() | stored.keys()):
+        held = stored[tensor].file if tensor in stored else "no file"
         if named.get(tensor) != held:
             yield f"{tensor} is in {held}, and {INDEX} says {named.get(tensor, 'nothing of it')}"
 

@@ -29,7 +29,9 @@ def inspect(
     weights = summary["bits_per_weight"]
     print(
         f"{'not quantized' if weights is None else f'{weights:.4f} bits per weight'}, "
-        f"{summary['bits_per_parameter']:.4f} bits per parameter, {bytes_text(summary['bytes'])} in tensors"
+        f"{summary['bits_per_parameter']:.4f} bits per parameter, {bytes_text(summary['bytes'])} in tensors; "
+        f"quantized: {summary['share_of_blocks']:.1%} of the weights in the blocks' matrices, "
+        f"{summary['share_of_parameters']:.1%} of all parameters"
     )
 
 

@@ -165,6 +165,7 @@ def _print(made: Plan) -> None:
     ]
     print_table(columns, rows, f"{made.problem.recipe.model}: {made.budget}")
     print(f"the run: {made.needs}")
+    print(made.share)
 
 
 def _check_output(output: Path, ends: bool) -> None:

@@ -91,6 +91,13 @@ def quantize(
             rich_help_panel=options.DATA,
         ),
     ] = None,
+    allow_float: Annotated[
+        float,
+        typer.Option(
+            help="Share of the blocks' matrices that may stay float without a warning.",
+            rich_help_panel=options.RUN,
+        ),
+    ] = 0.1,
     settings: options.Settings = None,
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
@@ -131,6 +138,7 @@ def quantize(
             resume=resume,
             device=made.run.device,
             shard_bytes=made.run.shard_mb << 20,
+            allow_float=allow_float,
             progress=show,
             announce=print_said if long and not (json or quiet or resume) else None,
         )
@@ -155,3 +163,4 @@ def _print_result(result: Result, calibrated: bool) -> None:
         f"{result.output}: {weights}, {result.bits_per_parameter:.4f} bits per parameter, {bytes_text(result.bytes)} "
         f"(source {bytes_text(result.source_bytes)}), {result.seconds:.1f} s, peak {bytes_text(result.peak_rss_bytes)}"
     )
+    print(result.share)

@@ -118,7 +118,7 @@ def loss_gradients(model: PreTrainedModel, family: Family, hidden: Hidden, ids: 
         states = hidden.states[sample : sample + 1].to(device_of(model.get_input_embeddings()))
         states = states.detach().requires_grad_()  # [1, tokens, width]
         with torch.enable_grad():
-            logits = logits_of(model, family, states, hidden.tupled)  # [1, tokens, vocabulary]
+            logits = logits_of(model, family, states, row[None], hidden=hidden)  # [1, tokens, vocabulary]
         # The gradient of cross-entropy: probabilities, less 1 for the next token; the last token has none.
         wrong = logits.detach()[0].float().softmax(-1)  # [tokens, vocabulary]
         wrong[torch.arange(len(row) - 1), row[1:]] -= 1

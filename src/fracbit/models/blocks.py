@@ -7,10 +7,12 @@ out]`.
 """
 
 from collections.abc import Iterator
+from copy import copy
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from fracbit.errors import SourceError, WeightError
@@ -18,8 +20,49 @@ from fracbit.models.family import Family, Norm, Pair, fits
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies its input by a float weight: `nn.Linear`, its children, `Conv1D`."""
-    return isinstance(module, (nn.Linear, Conv1D))
+    """Whether a module does nothing but multiply its input by a float weight and add a bias.
+
+    That is `nn.Linear`, `Conv1D`, and those of their children that do the same: a router may be one that also picks experts.
+    """
+    return isinstance(module, (nn.Linear, Conv1D)) and _multiplies(module)
+
+
+def _multiplies(module: nn.Module) -> bool:
+    kind = type(module)
+    if kind.forward in (nn.Linear.forward, Conv1D.forward):
+        return kind is not NonDynamicallyQuantizableLinear  # attention of torch reads its weight
+    if kind not in _TRIED:
+        _TRIED[kind] = _tried(module)
+    return _TRIED[kind]
+
+
+_TRIED: dict[type[nn.Module], bool] = {}
+
+
+def _tried(module: nn.Module) -> bool:
+    """Whether a linear with a forward of its own gives what a linear gives, on small random numbers."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (
+        torch.randn(size, generator=generator) for size in ((5, 3), (2, 4, 3))
+    )  # [out, in], [samples, tokens, in]
+    bias = None if getattr(module, "bias", None) is None else torch.randn(5, generator=generator)  # [out]
+    small = copy(module)
+    held = weight.T if is_transposed(module) else weight
+    parameters = {"weight": held, "bias": bias}
+    vars(small)["_parameters"] = {
+        name: None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+        for name, tensor in parameters.items()
+    }
+    try:
+        found = small(x)  # [samples, tokens, out]
+    except Exception:  # noqa: BLE001, code of any model
+        return False
+    wanted = nn.functional.linear(x, weight, bias)  # [samples, tokens, out]
+    return (
+        isinstance(found, torch.Tensor)
+        and found.shape == wanted.shape
+        and torch.allclose(found, wanted, atol=1e-4)
+    )
 
 
 def is_table(module: object) -> bool:
@@ -61,7 +104,8 @@ def _expand(block: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, ...
         yield tuple(name for name in names if find(block, name) is not None)
         return
     experts = find(block, prefix)
-    for index in range(len(experts) if isinstance(experts, nn.ModuleList) else 0):
+    count = 0 if experts is None else sum(name.isdigit() for name, _ in experts.named_children())
+    for index in range(count):
         filled = (name.replace("*", str(index)) for name in names)
         yield tuple(name for name in filled if find(block, name) is not None)
 
@@ -92,13 +136,13 @@ def linears(block: nn.Module, family: Family) -> dict[str, nn.Module]:
 
 
 def fused_experts(block: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Modules that hold the experts of a mixture in two tensors: `gate_up_proj` and `down_proj`."""
+    """Modules that hold the matrices of all experts of a mixture in tensors of three dimensions."""
     return [(name, module) for name, module in block.named_modules() if _is_fused(module)]
 
 
 def _is_fused(module: nn.Module) -> bool:
-    own = dict(module.named_parameters(recurse=False))
-    return all(name in own and own[name].dim() == 3 for name in ("gate_up_proj", "down_proj"))
+    own = module.named_parameters(recurse=False)
+    return any(name.endswith("_proj") and tensor.dim() == 3 for name, tensor in own)
 
 
 def sublayer_of(family: Family, linear: str) -> tuple[str, ...]:

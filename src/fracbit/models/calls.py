@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,10 +11,22 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Call:
-    """What a module is called with. For a block the hidden states are left out; they come first."""
+    """What a module is called with. For a block the hidden states are left out; they come first.
+
+    `axis` says where the samples are in the states that the module takes (1: Gemma 3n has several states a sample in front).
+    """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    axis: int = 0
+
+
+@dataclass(frozen=True)
+class HandedOn:
+    """Stands for value `number` of what block `block` returns beside its states, which a later block is called with."""
+
+    block: int
+    number: int
 
 
 class Stop(Exception):
@@ -28,17 +40,42 @@ def until_stopped() -> Iterator[None]:
         yield
 
 
-def run(block: nn.Module, states: torch.Tensor, call: Call, device: torch.device | None = None) -> Any:
-    """The block's own result for states [samples, tokens, width], on `device`, by default where the block is."""
+@dataclass(frozen=True)
+class Returned:
+    """What a block returned: its states [samples, tokens, width], and what else came with them (None: it returned no tuple)."""
+
+    states: torch.Tensor
+    rest: tuple[Any, ...] | None
+
+
+def run(block: nn.Module, states: torch.Tensor, call: Call, device: torch.device | None = None) -> Returned:
+    """Call a block with states [samples, tokens, width], on `device`, by default where the block is."""
     device = device or device_of(block)
     args, kwargs = move(call.args, device), move(dict(call.kwargs), device)
-    return block(states.to(device), *args, **kwargs)
+    result = block(states.to(device).movedim(0, call.axis), *args, **kwargs)
+    rest = tuple(result[1:]) if isinstance(result, (tuple, list)) else None
+    return Returned(first_of(result).movedim(call.axis, 0), rest)
 
 
 def first_of(result: Any) -> torch.Tensor:
     """The states among what a module returns: the result itself or the first of several."""
-    first: torch.Tensor = result[0] if isinstance(result, tuple) else result
+    first: torch.Tensor = result[0] if isinstance(result, (tuple, list)) else result
     return first
+
+
+def handed(value: Any, block: int, rest: tuple[Any, ...] | None) -> Any:
+    """`value`, arguments of a call, with what `block` returned in the places of what stands for it."""
+    if isinstance(value, HandedOn):
+        return (rest or ())[value.number] if value.block == block else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(handed(item, block, rest) for item in value)
+    if isinstance(value, dict):
+        return {name: handed(item, block, rest) for name, item in value.items()}
+    if isinstance(value, Call):
+        return replace(
+            value, args=handed(value.args, block, rest), kwargs=handed(dict(value.kwargs), block, rest)
+        )
+    return value
 
 
 def device_of(module: nn.Module | None) -> torch.device:
@@ -61,9 +98,9 @@ def move(value: Any, device: torch.device) -> Any:
 def without_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, Call]:
     """Split what a block is called with into the hidden states and the rest."""
     if args:
-        return args[0], Call(args[1:], kwargs)
-    states = kwargs["hidden_states"]
-    return states, Call((), {name: value for name, value in kwargs.items() if name != "hidden_states"})
+        return args[0], Call(tuple(args[1:]), kwargs)
+    name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+    return kwargs[name], Call((), {key: value for key, value in kwargs.items() if key != name})
 
 
 def equal(one: Any, other: Any) -> bool:
@@ -78,4 +115,4 @@ def equal(one: Any, other: Any) -> bool:
         return len(one) == len(other) and all(map(equal, one, other))
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(equal(one[name], other[name]) for name in one)
-    return isinstance(one, (bool, int, float, str)) and one == other
+    return isinstance(one, (bool, int, float, str, HandedOn)) and one == other

@@ -1,102 +1,316 @@
-"""Mixtures of experts as linears: the two fused tensors of a block are split into one small MLP per expert.
+"""Mixtures of experts as linears: the fused tensors of a block are split into one small MLP per expert.
 
-transformers 5 stores `gate_up_proj [experts, 2 inner, width]` and `down_proj [experts, width, inner]` and
-multiplies them in one grouped product. Quantizing needs each expert's own matrix and its own inputs (the
-tokens routed to it), so the module is replaced by `SplitExperts`: same inputs, same output, linears named
-`<n>.gate_proj`, `<n>.up_proj`, `<n>.down_proj`, which are also the names on disk of Qwen's and most other
-mixtures.
+transformers 5 stores the experts of a block in tensors such as `gate_up_proj [experts, 2 inner, width]` and `down_proj
+[experts, width, inner]`, and multiplies them in one grouped product. Quantizing needs each expert's own matrix and its own
+inputs (the tokens routed to it), so the module is replaced by one that has the same inputs and the same output and holds
+linears named `<n>.gate_proj`, `<n>.up_proj`, `<n>.down_proj`, which are also the names on disk of Qwen's and most other
+mixtures. How a family lays its experts out (transposed, interleaved, with biases, in two dimensions) is a `Layout`: a table
+that says where in which tensor each linear lies.
 
 Ref: transformers 5, integrations/moe.py (the reference loop over experts).
 """
 
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import nn
-from transformers.core_model_loading import WeightConverter
+from torch import Tensor, nn
 
-from fracbit.models.blocks import fused_experts
-from fracbit.models.install import replace
+from fracbit.models.install import replace as put
+
+Half: TypeAlias = Literal["first", "second", "even", "odd"]
+"""Rows of a matrix that holds two: the first or last half, or every second row from 0 or 1."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where the matrix [out, in] of one expert lies in a tensor of all.
+
+    `transposed`: it holds [in, out]. `flat`: it is a matrix [experts x rows, columns] instead of [experts, rows, columns].
+    """
+
+    expert: int
+    experts: int
+    half: Half | None = None
+    transposed: bool = False
+    flat: bool = False
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """The part of the tensor [experts, ...] that this is, a view: [out, in], or [out] of a bias."""
+        stack = tensor.view(self.experts, -1, tensor.shape[-1]) if self.flat else tensor
+        part = stack[self.expert]  # [out, in], [in, out] or [out]
+        part = part.T if self.transposed and part.dim() == 2 else part
+        if self.half in ("first", "second"):
+            return part.chunk(2)[0 if self.half == "first" else 1]
+        return part if self.half is None else part[0 if self.half == "even" else 1 :: 2]
+
+    def write(self, tensor: Tensor, part: Tensor) -> None:
+        """Put the matrix into the tensor of all, in place."""
+        self.read(tensor).copy_(part)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The tensor that holds a linear's weight (or bias) for all experts, and how it lies there."""
+
+    tensor: str
+    half: Half | None = None
+    transposed: bool = False
+    flat: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the linears of every expert lie, by their names: weights, and biases where there are some.
+
+    `call` says how the module is called: `routed` (states, chosen experts, their shares), `every` (all experts on states in
+    their order: Llama 4), `summed` (all experts on all states, with shares: Inkling's shared ones), `sorted` (states sorted by
+    expert and the number of each: JetMoE, whose experts are one linear, here named "").
+    """
+
+    weights: Mapping[str, Slot]
+    biases: Mapping[str, Slot]
+    call: Literal["routed", "every", "summed", "sorted"] = "routed"
+
+    def cuts(self, experts: int) -> Iterator[tuple[str, str, Cut]]:
+        """Names below the mixture (`3.up_proj.weight`), the fused tensors that hold them, and where: expert by expert."""
+        for expert in range(experts):
+            for leaf, slots in (("weight", self.weights), ("bias", self.biases)):
+                for linear, slot in slots.items():
+                    name = ".".join(part for part in (str(expert), linear, leaf) if part)
+                    yield (
+                        name,
+                        slot.tensor,
+                        Cut(expert, experts, slot.half, transposed=slot.transposed, flat=slot.flat),
+                    )
+
+
+def _slots(
+    gate: bool, transposed: bool = False, interleaved: bool = False, suffix: str = ""
+) -> dict[str, Slot]:
+    halves: tuple[Half, Half] = ("even", "odd") if interleaved else ("first", "second")
+    down = {"down_proj": Slot(f"down_proj{suffix}", None, transposed)}
+    if not gate:
+        return {"up_proj": Slot(f"up_proj{suffix}", None, transposed)} | down
+    fused = f"gate_up_proj{suffix}"
+    return {
+        "gate_proj": Slot(fused, halves[0], transposed),
+        "up_proj": Slot(fused, halves[1], transposed),
+    } | down
+
+
+OTHERS: Mapping[str, Layout] = {
+    "Llama4TextExperts": Layout(_slots(True, transposed=True), {}, "every"),
+    "Step3p7Experts": Layout(_slots(True), {}),
+    "LongcatFlashExperts": Layout(_slots(True), {}),
+    "DbrxExperts": Layout(
+        {
+            "gate_proj": Slot("mlp.w1", flat=True),
+            "up_proj": Slot("mlp.v1", flat=True),
+            "down_proj": Slot("mlp.w2", transposed=True, flat=True),
+        },
+        {},
+    ),
+    "JetMoeParallelExperts": Layout({"": Slot("weight")}, {}, "sorted"),
+    "InklingSharedExperts": Layout(
+        {name: Slot(name) for name in ("gate_proj", "up_proj", "down_proj")}, {}, "summed"
+    ),
+}
+"""Mixtures of transformers that do not say themselves how they lie, by class."""
+
+
+def layout_of(module: Any) -> Layout | None:
+    """How a fused mixture lies; None for other modules, and for mixtures with tensors that no layout knows."""
+    kind = type(module).__name__
+    if isinstance(module, SplitExperts):
+        return None
+    own = {name for name, tensor in module.named_parameters() if tensor.dim() > 1}
+    if kind in OTHERS:
+        layout = OTHERS[kind]
+    elif all(hasattr(module, flag) for flag in ("has_gate", "has_bias", "is_transposed", "is_concatenated")):
+        # What the decorator of transformers says of a class.
+        lie = {"gate": module.has_gate, "transposed": module.is_transposed}
+        lie["interleaved"] = not module.is_concatenated
+        layout = Layout(_slots(**lie), _slots(**lie, suffix="_bias") if module.has_bias else {})
+    else:
+        return None
+    wanted = {slot.tensor for slots in (layout.weights, layout.biases) for slot in slots.values()}
+    return layout if own == wanted else None
+
+
+class Gate:
+    """What stands between an expert's first linears and its last: the fused module's own gate and activation."""
+
+    def __init__(self, fused: nn.Module, interleaved: bool) -> None:
+        """`fused` without its tensors."""
+        self.fused, self.interleaved = fused, interleaved
+        own = getattr(getattr(type(fused), "_apply_gate", None), "__name__", "_default_apply_gate")
+        self.usual = own == "_default_apply_gate"
+
+    def __call__(self, up: Tensor, gate: Tensor | None) -> Tensor:
+        """The input of the last linear [tokens, inner] from the outputs of the first ones."""
+        fused: Any = self.fused
+        if gate is not None and not self.usual:
+            both = torch.stack((gate, up), -1).flatten(-2) if self.interleaved else torch.cat((gate, up), -1)
+            return fused._apply_gate(both)  # type: ignore[no-any-return]
+        act = fused.act_fn if hasattr(fused, "act_fn") else fused.mlp.activation_fn  # DBRX's
+        return act(up) if gate is None else act(gate) * up  # type: ignore[no-any-return]
 
 
 class Expert(nn.Module):
-    """One expert: `down(act(gate(x)) * up(x))`, x [tokens, width]."""
+    """One expert: `down(gate(up(x), gate(x)))`, x [tokens, width]."""
 
-    def __init__(self, gate_up: torch.Tensor, down: torch.Tensor, act: nn.Module) -> None:
-        """gate_up [2 inner, width] with the gate's rows first; down [width, inner]."""
+    def __init__(self, linears: Mapping[str, nn.Linear], gate: Callable[..., Tensor]) -> None:
+        """`linears` by name: gate_proj where there is one, up_proj, down_proj."""
         super().__init__()
-        gate, up = gate_up.chunk(2)  # [inner, width]
-        self.gate_proj, self.up_proj, self.down_proj = _linear(gate), _linear(up), _linear(down)
-        self.act = act
+        for name, linear in linears.items():
+            self.add_module(name, linear)
+        self.__dict__["between"] = gate
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """One expert's output [tokens, width] for x [tokens, width]."""
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+        return self.get_submodule("down_proj")(self.inner(x))  # type: ignore[no-any-return]
+
+    def inner(self, x: Tensor) -> Tensor:
+        """The input of the last linear, [tokens, inner]."""
+        parts = dict(self.named_children())
+        gate = parts["gate_proj"](x) if "gate_proj" in parts else None  # [tokens, inner]
+        return self.__dict__["between"](parts["up_proj"](x), gate)  # type: ignore[no-any-return]
 
 
-class SplitExperts(nn.ModuleList):
-    """The experts of one block, called as the fused module is."""
+class SplitExperts(nn.Module):
+    """The experts of one block by number, called as the fused module is."""
 
-    def forward(self, x: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-        """The mixed output [tokens, width] for x [tokens, width].
+    def __init__(self, experts: Sequence[nn.Module], layout: Layout, fused: nn.Module) -> None:
+        """`fused`: the module that this one replaces, without its tensors."""
+        super().__init__()
+        for number, expert in enumerate(experts):
+            self.add_module(str(number), expert)
+        for name, module in fused.named_children():  # such as a norm after the experts
+            if any(True for _ in module.parameters()):
+                self.add_module(name, module)
+        self.layout, self.count = layout, len(experts)
+        self.__dict__["fused"] = fused  # not a child: its parts have no names of their own
 
-        chosen: the experts of each token by number [tokens, top]; shares: their weights [tokens, top].
-        """
-        total = torch.zeros_like(x)  # [tokens, width]
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> nn.Module:
+        return self.get_submodule(str(number))
+
+    def __getattr__(self, name: str) -> Any:
+        """What blocks read of the fused module, such as the number of experts."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "fused" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["fused"], name)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output of the fused module for its arguments."""
+        call: Callable[..., Tensor] = getattr(self, f"_{self.layout.call}")
+        return call(x, *args, *kwargs.values())
+
+    def _routed(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        """The mixed output [..., width] for x [..., width]; chosen experts by number and their shares [tokens, top]."""
+        flat = x.reshape(-1, x.shape[-1])  # [tokens, width]
+        total = torch.zeros_like(flat)  # [tokens, width]
         for index in torch.unique(chosen).tolist():
             token, slot = torch.where(chosen == index)  # [routed]
-            part = self[int(index)](x[token]) * shares[token, slot, None]  # [routed, width]
+            if index < self.count:
+                part = self[int(index)](flat[token])  # [routed, width]
+            elif hasattr(self.fused, "identity_expert"):  # LongCat's tokens that need no expert
+                part = flat[token]  # [routed, width]
+            else:  # a place that routes nowhere
+                continue
+            if getattr(self.fused, "has_post_expert_norm", False):
+                part = self.post_expert_norm(part)
+            part = part * shares[token, slot, None]  # [routed, width]
             total.index_add_(0, token, part.to(total.dtype))
-        return total
+        return total.view(x.shape)
 
+    def _every(self, x: Tensor) -> Tensor:
+        """Output [experts x tokens, width] for the states of every expert in order, x of the same shape."""
+        parts = x.view(self.count, -1, x.shape[-1])  # [experts, tokens, width]
+        return torch.cat([self[number](part) for number, part in enumerate(parts)])
 
-def _linear(weight: torch.Tensor) -> nn.Linear:
-    """A linear without bias around `weight` [out, in], which is copied (a view would keep all experts in
-    memory).
-    """
-    out, width = weight.shape
-    linear = nn.Linear(width, out, bias=False, device="meta")
-    linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-    return linear
+    def _summed(self, x: Tensor, shares: Tensor) -> Tensor:
+        """Sum of all experts on x [..., width], their inner states times `shares` [..., experts]."""
+        flat, shares = x.reshape(-1, x.shape[-1]), shares.reshape(-1, self.count, 1)  # [tokens, experts, 1]
+        total = torch.zeros_like(flat, dtype=torch.float32)  # [tokens, width]
+        for number in range(self.count):
+            expert: Any = self[number]
+            total += expert.down_proj(expert.inner(flat) * shares[:, number]).float()
+        return total.to(x.dtype).view(x.shape)
+
+    def _sorted(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Output [tokens, out] for x [tokens, in], sorted by expert, `sizes` of them for each."""
+        return torch.cat([self[number](part) for number, part in enumerate(x.split(sizes, dim=0))])
 
 
 def split_experts(model: nn.Module) -> list[str]:
     """Replace every fused mixture in the model, in place, by `SplitExperts`; works on the meta device too.
 
-    Returns the paths that were split, empty for a dense model. A mixture that is stored otherwise (transposed
-    or interleaved tensors, biases, a gate of its own: GPT-OSS) is left as it is and stays float; `discover`
-    notes it.
+    Returns the paths that were split, empty for a dense model. A mixture of no known layout is left as it is and stays float.
     """
-    paths = [path for path, module in fused_experts(model) if _is_plain(module)]
+    paths = [path for path, module in model.named_modules() if layout_of(module) is not None]
     for path in paths:  # by path: no more than one mixture may be in memory twice
-        replace(model, path, _split(model.get_submodule(path)))
+        put(model, path, _split(model.get_submodule(path)))
     return paths
 
 
-def without_fusing(rules: list[Any]) -> list[Any]:
-    """Transformers' loading rules without those that would fuse the experts of a checkpoint, for a split model.
-
-    transformers calls the rules weight conversions (`HfQuantizer.update_weight_conversions`); renamings stay.
-    """
-    return [rule for rule in rules if not is_fusing(rule)]
-
-
-def is_fusing(rule: Any) -> bool:
-    """Whether a loading rule gathers the linears of all experts into one tensor."""
-    return isinstance(rule, WeightConverter) and any(
-        target.endswith((".gate_up_proj", ".down_proj")) for target in rule.target_patterns
-    )
-
-
 def _split(module: Any) -> SplitExperts:
-    pairs = zip(module.gate_up_proj, module.down_proj, strict=True)
-    return SplitExperts([Expert(gate_up, down, module.act_fn) for gate_up, down in pairs])
+    layout = layout_of(module)
+    assert layout is not None
+    fused = dict(module.named_parameters())
+    last = fused[
+        list(layout.weights.values())[-1].tensor
+    ]  # LongCat's other one also counts what is no expert
+    count = len(last) if last.dim() == 3 else int(module.num_experts)
+    parts = {name: cut.read(fused[tensor]) for name, tensor, cut in layout.cuts(count)}
+    # Without its tensors, the module still knows its gate.
+    for name in fused:
+        if name in {slot.tensor for slots in (layout.weights, layout.biases) for slot in slots.values()}:
+            path, _, leaf = name.rpartition(".")
+            delattr(module.get_submodule(path), leaf)
+    gate = Gate(module, any(slot.half == "even" for slot in layout.weights.values()))
+
+    def linear(number: int, name: str) -> nn.Linear:
+        prefix = ".".join(part for part in (str(number), name) if part)
+        return _linear(parts.pop(f"{prefix}.weight"), parts.pop(f"{prefix}.bias", None))
+
+    experts: list[nn.Module] = [
+        linear(number, "")
+        if "" in layout.weights
+        else Expert({name: linear(number, name) for name in layout.weights}, gate)
+        for number in range(count)
+    ]
+    return SplitExperts(experts, layout, module)
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Rows of the gate first, then of up, no bias, the usual gate; transformers' decorator sets the flags."""
-    wanted = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
-    gate = getattr(type(module), "_apply_gate", None)
-    return all(getattr(module, name, None) is value for name, value in wanted.items()) and (
-        getattr(gate, "__name__", "") == "_default_apply_gate"
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear around `weight` [out, in] and `bias` [out], which are copied (a view would keep all experts in memory)."""
+    out, width = weight.shape
+    linear = nn.Linear(width, out, bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(
+        weight.detach().clone(memory_format=torch.contiguous_format), weight.requires_grad
     )
+    if bias is not None:
+        linear.bias = nn.Parameter(
+            bias.detach().clone(memory_format=torch.contiguous_format), bias.requires_grad
+        )
+    return linear
+
+
+def fused_shape(part: torch.Size, cuts: Sequence[Cut]) -> tuple[int, ...]:
+    """The shape of the tensor that holds `cuts`, parts [out, in] or [out] each."""
+    halves, first = len({cut.half for cut in cuts}), cuts[0]
+    rows = part[0] * halves
+    if len(part) == 1:
+        return first.experts, rows
+    shape = (part[1], rows) if first.transposed else (rows, part[1])
+    return (first.experts * shape[0], shape[1]) if first.flat else (first.experts, *shape)

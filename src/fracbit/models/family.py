@@ -7,8 +7,8 @@ sparse blocks); `*` stands for every expert of a mixture. No code branches on a 
 written here.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 Condition: TypeAlias = tuple[str, tuple[object, ...]]
@@ -73,7 +73,7 @@ class Family:
         pairs: linears whose output is, channel for channel, the input of others.
         final_norm: path of the norm before the head, "" where there is none.
         gain_offset: what the norms add to the stored gain (Gemma stores `gain - 1`).
-        keep_float: linears inside a block that stay float (routers, gates with one output).
+        keep_float: linears inside a block that stay float (routers, gates with one output), with the reason.
         when: config values that select this variant; the first family in `FAMILIES` that fits is taken.
         note: what to tell the user, for families found by structure.
 
@@ -90,7 +90,7 @@ class Family:
     pairs: tuple[Pair, ...] = ()
     final_norm: str = ""
     gain_offset: float = 0.0
-    keep_float: tuple[str, ...] = ()
+    keep_float: Mapping[str, str] = field(default_factory=dict)
     when: tuple[Condition, ...] = ()
     note: str = ""
 

@@ -1,18 +1,24 @@
 """Which family a model belongs to: from the table by its config, else from its structure.
 
-An unknown architecture is still quantized: its blocks are the list of like modules that holds most of the
-linear weights, and each linear in them counts as a group of its own. The returned family says so in its
-`note`.
+A model that also sees or hears holds a text model, whose own family is the one meant; towers for images and sound are no part
+of it. An unknown architecture is still quantized: its blocks are the list of like modules in the text model that holds most of
+the linear weights, and each linear in them counts as a group of its own. The returned family says so in its `note`.
 """
 
-from collections import Counter
+import inspect
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fracbit.errors import SourceError
-from fracbit.models.blocks import find, fused_experts, is_linear, weight_of
+from fracbit.models.blocks import find, fused_experts, is_linear, shape_of, weight_of
+from fracbit.models.experts import SplitExperts
 from fracbit.models.families import FAMILIES
 from fracbit.models.family import Family, Norm, fits
 
@@ -31,19 +37,59 @@ def family_of(model: PreTrainedModel) -> Family:
     For a config alone call `family_of(skeleton(config))`, which costs no memory. Raises SourceError when
     nothing repeats.
     """
-    family = known_family(model.config)
-    stack = None if family is None else find(model, family.blocks)
-    return family if family is not None and stack is not None and any(stack.children()) else discover(model)
+    text, path = text_model(model)
+    for family in (known_family(model.config), _inside(known_family(text.config), model, path)):
+        stack = None if family is None else find(model, family.blocks)
+        if family is not None and stack is not None and any(stack.children()):
+            return family
+    return discover(model)
+
+
+def text_model(model: PreTrainedModel) -> tuple[PreTrainedModel, str]:
+    """The part of a model that reads text, and its path: the model itself unless it holds one for images or sound too."""
+    decoder = model.get_decoder()
+    path = next((name for name, module in model.named_modules() if module is decoder), "")
+    return (decoder, path) if path and isinstance(decoder, PreTrainedModel) else (model, "")
+
+
+def _inside(family: Family | None, model: PreTrainedModel, path: str) -> Family | None:
+    """The family of the text model at `path`, its places named from the root of `model`; the head is the whole model's."""
+    if family is None or not path:
+        return None
+    root = family.blocks.partition(".")[0]
+
+    def placed(name: str) -> str:
+        return name.replace(root, path, 1) if name.startswith(f"{root}.") else name
+
+    return replace(
+        family,
+        blocks=placed(family.blocks),
+        embeddings=tuple(map(placed, family.embeddings)),
+        head="".join(_path(model, model.get_output_embeddings())),
+        final_norm=placed(family.final_norm),
+    )
 
 
 def discover(model: PreTrainedModel) -> Family:
     """A family read off the structure alone. Raises SourceError when the model has no repeated blocks with
     linears.
     """
-    # The stack of blocks is the list with the most linear weights.
-    sizes = {name: _linear_size(stack) for name, stack in model.named_modules() if _is_stack(stack)}
+    # The stack of blocks is the list with the most linear weights, one of the text model if it has any.
+    stacks = [(name, module) for name, module in model.named_modules() if _is_stack(module)]
+    within = text_model(model)[1]
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    sizes = {
+        name: (
+            not within or name.startswith(f"{within}."),
+            not SENSES.search(name),
+            len(stack) == depth,
+            _linear_size(stack),
+        )
+        for name, stack in stacks
+        if _linear_size(stack)
+    }
     path = max(sizes, key=lambda name: sizes[name], default="")
-    if not sizes.get(path):
+    if not path:
         raise SourceError(
             f"{type(model).__name__} has no list of repeated blocks that hold nn.Linear or Conv1D layers, "
             "so there is nothing to quantize block by block; "
@@ -53,7 +99,8 @@ def discover(model: PreTrainedModel) -> Family:
     stack = list(model.get_submodule(path).children())
     table: nn.Module = model.get_input_embeddings()
     head: nn.Module | None = model.get_output_embeddings()
-    names = _union(stack, is_linear)
+    kept = _kept(stack, text_model(model)[0])
+    names = [name for name in _union(stack, is_linear) if name not in kept]
     fused = {name for block in stack for name, _ in fused_experts(block)}
     left = f" The fused experts ({', '.join(sorted(fused))}) stay float." if fused else ""
     kind = Counter(type(block).__name__ for block in stack).most_common(1)[0][0]
@@ -65,12 +112,77 @@ def discover(model: PreTrainedModel) -> Family:
         head="".join(_path(model, head)),
         linears=tuple((name,) for name in names),
         norms=tuple(Norm(name, exclusive=False) for name in _union(stack, _is_norm)),
+        keep_float=kept,
         note=(
             f"model type {model.config.model_type!r} is not in the table of families: took the {len(stack)} "
             f"blocks ({kind}) at {path!r} and {len(names)} linear names in them; "
-            f"no norm is folded, and each linear counts as the only reader of its input.{left}"
+            f"no norm is folded, and each linear counts as the only reader of its input.{left}{_said(kept)}"
         ),
     )
+
+
+def _kept(stack: list[nn.Module], model: Any) -> dict[str, str]:
+    """Names inside a block of linears that stay float, with the reason."""
+    found = {
+        name: CHANGED
+        for part in (model, *model.children())
+        for name in _changed_in_blocks(part.__class__)
+        if any(is_linear(child) for block in stack if (child := find(block, name)) is not None)
+    }
+    for block in stack:
+        for path, parent in block.named_modules():
+            experts = {len(child) for child in parent.children() if isinstance(child, SplitExperts)}
+            kind: Any = type(parent)
+            changed = _changed_inside(kind)
+            for name, child in parent.named_children():
+                if not is_linear(child):
+                    continue
+                out = shape_of(child)[0]
+                if name in changed:
+                    reason = CHANGED
+                elif out == 1:
+                    reason = "one output"
+                elif out in experts or "router" in f"{name} {type(parent).__name__}".lower():
+                    reason = "chooses experts"
+                else:
+                    continue
+                found[f"{path}.{name}" if path else name] = reason
+    return found
+
+
+SENSES = re.compile(r"vision|visual|image|img|video|audio|speech|tower|talker")
+"""Parts of the paths of blocks that do not read text."""
+CHANGED = "the model's code changes its weight"
+
+
+@cache
+def _changed_in_blocks(kind: Any) -> frozenset[str]:
+    """Names inside a block of linears whose weight the code of a model changes, such as RWKV's, which rescales some."""
+    return _names_in(kind, r"\b(?:block|layer)\.([\w.]+)\.weight\.\w+_\(")
+
+
+@cache
+def _changed_inside(kind: Any) -> frozenset[str]:
+    """Names of children whose weight the code of a module changes in place; what only reads it gets it decoded."""
+    return _names_in(kind, r"\bself\.(\w+)\.weight\.\w+_\(")
+
+
+def _names_in(kind: Any, pattern: str) -> frozenset[str]:
+    """What a pattern finds in the code of a class."""
+    if kind.__module__.startswith("torch."):
+        return frozenset()
+    try:
+        return frozenset(re.findall(pattern, inspect.getsource(kind)))
+    except (OSError, TypeError):  # classes without a file
+        return frozenset()
+
+
+def _said(kept: Mapping[str, str]) -> str:
+    """A sentence for every reason."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for name, reason in kept.items():
+        names[reason].append(name)
+    return "".join(f" Float ({reason}): {', '.join(some)}." for reason, some in names.items())
 
 
 def _is_stack(module: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from fracbit.kernels.op import linear_op, rows_op, spec_of
 from fracbit.numerics.activations import int8_pays, int8_product, is_int8, round_inputs
 from fracbit.numerics.packed import (
     PackedTensor,
+    decode,
     decode_rows,
     from_parts,
     part_shapes,
@@ -49,9 +50,22 @@ class _PackedBuffers(nn.Module):
 
     def _tensors(self) -> dict[str, Tensor]:
         """The parts of the packed weight by their names, codes first."""
-        parts = {name: getattr(self, buffer_name(name)) for name in self._parts}
+        parts = {name: self._held(name) for name in self._parts}
         parts["codes"] = parts["codes"].view(self._parts["codes"][1])  # [out, bytes of a row]
         return parts
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Take over a part without looking at what is held: torch asks for the attribute, which may be decoded."""
+        if isinstance(value, Tensor) and name in self.__dict__.get("_buffers", ()):
+            self._buffers[name] = value
+        else:
+            super().__setattr__(name, value)
+
+    def _held(self, part: str) -> Tensor:
+        """The buffer of a part."""
+        held = self._buffers[buffer_name(part)]
+        assert held is not None
+        return held
 
     def multiply(self, x: Tensor) -> Tensor:
         """`x` [..., in] -> [..., out] through the kernel for this scheme and device, prepared at the first call."""
@@ -117,10 +131,30 @@ class QuantLinear(_PackedBuffers):
         rotated: bool = False,
     ) -> None:
         super().__init__(scheme, shape, outliers, sixteen)
+        self.dtype = torch.get_default_dtype()
         self.inputs, self.rotated = inputs, rotated
         self._turn: tuple[Tensor, ...] | None = None
         self.in_features, self.out_features = shape[1], shape[0]
         self.bias = nn.Parameter(torch.empty(shape[0]), requires_grad=False) if bias else None  # [out]
+
+    @property
+    def weight(self) -> Tensor:
+        """The decoded weight [out, in], made anew at each call: for code of models that reads it instead of calling the layer.
+
+        What is written into it is lost. Without values (meta device) it is the buffer of that name.
+        """
+        codes = self._buffers.get("weight")
+        if codes is None:  # while the module is made
+            raise AttributeError("weight")
+        if codes.is_meta:
+            return codes
+        weight = decode(self.packed, self.dtype)  # [out, in]
+        return turn_inputs(weight, turn_factors(self.in_features, codes.device)) if self.rotated else weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        self.dtype = _cast(fn, self.dtype, self._held("codes").device)
+        super()._apply(fn, recurse)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply `x` [..., in], rotated and rounded as the checkpoint says, by the packed weight."""
@@ -153,7 +187,7 @@ class QuantEmbedding(_PackedBuffers):
         self.dtype, self.factor = dtype, factor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantEmbedding:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.get_buffer("weight").device)).dtype
+        self.dtype = _cast(fn, self.dtype, self._held("codes").device)
         super()._apply(fn, recurse)
         return self
 
@@ -165,6 +199,18 @@ class QuantEmbedding(_PackedBuffers):
         else:
             rows = decode_rows(self.packed, flat)  # [tokens, width]
         return (rows * self.factor).to(self.dtype).view(*ids.shape, -1)  # [..., width]
+
+
+class TiedCopy(nn.Module):
+    """A module that shares its weight with another of its kind: blocks that repeat (Zamba), a second embedding table."""
+
+    def __init__(self, owner: QuantLinear | QuantEmbedding) -> None:
+        super().__init__()
+        self._shared = (owner,)  # a tuple hides it from the module tree: the bytes are saved once
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the other module gives for `x`."""
+        return self._shared[0](x)  # type: ignore[no-any-return]
 
 
 class TiedHead(nn.Module):
@@ -182,6 +228,11 @@ class TiedHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits [..., vocabulary] of hidden states `x` [..., width]."""
         return self.embedding.multiply(x)
+
+
+def _cast(fn: Callable[[Tensor], Tensor], dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type that `fn`, which moves or casts the tensors of a module, makes of floats of type `dtype`."""
+    return fn(torch.empty(0, dtype=dtype, device=device)).dtype
 
 
 def buffer_name(part: str) -> str:

@@ -3,11 +3,9 @@
     W = scale * T[nearest(u)] + shift         u: latent weights in units of the scale
 
 Scale, shift and a fitted table are learned; scales that are quantized count as they are stored, on the grid that they came
-with; float ones are rounded when it is packed. The gradient of rounding is taken to be 1, for weights outside the table's range 0 (straight-through, Bengio et al. 2013,
-arXiv:1308.3432; learned step sizes: Esser et al. 2019, arXiv:1902.08153). It lives only while a correction runs: `packed` turns
-it back into bytes.
-
-Scales and shifts [per block] have the shape of `layout.scales_shape`.
+with; float ones are rounded when it is packed. The gradient of rounding is taken to be 1, for weights outside the table's range
+0 (straight-through, Bengio et al. 2013, arXiv:1308.3432; learned step sizes: Esser et al. 2019, arXiv:1902.08153). It lives
+only while a correction runs: `packed` turns it back into bytes.
 """
 
 from __future__ import annotations

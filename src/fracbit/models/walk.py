@@ -9,6 +9,7 @@ Law: walk = whole forward.
 Patched forwards and hooks are taken off on the way out, also when something raises.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -23,29 +24,35 @@ from fracbit.errors import DataError, SourceError, WeightError
 from fracbit.models.blocks import blocks
 from fracbit.models.calls import (
     Call,
+    HandedOn,
     Stop,
     device_of,
     equal,
     first_of,
+    handed,
     run,
     until_stopped,
     without_states,
 )
 from fracbit.models.family import Family
+from fracbit.models.spill import storage
 
+Room = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
+"""Makes the tensor of a shape and type that hidden states are kept in."""
 Visit = Callable[[str, torch.Tensor], None]
 """Called with a linear's name and its input `[tokens, in]`, once per batch and use."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples `start..stop` that go through a block together, and what each block is called with for
-    them.
+    """The samples `start..stop` that go through a block together, what each block is called with for them, and their token
+    ids int64 [batch, tokens].
     """
 
     start: int
     stop: int
     calls: tuple[Call, ...]
+    ids: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -53,17 +60,18 @@ class Hidden:
     """The hidden states of all samples at the entrance of a block.
 
     Attributes:
-        states: [samples, tokens, width], in memory or mapped to a file (`spill.storage`).
+        states: [samples, tokens, width], in memory or mapped to a file (`spill.storage`); with one more dimension for models
+            that have several states a token.
         index: number of the block that they enter.
         batches: how the samples are cut, with the arguments of every block.
-        tupled: whether the last block returned a tuple, which is how the model expects its states.
+        beside: how many values the last block returned beside the states, which is how the model expects them; None: no tuple.
 
     """
 
     states: torch.Tensor
     index: int
     batches: tuple[Batch, ...]
-    tupled: bool = False
+    beside: int | None = None
 
 
 def embed(
@@ -71,31 +79,34 @@ def embed(
     family: Family,
     tokens: torch.Tensor,
     batch: int = 8,
-    out: torch.Tensor | None = None,
+    room: Room = storage,
 ) -> Hidden:
     """Token ids to the states at the entrance of the first block, `batch` samples at a time.
 
-    tokens: int64 [samples, tokens], every position a real token (no padding). out: where to put the states
-    [samples, tokens, width]. Raises DataError for ids outside the vocabulary, SourceError when the model's
-    tensors outside the blocks are not in memory.
+    tokens: int64 [samples, tokens], every position a real token (no padding). room: makes the tensor for the states
+    [samples, tokens, width] from its shape and type. Raises DataError for ids outside the vocabulary, SourceError when the
+    model's tensors outside the blocks are not in memory, or when it cannot be walked.
     """
     stack = [block for _, block in blocks(model, family)]
     _check_tokens(model, tokens)
     _check_present(model, family)
     batches: list[Batch] = []
-    states = out
+    states: torch.Tensor | None = None
     for start in range(0, len(tokens), batch):
         stop = min(start + batch, len(tokens))
-        first, calls = _entrance(model, stack, tokens[start:stop])  # [batch, tokens, width]
-        if first.dim() != 3 or len(first) != stop - start:
+        first, calls = entrance(model, stack, tokens[start:stop])  # [batch, tokens, width]
+        axis = _axis_of(first.shape, stop - start, tokens.shape[1])
+        if axis is None:
             raise SourceError(
                 f"the blocks of {type(model).__name__} take states of shape {tuple(first.shape)} instead of "
                 "[samples, tokens, width]; calibrate another model, or quantize this one without data."
             )
+        if axis:
+            first, calls = first.movedim(axis, 0), [replace(call, axis=axis) for call in calls]
         if states is None:
-            states = torch.empty(len(tokens), *first.shape[1:], dtype=first.dtype)  # [samples, tokens, width]
+            states = room((len(tokens), *first.shape[1:]), first.dtype)  # [samples, tokens, width]
         states[start:stop].copy_(first)
-        batches.append(Batch(start, stop, _shared(calls, batches)))
+        batches.append(Batch(start, stop, _shared(calls, batches), tokens[start:stop]))
     if states is None:
         raise DataError("there are no samples to embed: pass at least one row of token ids.")
     return Hidden(states, 0, tuple(batches))
@@ -108,17 +119,34 @@ def advance(block: nn.Module, hidden: Hidden, out: torch.Tensor | None = None) -
     layer when a state is NaN or Inf.
     """
     states = torch.empty_like(hidden.states) if out is None else out
-    tupled = False
+    beside: int | None = None
+    batches: list[Batch] = []
     for batch in hidden.batches:
         rows = hidden.states[batch.start : batch.stop]  # [batch, tokens, width]
         with torch.no_grad():
             result = run(block, rows, batch.calls[hidden.index])
-        tupled = isinstance(result, tuple)
-        exits = first_of(result)  # [batch, tokens, width]
-        if not bool(torch.isfinite(exits).all()):
+        if not bool(torch.isfinite(result.states).all()):
             _blame(block, hidden, batch)
-        states[batch.start : batch.stop].copy_(exits)
-    return replace(hidden, states=states, index=hidden.index + 1, tupled=tupled)
+        states[batch.start : batch.stop].copy_(result.states)
+        beside = None if result.rest is None else len(result.rest)
+        batches.append(_behind(batch, hidden.index, result.rest))
+    return replace(hidden, states=states, index=hidden.index + 1, batches=tuple(batches), beside=beside)
+
+
+def _behind(batch: Batch, index: int, rest: tuple[Any, ...] | None) -> Batch:
+    """The batch behind a block: later blocks are called with what it handed on. What it was called with is needed no more."""
+    if not any(_hands_on(call) for call in batch.calls):
+        return batch
+    later = [handed(call, index, rest) for call in batch.calls[index + 1 :]]
+    return replace(batch, calls=(*[Call((), {})] * (index + 1), *later))
+
+
+def _hands_on(value: Any) -> bool:
+    """Whether arguments hold something that an earlier block returns."""
+    if isinstance(value, Call):
+        return _hands_on(value.args) or _hands_on(dict(value.kwargs))
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return isinstance(value, HandedOn) or any(map(_hands_on, inside))
 
 
 def forward(
@@ -127,7 +155,7 @@ def forward(
     """One batch through a block, differentiable: states [samples, tokens, width] to the same shape, on
     `device`, by default the block's.
     """
-    return first_of(run(block, states, call, device))
+    return run(block, states, call, device).states
 
 
 def observe(
@@ -192,21 +220,22 @@ def head_batches(model: PreTrainedModel, family: Family, hidden: Hidden) -> Iter
         states = hidden.states[batch.start : batch.stop]  # [batch, tokens, width]
         states = states.to(device_of(model.get_input_embeddings()))
         with torch.no_grad():
-            logits = logits_of(model, family, states, hidden.tupled)
+            logits = logits_of(model, family, states, batch.ids, hidden=hidden)
         yield logits  # [batch, tokens, vocabulary]
 
 
 def logits_of(
-    model: PreTrainedModel, family: Family, states: torch.Tensor, tupled: bool = False
+    model: PreTrainedModel, family: Family, states: torch.Tensor, ids: torch.Tensor, *, hidden: Hidden
 ) -> torch.Tensor:
     """Logits [samples, tokens, vocabulary] of the last block's `states` [samples, tokens, width], differentiable.
 
-    `tupled`: as in `Hidden`.
+    `ids` are those of these samples; `hidden` the walk that they come from.
     """
     stack = [block for _, block in blocks(model, family)]
-    # Only the shape of the token ids matters: the first patched block drops what the embeddings give.
-    ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)  # [samples, tokens]
-    result = (states,) if tupled else states
+    # The first patched block drops what the embeddings give; of the ids, some models read more than their number.
+    ids = ids.to(states.device)  # [samples, tokens]
+    exits = states.movedim(0, hidden.batches[0].calls[-1].axis)
+    result = exits if hidden.beside is None else (exits, *[None] * hidden.beside)
     with _patched(stack, [partial(_hand, result)] * len(stack)):
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     return logits
@@ -221,14 +250,15 @@ def _hand(result: Any, *args: Any, **kwargs: Any) -> Any:
     return result
 
 
-def _entrance(
+def entrance(
     model: PreTrainedModel, stack: list[nn.Module], tokens: torch.Tensor
 ) -> tuple[torch.Tensor, list[Call]]:
-    """The first block's states and every block's arguments for one batch."""
+    """The first block's states and every block's arguments for one batch. Raises SourceError when it cannot be walked."""
     entered: list[torch.Tensor] = []
     calls: list[Call] = []
+    beside = 0
 
-    def note(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def note(*args: Any, **kwargs: Any) -> Any:
         states, call = without_states(args, kwargs)
         entered.append(states)
         calls.append(call)
@@ -236,17 +266,41 @@ def _entrance(
             raise Stop
         # Models take either the result or its first element; with one more dimension in front both are a
         # tensor that the next block can be called with, and that block looks at its other arguments only.
-        return entered[0].unsqueeze(0)  # [1, batch, tokens, width]
+        if not beside:
+            return entered[0].unsqueeze(0)  # [1, batch, tokens, width]
+        return entered[0], *(HandedOn(len(calls) - 1, number) for number in range(beside))
 
     ids = tokens.to(device_of(model.get_input_embeddings()))  # [batch, tokens]
-    with torch.no_grad(), _patched(stack, [note] * len(stack)), until_stopped():
-        model(input_ids=ids, use_cache=False)
+    for attempt in range(2):
+        try:
+            with torch.no_grad(), _patched(stack, [note] * len(stack)), until_stopped():
+                model(input_ids=ids, use_cache=False)
+            break
+        except Exception as error:  # code of any model
+            # A model that takes several values from a block says so.
+            wanted = re.search(r"not enough values to unpack \(expected (\d+)", str(error))
+            if attempt or not wanted or not calls:
+                raise _no_walk(model, str(error)) from error
+            beside = int(wanted[1]) - 1
+            entered.clear()
+            calls.clear()
     if len(calls) != len(stack):
-        raise SourceError(
-            f"{type(model).__name__} called {len(calls)} of its {len(stack)} blocks; "
-            "it cannot be walked block by block."
-        )
+        raise _no_walk(model, f"it called {len(calls)} of its {len(stack)} blocks")
     return entered[0], calls
+
+
+def _no_walk(model: PreTrainedModel, reason: str) -> SourceError:
+    reason = reason.partition("\n")[0]
+    return SourceError(
+        f"{type(model).__name__} cannot be calibrated block by block ({reason}); quantize it without calibration text"
+    )
+
+
+def _axis_of(shape: torch.Size, samples: int, length: int) -> int | None:
+    """Where the samples are in the states of a batch: in front, or behind the tokens or the states that each has several of."""
+    if len(shape) == 4 and (samples, length) in (shape[:2], shape[1:3]):
+        return 0 if shape[:2] == (samples, length) else 1
+    return shape.index(samples) if len(shape) == 3 and samples in shape[:2] else None
 
 
 @contextmanager
@@ -333,7 +387,7 @@ def _blame(block: nn.Module, hidden: Hidden, batch: Batch) -> None:
     with ExitStack() as remove, torch.no_grad():
         for name, module in block.named_modules():
             remove.callback(module.register_forward_hook(partial(look, name)).remove)
-        exits = first_of(run(block, hidden.states[batch.start : batch.stop], batch.calls[hidden.index]))
+        exits = run(block, hidden.states[batch.start : batch.stop], batch.calls[hidden.index]).states
     bad = (~torch.isfinite(exits)).flatten(1).any(1).nonzero().flatten()  # [samples with NaN or Inf]
     sample = batch.start + int(bad[0])
     raise WeightError(

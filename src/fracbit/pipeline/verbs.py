@@ -32,7 +32,7 @@ from fracbit.pipeline.quantize.work import check_words
 from fracbit.pipeline.study.overlap import calibration_sources, overlap_notes
 from fracbit.records.progress import Shown, showing
 from fracbit.records.recipe import Recipe
-from fracbit.records.run import Result
+from fracbit.records.run import ALLOWED, Result
 from fracbit.records.scheme import Scheme
 from fracbit.records.spending import Spending, check_terms
 from fracbit.records.text_source import check_source
@@ -49,6 +49,7 @@ def quantize(
     resume: bool = False,
     device: str = "cpu",
     shard_bytes: int = SHARD_BYTES,
+    allow_float: float = ALLOWED,
     progress: Shown = "auto",
     announce: Callable[[str], None] | None = None,
 ) -> Result:
@@ -58,6 +59,7 @@ def quantize(
       quantizer, calibration, corrections, overrides.
     - `spending`: a budget or preset that chooses the schemes; `allocation`: a JSON file of `fracbit plan` that names them.
     - `device`: where blocks are calibrated, one at a time; `shard_bytes` bounds the memory of a data-free run.
+    - `allow_float`: the share of the weights of the blocks' matrices that may stay float without a warning in the notes.
     - `announce` is told before the run what it will take, which is measured on one of the model's blocks.
     - `resume` continues an interrupted output; a finished one is left as it is, and a note says so.
 
@@ -89,6 +91,7 @@ def quantize(
             progress=show,
             opened=opened,
             samples=divided.samples,
+            allow_float=allow_float,
         )
     return replace(result, notes=(*said, *divided.notes, *result.notes))
 

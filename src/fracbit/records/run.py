@@ -132,6 +132,10 @@ class ShardRecord:
         return ShardRecord(data["hashes"], layers, tweak=tweak, distilled=distilled, stored=stored)
 
 
+LARGEST = 4  # names of what stays float that a sentence has
+ALLOWED = 0.1  # share of the blocks' matrices that may stay float without a warning
+
+
 @dataclass(frozen=True)
 class Totals:
     """What a checkpoint costs. Bits are counted from the stored bytes.
@@ -151,13 +155,48 @@ class Totals:
 
 
 @dataclass(frozen=True)
+class Share:
+    """Shares, 0..1, of the weights that become smaller: of the matrices in the blocks, and of all parameters.
+
+    `kept_float`: what stays float in the blocks, largest first: names with `*` for numbers, the share of the blocks' matrices
+    that it is, and why.
+    """
+
+    blocks: float
+    parameters: float
+    kept_float: tuple[tuple[str, float, str], ...]
+
+    def __str__(self) -> str:
+        """One sentence, with the largest of what stays float."""
+        text = f"{self.blocks:.1%} of the weights in the blocks' matrices and {self.parameters:.1%} of all parameters "
+        kept = f"; float in the blocks: {self._largest()}" if self.kept_float else ""
+        return f"{text}become smaller{kept}"
+
+    def _largest(self) -> str:
+        named = [f"{name} ({share:.1%}, {why})" for name, share, why in self.kept_float[:LARGEST]]
+        more = len(self.kept_float) - LARGEST
+        return ", ".join(named) + (f" and {more} more" if more > 0 else "")
+
+    def warning(self, allowed: float) -> tuple[str, ...]:
+        """A warning where more than `allowed` of the blocks' matrices stays float."""
+        if 1 - self.blocks <= allowed:
+            return ()
+        return (
+            f"only {self.blocks:.1%} of the blocks' matrices become smaller; float: {self._largest()}. If that is meant: "
+            f"--allow-float {1 - self.blocks + 0.005:.2f}",
+        )
+
+
+@dataclass(frozen=True)
 class Result(Totals):
     """What a run made: the folder `output`, what it costs, and what the user should know (`notes`).
 
-    `seconds` of this process (a resumed run counts its last part), `peak_rss_bytes` the most memory it had resident.
+    `seconds` of this process (a resumed run counts its last part), `peak_rss_bytes` the most memory it had resident, `share`
+    how much of the model became smaller.
     """
 
     output: str
     seconds: float
     peak_rss_bytes: int
+    share: Share
     notes: tuple[str, ...] = ()

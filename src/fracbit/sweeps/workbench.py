@@ -269,14 +269,13 @@ def weight_error(made: Made) -> float | None:
 def _size(made: Made) -> dict[str, int]:
     """Parameters and bits, counted from what is stored."""
     weights = sum(layer.shape[0] * layer.shape[1] for layer in made.layers.values())
-    tensors = made.work.opened.source.tensors
     floats = [
         item
         for items in made.work.schedule.shards.values()
         for item in items
         if isinstance(item, FloatItem) and not item.unused
     ]
-    others = sum(torch.Size(tensors[item.origin.name].shape).numel() for item in floats)
+    others = sum(torch.Size(item.shape).numel() for item in floats)
     packed = sum(layer.bytes for layer in made.layers.values())
     return {
         "parameters": weights + others,

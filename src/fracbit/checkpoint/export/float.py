@@ -8,10 +8,11 @@ decoded to fp32, so only fp32 loses nothing.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,15 +22,19 @@ from fracbit.checkpoint.format import StoredLayer
 from fracbit.checkpoint.output import Output
 from fracbit.checkpoint.shards import cut_shards, write_index
 from fracbit.errors import FormatError, RecipeError, WeightError
-from fracbit.models.blocks import is_transposed, weight_of
-from fracbit.models.experts import SplitExperts
-from fracbit.models.skeleton import origins
+from fracbit.models.blocks import is_transposed
+from fracbit.models.experts import Cut, SplitExperts, fused_shape
+from fracbit.models.origin import origins
 from fracbit.numerics.packed import SCALE_DTYPES, decode
 from fracbit.records.progress import Progress
 from fracbit.records.run import ShardRecord
 
 SHARD_BYTES = 2 << 30
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+Held: TypeAlias = tuple[str, Cut]
+"""A parameter of an expert, and where it lies in the tensor of all."""
 
 
 @dataclass(frozen=True)
@@ -89,22 +94,18 @@ class FloatWeights:
         """Every tensor of the exported model."""
         dtype = self.dtype or source_dtype(stored)
         mixtures = _mixtures(stored)
-        inside = {name for _, tensors in mixtures.values() for names in tensors.values() for name in names}
+        inside = {name for parts in mixtures.values() for name, _ in parts}
         made = [
             _layer_piece(stored, name, layer, dtype)
             for name, layer in stored.layers.items()
-            if name not in inside
+            if f"{name}.weight" not in inside
         ]
         copied = [
             Piece(name, stored.source.tensors[name].bytes, partial(stored.tensor, name))
             for name in stored.rest
-            if name.removesuffix(".weight") not in inside
+            if name not in inside
         ]
-        fused = [
-            _fused_piece(stored, f"{path}.{leaf}", names=names, experts=experts, dtype=dtype)
-            for path, (experts, tensors) in mixtures.items()
-            for leaf, names in tensors.items()
-        ]
+        fused = [_fused_piece(stored, name, parts, dtype) for name, parts in mixtures.items()]
         return [*made, *fused, *copied]
 
     def _config(self, stored: StoredModel) -> dict[str, Any]:
@@ -144,21 +145,21 @@ def _layer_piece(stored: StoredModel, name: str, layer: StoredLayer, dtype: torc
     return Piece(f"{name}.weight", size, make)
 
 
-def _fused_piece(
-    stored: StoredModel, fused: str, names: Sequence[str], experts: int, dtype: torch.dtype
-) -> Piece:
-    """One tensor [experts, out, in] of the linears `names`; those of one expert are stacked along `out`."""
-    size = sum(weight_of(stored.model.get_submodule(name)).numel() for name in names) * dtype.itemsize
+def _fused_piece(stored: StoredModel, fused: str, parts: Sequence[Held], dtype: torch.dtype) -> Piece:
+    """One tensor of a mixture, put together from the experts' linears."""
+    first = stored.model.get_parameter(parts[0][0])
+    shape = fused_shape(first.shape, [cut for _, cut in parts])
+    size = torch.Size(shape).numel() * dtype.itemsize
 
     def make() -> Tensor:
-        whole: Tensor | None = None
-        for number, name in enumerate(names):
-            part = _decoded(stored, name, dtype)  # [out of one linear, in]
-            if whole is None:
-                whole = part.new_empty(len(names), *part.shape)  # [experts x linears, out of one linear, in]
-            whole[number] = part
-        assert whole is not None
-        return whole.view(experts, -1, whole.shape[-1])  # [experts, out, in]
+        whole = torch.empty(shape, dtype=dtype)
+        for name, cut in parts:
+            layer, _, leaf = name.rpartition(".")
+            # [out, in], or [out] of a bias
+            cut.write(
+                whole, _decoded(stored, layer, dtype) if leaf == "weight" else stored.tensor(name).to(dtype)
+            )
+        return whole
 
     return Piece(fused, size, make)
 
@@ -176,15 +177,13 @@ def _decoded(stored: StoredModel, name: str, dtype: torch.dtype) -> Tensor:
     return weight
 
 
-def _mixtures(stored: StoredModel) -> dict[str, tuple[int, dict[str, list[str]]]]:
-    """By path of a mixture: its number of experts, and its linears in order, by the name of their fused tensor."""
-    found: dict[str, tuple[int, dict[str, list[str]]]] = {}
+def _mixtures(stored: StoredModel) -> dict[str, list[Held]]:
+    """The fused tensors of mixtures, by name, with the parameters that each holds and where."""
+    found: dict[str, list[Held]] = defaultdict(list)
     for path, module in stored.model.named_modules():
         if isinstance(module, SplitExperts):
-            numbers = range(len(module))
-            gate_up = [f"{path}.{n}.{leaf}" for n in numbers for leaf in ("gate_proj", "up_proj")]
-            down = [f"{path}.{n}.down_proj" for n in numbers]
-            found[path] = len(module), {"gate_up_proj": gate_up, "down_proj": down}
+            for name, fused, cut in module.layout.cuts(len(module)):
+                found[f"{path}.{fused}"].append((f"{path}.{name}", cut))
     return found
 
 

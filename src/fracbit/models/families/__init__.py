@@ -5,7 +5,7 @@ Where a model type has variants, their order counts: the first one with conditio
 
 from fracbit.models.families.bloom import BLOOM, BLOOM_POST_NORM
 from fracbit.models.families.falcon import FALCON_ONE_NORM, FALCON_SEQUENTIAL, FALCON_TWO_NORMS
-from fracbit.models.families.gemma import GEMMA, GEMMA2, GEMMA3
+from fracbit.models.families.gemma import GEMMA, GEMMA2
 from fracbit.models.families.gpt2 import GPT2
 from fracbit.models.families.gpt_neox import GPT_NEOX
 from fracbit.models.families.llama import LLAMA
@@ -18,7 +18,6 @@ FAMILIES: tuple[Family, ...] = (
     LLAMA,
     GEMMA,
     GEMMA2,
-    GEMMA3,
     PHI3,
     MOE,
     OPT,

@@ -24,13 +24,3 @@ GEMMA2 = replace(
         *HEAD_NORMS,
     ),
 )
-
-# The text half of a checkpoint that also sees images; the vision tower stays float.
-GEMMA3 = replace(
-    GEMMA2,
-    name="gemma3",
-    model_types=("gemma3",),
-    blocks="model.language_model.layers",
-    embeddings=("model.language_model.embed_tokens",),
-    final_norm="model.language_model.norm",
-)

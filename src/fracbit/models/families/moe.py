@@ -41,5 +41,5 @@ MOE = replace(
         Pair("mlp.experts.*.up_proj", ("mlp.experts.*.down_proj",)),
         Pair("mlp.up_proj", ("mlp.down_proj",)),
     ),
-    keep_float=("mlp.gate", "mlp.shared_expert_gate"),
+    keep_float={"mlp.gate": "chooses experts", "mlp.shared_expert_gate": "one output"},
 )

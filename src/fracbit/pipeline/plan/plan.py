@@ -26,12 +26,15 @@ from fracbit.pipeline.plan.sampling import sampling_notes
 from fracbit.pipeline.plan.scoring import model_for
 from fracbit.pipeline.plan.solve import Candidate, Curve, curves_of, scores_and_losses, solve
 from fracbit.pipeline.quantize.run import open_for
+from fracbit.pipeline.quantize.schedule import make_schedule
+from fracbit.pipeline.quantize.share import share_of
 from fracbit.pipeline.study.study import Study
 from fracbit.pipeline.study.texts import SCORED, seen_by, texts_of
 from fracbit.records.allocation import Allocation, allocated
 from fracbit.records.progress import Progress, Shown, showing
 from fracbit.records.recipe import Recipe
 from fracbit.records.resources import Needs
+from fracbit.records.run import Share
 from fracbit.records.scores import Losses
 from fracbit.records.spending import ONE_BUDGET, Spending, check_terms
 
@@ -43,7 +46,8 @@ class Plan:
     - `candidates`: every allocation that was tried, the chosen solver's first; `allocation`: the one to carry out, for
       the layers that share the budget: the chosen candidate's, or the uniform one if it won the contest.
     - `losses`: the basis of the division; `curve`: (stored bits per weight, predicted loss) by solver, for the picture.
-    - `needs`: what the run will take, or why that is not known; `contest`: the result on held-out text, None without one.
+    - `needs`: what the run will take, or why that is not known; `share`: how much of the model becomes smaller (None: not
+      measured); `contest`: the result on held-out text, None without one.
     - `samples`: those of the recipe's calibration, if the score has read them.
     """
 
@@ -52,6 +56,7 @@ class Plan:
     candidates: tuple[Candidate, ...]
     allocation: Allocation = field(repr=False)
     needs: Needs | str
+    share: Share | None
     curve: Mapping[str, Curve] = field(repr=False)
     contest: Contest | None = None
     notes: tuple[str, ...] = ()
@@ -65,6 +70,7 @@ class Plan:
             f"schemes: {self.spelled_out}",
             f"predicted loss: {loss} ({self.losses.method})",
             f"the run: {self.needs}",
+            *([str(self.share)] if self.share else []),
             *(f"note: {note}" for note in self.notes),
         ])  # fmt: skip
 
@@ -121,6 +127,7 @@ class Plan:
             ],
             "allocation": self.spelled_out.to_json(),
             "needs": self.needs if isinstance(self.needs, str) else asdict(self.needs),
+            "share": None if self.share is None else asdict(self.share),
             "held_out": None if self.contest is None else self.contest.to_json(),
             "notes": list(self.notes),
         }
@@ -190,6 +197,7 @@ def make_plan(
         solved.candidates,
         chosen,
         needs="not measured",
+        share=None,
         curve=curves_of(problem, scores, losses) if curve else {},
         notes=(*solved.notes, *sampling_notes(losses.protocol)),
         samples=drawn if terms.text is None else None,
@@ -199,7 +207,10 @@ def make_plan(
         found = _judged(found, study, terms.held_out, terms)
     elif spending.preset is None:
         found = replace(found, notes=(*found.notes, UNCHECKED))
-    return replace(found, needs=needs_or_why(found.recipe, opened, device)) if measured else found
+    if not measured:
+        return found
+    share = share_of(opened, make_schedule(found.recipe, opened))
+    return replace(found, needs=needs_or_why(found.recipe, opened, device), share=share)
 
 
 def _drawn(study: Study, recipe: Recipe, spending: Spending) -> Samples | None:

@@ -55,9 +55,7 @@ def rest_of(recipe: Recipe, opened: Opened, units: Sequence[Unit]) -> Rest:
     fixed = [each for item in others if (each := _fixed_unit(recipe, item)) is not None]
     bits = sum(unit.bits(scheme) for unit, scheme in fixed)
     plain = [item for item in others if isinstance(item, FloatItem)]
-    shapes: dict[str, Sequence[int]] = {
-        item.name: opened.source.tensors[item.origin.name].shape for item in plain
-    }
+    shapes: dict[str, Sequence[int]] = {item.name: item.shape for item in plain}
     for one, scheme in fixed:
         shapes |= stored_shapes(one, scheme)
     return Rest(

@@ -109,17 +109,13 @@ def embed_all(work: Work, outside: Mapping[str, Tensor], target: Shards, spill_b
         work.dtype,
         partial=True,
     )
-    count, length = samples.ids.shape
-    width = model.config.get_text_config().hidden_size
-    spills = count * length * width * work.dtype.itemsize > spill_bytes
-    place = storage((count, length, width), work.dtype, target.journal if spills else None)
-    return embed(
-        model,
-        work.opened.family,
-        tokens=samples.ids,
-        batch=batch_of(work.calibration, length, work.device),
-        out=place,
-    )
+
+    def room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        spills = torch.Size(shape).numel() * dtype.itemsize > spill_bytes
+        return storage(shape, dtype, target.journal if spills else None)
+
+    batch = batch_of(work.calibration, samples.ids.shape[1], work.device)
+    return embed(model, work.opened.family, samples.ids, batch, room=room)
 
 
 def embed_source(work: Work, target: Shards, spill_bytes: int = SPILL_BYTES) -> Hidden:

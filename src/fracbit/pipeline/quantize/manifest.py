@@ -59,9 +59,8 @@ def finish(work: Work, target: Output) -> tuple[Totals, tuple[str, ...]]:
 
 def totals_of(work: Work, layers: Mapping[str, StoredLayer], target: Output) -> Totals:
     """Bits and bytes of the finished shards, counted from the stored tensors."""
-    tensors = work.opened.source.tensors
     weights = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
-    floats = sum(torch.Size(tensors[item.origin.name].shape).numel() for item in _floats(work))
+    floats = sum(torch.Size(item.shape).numel() for item in _floats(work))
     packed = sum(layer.bytes for layer in layers.values())
     return Totals(
         bits_per_weight=8 * packed / weights if weights else None,
@@ -84,7 +83,7 @@ def _floats(work: Work) -> list[FloatItem]:
 def run_notes(work: Work, made: Mapping[str, LayerRecord]) -> tuple[str, ...]:
     """What the user should know of a run: of the schedule, of rewrites, and of single layers."""
     rewrites = rewrite_notes(work) if work.recipe.calibration is not None else ()
-    return (*work.schedule.notes, *rewrites, *layer_notes(made))
+    return (*work.opened.source.notes, *work.schedule.notes, *rewrites, *layer_notes(made))
 
 
 def layer_notes(made: Mapping[str, LayerRecord]) -> tuple[str, ...]:
@@ -105,8 +104,9 @@ def some_of(names: Sequence[str], limit: int = 4) -> str:
 
 
 def _card_name(source: Source) -> str:
-    """The hub id, or the name of the folder: a card shows no local path."""
-    return source.folder.resolve().name if Path(source.name).expanduser().is_dir() else source.name
+    """The hub id, or the name of the folder or file: a card shows no local path."""
+    path = Path(source.name).expanduser()
+    return path.resolve().name if path.exists() else source.name
 
 
 def _manifest(
@@ -129,7 +129,12 @@ def _manifest(
         "recipe": work.recipe.to_json(),
         "recipe_key": key(work.recipe),
         "run": work.schedule.key,
-        "source": {"name": source.name, "sha256": combined_hash(hashes), "tensors": len(source.tensors)},
+        "source": {
+            "name": source.name,
+            "sha256": combined_hash(hashes),
+            "tensors": len(source.tensors),
+            **({"decoded": source.decoded} if source.decoded else {}),
+        },
         "texts": [] if work.samples is None else [work.samples.to_json()],
         "seed": work.recipe.seed,
         "totals": totals.to_json(),

@@ -7,46 +7,59 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from fracbit.checkpoint.source import Source, read_tensor, tensor_hash
 from fracbit.errors import WeightError
-from fracbit.models.skeleton import Origin
+from fracbit.models.origin import Origin
 from fracbit.pipeline.quantize.schedule import FloatItem, Item
 
+Hashes: TypeAlias = dict[str, str]
+"""SHA-256 by the names of tensors on disk."""
 PIECE = 1 << 22  # weights that are checked at a time
 
 
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """Tensors of a source. `cache`: tensors and hashes by name, filled as they are read; None keeps nothing."""
+    """Tensors of a source. `cache`: tensors and hashes by name, filled as they are read; None keeps nothing.
+
+    `last`: the stack of experts that was read last. The next item is likely another part of it.
+    """
 
     source: Source
     cache: dict[str, tuple[Tensor, str]] | None = None
+    last: dict[str, tuple[Tensor, str]] = field(default_factory=dict)
 
-    def read(self, item: Item) -> tuple[Tensor, str]:
-        """The tensor of an item and the SHA-256 of the tensor on disk that holds it."""
+    def read(self, item: Item) -> tuple[Tensor, Hashes]:
+        """The tensor of an item and the SHA-256 of the tensors on disk that hold it."""
         return self.read_origin(item.origin)
 
-    def read_origin(self, origin: Origin) -> tuple[Tensor, str]:
-        """The tensor at `origin` and the SHA-256 of the tensor on disk that holds it."""
-        name = origin.name
-        if self.cache is not None and name in self.cache:
-            whole, digest = self.cache[name]
-        else:
-            whole = read_tensor(self.source, name)
-            digest = tensor_hash(whole)
-        if self.cache is not None:
-            self.cache[name] = whole, digest
-        return origin.read(whole), digest
+    def read_origin(self, origin: Origin) -> tuple[Tensor, Hashes]:
+        """The tensor at `origin` and the SHA-256 of the tensors on disk that hold it."""
+        whole = {name: self._whole(name) for name in origin.names}
+        tensor = origin.read([tensor for tensor, _ in whole.values()])
+        return tensor, {name: digest for name, (_, digest) in whole.items()}
 
-    def ahead(self, items: Iterable[Item]) -> Iterator[tuple[Item, Tensor, str]]:
-        """Items in order, each with its tensor and hash; a thread reads the next one while this one is used."""
+    def _whole(self, name: str) -> tuple[Tensor, str]:
+        """A tensor on disk with its SHA-256."""
+        kept = self.last if self.cache is None else self.cache
+        if name in kept:
+            return kept[name]
+        self.last.clear()
+        whole = read_tensor(self.source, name)
+        found = whole, tensor_hash(whole)
+        if self.cache is not None or whole.dim() > 2:
+            kept[name] = found
+        return found
+
+    def ahead(self, items: Iterable[Item]) -> Iterator[tuple[Item, Tensor, Hashes]]:
+        """Items in order, each with its tensor and hashes; a thread reads the next one while this one is used."""
         with ThreadPoolExecutor(1) as pool:
-            waiting: tuple[Item, Future[tuple[Tensor, str]]] | None = None
+            waiting: tuple[Item, Future[tuple[Tensor, Hashes]]] | None = None
             for item in items:
                 following = (item, pool.submit(self.read, item))
                 if waiting is not None:
@@ -64,7 +77,8 @@ def read_items(reader: Reader, items: Iterable[Item]) -> tuple[dict[str, Tensor]
     tensors: dict[str, Tensor] = {}
     hashes: dict[str, str] = {}
     for item in items:
-        tensors[item.name], hashes[item.origin.name] = reader.read(item)
+        tensors[item.name], read = reader.read(item)
+        hashes |= read
         check_finite(item, tensors[item.name])
     return tensors, hashes
 

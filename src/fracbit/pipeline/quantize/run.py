@@ -16,17 +16,19 @@ from fracbit.checkpoint.opened import Opened, open_float
 from fracbit.checkpoint.output import SHARD_BYTES, Shards, finished_run, open_output
 from fracbit.checkpoint.shards import check_apart
 from fracbit.data import Samples
-from fracbit.errors import FormatError
+from fracbit.errors import FormatError, RecipeError
 from fracbit.models.attention import native_attention
 from fracbit.pipeline.quantize.calibrated import SPILL_BYTES, calibrate_shards
 from fracbit.pipeline.quantize.manifest import finish
 from fracbit.pipeline.quantize.rotate import needs_untied_head
+from fracbit.pipeline.quantize.share import share_of
 from fracbit.pipeline.quantize.stream import stream_shards
+from fracbit.pipeline.quantize.tried import try_blocks
 from fracbit.pipeline.quantize.work import Work, prepare
 from fracbit.records.progress import Progress
 from fracbit.records.recipe import Recipe
 from fracbit.records.resources import peak_rss
-from fracbit.records.run import Result, Totals
+from fracbit.records.run import ALLOWED, Result, Totals
 
 FINISHED = "already finished: nothing to do"
 
@@ -43,13 +45,17 @@ def write_checkpoint(
     progress: Progress | None = None,
     opened: Opened | None = None,
     samples: Samples | None = None,
+    allow_float: float = ALLOWED,
 ) -> Result:
     """Quantize a model as `recipe` says into the folder `output`; `opened`: its source, if it is already open.
 
-    `samples`: those of its calibration, if they have been drawn already.
+    `samples`: those of its calibration, if they have been drawn already. `allow_float`: which share of the blocks' matrices may
+    stay float without a warning.
     Blocks of a calibrated run are moved to `device` one at a time; everything else stays in memory. With `resume`, a
     finished output of the same run is left as it is. Raises a `FracbitError`.
     """
+    if not 0 <= allow_float <= 1:
+        raise RecipeError(f"allow_float is a share of the blocks' matrices, 0 to 1; got {allow_float}")
     started = time.perf_counter()
     folder = Path(output).expanduser()
     opened = opened or open_for(recipe)
@@ -58,18 +64,21 @@ def write_checkpoint(
     notes: tuple[str, ...] = (FINISHED,)
     totals = _finished(folder, work) if resume and not overwrite else None
     if totals is None:
+        untried = try_blocks(opened, work.schedule)
         with open_output(
             folder, work.schedule.key, expected_bytes=work.schedule.bytes, overwrite=overwrite, resume=resume
         ) as target:
             fill_shards(work, target, spill_bytes)
             totals, notes = finish(work, target)
-            notes += target.notes
+            notes += (*target.notes, *untried)
+    share = share_of(opened, work.schedule)
     return Result(
         **totals.to_json(),
         output=str(folder),
         seconds=time.perf_counter() - started,
         peak_rss_bytes=peak_rss(),
-        notes=notes,
+        share=share,
+        notes=(*notes, *share.warning(allow_float)),
     )
 
 

@@ -24,7 +24,8 @@ from fracbit.checkpoint.source import Source, read_tensor
 from fracbit.errors import RecipeError, SourceError, near_matches
 from fracbit.models.blocks import blocks
 from fracbit.models.family import Family
-from fracbit.models.skeleton import Layer, Origin, Origins
+from fracbit.models.origin import Origin, Origins
+from fracbit.models.skeleton import Layer
 from fracbit.numerics.datatypes import check_datatype
 from fracbit.records.recipe import Recipe, key
 from fracbit.records.scheme import Scheme
@@ -41,13 +42,14 @@ class Decision:
 
 @dataclass(frozen=True)
 class FloatItem:
-    """A tensor that is written as it is: its name in the model, where it lies in the source, and its bytes.
+    """A tensor that is written as it is: its name in the model, where it lies in the source, its shape and its bytes.
 
     `unused` tensors belong to no module (GPT-2's causal masks) and are copied.
     """
 
     name: str
     origin: Origin
+    shape: tuple[int, ...]
     bytes: int
     unused: bool = False
 
@@ -93,17 +95,19 @@ def make_schedule(recipe: Recipe, opened: Opened, shard_bytes: int = SHARD_BYTES
     source, model, layers = opened.source, opened.model, opened.layers
     decisions, notes = decide(recipe, layers)
     places = with_both(opened.origins, opened.family) if opened.untied else opened.origins
-    _check_causal(source, model, bool(places.missing))
     if places.missing:
         raise SourceError(
-            f"{source.name} lacks {len(places.missing)} tensors of its model, such as {places.missing[0]}"
+            f"{source.name} holds a {' or '.join(source.config.get('architectures') or ['model of no name'])}, which lacks "
+            f"{len(places.missing)} tensors of a {type(model).__name__}, such as {places.missing[0]}"
         )
+    state = model.state_dict()
     items: list[Item] = [
-        _item(name, place, source=source, layers=layers, decisions=decisions)
+        _item(name, place, state[name].shape, source=source, layers=layers, decisions=decisions)
         for name, place in _owned(places.tensors, model).items()
     ]
     items += [
-        FloatItem(name, Origin(name), source.tensors[name].bytes, unused=True) for name in places.unused
+        FloatItem(name, Origin((name,)), source.tensors[name].shape, source.tensors[name].bytes, unused=True)
+        for name in places.unused
     ]
     items = _without_tied(items, source, model)
     notes = (*notes, *([opened.family.note] if opened.family.note else []))
@@ -140,18 +144,6 @@ def with_both(places: Origins, family: Family) -> Origins:
         if name not in found and other in found:
             found[name] = found[other]
     return Origins(found, places.unused, tuple(name for name in places.missing if name not in found))
-
-
-def _check_causal(source: Source, model: PreTrainedModel, incomplete: bool) -> None:
-    """Refuse encoders and classifiers. A base model without a head is accepted; GPT-2's files are one."""
-    listed = source.config.get("architectures") or [type(model).__name__]
-    heads = any("CausalLM" in name or "LMHead" in name for name in listed)
-    base = any(name.endswith("Model") for name in listed) and not incomplete
-    if type(model).__name__ not in listed and not heads and not base:
-        raise SourceError(
-            f"{source.name} holds a {' or '.join(listed)}, which is not a causal language model; "
-            f"name one, such as a {type(model).__name__}"
-        )
 
 
 def decide(recipe: Recipe, layers: Mapping[str, Layer]) -> tuple[dict[str, Decision], tuple[str, ...]]:
@@ -202,12 +194,20 @@ def _tie(
 
 
 def _item(
-    name: str, place: Origin, source: Source, layers: Mapping[str, Layer], decisions: Mapping[str, Decision]
+    name: str,
+    place: Origin,
+    shape: torch.Size,
+    *,
+    source: Source,
+    layers: Mapping[str, Layer],
+    decisions: Mapping[str, Decision],
 ) -> Item:
     layer = layers.get(name.removesuffix(".weight"))
     decision = decisions.get(layer.name) if layer and name.endswith(".weight") else None
     if layer is None or decision is None or decision.scheme is None:
-        return FloatItem(name, place, source.tensors[place.name].bytes)
+        info = source.tensors[place.names[0]]
+        each = info.bytes // max(1, torch.Size(info.shape).numel())  # bytes
+        return FloatItem(name, place, tuple(shape), each * shape.numel())
     kind: Literal["embedding", "linear"] = (
         "embedding" if layer.kind == "embedding" or layer.tied else "linear"
     )
@@ -233,7 +233,7 @@ def _without_tied(items: list[Item], source: Source, model: PreTrainedModel) -> 
     ]
     for head, table in pairs:
         first, second = (
-            item.origin.read(read_tensor(source, item.origin.name))
+            item.origin.read([read_tensor(source, name) for name in item.origin.names])
             for item in (by_name[head], by_name[table])
         )
         if not torch.equal(first, second):

@@ -38,8 +38,8 @@ def write_shard(work: Work, target: Shards, shard: str, items: Iterable[Item], d
     tensors: dict[str, Tensor] = {}
     hashes: dict[str, str] = {}
     layers: dict[str, LayerRecord] = {}
-    for item, tensor, digest in work.reader.ahead(items):
-        hashes[item.origin.name] = digest
+    for item, tensor, read in work.reader.ahead(items):
+        hashes |= read
         if isinstance(item, LayerItem):
             found = quantize_item(work.method, item, tensor)
             layers[item.layer.name] = layer_record(found, item.stored.kind)
@@ -61,5 +61,5 @@ def quantize_item(method: Method, item: LayerItem, tensor: Tensor) -> Quantized:
 
 
 def source_bytes(work: Work, item: Item) -> int:
-    """Bytes of the tensor in the source."""
-    return work.opened.source.tensors[item.origin.name].bytes
+    """Bytes of the source that an item reads."""
+    return sum(work.opened.source.tensors[name].bytes for name in item.origin.names)

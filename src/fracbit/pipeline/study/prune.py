@@ -20,7 +20,8 @@ from fracbit.checkpoint.shards import check_apart, cut_shards, write_index
 from fracbit.checkpoint.source import Source, read_tensor
 from fracbit.errors import RecipeError, SourceError, near_matches
 from fracbit.models.blocks import blocks
-from fracbit.models.skeleton import origins, skeleton
+from fracbit.models.origin import origins
+from fracbit.models.skeleton import skeleton
 from fracbit.records.run import ShardRecord
 from fracbit.records.scores import Scores, check_scores
 

@@ -102,7 +102,7 @@ def writer_of(opened: Opened, device: str | torch.device) -> PreTrainedModel:
 def sample_length(calibration: Calibration, opened: Opened) -> int:
     """Ids of a sample: as many as asked for, by default no more than the model has positions. Raises `DataError`."""
     limit = getattr(opened.model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is None or calibration.length <= limit:
+    if limit is None or limit <= 0 or calibration.length <= limit:  # XLNet's -1: any length
         return calibration.length
     if "length" in calibration.model_fields_set:
         raise DataError(

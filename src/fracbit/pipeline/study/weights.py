@@ -16,7 +16,8 @@ from fracbit.errors import SourceError
 from fracbit.importance import LayerShape, Unit, make_units
 from fracbit.models.blocks import weight_of
 from fracbit.models.family import Family
-from fracbit.models.skeleton import Layer, Origin, quantizable
+from fracbit.models.origin import Origin
+from fracbit.models.skeleton import Layer, quantizable
 from fracbit.records.scores import fingerprint
 from fracbit.records.spending import Granularity
 
@@ -85,13 +86,14 @@ def weights_on_disk(opened: Opened, whole: bool = False) -> Weights:
 
     def read(name: str) -> Tensor:
         place = place_of(name)
-        return _upright(place.read(read_tensor(source, place.name)), layers[name].transposed)  # [out, in]
+        whole = [read_tensor(source, each) for each in place.names]
+        return _upright(place.read(whole), layers[name].transposed)  # [out, in]
 
     def rows(name: str, cuts: Sequence[slice]) -> Tensor:
         place, transposed = place_of(name), layers[name].transposed
-        if place.expert is not None or place.half is not None:  # a part of a tensor on disk: read the tensor
+        if place.plain is None:  # a part of a tensor on disk, or joined from several
             return _rows_of(read(name), cuts)  # [rows, in]
-        return _upright(read_rows(source, place.name, cuts, axis=int(transposed)), transposed)  # [rows, in]
+        return _upright(read_rows(source, place.plain, cuts, axis=int(transposed)), transposed)  # [rows, in]
 
     return Weights(layers, opened.family.blocks, read, rows, sample=None if whole else SAMPLED)
 

@@ -1,0 +1,344 @@
+"""GGUF, llama.cpp's files: one file with the weights in blocks along the inputs, the sizes of the model, and its tokenizer.
+
+    blocks uint8 [out, in / block * bytes]      F16, BF16 and F32 are stored as they are
+
+The package `gguf` (the extra `fracbit[gguf]`) reads the header, decodes the blocks and has llama.cpp's names; transformers
+turns the metadata into a config and a tokenizer, and undoes what llama.cpp's converter does to some tensors (rows of q and k in
+another order, 1 added to norms). Scaled rotary frequencies are checked against the scaling that the config then names.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+
+from fracbit.checkpoint.formats.decoding import Decoding, Part
+from fracbit.checkpoint.formats.known import Decoded, SourceFormat
+from fracbit.checkpoint.source import GGUF, Source, TensorInfo
+from fracbit.errors import SourceError
+from fracbit.models.classes import auto_class
+from fracbit.models.skeleton import skeleton
+from fracbit.records.extras import install
+
+PREFIX = "GGUF "
+"""Before the name of a type of blocks, as the type of a stored tensor."""
+PLAIN = {"F32": "F32", "F16": "F16", "BF16": "BF16", "F64": "F64"}
+DECODED = "F16"
+"""The type of decoded blocks. Their scales are F16, and a code times a scale loses less than in BF16."""
+ROPE = "rope_freqs.weight"
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""What llama.cpp does not write of Llama 3's scaling of positions: the same in all released models."""
+EXPERTS = {
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+"""Sizes of a mixture that transformers does not read from these files, by llama.cpp's name."""
+UNSURE = ("gpt-oss", "gpt_oss", "qwen35", "qwen35moe", "lfm2")
+"""Architectures of which transformers' reader of single tensors does not undo everything."""
+
+
+@dataclass(frozen=True, eq=False)
+class Header:
+    """What stands before the tensors: metadata without the vocabulary, and for every tensor its type, shape and first byte."""
+
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, tuple[str, tuple[int, ...], int]]
+
+    @property
+    def architecture(self) -> str:
+        """llama.cpp's name of the model's kind."""
+        return str(self.metadata.get("general.architecture", ""))
+
+    def own(self, key: str) -> Any:
+        """An entry of the architecture's own."""
+        return self.metadata.get(f"{self.architecture}.{key}")
+
+
+def _gguf() -> Any:
+    """The package `gguf`. Raises `SourceError` where it is not installed."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise SourceError(f"reading a GGUF file needs the package gguf: {install('gguf')}") from error
+    return gguf
+
+
+def header(path: Path) -> Header:
+    """The header of a file. Raises `SourceError` for a file that is cut or no GGUF, or one of several."""
+    try:
+        state = path.stat()
+        return _header(path, state.st_mtime_ns, state.st_size)
+    except (ValueError, OSError, IndexError, KeyError) as error:
+        raise SourceError(f"{path} is no GGUF file, or cut ({error}); fetch it again") from error
+
+
+@lru_cache(maxsize=8)
+def _header(path: Path, changed: int, size: int) -> Header:
+    """The header of a file as it was at the time `changed`."""
+    gguf = _gguf()
+    reader = gguf.GGUFReader(path)
+    metadata = {
+        name: field.contents()
+        for name, field in reader.fields.items()
+        if not name.startswith("tokenizer.ggml.")
+    }
+    tensors = {
+        tensor.name: (
+            tensor.tensor_type.name,
+            tuple(int(size) for size in reversed(tensor.shape)),
+            int(tensor.data_offset),
+        )
+        for tensor in reader.tensors
+    }
+    ends = [int(tensor.data_offset) + int(tensor.n_bytes) for tensor in reader.tensors]
+    if max(ends, default=0) > size:
+        raise SourceError(f"{path} ends inside a tensor; fetch it again")
+    if int(metadata.get("split.count", 0)) > 1:
+        raise SourceError(
+            f"{path} is one of {metadata['split.count']} files of a model; join them with `llama-gguf-split --merge`, and name "
+            "the one file"
+        )
+    return Header(metadata, tensors)
+
+
+def stored_tensors(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of a file as they lie there: floats, and blocks as bytes [..., out, bytes of a row]."""
+    sizes = _gguf().GGML_QUANT_SIZES
+    types = _gguf().GGMLQuantizationType
+    found = {}
+    for name, (kind, shape, start) in header(path).tensors.items():
+        if kind in PLAIN:
+            found[name] = TensorInfo(str(path), PLAIN[kind], shape, start)
+        else:
+            weights, size = sizes[types[kind]]
+            found[name] = TensorInfo(
+                str(path), PREFIX + kind, (*shape[:-1], shape[-1] // weights * size), start
+            )
+    return found
+
+
+# The folder that a file stands for --------------------------------------------------------------------------------------
+
+
+def unpacked(path: Path) -> Path:
+    """A folder with the config and the tokenizer of a file, as transformers reads them, until this process ends.
+
+    Raises `SourceError` for a file that cannot be read, or an architecture that is not known.
+    """
+    state = path.stat()
+    return _unpacked(path.resolve(), state.st_mtime_ns, state.st_size)
+
+
+def weights_of(folder: Path) -> Path | None:
+    """The file that a folder of `unpacked` stands for."""
+    return _MADE.get(folder)
+
+
+_MADE: dict[Path, Path] = {}
+"""The folders of `unpacked`, which hold no weights, and their files."""
+
+
+@cache
+def _unpacked(path: Path, changed: int, size: int) -> Path:
+    config = _config(path, header(path))
+    folder = Path(tempfile.mkdtemp(prefix="fracbit-gguf-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    with suppress(ValueError, KeyError, OSError, NotImplementedError, AttributeError, ImportError, TypeError):
+        # Without one, `decode` adds a note.
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    _MADE[folder] = path
+    return folder
+
+
+def _config(path: Path, head: Header) -> dict[str, Any]:
+    """The entries of config.json. Raises `SourceError`."""
+    if head.architecture in UNSURE:
+        raise SourceError(
+            f"{path} holds a {head.architecture}, whose tensors cannot be read one by one from GGUF; use the release in "
+            "safetensors"
+        )
+    try:
+        made = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    except (ValueError, KeyError, OSError, TypeError, AttributeError, NotImplementedError) as error:
+        raise SourceError(
+            f"{path} holds a {head.architecture or 'model of no name'}, which transformers does not read from GGUF ({error})"
+        ) from error
+    config: dict[str, Any] = json.loads(made.to_json_string())
+    config.pop("_model_name_or_path", None)
+    found = {name: head.own(key) for key, name in EXPERTS.items() if hasattr(made, name)}
+    config |= {name: int(size) for name, size in found.items() if size is not None}
+    types = {kind for kind, shape, _ in head.tensors.values() if len(shape) > 1}
+    floats = {"F32": "float32", "F16": "float16"}
+    config["architectures"] = [auto_class(made)._model_mapping[type(made)].__name__]
+    config["architectures"] = [auto_class(made)._model_mapping[type(made)].__name__]
+    config["dtype"] = next((floats[kind] for kind in floats if types == {kind}), "bfloat16")
+    return {**config, **_positions(path, head, made)}
+
+
+def _positions(path: Path, head: Header, config: PreTrainedConfig) -> dict[str, Any]:
+    """How positions are scaled, which transformers does not read from these files. Raises `SourceError` for other ways."""
+    usual = dict(getattr(config, "rope_parameters", None) or {})
+    kind, factor = head.own("rope.scaling.type"), head.own("rope.scaling.factor")
+    if ROPE in head.tensors:
+        return {"rope_parameters": _llama3(path, head, config, usual)}
+    others = [name for name in head.tensors if name.startswith("rope_")]
+    if others or kind not in (None, "none", "linear", "yarn"):
+        raise SourceError(
+            f"{path} scales positions in a way that is not read from GGUF ({others[0] if others else kind}); use the release "
+            "in safetensors"
+        )
+    if kind in (None, "none") or factor in (None, 1):
+        return {}
+    scaling = {**usual, "rope_type": kind, "factor": float(factor)}
+    if kind == "yarn":
+        scaling["original_max_position_embeddings"] = int(head.own("rope.scaling.original_context_length"))
+    return {"rope_parameters": scaling}
+
+
+def _llama3(path: Path, head: Header, config: PreTrainedConfig, usual: dict[str, Any]) -> dict[str, Any]:
+    """The scaling of Llama 3, whose factors the file must hold. Raises `SourceError` where they are others."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    _, shape, start = head.tensors[ROPE]
+    factors = torch.from_numpy(
+        np.fromfile(path, np.float32, shape[0], offset=start).copy()
+    )  # [head size / 2]
+    scaling = {**usual, **LLAMA3, "rope_type": "llama3", "factor": float(f"{float(factors.max()):.6g}")}
+    config.rope_parameters = scaling
+    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    size = 2 * len(factors)
+    plain = float(scaling["rope_theta"]) ** -(torch.arange(0, size, 2) / size)  # [head size / 2]
+    if not torch.allclose(plain / frequencies, factors, rtol=1e-3):
+        raise SourceError(
+            f"{path} scales positions by factors ({ROPE}) that are not those of Llama 3; use the release in safetensors"
+        )
+    return scaling
+
+
+# The tensors ------------------------------------------------------------------------------------------------------------
+
+
+def seen(tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether the tensors lie in a GGUF file."""
+    return any(info.file.endswith(GGUF) for info in tensors.values())
+
+
+def decode(source: Source, settings: Mapping[str, Any]) -> Decoded:
+    """Every tensor of the model, under transformers' names. Raises `SourceError`."""
+    if not seen(source.tensors):
+        return Decoded("", {})
+    head = header(Path(next(iter(source.tensors.values())).file))
+    config = AutoConfig.from_pretrained(source.folder)
+    places = dict(_places(head, config, source.tensors))
+    found, views = {}, {}
+    for name, (inside, expert) in places.items():
+        info, view = source.tensors[inside], inside
+        if expert is not None:
+            view = f"{inside}[{expert}]"
+            info = views[view] = _slice(info, expert)
+        found[name] = _decoding(head, config, inside, view=view, info=info)
+    used = {inside for inside, _ in places.values()}
+    left = sorted(source.tensors.keys() - used - {ROPE})
+    notes = (
+        [f"{len(left)} tensors have no place in the model and were left out: {left[0]}, ..."] if left else []
+    )
+    if not (source.folder / "tokenizer_config.json").is_file():
+        notes.append(
+            "transformers makes no tokenizer of this file; put that of the released model into the output"
+        )
+    types = sorted({head.tensors[inside][0] for inside in used} - PLAIN.keys())
+    title = f"GGUF, {', '.join(types) or 'floats'}"
+    unused = frozenset(left) | {ROPE}
+    return Decoded(title, found, unused, tuple(notes), views=views, rounded=bool(types))
+
+
+def _places(
+    head: Header, config: PreTrainedConfig, held: Mapping[str, TensorInfo]
+) -> Iterator[tuple[str, tuple[str, int | None]]]:
+    """For each tensor of the model that the file holds: its name there, and which expert of it."""
+    gguf = _gguf()
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[head.architecture], int(head.own("block_count")))
+    for name in skeleton(config).state_dict():
+        stem, _, leaf = name.rpartition(".")
+        stem, ending = (stem, f".{leaf}") if leaf in ("weight", "bias") else (name, ".weight")
+        expert = None
+        parts = stem.split(".")
+        if "experts" in parts[:-1] and parts[parts.index("experts") + 1].isdigit():
+            expert = int(parts.pop(parts.index("experts") + 1))
+        inside = f"{names.get_name('.'.join(parts))}{ending}"
+        if inside in held:
+            yield name, (inside, expert)
+
+
+def _slice(info: TensorInfo, expert: int) -> TensorInfo:
+    """One expert's part of a tensor that holds those of all."""
+    assert info.start is not None
+    size = info.bytes // info.shape[0]
+    return TensorInfo(info.file, info.dtype, info.shape[1:], info.start + expert * size)
+
+
+def _decoding(
+    head: Header, config: PreTrainedConfig, inside: str, *, view: str, info: TensorInfo
+) -> Decoding:
+    """How a tensor is made; by rows where transformers' processing leaves its values as they are."""
+    kind, shape, _ = head.tensors[inside]
+    shape = shape[len(shape) - len(info.shape) :]
+    process = _processing(head, config, inside)
+    blank = np.broadcast_to(np.float32(0), shape)
+    made = process(blank)
+    values = partial(_values, kind=kind)
+    dtype = PLAIN.get(kind, DECODED)
+    whole = TensorInfo(info.file, dtype, tuple(made.shape))
+    if made is blank:
+        return Decoding(
+            whole, {"blocks": Part(view, rows=1)}, lambda parts: values(parts["blocks"]), upright=False
+        )
+    return Decoding(
+        whole,
+        {"blocks": Part(view)},
+        lambda parts: torch.from_numpy(
+            np.ascontiguousarray(process(values(parts["blocks"]).float().numpy()))
+        ),
+        upright=False,
+    )
+
+
+def _values(blocks: Tensor, kind: str) -> Tensor:
+    """The floats of stored rows."""
+    if kind in PLAIN:
+        return blocks
+    gguf = _gguf()
+    return torch.from_numpy(gguf.dequantize(blocks.numpy(), gguf.GGMLQuantizationType[kind]))
+
+
+def _processing(head: Header, config: PreTrainedConfig, inside: str) -> Callable[[np.ndarray], np.ndarray]:
+    """What transformers does to a tensor of this name after it is decoded."""
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+    worker: Any = TENSOR_PROCESSORS.get(head.architecture, TensorProcessor)
+    worker = worker(config=config.to_dict())
+
+    def process(values: np.ndarray) -> np.ndarray:
+        made = worker.process(values, inside, tensor_key_mapping=None, parsed_parameters={"tensors": {}})
+        found: np.ndarray = made.weights
+        return found
+
+    return process
+
+
+GGUF_FILE = SourceFormat(seen, decode)

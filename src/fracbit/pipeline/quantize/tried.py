@@ -1,0 +1,139 @@
+"""One block of each kind is run before anything is written, packed and as floats of the same values: they must agree.
+
+So no run ends well with an output that cannot run, such as one of a model whose code does more with a linear than to call it.
+Weights are random and made on the spot, two experts stand for all, and tables are not made at all: a block of any size fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fracbit.checkpoint.format import StoredLayer
+from fracbit.checkpoint.hf import packed_module
+from fracbit.checkpoint.opened import Opened
+from fracbit.errors import FracbitError, SourceError
+from fracbit.models.blocks import blocks, weight_of
+from fracbit.models.calls import Call, handed, run
+from fracbit.models.install import replace, set_weight
+from fracbit.models.stand_in import fill, runnable
+from fracbit.models.walk import entrance
+from fracbit.numerics.packed import decode
+from fracbit.numerics.ranges import quantize_tensor
+from fracbit.pipeline.quantize.schedule import LayerItem, Schedule
+
+TOKENS = 6
+APART = 1e-2  # most that packed and float outputs may differ, relative to the float's
+SEEDS = 2  # a router may choose another expert by chance, not twice
+
+
+def try_blocks(opened: Opened, schedule: Schedule) -> tuple[str, ...]:
+    """Run one block of each kind. Raises `SourceError` naming one whose packed form fails, or gives other numbers.
+
+    Returns a note where blocks cannot be run alone, not even as floats.
+    """
+    stored = {
+        item.layer.name: item.stored
+        for items in schedule.shards.values()
+        for item in items
+        if isinstance(item, LayerItem) and item.layer.kind == "linear"
+    }
+    if not stored:
+        return ()
+    try:
+        model = runnable(opened.model, opened.family.blocks)
+        stack = blocks(model, opened.family)
+        states, calls = entrance(model, [block for _, block in stack], _ids(opened.model))
+    except Exception as error:  # noqa: BLE001, code of any model
+        return (_untried("the blocks", error),)
+    notes: list[str] = []
+    kinds, rest = set[tuple[object, ...]](), None
+    for number, (path, block) in enumerate(stack):
+        mine = {
+            name.removeprefix(f"{path}."): one for name, one in stored.items() if name.startswith(f"{path}.")
+        }
+        kind = (type(block), *sorted((name, str(one.scheme)) for name, one in mine.items()))
+        if kind in kinds or not mine:
+            continue
+        kinds.add(kind)
+        call = calls[number] if number == 0 else handed(calls[number], number - 1, rest)
+        try:
+            found = [_apart(block, mine, states, call, seed=seed) for seed in range(SEEDS)]
+        except _Failed as failed:
+            raise SourceError(
+                f"{path} ({type(block).__name__}) runs as floats and not when it is packed ({failed}); leave the layer that it "
+                "names float (--keep), and report the model"
+            ) from failed
+        except Exception as error:  # noqa: BLE001, a block that needs what another one leaves behind
+            notes.append(_untried(path, error))
+            continue
+        if min(found) > APART:
+            raise SourceError(
+                f"{path} ({type(block).__name__}) gives other numbers when it is packed ({min(found):.1%} apart): its "
+                "code does more with a linear than to call it; find it with --keep, and report the model"
+            )
+    return tuple(notes[:1])
+
+
+class _Failed(Exception):
+    """A packed block that did not run."""
+
+
+def _untried(what: str, error: Exception) -> str:
+    reason = str(error).partition("\n")[0][:120]
+    return (
+        f"{what} could not be tried before the run: {reason}"
+        if isinstance(error, FracbitError)
+        else (f"{what} could not be tried before the run ({type(error).__name__}: {reason})")
+    )
+
+
+def _ids(model: PreTrainedModel) -> Tensor:
+    size = int(model.config.get_text_config().vocab_size)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, size, (1, TOKENS), generator=generator)  # [1, tokens]
+
+
+def _apart(
+    block: nn.Module, stored: Mapping[str, StoredLayer], states: Tensor, call: Call, *, seed: int
+) -> float:
+    """How far a block's packed output is from that of the decoded floats, relative to the latter."""
+    alone, generator = deepcopy(block), torch.Generator().manual_seed(seed)
+    for module in alone.modules():
+        fill(module, generator)
+    packed = dict(_packed(alone, stored))
+    with torch.no_grad():
+        wanted = run(alone, states, call).states.float()
+        for name, module in packed.items():
+            replace(alone, name, module)
+        try:
+            found = run(alone, states, call).states.float()
+        except Exception as error:  # code of any model
+            raise _Failed(f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}") from error
+    exact = all(one.inputs is None and not one.rotated for one in stored.values())
+    if not exact or not bool(torch.isfinite(wanted).all()):  # inputs are rounded too, or bases turned: it ran
+        return 0.0
+    return float((found - wanted).norm() / wanted.norm().clamp(min=1e-12))
+
+
+def _packed(block: nn.Module, stored: Mapping[str, StoredLayer]) -> Iterator[tuple[str, nn.Module]]:
+    """The packed modules of a block's linears, whose floats become what they decode to."""
+    done: dict[int, Any] = {}
+    for name, layer in stored.items():
+        linear = block.get_submodule(name)
+        if id(linear) in done:  # an expert that stands for others
+            continue
+        columns = torch.arange(layer.outliers) if layer.outliers else None
+        held = quantize_tensor(weight_of(linear).float(), layer.scheme, columns=columns)
+        set_weight(linear, decode(held))
+        module = packed_module(linear, layer)
+        module.fill(held)
+        if module.bias is not None:
+            module.bias = linear.bias
+        done[id(linear)] = module
+        yield name, module

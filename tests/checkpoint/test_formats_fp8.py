@@ -20,6 +20,9 @@ SETTINGS = {
     "fmt": "e4m3",
     "weight_block_size": [128, 128],
 }
+EXPERTS = {
+    "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 80, "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
 UP = "model.layers.0.mlp.up_proj.weight"
 
 
@@ -78,6 +81,34 @@ def test_other_grids_of_scales(tmp_path: Path, kind: str) -> None:
     settings = {name: value for name, value in SETTINGS.items() if name != "weight_block_size"}
     coded, plain = two_folders(tiny_llama(**SIZES), tmp_path, stored, settings, dtype=torch.bfloat16)
     check_read(coded, plain)
+
+
+def test_experts_in_one_stack(tmp_path: Path) -> None:
+    """As transformers saves them: a grid of scales for each expert."""
+    model = build(config_of("Qwen3MoeConfig", **(SIZES | EXPERTS))).to(torch.bfloat16)
+
+    def pack_stack(name: str, weight: Tensor) -> Packed:
+        if weight.dim() == 2:
+            return pack(name, weight, (64, 64))
+        packed = [pack(name, each, (64, 64)) for each in weight]
+        stored = {key: torch.stack([parts[key] for parts, _ in packed]) for key in packed[0][0]}
+        return stored, torch.stack([value for _, value in packed])
+
+    def which(name: str, tensor: Tensor) -> bool:
+        return ".experts." in name
+
+    plain_save = type(model).save_pretrained
+    settings = SETTINGS | {"weight_block_size": [64, 64]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            type(model),
+            "save_pretrained",
+            lambda self, where: plain_save(self, where, save_original_format=False),
+        )
+        coded, plain = two_folders(model, tmp_path, pack_stack, settings, which=which)
+    found = check_read(coded, plain)
+    assert len(found.decodings) == 4
+    check_quantized(coded, plain, tmp_path)
 
 
 def test_a_mixture_in_deepseeks_names(tmp_path: Path) -> None:

@@ -78,6 +78,19 @@ def test_both_versions_of_every_width(tmp_path: Path, bits: int, version: int) -
     assert check_read(coded, plain).decoded == f"GPTQ version {version}, {bits} bits"
 
 
+@pytest.mark.parametrize(("packing", "version"), [("auto_round", 2), ("auto_round:auto_gptq", 1)])
+def test_auto_round_writes_both_under_its_own_name(tmp_path: Path, packing: str, version: int) -> None:
+    config = {
+        "quant_method": "auto-round",
+        "packing_format": packing,
+        "bits": 4,
+        "group_size": 32,
+        "sym": False,
+    }
+    coded, plain = made(tmp_path, packer(4, version=version, index=False), config)
+    assert check_read(coded, plain).decoded == f"GPTQ version {version}, 4 bits"
+
+
 def test_sorted_inputs_are_quantized_as_the_floats_are(tmp_path: Path) -> None:
     coded, plain = made(
         tmp_path, packer(4, order=True), settings(4, desc_act=True), kept=("down_proj.weight",)

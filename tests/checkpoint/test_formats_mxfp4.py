@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fracbit
 from families import build, config_of
 from fracbit.checkpoint.opened import open_float
 from fracbit.errors import SourceError
@@ -51,6 +52,23 @@ def test_experts_are_read_with_and_without_a_config(tmp_path: Path, settings: An
 
 def test_they_are_quantized_as_the_floats_are(tmp_path: Path) -> None:
     check_quantized(*made(tmp_path), tmp_path)
+
+
+def test_a_stack_of_experts_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not once for every expert."""
+    from fracbit.pipeline.quantize import reader
+
+    read: list[str] = []
+    plain = reader.read_tensor
+    monkeypatch.setattr(
+        reader, "read_tensor", lambda source, name: (read.append(name), plain(source, name))[1]
+    )
+    fracbit.quantize(made(tmp_path)[0], tmp_path / "out", "int4/32", progress=None)
+    assert [
+        read.count(f"model.layers.{n}.mlp.experts.{leaf}_proj")
+        for n in (0, 1)
+        for leaf in ("gate_up", "down")
+    ] == [1] * 4
 
 
 def test_transformers_decodes_the_same(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from fracbit.checkpoint.source import read_headers
 from fracbit.errors import FormatError
 from fracbit.models.blocks import find, is_table
 from fracbit.models.experts import split_experts
+from fracbit.models.find import decode_for_code
 from fracbit.models.install import replace
 from fracbit.models.quant_linear import QuantEmbedding, QuantLinear, TiedCopy, TiedHead
 
@@ -85,6 +86,7 @@ class FracbitQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         check_packed(_name_of(model), model)
+        decode_for_code(model)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         """None for the class that was quantized, which has the names of the files; another class renames as it does floats."""

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from fracbit.checkpoint.format import StoredLayer, packed_layer
 from fracbit.checkpoint.hf import packed_module, tied_copy, tied_to
+from fracbit.models.find import decode_for_code
 from fracbit.models.install import replace
 from fracbit.models.quant_linear import QuantEmbedding
 
@@ -30,6 +31,7 @@ def installed(
     with ExitStack() as restore, torch.no_grad():
         for name, stored in layers.items():
             _install(model, name, stored=stored, tensors=tensors, restore=restore)
+        decode_for_code(model)
         packed = {f"{name}.weight" for name in layers}
         for name, tensor in tensors.items():
             if name not in packed:

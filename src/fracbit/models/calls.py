@@ -64,9 +64,10 @@ def first_of(result: Any) -> torch.Tensor:
 
 
 def handed(value: Any, block: int, rest: tuple[Any, ...] | None) -> Any:
-    """`value`, arguments of a call, with what `block` returned in the places of what stands for it."""
+    """`value`, arguments of a call, with what `block` returned in the places that stand for it; None where it is not known."""
     if isinstance(value, HandedOn):
-        return (rest or ())[value.number] if value.block == block else value
+        known = None if rest is None else rest[value.number]
+        return known if value.block == block else value
     if isinstance(value, (tuple, list)):
         return type(value)(handed(item, block, rest) for item in value)
     if isinstance(value, dict):

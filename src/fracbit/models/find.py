@@ -17,10 +17,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fracbit.errors import SourceError
-from fracbit.models.blocks import find, fused_experts, is_linear, shape_of, weight_of
+from fracbit.models.blocks import find, fused_experts, is_linear, is_table, shape_of, weight_of
 from fracbit.models.experts import SplitExperts
 from fracbit.models.families import FAMILIES
 from fracbit.models.family import Family, Norm, fits
+from fracbit.models.quant_linear import QuantLinear
 
 
 def known_family(config: PreTrainedConfig) -> Family | None:
@@ -97,7 +98,7 @@ def discover(model: PreTrainedModel) -> Family:
         )
     # What is in the blocks and around them.
     stack = list(model.get_submodule(path).children())
-    table: nn.Module = model.get_input_embeddings()
+    table = _table_of(model)
     head: nn.Module | None = model.get_output_embeddings()
     kept = _kept(stack, text_model(model)[0])
     names = [name for name in _union(stack, is_linear) if name not in kept]
@@ -119,6 +120,15 @@ def discover(model: PreTrainedModel) -> Family:
             f"no norm is folded, and each linear counts as the only reader of its input.{left}{_said(kept)}"
         ),
     )
+
+
+def _table_of(model: PreTrainedModel) -> nn.Module | None:
+    """The table of token embeddings; None where a model has none, or several in one."""
+    try:
+        table: nn.Module = model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return table if is_table(table) else None
 
 
 def _kept(stack: list[nn.Module], model: Any) -> dict[str, str]:
@@ -165,6 +175,22 @@ def _changed_in_blocks(kind: Any) -> frozenset[str]:
 def _changed_inside(kind: Any) -> frozenset[str]:
     """Names of children whose weight the code of a module changes in place; what only reads it gets it decoded."""
     return _names_in(kind, r"\bself\.(\w+)\.weight\.\w+_\(")
+
+
+@cache
+def _read_inside(kind: Any) -> frozenset[str]:
+    """Names of children whose weight the code of a module reads, instead of only calling them."""
+    return _names_in(kind, r"\bself\.(\w+)\.weight\b")
+
+
+def decode_for_code(model: nn.Module) -> None:
+    """Let packed linears whose weight the model's code reads give it decoded; once their values are there."""
+    for module in model.modules():
+        kind: Any = type(module)
+        for name in _read_inside(kind):
+            child = getattr(module, name, None)
+            if isinstance(child, QuantLinear):
+                child.decodes = True
 
 
 def _names_in(kind: Any, pattern: str) -> frozenset[str]:

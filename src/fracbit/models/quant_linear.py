@@ -131,7 +131,7 @@ class QuantLinear(_PackedBuffers):
         rotated: bool = False,
     ) -> None:
         super().__init__(scheme, shape, outliers, sixteen)
-        self.dtype = torch.get_default_dtype()
+        self.dtype, self.decodes = torch.get_default_dtype(), False
         self.inputs, self.rotated = inputs, rotated
         self._turn: tuple[Tensor, ...] | None = None
         self.in_features, self.out_features = shape[1], shape[0]
@@ -139,14 +139,14 @@ class QuantLinear(_PackedBuffers):
 
     @property
     def weight(self) -> Tensor:
-        """The decoded weight [out, in], made anew at each call: for code of models that reads it instead of calling the layer.
+        """The buffer of that name; where the model's code reads it (`decodes`), the decoded weight [out, in], made anew each time.
 
-        What is written into it is lost. Without values (meta device) it is the buffer of that name.
+        What is written into the latter is lost.
         """
         codes = self._buffers.get("weight")
         if codes is None:  # while the module is made
             raise AttributeError("weight")
-        if codes.is_meta:
+        if codes.is_meta or not self.decodes:
             return codes
         weight = decode(self.packed, self.dtype)  # [out, in]
         return turn_inputs(weight, turn_factors(self.in_features, codes.device)) if self.rotated else weight

@@ -39,7 +39,7 @@ def decode(source: Source, settings: Mapping[str, Any]) -> Decoded:
     found = {name: _decoding(source, name, settings) for name in codes}
     parts = {part.name for decoding in found.values() for part in decoding.parts.values()}
     for name in tensors:
-        if name.endswith((".weight_scale_inv", ".weight_scale")) and name not in parts:
+        if name.endswith(("_scale_inv", ".weight_scale")) and name not in parts:
             raise SourceError(
                 f"{source.name} holds {name} and no 8-bit floats that belong to it; fetch the checkpoint again"
             )

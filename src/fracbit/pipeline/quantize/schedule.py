@@ -249,9 +249,10 @@ def _cut(items: Iterable[Item], limit: int) -> dict[str, tuple[Item, ...]]:
 
 
 def _key(recipe: Recipe, source: Source, shard_bytes: int) -> str:
-    headers = [(name, info.dtype, info.shape) for name, info in sorted(source.tensors.items())]
-    files = sorted({info.file for info in source.tensors.values()})
+    headers = [(name, info.dtype, info.shape) for name, info in sorted(source.on_disk.items())]
+    files = sorted({info.file for info in source.on_disk.values()})
     states = [(source.folder / file).stat() for file in files]  # a changed source file gives another key
     stamps = [(state.st_size, state.st_mtime_ns) for state in states]
-    text = json.dumps([key(recipe), source.config, headers, stamps, shard_bytes, __version__], sort_keys=True)
+    parts = [key(recipe), source.config, source.quantization, headers, stamps, shard_bytes, __version__]
+    text = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -20,6 +20,7 @@ from fracbit.checkpoint.opened import Opened
 from fracbit.errors import FracbitError, SourceError
 from fracbit.models.blocks import blocks, weight_of
 from fracbit.models.calls import Call, handed, run
+from fracbit.models.find import decode_for_code
 from fracbit.models.install import replace, set_weight
 from fracbit.models.stand_in import fill, runnable
 from fracbit.models.walk import entrance
@@ -29,7 +30,6 @@ from fracbit.pipeline.quantize.schedule import LayerItem, Schedule
 
 TOKENS = 6
 APART = 1e-2  # most that packed and float outputs may differ, relative to the float's
-SEEDS = 2  # a router may choose another expert by chance, not twice
 
 
 def try_blocks(opened: Opened, schedule: Schedule) -> tuple[str, ...]:
@@ -52,7 +52,7 @@ def try_blocks(opened: Opened, schedule: Schedule) -> tuple[str, ...]:
     except Exception as error:  # noqa: BLE001, code of any model
         return (_untried("the blocks", error),)
     notes: list[str] = []
-    kinds, rest = set[tuple[object, ...]](), None
+    kinds, rests = set[tuple[object, ...]](), dict[int, tuple[Any, ...] | None]()
     for number, (path, block) in enumerate(stack):
         mine = {
             name.removeprefix(f"{path}."): one for name, one in stored.items() if name.startswith(f"{path}.")
@@ -61,9 +61,13 @@ def try_blocks(opened: Opened, schedule: Schedule) -> tuple[str, ...]:
         if kind in kinds or not mine:
             continue
         kinds.add(kind)
-        call = calls[number] if number == 0 else handed(calls[number], number - 1, rest)
+        call = calls[number]
+        for before in range(number):
+            call = handed(call, before, rests.get(before))
         try:
-            found = [_apart(block, mine, states, call, seed=seed) for seed in range(SEEDS)]
+            found, rests[number] = _apart(block, mine, states, call, seed=0)
+            if found > APART:  # a router may choose another expert by chance, not twice
+                found = _apart(block, mine, states, call, seed=1)[0]
         except _Failed as failed:
             raise SourceError(
                 f"{path} ({type(block).__name__}) runs as floats and not when it is packed ({failed}); leave the layer that it "
@@ -72,9 +76,9 @@ def try_blocks(opened: Opened, schedule: Schedule) -> tuple[str, ...]:
         except Exception as error:  # noqa: BLE001, a block that needs what another one leaves behind
             notes.append(_untried(path, error))
             continue
-        if min(found) > APART:
+        if found > APART:
             raise SourceError(
-                f"{path} ({type(block).__name__}) gives other numbers when it is packed ({min(found):.1%} apart): its "
+                f"{path} ({type(block).__name__}) gives other numbers when it is packed ({found:.1%} apart): its "
                 "code does more with a linear than to call it; find it with --keep, and report the model"
             )
     return tuple(notes[:1])
@@ -101,24 +105,26 @@ def _ids(model: PreTrainedModel) -> Tensor:
 
 def _apart(
     block: nn.Module, stored: Mapping[str, StoredLayer], states: Tensor, call: Call, *, seed: int
-) -> float:
-    """How far a block's packed output is from that of the decoded floats, relative to the latter."""
+) -> tuple[float, tuple[Any, ...] | None]:
+    """How far a block's packed output is from that of the decoded floats, relative to the latter; and what it hands on."""
     alone, generator = deepcopy(block), torch.Generator().manual_seed(seed)
     for module in alone.modules():
         fill(module, generator)
     packed = dict(_packed(alone, stored))
     with torch.no_grad():
-        wanted = run(alone, states, call).states.float()
+        floats = run(alone, states, call)
         for name, module in packed.items():
             replace(alone, name, module)
+        decode_for_code(alone)
         try:
             found = run(alone, states, call).states.float()
         except Exception as error:  # code of any model
             raise _Failed(f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}") from error
+    wanted = floats.states.float()
     exact = all(one.inputs is None and not one.rotated for one in stored.values())
     if not exact or not bool(torch.isfinite(wanted).all()):  # inputs are rounded too, or bases turned: it ran
-        return 0.0
-    return float((found - wanted).norm() / wanted.norm().clamp(min=1e-12))
+        return 0.0, floats.rest
+    return float((found - wanted).norm() / wanted.norm().clamp(min=1e-12)), floats.rest
 
 
 def _packed(block: nn.Module, stored: Mapping[str, StoredLayer]) -> Iterator[tuple[str, nn.Module]]:

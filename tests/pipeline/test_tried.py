@@ -14,7 +14,7 @@ import families
 import fracbit
 from fracbit.errors import RecipeError, SourceError
 from fracbit.models.calls import Call, HandedOn, handed
-from fracbit.models.find import decode_for_code
+from fracbit.models.code import decode_for_code
 from fracbit.pipeline.quantize import tried
 
 

@@ -34,8 +34,8 @@ from fracbit.checkpoint.format import QUANT_METHOD, StoredLayer, read_layers
 from fracbit.checkpoint.source import read_headers
 from fracbit.errors import FormatError
 from fracbit.models.blocks import find, is_table
+from fracbit.models.code import decode_for_code
 from fracbit.models.experts import split_experts
-from fracbit.models.find import decode_for_code
 from fracbit.models.install import replace
 from fracbit.models.quant_linear import QuantEmbedding, QuantLinear, TiedCopy, TiedHead
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from fracbit.checkpoint.format import StoredLayer, packed_layer
 from fracbit.checkpoint.hf import packed_module, tied_copy, tied_to
-from fracbit.models.find import decode_for_code
+from fracbit.models.code import decode_for_code
 from fracbit.models.install import replace
 from fracbit.models.quant_linear import QuantEmbedding
 

@@ -5,12 +5,10 @@ of it. An unknown architecture is still quantized: its blocks are the list of li
 the linear weights, and each linear in them counts as a group of its own. The returned family says so in its `note`.
 """
 
-import inspect
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 from torch import nn
@@ -18,10 +16,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from fracbit.errors import SourceError
 from fracbit.models.blocks import find, fused_experts, is_linear, is_table, shape_of, weight_of
+from fracbit.models.code import CHANGED, changed_in_blocks, changed_inside
 from fracbit.models.experts import SplitExperts
 from fracbit.models.families import FAMILIES
 from fracbit.models.family import Family, Norm, fits
-from fracbit.models.quant_linear import QuantLinear
 
 
 def known_family(config: PreTrainedConfig) -> Family | None:
@@ -136,14 +134,14 @@ def _kept(stack: list[nn.Module], model: Any) -> dict[str, str]:
     found = {
         name: CHANGED
         for part in (model, *model.children())
-        for name in _changed_in_blocks(part.__class__)
+        for name in changed_in_blocks(part.__class__)
         if any(is_linear(child) for block in stack if (child := find(block, name)) is not None)
     }
     for block in stack:
         for path, parent in block.named_modules():
             experts = {len(child) for child in parent.children() if isinstance(child, SplitExperts)}
             kind: Any = type(parent)
-            changed = _changed_inside(kind)
+            changed = changed_inside(kind)
             for name, child in parent.named_children():
                 if not is_linear(child):
                     continue
@@ -162,45 +160,6 @@ def _kept(stack: list[nn.Module], model: Any) -> dict[str, str]:
 
 SENSES = re.compile(r"vision|visual|image|img|video|audio|speech|tower|talker")
 """Parts of the paths of blocks that do not read text."""
-CHANGED = "the model's code changes its weight"
-
-
-@cache
-def _changed_in_blocks(kind: Any) -> frozenset[str]:
-    """Names inside a block of linears whose weight the code of a model changes, such as RWKV's, which rescales some."""
-    return _names_in(kind, r"\b(?:block|layer)\.([\w.]+)\.weight\.\w+_\(")
-
-
-@cache
-def _changed_inside(kind: Any) -> frozenset[str]:
-    """Names of children whose weight the code of a module changes in place; what only reads it gets it decoded."""
-    return _names_in(kind, r"\bself\.(\w+)\.weight\.\w+_\(")
-
-
-@cache
-def _read_inside(kind: Any) -> frozenset[str]:
-    """Names of children whose weight the code of a module reads, instead of only calling them."""
-    return _names_in(kind, r"\bself\.(\w+)\.weight\b")
-
-
-def decode_for_code(model: nn.Module) -> None:
-    """Let packed linears whose weight the model's code reads give it decoded; once their values are there."""
-    for module in model.modules():
-        kind: Any = type(module)
-        for name in _read_inside(kind):
-            child = getattr(module, name, None)
-            if isinstance(child, QuantLinear):
-                child.decodes = True
-
-
-def _names_in(kind: Any, pattern: str) -> frozenset[str]:
-    """What a pattern finds in the code of a class."""
-    if kind.__module__.startswith("torch."):
-        return frozenset()
-    try:
-        return frozenset(re.findall(pattern, inspect.getsource(kind)))
-    except (OSError, TypeError):  # classes without a file
-        return frozenset()
 
 
 def _said(kept: Mapping[str, str]) -> str:

@@ -139,7 +139,7 @@ class QuantLinear(_PackedBuffers):
 
     @property
     def weight(self) -> Tensor:
-        """The buffer of that name; where the model's code reads it (`decodes`), the decoded weight [out, in], made anew each time.
+        """The buffer of that name; where the model's code reads it (`decodes`), the decoded weight [out, in], made anew.
 
         What is written into the latter is lost.
         """

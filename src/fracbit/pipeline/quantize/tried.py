@@ -20,7 +20,7 @@ from fracbit.checkpoint.opened import Opened
 from fracbit.errors import FracbitError, SourceError
 from fracbit.models.blocks import blocks, weight_of
 from fracbit.models.calls import Call, handed, run
-from fracbit.models.find import decode_for_code
+from fracbit.models.code import decode_for_code
 from fracbit.models.install import replace, set_weight
 from fracbit.models.stand_in import fill, runnable
 from fracbit.models.walk import entrance

@@ -107,7 +107,7 @@ def discover(model: PreTrainedModel) -> Family:
         name=f"{model.config.model_type}, by structure",
         model_types=(model.config.model_type,),
         blocks=path,
-        embeddings=_path(model, table),
+        embeddings=(*_path(model, table), *_tables_of_blocks(model)),
         head="".join(_path(model, head)),
         linears=tuple((name,) for name in names),
         norms=tuple(Norm(name, exclusive=False) for name in _union(stack, _is_norm)),
@@ -127,6 +127,12 @@ def _table_of(model: PreTrainedModel) -> nn.Module | None:
     except NotImplementedError:
         return None
     return table if is_table(table) else None
+
+
+def _tables_of_blocks(model: PreTrainedModel) -> tuple[str, ...]:
+    """Tables with a row of each token for every block (Gemma 3n and 4)."""
+    named = model.named_modules()
+    return tuple(name for name, module in named if name.endswith("per_layer") and is_table(module))
 
 
 def _kept(stack: list[nn.Module], model: Any) -> dict[str, str]:

@@ -138,8 +138,8 @@ def quantizable(
     family = family or family_of(model)
     table = family.embeddings[0] if family.embeddings else ""
     found: list[Layer] = []
-    if include_embeddings and table:
-        found.append(_layer(model, table, "embedding", group=table))
+    if include_embeddings:
+        found += [_layer(model, name, "embedding", group=name) for name in token_tables(family)]
     for index, (path, block) in enumerate(blocks(model, family)):
         for group in groups(block, family):
             first = f"{path}.{group[0]}"
@@ -148,6 +148,12 @@ def quantizable(
         tied = _tied(model, family.head, table)
         found.append(_layer(model, family.head, "head", group=family.head, tied=tied))
     return {layer.name: layer for layer in found}
+
+
+def token_tables(family: Family) -> list[str]:
+    """The tables that are looked up by token ids: the first, and those that Gemma 3n and 4 have for every block."""
+    first, *others = family.embeddings or ("",)
+    return [name for name in (first, *(name for name in others if name.endswith("per_layer"))) if name]
 
 
 def _layer(

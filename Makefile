@@ -12,7 +12,7 @@ INPUTS  := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/fracbit/
 INSTALL := $(BIN)/python -m pip install --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test lint format types contracts check bench examples docs links clean distclean
+.PHONY: help venv install demo test lint format types contracts check coverage bench examples docs links clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -58,6 +58,9 @@ contracts: $(VENV)/.installed-dev ## import direction between the packages
 	$(BIN)/lint-imports
 
 check: lint types contracts docs test ## everything CI runs
+
+coverage: $(VENV)/.installed-dev ## every model type of transformers; writes docs/models.md (ten minutes)
+	$(BIN)/python tests/types/survey.py --page docs/models.md
 
 bench: $(VENV)/.installed-dev ## run bench/$(NAME).py with ARGS
 	$(BIN)/python bench/$(NAME).py $(ARGS)

@@ -80,7 +80,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_from_a_model_to_a_smaller_one(model: Path, text: Path, tmp_path: Path) -> None:
     made = good("quantize", model, "-o", tmp_path / "q", "--scheme", "nf4/64")
     assert set(made) == {
-        "output", "bits_per_weight", "bits_per_parameter", "bytes", "source_bytes", "seconds", "peak_rss_bytes", "notes",
+        "output", "bits_per_weight", "bits_per_parameter", "bytes", "source_bytes", "seconds", "peak_rss_bytes", "share",
+        "notes",
     }  # fmt: skip
     assert 4 < made["bits_per_weight"] < 4.6
     assert made["bytes"] == (tmp_path / "q" / "model.safetensors").stat().st_size

@@ -127,7 +127,7 @@ def test_names_of_the_harness(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("tasks", "complaint"),
-    [([], "at least one"), (["none.yaml"], "no task file none.yaml: `fracbit task`")],
+    [([], "at least one"), (["none.yaml"], "there is no task file none.yaml; `fracbit task`")],
 )
 def test_tasks_that_are_not_there(tasks: list[str], complaint: str) -> None:
     pytest.importorskip("lm_eval", reason="the extra fracbit[eval] is not installed")

@@ -80,6 +80,12 @@ def test_a_recipe_without_data_gives_the_same_bytes(name: str, working: Path, ke
     assert digests("q") == kept["free"][name]["tensors"]
 
 
+def moves_scales(recipe: dict[str, Any]) -> bool:
+    """Whether quantized scales of a recipe are chosen otherwise than in 0.1.0."""
+    settled = recipe.get("search") or recipe.get("quantizer") == "descent"
+    return bool(settled) and recipe["scheme"]["scale"] not in FLOAT_SCALES
+
+
 @pytest.mark.parametrize("name", CALIBRATED)
 def test_a_recipe_that_sums_floats_gives_the_same_bytes(
     name: str, working: Path, kept: dict[str, Any], here: dict[str, str]
@@ -87,14 +93,14 @@ def test_a_recipe_that_sums_floats_gives_the_same_bytes(
     """Codes and losses within a bound first, so that a machine that adds otherwise has been asked, too.
 
     Searches add the errors of a block in another order than 0.1.0, and take another of two ranges that are equally good. Where
-    scales are quantized, a search settles them since 0.2: the losses may be lower than they were.
+    scales are quantized, a search settles them since 0.2, and a refit also tries the grid that they have: losses may be lower.
     """
     quantize(*CALIBRATED[name], "q")
     row, found = kept["calibrated"][name], digests("q")
     assert found.keys() == row["tensors"].keys()
     recipe = CALIBRATED[name][1]
-    if recipe.get("search") and recipe["scheme"]["scale"] not in FLOAT_SCALES:
-        assert sum(losses("q").values()) <= sum(row["losses"].values())
+    if moves_scales(recipe):
+        assert sum(losses("q").values()) <= sum(row["losses"].values()) * (1 + LOSS)
         return
     different = float((codes("q") != load_file(GOLDEN / "codes.safetensors")[name]).float().mean())
     assert different <= CODES, f"{different:.1%} of the codes' bytes are not those of 0.1.0; machine {here}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import fracbit
 from fracbit.errors import RecipeError, SourceError
 from fracbit.models.calls import Call, HandedOn, handed
 from fracbit.models.code import decode_for_code
+from fracbit.models.quant_linear import QuantLinear
 from fracbit.pipeline.quantize import tried
 
 
@@ -81,6 +83,26 @@ def test_blocks_that_cannot_be_tried_are_noted(llama: Path, monkeypatch: pytest.
     assert made.notes == ("the blocks could not be tried before the run (ValueError: images are needed)",)
 
 
+def test_a_packed_block_that_gives_nan_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.new_full((*x.shape[:-1], self.out_features), torch.nan)
+
+    monkeypatch.setattr(QuantLinear, "forward", broken)
+    with pytest.raises(SourceError, match="gives other numbers when it is packed"):
+        fracbit.quantize(llama, llama.parent / "out", "int4z/8", progress=False)
+
+
+def test_a_head_and_a_layer_have_the_type_that_code_asks_for(llama: Path) -> None:
+    families.model_of("llama-tied-biased").save_pretrained(llama.parent / "tied")
+    recipe = {"model": str(llama.parent / "tied"), "scheme": "int4z/8", "embeddings": "int4z/8"}
+    fracbit.quantize(fracbit.Recipe.model_validate(recipe), llama.parent / "out", progress=False)
+    model = fracbit.load(llama.parent / "out", "bfloat16")
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    layer = model.model.layers[0].mlp.up_proj
+    layer.decodes = "type"
+    assert (layer.weight.dtype, layer.weight.numel()) == (torch.bfloat16, 0)
+
+
 def test_what_stays_float_is_said(llama: Path) -> None:
     made = fracbit.quantize(llama, llama.parent / "all", "int4z/8", progress=False)
     assert made.share.blocks == 1
@@ -93,14 +115,16 @@ def test_what_stays_float_is_said(llama: Path) -> None:
     assert [name for name, _, _ in some.share.kept_float] == [
         f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")
     ]
-    (warning,) = some.notes
+    assert some.notes == ()  # the recipe names what it keeps
+    (warning,) = some.share.warning(0.1) or replace(
+        some.share,
+        kept_float=tuple((name, share, "not a linear") for name, share, _ in some.share.kept_float),
+    ).warning(0.1)
     assert warning.startswith(
         "only 48.2% of the blocks' matrices become smaller; float: mlp.gate_proj.weight (17.3%"
     )
-    allowed = fracbit.quantize(
-        fracbit.Recipe.model_validate(recipe), llama.parent / "more", allow_float=0.6, progress=False
-    )
-    assert allowed.notes == ()
+    assert warning.endswith("--allow-float 0.52")
+    assert some.share.warning(0.6) == ()
     with pytest.raises(RecipeError, match="0 to 1; got 2"):
         fracbit.quantize(llama, llama.parent / "bad", "int4z/8", allow_float=2, progress=False)
 

@@ -150,8 +150,9 @@ def _renamings(
 
 def _is_own(model: PreTrainedModel, names: Iterable[str]) -> bool:
     """Whether `model` has the blocks in which the layers called `names` lie."""
+    names = list(names)
     blocks = {match[0] for match in map(_BLOCK.match, names) if match}
-    return all(find(model, block) is not None for block in blocks)
+    return all(find(model, place) is not None for place in blocks or names)
 
 
 def swap(model: PreTrainedModel, name: str, stored: StoredLayer) -> None:

@@ -32,17 +32,23 @@ def changed_inside(kind: Any) -> frozenset[str]:
 @cache
 def _read_inside(kind: Any) -> frozenset[str]:
     """Names of children whose weight the code of a module reads, instead of only calling them."""
-    return _names_in(kind, r"\bself\.(\w+)\.weight\b")
+    return _names_in(kind, r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device)\b)")
+
+
+@cache
+def _asked_inside(kind: Any) -> frozenset[str]:
+    """Names of children whose weight's type or device the code of a module asks for."""
+    return _names_in(kind, r"\bself\.(\w+)\.weight\.(?:dtype|device)\b")
 
 
 def decode_for_code(model: nn.Module) -> None:
     """Let packed linears whose weight the model's code reads give it decoded; once their values are there."""
     for module in model.modules():
         kind: Any = type(module)
-        for name in _read_inside(kind):
+        for name in _read_inside(kind) | _asked_inside(kind):
             child = getattr(module, name, None)
             if isinstance(child, QuantLinear):
-                child.decodes = True
+                child.decodes = "yes" if name in _read_inside(kind) else "type"
 
 
 def _names_in(kind: Any, pattern: str) -> frozenset[str]:

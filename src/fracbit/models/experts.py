@@ -75,6 +75,11 @@ class Layout:
     biases: Mapping[str, Slot]
     call: Literal["routed", "every", "summed", "sorted"] = "routed"
 
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """Those of all linears, weights first."""
+        return (*self.weights.values(), *self.biases.values())
+
     def cuts(self, experts: int) -> Iterator[tuple[str, str, Cut]]:
         """Names below the mixture (`3.up_proj.weight`), the fused tensors that hold them, and where: expert by expert."""
         for expert in range(experts):
@@ -137,8 +142,7 @@ def layout_of(module: Any) -> Layout | None:
         layout = Layout(_slots(**lie), _slots(**lie, suffix="_bias") if module.has_bias else {})
     else:
         return None
-    wanted = {slot.tensor for slots in (layout.weights, layout.biases) for slot in slots.values()}
-    return layout if own == wanted else None
+    return layout if own == {slot.tensor for slot in layout.slots} else None
 
 
 class Gate:
@@ -184,15 +188,17 @@ class Expert(nn.Module):
 class SplitExperts(nn.Module):
     """The experts of one block by number, called as the fused module is."""
 
-    def __init__(self, experts: Sequence[nn.Module], layout: Layout, fused: nn.Module) -> None:
-        """`fused`: the module that this one replaces, without its tensors."""
+    def __init__(
+        self, experts: Sequence[nn.Module], layout: Layout, fused: nn.Module, shapes: Mapping[str, torch.Size]
+    ) -> None:
+        """`fused`: the module that this one replaces, without its tensors, which had these `shapes`."""
         super().__init__()
         for number, expert in enumerate(experts):
             self.add_module(str(number), expert)
         for name, module in fused.named_children():  # such as a norm after the experts
             if any(True for _ in module.parameters()):
                 self.add_module(name, module)
-        self.layout, self.count = layout, len(experts)
+        self.layout, self.count, self.shapes = layout, len(experts), dict(shapes)
         self.__dict__["fused"] = fused  # not a child: its parts have no names of their own
 
     def __len__(self) -> int:
@@ -273,10 +279,10 @@ def _split(module: Any) -> SplitExperts:
     count = len(last) if last.dim() == 3 else int(module.num_experts)
     parts = {name: cut.read(fused[tensor]) for name, tensor, cut in layout.cuts(count)}
     # Without its tensors, the module still knows its gate.
-    for name in fused:
-        if name in {slot.tensor for slots in (layout.weights, layout.biases) for slot in slots.values()}:
-            path, _, leaf = name.rpartition(".")
-            delattr(module.get_submodule(path), leaf)
+    shapes = {slot.tensor: fused[slot.tensor].shape for slot in layout.slots}
+    for name in shapes:
+        path, _, leaf = name.rpartition(".")
+        delattr(module.get_submodule(path), leaf)
     gate = Gate(module, any(slot.half == "even" for slot in layout.weights.values()))
 
     def linear(number: int, name: str) -> nn.Linear:
@@ -289,7 +295,7 @@ def _split(module: Any) -> SplitExperts:
         else Expert({name: linear(number, name) for name in layout.weights}, gate)
         for number in range(count)
     ]
-    return SplitExperts(experts, layout, module)
+    return SplitExperts(experts, layout, module, shapes)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -304,13 +310,3 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
             bias.detach().clone(memory_format=torch.contiguous_format), bias.requires_grad
         )
     return linear
-
-
-def fused_shape(part: torch.Size, cuts: Sequence[Cut]) -> tuple[int, ...]:
-    """The shape of the tensor that holds `cuts`, parts [out, in] or [out] each."""
-    halves, first = len({cut.half for cut in cuts}), cuts[0]
-    rows = part[0] * halves
-    if len(part) == 1:
-        return first.experts, rows
-    shape = (part[1], rows) if first.transposed else (rows, part[1])
-    return (first.experts * shape[0], shape[1]) if first.flat else (first.experts, *shape)

@@ -7,6 +7,7 @@ tables of all that, which are followed here as a whole; none is copied.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -25,7 +26,8 @@ from transformers.core_model_loading import (
 )
 
 from fracbit.errors import SourceError
-from fracbit.models.experts import Cut, Half, SplitExperts, fused_shape
+from fracbit.models.blocks import find
+from fracbit.models.experts import Cut, Half, SplitExperts
 
 HALVES: tuple[Half | None, ...] = ("first", "second", "even", "odd", None)
 
@@ -65,11 +67,11 @@ class _Whole:
 
     def get_parameter(self, name: str) -> Tensor:
         """A parameter, on the meta device where it is that of a mixture."""
-        inside = _parts(self.model).get(name)
-        if inside is None:
-            return self.model.get_parameter(name)
-        shape = fused_shape(self.model.get_parameter(next(iter(inside))).shape, list(inside.values()))
-        return torch.empty(shape, device="meta")
+        path, _, leaf = name.rpartition(".")
+        module = find(self.model, path)
+        if isinstance(module, SplitExperts):
+            return torch.empty(module.shapes[leaf], device="meta")
+        return self.model.get_parameter(name)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
@@ -85,7 +87,14 @@ class Origin:
 
     def read(self, tensors: Sequence[Tensor]) -> Tensor:
         """The tensor of the model from those called `names`; a view where nothing is joined."""
-        whole = tensors[0] if self.conversion is None else self.conversion(tensors)
+        return self.part_of(self.joined(tensors))
+
+    def joined(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The tensor of which this is a part, from those called `names`."""
+        return tensors[0] if self.conversion is None else self.conversion(tensors)
+
+    def part_of(self, whole: Tensor) -> Tensor:
+        """The tensor of the model from the one that is joined, a view."""
         return whole if self.cut is None else self.cut.read(whole)
 
     @property
@@ -212,15 +221,17 @@ def _one_by_one(
     Empty where it does more with them than to stack, and to put gate above up.
     """
     kinds = {type(operation).__name__ for operation in converter.operations}
-    by_pattern: dict[str, list[str]] = defaultdict(list)
+    by_pattern: dict[str, dict[int, str]] = defaultdict(dict)
     for name, pattern in sources:
-        by_pattern[pattern].append(name)
+        numbers = re.findall(r"\.(\d+)(?=\.)", name)
+        by_pattern[pattern][int(numbers[-1]) if numbers else -1] = name
     order = [by_pattern[pattern] for pattern in converter.source_patterns if pattern in by_pattern]
     present = {cut.half for cut in inside.values()}
     halves: list[Half | None] = [half for half in HALVES if half in present]
-    experts = {cut.experts for cut in inside.values()}
-    alike = len(order) == len(halves) and experts == {len(names) for names in order}
     plain = not any(cut.transposed or cut.half in ("even", "odd") for cut in inside.values())
-    if not kinds <= {"MergeModulelist", "Concatenate"} or not alike or not plain:
+    if not kinds <= {"MergeModulelist", "Concatenate"} or len(order) != len(halves) or not plain:
         return {}
-    return {name: Origin((order[halves.index(cut.half)][cut.expert],)) for name, cut in inside.items()}
+    places = {name: (order[halves.index(cut.half)], cut.expert) for name, cut in inside.items()}
+    if not all(expert in names for names, expert in places.values()):
+        return {}
+    return {name: Origin((names[expert],)) for name, (names, expert) in places.items()}

@@ -8,7 +8,7 @@ wrong shape and stops, instead of leaving the layer at random values.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -131,7 +131,8 @@ class QuantLinear(_PackedBuffers):
         rotated: bool = False,
     ) -> None:
         super().__init__(scheme, shape, outliers, sixteen)
-        self.dtype, self.decodes = torch.get_default_dtype(), False
+        self.dtype = torch.get_default_dtype()
+        self.decodes: Literal["no", "type", "yes"] = "no"
         self.inputs, self.rotated = inputs, rotated
         self._turn: tuple[Tensor, ...] | None = None
         self.in_features, self.out_features = shape[1], shape[0]
@@ -141,13 +142,15 @@ class QuantLinear(_PackedBuffers):
     def weight(self) -> Tensor:
         """The buffer of that name; where the model's code reads it (`decodes`), the decoded weight [out, in], made anew.
 
-        What is written into the latter is lost.
+        What is written into the latter is lost. Code that asks for its type alone gets a tensor without values.
         """
         codes = self._buffers.get("weight")
         if codes is None:  # while the module is made
             raise AttributeError("weight")
-        if codes.is_meta or not self.decodes:
+        if codes.is_meta or self.decodes == "no":
             return codes
+        if self.decodes == "type":
+            return torch.empty(0, self.in_features, dtype=self.dtype, device=codes.device)
         weight = decode(self.packed, self.dtype)  # [out, in]
         return turn_inputs(weight, turn_factors(self.in_features, codes.device)) if self.rotated else weight
 
@@ -208,6 +211,11 @@ class TiedCopy(nn.Module):
         super().__init__()
         self._shared = (owner,)  # a tuple hides it from the module tree: the bytes are saved once
 
+    @property
+    def weight(self) -> Tensor:
+        """That of the other module."""
+        return getattr(self._shared[0], "weight")  # type: ignore[no-any-return]  # noqa: B009
+
     def forward(self, x: Tensor) -> Tensor:
         """What the other module gives for `x`."""
         return self._shared[0](x)  # type: ignore[no-any-return]
@@ -224,6 +232,14 @@ class TiedHead(nn.Module):
     def embedding(self) -> QuantEmbedding:
         """The embedding with the bytes that are multiplied."""
         return self._shared[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """A tensor without values, of the type and on the device of the model: code of models asks a head for both."""
+        owner = self.embedding
+        return torch.empty(
+            0, owner.embedding_dim, dtype=owner.dtype, device=owner.get_buffer("weight").device
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [..., vocabulary] of hidden states `x` [..., width]."""

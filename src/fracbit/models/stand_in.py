@@ -45,8 +45,8 @@ class RandomRows(nn.Module):
             torch.ones(1, width), requires_grad=False
         )  # code reads its type and device
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """[..., width] for ids [...]."""
+    def forward(self, ids: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """[..., width] for ids [...]; tables of positions are called with more."""
         return torch.randn(*ids.shape, self.width, generator=torch.Generator().manual_seed(1))
 
 

@@ -133,6 +133,7 @@ class ShardRecord:
 
 
 LARGEST = 4  # names of what stays float that a sentence has
+OVERRIDE = "override"  # how the reason of a layer begins that a recipe names
 ALLOWED = 0.1  # share of the blocks' matrices that may stay float without a warning
 
 
@@ -178,8 +179,9 @@ class Share:
         return ", ".join(named) + (f" and {more} more" if more > 0 else "")
 
     def warning(self, allowed: float) -> tuple[str, ...]:
-        """A warning where more than `allowed` of the blocks' matrices stays float."""
-        if 1 - self.blocks <= allowed:
+        """A warning where more than `allowed` of the blocks' matrices stays float, without those that the user named."""
+        named = sum(share for _, share, why in self.kept_float if why.startswith(OVERRIDE))
+        if 1 - self.blocks - named <= allowed:
             return ()
         return (
             f"only {self.blocks:.1%} of the blocks' matrices become smaller; float: {self._largest()}. If that is meant: "

@@ -47,10 +47,12 @@ from fracbit.pipeline.quantize.record import layer_records, records_of, stored_l
 from fracbit.pipeline.quantize.rotate import needs_untied_head
 from fracbit.pipeline.quantize.run import fill_shards, open_for
 from fracbit.pipeline.quantize.schedule import FloatItem, LayerItem
+from fracbit.pipeline.quantize.share import share_of
 from fracbit.pipeline.quantize.work import Memory, Work, prepare
 from fracbit.pipeline.study.float_model import load_float
 from fracbit.records.recipe import Recipe
 from fracbit.records.row import Evaluation, Row, Run, failed_row, run_key
+from fracbit.records.run import ALLOWED
 from fracbit.records.version import __version__
 from fracbit.sweeps.queue import Workload
 
@@ -192,6 +194,7 @@ class Workbench:
         records = records_of(work.schedule, target)
         tensors = {name: t for shard in records for name, t in target.tensors(shard).items()}
         notes = run_notes(work, layer_records(records.values()))
+        notes += share_of(work.opened, work.schedule).warning(ALLOWED)
         return Made(work, stored_layers(work.schedule, records), self._changed(tensors), notes)
 
     def _changed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,11 +8,10 @@ decoded to fp32, so only fp32 loses nothing.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from fracbit.checkpoint.output import Output
 from fracbit.checkpoint.shards import cut_shards, write_index
 from fracbit.errors import FormatError, RecipeError, WeightError
 from fracbit.models.blocks import is_transposed
-from fracbit.models.experts import Cut, SplitExperts, fused_shape
+from fracbit.models.experts import Cut, SplitExperts
 from fracbit.models.origin import origins
 from fracbit.numerics.packed import SCALE_DTYPES, decode
 from fracbit.records.progress import Progress
@@ -33,8 +32,12 @@ SHARD_BYTES = 2 << 30
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
-Held: TypeAlias = tuple[str, Cut]
-"""A parameter of an expert, and where it lies in the tensor of all."""
+@dataclass(frozen=True)
+class Mixture:
+    """A tensor of all experts: its shape, and the parameters that it holds with their places in it."""
+
+    shape: torch.Size
+    parts: list[tuple[str, Cut]]
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class FloatWeights:
         """Every tensor of the exported model."""
         dtype = self.dtype or source_dtype(stored)
         mixtures = _mixtures(stored)
-        inside = {name for parts in mixtures.values() for name, _ in parts}
+        inside = {name for mixture in mixtures.values() for name, _ in mixture.parts}
         made = [
             _layer_piece(stored, name, layer, dtype)
             for name, layer in stored.layers.items()
@@ -105,7 +108,7 @@ class FloatWeights:
             for name in stored.rest
             if name not in inside
         ]
-        fused = [_fused_piece(stored, name, parts, dtype) for name, parts in mixtures.items()]
+        fused = [_fused_piece(stored, name, mixture, dtype) for name, mixture in mixtures.items()]
         return [*made, *fused, *copied]
 
     def _config(self, stored: StoredModel) -> dict[str, Any]:
@@ -145,20 +148,17 @@ def _layer_piece(stored: StoredModel, name: str, layer: StoredLayer, dtype: torc
     return Piece(f"{name}.weight", size, make)
 
 
-def _fused_piece(stored: StoredModel, fused: str, parts: Sequence[Held], dtype: torch.dtype) -> Piece:
+def _fused_piece(stored: StoredModel, fused: str, mixture: Mixture, dtype: torch.dtype) -> Piece:
     """One tensor of a mixture, put together from the experts' linears."""
-    first = stored.model.get_parameter(parts[0][0])
-    shape = fused_shape(first.shape, [cut for _, cut in parts])
-    size = torch.Size(shape).numel() * dtype.itemsize
+    size = mixture.shape.numel() * dtype.itemsize
 
     def make() -> Tensor:
-        whole = torch.empty(shape, dtype=dtype)
-        for name, cut in parts:
+        whole = torch.zeros(mixture.shape, dtype=dtype)  # LongCat has rows of no expert
+        for name, cut in mixture.parts:
             layer, _, leaf = name.rpartition(".")
             # [out, in], or [out] of a bias
-            cut.write(
-                whole, _decoded(stored, layer, dtype) if leaf == "weight" else stored.tensor(name).to(dtype)
-            )
+            part = _decoded(stored, layer, dtype) if leaf == "weight" else stored.tensor(name).to(dtype)
+            cut.write(whole, part)
         return whole
 
     return Piece(fused, size, make)
@@ -177,13 +177,14 @@ def _decoded(stored: StoredModel, name: str, dtype: torch.dtype) -> Tensor:
     return weight
 
 
-def _mixtures(stored: StoredModel) -> dict[str, list[Held]]:
-    """The fused tensors of mixtures, by name, with the parameters that each holds and where."""
-    found: dict[str, list[Held]] = defaultdict(list)
+def _mixtures(stored: StoredModel) -> dict[str, Mixture]:
+    """The fused tensors of mixtures, by name."""
+    found: dict[str, Mixture] = {}
     for path, module in stored.model.named_modules():
         if isinstance(module, SplitExperts):
             for name, fused, cut in module.layout.cuts(len(module)):
-                found[f"{path}.{fused}"].append((f"{path}.{name}", cut))
+                mixture = found.setdefault(f"{path}.{fused}", Mixture(module.shapes[fused], []))
+                mixture.parts.append((f"{path}.{name}", cut))
     return found
 
 

@@ -32,7 +32,7 @@ class Reader:
 
     source: Source
     cache: dict[str, tuple[Tensor, str]] | None = None
-    last: dict[str, tuple[Tensor, str]] = field(default_factory=dict)
+    last: dict[tuple[str | None, ...], tuple[Tensor, Hashes]] = field(default_factory=dict)
 
     def read(self, item: Item) -> tuple[Tensor, Hashes]:
         """The tensor of an item and the SHA-256 of the tensors on disk that hold it."""
@@ -40,20 +40,27 @@ class Reader:
 
     def read_origin(self, origin: Origin) -> tuple[Tensor, Hashes]:
         """The tensor at `origin` and the SHA-256 of the tensors on disk that hold it."""
-        whole = {name: self._whole(name) for name in origin.names}
-        tensor = origin.read([tensor for tensor, _ in whole.values()])
-        return tensor, {name: digest for name, (_, digest) in whole.items()}
+        target = None if origin.conversion is None else origin.conversion.target
+        asked = (*origin.names, target)
+        if asked not in self.last:
+            self.last.clear()
+            whole = {name: self._whole(name) for name in origin.names}
+            joined = origin.joined([tensor for tensor, _ in whole.values()])
+            found = joined, {name: digest for name, (_, digest) in whole.items()}
+            if origin.cut is None:
+                return found
+            self.last[asked] = found  # the next expert's part is of it too
+        stack, hashes = self.last[asked]
+        return origin.part_of(stack), hashes
 
     def _whole(self, name: str) -> tuple[Tensor, str]:
         """A tensor on disk with its SHA-256."""
-        kept = self.last if self.cache is None else self.cache
-        if name in kept:
-            return kept[name]
-        self.last.clear()
+        if self.cache is not None and name in self.cache:
+            return self.cache[name]
         whole = read_tensor(self.source, name)
         found = whole, tensor_hash(whole)
-        if self.cache is not None or whole.dim() > 2:
-            kept[name] = found
+        if self.cache is not None:
+            self.cache[name] = found
         return found
 
     def ahead(self, items: Iterable[Item]) -> Iterator[tuple[Item, Tensor, Hashes]]:

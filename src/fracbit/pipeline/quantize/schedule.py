@@ -28,6 +28,7 @@ from fracbit.models.origin import Origin, Origins
 from fracbit.models.skeleton import Layer
 from fracbit.numerics.datatypes import check_datatype
 from fracbit.records.recipe import Recipe, key
+from fracbit.records.run import OVERRIDE
 from fracbit.records.scheme import Scheme
 from fracbit.records.version import __version__
 
@@ -157,7 +158,7 @@ def decide(recipe: Recipe, layers: Mapping[str, Layer]) -> tuple[dict[str, Decis
             if fnmatchcase(name, override.layers):
                 matched[override.layers] = True
                 scheme = None if override.keep else override.scheme or recipe.scheme
-                decision = Decision(scheme, f"override {override.layers!r}")
+                decision = Decision(scheme, f"{OVERRIDE} {override.layers!r}")
         if decision.scheme is not None:
             check_datatype(decision.scheme)
         decisions[name] = decision

@@ -1,7 +1,8 @@
 """One block of each kind is run before anything is written, packed and as floats of the same values: they must agree.
 
 So no run ends well with an output that cannot run, such as one of a model whose code does more with a linear than to call it.
-Weights are random and made on the spot, two experts stand for all, and tables are not made at all: a block of any size fits.
+Weights are random and made on the spot, two experts stand for all, and tables are not made at all: memory holds one block, in
+fp32 beside its packed form. Blocks of more than `LARGEST` weights are not tried, with a note.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from fracbit.numerics.ranges import quantize_tensor
 from fracbit.pipeline.quantize.schedule import LayerItem, Schedule
 
 TOKENS = 6
+LARGEST = 1 << 30  # weights of a block that is tried
 APART = 1e-2  # most that packed and float outputs may differ, relative to the float's
 
 
@@ -57,7 +59,7 @@ def try_blocks(opened: Opened, schedule: Schedule) -> tuple[str, ...]:
         mine = {
             name.removeprefix(f"{path}."): one for name, one in stored.items() if name.startswith(f"{path}.")
         }
-        kind = (type(block), *sorted((name, str(one.scheme)) for name, one in mine.items()))
+        kind = (type(block), *sorted(mine))  # names alone: kernels of every scheme are tested by themselves
         if kind in kinds or not mine:
             continue
         kinds.add(kind)
@@ -65,23 +67,36 @@ def try_blocks(opened: Opened, schedule: Schedule) -> tuple[str, ...]:
         for before in range(number):
             call = handed(call, before, rests.get(before))
         try:
-            found, rests[number] = _apart(block, mine, states, call, seed=0)
-            if found > APART:  # a router may choose another expert by chance, not twice
-                found = _apart(block, mine, states, call, seed=1)[0]
-        except _Failed as failed:
-            raise SourceError(
-                f"{path} ({type(block).__name__}) runs as floats and not when it is packed ({failed}); leave the layer that it "
-                "names float (--keep), and report the model"
-            ) from failed
+            rests[number] = _try(path, block, mine, states, call=call)
+        except SourceError:
+            raise
         except Exception as error:  # noqa: BLE001, a block that needs what another one leaves behind
             notes.append(_untried(path, error))
-            continue
-        if found > APART:
-            raise SourceError(
-                f"{path} ({type(block).__name__}) gives other numbers when it is packed ({found:.1%} apart): its "
-                "code does more with a linear than to call it; find it with --keep, and report the model"
-            )
     return tuple(notes[:1])
+
+
+def _try(
+    path: str, block: nn.Module, stored: Mapping[str, StoredLayer], states: Tensor, *, call: Call
+) -> tuple[Any, ...] | None:
+    """Try one block; returns what it hands on. Raises `SourceError` as `try_blocks`, or what its float form raises."""
+    size = sum(parameter.numel() for parameter in block.parameters())  # of two experts
+    if size > LARGEST:
+        raise ValueError(f"{size / 1e9:.1f}B weights are too many")
+    try:
+        found, rest = _apart(block, stored, states, call, seed=0)
+        if not found <= APART:  # a router may choose another expert by chance, not twice
+            found = _apart(block, stored, states, call, seed=1)[0]
+    except _Failed as failed:
+        raise SourceError(
+            f"{path} ({type(block).__name__}) runs as floats and not when it is packed ({failed}); leave the layer that it "
+            "names float (--keep), and report the model"
+        ) from failed
+    if not found <= APART:
+        raise SourceError(
+            f"{path} ({type(block).__name__}) gives other numbers when it is packed ({found:.1%} apart): its code does more "
+            "with a linear than to call it; find it with --keep, and report the model"
+        )
+    return rest
 
 
 class _Failed(Exception):

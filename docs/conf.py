@@ -97,7 +97,11 @@ def fields_of(
         return None
     if not dataclasses.is_dataclass(obj) and not issubclass(obj, BaseModel):
         return None
-    hints, parts = typing.get_type_hints(obj), []
+    try:
+        hints = typing.get_type_hints(obj)
+    except NameError:  # a type that is imported for type checkers alone
+        hints = inspect.get_annotations(obj)
+    parts = []
     for field, default in defaults_of(obj):
         kind = stringify_annotation(hints[field], "smart")
         parts.append(f"{field}: {kind}" + ("" if default is inspect.Parameter.empty else f" = {default!r}"))

@@ -59,13 +59,10 @@ class Batch:
 class Hidden:
     """The hidden states of all samples at the entrance of a block.
 
-    Attributes:
-        states: [samples, tokens, width], in memory or mapped to a file (`spill.storage`); with one more dimension for models
-            that have several states a token.
-        index: number of the block that they enter.
-        batches: how the samples are cut, with the arguments of every block.
-        beside: how many values the last block returned beside the states, which is how the model expects them; None: no tuple.
-
+    - `states`: [samples, tokens, width], in memory or mapped to a file (`spill.storage`); with one more dimension for models
+      that have several states a token.
+    - `index`: number of the block that they enter; `batches`: how the samples are cut, with the arguments of every block.
+    - `beside`: how many values the last block returned beside the states, which is how the model expects them; None: no tuple.
     """
 
     states: torch.Tensor

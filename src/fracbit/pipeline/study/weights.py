@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -84,10 +84,19 @@ def weights_on_disk(opened: Opened, whole: bool = False) -> Weights:
             raise SourceError(f"{source.name} holds no weight for {name}")
         return place
 
+    # The last stack of experts: the next layer is likely another part of it.
+    stacks: dict[Origin, Tensor] = {}
+
     def read(name: str) -> Tensor:
-        place = place_of(name)
-        whole = [read_tensor(source, each) for each in place.names]
-        return _upright(place.read(whole), layers[name].transposed)  # [out, in]
+        place, transposed = place_of(name), layers[name].transposed
+        stack = replace(place, cut=None)
+        if stack not in stacks:
+            stacks.clear()
+            joined = place.joined([read_tensor(source, each) for each in place.names])
+            if place.cut is None:
+                return _upright(joined, transposed)  # [out, in]
+            stacks[stack] = joined
+        return _upright(place.part_of(stacks[stack]), transposed)  # [out, in]
 
     def rows(name: str, cuts: Sequence[slice]) -> Tensor:
         place, transposed = place_of(name), layers[name].transposed

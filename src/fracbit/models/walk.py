@@ -30,6 +30,7 @@ from fracbit.models.calls import (
     equal,
     first_of,
     handed,
+    move,
     run,
     until_stopped,
     without_states,
@@ -126,7 +127,8 @@ def advance(block: nn.Module, hidden: Hidden, out: torch.Tensor | None = None) -
             _blame(block, hidden, batch)
         states[batch.start : batch.stop].copy_(result.states)
         beside = None if result.rest is None else len(result.rest)
-        batches.append(_behind(batch, hidden.index, result.rest))
+        # Kept where the states are, as they are needed for all batches at once.
+        batches.append(_behind(batch, hidden.index, move(result.rest, states.device)))
     return replace(hidden, states=states, index=hidden.index + 1, batches=tuple(batches), beside=beside)
 
 

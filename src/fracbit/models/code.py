@@ -15,43 +15,26 @@ from torch import nn
 from fracbit.models.quant_linear import QuantLinear
 
 CHANGED = "the model's code changes its weight"
-
-
-@cache
-def changed_in_blocks(kind: Any) -> frozenset[str]:
-    """Names inside a block of linears whose weight the code of a model changes, such as RWKV's, which rescales some."""
-    return _names_in(kind, r"\b(?:block|layer)\.([\w.]+)\.weight\.\w+_\(")
-
-
-@cache
-def changed_inside(kind: Any) -> frozenset[str]:
-    """Names of children whose weight the code of a module changes in place; what only reads it gets it decoded."""
-    return _names_in(kind, r"\bself\.(\w+)\.weight\.\w+_\(")
-
-
-@cache
-def _read_inside(kind: Any) -> frozenset[str]:
-    """Names of children whose weight the code of a module reads, instead of only calling them."""
-    return _names_in(kind, r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device)\b)")
-
-
-@cache
-def _asked_inside(kind: Any) -> frozenset[str]:
-    """Names of children whose weight's type or device the code of a module asks for."""
-    return _names_in(kind, r"\bself\.(\w+)\.weight\.(?:dtype|device)\b")
+# Where the code of a class speaks of the weight of a child or of a linear in a block, whose name is the group.
+CHANGED_IN_BLOCKS = r"\b(?:block|layer)\.([\w.]+)\.weight\.\w+_\("  # as RWKV's does, which rescales some
+CHANGED_INSIDE = r"\bself\.(\w+)\.weight\.\w+_\("
+READ_INSIDE = r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device)\b)"
+ASKED_INSIDE = r"\bself\.(\w+)\.weight\.(?:dtype|device)\b"  # its type or device alone
 
 
 def decode_for_code(model: nn.Module) -> None:
     """Let packed linears whose weight the model's code reads give it decoded; once their values are there."""
     for module in model.modules():
         kind: Any = type(module)
-        for name in _read_inside(kind) | _asked_inside(kind):
+        read = names_in(kind, READ_INSIDE)
+        for name in read | names_in(kind, ASKED_INSIDE):
             child = getattr(module, name, None)
             if isinstance(child, QuantLinear):
-                child.decodes = "yes" if name in _read_inside(kind) else "type"
+                child.decodes = "yes" if name in read else "type"
 
 
-def _names_in(kind: Any, pattern: str) -> frozenset[str]:
+@cache
+def names_in(kind: Any, pattern: str) -> frozenset[str]:
     """What a pattern finds in the code of a class."""
     if kind.__module__.startswith("torch."):
         return frozenset()

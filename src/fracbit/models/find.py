@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from fracbit.errors import SourceError
 from fracbit.models.blocks import find, fused_experts, is_linear, is_table, shape_of, weight_of
-from fracbit.models.code import CHANGED, changed_in_blocks, changed_inside
+from fracbit.models.code import CHANGED, CHANGED_IN_BLOCKS, CHANGED_INSIDE, names_in
 from fracbit.models.experts import SplitExperts
 from fracbit.models.families import FAMILIES
 from fracbit.models.family import Family, Norm, fits
@@ -140,14 +140,14 @@ def _kept(stack: list[nn.Module], model: Any) -> dict[str, str]:
     found = {
         name: CHANGED
         for part in (model, *model.children())
-        for name in changed_in_blocks(part.__class__)
+        for name in names_in(part.__class__, CHANGED_IN_BLOCKS)
         if any(is_linear(child) for block in stack if (child := find(block, name)) is not None)
     }
     for block in stack:
         for path, parent in block.named_modules():
             experts = {len(child) for child in parent.children() if isinstance(child, SplitExperts)}
             kind: Any = type(parent)
-            changed = changed_inside(kind)
+            changed = names_in(kind, CHANGED_INSIDE)
             for name, child in parent.named_children():
                 if not is_linear(child):
                     continue

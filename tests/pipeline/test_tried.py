@@ -116,15 +116,14 @@ def test_what_stays_float_is_said(llama: Path) -> None:
         f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")
     ]
     assert some.notes == ()  # the recipe names what it keeps
-    (warning,) = some.share.warning(0.1) or replace(
-        some.share,
-        kept_float=tuple((name, share, "not a linear") for name, share, _ in some.share.kept_float),
-    ).warning(0.1)
+    assert some.share.warning(0.1) == ()
+    unasked = tuple((name, share, "not a linear") for name, share, _ in some.share.kept_float)
+    (warning,) = replace(some.share, kept_float=unasked).warning(0.1)
     assert warning.startswith(
         "only 48.2% of the blocks' matrices become smaller; float: mlp.gate_proj.weight (17.3%"
     )
     assert warning.endswith("--allow-float 0.52")
-    assert some.share.warning(0.6) == ()
+    assert replace(some.share, kept_float=unasked).warning(0.6) == ()
     with pytest.raises(RecipeError, match="0 to 1; got 2"):
         fracbit.quantize(llama, llama.parent / "bad", "int4z/8", allow_float=2, progress=False)
 
@@ -136,3 +135,6 @@ def test_values_that_a_block_hands_on_are_put_in_their_places() -> None:
     assert one.kwargs == {"x": [HandedOn(1, 0), 3]}
     assert handed(one, 1, ("c",)).kwargs == {"x": ["c", 3]}
     assert handed(call, 0, None).args == (None,)
+    assert handed(Call((HandedOn(1, 1),), {}), 0, ("a",)).args == (
+        HandedOn(1, 1),
+    )  # longer than what block 0 hands on

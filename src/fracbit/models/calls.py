@@ -66,8 +66,9 @@ def first_of(result: Any) -> torch.Tensor:
 def handed(value: Any, block: int, rest: tuple[Any, ...] | None) -> Any:
     """`value`, arguments of a call, with what `block` returned in the places that stand for it; None where it is not known."""
     if isinstance(value, HandedOn):
-        known = None if rest is None else rest[value.number]
-        return known if value.block == block else value
+        if value.block != block:
+            return value
+        return None if rest is None else rest[value.number]
     if isinstance(value, (tuple, list)):
         return type(value)(handed(item, block, rest) for item in value)
     if isinstance(value, dict):

@@ -166,7 +166,9 @@ def _arguments(source: Source, settings: Mapping[str, Any], module: str) -> Mapp
                 ranked.append((0, group))
             elif pattern != target and re.match(pattern, module):
                 ranked.append((1, group))
-            elif pattern == target and "." not in target:
+            elif (
+                pattern == target and target[:1].isupper()
+            ):  # a class, such as Linear; names of modules are in lower case
                 ranked.append((2, group))
     best = min(ranked, key=lambda pair: pair[0], default=(0, {}))[1]
     args = best.get("weights")
@@ -313,7 +315,13 @@ def _scaled(
         found = values(tensors["codes"])  # [rows, in]
         grid = as_scale(tensors["scale"])
         grid = grid / tensors["global"].float() if "global" in tensors else grid
-        place = partial(_placed, shape=found.shape, block=block, order=tensors.get("order"))
+        order = tensors.get("order")
+        order = None if order is None or bool((order == -1).all()) else order  # [in]
+        if order is not None and not 0 <= int(order.min()) <= int(order.max()) < grid.shape[1]:
+            raise layer.broken(
+                f"has weight_g_idx outside of its {grid.shape[1]} groups; fetch the file again"
+            )
+        place = partial(_placed, shape=found.shape, block=block, order=order)
         if "zero" in tensors:
             found = found - place(zero_of(tensors["zero"], len(found)))
         return found * place(grid)
@@ -359,8 +367,8 @@ def _block(layer: CodedLayer, shape: tuple[int, int], scale: TensorInfo, group: 
 
 
 def _placed(grid: Tensor, shape: Sequence[int], block: Patch, order: Tensor | None) -> Tensor:
-    """A grid of numbers over the weights. `order` [in] names the group of every column, unless it holds -1."""
-    if order is not None and int(order.min()) >= 0:
+    """A grid of numbers over the weights. `order` [in] names the group of every column."""
+    if order is not None:
         return grid[:, order.long()]  # [rows, in]
     return spread(grid, shape, block)
 

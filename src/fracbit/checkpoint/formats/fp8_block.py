@@ -61,6 +61,14 @@ def _decoding(source: Source, name: str, settings: Mapping[str, Any]) -> Decodin
         )
     grid = source.tensors[beside]
     asked = settings.get("weight_block_size")
+    if asked and not (
+        isinstance(asked, (list, tuple))
+        and len(asked) == 2
+        and all(isinstance(n, int) and n > 0 for n in asked)
+    ):
+        raise SourceError(
+            f"weight_block_size in config.json should be two numbers, such as [128, 128]; got {asked!r}"
+        )
     block = block_of(info.shape, grid.shape, (asked[0], asked[1]) if asked else None, DEFAULT)
     if block is None:
         raise SourceError(

@@ -184,9 +184,22 @@ def _config(path: Path, head: Header) -> dict[str, Any]:
     types = {kind for kind, shape, _ in head.tensors.values() if len(shape) > 1}
     floats = {"F32": "float32", "F16": "float16"}
     config["architectures"] = [auto_class(made)._model_mapping[type(made)].__name__]
-    config["architectures"] = [auto_class(made)._model_mapping[type(made)].__name__]
     config["dtype"] = next((floats[kind] for kind in floats if types == {kind}), "bfloat16")
     return {**config, **_positions(path, head, made)}
+
+
+YARN = tuple(
+    f"rope.scaling.{name}"
+    for name in (
+        "attn_factor",
+        "yarn_ext_factor",
+        "yarn_attn_factor",
+        "yarn_beta_fast",
+        "yarn_beta_slow",
+        "yarn_log_multiplier",
+    )
+)
+"""Keys of yarn that would change positions, and are not read."""
 
 
 def _positions(path: Path, head: Header, config: PreTrainedConfig) -> dict[str, Any]:
@@ -205,7 +218,18 @@ def _positions(path: Path, head: Header, config: PreTrainedConfig) -> dict[str, 
         return {}
     scaling = {**usual, "rope_type": kind, "factor": float(factor)}
     if kind == "yarn":
-        scaling["original_max_position_embeddings"] = int(head.own("rope.scaling.original_context_length"))
+        length, unread = (
+            head.own("rope.scaling.original_context_length"),
+            [key for key in YARN if head.own(key) is not None],
+        )
+        if length is None or unread:
+            what = (
+                f"sets {unread[0]}, which is not read"
+                if unread
+                else "has no rope.scaling.original_context_length"
+            )
+            raise SourceError(f"{path} scales positions by yarn and {what}; use the release in safetensors")
+        scaling["original_max_position_embeddings"] = int(length)
     return {"rope_parameters": scaling}
 
 

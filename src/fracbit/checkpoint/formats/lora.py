@@ -232,6 +232,8 @@ def _merges(source: Source, adapter: Adapter) -> tuple[dict[str, Decoding], set[
                 f"{adapter.folder} adapts {module}, and {lacks} is not there; it may belong to another model than "
                 f"{source.name}"
             )
+        if name in found:
+            raise SourceError(f"{adapter.folder} has several adapters for {module}; {REMEDY}")
         found[name] = _merge(source, adapter, name, module=module, down=down, up=up)
         used |= {down, up}
     return found, used

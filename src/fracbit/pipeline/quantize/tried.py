@@ -63,16 +63,16 @@ def try_blocks(opened: Opened, schedule: Schedule) -> tuple[str, ...]:
         if kind in kinds or not mine:
             continue
         kinds.add(kind)
-        call = calls[number]
-        for before in range(number):
-            call = handed(call, before, rests.get(before))
         try:
+            call = calls[number]
+            for before in range(number):
+                call = handed(call, before, rests.get(before))
             rests[number] = _try(path, block, mine, states, call=call)
         except SourceError:
             raise
         except Exception as error:  # noqa: BLE001, a block that needs what another one leaves behind
             notes.append(_untried(path, error))
-    return tuple(notes[:1])
+    return tuple(notes)
 
 
 def _try(
@@ -137,7 +137,9 @@ def _apart(
             raise _Failed(f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}") from error
     wanted = floats.states.float()
     exact = all(one.inputs is None and not one.rotated for one in stored.values())
-    if not exact or not bool(torch.isfinite(wanted).all()):  # inputs are rounded too, or bases turned: it ran
+    if not bool(torch.isfinite(wanted).all()):
+        raise ValueError("random values overflow in its float form")
+    if not exact and bool(torch.isfinite(found).all()):  # inputs are rounded too, or bases turned: it ran
         return 0.0, floats.rest
     return float((found - wanted).norm() / wanted.norm().clamp(min=1e-12)), floats.rest
 
@@ -148,6 +150,7 @@ def _packed(block: nn.Module, stored: Mapping[str, StoredLayer]) -> Iterator[tup
     for name, layer in stored.items():
         linear = block.get_submodule(name)
         if id(linear) in done:  # an expert that stands for others
+            yield name, done[id(linear)]
             continue
         columns = torch.arange(layer.outliers) if layer.outliers else None
         held = quantize_tensor(weight_of(linear).float(), layer.scheme, columns=columns)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fracbit.checkpoint.export.exporter import StoredModel, Written
+from fracbit.checkpoint.export.exporter import Nearest, StoredModel, Written
 from fracbit.checkpoint.format import StoredLayer
 from fracbit.checkpoint.output import Output
 from fracbit.importance.methods import ScoreMethod
@@ -104,9 +104,9 @@ class Halves:
 
     parameter: str
 
-    def fault(self, layer: StoredLayer) -> str:
+    def nearest(self, layer: StoredLayer) -> Nearest:
         """It holds everything."""
-        return ""
+        return Nearest(layer.scheme)
 
     def size(self, stored: StoredModel) -> int:
         """At most what is stored."""

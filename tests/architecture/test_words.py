@@ -18,6 +18,7 @@ SIBLINGS = {
     "awq": "the method and the format of files that its authors named after it",
     "bundled": "data/ reads the texts that the package bundled/ names",
     "columns": "pipeline/quantize chooses columns ahead of a run by the rules in quantizers/",
+    "compressed_tensors": "the format as it is read and as it is written",
     "export": "the command and the folder of export formats that it calls",
     "gptq": "the method and the format of files that its authors named after it",
     "lens": "the command, the study that it calls and the record that comes out",

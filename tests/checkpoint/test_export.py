@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import fracbit
 from families import CONFIGS, UNKNOWN, model_of, tokens
-from fracbit.checkpoint.export import float as plain
+from fracbit.checkpoint.export import pieces
 from fracbit.checkpoint.export.exporter import export
 from fracbit.checkpoint.format import FORMAT_VERSION
 from fracbit.checkpoint.load import load
@@ -121,7 +121,7 @@ def test_several_shards_are_resumed(
     quantized(tiny_llama(), tmp_path)
     done = export(tmp_path / "q", tmp_path / "one", "float")
     assert done.bytes == (tmp_path / "one" / "model.safetensors").stat().st_size
-    monkeypatch.setattr(plain, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(pieces, "SHARD_BYTES", 100_000)
 
     class Stop(Exception):
         pass

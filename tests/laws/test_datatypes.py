@@ -28,11 +28,16 @@ from fracbit.numerics.bits import has_top_code, pack_bits, row_bytes, unpack_bit
 from fracbit.numerics.datatypes import EXPONENTS, check_datatype, is_fitted
 from fracbit.numerics.grid import codes_of, moved, values_of
 from fracbit.numerics.layout import block_sums
-from fracbit.numerics.packed import table_of
+from fracbit.numerics.packed import table_of, zeros_of
 from fracbit.numerics.ranges import EvenErrors, fit, grid_error, power_of
 from fracbit.records.scheme import Scheme
 
-PARAMETERS = {"float": ["", ":e3m0"], "power": ["", ":1/2", ":fit"], "kmeans": ["", ":row"]}
+PARAMETERS = {
+    "int": ["", ":step"],
+    "float": ["", ":e3m0"],
+    "power": ["", ":1/2", ":fit"],
+    "kmeans": ["", ":row"],
+}
 BLOCKS: list[int | str] = [1, 7, 64, 1000, "row", "tensor", "flat:32"]
 SCALES = ["fp32", "fp16", "bf16", "int8:16"]
 
@@ -83,13 +88,58 @@ def test_a_fixed_table_is_ascending_within_one_and_small_enough(scheme: Scheme) 
     table = fixed_type(scheme)
     values = table.values[0]
     assert bool((values.diff() > 0).all())
-    assert float(values.abs().max()) == pytest.approx(1)
+    assert (float(values[0]), float(values[-1])) == pytest.approx(table.span) or table.step is None
+    assert float(values.abs().max()) == pytest.approx(1) or scheme.dtype == "int:step"
     assert 2 <= len(values) <= 2**scheme.bits
     assert bool((table.boundaries[0] >= values[:-1]).all())
     assert bool((table.boundaries[0] <= values[1:]).all())
     if scheme.offset == "none":
         assert 0 in values.tolist()
     assert torch.equal(table.nearest(values[None])[0].long(), torch.arange(len(values)))
+
+
+@pytest.mark.parametrize("scale", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("offset", ["none", "zero", "float"])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_whole_steps_are_exact_in_the_type_of_the_scale(bits: int, offset: str, scale: str) -> None:
+    """Engines store the step: for tiny blocks too it has the scale's type, and steps times whole numbers are the weights."""
+    scheme = Scheme("int:step", bits, 16, offset=offset, scale=scale)  # type: ignore[arg-type]
+    weight = weights(32, 64, bits) * torch.logspace(-8, 1, 32)[:, None]
+    for search in (False, True):
+        packed = quantize_tensor(weight, scheme, search=search)
+        unit = fixed_type(scheme).unit
+        assert isinstance(packed.scales, torch.Tensor)
+        step = packed.scales.float() * unit  # [32, 4]
+        assert torch.equal(step.to(packed.scales.dtype).float(), step)
+        codes = unpack_bits(packed.codes, bits, 64).float().view(32, 4, 16)
+        if offset == "none":
+            base = torch.full((32, 4), -(2.0 ** (bits - 1)))
+        elif offset == "zero":
+            base = -zeros_of(packed, (32, 4)).float()
+        else:
+            base = torch.zeros(32, 4)
+        whole = (codes + base[..., None]) * step[..., None]
+        if offset == "float":
+            assert isinstance(packed.offsets, torch.Tensor)
+            whole += packed.offsets.float()[..., None]
+        exact = 0 if scale != "fp32" else 1e-5  # products with 24 bits round
+        assert torch.allclose(whole.view(32, 64), decode(packed), rtol=exact, atol=exact * 1e-3)
+
+
+def test_whole_steps_are_no_worse_than_the_symmetric_grid_by_much() -> None:
+    """All 2^k values are used: with a search and with zero points it rounds about as well as `int`."""
+    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    for bits, offset, search in product((2, 3, 4, 8), ("none", "zero", "float"), (False, True)):
+        found = [
+            float(
+                (
+                    decode(quantize_tensor(weight, Scheme(name, bits, 64, offset=offset), search=search))
+                    - weight
+                ).norm()
+            )  # type: ignore[arg-type]
+            for name in ("int:step", "int")
+        ]
+        assert found[0] < 1.03 * found[1], (bits, offset, search, found)
 
 
 @given(schemes(), st.integers(1, 40), st.integers(1, 90), st.integers(0, 99), st.booleans())

@@ -10,7 +10,7 @@ import typer
 
 import fracbit
 from fracbit.cli import options
-from fracbit.cli.show import bytes_text, print_json, progress
+from fracbit.cli.show import bytes_text, print_json, print_notes, progress
 from fracbit.records.tables import FORMATS
 
 
@@ -28,6 +28,14 @@ def export(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Folder for the export.", rich_help_panel=options.WRITE)
     ],
+    requantize: Annotated[
+        bool,
+        typer.Option(
+            "--requantize",
+            help="Round layers that the format cannot hold again, to the nearest scheme that it can, and say what that costs.",
+            rich_help_panel=options.WRITE,
+        ),
+    ] = False,
     overwrite: options.Overwrite = False,
     resume: options.Resume = False,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -38,10 +46,16 @@ def export(
     FORMATS.check(to.partition(":")[0])
     with progress(json or quiet) as show:
         made = fracbit.export(
-            checkpoint, output, to, overwrite=overwrite, resume=resume,
+            checkpoint, output, to, requantize=requantize, overwrite=overwrite, resume=resume,
             trust_remote_code=trust_remote_code, progress=show,
         )  # fmt: skip
+    print_notes(() if quiet else made.notes)
     if json:
-        print_json(asdict(made))
+        print_json(
+            {
+                **asdict(made),
+                "requantized": {name: layer.to_json() for name, layer in made.requantized.items()},
+            }
+        )
     else:
         print(f"{made.output}: {made.format}, {bytes_text(made.bytes)}")

@@ -23,6 +23,7 @@ from transformers.core_model_loading import (
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
+    revert_weight_conversion,
 )
 
 from fracbit.errors import SourceError
@@ -157,6 +158,23 @@ def origins(model: PreTrainedModel, disk_names: Iterable[str]) -> Origins:
     held = {id(state[name]) for name in tensors}
     missing = tuple(name for name, tensor in state.items() if id(tensor) not in held)
     return Origins(tensors, tuple(sorted(unused, key=order.__getitem__)), missing)
+
+
+def released_names(model: PreTrainedModel) -> dict[str, str]:
+    """What released checkpoints call the tensors of a skeleton, by its own names: those that each hold one tensor as it is.
+
+    The rules with which transformers saves this architecture, followed backwards from its names to ours.
+    """
+    parts = _parts(model)
+    whole = {name: tensor for name, tensor in model.state_dict().items() if name not in _names_of(parts)}
+    split = {path: module for path, module in model.named_modules() if isinstance(module, SplitExperts)}
+    for fused in parts:
+        path, _, leaf = fused.rpartition(".")
+        whole[fused] = torch.empty(split[path].shapes[leaf], device="meta")
+    with torch.device("meta"):
+        disk = revert_weight_conversion(model, whole)
+    found = origins(model, disk).tensors
+    return {name: place.plain for name, place in found.items() if place.plain is not None}
 
 
 def _parts(model: nn.Module) -> dict[str, dict[str, Cut]]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from statistics import NormalDist
@@ -78,23 +78,31 @@ def make_cells(boundaries: Tensor) -> Cells | None:
 class DataType:
     """A table of numbers: `values` [rows, levels] fp32 ascending, `boundaries` [rows, levels - 1].
 
-    rows is 1 unless the table is fitted per row. `step`: the spacing of an even table, None for any other.
+    rows is 1 unless the table is fitted per row. `step`: the spacing of an even table, None for any other. `span`: where the
+    ends of a block's range are put. `unit`: scales are rounded as multiples of it, so that scale times unit is exact as stored.
     """
 
     values: Tensor
     boundaries: Tensor
     step: float | None = None
+    span: tuple[float, float] = (-1.0, 1.0)
+    unit: float = 1.0
 
     @property
     def levels(self) -> int:
         """How many values a row of the table holds."""
         return self.values.shape[-1]
 
+    @property
+    def low(self) -> float:
+        """The value of code 0 in a table with one row that was not fitted."""
+        return self.span[0]
+
     def nearest(self, x: Tensor) -> Tensor:
         """Codes uint8 [rows, n] of `x` [rows, n]; a table with one row takes any number of rows."""
         if self.step is not None:
             top = self.levels - 1
-            return torch.add(x, 1.0).div_(self.step).round_().clamp_(0, top).to(torch.uint8)
+            return torch.add(x, -self.low).div_(self.step).round_().clamp_(0, top).to(torch.uint8)
         if self.boundaries.shape[0] == 1:
             if x.numel() >= MANY and x.device.type == "cpu" and self.cells is not None:
                 return self.cells.count(x)
@@ -116,7 +124,7 @@ class DataType:
         """The same table on another device."""
         if self.values.device == device:
             return self
-        return DataType(self.values.to(device), self.boundaries.to(device), self.step)
+        return replace(self, values=self.values.to(device), boundaries=self.boundaries.to(device))
 
     def look_up(self, codes: Tensor) -> Tensor:
         """The values fp32 [rows, n] of `codes` [rows, n]; with one table for all rows, codes may have any shape."""
@@ -160,14 +168,29 @@ class DataTypeMaker:
 
 def make_int(bits: int, parameter: str, full: bool) -> DataType:
     """Evenly spaced: 2^k - 1 symmetric values, or all 2^k when an offset places the range (`full`)."""
-    _no_parameter("int", parameter)
+    if parameter not in ("", "step"):
+        raise SchemeError(f"int takes the parameter step or none, got {parameter!r}")
     levels = 2**bits if full else 2**bits - 1
     if levels < 2:
         raise SchemeError("a symmetric 1-bit int has one value; use an offset (zero or float), or more bits")
+    if parameter:
+        return _whole_steps(bits, full)
     # Whole numbers first: linspace would miss an exact 0.
     numerators = torch.arange(levels, dtype=torch.float64) * 2 - (levels - 1)  # [levels]
     table = nearest_type(numerators / (levels - 1))
     return DataType(table.values, table.boundaries, 2.0 / (levels - 1))
+
+
+def _whole_steps(bits: int, full: bool) -> DataType:
+    """The integers of engines, -2^(k-1) to 2^(k-1) - 1, or 0 to 2^k - 1 (`full`), over a power of 2.
+
+    An engine stores the step, scale * unit; both are exact in the same type.
+    """
+    half = 2 ** (bits - 1)
+    low, unit = (0, 1 / (2 * half)) if full else (-half, 1 / half)
+    table = nearest_type(torch.arange(low, low + 2 * half, dtype=torch.float64) * unit)  # [2^k]
+    span = (low * unit, (low + 2 * half - 1) * unit)
+    return replace(table, step=unit, span=span, unit=unit)
 
 
 def make_float(bits: int, parameter: str, full: bool) -> DataType:
@@ -305,6 +328,11 @@ def is_fitted(scheme: Scheme) -> bool:
 def fixed_type(scheme: Scheme) -> DataType:
     """The table of a data type that does not look at the tensor. Raises `SchemeError` for a fitted one."""
     return _fixed(scheme.dtype, scheme.bits, _full(scheme))
+
+
+def scale_unit(scheme: Scheme) -> float:
+    """The unit that scales are rounded in, of the scheme's table; 1 for a fitted one."""
+    return 1.0 if is_fitted(scheme) else fixed_type(scheme).unit
 
 
 def fit_table(scheme: Scheme, x: Tensor, weights: Tensor, scales: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from fracbit.numerics.datatypes import (
     fixed_type,
     is_fitted,
     nearest_type,
+    scale_unit,
 )
 from fracbit.numerics.layout import (
     block_length,
@@ -72,8 +73,8 @@ def plain(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> G
     check_datatype(scheme)
     weight = finite(weight)  # [out, in]
     table = None if is_fitted(scheme) else fixed_type(scheme).to(weight.device)
-    scale, middle = plain_range(weight, scheme)  # [per block] each
-    return place(scheme, weight, table, scale, middle=middle, importance=importance)
+    scale, shift = plain_range(weight, scheme)  # [per block] each
+    return place(scheme, weight, table, scale, shift=shift, importance=importance)
 
 
 def grid_of(packed: PackedTensor) -> Grid:
@@ -187,20 +188,24 @@ def finite(weight: Tensor) -> Tensor:
 
 
 def plain_range(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
-    """Half-range and middle [per block], before any rounding."""
+    """Scale and shift [per block] that put each block's range on the span of its table, before any rounding."""
     shape = (weight.shape[0], weight.shape[1])
     blocks = to_blocks(lines_of(weight, scheme), block_length(shape, scheme))  # [lines, blocks, block]
     low, high = blocks.amin(-1), blocks.amax(-1)  # [lines, blocks]
+    start, end = (-1.0, 1.0) if is_fitted(scheme) else fixed_type(scheme).span
+    half = (end - start) / 2
     if scheme.offset == "none":
-        return stored_order(torch.maximum(-low, high), shape, scheme), None
+        return stored_order(torch.maximum(-low, high) / half, shape, scheme), None
     if scheme.offset == "mean":
         counts = block_sums(torch.ones_like(weight), scheme)  # [per block]
         mean = block_sums(weight, scheme) / counts  # [per block]
         low, high = stored_order(low, shape, scheme), stored_order(high, shape, scheme)  # [per block]
-        return torch.maximum(mean - low, high - mean), mean
+        return torch.maximum(mean - low, high - mean) / half, mean
     if scheme.offset == "zero":
         low, high = low.clamp(max=0), high.clamp(min=0)  # [lines, blocks]
-    return stored_order((high - low) / 2, shape, scheme), stored_order((high + low) / 2, shape, scheme)
+    scale = (high - low) / 2 / half  # [lines, blocks]
+    shift = (high + low) / 2 - scale * (start + half)  # [lines, blocks]
+    return stored_order(scale, shape, scheme), stored_order(shift, shape, scheme)
 
 
 def place(
@@ -209,25 +214,24 @@ def place(
     table: DataType | None,
     scale: Tensor,
     *,
-    middle: Tensor | None,
+    shift: Tensor | None,
     importance: Tensor | None,
     zeros: Tensor | None = None,
 ) -> Grid:
-    """Round range and middle [per block] to what is stored; fit the table on top when the type has none of its own."""
+    """Round scale and shift [per block] to what is stored; fit the table on top when the type has none of its own."""
     shape = (weight.shape[0], weight.shape[1])
     scales = _store(scale, scheme, positive=True)
     scale = _dense(scales, scale)
     offsets: Tensor | PackedTensor | None = None
-    shift = None
     if scheme.offset == "zero":
         assert table is not None
-        assert middle is not None
+        assert shift is not None
         if zeros is None:
-            zeros = table.nearest((-middle * inverse(scale)).view(1, -1)).view(scale.shape)
+            zeros = table.nearest((-shift * inverse(scale)).view(1, -1)).view(scale.shape)
         shift = -scale * table.look_up(zeros)  # [per block]
-    elif middle is not None:
-        offsets = _store(middle, scheme, positive=False)
-        shift = _dense(offsets, middle)
+    elif shift is not None:
+        offsets = _store(shift, scheme, positive=False)
+        shift = _dense(offsets, shift)
     placeholder = nearest_type(torch.zeros(1, 2, device=weight.device)) if table is None else table
     grid = Grid(
         scheme, shape, placeholder, scale=scale, shift=shift, scales=scales, offsets=offsets, zeros=zeros
@@ -265,7 +269,7 @@ def inverse(scale: Tensor) -> Tensor:
 def round_scale(scale: Tensor, scheme: Scheme) -> Tensor:
     """Scales as the float type of the scheme stores them."""
     assert isinstance(scheme.scale, str)
-    return _to_float(scale.clamp(min=0), scheme.scale, positive=True).float()
+    return _to_float(scale.clamp(min=0), scheme.scale, scale_unit(scheme), positive=True).float()
 
 
 def round_offset(offset: Tensor, scheme: Scheme) -> Tensor:
@@ -279,22 +283,26 @@ def _store(
 ) -> Tensor | PackedTensor:
     """Scales or offsets as they are stored; quantized ones on the grid of `like`, where it is given."""
     if isinstance(scheme.scale, str):
-        return _to_float(values, scheme.scale, positive)
+        return _to_float(values, scheme.scale, scale_unit(scheme) if positive else 1.0, positive=positive)
     row = finite(values.reshape(1, -1))  # [1, blocks]
     return encode(row, grid_of(like) if isinstance(like, PackedTensor) else plain(row, scheme.scale))
 
 
-def _to_float(values: Tensor, dtype: str, positive: bool) -> Tensor:
-    """Round to the type that is stored. A positive scale stays positive: a tiny one must not turn its block into zeros."""
+def _to_float(values: Tensor, dtype: str, unit: float = 1.0, *, positive: bool) -> Tensor:
+    """Round to the type that is stored, so that its product with `unit`, a power of 2, is exact in the type too.
+
+    A positive scale stays positive: a tiny one must not turn its block into zeros.
+    """
     info = torch.finfo(SCALE_DTYPES[dtype])
-    rounded = values.to(SCALE_DTYPES[dtype])
+    rounded = (values * unit).to(SCALE_DTYPES[dtype])
+    if positive:
+        rounded = torch.where((rounded == 0) & (values > 0), info.smallest_normal, rounded)
+    rounded = rounded / unit
     if bool(torch.isinf(rounded).any()):
         largest = float(values.abs().max())
         raise WeightError(
             f"a scale of {largest:.3g} does not fit {dtype} (at most {info.max:.3g}); use scheme.scale bf16 or fp32"
         )
-    if positive:
-        rounded = torch.where((rounded == 0) & (values > 0), info.smallest_normal, rounded)
     return rounded
 
 

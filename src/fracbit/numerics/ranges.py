@@ -83,11 +83,11 @@ def fit(weight: Tensor, scheme: Scheme, importance: Tensor | None = None, search
     if not search:
         return grid
     weight = weight.float()  # [out, in]
-    scale, middle = plain_range(weight, scheme)  # [per block] each
+    scale, shift = plain_range(weight, scheme)  # [per block] each
     # The range of least error; a fitted table follows the ranges, and the ranges follow it once more.
     fitted = is_fitted(scheme)
     for _ in range(2 if fitted else 1):
-        found = _search(weight, grid, scale, middle, importance=importance)
+        found = _search(weight, grid, scale, shift, importance=importance)
         if fitted:
             found = _refit_table(weight, found, importance)
         if _objective(weight, found, importance) >= _objective(weight, grid, importance):
@@ -141,19 +141,19 @@ def _refit_table(weight: Tensor, grid: Grid, importance: Tensor | None) -> Grid:
 
 
 def _search(
-    weight: Tensor, grid: Grid, scale: Tensor, middle: Tensor | None, *, importance: Tensor | None
+    weight: Tensor, grid: Grid, scale: Tensor, shift: Tensor | None, *, importance: Tensor | None
 ) -> Grid:
-    """The range of least error for every block, from the plain `scale` and `middle` [per block]."""
+    """The range of least error for every block, from the plain `scale` and `shift` [per block]."""
     parts = [
-        _search_rows(weight[a:b], grid, (a, b), scale, middle=middle, importance=importance)
+        _search_rows(weight[a:b], grid, (a, b), scale, shift=shift, importance=importance)
         for a, b in row_chunks(grid.shape, grid.scheme)
     ]
     best_scale = torch.cat([part[0] for part in parts])  # [per block]
-    best_middle = None if middle is None else torch.cat([part[1] for part in parts if part[1] is not None])
+    best_shift = None if shift is None else torch.cat([part[1] for part in parts if part[1] is not None])
     zeros = None if grid.zeros is None else torch.cat([part[2] for part in parts if part[2] is not None])
     # With the table as it is, also where it is the weight's own.
     found = place(
-        grid.scheme, weight, grid.table, best_scale, middle=best_middle, importance=importance, zeros=zeros
+        grid.scheme, weight, grid.table, best_scale, shift=best_shift, importance=importance, zeros=zeros
     )
     return replace(found, stored_table=grid.stored_table)
 
@@ -164,25 +164,25 @@ def _search_rows(
     span: tuple[int, int],
     scale: Tensor,
     *,
-    middle: Tensor | None,
+    shift: Tensor | None,
     importance: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Best (scale, middle, zero codes) of the blocks in rows `span`, which no block crosses; `weight` holds these rows."""
+    """Best (scale, shift, zero codes) of the blocks in rows `span`, which no block crosses; `weight` holds these rows."""
     start = _rows_of(grid, *span)
     rows = _stored_rows(grid, *span)
-    scale, middle = scale[rows], None if middle is None else middle[rows]  # [per block]
+    scale, shift = scale[rows], None if shift is None else shift[rows]  # [per block]
     if importance is not None and importance.dim() == 2:
         importance = importance[slice(*span)]  # [rows, in]
     best = _Best(weight, importance, start)
     # Shrunken ranges, with zero codes beside the nearest one.
     for factor in SHRINK:
         for nudge in (0,) if start.zeros is None else (-1, 0, 1):
-            best.offer(_candidate(start, scale * factor, middle, factor=factor, nudge=nudge))
+            best.offer(_candidate(start, scale, shift, factor=factor, nudge=nudge))
     # Least squares on the codes of the best.
     for _ in range(REFITS):
         best.offer(_least_squares(weight, best.grid, importance))
     found = best.grid
-    return found.scale, found.shift if middle is not None else None, found.zeros
+    return found.scale, found.shift if shift is not None else None, found.zeros
 
 
 def _rows_of(grid: Grid, first: int, last: int) -> Grid:
@@ -257,7 +257,9 @@ class EvenErrors:
         assert grid.table.step is not None
         step = line_order(grid.scale, self.scheme)[..., None] * grid.table.step  # [lines, blocks, 1]
         inverses = inverse(step)  # [lines, blocks, 1]
-        base = torch.full_like(step, 1 / grid.table.step)  # [lines, blocks, 1]: the code of the value 0
+        base = torch.full_like(
+            step, -grid.table.low / grid.table.step
+        )  # [lines, blocks, 1]: the code of the value 0
         if grid.shift is not None:
             base -= line_order(grid.shift, self.scheme)[..., None] * inverses  # [lines, blocks, 1]
         place = torch.mul(self.blocks, inverses, out=self.room).add_(base)  # [lines, blocks, block], in codes
@@ -356,13 +358,16 @@ def _chosen(better: Tensor, new: Tensor | None, old: Tensor | None) -> Tensor | 
     return None if new is None or old is None else torch.where(better, new, old)
 
 
-def _candidate(grid: Grid, scale: Tensor, middle: Tensor | None, *, factor: float, nudge: int) -> Grid:
-    """The grid with ranges shrunken by `factor`, and zero codes moved by `nudge`."""
-    scale = round_scale(scale, grid.scheme)  # [per block]
+def _candidate(grid: Grid, scale: Tensor, shift: Tensor | None, *, factor: float, nudge: int) -> Grid:
+    """The grid with ranges shrunken by `factor` around their middle, zero codes around 0 and moved by `nudge`."""
+    wide, scale = scale, round_scale(scale * factor, grid.scheme)  # [per block] each
     if grid.zeros is None:
-        return replace(grid, scale=scale)
-    assert middle is not None
-    nearest = grid.table.nearest((-middle * factor * inverse(scale)).view(1, -1)).view(scale.shape)
+        center = sum(grid.table.span) / 2 if grid.scheme.offset == "float" else 0.0
+        if shift is None or not center:
+            return replace(grid, scale=scale)
+        return replace(grid, scale=scale, shift=round_offset(shift + (wide - scale) * center, grid.scheme))
+    assert shift is not None
+    nearest = grid.table.nearest((-shift * factor * inverse(scale)).view(1, -1)).view(scale.shape)
     zeros = (nearest.int() + nudge).clamp(0, grid.table.levels - 1).to(torch.uint8)  # [per block]
     return replace(grid, scale=scale, zeros=zeros, shift=-scale * grid.table.look_up(zeros))
 

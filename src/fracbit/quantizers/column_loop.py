@@ -103,7 +103,8 @@ def _uniform(lattice: Lattice) -> Rounding:
     assert lattice.table.step is not None
     top = lattice.table.levels - 1
     step = lattice.scale * lattice.table.step  # [batch or 1, out or 1]
-    base = -lattice.scale if lattice.shift is None else lattice.shift - lattice.scale
+    bottom = lattice.scale * lattice.table.low  # [batch or 1, out or 1]
+    base = bottom if lattice.shift is None else lattice.shift + bottom
     inverse = torch.where(step > 0, 1 / step, 0.0)
 
     def round_column(target: Tensor, i: int) -> tuple[Tensor, Tensor]:

@@ -154,4 +154,13 @@ PERTURBATIONS: Table[Any] = Table(
     },
 )
 
-FORMATS: Table[Any] = Table("export format", {"float": "fracbit.checkpoint.export.float:export_float"})
+FORMATS: Table[Any] = Table(
+    "export format",
+    {
+        "float": "fracbit.checkpoint.export.float:export_float",
+        "compressed-tensors": "fracbit.checkpoint.export.compressed_tensors:export_compressed_tensors",
+        "gptq": "fracbit.checkpoint.export.gptq:export_gptq",
+        "awq": "fracbit.checkpoint.export.awq:export_awq",
+        "mlx": "fracbit.checkpoint.export.mlx:export_mlx",
+    },
+)

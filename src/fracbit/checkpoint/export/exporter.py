@@ -1,6 +1,7 @@
 """The protocol of export formats, and the export of a fracbit checkpoint to a folder.
 
     checkpoint -> files + skeleton -> can the format hold every layer? -> its shards -> other files, manifest, config.json
+                                      no: an error, or with requantize the nearest form that it can hold
 
 The folder is written like a checkpoint (checkpoint/output.py): at any moment it is absent, resumable or complete.
 """
@@ -10,14 +11,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fracbit.checkpoint.export.again import requantized
 from fracbit.checkpoint.format import QUANT_METHOD, StoredLayer, packed_layer, read_layers, tensor_name
 from fracbit.checkpoint.opened import model_config, open_checkpoint
 from fracbit.checkpoint.output import MANIFEST, Output, copy_rest, open_output
@@ -28,6 +30,8 @@ from fracbit.models.skeleton import skeleton
 from fracbit.numerics.packed import PackedTensor, part_shapes
 from fracbit.records import tables
 from fracbit.records.progress import Progress, Shown, showing
+from fracbit.records.run import LayerRecord, ShardRecord
+from fracbit.records.scheme import Scheme
 from fracbit.records.tables import Table
 from fracbit.records.version import __version__
 
@@ -36,18 +40,30 @@ SHOWN = 4  # names of layers in a message
 
 @dataclass(frozen=True, eq=False)
 class StoredModel:
-    """A fracbit checkpoint on disk, read one layer at a time, and the skeleton of its model, mixtures split into linears."""
+    """A fracbit checkpoint on disk, read one layer at a time, and the skeleton of its model, mixtures split into linears.
+
+    `disk`: how each layer is stored. `layers`: how each is to be exported; where the two differ it is rounded again, and a
+    layer that only `disk` has is exported as floats.
+    """
 
     source: Source
     model: PreTrainedModel
+    disk: Mapping[str, StoredLayer]
     layers: Mapping[str, StoredLayer]
 
     def packed(self, layer: str) -> PackedTensor:
-        """The packed weight of a quantized layer. Raises `FormatError` or `SourceError`."""
-        stored = self.layers[layer]
+        """The packed weight of a quantized layer as it is stored. Raises `FormatError` or `SourceError`."""
+        stored = self.disk[layer]
         names = [tensor_name(layer, part) for part in _parts(stored)]
         held = {name: read_tensor(self.source, name) for name in names if name in self.source.tensors}
         return packed_layer(layer, stored, held)
+
+    def exported(self, layer: str) -> tuple[PackedTensor, LayerRecord | None]:
+        """The packed weight of a layer in its exported form, and what rounding it again lost, if it was."""
+        packed = self.packed(layer)
+        if self.layers[layer] == self.disk[layer]:
+            return packed, None
+        return requantized(packed, self.layers[layer].scheme)
 
     def tensor(self, name: str) -> Tensor:
         """A tensor that stayed float, as it is stored."""
@@ -56,8 +72,20 @@ class StoredModel:
     @cached_property
     def rest(self) -> tuple[str, ...]:
         """The stored tensors that belong to no quantized layer: norms, biases, what was kept float."""
-        parts = {tensor_name(name, part) for name, stored in self.layers.items() for part in _parts(stored)}
+        parts = {tensor_name(name, part) for name, stored in self.disk.items() for part in _parts(stored)}
         return tuple(name for name in self.source.tensors if name not in parts)
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The nearest form to a layer's own that a format can hold.
+
+    `scheme`: how its weight would be stored, "float" for plain floats, None where nothing but the layer's own would do.
+    `reason`: why the layer's own form will not do; "" where it will.
+    """
+
+    scheme: Scheme | Literal["float"] | None
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,12 +99,12 @@ class Written:
 class Exporter(Protocol):
     """A format with its parameter, if it has one."""
 
-    def fault(self, layer: StoredLayer) -> str:
-        """Why the format cannot hold a layer, and what to do instead; "" where it can."""
+    def nearest(self, layer: StoredLayer) -> Nearest:
+        """The nearest form of a layer that the format can hold."""
         ...
 
     def size(self, stored: StoredModel) -> int:
-        """Bytes that `write` will take on the disk."""
+        """Bytes that `write` will take on the disk, about."""
         ...
 
     def write(self, stored: StoredModel, target: Output, show: Progress) -> Written:
@@ -89,11 +117,31 @@ FORMATS: Table[Callable[[str], Exporter]] = tables.FORMATS
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export made: the folder, its format, and the bytes of its weight files."""
+    """What an export made: the folder, its format, and the bytes of its weight files.
+
+    `requantized`: the layers that were rounded again, with what that lost; `floats`: the layers that became floats.
+    """
 
     output: str
     format: str
     bytes: int
+    requantized: Mapping[str, LayerRecord] = field(default_factory=dict)
+    floats: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is not as it was stored, and what rounding again cost."""
+        floats = (f"{_some(self.floats)} became floats",) if self.floats else ()
+        if not self.requantized:
+            return floats
+        worst = max(self.requantized, key=lambda name: self.requantized[name].loss)
+        lost = self.requantized[worst].loss ** 0.5
+        mean = sum(layer.loss for layer in self.requantized.values()) / len(self.requantized)
+        return (
+            *floats,
+            f"{len(self.requantized)} layers were rounded again: their weights moved by {mean**0.5:.2%} (relative error, mean "
+            f"square), those of {worst} by {lost:.2%}",
+        )
 
 
 def export(
@@ -101,6 +149,7 @@ def export(
     output: str | Path,
     format: str,  # noqa: A002
     *,
+    requantize: bool = False,
     overwrite: bool = False,
     resume: bool = False,
     trust_remote_code: bool = False,
@@ -108,23 +157,28 @@ def export(
 ) -> Exported:
     """Write a fracbit checkpoint (a folder or hub id) into the folder `output` in another format.
 
-    `format` is a name of `FORMATS`, with a parameter after a colon if the format has one: `float`, `float:fp32`.
+    `format` is a name of `FORMATS`, with a parameter after a colon if the format has one: `float`, `float:fp32`. Nothing is
+    rounded, unless `requantize` allows it: then layers that the format cannot hold get the nearest scheme that it can.
     Raises `RecipeError` for an unknown format, `FormatError` for a layer that it cannot hold, `SourceError`, `OutputError`.
     """
     exporter = exporter_of(format)
     stored = open_stored(checkpoint, trust_remote_code)
     folder = Path(output).expanduser()
     check_apart(folder, stored.source.folder)
-    check_layers(stored, exporter, format)
+    stored = fitted(stored, exporter, format, requantize=requantize)
     key, size = _key(stored, format), exporter.size(stored)
     with (
         showing(progress) as show,
         open_output(folder, key, expected_bytes=size, overwrite=overwrite, resume=resume) as target,
     ):
         written = exporter.write(stored, target, show or (lambda what, done, total: None))
+        records = [target.record(name) or ShardRecord() for name in written.files]
+        again = {name: layer for record in records for name, layer in record.layers.items()}
         copy_rest(stored.source.folder, folder)
-        target.finish(written.config, _manifest(stored, format))
-    return Exported(str(folder), format, sum((folder / name).stat().st_size for name in written.files))
+        target.finish(written.config, _manifest(stored, format, again))
+    size = sum((folder / name).stat().st_size for name in written.files)
+    floats = tuple(name for name in stored.disk if name not in stored.layers)
+    return Exported(str(folder), format, size, requantized=again, floats=floats)
 
 
 def exporter_of(asked: str) -> Exporter:
@@ -144,21 +198,40 @@ def open_stored(checkpoint: str | Path, trust_remote_code: bool = False) -> Stor
     config = model_config(source, trust_remote_code)
     del config.quantization_config
     model = skeleton(config, trust_remote_code=trust_remote_code)
-    return StoredModel(source, model, read_layers(quantization))
+    layers = read_layers(quantization)
+    return StoredModel(source, model, layers, layers)
 
 
-def check_layers(stored: StoredModel, exporter: Exporter, asked: str) -> None:
-    """Raise `FormatError` naming the layers that the format cannot hold, by reason."""
-    faults: dict[str, list[str]] = {}
+def fitted(stored: StoredModel, exporter: Exporter, asked: str, *, requantize: bool = False) -> StoredModel:
+    """The model with every layer in a form that the format can hold.
+
+    Raises `FormatError` naming the layers that it cannot hold, by reason, unless `requantize` allows their nearest forms.
+    """
+    faults: dict[Nearest, list[str]] = {}
+    layers: dict[str, StoredLayer] = {}
     for name, layer in stored.layers.items():
-        fault = exporter.fault(layer)
-        if fault:
-            faults.setdefault(fault, []).append(name)
-    if faults:
-        reasons = [f"{_some(names)}: {fault}" for fault, names in faults.items()]
-        raise FormatError(
-            f"format {asked} cannot hold every layer of {stored.source.name}. {'. '.join(reasons)}"
-        )
+        nearest = exporter.nearest(layer)
+        if nearest.reason:
+            faults.setdefault(nearest, []).append(name)
+        if isinstance(nearest.scheme, Scheme):
+            layers[name] = replace(layer, scheme=nearest.scheme, outliers=0) if nearest.reason else layer
+    refused = (
+        faults if not requantize else {near: names for near, names in faults.items() if near.scheme is None}
+    )
+    if not refused:
+        return replace(stored, layers=layers)
+    can = {near.scheme for near in refused} - {None}
+    remedy = ". requantize=True (--requantize) rounds them again, and says what it costs" if can else ""
+    reasons = [f"{_some(names)}: {_explained(near)}" for near, names in refused.items()]
+    raise FormatError(
+        f"format {asked} cannot hold every layer of {stored.source.name}. {'. '.join(reasons)}{remedy}"
+    )
+
+
+def _explained(nearest: Nearest) -> str:
+    if nearest.scheme is None:
+        return nearest.reason
+    return f"{nearest.reason}; the nearest that it can hold is {nearest.scheme}"
 
 
 def _parts(stored: StoredLayer) -> Sequence[str]:
@@ -173,7 +246,8 @@ def _some(names: Sequence[str]) -> str:
 def _key(stored: StoredModel, asked: str) -> str:
     """16 hex digits that name an export; another checkpoint, format or program version cannot resume it."""
     headers = {name: (info.dtype, info.shape, info.file) for name, info in stored.source.tensors.items()}
-    facts = [__version__, asked, stored.source.config, headers, _manifest_of(stored)]
+    schemes = {name: str(layer.scheme) for name, layer in stored.layers.items()}
+    facts = [__version__, asked, stored.source.config, headers, _manifest_of(stored), schemes]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -187,9 +261,10 @@ def _manifest_of(stored: StoredModel) -> dict[str, Any]:
         raise FormatError(f"{path} cannot be read: {error}") from error
 
 
-def _manifest(stored: StoredModel, asked: str) -> dict[str, Any]:
-    """Where the export comes from: the recipe and source of the checkpoint, and the format."""
+def _manifest(stored: StoredModel, asked: str, again: Mapping[str, LayerRecord]) -> dict[str, Any]:
+    """Where the export comes from: the recipe and source of the checkpoint, the format, and what was rounded again."""
     old = _manifest_of(stored)
     origin = ("recipe", "recipe_key", "source", "texts", "seed")
     kept: dict[str, Any] = {name: old[name] for name in origin if name in old}
-    return {"fracbit": __version__, "exported": asked, **kept, "layers": {}}
+    layers = {name: layer.to_json() for name, layer in again.items()}
+    return {"fracbit": __version__, "exported": asked, **kept, "layers": layers}

@@ -8,27 +8,24 @@ decoded to fp32, so only fp32 loses nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fracbit.checkpoint.export.exporter import StoredModel, Written
+from fracbit.checkpoint.export.exporter import Nearest, StoredModel, Written
+from fracbit.checkpoint.export.pieces import Piece, Tensors, copied_piece, write_pieces
 from fracbit.checkpoint.format import StoredLayer
 from fracbit.checkpoint.output import Output
-from fracbit.checkpoint.shards import cut_shards, write_index
 from fracbit.errors import FormatError, RecipeError, WeightError
 from fracbit.models.blocks import is_transposed
 from fracbit.models.experts import Cut, SplitExperts
 from fracbit.models.origin import origins
 from fracbit.numerics.packed import SCALE_DTYPES, decode
 from fracbit.records.progress import Progress
-from fracbit.records.run import ShardRecord
 
-SHARD_BYTES = 2 << 30
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -41,33 +38,26 @@ class Mixture:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A tensor to write: its name, its size in bytes, and a function that makes it."""
-
-    name: str
-    bytes: int
-    make: Callable[[], Tensor]
-
-
-@dataclass(frozen=True)
 class FloatWeights:
     """The format `float`; `dtype` None is the source's type."""
 
     dtype: torch.dtype | None = None
 
-    def fault(self, layer: StoredLayer) -> str:
+    def nearest(self, layer: StoredLayer) -> Nearest:
         """A plain model cannot rotate or round the inputs of a layer while it runs."""
         if layer.rotated:
-            return (
+            return Nearest(
+                None,
                 "its inputs are rotated while the model runs, which a plain model does not do; "
-                "quantize without the transform rotate-mlp"
+                "quantize without the transform rotate-mlp",
             )
         if layer.inputs is not None:
-            return (
+            return Nearest(
+                None,
                 f"its inputs are rounded to {layer.inputs} while the model runs, which a plain model does not do; "
-                "quantize without inputs"
+                "quantize without inputs",
             )
-        return ""
+        return Nearest(layer.scheme)
 
     def size(self, stored: StoredModel) -> int:
         """Bytes of all weights as floats."""
@@ -77,21 +67,7 @@ class FloatWeights:
         """Write the shards and their index; one shard is in memory at a time."""
         pieces = self.pieces(stored)
         _check_complete(stored, pieces)
-        shards = cut_shards(pieces, lambda piece: piece.bytes, SHARD_BYTES)
-        total, done = sum(piece.bytes for piece in pieces), 0
-        for shard, content in shards.items():
-            if target.record(shard) is None:
-                tensors = {}
-                for piece in content:
-                    tensors[piece.name] = piece.make()
-                    done += piece.bytes
-                    show(piece.name, done, total)
-                target.write_shard(shard, tensors, ShardRecord())
-            else:
-                done += sum(piece.bytes for piece in content)
-        places = {piece.name: shard for shard, content in shards.items() for piece in content}
-        write_index(target.folder, places, total)
-        return Written(tuple(shards), self._config(stored))
+        return Written(write_pieces(pieces, target, show), self._config(stored))
 
     def pieces(self, stored: StoredModel) -> list[Piece]:
         """Every tensor of the exported model."""
@@ -100,14 +76,10 @@ class FloatWeights:
         inside = {name for mixture in mixtures.values() for name, _ in mixture.parts}
         made = [
             _layer_piece(stored, name, layer, dtype)
-            for name, layer in stored.layers.items()
+            for name, layer in stored.disk.items()
             if f"{name}.weight" not in inside
         ]
-        copied = [
-            Piece(name, stored.source.tensors[name].bytes, partial(stored.tensor, name))
-            for name in stored.rest
-            if name not in inside
-        ]
+        copied = [copied_piece(stored, name) for name in stored.rest if name not in inside]
         fused = [_fused_piece(stored, name, mixture, dtype) for name, mixture in mixtures.items()]
         return [*made, *fused, *copied]
 
@@ -141,9 +113,9 @@ def _layer_piece(stored: StoredModel, name: str, layer: StoredLayer, dtype: torc
     size = layer.shape[0] * layer.shape[1] * dtype.itemsize
     transposed = layer.kind == "linear" and is_transposed(stored.model.get_submodule(name))
 
-    def make() -> Tensor:
-        weight = _decoded(stored, name, dtype)  # [out, in]
-        return weight.T.contiguous() if transposed else weight
+    def make() -> Tensors:
+        weight = decoded(stored, name, dtype)  # [out, in]
+        return {f"{name}.weight": weight.T.contiguous() if transposed else weight}, None
 
     return Piece(f"{name}.weight", size, make)
 
@@ -152,21 +124,21 @@ def _fused_piece(stored: StoredModel, fused: str, mixture: Mixture, dtype: torch
     """One tensor of a mixture, put together from the experts' linears."""
     size = mixture.shape.numel() * dtype.itemsize
 
-    def make() -> Tensor:
+    def make() -> Tensors:
         whole = torch.zeros(mixture.shape, dtype=dtype)  # LongCat has rows of no expert
         for name, cut in mixture.parts:
             layer, _, leaf = name.rpartition(".")
             # [out, in], or [out] of a bias
-            part = _decoded(stored, layer, dtype) if leaf == "weight" else stored.tensor(name).to(dtype)
+            part = decoded(stored, layer, dtype) if leaf == "weight" else stored.tensor(name).to(dtype)
             cut.write(whole, part)
-        return whole
+        return {fused: whole}, None
 
     return Piece(fused, size, make)
 
 
-def _decoded(stored: StoredModel, name: str, dtype: torch.dtype) -> Tensor:
+def decoded(stored: StoredModel, name: str, dtype: torch.dtype) -> Tensor:
     """The weight [out, in] of a linear or a table, quantized or not. Raises `WeightError` where it overflows the type."""
-    if name not in stored.layers:
+    if name not in stored.disk:
         return stored.tensor(f"{name}.weight").to(dtype)
     try:
         weight = decode(stored.packed(name), dtype)

@@ -49,6 +49,8 @@ RUN_TIME = (
     ".weight_shape", ".input_scale", ".input_zero_point", ".input_global_scale", ".output_scale", ".output_zero_point",
     ".k_scale", ".v_scale", ".q_scale", ".k_zero_point", ".v_zero_point",
 )  # fmt: skip
+DENSE_SINCE = (0, 18)
+"""The version from which on codes of any width are one stream of bits in a row."""
 Unpack = Callable[[Tensor, int, int], Tensor]
 """From words [rows, n], bits and a count to codes [rows, count]."""
 
@@ -60,6 +62,7 @@ class CodedLayer:
     source: Source
     module: str
     args: Mapping[str, Any]
+    version: tuple[int, ...] = ()
 
     @property
     def bits(self) -> int:
@@ -98,7 +101,7 @@ def decode(source: Source, settings: Mapping[str, Any]) -> Decoded:
     kinds: dict[str, set[int]] = {}
     for name in coded:
         module = name.removesuffix(PACKED).removesuffix(PLAIN)
-        layer = CodedLayer(source, module, _arguments(source, settings, module))
+        layer = CodedLayer(source, module, _arguments(source, settings, module), _version(settings))
         kind, decoding = _packed(layer) if name.endswith(PACKED) else _bytes(layer)
         found[f"{module}.weight"] = decoding
         kinds.setdefault(kind, set()).add(layer.bits)
@@ -114,6 +117,12 @@ def decode(source: Source, settings: Mapping[str, Any]) -> Decoded:
     )
     unused = frozenset(name for name in tensors if name.endswith(RUN_TIME))
     return Decoded(f"compressed-tensors {title}", found, unused, _notes(settings))
+
+
+def _version(settings: Mapping[str, Any]) -> tuple[int, ...]:
+    """The version of compressed-tensors that wrote the file; empty where the config does not say."""
+    found = re.match(r"(\d+)\.(\d+)", str(settings.get("version") or ""))
+    return tuple(map(int, found.groups())) if found else ()
 
 
 def _is_coded(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> bool:
@@ -236,12 +245,13 @@ def _unpacker(layer: CodedLayer, words: tuple[int, ...], shape: tuple[int, int])
             f"has weight_packed {list(words)}, and {out} x {width} codes of {bits} bits take {[out, stream]} or "
             f"{[out, padded]}; compare config_groups in config.json with the released ones"
         )
-    if stream == padded and 32 % bits and width > 32 // bits:
+    dense = bool(layer.version and layer.version >= DENSE_SINCE)
+    if stream == padded and 32 % bits and width > 32 // bits and not dense:
         raise layer.broken(
             f"has rows of {width} codes of {bits} bits, too short to tell one stream of bits from words of {32 // bits} codes; "
             "start from the float model"
         )
-    return unpack_words if fits == [stream] else _unpack_padded
+    return unpack_words if stream in fits and (dense or padded not in fits) else _unpack_padded
 
 
 def _unpack_padded(words: Tensor, bits: int, count: int) -> Tensor:

@@ -1,0 +1,231 @@
+"""What formats of integer codes share: which schemes they hold, and a folder of safetensors with one piece a layer.
+
+    w = (code - zero) * step        w = code * step + bottom
+
+A fracbit scheme of the type `int:step` has these numbers as they are: nothing is rounded. Layers have the names of released
+checkpoints, such as Mixtral's `block_sparse_moe.experts.0.w1`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fracbit.checkpoint.export.exporter import Nearest, StoredModel, Written
+from fracbit.checkpoint.export.float import decoded, source_dtype
+from fracbit.checkpoint.export.pieces import Piece, Tensors, copied_piece, write_pieces
+from fracbit.checkpoint.format import StoredLayer
+from fracbit.checkpoint.output import Output
+from fracbit.models.blocks import is_linear
+from fracbit.models.origin import released_names
+from fracbit.numerics.bits import pack_bits, row_bytes
+from fracbit.numerics.datatypes import fixed_type
+from fracbit.numerics.packed import PackedTensor, zeros_of
+from fracbit.records.progress import Progress
+from fracbit.records.scheme import Offset, Scheme
+
+STEP = "int:step"
+
+
+@dataclass(frozen=True)
+class IntegerForms:
+    """The schemes of integers that a format holds.
+
+    `blocks`: lengths of blocks along the input, "row" for whole rows, or "any" for every length; all must divide the width.
+    `scales`: types of the steps. `columns`: the number of outputs must be a multiple of it.
+    """
+
+    bits: tuple[int, ...]
+    offsets: tuple[Offset, ...]
+    blocks: tuple[int | str, ...]
+    scales: tuple[str, ...] = ("fp16", "bf16")
+    embeddings: bool = False
+    columns: int = 1
+
+    def nearest(self, layer: StoredLayer) -> Nearest:
+        """The nearest form of a layer, with every reason why its own will not do."""
+        if layer.rotated:
+            return Nearest(
+                None, "its inputs are rotated while the model runs; quantize without the transform rotate-mlp"
+            )
+        if layer.kind == "embedding" and not self.embeddings:
+            return Nearest("float", "it is an embedding table, which the format keeps in floats")
+        if layer.shape[0] % self.columns:
+            return Nearest("float", f"its {layer.shape[0]} outputs are no multiple of {self.columns}")
+        block = self._block(layer)
+        if block is None:
+            return Nearest("float", f"no block of the format divides its {layer.shape[1]} inputs")
+        old = layer.scheme
+        new = Scheme(
+            STEP,
+            old.bits
+            if old.bits in self.bits
+            else min(self.bits, key=lambda bits: (bits < old.bits, abs(bits - old.bits))),
+            block,
+            offset=self._offset(old.offset),
+            scale=old.scale if old.scale in self.scales else self.scales[0],
+        )
+        return Nearest(new, ", ".join(_reasons(layer, new)))
+
+    def _block(self, layer: StoredLayer) -> int | str | None:
+        """The longest block that is no longer than the layer's, else the shortest; None where none divides the inputs."""
+        width, asked = layer.shape[1], layer.scheme.block
+        longest = width if not isinstance(asked, int) else asked
+        if "any" in self.blocks and isinstance(asked, int) and width % asked == 0:
+            return asked
+        fits: dict[int, int | str] = {}
+        for block in (16, 32, 64, 128, 256, "row") if "any" in self.blocks else self.blocks:
+            length = width if block == "row" else int(block)
+            if width % length == 0 and (length not in fits or block == asked):
+                fits[length] = block
+        if not fits:
+            return None
+        shorter = [length for length in fits if length <= longest]
+        return fits[max(shorter) if shorter else min(fits)]
+
+    def _offset(self, asked: Offset) -> Offset:
+        return asked if asked in self.offsets else self.offsets[-1]
+
+
+def _reasons(layer: StoredLayer, new: Scheme) -> list[str]:
+    """Where a layer's own form differs from the one that the format holds."""
+    old = layer.scheme
+    differs = {
+        f"its data type is {old.dtype}": old.dtype != new.dtype,
+        f"it has {old.bits} bits": old.bits != new.bits,
+        f"its blocks are {old.block} along {old.axis}": (old.block, old.axis) != (new.block, new.axis),
+        f"its offset is {old.offset}": old.offset != new.offset,
+        f"its scales are {old.scale if isinstance(old.scale, str) else 'quantized'}": old.scale != new.scale,
+        f"{layer.outliers} of its columns have 16 bits": layer.outliers > 0,
+    }
+    return [what for what, wrong in differs.items() if wrong]
+
+
+@dataclass(frozen=True)
+class CodedWeights:
+    """A format whose layers are codes beside other tensors.
+
+    `holds`: the nearest form of a layer; `tensors`: what a layer is stored as, by the ending of its name; `config`: what
+    becomes of config.json.
+    """
+
+    holds: Callable[[StoredLayer], Nearest]
+    tensors: Callable[[StoredLayer, PackedTensor], dict[str, Tensor]]
+    config: Callable[[StoredModel, ReleasedNames], dict[str, Any]]
+
+    def nearest(self, layer: StoredLayer) -> Nearest:
+        """See `Exporter`."""
+        return self.holds(layer)
+
+    def size(self, stored: StoredModel) -> int:
+        """See `Exporter`."""
+        return sum(piece.bytes for piece in self._pieces(stored, names_of(stored)))
+
+    def write(self, stored: StoredModel, target: Output, show: Progress) -> Written:
+        """See `Exporter`."""
+        names = names_of(stored)
+        files = write_pieces(self._pieces(stored, names), target, show)
+        return Written(files, self.config(stored, names))
+
+    def _pieces(self, stored: StoredModel, names: ReleasedNames) -> list[Piece]:
+        dtype = source_dtype(stored)
+        codes = [self._piece(stored, name, names) for name in stored.layers]
+        floats = [
+            _float_piece(stored, name, names, dtype) for name in stored.disk if name not in stored.layers
+        ]
+        return [*codes, *floats, *(copied_piece(stored, name, names.tensor(name)) for name in stored.rest)]
+
+    def _piece(self, stored: StoredModel, name: str, names: ReleasedNames) -> Piece:
+        layer = stored.layers[name]
+
+        def make() -> Tensors:
+            packed, record = stored.exported(name)
+            own = names.module(name)
+            return {own + ending: tensor for ending, tensor in self.tensors(layer, packed).items()}, record
+
+        return Piece(name, layer.bytes, make)
+
+
+@dataclass(frozen=True, eq=False)
+class ReleasedNames:
+    """What released checkpoints call things: `tensors` by their names in the model, `layers` that are quantized, `floats`: the
+    linears that are not.
+    """
+
+    tensors: Mapping[str, str]
+    layers: Mapping[str, StoredLayer]
+    floats: tuple[str, ...]
+
+    def tensor(self, name: str) -> str:
+        """The name in the files of a tensor."""
+        return self.tensors.get(name, name)
+
+    def module(self, layer: str) -> str:
+        """The name in the files of a layer."""
+        return self.tensor(f"{layer}.weight").removesuffix(".weight")
+
+
+def names_of(stored: StoredModel) -> ReleasedNames:
+    """How tensors are called in the files."""
+    tensors = released_names(stored.model)
+    floats = [
+        tensors.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
+        for name, module in stored.model.named_modules()
+        if is_linear(module) and name not in stored.layers
+    ]
+    named = ReleasedNames(tensors, {}, tuple(floats))
+    return replace(named, layers={named.module(name): layer for name, layer in stored.layers.items()})
+
+
+def _float_piece(stored: StoredModel, name: str, names: ReleasedNames, dtype: torch.dtype) -> Piece:
+    """A layer that becomes floats."""
+    size = stored.disk[name].shape[0] * stored.disk[name].shape[1] * dtype.itemsize
+    own = names.tensor(f"{name}.weight")
+    return Piece(name, size, lambda: ({own: decoded(stored, name, dtype)}, None))
+
+
+# --- what the formats make of a packed tensor -------------------------------------------------------------------------
+
+
+def steps(packed: PackedTensor) -> Tensor:
+    """The steps [out, blocks] in the type of the scales: exact."""
+    assert isinstance(packed.scales, Tensor)
+    return (packed.scales.float() * fixed_type(packed.scheme).unit).to(packed.scales.dtype)
+
+
+def zero_codes(packed: PackedTensor) -> Tensor:
+    """The code uint8 [out, blocks] that stands for 0: the zero point, or the middle of all codes."""
+    assert isinstance(packed.scales, Tensor)
+    if packed.scheme.offset == "zero":
+        return zeros_of(packed, tuple(packed.scales.shape))
+    return torch.full(packed.scales.shape, 2 ** (packed.scheme.bits - 1), dtype=torch.uint8)
+
+
+def row_words(packed: PackedTensor) -> Tensor:
+    """The codes as int32 [out, ceil(in b / 32)]: one stream of bits in each row, the least significant first."""
+    return as_words(
+        packed.codes.view(packed.shape[0], -1)[:, : row_bytes(packed.shape[1], packed.scheme.bits)]
+    )
+
+
+def words_of(codes: Tensor, bits: int) -> Tensor:
+    """Codes uint8 [rows, n] as int32 [rows, ceil(n b / 32)], in such streams."""
+    return as_words(pack_bits(codes.contiguous(), bits))
+
+
+def as_words(stream: Tensor) -> Tensor:
+    """Bytes [rows, n] as int32 [rows, ceil(n / 4)], little-endian."""
+    padded = nn.functional.pad(stream, (0, -stream.shape[1] % 4)).contiguous()  # [rows, 4 words]
+    return padded.view(-1).view(torch.int32).view(len(stream), -1)  # [rows, words]
+
+
+def linears_by_scheme(names: ReleasedNames) -> dict[tuple[Scheme, str], list[str]]:
+    """The layers' names by scheme and rounding of inputs, in the order of the model."""
+    found: dict[tuple[Scheme, str], list[str]] = {}
+    for name, layer in names.layers.items():
+        found.setdefault((layer.scheme, str(layer.inputs or "")), []).append(name)
+    return found

@@ -1,0 +1,70 @@
+"""`mlx`: the format of Apple's MLX and mlx-lm. Integers of 2, 3, 4, 5, 6 or 8 bits with the bottom of every group.
+
+    weight uint32 [out, in b / 32]   scales [out, groups]   biases [out, groups]        w = code * scale + bias
+
+Groups of 32, 64 or 128 along the input; embedding tables too. Every layer may have a width of its own.
+
+Ref: mlx 0.32, `mx.quantize` with mode affine; mlx-lm reads `quantization` in config.json, with an entry for each layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fracbit.checkpoint.export.coded import (
+    CodedWeights,
+    IntegerForms,
+    ReleasedNames,
+    linears_by_scheme,
+    row_words,
+    steps,
+)
+from fracbit.checkpoint.export.exporter import Nearest, StoredModel
+from fracbit.checkpoint.export.parameter import without_parameter
+from fracbit.checkpoint.format import StoredLayer
+from fracbit.numerics.packed import PackedTensor
+from fracbit.records.scheme import Scheme
+
+HELD = IntegerForms(bits=(2, 3, 4, 5, 6, 8), offsets=("none", "float"), blocks=(32, 64, 128), embeddings=True)
+
+
+def _nearest(layer: StoredLayer) -> Nearest:
+    if layer.inputs is not None:
+        return Nearest(
+            None, f"its inputs are rounded to {layer.inputs} while the model runs; quantize without inputs"
+        )
+    return HELD.nearest(layer)
+
+
+def _tensors(layer: StoredLayer, packed: PackedTensor) -> dict[str, Tensor]:
+    step = steps(packed)  # [out, groups]
+    symmetric = packed.offsets is None
+    bottom = step * -(2 ** (packed.scheme.bits - 1)) if symmetric else packed.offsets  # [out, groups]
+    assert isinstance(bottom, Tensor)
+    return {".weight": row_words(packed).view(torch.uint32), ".scales": step, ".biases": bottom}
+
+
+def _config(stored: StoredModel, names: ReleasedNames) -> dict[str, Any]:
+    by_scheme = linears_by_scheme(names)
+    (most, _), _ = max(
+        by_scheme.items(), key=lambda item: len(item[1]), default=((Scheme("int:step", 4, 64), ""), [])
+    )
+    quantization: dict[str, Any] = {**_how(most), **dict.fromkeys(names.floats, False)}
+    for (scheme, _), layers in by_scheme.items():
+        if scheme != most:
+            quantization |= {name: _how(scheme) for name in layers}
+    config = {name: value for name, value in stored.source.config.items() if name != "quantization_config"}
+    return {**config, "quantization": quantization, "quantization_config": quantization}
+
+
+def _how(scheme: Scheme) -> dict[str, Any]:
+    return {"group_size": scheme.block, "bits": scheme.bits, "mode": "affine"}
+
+
+def export_mlx(parameter: str = "") -> CodedWeights:
+    """The format; it takes no parameter. Raises `RecipeError` for one."""
+    without_parameter("mlx", parameter)
+    return CodedWeights(_nearest, _tensors, _config)

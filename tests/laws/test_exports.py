@@ -1,0 +1,271 @@
+"""Laws over all formats of integers: what a format holds is written without rounding; readers decode equal weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fracbit
+from fracbit.checkpoint.export.exporter import FORMATS, StoredModel, export, exporter_of, fitted, open_stored
+from fracbit.checkpoint.format import StoredLayer
+from fracbit.checkpoint.opened import open_float
+from fracbit.checkpoint.source import read_tensor
+from fracbit.errors import FormatError, RecipeError
+from fracbit.numerics import decode
+from fracbit.pipeline.quantize.run import write_checkpoint
+from fracbit.records.recipe import Override, Recipe
+from fracbit.records.scheme import Scheme, parse_scheme
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+Maker = Callable[..., "LlamaForCausalLM"]
+CODED = [name for name in FORMATS if name != "float"]
+HELD = {
+    "compressed-tensors": [
+        f"int:step{bits}{z}/{block}" for bits in range(2, 9) for z in ("", "z") for block in (16, "row")
+    ],
+    "gptq": [
+        f"int:step{bits}{z}/{block}" for bits in (2, 3, 4, 8) for z in ("", "z") for block in (32, "row")
+    ],
+    "gptq:v1": ["int:step4/32", "int:step3/64"],
+    "awq": ["int:step4z/32", "int:step4/32 s=bf16", "int:step4z/row"],
+    "mlx": [
+        f"int:step{bits}{f}/{block}" for bits in (2, 3, 4, 5, 6, 8) for f in ("", "f") for block in (32, 64)
+    ],
+}
+EVERY = [(name, scheme) for name, schemes in HELD.items() for scheme in schemes]
+
+
+@pytest.fixture(scope="module")
+def floats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from families import tiny_llama
+
+    folder = tmp_path_factory.mktemp("float")
+    tiny_llama(hidden_size=64, intermediate_size=192, num_attention_heads=4, head_dim=16).to(
+        torch.bfloat16
+    ).save_pretrained(folder)
+    return folder
+
+
+def quantized(floats: Path, folder: Path, scheme: str, **recipe: object) -> Path:
+    write_checkpoint(Recipe(model=str(floats), scheme=parse_scheme(scheme), **recipe), folder)  # type: ignore[arg-type]
+    return folder
+
+
+def weights_of_mlx(folder: Path) -> dict[str, torch.Tensor]:
+    """As MLX decodes: unsigned codes times scale, plus bias, groups along the input."""
+    tensors = load_file(folder / "model.safetensors")
+    settings = json.loads((folder / "config.json").read_text())["quantization"]
+    found = {}
+    for name in [name.removesuffix(".scales") for name in tensors if name.endswith(".scales")]:
+        how = settings.get(name, settings)
+        words, scale = (
+            tensors[f"{name}.weight"].view(torch.int32).numpy().view("uint8"),
+            tensors[f"{name}.scales"].float(),
+        )
+        width = scale.shape[1] * how["group_size"]
+        bits = torch.from_numpy(words)[..., None] >> torch.arange(8, dtype=torch.uint8) & 1  # [out, bytes, 8]
+        bits = bits.flatten(1)[:, : width * how["bits"]].view(len(scale), width, how["bits"])
+        codes = (bits.float() * 2.0 ** torch.arange(how["bits"])).sum(-1).view(*scale.shape, -1)
+        found[name] = (codes * scale[..., None] + tensors[f"{name}.biases"].float()[..., None]).view(
+            len(scale), -1
+        )
+    return found
+
+
+def weights_of(folder: Path, stored: StoredModel) -> dict[str, torch.Tensor]:
+    """The decoded weights of an export by layer, from the reader of its format."""
+    if json.loads((folder / "config.json").read_text()).get("quantization"):
+        return weights_of_mlx(folder)
+    opened = open_float(folder)
+    assert not opened.origins.missing
+    assert not opened.origins.unused
+    places = {name: opened.origins.tensors[f"{name}.weight"] for name in stored.layers}
+    return {
+        name: place.read([read_tensor(opened.source, each) for each in place.names])
+        for name, place in places.items()
+    }
+
+
+@pytest.mark.parametrize(("name", "scheme"), EVERY, ids=lambda value: str(value))
+def test_what_a_format_holds_is_written_without_rounding(
+    name: str, scheme: str, floats: Path, tmp_path: Path
+) -> None:
+    done = quantized(floats, tmp_path / "q", scheme, search=True)
+    made = export(done, tmp_path / "made", name)
+    assert (made.requantized, made.floats, made.notes) == ({}, (), ())
+    stored = open_stored(done)
+    found = weights_of(tmp_path / "made", stored)
+    assert found.keys() == stored.layers.keys()
+    for layer, weight in found.items():
+        expected = decode(stored.packed(layer))
+        assert torch.equal(weight.float(), expected.to(weight.dtype).float()), layer
+    kept = load_file(floats / "model.safetensors")
+    after = load_file(tmp_path / "made" / "model.safetensors")
+    assert all(torch.equal(after[each], kept[each]) for each in stored.rest)
+    assert made.bytes == (tmp_path / "made" / "model.safetensors").stat().st_size
+
+
+def test_every_format_is_held_by_the_law() -> None:
+    assert {name.partition(":")[0] for name in HELD} == set(CODED)
+
+
+@pytest.mark.parametrize("name", CODED)
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "int4z/64",
+        "kmeans3/48",
+        "nf4/64",
+        "int5f/64 s=int8:256",
+        "int:step4z/flat:32",
+        "int3z/64 out",
+        "int:step7/tensor",
+        "power4/row",
+    ],
+)
+def test_nearest_forms_are_forms_that_the_format_holds(name: str, scheme: str) -> None:
+    """They need no second rounding, keep at least the bits where the format has as many, and say what is different."""
+    exporter = exporter_of(name)
+    for shape in ((64, 192), (96, 64), (64, 80)):
+        for layer in (
+            StoredLayer(parse_scheme(scheme), shape),
+            StoredLayer(parse_scheme(scheme), shape, outliers=2),
+        ):
+            near = exporter.nearest(layer)
+            assert near.reason
+            if isinstance(near.scheme, Scheme):
+                again = exporter.nearest(StoredLayer(near.scheme, shape))
+                assert (again.scheme, again.reason) == (near.scheme, "")
+                assert near.scheme.bits >= layer.scheme.bits or name == "awq"
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_rounding_again_is_refused_until_it_is_allowed_and_counted(
+    name: str, floats: Path, tmp_path: Path
+) -> None:
+    keep = Override(layers="*.1.mlp.*", scheme=parse_scheme("kmeans4/64"))
+    done = quantized(
+        floats,
+        tmp_path / "q",
+        "int4z/64" if name != "mlx" else "int4f/64",
+        overrides=(keep,),
+        embeddings=Scheme("int", 8, 32),
+    )
+    with pytest.raises(
+        FormatError,
+        match=r"(?s)up_proj.*data type is int; the nearest.*int:step4.*data type is kmeans.*--requantize",
+    ):
+        export(done, tmp_path / "made", name)
+    assert not (tmp_path / "made").exists()
+    made = export(done, tmp_path / "made", name, requantize=True)
+    stored = open_stored(done)
+    allowed = fitted(stored, exporter_of(name), name, requantize=True)
+    assert set(made.requantized) == set(allowed.layers)
+    assert made.floats == (() if name == "mlx" else ("model.embed_tokens",))
+    found = weights_of(tmp_path / "made", allowed)
+    for layer, record in made.requantized.items():
+        before, after = decode(stored.packed(layer)), found[layer].float()
+        loss = float((after - before).square().sum() / before.square().sum())
+        assert record.loss == pytest.approx(loss, rel=0.05, abs=1e-5)
+        assert record.loss < (1e-6 if ".1.mlp" not in layer else 0.02), (
+            "codes stay where only scales are rounded"
+        )
+    assert f"{len(made.requantized)} layers were rounded again" in made.notes[-1]
+    manifest = json.loads((tmp_path / "made" / "fracbit.json").read_text())
+    assert set(manifest["layers"]) == set(made.requantized)
+
+
+def test_layers_of_different_widths(floats: Path, tmp_path: Path) -> None:
+    """What stays float and what differs from most layers is named in the config."""
+    overrides = (
+        Override(layers="*.0.mlp.down_proj", scheme=parse_scheme("int:step8/64")),
+        Override(layers="*.1.mlp.up_proj", keep=True),
+    )
+    done = quantized(floats, tmp_path / "q", "int:step4/64", overrides=overrides)
+    stored = open_stored(done)
+    for name in ("compressed-tensors", "gptq", "mlx"):
+        export(done, tmp_path / name, name)
+        found = weights_of(tmp_path / name, stored)
+        assert all(
+            torch.equal(weight.float(), decode(stored.packed(layer)).to(weight.dtype).float())
+            for layer, weight in found.items()
+        )
+    settings = {
+        name: json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+        for name in HELD
+        if (tmp_path / name).exists()
+    }
+    assert "model.layers.1.mlp.up_proj" in settings["compressed-tensors"]["ignore"]
+    assert {
+        group["weights"]["num_bits"] for group in settings["compressed-tensors"]["config_groups"].values()
+    } == {4, 8}
+    assert settings["gptq"]["dynamic"][r"+:^model\.layers\.0\.mlp\.down_proj$"] == {
+        "bits": 8,
+        "group_size": 64,
+        "sym": True,
+    }
+    assert settings["gptq"]["dynamic"][r"-:^model\.layers\.1\.mlp\.up_proj$"] == {}
+    assert settings["mlx"]["model.layers.0.mlp.down_proj"]["bits"] == 8
+    assert settings["mlx"]["model.layers.1.mlp.up_proj"] is False
+    with pytest.raises(FormatError, match="has 8 bits; the nearest that it can hold is int:step4"):
+        export(done, tmp_path / "awq", "awq")
+
+
+def test_inputs_in_8_bits_become_w8a8(floats: Path, tmp_path: Path) -> None:
+    done = quantized(floats, tmp_path / "q", "int:step8/row s=bf16")
+    config = json.loads((done / "config.json").read_text())
+    for entry in config["quantization_config"]["layers"].values():
+        entry["inputs"] = {"dtype": "int", "bits": 8, "scope": "token"}
+    (done / "config.json").write_text(json.dumps(config))
+    export(done, tmp_path / "made", "compressed-tensors")
+    tensors = load_file(tmp_path / "made" / "model.safetensors")
+    stored = open_stored(done)
+    for layer in stored.layers:
+        weight = tensors[f"{layer}.weight"].float() * tensors[f"{layer}.weight_scale"].float()
+        assert torch.equal(weight, decode(stored.packed(layer)))
+    settings = json.loads((tmp_path / "made" / "config.json").read_text())["quantization_config"]
+    assert settings["format"] == "int-quantized"
+    assert settings["config_groups"]["group_0"]["input_activations"]["strategy"] == "token"
+    for name in ("gptq", "awq", "mlx"):
+        with pytest.raises(FormatError, match="inputs are rounded to int8/token while the model runs"):
+            export(done, tmp_path / name, name, requantize=True)
+
+
+def test_mixtures_get_the_names_of_released_checkpoints(tmp_path: Path) -> None:
+    from families import model_of
+
+    model_of("mixtral").save_pretrained(tmp_path / "float")
+    done = quantized(tmp_path / "float", tmp_path / "q", "int:step4z/row")
+    export(done, tmp_path / "made", "compressed-tensors")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("float", "made"))
+    linears = {name.removesuffix(".weight") for name in before} - {
+        name.removesuffix(".weight") for name in after
+    }
+    assert "model.layers.0.block_sparse_moe.experts.0.w1" in linears
+    assert all(f"{name}.weight_packed" in after for name in linears)
+    rest = {name for name in after if not name.endswith(("_packed", "_scale", "_shape", "_zero_point"))}
+    assert rest <= before.keys()
+
+
+def test_parameters_of_formats(floats: Path, tiny_llama: Maker, tmp_path: Path) -> None:
+    done = quantized(floats, tmp_path / "q", "int:step4/32")
+    with pytest.raises(RecipeError, match="gptq has no version 'v3'; write gptq, gptq:v1, gptq:v2"):
+        fracbit.export(done, tmp_path / "made", "gptq:v3")
+    with pytest.raises(RecipeError, match="mlx takes no parameter"):
+        fracbit.export(done, tmp_path / "made", "mlx:4")
+    positive = tiny_llama(hidden_size=64, intermediate_size=192, num_attention_heads=4, head_dim=16)
+    with torch.no_grad():
+        positive.model.layers[0].mlp.up_proj.weight.abs_()
+    positive.save_pretrained(tmp_path / "positive")
+    zero = quantized(tmp_path / "positive", tmp_path / "z", "int:step2z/32")
+    with pytest.raises(FormatError, match="a zero point is 0"):
+        fracbit.export(zero, tmp_path / "made", "gptq:v1")
+    assert not (tmp_path / "made" / "config.json").exists()

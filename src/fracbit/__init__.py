@@ -27,6 +27,7 @@ __all__ = [
     "export",
     "load",
     "plan",
+    "prove",
     "quantize",
     "score",
     "sweep",
@@ -41,6 +42,7 @@ _API = {
     "load": "fracbit.checkpoint.load",
     "sweep": "fracbit.sweeps.runner",
     "export": "fracbit.checkpoint.export.exporter",
+    "prove": "fracbit.engines.prove",
     "verify": "fracbit.checkpoint.verify",
     "run": "fracbit.pipeline.verbs",  # version 0.1's name of quantize(recipe, output); goes in 0.3
 }

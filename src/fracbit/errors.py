@@ -52,6 +52,10 @@ class KernelError(FracbitError):
     """A packed buffer does not fit the scheme it claims, or no kernel can run it."""
 
 
+class EngineError(FracbitError):
+    """A program that should run an export is not installed, cannot be, or failed."""
+
+
 def near_matches(name: str, known: Iterable[str]) -> str:
     """A sentence that lists the known names closest to `name`, or all of them when none is close."""
     names = sorted(known)

@@ -17,6 +17,7 @@ from fracbit.cli import (
     inspect,
     lens,
     plan,
+    prove,
     prune,
     quantize,
     report,
@@ -55,6 +56,7 @@ def everything(
 app.command("quantize", cls=RenamedOptions)(quantize.quantize)
 app.command("eval")(evaluate.evaluate)
 app.command("export")(export.export)
+app.command("prove")(prove.prove)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
 app.command("generate")(generate.generate)

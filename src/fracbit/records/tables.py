@@ -162,5 +162,16 @@ FORMATS: Table[Any] = Table(
         "gptq": "fracbit.checkpoint.export.gptq:export_gptq",
         "awq": "fracbit.checkpoint.export.awq:export_awq",
         "mlx": "fracbit.checkpoint.export.mlx:export_mlx",
+        "gguf": "fracbit.checkpoint.export.gguf.gguf_file:export_gguf",
+    },
+)
+
+ENGINES: Table[Any] = Table(
+    "engine",
+    {
+        "transformers": "fracbit.engines.transformers_alone:TRANSFORMERS",
+        "vllm-cpu": "fracbit.engines.vllm_cpu:VLLM_CPU",
+        "gptqmodel": "fracbit.engines.gptqmodel:GPTQMODEL",
+        "mlx": "fracbit.engines.mlx:MLX",
     },
 )

@@ -150,6 +150,7 @@ def export(
     format: str,  # noqa: A002
     *,
     requantize: bool = False,
+    like: Mapping[str, StoredLayer] | None = None,
     overwrite: bool = False,
     resume: bool = False,
     trust_remote_code: bool = False,
@@ -158,11 +159,13 @@ def export(
     """Write a fracbit checkpoint (a folder or hub id) into the folder `output` in another format.
 
     `format` is a name of `FORMATS`, with a parameter after a colon if the format has one: `float`, `float:fp32`. Nothing is
-    rounded, unless `requantize` allows it: then layers that the format cannot hold get the nearest scheme that it can.
+    rounded, unless `requantize` allows it: then layers that the format cannot hold get the nearest scheme that it can. `like`:
+    the forms that another export gave the layers; they are rounded as they were there.
     Raises `RecipeError` for an unknown format, `FormatError` for a layer that it cannot hold, `SourceError`, `OutputError`.
     """
     exporter = exporter_of(format)
     stored = open_stored(checkpoint, trust_remote_code)
+    stored = stored if like is None else replace(stored, layers=like)
     folder = Path(output).expanduser()
     check_apart(folder, stored.source.folder)
     stored = fitted(stored, exporter, format, requantize=requantize)
@@ -267,4 +270,5 @@ def _manifest(stored: StoredModel, asked: str, again: Mapping[str, LayerRecord])
     origin = ("recipe", "recipe_key", "source", "texts", "seed")
     kept: dict[str, Any] = {name: old[name] for name in origin if name in old}
     layers = {name: layer.to_json() for name, layer in again.items()}
-    return {"fracbit": __version__, "exported": asked, **kept, "layers": layers}
+    checkpoint = str(stored.source.folder.resolve())
+    return {"fracbit": __version__, "exported": asked, "checkpoint": checkpoint, **kept, "layers": layers}

@@ -141,7 +141,8 @@ def decoded(stored: StoredModel, name: str, dtype: torch.dtype) -> Tensor:
     if name not in stored.disk:
         return stored.tensor(f"{name}.weight").to(dtype)
     try:
-        weight = decode(stored.packed(name), dtype)
+        packed = stored.exported(name)[0] if name in stored.layers else stored.packed(name)
+        weight = decode(packed, dtype)
     except FormatError as error:
         raise FormatError(f"{stored.source.name}: {error}") from error
     if not bool(torch.isfinite(weight).all()):

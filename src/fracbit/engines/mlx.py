@@ -1,0 +1,11 @@
+"""MLX with mlx-lm, on processors here; the same files run on Apple GPUs."""
+
+from fracbit.engines.engine import Engine
+
+MLX = Engine(
+    title="MLX 0.32 with mlx-lm",
+    formats=("mlx",),
+    installs=(("mlx[cpu]==0.32.4", "mlx-lm"),),
+    runner="run_mlx.py",
+    variables={"HF_HUB_OFFLINE": "1"},
+)

@@ -1,0 +1,250 @@
+"""The proof of an export: what an engine computes from it, beside the fracbit checkpoint that it was made from.
+
+export + ids -> the engine's own environment -> log-probabilities, greedy tokens, decoded weights
+checkpoint + ids -> fracbit, fp32            -> the same                                            -> proof.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fracbit.checkpoint.export.coded import names_of
+from fracbit.checkpoint.export.exporter import StoredModel, export, exporter_of, fitted, open_stored
+from fracbit.checkpoint.load import load, tokenizer_or_none
+from fracbit.checkpoint.output import MANIFEST, write_json
+from fracbit.data.samples import read_calibration
+from fracbit.engines.engine import ENGINES, RUNNERS, Engine
+from fracbit.engines.environments import ENVIRONMENTS, environment
+from fracbit.errors import EngineError, FormatError, near_matches
+from fracbit.numerics.packed import decode
+
+PROOF = "proof.json"
+TEXT = "bundled:held-out"
+CHUNK = 1 << 24  # numbers that are hashed at a time
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far an engine's predictions are from fracbit's, over the ids of a text.
+
+    `mean` and `largest`: of |log-probability of the next id|, nats. `kl`, `kl_largest`: KL(fracbit || engine) of an id, nats.
+    `agreement`: share of ids, 0..1, with the same most likely next one. `greedy`: share of greedy tokens that are equal, each
+    up to the first that is not.
+    """
+
+    tokens: int
+    mean: float
+    largest: float
+    kl: float
+    kl_largest: float
+    agreement: float
+    greedy: float
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What `prove` found. `dtype`: what the engine computed in; `unequal`: layers whose decoded weights differ.
+
+    `layers`: how many were compared; none where the engine does not show its weights. `text` and `protocol` say on which ids.
+    """
+
+    export: str
+    format: str
+    engine: str
+    versions: Mapping[str, str]
+    dtype: str
+    layers: int
+    unequal: tuple[str, ...]
+    text: str
+    protocol: str
+    difference: Difference
+
+    def __str__(self) -> str:
+        found = self.difference
+        weights = (
+            f"{self.layers - len(self.unequal)} of {self.layers} layers decode to equal weights; "
+            if self.layers
+            else ""
+        )
+        return (
+            f"{weights}log-probabilities differ by {found.mean:.4f} (at most {found.largest:.3f}), KL {found.kl:.2e} nats "
+            f"(at most {found.kl_largest:.2e}), same top token {found.agreement:.2%}, greedy tokens equal {found.greedy:.2%}"
+        )
+
+
+def prove(
+    folder: str | Path,
+    engine: str | None = None,
+    *,
+    against: str | Path | None = None,
+    text: str = TEXT,
+    samples: int = 2,
+    length: int = 128,
+    greedy: int = 16,
+    environments: str | Path = ENVIRONMENTS,
+    announce: Callable[[str], None] | None = None,
+) -> Proof:
+    """Run an export in an engine, compare with the checkpoint, and write proof.json beside it.
+
+    `engine`: a name of `ENGINES`; by default the first that runs the format. `against`: the checkpoint, by default the one that
+    the manifest names. `text` is a source of ids as for calibration: `samples` of `length`, each continued by `greedy` tokens.
+    The engine's environment is made below `environments` when it is missing, which needs a package index; `announce` is told.
+    Raises `EngineError`, `RecipeError` for an unknown engine, `FormatError`, `SourceError`, `DataError`.
+    """
+    path = Path(folder).expanduser()
+    manifest = _manifest(path)
+    asked = str(manifest["exported"])
+    name, runs = _engine(engine, asked)
+    checkpoint = Path(against or manifest.get("checkpoint") or "")
+    if not (checkpoint / "config.json").is_file():
+        raise EngineError(
+            f"{checkpoint} is not there any more; name the checkpoint that {path} was made from with --against"
+        )
+    stored = fitted(open_stored(checkpoint), exporter_of(asked), asked, requantize=True)
+    vocabulary = int(stored.model.config.get_text_config().vocab_size)
+    drawn = read_calibration(
+        [text], tokenizer_or_none(checkpoint), vocabulary, samples=samples, length=length, seed=0
+    )
+    ids = drawn.ids[:, :length].long()  # [samples, length]
+    python = environment(name, runs, environments, announce)
+    facts, logits, continued = answered(path, runs, ids, python=python, greedy=greedy)
+    with _reference(stored, checkpoint, manifest) as model:
+        difference = compared(model, ids, logits, continued)
+    hashes: Mapping[str, Any] = facts["weights"]
+    found = Proof(
+        export=str(path), format=asked, engine=name, versions=facts["versions"], dtype=runs.dtype,
+        layers=len(hashes), unequal=tuple(_unequal(stored, hashes)), text=text,
+        protocol=f"{samples} samples of {length} ids, all but the first of each predicted, {greedy} greedy tokens after each",
+        difference=difference,
+    )  # fmt: skip
+    write_json(path / PROOF, asdict(found))
+    return found
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    if not file.is_file() or not (path / "config.json").is_file():
+        raise FormatError(
+            f"{path} is no export of fracbit; make one with `fracbit export CHECKPOINT --to FORMAT -o {path}`"
+        )
+    manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if "exported" not in manifest:
+        raise FormatError(f"{path} is a fracbit checkpoint and no export; `fracbit verify` checks its files")
+    return manifest
+
+
+def _engine(engine: str | None, asked: str) -> tuple[str, Engine]:
+    """The engine of that name, or the first that runs the format `asked`. Raises `RecipeError` or `EngineError`."""
+    format_ = asked.partition(":")[0]
+    fitting = {name: each for name, each in ENGINES.items() if format_ in each.formats}
+    name = engine or next(iter(fitting), "")
+    if ENGINES.check(name) not in fitting:
+        raise EngineError(f"{name} does not run the format {asked}; {near_matches(name, fitting)}")
+    return name, fitting[name]
+
+
+def answered(
+    path: Path, engine: Engine, ids: Tensor, *, python: Path, greedy: int
+) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """What an engine makes of `ids` [samples, length]: facts, logits [samples, length - 1, vocabulary], greedy [samples, n].
+
+    Raises `EngineError` with the engine's last words.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        np.save(f"{place}/ids.npy", ids.numpy())
+        words = [python, RUNNERS / engine.runner, path.resolve(), f"{place}/ids.npy", f"{place}/out"]
+        options = ["--dtype", engine.dtype, "--greedy", greedy]
+        ran = subprocess.run(
+            [str(word) for word in (*words, *options)],
+            env={**os.environ, **engine.variables}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        out = Path(place) / "out"
+        if ran.returncode or not (out / "facts.json").is_file():
+            last = " ".join(ran.stderr.strip().splitlines()[-4:])[-600:]
+            raise EngineError(f"{engine.title} does not run {path} (exit status {ran.returncode}): {last}")
+        facts = json.loads((out / "facts.json").read_text())
+        return (
+            facts,
+            torch.from_numpy(np.load(out / "logits.npy")),
+            torch.from_numpy(np.load(out / "greedy.npy")),
+        )
+
+
+@contextmanager
+def _reference(
+    stored: StoredModel, checkpoint: Path, manifest: Mapping[str, Any]
+) -> Iterator[PreTrainedModel]:
+    """The model that the export should be, in fp32: the checkpoint, or what rounding it again has made of it."""
+    if not manifest["layers"]:
+        yield load(checkpoint, torch.float32)
+        return
+    with tempfile.TemporaryDirectory() as place:
+        export(checkpoint, f"{place}/float", "float:fp32", like=stored.layers, progress=None)
+        yield load(f"{place}/float", torch.float32)
+
+
+def compared(model: PreTrainedModel, ids: Tensor, logits: Tensor, continued: Tensor) -> Difference:
+    """A model beside an engine's `logits` [samples, length - 1, vocabulary] and `continued` [samples, n]."""
+    with torch.no_grad():
+        own = model(ids).logits.float()[:, :-1]  # [samples, length - 1, vocabulary]
+        count = continued.shape[1]
+        whole = model.generate(  # type: ignore[operator]
+            ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
+        )  # fmt: skip
+    apart, kl, agree = (torch.cat(rows) for rows in zip(*map(_sample_apart, own, logits, ids), strict=True))
+    same = (whole[:, ids.shape[1] :] == continued).long().cumprod(1)  # [samples, n]
+    return Difference(
+        tokens=kl.numel(), mean=float(apart.mean()), largest=float(apart.max()), kl=float(kl.mean()),
+        kl_largest=float(kl.max()), agreement=float(agree.float().mean()), greedy=float(same.float().mean()),
+    )  # fmt: skip
+
+
+def _sample_apart(own: Tensor, theirs: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one sample's logits [length - 1, vocabulary]: |difference| of the next id, KL, and whether the top ids are the same.
+
+    Each is [length - 1]; in fp64, since the sum of a vocabulary's differences in fp32 is no smaller than some proofs.
+    """
+    theirs = (
+        theirs[:, : own.shape[-1]].double().log_softmax(-1)
+    )  # [length - 1, vocabulary]; engines may pad it
+    logs = own.double().log_softmax(-1)  # [length - 1, vocabulary]
+    after = ids[1:, None]  # [length - 1, 1]
+    apart = (theirs.gather(-1, after) - logs.gather(-1, after)).abs()[:, 0]  # [length - 1]
+    kl = (logs.exp() * (logs - theirs)).sum(-1).clamp(min=0)  # [length - 1]
+    return apart, kl, logs.argmax(-1) == theirs.argmax(-1)
+
+
+def _unequal(stored: StoredModel, hashes: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
+    """Names of layers whose decoded weights an engine has differently, or not at all where it shows others."""
+    names = names_of(stored)
+    for layer in stored.layers:
+        found = hashes.get(names.module(layer))
+        if hashes and found is None:
+            yield layer
+        elif found is not None:
+            weight = decode(stored.exported(layer)[0]).to(getattr(torch, found["dtype"]))  # [out, in]
+            if weight_hash(weight) != found["sha256"]:
+                yield layer
+
+
+def weight_hash(weight: Tensor) -> str:
+    """SHA-256 of a weight's fp32 values, row by row; -0 counts as 0. As in runners/answer.py."""
+    digest = hashlib.sha256()
+    flat = weight.reshape(-1)  # [out * in]
+    for first in range(0, len(flat), CHUNK):
+        digest.update((flat[first : first + CHUNK].float() + 0.0).numpy().tobytes())
+    return digest.hexdigest()

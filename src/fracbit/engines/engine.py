@@ -22,7 +22,8 @@ class Engine:
 
     - `title`: what people call it; `formats`: export formats that it runs, the usual one first.
     - `installs`: arguments of `pip install`, one call after another; `removes`: packages that must go afterwards.
-    - `runner`: a file of runners/; `dtype`: what the engine computes in when its answers are compared.
+    - `runner`: a file of runners/; `dtype`: what the engine computes in when its answers are compared,
+      "" where it only decodes weights.
     - `variables`: environment variables that it needs.
     """
 

@@ -42,8 +42,8 @@ class Difference:
     """How far an engine's predictions are from fracbit's, over the ids of a text.
 
     `mean` and `largest`: of |log-probability of the next id|, nats. `kl`, `kl_largest`: KL(fracbit || engine) of an id, nats.
-    `agreement`: share of ids, 0..1, with the same most likely next one. `greedy`: share of greedy tokens that are equal, each
-    up to the first that is not.
+    `agreement`: share of ids, 0..1, with the same most likely next one. `greedy`: share of greedy tokens that are equal,
+    each up to the first that is not; None where the engine cannot be asked.
     """
 
     tokens: int
@@ -52,7 +52,7 @@ class Difference:
     kl: float
     kl_largest: float
     agreement: float
-    greedy: float
+    greedy: float | None
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Proof:
     unequal: tuple[str, ...]
     text: str
     protocol: str
-    difference: Difference
+    difference: Difference | None
 
     def __str__(self) -> str:
         found = self.difference
@@ -80,9 +80,12 @@ class Proof:
             if self.layers
             else ""
         )
+        if found is None:
+            return weights.removesuffix("; ")
         return (
             f"{weights}log-probabilities differ by {found.mean:.4f} (at most {found.largest:.3f}), KL {found.kl:.2e} nats "
-            f"(at most {found.kl_largest:.2e}), same top token {found.agreement:.2%}, greedy tokens equal {found.greedy:.2%}"
+            f"(at most {found.kl_largest:.2e}), same top token {found.agreement:.2%}"
+            + ("" if found.greedy is None else f", greedy tokens equal {found.greedy:.2%}")
         )
 
 
@@ -116,19 +119,21 @@ def prove(
         )
     stored = fitted(open_stored(checkpoint), exporter_of(asked), asked, requantize=True)
     vocabulary = int(stored.model.config.get_text_config().vocab_size)
-    drawn = read_calibration(
-        [text], tokenizer_or_none(checkpoint), vocabulary, samples=samples, length=length, seed=0
-    )
+    tokenizer = tokenizer_or_none(checkpoint)
+    drawn = read_calibration([text], tokenizer, vocabulary, samples=samples, length=length, seed=0)
     ids = drawn.ids[:, :length].long()  # [samples, length]
     python = environment(name, runs, environments, announce)
-    facts, logits, continued = answered(path, runs, ids, python=python, greedy=greedy)
-    with _reference(stored, checkpoint, manifest) as model:
-        difference = compared(model, ids, logits, continued)
+    words = "" if tokenizer is None else "".join(str(tokenizer.decode(row)) for row in ids)
+    facts, predicted = answered(path, runs, ids, python=python, text=words, greedy=greedy)
+    difference = None
+    if predicted is not None:
+        with _reference(stored, checkpoint, manifest) as model:
+            difference = compared(model, predicted)
     hashes: Mapping[str, Any] = facts["weights"]
     found = Proof(
         export=str(path), format=asked, engine=name, versions=facts["versions"], dtype=runs.dtype,
         layers=len(hashes), unequal=tuple(_unequal(stored, hashes)), text=text,
-        protocol=f"{samples} samples of {length} ids, all but the first of each predicted, {greedy} greedy tokens after each",
+        protocol=f"{samples} samples of {length} ids, {greedy} greedy tokens after each",
         difference=difference,
     )  # fmt: skip
     write_json(path / PROOF, asdict(found))
@@ -157,17 +162,31 @@ def _engine(engine: str | None, asked: str) -> tuple[str, Engine]:
     return name, fitting[name]
 
 
-def answered(
-    path: Path, engine: Engine, ids: Tensor, *, python: Path, greedy: int
-) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """What an engine makes of `ids` [samples, length]: facts, logits [samples, length - 1, vocabulary], greedy [samples, n].
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What an engine predicts. `logits` [samples, n, vocabulary]: of `ids` [samples, length] from number `first` + 1 on.
 
-    Raises `EngineError` with the engine's last words.
+    `greedy` [samples, tokens]: how it continues every sample; None where it cannot be asked.
+    """
+
+    ids: Tensor
+    logits: Tensor
+    first: int = 0
+    greedy: Tensor | None = None
+
+
+def answered(
+    path: Path, engine: Engine, ids: Tensor, *, python: Path, text: str, greedy: int
+) -> tuple[dict[str, Any], Predictions | None]:
+    """What an engine makes of `ids` [samples, length], or of their `text` where it must cut that itself.
+
+    Predictions are None where it only decodes weights. Raises `EngineError` with the engine's last words.
     """
     with tempfile.TemporaryDirectory() as place:
         np.save(f"{place}/ids.npy", ids.numpy())
+        Path(place, "text.txt").write_text(text, encoding="utf-8")
         words = [python, RUNNERS / engine.runner, path.resolve(), f"{place}/ids.npy", f"{place}/out"]
-        options = ["--dtype", engine.dtype, "--greedy", greedy]
+        options = ["--dtype", engine.dtype, "--greedy", greedy, "--text", f"{place}/text.txt"]
         ran = subprocess.run(
             [str(word) for word in (*words, *options)],
             env={**os.environ, **engine.variables}, capture_output=True, text=True, check=False,
@@ -177,11 +196,11 @@ def answered(
             last = " ".join(ran.stderr.strip().splitlines()[-4:])[-600:]
             raise EngineError(f"{engine.title} does not run {path} (exit status {ran.returncode}): {last}")
         facts = json.loads((out / "facts.json").read_text())
-        return (
-            facts,
-            torch.from_numpy(np.load(out / "logits.npy")),
-            torch.from_numpy(np.load(out / "greedy.npy")),
-        )
+        found = {name: torch.from_numpy(np.load(out / f"{name}.npy")) for name in facts["arrays"]}
+        if "logits" not in found:
+            return facts, None
+        used = found.get("ids", ids).long()
+        return facts, Predictions(used, found["logits"], facts["first"], greedy=found.get("greedy"))
 
 
 @contextmanager
@@ -197,34 +216,41 @@ def _reference(
         yield load(f"{place}/float", torch.float32)
 
 
-def compared(model: PreTrainedModel, ids: Tensor, logits: Tensor, continued: Tensor) -> Difference:
-    """A model beside an engine's `logits` [samples, length - 1, vocabulary] and `continued` [samples, n]."""
+def compared(model: PreTrainedModel, found: Predictions) -> Difference:
+    """How far the predictions of an engine are from those of `model`."""
+    last = found.first + found.logits.shape[1]
     with torch.no_grad():
-        own = model(ids).logits.float()[:, :-1]  # [samples, length - 1, vocabulary]
-        count = continued.shape[1]
-        whole = model.generate(  # type: ignore[operator]
-            ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
-        )  # fmt: skip
-    apart, kl, agree = (torch.cat(rows) for rows in zip(*map(_sample_apart, own, logits, ids), strict=True))
-    same = (whole[:, ids.shape[1] :] == continued).long().cumprod(1)  # [samples, n]
+        own = model(found.ids).logits.float()[:, found.first : last]  # [samples, n, vocabulary]
+    after = found.ids[:, found.first + 1 : last + 1]  # [samples, n]
+    each = map(_sample_apart, own, found.logits, after)
+    apart, kl, agree = (torch.cat(rows) for rows in zip(*each, strict=True))  # [samples * n] each
     return Difference(
         tokens=kl.numel(), mean=float(apart.mean()), largest=float(apart.max()), kl=float(kl.mean()),
-        kl_largest=float(kl.max()), agreement=float(agree.float().mean()), greedy=float(same.float().mean()),
+        kl_largest=float(kl.max()), agreement=float(agree.float().mean()),
+        greedy=None if found.greedy is None else _greedy_share(model, found.ids, found.greedy),
     )  # fmt: skip
 
 
-def _sample_apart(own: Tensor, theirs: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one sample's logits [length - 1, vocabulary]: |difference| of the next id, KL, and whether the top ids are the same.
+def _greedy_share(model: PreTrainedModel, ids: Tensor, greedy: Tensor) -> float:
+    """The share of an engine's greedy tokens [samples, tokens] that are the model's, up to the first that is not."""
+    count = greedy.shape[1]
+    with torch.no_grad():
+        whole = model.generate(  # type: ignore[operator]
+            ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
+        )  # fmt: skip
+    same = (whole[:, ids.shape[1] :] == greedy).long().cumprod(1)  # [samples, tokens]
+    return float(same.float().mean())
 
-    Each is [length - 1]; in fp64, since the sum of a vocabulary's differences in fp32 is no smaller than some proofs.
+
+def _sample_apart(own: Tensor, theirs: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a sample's logits [n, vocabulary] for `ids` [n]: |difference| of log-probabilities, KL, and whether the top is equal.
+
+    Each is [n]; in fp64, since the sum of a vocabulary's differences in fp32 is no smaller than some proofs.
     """
-    theirs = (
-        theirs[:, : own.shape[-1]].double().log_softmax(-1)
-    )  # [length - 1, vocabulary]; engines may pad it
-    logs = own.double().log_softmax(-1)  # [length - 1, vocabulary]
-    after = ids[1:, None]  # [length - 1, 1]
-    apart = (theirs.gather(-1, after) - logs.gather(-1, after)).abs()[:, 0]  # [length - 1]
-    kl = (logs.exp() * (logs - theirs)).sum(-1).clamp(min=0)  # [length - 1]
+    theirs = theirs[:, : own.shape[-1]].double().log_softmax(-1)  # [n, vocabulary]: engines may pad it
+    logs = own.double().log_softmax(-1)  # [n, vocabulary]
+    apart = (theirs.gather(-1, ids[:, None]) - logs.gather(-1, ids[:, None])).abs()[:, 0]  # [n]
+    kl = (logs.exp() * (logs - theirs)).sum(-1).clamp(min=0)  # [n]
     return apart, kl, logs.argmax(-1) == theirs.argmax(-1)
 
 

@@ -3,11 +3,11 @@
 from fracbit.engines.engine import Engine
 
 TRANSFORMERS = Engine(
-    title="transformers 5 with compressed-tensors",
+    title="transformers 5.23",
     formats=("float", "compressed-tensors"),
     installs=(
         ("torch==2.13.0", "numpy"),
-        ("transformers==5.23.0", "compressed-tensors==0.19.0", "accelerate"),
+        ("transformers==5.23.0", "compressed-tensors==0.18.0", "accelerate"),
     ),
     runner="run_transformers.py",
     variables={"HF_HUB_OFFLINE": "1"},

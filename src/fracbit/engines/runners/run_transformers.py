@@ -1,8 +1,8 @@
-"""Runs in an environment of transformers without fracbit: what it predicts for given ids, and what its weights are."""
+"""Runs in an environment of transformers without fracbit: what it predicts for given ids."""
 
 import torch
 import transformers
-from answer import answer, asked, hashed
+from answer import answer, asked
 
 
 def main():
@@ -10,33 +10,13 @@ def main():
     given = asked()
     ids = torch.from_numpy(given.ids).long()  # [samples, length]
     model = transformers.AutoModelForCausalLM.from_pretrained(given.export, dtype=getattr(torch, given.dtype))
-    weights = {
-        name: {"dtype": str(weight.dtype).removeprefix("torch."), "sha256": hashed(weight.float().numpy())}
-        for name, weight in coded(model)
-    }
     with torch.no_grad():
         logits = model(ids).logits.float()[:, :-1]  # [samples, length - 1, vocabulary]
         whole = model.generate(
             ids, max_new_tokens=given.greedy, min_new_tokens=given.greedy, do_sample=False, pad_token_id=0
         )  # fmt: skip
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
-    answer(
-        given.out, versions, logits=logits.numpy(), greedy=whole[:, ids.shape[1] :].numpy(), weights=weights
-    )
-
-
-def coded(model):
-    """The decoded weights of layers that compressed-tensors holds, by name."""
-    try:
-        from compressed_tensors.compressors import decompress_module
-    except ImportError:
-        return
-    for name, module in model.named_modules():
-        if getattr(module, "quantization_scheme", None) is None:
-            continue
-        if hasattr(module, "weight_packed"):
-            decompress_module(module)
-        yield name, module.weight.detach()
+    answer(given.out, versions, logits=logits.numpy(), greedy=whole[:, ids.shape[1] :].numpy())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,12 @@
+"""The library compressed-tensors: its own decoding of every layer. It runs no model."""
+
+from fracbit.engines.engine import Engine
+
+COMPRESSED_TENSORS = Engine(
+    title="compressed-tensors 0.19",
+    formats=("compressed-tensors",),
+    installs=(("torch==2.13.0", "numpy"), ("compressed-tensors==0.19.0", "safetensors")),
+    runner="run_compressed_tensors.py",
+    dtype="",
+    variables={"HF_HUB_OFFLINE": "1"},
+)

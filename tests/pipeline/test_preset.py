@@ -99,15 +99,15 @@ def test_settings_of_presets(name: str, weights: int, average: float | None) -> 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_keep_to_grids_of_engines(name: str) -> None:
     recipe = Recipe(model="m", calibration=Calibration(texts=("t",)))
-    alone, _ = preset(recipe, Spending(preset=name, grids="engine"), SMALL + 1)
+    alone, terms = preset(recipe, Spending(preset=name, engine="vllm"), SMALL + 1)
     assert alone.scheme == Scheme("int", 4, 64, offset="zero")
-    _, terms = preset(recipe, Spending(preset=name, average_bits=2.5, grids="engine"), SMALL + 1)
+    assert terms == Spending(engine="vllm")
+    _, terms = preset(recipe, Spending(preset=name, average_bits=2.5, engine="vllm"), SMALL + 1)
     wanted = {("int", "zero", "fp16")}
     assert {(level.dtype, level.offset, level.scale) for level in terms.schemes if level} == wanted
-    with pytest.raises(RecipeError, match="for presets"):
-        Spending(average_bits=3.0, grids="engine")
-    with pytest.raises(RecipeError, match="any or engine"):
-        Spending(preset=name, grids="vllm")  # type: ignore[arg-type]
+    assert terms.engine == "vllm"
+    with pytest.raises(RecipeError, match="unknown engine 'vlm'; did you mean 'vllm'"):
+        Spending(preset=name, engine="vlm")
 
 
 @pytest.mark.parametrize("name", PRESETS)

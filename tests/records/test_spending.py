@@ -48,12 +48,12 @@ def test_terms_without_a_budget_are_refused(name: str) -> None:
     others = {
         "average_bits": 3.0, "size": "1GB", "fits": 10**9, "context": 64, "batch": 2, "preset": "best", "levels": "int4/64",
         "score": "zd", "text": "a.txt", "held_out": "a.txt", "granularity": "block", "fused": True, "solver": "order",
-        "samples": 4, "length": 16, "grids": "engine",
+        "samples": 4, "length": 16, "engine": "vllm",
     }  # fmt: skip
     if name in BUDGETS:
         assert Spending(**{name: others[name]}).asked  # type: ignore[arg-type]
-    elif name == "preset":
-        assert not Spending(preset="best").asked
+    elif name in ("preset", "engine"):
+        assert not Spending(**{name: others[name]}).asked  # type: ignore[arg-type]
     else:
         with pytest.raises(FracbitError, match="budget"):
             Spending(**{name: others[name]})  # type: ignore[arg-type]

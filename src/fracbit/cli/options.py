@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fracbit.cli.names import FLOAT_TYPES
+from fracbit.records.tables import ENGINES
 
 WRITE = "What to write"
 MEASURE = "What to measure"
@@ -78,6 +79,14 @@ Levels = Annotated[
 ]
 
 # With data
+Engine = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        help=f"Engine that will run the file: {', '.join(ENGINES.names)}. Layers get what it serves, and OUT is its file.",
+        rich_help_panel=WRITE,
+    ),
+]
 ScoreText = Annotated[str | None, typer.Option(help="Text for scores that read text.", rich_help_panel=DATA)]
 Samples = Annotated[int, typer.Option(help="Samples of each text.", rich_help_panel=DATA)]
 Length = Annotated[int, typer.Option(help="Tokens of a sample.", rich_help_panel=DATA)]

@@ -53,6 +53,7 @@ def plan(
             rich_help_panel=options.WRITE,
         ),
     ] = None,
+    engine: options.Engine = None,
     keep: options.Keep = None,
     average_bits: options.AverageBits = None,
     size: options.Size = None,
@@ -84,6 +85,7 @@ def plan(
     flags = {
         "model": model,
         "trust_remote_code": trust_remote_code or None,
+        "spending.engine": engine,
         "spending.average_bits": average_bits,
         "spending.size": size,
         "spending.fits": fits,

@@ -9,11 +9,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
+from fracbit.checkpoint.export.exporter import Nearest
+from fracbit.checkpoint.format import StoredLayer
 from fracbit.records import tables
 from fracbit.records.tables import Table
 
 RUNNERS = Path(__file__).resolve().parent / "runners"
+
+
+class Forms(Protocol):
+    """The forms of layers that an engine serves."""
+
+    @property
+    def embeddings(self) -> bool:
+        """Whether embedding tables may be quantized."""
+        ...
+
+    def nearest(self, layer: StoredLayer) -> Nearest:
+        """The nearest form of a layer."""
+        ...
+
+    def with_scales(self, kind: str) -> Forms:
+        """The same with scales of this type alone."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -25,6 +45,8 @@ class Engine:
     - `runner`: a file of runners/; `dtype`: what the engine computes in when its answers are compared,
       "" where it only decodes weights.
     - `variables`: environment variables that it needs.
+    - `serves`: what `--for` may quantize to; None: nothing is quantized for it. `fused`: linears that read one input must have
+      one scheme; `head`: the output head may be quantized; `casts_scales`: scales are cast to the type of the model.
     """
 
     title: str
@@ -34,6 +56,10 @@ class Engine:
     dtype: str = "float32"
     removes: tuple[str, ...] = ()
     variables: Mapping[str, str] = field(default_factory=dict)
+    serves: Forms | None = None
+    fused: bool = False
+    head: bool = False
+    casts_scales: bool = False
 
 
 ENGINES: Table[Engine] = tables.ENGINES

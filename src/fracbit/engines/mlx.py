@@ -1,5 +1,6 @@
 """MLX with mlx-lm, on processors here; the same files run on Apple GPUs."""
 
+from fracbit.checkpoint.export.mlx import HELD
 from fracbit.engines.engine import Engine
 
 MLX = Engine(
@@ -8,4 +9,6 @@ MLX = Engine(
     installs=(("mlx[cpu]==0.32.4", "mlx-lm"),),
     runner="run_mlx.py",
     variables={"HF_HUB_OFFLINE": "1"},
+    serves=HELD,
+    head=True,
 )

@@ -208,7 +208,7 @@ def _reference(
     stored: StoredModel, checkpoint: Path, manifest: Mapping[str, Any]
 ) -> Iterator[PreTrainedModel]:
     """The model that the export should be, in fp32: the checkpoint, or what rounding it again has made of it."""
-    if not manifest["layers"]:
+    if not manifest["requantized"]:
         yield load(checkpoint, torch.float32)
         return
     with tempfile.TemporaryDirectory() as place:

@@ -1,5 +1,9 @@
-"""vLLM on processors. It computes in fp16: bf16 differs ten times as much, and fp32 has no product with 4-bit weights."""
+"""vLLM on processors. It computes in fp16: bf16 differs ten times as much, and fp32 has no product with 4-bit weights.
 
+Linears of q, k and v, and of gate and up, are one layer there, with one scheme.
+"""
+
+from fracbit.checkpoint.export.coded import IntegerForms
 from fracbit.engines.engine import Engine
 
 VLLM_CPU = Engine(
@@ -14,4 +18,7 @@ VLLM_CPU = Engine(
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "HF_HUB_OFFLINE": "1",
     },
+    serves=IntegerForms(bits=(4,), offsets=("none", "zero"), blocks=("any", "row")),
+    fused=True,
+    casts_scales=True,
 )

@@ -28,6 +28,7 @@ from fracbit.evaluation import (
 from fracbit.pipeline.plan.budget import budgeted, planned
 from fracbit.pipeline.plan.needs import needs_or_why
 from fracbit.pipeline.quantize.run import open_for, write_checkpoint
+from fracbit.pipeline.quantize.served import check_resumable, partial_of, served
 from fracbit.pipeline.quantize.work import check_words
 from fracbit.pipeline.study.overlap import calibration_sources, overlap_notes
 from fracbit.records.progress import Shown, showing
@@ -63,6 +64,9 @@ def quantize(
     - `announce` is told before the run what it will take, which is measured on one of the model's blocks.
     - `resume` continues an interrupted output; a finished one is left as it is, and a note says so.
 
+    Where `spending` names an engine, `output` is what the engine reads; the checkpoint that it is exported from lies beside it
+    while the run lasts, in `output`.partial.
+
     Raises a `FracbitError`: `SourceError`, `RecipeError`, `SchemeError`, `BudgetError`, `DataError`, `WeightError` (layer
     named), `OutputError`.
     """
@@ -70,8 +74,12 @@ def quantize(
     spending = spending or Spending()
     check_terms(recipe, spending)
     check_words(recipe)
+    place = folder = Path(output).expanduser()
+    if spending.engine is not None:
+        place = partial_of(folder)
+        check_resumable(folder, resume=resume, overwrite=overwrite)
     if not resume:  # before scores and trials, which may take long; a resumed run is known by its key
-        check_output(Path(output).expanduser(), "", overwrite, resume)
+        check_output(folder, "", overwrite, resume)
     opened = open_for(recipe)
     said: tuple[str, ...] = ()
     with showing(progress) as show:
@@ -83,8 +91,8 @@ def quantize(
             announce(f"the run: {divided.needs or needs_or_why(divided.recipe, opened, device)}")
         result = write_checkpoint(
             divided.recipe,
-            output,
-            overwrite=overwrite,
+            place,
+            overwrite=overwrite or place != folder,
             resume=resume,
             device=device,
             shard_bytes=shard_bytes,
@@ -93,6 +101,8 @@ def quantize(
             samples=divided.samples,
             allow_float=allow_float,
         )
+        if spending.engine is not None:
+            result = served(result, folder, spending.engine, overwrite=overwrite, progress=show)
     return replace(result, notes=(*said, *divided.notes, *result.notes))
 
 

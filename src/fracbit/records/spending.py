@@ -14,11 +14,11 @@ from fracbit.records.recipe import Recipe
 from fracbit.records.scheme import Scheme
 from fracbit.records.scores import Losses, Scores, load_scores
 from fracbit.records.sizes import read_size
+from fracbit.records.tables import ENGINES
 from fracbit.records.text_source import check_source
 
 Granularity: TypeAlias = Literal["block", "linear"]
 Solver: TypeAlias = Literal["exact", "order"]
-Grids: TypeAlias = Literal["any", "engine"]
 
 LEVELS = "int4z/64,int3z/64,int2z/64"
 SAMPLES = 32
@@ -36,7 +36,7 @@ class Spending:
       device that also holds the KV cache and the activations. One of the three.
     - `context`: tokens of each sequence in that KV cache; `batch`: sequences at once.
     - `preset`: settings by how long they may take: `fast`, `good` or `best`; with `average_bits`, or alone.
-    - `grids`: what a preset may store: `any`, or `engine`, integers with zero points and 16-bit scales, which engines read.
+    - `engine`: a name of `ENGINES`; layers get only schemes that it serves, and its file is written at the end.
     - `levels`: the schemes to choose from, `nf4/64,nf2/64`, or a sequence of words and schemes; None: `LEVELS`.
     - `score`: the name of a score, a JSON file of scores or losses, or these themselves.
     - `text`: the text that the score reads, where it reads any; None: the recipe's calibration texts.
@@ -54,7 +54,7 @@ class Spending:
     context: int = 2048
     batch: int = 1
     preset: str | None = None
-    grids: Grids = "any"
+    engine: str | None = None
     levels: str | Sequence[Scheme | str | None] | None = None
     score: str | Path | Scores | Losses = "weight-error"
     text: str | None = None
@@ -70,11 +70,10 @@ class Spending:
         given = self._given()
         _check_budgets(given)
         _check_number("average_bits", self.average_bits)
-        check_choice("grids", self.grids, get_args(Grids))
+        if self.engine is not None:
+            ENGINES.check(self.engine)
         if self.preset is not None:
             _check_preset(self.preset, given)
-        elif self.grids != "any":
-            raise RecipeError("spending.grids is for presets; without one, spending.levels names the schemes")
         check_choice("granularity", self.granularity, get_args(Granularity))
         check_choice("solver", self.solver, get_args(Solver))
         _check_count("samples", self.samples, least=1)
@@ -155,6 +154,7 @@ def _check_count(what: str, value: object, least: int) -> None:
 
 
 def _check_budgets(given: dict[str, Any]) -> None:
+    given = {name: value for name, value in given.items() if name != "engine"}
     count = sum(name in given for name in BUDGETS)
     if count == 0 and given and "preset" not in given:
         terms = ", ".join(f"spending.{name}" for name in given)
@@ -166,8 +166,8 @@ def _check_budgets(given: dict[str, Any]) -> None:
 def _check_preset(name: str, given: dict[str, Any]) -> None:
     if name not in PRESETS:
         raise RecipeError(f"unknown preset {name!r}; {near_matches(name, PRESETS)}")
-    others = [term for term in given if term not in ("preset", "average_bits", "grids")]
+    others = [term for term in given if term not in ("preset", "average_bits", "engine")]
     if others:
         raise RecipeError(
-            f"preset {name} chooses for itself and takes --average-bits and spending.grids; leave out {', '.join(others)}"
+            f"preset {name} chooses for itself and takes --average-bits and --for; leave out {', '.join(others)}"
         )

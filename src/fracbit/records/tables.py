@@ -170,6 +170,7 @@ ENGINES: Table[Any] = Table(
     "engine",
     {
         "vllm-cpu": "fracbit.engines.vllm_cpu:VLLM_CPU",
+        "vllm": "fracbit.engines.vllm_gpu:VLLM",
         "compressed-tensors": "fracbit.engines.compressed_tensors_alone:COMPRESSED_TENSORS",
         "gptqmodel": "fracbit.engines.gptqmodel:GPTQMODEL",
         "mlx": "fracbit.engines.mlx:MLX",

@@ -71,6 +71,10 @@ class IntegerForms:
         )
         return Nearest(new, ", ".join(_reasons(layer, new)))
 
+    def with_scales(self, kind: str) -> IntegerForms:
+        """The same with scales of this type alone."""
+        return replace(self, scales=(kind,))
+
     def _block(self, layer: StoredLayer) -> int | str | None:
         """The longest block that is no longer than the layer's, else the shortest; None where none divides the inputs."""
         width, asked = layer.shape[1], layer.scheme.block

@@ -267,8 +267,10 @@ def _manifest_of(stored: StoredModel) -> dict[str, Any]:
 def _manifest(stored: StoredModel, asked: str, again: Mapping[str, LayerRecord]) -> dict[str, Any]:
     """Where the export comes from: the recipe and source of the checkpoint, the format, and what was rounded again."""
     old = _manifest_of(stored)
-    origin = ("recipe", "recipe_key", "source", "texts", "seed")
+    origin = ("recipe", "recipe_key", "source", "texts", "seed", "layers")
     kept: dict[str, Any] = {name: old[name] for name in origin if name in old}
-    layers = {name: layer.to_json() for name, layer in again.items()}
+    rounded = {name: layer.to_json() for name, layer in again.items()}
     checkpoint = str(stored.source.folder.resolve())
-    return {"fracbit": __version__, "exported": asked, "checkpoint": checkpoint, **kept, "layers": layers}
+    return {
+        "fracbit": __version__, "exported": asked, "checkpoint": checkpoint, "layers": {}, **kept, "requantized": rounded
+    }  # fmt: skip

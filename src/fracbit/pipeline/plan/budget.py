@@ -10,6 +10,7 @@ from fracbit.data import Samples
 from fracbit.errors import RecipeError
 from fracbit.pipeline.plan.plan import make_plan
 from fracbit.pipeline.plan.presets import preset
+from fracbit.pipeline.plan.target import for_engine
 from fracbit.pipeline.study.weights import weights_on_disk
 from fracbit.records.allocation import allocated, check_allocation, load_allocation
 from fracbit.records.progress import Progress
@@ -49,8 +50,12 @@ def budgeted(
     """
     if spending == Spending():
         return Divided(recipe)
-    if spending.preset is not None and not spending.asked:
-        return Divided(preset(recipe, spending, opened.weights)[0])
+    if not spending.asked:
+        own, terms = recipe, spending
+        if spending.preset is not None:
+            recipe, terms = preset(recipe, spending, opened.weights)
+        recipe, _, notes = for_engine(recipe, terms, opened, own=own)
+        return Divided(recipe, notes)
     found = make_plan(recipe, spending, opened, device=device, measured=measured, progress=progress)
     how = f"divided by the solver {found.chosen.name}"
     if found.contest is not None and not found.contest.searched_won:

@@ -25,6 +25,7 @@ from fracbit.pipeline.plan.problem import Problem, make_problem
 from fracbit.pipeline.plan.sampling import sampling_notes
 from fracbit.pipeline.plan.scoring import model_for
 from fracbit.pipeline.plan.solve import Candidate, Curve, curves_of, scores_and_losses, solve
+from fracbit.pipeline.plan.target import for_engine
 from fracbit.pipeline.quantize.run import open_for
 from fracbit.pipeline.quantize.schedule import make_schedule
 from fracbit.pipeline.quantize.share import share_of
@@ -173,11 +174,12 @@ def make_plan(
     `device`: of the run that follows; `measured`: whether it is tried what that will take.
     """
     # The question: units, levels and bits.
-    recipe, terms = (
-        (recipe, spending) if spending.preset is None else preset(recipe, spending, opened.weights)
-    )
+    own, terms = recipe, spending
+    if spending.preset is not None:
+        recipe, terms = preset(recipe, spending, opened.weights)
     if not terms.asked:
         raise BudgetError(f"a plan divides a budget: {ONE_BUDGET}")
+    recipe, terms, served = for_engine(recipe, terms, opened, own=own)
     problem = make_problem(recipe, opened, terms, whole)
     # Scores and losses of every unit. Text is read and the model is loaded only if the score reads text.
     study = Study(opened, recipe.seed, progress, device)
@@ -199,7 +201,7 @@ def make_plan(
         needs="not measured",
         share=None,
         curve=curves_of(problem, scores, losses) if curve else {},
-        notes=(*solved.notes, *sampling_notes(losses.protocol)),
+        notes=(*served, *solved.notes, *sampling_notes(losses.protocol)),
         samples=drawn if terms.text is None else None,
     )
     # Compare with the best uniform scheme of no more bytes; a preset holds no text out for that.

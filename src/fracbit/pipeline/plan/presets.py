@@ -7,8 +7,8 @@
   whole instead, after GPTQ with coordinate descent on learned tables (kmeans) with 8-bit scales.
 
 All others store integers in blocks of 24 to 128 weights with a scale and an offset of 3 or 4 bits each: at equal stored bits
-they lose a quarter less than blocks of 64 with a 16-bit scale and a zero point (docs/LOG.md). `grids="engine"` keeps to the
-latter, integers that the files of GPTQ, AWQ and compressed-tensors hold.
+they lose a quarter less than blocks of 64 with a 16-bit scale and a zero point (docs/LOG.md). For an engine they keep to the
+latter, of which the engine's own grid is then taken (target.py).
 
 With a budget, the exact solver chooses bits and block of every linear within it, by the loss that its errors add (score
 `guided-error`, one backward pass over the float model, block by block). `fast` and models that are distilled go by the error of
@@ -48,7 +48,7 @@ def preset(recipe: Recipe, spending: Spending, weights: int) -> tuple[Recipe, Sp
         )
     average = spending.average_bits
     distilled = name == "best" and weights <= SMALL
-    kind = "engine" if spending.grids == "engine" else "table" if distilled else "fine"
+    kind = "engine" if spending.engine is not None else "table" if distilled else "fine"
     own = recipe.scheme.bits if "scheme" in recipe.model_fields_set else UNIFORM
     settings, calibration = _settings(str(name), own if average is None else average, weights)
     settings = {field: value for field, value in settings.items() if field not in recipe.model_fields_set}
@@ -59,11 +59,11 @@ def preset(recipe: Recipe, spending: Spending, weights: int) -> tuple[Recipe, Sp
         guided = name != "fast" and not distilled
         score: dict[str, Any] = {"score": "guided-error", "samples": SCORED} if guided else {}
         return recipe.model_copy(update=settings), Spending(
-            average_bits=average, levels=levels(kind, average), **score
+            average_bits=average, levels=levels(kind, average), engine=spending.engine, **score
         )
     if "scheme" not in recipe.model_fields_set:
         settings["scheme"] = _scheme(kind, UNIFORM, UNIFORM_BLOCK[kind])
-    return recipe.model_copy(update=settings), Spending()
+    return recipe.model_copy(update=settings), Spending(engine=spending.engine)
 
 
 def _settings(name: str, bits: float, weights: int) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,0 +1,156 @@
+"""A run for an engine: recipe and budget with only the schemes that the engine serves, for the shapes of the model at hand.
+
+    what was asked for -> the nearest forms that the engine serves -> recipe, budget, notes on every difference
+
+Whatever chooses codes then fills the very grid that the engine reads, and the export writes it without rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from fracbit.checkpoint.format import StoredLayer
+from fracbit.checkpoint.formats.codes import config_type
+from fracbit.checkpoint.opened import Opened
+from fracbit.engines.engine import ENGINES, Engine, Forms
+from fracbit.errors import RecipeError
+from fracbit.records.recipe import Override, Recipe
+from fracbit.records.scheme import Scheme
+from fracbit.records.spending import Spending
+
+USUAL = Scheme("int:step", 4, 64, offset="zero")
+LEVELS = tuple(
+    Scheme("int:step", bits, block, offset="zero") for bits in (2, 3, 4, 8) for block in (32, 64, 128)
+)
+"""What a budget chooses from where nothing else was asked for."""
+TABLE = Scheme("int:step", 8, 64)
+"""What an embedding table gets where the engine serves quantized ones and nothing else was asked for."""
+TYPES = {"F16": "fp16", "BF16": "bf16", "F32": "fp32"}
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """An engine and the shapes of a model. `forms`: what it serves; `floats`: linears that it can only have as floats."""
+
+    name: str
+    engine: Engine
+    forms: Forms
+    shape: tuple[int, int]
+    floats: dict[str, str]
+
+    def scheme(self, asked: Scheme) -> Scheme:
+        """The nearest scheme that the engine serves for every linear of the model. Raises `RecipeError`."""
+        near = self.forms.nearest(StoredLayer(asked, self.shape))
+        if not isinstance(near.scheme, Scheme):
+            raise RecipeError(f"{self.name} serves nothing near {asked} for this model: {near.reason}")
+        return near.scheme
+
+    def levels(self, asked: Iterable[Scheme | None]) -> tuple[Scheme | None, ...]:
+        """What a budget chooses from, without repeats; floats too where the engine serves a single width."""
+        found = tuple(dict.fromkeys(None if level is None else self.scheme(level) for level in asked))
+        return (*found, None) if None not in found and len({one.bits for one in found if one}) == 1 else found
+
+
+def for_engine(
+    recipe: Recipe, spending: Spending, opened: Opened, *, own: Recipe
+) -> tuple[Recipe, Spending, tuple[str, ...]]:
+    """The recipe and budget for the engine that `spending` names, and notes on what was asked for and is not served.
+
+    `own`: the recipe before a preset filled it, whose schemes were asked for. Without an engine nothing changes.
+    Raises `RecipeError` for what the engine does not serve and nothing near would do.
+    """
+    if spending.engine is None:
+        return recipe, spending, ()
+    target = target_of(spending.engine, opened)
+    _check(recipe, target)
+    changes: dict[str, object] = {"overrides": _overrides(recipe, target)}
+    if not spending.asked:
+        asked = "scheme" in recipe.model_fields_set
+        changes["scheme"] = target.scheme(recipe.scheme if asked else USUAL)
+    if target.forms.embeddings:
+        changes["embeddings"] = target.scheme(recipe.embeddings or TABLE)
+    if recipe.head is not None:
+        changes["head"] = target.scheme(recipe.head)
+    changed = recipe.model_copy(update=changes)
+    notes = [
+        *_differences(own, changed, target),
+        *(f"{name} stays float: {why}" for name, why in target.floats.items()),
+    ]
+    if not spending.asked:
+        return changed, Spending(), tuple(notes)
+    levels = target.levels(LEVELS if spending.levels is None else spending.schemes)
+    fused = spending.fused or target.engine.fused
+    return changed, replace(spending, engine=None, levels=levels, fused=fused), tuple(notes)
+
+
+def _overrides(recipe: Recipe, target: Target) -> tuple[Override, ...]:
+    """The recipe's, with schemes that the engine serves, and what it can only have as floats."""
+    own = [
+        each if each.scheme is None else each.model_copy(update={"scheme": target.scheme(each.scheme)})
+        for each in recipe.overrides
+    ]
+    return (*own, *(Override(layers=name, keep=True) for name in target.floats))
+
+
+def _differences(own: Recipe, changed: Recipe, target: Target) -> Iterator[str]:
+    """A note on every scheme that was asked for and became another."""
+    pairs = [
+        (getattr(own, name), getattr(changed, name))
+        for name in ("scheme", "embeddings", "head")
+        if name in own.model_fields_set
+    ]
+    pairs += [(old.scheme, new.scheme) for old, new in zip(own.overrides, changed.overrides, strict=False)]
+    for asked, found in dict.fromkeys(pairs):
+        if asked is not None and asked != found:
+            yield f"{asked} became {found}, the nearest scheme that {target.name} serves"
+
+
+def target_of(name: str, opened: Opened) -> Target:
+    """The engine called `name` for a model. Raises `RecipeError`."""
+    engine = ENGINES[name]
+    if engine.serves is None:
+        serving = [each for each, one in ENGINES.items() if one.serves is not None]
+        raise RecipeError(
+            f"nothing is quantized for {name}, which only reads files; write one of {', '.join(serving)}"
+        )
+    forms = engine.serves
+    if engine.casts_scales:
+        forms = forms.with_scales(TYPES[config_type(opened.source.config)])
+    floats, fitting = {}, []
+    for layer, one in opened.linears.items():
+        near = forms.nearest(StoredLayer(USUAL, (one.out, one.width)))
+        if near.scheme == "float":
+            floats[layer] = near.reason
+        else:
+            fitting.append(one)
+    if not fitting:
+        raise RecipeError(
+            f"{name} serves no linear of this model: {next(iter(floats.values()), 'there is none')}"
+        )
+    shape = math.gcd(*(one.out for one in fitting)), math.gcd(*(one.width for one in fitting))
+    return Target(name, engine, forms, shape=shape, floats=floats)
+
+
+def _check(recipe: Recipe, target: Target) -> None:
+    """Raise `RecipeError` for settings that the files of an engine cannot hold."""
+    if recipe.outliers is not None:
+        raise RecipeError(f"{target.name} serves no 16-bit columns; leave outliers out")
+    if recipe.embeddings is not None and not target.forms.embeddings:
+        raise RecipeError(f"{target.name} serves embedding tables as floats; leave embeddings out")
+    if recipe.head is not None and not target.engine.head:
+        raise RecipeError(f"{target.name} serves the output head as floats; leave head out")
+    calibration = recipe.calibration
+    if calibration is None:
+        return
+    if calibration.inputs is not None:
+        raise RecipeError(
+            f"{target.name} is served with float activations here; leave calibration.inputs out"
+        )
+    if calibration.axis != "scheme":
+        raise RecipeError(f"{target.name} has blocks along the inputs alone; leave calibration.axis out")
+    if "rotate-mlp" in calibration.transforms:
+        raise RecipeError(
+            f"{target.name} does not rotate activations while it runs; leave the transform rotate-mlp out"
+        )

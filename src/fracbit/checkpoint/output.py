@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -27,6 +27,7 @@ from fracbit.checkpoint.source import INDEX, PICKLES, TYPE_NAMES, content_hash
 from fracbit.errors import FormatError, OutputError
 from fracbit.records.run import ShardRecord, StoredTensor
 
+T = TypeVar("T")
 JOURNAL = ".fracbit"
 TEMPORARY = ".tmp"
 """Ends the name of a file that is being written; a run that was killed may leave one."""
@@ -96,6 +97,14 @@ class Output:
         record = replace(record, stored={name: _stored(tensor) for name, tensor in contiguous.items()})
         _replace(self.folder / shard, lambda path: save_file(contiguous, path, metadata={"format": "pt"}))
         write_json(self.folder / JOURNAL / f"{shard}.json", record.to_json())
+
+    def write_file(self, name: str, write: Callable[[Path], ShardRecord]) -> None:
+        """Let `write` make a weight file that is not safetensors, and then keep the record that it returns.
+
+        `finish` lists the hash of the file, not of its tensors.
+        """
+        record = _replace(self.folder / name, write)
+        write_json(self.folder / JOURNAL / f"{name}.json", record.to_json())
 
     def finish(self, config: Mapping[str, Any], manifest: Mapping[str, Any], card: str | None = None) -> None:
         """Write the model card and the manifest, which gets the hashes of all tensors and files; remove the journal.
@@ -263,11 +272,12 @@ def copy_file(source: Path, target: Path) -> None:
     _replace(target, lambda temporary: shutil.copyfile(source, temporary))
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
+def _replace(path: Path, write: Callable[[Path], T]) -> T:
+    """Write a file whole or not at all; returns what `write` does."""
     temporary = path.with_name(path.name + TEMPORARY)
     with _disk_errors(path.parent):
         try:
-            write(temporary)
+            made = write(temporary)
             # safetensors makes files that only their owner can read; a server often runs as another user.
             temporary.chmod(0o600 | (path.parent.stat().st_mode & 0o044))
             _flush(temporary)
@@ -275,6 +285,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
             _flush(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+    return made
 
 
 def _flush(path: Path) -> None:

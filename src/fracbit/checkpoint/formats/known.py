@@ -16,7 +16,7 @@ from fracbit.errors import SourceError
 from fracbit.records.tables import Table
 
 OURS = "fracbit"
-KEYS = ("quantization_config", "compression_config")
+KEYS = ("quantization_config", "compression_config", "quantization")
 SETTINGS = {"gptq": "quantize_config.json", "awq": "quant_config.json"}
 """Files beside config.json in which older programs wrote what now stands in it."""
 AT_RUN_TIME = ("bitnet",)
@@ -61,6 +61,7 @@ SOURCE_FORMATS: Table[SourceFormat] = Table(
         "mxfp4": "fracbit.checkpoint.formats.mxfp4:MXFP4",
         "gguf": "fracbit.checkpoint.formats.gguf:GGUF_FILE",
         "bitsandbytes": "fracbit.checkpoint.formats.bitsandbytes:BITSANDBYTES",
+        "mlx": "fracbit.checkpoint.formats.mlx:MLX_FORMAT",
     },
     SourceError,
 )
@@ -88,6 +89,8 @@ def decoded(source: Source) -> Source:
     if method in ("auto-round", "intel/auto-round"):
         name, more = AUTO_ROUND.get(str(settings.get("packing_format")), (method, {}))
         settings = {**settings, **more}
+    if not method and SOURCE_FORMATS["mlx"].seen(source.tensors):
+        name = "mlx"  # whose config names no method
     if name in SOURCE_FORMATS:
         found = SOURCE_FORMATS[name].decode(source, settings)
         if found.tensors:

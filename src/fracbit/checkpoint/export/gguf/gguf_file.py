@@ -1,0 +1,104 @@
+"""The export `gguf`: model.gguf, one file with the weights, the sizes and the tokenizer, as llama.cpp's converter orders them.
+
+Integers with a step for every 32 weights are stored as they are (block_types.py). The file is written tensor by tensor, under a
+temporary name, and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fracbit.checkpoint.export.exporter import Nearest, StoredModel, Written
+from fracbit.checkpoint.export.gguf.architectures import Architecture, architecture_of
+from fracbit.checkpoint.export.gguf.block_types import nearest
+from fracbit.checkpoint.export.gguf.header import add_header
+from fracbit.checkpoint.export.gguf.package import package
+from fracbit.checkpoint.export.gguf.placed import Placed, placed
+from fracbit.checkpoint.export.gguf.vocabulary import Vocabulary, vocabulary_of
+from fracbit.checkpoint.export.parameter import without_parameter
+from fracbit.checkpoint.format import StoredLayer
+from fracbit.checkpoint.output import Output
+from fracbit.records.progress import Progress
+from fracbit.records.run import LayerRecord, ShardRecord
+
+FILE = "model.gguf"
+TOKEN_BYTES = 64  # about what a token takes with its kind and its merge
+
+
+@dataclass(frozen=True, eq=False)
+class GgufPlan:
+    """What a file will hold."""
+
+    architecture: Architecture
+    tensors: Sequence[Placed]
+    vocabulary: Vocabulary
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """The format `gguf`."""
+
+    def nearest(self, layer: StoredLayer) -> Nearest:
+        """See `Exporter`."""
+        return nearest(layer)
+
+    def size(self, stored: StoredModel) -> int:
+        """Bytes of the file, about. Raises `FormatError` for a model or tokenizer that llama.cpp does not run."""
+        plan = planned(stored)
+        return sum(tensor.bytes for tensor in plan.tensors) + TOKEN_BYTES * len(plan.vocabulary.tokens)
+
+    def write(self, stored: StoredModel, target: Output, show: Progress) -> Written:
+        """Write the file, unless `target` has it; one tensor is in memory at a time."""
+        if target.record(FILE) is None:
+            plan = planned(stored)
+            target.write_file(FILE, lambda path: write_gguf(path, stored, plan, show))
+        config = {
+            name: value for name, value in stored.source.config.items() if name != "quantization_config"
+        }
+        return Written((FILE,), config)
+
+
+def export_gguf(parameter: str = "") -> GgufFile:
+    """The format; it takes no parameter. Raises `RecipeError` for one."""
+    without_parameter("gguf", parameter)
+    return GgufFile()
+
+
+def planned(stored: StoredModel) -> GgufPlan:
+    """What the file of a model will hold. Raises `FormatError`."""
+    package()
+    config = stored.model.config
+    architecture = architecture_of(config.model_type, config.to_dict())
+    vocabulary = vocabulary_of(stored.source.folder, architecture, int(config.vocab_size), stored.source.name)
+    return GgufPlan(architecture, placed(stored, architecture), vocabulary)
+
+
+def write_gguf(path: Path, stored: StoredModel, plan: GgufPlan, show: Progress) -> ShardRecord:
+    """Write the file; returns the records of the layers that were rounded again."""
+    gguf = package()
+    writer = gguf.GGUFWriter(path, plan.architecture.name)
+    for tensor in plan.tensors:
+        kind = gguf.GGMLQuantizationType[tensor.kind]
+        rows = (*tensor.shape[:-1], tensor.bytes // math.prod(tensor.shape[:-1]))  # [.., bytes of a row]
+        writer.add_tensor_info(tensor.name, rows, np.dtype(np.uint8), tensor.bytes, raw_dtype=kind)
+    add_header(writer, stored, plan.architecture, plan.tensors, vocabulary=plan.vocabulary)
+    layers: dict[str, LayerRecord] = {}
+    total, done = sum(tensor.bytes for tensor in plan.tensors), 0
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in plan.tensors:
+            made, records = tensor.make()
+            writer.write_tensor_data(made.numpy())
+            layers |= records
+            done += tensor.bytes
+            show(tensor.name, done, total)
+    finally:
+        writer.close()
+    return ShardRecord(layers=layers)

@@ -21,6 +21,7 @@ from fracbit.checkpoint.export.exporter import export
 from fracbit.checkpoint.output import MANIFEST
 from fracbit.cli import app
 from fracbit.engines import prove as proving
+from fracbit.engines.compared_with import compared_with
 from fracbit.engines.engine import ENGINES, RUNNERS, Engine
 from fracbit.engines.environments import DONE, made
 from fracbit.engines.prove import PROOF, Predictions, compared, weight_hash
@@ -86,11 +87,9 @@ def test_what_was_rounded_again_is_compared_with_what_it_became(tiny_llama: Make
     write_checkpoint(Recipe(model=str(tmp_path / "float"), scheme=parse_scheme("kmeans3/32")), tmp_path / "q")
     export(tmp_path / "q", tmp_path / "coded", "compressed-tensors", requantize=True)
     manifest = json.loads((tmp_path / "coded" / MANIFEST).read_text())
-    stored = proving.fitted(
-        proving.open_stored(tmp_path / "q"), proving.exporter_of("compressed-tensors"), "compressed-tensors", requantize=True
-    )  # fmt: skip
     ids = torch.arange(24).view(1, 24)
-    with proving._reference(stored, tmp_path / "q", manifest) as model, torch.no_grad():
+    made = compared_with(tmp_path / "coded", manifest, None)
+    with made.model() as model, torch.no_grad():
         again = model(ids).logits
         theirs = fracbit.load(tmp_path / "coded", torch.float32)(
             ids
@@ -98,6 +97,16 @@ def test_what_was_rounded_again_is_compared_with_what_it_became(tiny_llama: Make
         before = fracbit.load(tmp_path / "q", torch.float32)(ids).logits
     assert torch.allclose(again, theirs, atol=1e-3)
     assert not torch.allclose(again, before, atol=1e-3)
+    (tmp_path / "q").rename(tmp_path / "moved")
+    alone = compared_with(tmp_path / "coded", manifest, None)
+    assert alone.name == "the export as fracbit reads it"
+    assert alone.weights.keys() == made.weights.keys()
+    with alone.model() as model, torch.no_grad():
+        assert torch.equal(model(ids).logits, theirs)
+    named = compared_with(tmp_path / "coded", manifest, tmp_path / "moved")
+    assert all(
+        weight_hash(named.weights[name]()) == weight_hash(each()) for name, each in alone.weights.items()
+    )
 
 
 def test_difference_of_known_predictions(tiny_llama: Maker) -> None:
@@ -112,6 +121,12 @@ def test_difference_of_known_predictions(tiny_llama: Maker) -> None:
     wrong = whole.clone()
     wrong[0, 2] += 1
     assert compared(model, Predictions(ids, logits[:, 5:], 5)).greedy is None
+    logs = logits.double().log_softmax(-1)
+    rare = torch.where(
+        logs < logs.amax(-1, keepdim=True) - 0.3, torch.nan, logs
+    )  # an engine that tells no more
+    assert bool(rare.isnan().any())
+    assert compared(model, Predictions(ids, rare)).kl == pytest.approx(0, abs=1e-6)
     assert compared(model, Predictions(ids, logits[:, 5:], 5)).kl == pytest.approx(0, abs=1e-6)
     assert compared(model, Predictions(ids, logits, greedy=wrong)).greedy == 0.5, (
         "tokens after the first difference do not count"
@@ -160,9 +175,9 @@ def test_wrong_inputs_are_answered(exported: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(FormatError, match=r"is no export of fracbit; make one with `fracbit export"):
         fracbit.prove(exported.parent / "float", **how)
     (exported.parent / "q").rename(exported.parent / "moved")
-    with pytest.raises(EngineError, match=r"is not there any more; name the checkpoint.*--against"):
-        fracbit.prove(exported, **how)
-    assert fracbit.prove(exported, against=exported.parent / "moved", **how).difference.kl < 1e-8
+    with pytest.raises(EngineError, match=r"q is not there; name the checkpoint.*or leave --against out"):
+        fracbit.prove(exported, against=exported.parent / "q", **how)
+    assert fracbit.prove(exported, against=exported.parent / "moved", **how).against.endswith("moved")
     broken = replace(ENGINES["transformers"], runner="run_mlx.py")
     monkeypatch.setattr(proving, "_engine", lambda engine, asked: ("transformers", broken))
     with pytest.raises(EngineError, match=r"does not run .*made \(exit status 1\): .*mlx"):

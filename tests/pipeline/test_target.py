@@ -52,7 +52,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", SERVING)
 @pytest.mark.parametrize(
-    "spending", [Spending(), Spending(average_bits=4.6), Spending(preset="fast", average_bits=5)], ids=str
+    "spending", [Spending(), Spending(average_bits=5.6), Spending(preset="fast", average_bits=6)], ids=str
 )
 def test_a_run_ends_in_the_file_of_the_engine(
     name: str, spending: Spending, model: Path, tmp_path: Path
@@ -143,7 +143,7 @@ def refused(model: Path) -> Iterable[tuple[Recipe, str, str]]:
     )
     yield Recipe(**base, calibration=Calibration(**text, transforms=("rotate-mlp",))), "mlx", "rotate-mlp out"
     yield Recipe(**base, calibration=Calibration(**text, axis="nearest")), "mlx", "leave calibration.axis out"
-    yield Recipe(**base), "gptqmodel", "which only reads files; write one of vllm-cpu, vllm, mlx"
+    yield Recipe(**base), "gptqmodel", "which only reads files; write one of vllm-cpu, vllm, llama.cpp, mlx"
 
 
 def test_what_no_file_of_an_engine_holds_is_refused(model: Path) -> None:

@@ -178,13 +178,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json", "a model folder holds config.json, safetensors and a tokenizer")
 
 
-def read_tensor(source: Source, name: str) -> Tensor:
-    """One tensor in its own type. The file is opened only for this tensor, so that its pages do not stay in memory."""
+def read_tensor(source: Source, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    """One tensor in its own type, or decoded to `dtype`. The file is opened only for it, so that its pages leave the memory."""
     decoding = source.decodings.get(name)
     if decoding is None:
         return read_stored(source, name)
     parts = {role: read_stored(source, part.name) for role, part in decoding.parts.items()}
-    return filled(decoding, parts, FLOATS[decoding.info.dtype])
+    return filled(decoding, parts, dtype or FLOATS[decoding.info.dtype])
 
 
 def read_rows(source: Source, name: str, rows: Sequence[slice], axis: int = 0) -> Tensor:

@@ -6,7 +6,7 @@ makes of it: log-probabilities of a text, greedy tokens, decoded weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +14,7 @@ from typing import Protocol
 from fracbit.checkpoint.export.exporter import Nearest
 from fracbit.checkpoint.format import StoredLayer
 from fracbit.records import tables
+from fracbit.records.scheme import Scheme
 from fracbit.records.tables import Table
 
 RUNNERS = Path(__file__).resolve().parent / "runners"
@@ -36,6 +37,9 @@ class Forms(Protocol):
         ...
 
 
+USUAL = Scheme("int:step", 4, 64, offset="zero")
+
+
 @dataclass(frozen=True)
 class Engine:
     """An engine, how it is installed, and what it runs.
@@ -44,9 +48,10 @@ class Engine:
     - `installs`: arguments of `pip install`, one call after another; `removes`: packages that must go afterwards.
     - `runner`: a file of runners/; `dtype`: what the engine computes in when its answers are compared,
       "" where it only decodes weights.
-    - `variables`: environment variables that it needs.
-    - `serves`: what `--for` may quantize to; None: nothing is quantized for it. `fused`: linears that read one input must have
-      one scheme; `head`: the output head may be quantized; `casts_scales`: scales are cast to the type of the model.
+    - `variables`: environment variables that it needs; `build`: builds into its environment what pip does not install.
+    - `serves`: what `--for` may quantize to; None: nothing is quantized for it. `usual`: near what, unless one asks.
+    - `fused`: linears that read one input must have one scheme; `head`: the output head may be quantized; `casts_scales`:
+      scales are cast to the type of the model.
     """
 
     title: str
@@ -56,7 +61,9 @@ class Engine:
     dtype: str = "float32"
     removes: tuple[str, ...] = ()
     variables: Mapping[str, str] = field(default_factory=dict)
+    build: Callable[[Path], None] | None = None
     serves: Forms | None = None
+    usual: Scheme = USUAL
     fused: bool = False
     head: bool = False
     casts_scales: bool = False

@@ -26,7 +26,14 @@ def environment(
     Raises `EngineError` with pip's last words.
     """
     place = Path(folder).expanduser() / name
-    return made(place, engine.installs, engine.removes, variables=engine.variables, announce=announce)
+    return made(
+        place,
+        engine.installs,
+        engine.removes,
+        variables=engine.variables,
+        build=engine.build,
+        announce=announce,
+    )
 
 
 def made(
@@ -35,6 +42,7 @@ def made(
     removes: Sequence[str] = (),
     *,
     variables: Mapping[str, str] | None = None,
+    build: Callable[[Path], None] | None = None,
     announce: Callable[[str], None] | None = None,
 ) -> Path:
     """The interpreter of the virtual environment `place`, into which pip has installed everything, one call after another."""
@@ -51,6 +59,8 @@ def made(
         _pip(place, ["install", "--quiet", *words], variables or {})
     if removes:
         _pip(place, ["uninstall", "--quiet", "--yes", *removes], {})
+    if build is not None:
+        build(place)
     done.write_text(wanted)
     return python
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fracbit.checkpoint.export.coded import names_of
-from fracbit.checkpoint.export.exporter import StoredModel, export, exporter_of, fitted, open_stored
-from fracbit.checkpoint.load import load, tokenizer_or_none
+from fracbit.checkpoint.load import tokenizer_or_none
 from fracbit.checkpoint.output import MANIFEST, write_json
 from fracbit.data.samples import read_calibration
+from fracbit.engines.compared_with import ComparedWith, compared_with
 from fracbit.engines.engine import ENGINES, RUNNERS, Engine
 from fracbit.engines.environments import ENVIRONMENTS, environment
 from fracbit.errors import EngineError, FormatError, near_matches
-from fracbit.numerics.packed import decode
 
 PROOF = "proof.json"
 TEXT = "bundled:held-out"
@@ -57,9 +55,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Proof:
-    """What `prove` found. `dtype`: what the engine computed in; `unequal`: layers whose decoded weights differ.
+    """What `prove` found. `dtype`: what the engine computed in; `against`: the checkpoint, or "the export as fracbit reads it".
 
-    `layers`: how many were compared; none where the engine does not show its weights. `text` and `protocol` say on which ids.
+    `unequal`: layers whose decoded weights differ.
+
+    `layers`: how many were compared; none where the engine does not show its weights. `text` and `protocol`: on which ids.
     """
 
     export: str
@@ -67,6 +67,7 @@ class Proof:
     engine: str
     versions: Mapping[str, str]
     dtype: str
+    against: str
     layers: int
     unequal: tuple[str, ...]
     text: str
@@ -104,7 +105,8 @@ def prove(
     """Run an export in an engine, compare with the checkpoint, and write proof.json beside it.
 
     `engine`: a name of `ENGINES`; by default the first that runs the format. `against`: the checkpoint, by default the one that
-    the manifest names. `text` is a source of ids as for calibration: `samples` of `length`, each continued by `greedy` tokens.
+    the manifest names; where that is gone, the export as fracbit's own reader decodes it. `text` is a source of ids as for
+    calibration: `samples` of `length`, each continued by `greedy` tokens.
     The engine's environment is made below `environments` when it is missing, which needs a package index; `announce` is told.
     Raises `EngineError`, `RecipeError` for an unknown engine, `FormatError`, `SourceError`, `DataError`.
     """
@@ -112,14 +114,9 @@ def prove(
     manifest = _manifest(path)
     asked = str(manifest["exported"])
     name, runs = _engine(engine, asked)
-    checkpoint = Path(against or manifest.get("checkpoint") or "")
-    if not (checkpoint / "config.json").is_file():
-        raise EngineError(
-            f"{checkpoint} is not there any more; name the checkpoint that {path} was made from with --against"
-        )
-    stored = fitted(open_stored(checkpoint), exporter_of(asked), asked, requantize=True)
-    vocabulary = int(stored.model.config.get_text_config().vocab_size)
-    tokenizer = tokenizer_or_none(checkpoint)
+    origin = compared_with(path, manifest, against)
+    tokenizer = tokenizer_or_none(origin.folder)
+    vocabulary = int(origin.config.get_text_config().vocab_size)
     drawn = read_calibration([text], tokenizer, vocabulary, samples=samples, length=length, seed=0)
     ids = drawn.ids[:, :length].long()  # [samples, length]
     python = environment(name, runs, environments, announce)
@@ -127,12 +124,12 @@ def prove(
     facts, predicted = answered(path, runs, ids, python=python, text=words, greedy=greedy)
     difference = None
     if predicted is not None:
-        with _reference(stored, checkpoint, manifest) as model:
+        with origin.model() as model:
             difference = compared(model, predicted)
     hashes: Mapping[str, Any] = facts["weights"]
     found = Proof(
         export=str(path), format=asked, engine=name, versions=facts["versions"], dtype=runs.dtype,
-        layers=len(hashes), unequal=tuple(_unequal(stored, hashes)), text=text,
+        against=origin.name, layers=len(hashes), unequal=tuple(_unequal(origin, hashes)), text=text,
         protocol=f"{samples} samples of {length} ids, {greedy} greedy tokens after each",
         difference=difference,
     )  # fmt: skip
@@ -166,7 +163,8 @@ def _engine(engine: str | None, asked: str) -> tuple[str, Engine]:
 class Predictions:
     """What an engine predicts. `logits` [samples, n, vocabulary]: of `ids` [samples, length] from number `first` + 1 on.
 
-    `greedy` [samples, tokens]: how it continues every sample; None where it cannot be asked.
+    NaN stands for what it does not tell of very unlikely ids; then all are log-probabilities. `greedy` [samples, tokens]: how
+    it continues every sample; None where it cannot be asked.
     """
 
     ids: Tensor
@@ -203,19 +201,6 @@ def answered(
         return facts, Predictions(used, found["logits"], facts["first"], greedy=found.get("greedy"))
 
 
-@contextmanager
-def _reference(
-    stored: StoredModel, checkpoint: Path, manifest: Mapping[str, Any]
-) -> Iterator[PreTrainedModel]:
-    """The model that the export should be, in fp32: the checkpoint, or what rounding it again has made of it."""
-    if not manifest["requantized"]:
-        yield load(checkpoint, torch.float32)
-        return
-    with tempfile.TemporaryDirectory() as place:
-        export(checkpoint, f"{place}/float", "float:fp32", like=stored.layers, progress=None)
-        yield load(f"{place}/float", torch.float32)
-
-
 def compared(model: PreTrainedModel, found: Predictions) -> Difference:
     """How far the predictions of an engine are from those of `model`."""
     last = found.first + found.logits.shape[1]
@@ -247,24 +232,21 @@ def _sample_apart(own: Tensor, theirs: Tensor, ids: Tensor) -> tuple[Tensor, Ten
 
     Each is [n]; in fp64, since the sum of a vocabulary's differences in fp32 is no smaller than some proofs.
     """
-    theirs = theirs[:, : own.shape[-1]].double().log_softmax(-1)  # [n, vocabulary]: engines may pad it
+    theirs = theirs[:, : own.shape[-1]].double()  # [n, vocabulary]: engines may pad it
+    told = ~theirs.isnan()  # [n, vocabulary]
+    theirs = theirs.log_softmax(-1) if bool(told.all()) else theirs.nan_to_num(-math.inf)
     logs = own.double().log_softmax(-1)  # [n, vocabulary]
     apart = (theirs.gather(-1, ids[:, None]) - logs.gather(-1, ids[:, None])).abs()[:, 0]  # [n]
-    kl = (logs.exp() * (logs - theirs)).sum(-1).clamp(min=0)  # [n]
+    kl = torch.where(told, logs.exp() * (logs - theirs), 0.0).sum(-1).clamp(min=0)  # [n]
     return apart, kl, logs.argmax(-1) == theirs.argmax(-1)
 
 
-def _unequal(stored: StoredModel, hashes: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
+def _unequal(origin: ComparedWith, hashes: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
     """Names of layers whose decoded weights an engine has differently, or not at all where it shows others."""
-    names = names_of(stored)
-    for layer in stored.layers:
-        found = hashes.get(names.module(layer))
-        if hashes and found is None:
+    for layer, weight in origin.weights.items() if hashes else ():
+        found = hashes.get(layer)
+        if found is None or weight_hash(weight().to(getattr(torch, found["dtype"]))) != found["sha256"]:
             yield layer
-        elif found is not None:
-            weight = decode(stored.exported(layer)[0]).to(getattr(torch, found["dtype"]))  # [out, in]
-            if weight_hash(weight) != found["sha256"]:
-                yield layer
 
 
 def weight_hash(weight: Tensor) -> str:

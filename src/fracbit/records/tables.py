@@ -173,6 +173,7 @@ ENGINES: Table[Any] = Table(
         "vllm": "fracbit.engines.vllm_gpu:VLLM",
         "compressed-tensors": "fracbit.engines.compressed_tensors_alone:COMPRESSED_TENSORS",
         "gptqmodel": "fracbit.engines.gptqmodel:GPTQMODEL",
+        "llama.cpp": "fracbit.engines.llama_cpp:LLAMA_CPP",
         "mlx": "fracbit.engines.mlx:MLX",
         "transformers": "fracbit.engines.transformers_alone:TRANSFORMERS",
     },

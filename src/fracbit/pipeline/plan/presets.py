@@ -25,7 +25,7 @@ from fracbit.records.recipe import Recipe
 from fracbit.records.scheme import Scheme
 from fracbit.records.spending import Spending
 
-BLOCKS = {"fine": (24, 32, 48, 64, 128), "table": (32, 48, 64, 128), "engine": (32, 64, 128)}
+BLOCKS = {"fine": (24, 32, 48, 64, 128), "table": (32, 48, 64, 128)}
 UNIFORM = 4  # bits without a budget
 UNIFORM_BLOCK = {"fine": 32, "table": 64, "engine": 64}
 SMALL = 20_000_000  # weights; distillation holds 24 bytes for each, and takes hours on a CPU above
@@ -58,8 +58,9 @@ def preset(recipe: Recipe, spending: Spending, weights: int) -> tuple[Recipe, Sp
     if average is not None:
         guided = name != "fast" and not distilled
         score: dict[str, Any] = {"score": "guided-error", "samples": SCORED} if guided else {}
+        some = None if kind == "engine" else levels(kind, average)  # an engine's own are found in target.py
         return recipe.model_copy(update=settings), Spending(
-            average_bits=average, levels=levels(kind, average), engine=spending.engine, **score
+            average_bits=average, levels=some, engine=spending.engine, **score
         )
     if "scheme" not in recipe.model_fields_set:
         settings["scheme"] = _scheme(kind, UNIFORM, UNIFORM_BLOCK[kind])

@@ -17,12 +17,16 @@ from fracbit.checkpoint.opened import Opened
 from fracbit.engines.engine import ENGINES, Engine, Forms
 from fracbit.errors import RecipeError
 from fracbit.records.recipe import Override, Recipe
-from fracbit.records.scheme import Scheme
+from fracbit.records.scheme import Offset, Scheme
 from fracbit.records.spending import Spending
 
-USUAL = Scheme("int:step", 4, 64, offset="zero")
+NEAREST = 3  # widths around a budget
+SYMMETRIC_OR_NOT: tuple[Offset, ...] = ("none", "zero")
 LEVELS = tuple(
-    Scheme("int:step", bits, block, offset="zero") for bits in (2, 3, 4, 8) for block in (32, 64, 128)
+    Scheme("int:step", bits, block, offset=offset)
+    for bits in (2, 3, 4, 5, 6, 8)
+    for block in (32, 64, 128)
+    for offset in SYMMETRIC_OR_NOT
 )
 """What a budget chooses from where nothing else was asked for."""
 TABLE = Scheme("int:step", 8, 64)
@@ -48,9 +52,20 @@ class Target:
         return near.scheme
 
     def levels(self, asked: Iterable[Scheme | None]) -> tuple[Scheme | None, ...]:
-        """What a budget chooses from, without repeats; floats too where the engine serves a single width."""
-        found = tuple(dict.fromkeys(None if level is None else self.scheme(level) for level in asked))
-        return (*found, None) if None not in found and len({one.bits for one in found if one}) == 1 else found
+        """The schemes near those asked for, without repeats."""
+        return tuple(dict.fromkeys(None if level is None else self.scheme(level) for level in asked))
+
+    def own_levels(self, average: float | None) -> tuple[Scheme | None, ...]:
+        """What a budget chooses from where nothing else was asked for: the three widths nearest to its average, at every block.
+
+        Floats too where the engine serves a single width.
+        """
+        found = self.levels(LEVELS)
+        widths = sorted({one.bits for one in found if one})
+        if average is not None:
+            widths = sorted(widths, key=lambda bits: abs(bits + 0.5 - average))[:NEAREST]
+        kept = tuple(one for one in found if one and one.bits in widths)
+        return (*kept, None) if len(widths) == 1 else kept
 
 
 def for_engine(
@@ -68,7 +83,7 @@ def for_engine(
     changes: dict[str, object] = {"overrides": _overrides(recipe, target)}
     if not spending.asked:
         asked = "scheme" in recipe.model_fields_set
-        changes["scheme"] = target.scheme(recipe.scheme if asked else USUAL)
+        changes["scheme"] = target.scheme(recipe.scheme if asked else target.engine.usual)
     if target.forms.embeddings:
         changes["embeddings"] = target.scheme(recipe.embeddings or TABLE)
     if recipe.head is not None:
@@ -80,7 +95,8 @@ def for_engine(
     ]
     if not spending.asked:
         return changed, Spending(), tuple(notes)
-    levels = target.levels(LEVELS if spending.levels is None else spending.schemes)
+    free = spending.levels is None
+    levels = target.own_levels(spending.average_bits) if free else target.levels(spending.schemes)
     fused = spending.fused or target.engine.fused
     return changed, replace(spending, engine=None, levels=levels, fused=fused), tuple(notes)
 
@@ -120,7 +136,7 @@ def target_of(name: str, opened: Opened) -> Target:
         forms = forms.with_scales(TYPES[config_type(opened.source.config)])
     floats, fitting = {}, []
     for layer, one in opened.linears.items():
-        near = forms.nearest(StoredLayer(USUAL, (one.out, one.width)))
+        near = forms.nearest(StoredLayer(engine.usual, (one.out, one.width)))
         if near.scheme == "float":
             floats[layer] = near.reason
         else:

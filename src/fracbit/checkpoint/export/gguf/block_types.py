@@ -101,8 +101,6 @@ TYPES: Mapping[str, BlockType] = {
     "Q5_1": BlockType(Scheme(STEP, 5, BLOCK, offset="float"), BLOCK, 24, file_type=9, encode=_fives),
 }
 """Every type, by ggml's name. One that looks at more than 32 weights at once has a `length` of its own."""
-FEW = IntegerForms(bits=(4, 5), offsets=("none", "float"), blocks=(BLOCK,), scales=("fp16",), embeddings=True)
-MANY = replace(FEW, bits=(8,), offsets=("none",))
 
 
 def type_of(layer: StoredLayer) -> str | None:
@@ -115,12 +113,29 @@ def type_of(layer: StoredLayer) -> str | None:
     return fits[0] if fits else None
 
 
-def nearest(layer: StoredLayer) -> Nearest:
-    """The nearest form of a layer: its own, or integers of at least as many bits with blocks of 32."""
-    if layer.inputs is not None:
-        return Nearest(
-            None, f"its inputs are rounded to {layer.inputs} while the model runs; quantize without inputs"
-        )
-    if type_of(layer) is not None and not layer.rotated:
-        return Nearest(layer.scheme)
-    return (FEW if layer.scheme.bits <= max(FEW.bits) else MANY).nearest(layer)
+@dataclass(frozen=True)
+class BlockForms:
+    """The forms of layers that a file holds: blocks of 32 with 4, 5 or 8 bits, embedding tables too."""
+
+    few: IntegerForms
+    many: IntegerForms
+    embeddings: bool = True
+
+    def nearest(self, layer: StoredLayer) -> Nearest:
+        """A layer's own form, or integers of at least as many bits with blocks of 32."""
+        if layer.inputs is not None:
+            return Nearest(
+                None,
+                f"its inputs are rounded to {layer.inputs} while the model runs; quantize without inputs",
+            )
+        if type_of(layer) is not None and not layer.rotated:
+            return Nearest(layer.scheme)
+        return (self.few if layer.scheme.bits <= max(self.few.bits) else self.many).nearest(layer)
+
+    def with_scales(self, kind: str) -> BlockForms:
+        """The same: every type has scales of fp16."""
+        return self
+
+
+FEW = IntegerForms(bits=(4, 5), offsets=("none", "float"), blocks=(BLOCK,), scales=("fp16",), embeddings=True)
+GGUF_FORMS = BlockForms(FEW, replace(FEW, bits=(8,), offsets=("none",)))

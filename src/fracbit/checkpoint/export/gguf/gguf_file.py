@@ -15,7 +15,7 @@ import numpy as np
 
 from fracbit.checkpoint.export.exporter import Nearest, StoredModel, Written
 from fracbit.checkpoint.export.gguf.architectures import Architecture, architecture_of
-from fracbit.checkpoint.export.gguf.block_types import nearest
+from fracbit.checkpoint.export.gguf.block_types import GGUF_FORMS
 from fracbit.checkpoint.export.gguf.header import add_header
 from fracbit.checkpoint.export.gguf.package import package
 from fracbit.checkpoint.export.gguf.placed import Placed, placed
@@ -45,7 +45,7 @@ class GgufFile:
 
     def nearest(self, layer: StoredLayer) -> Nearest:
         """See `Exporter`."""
-        return nearest(layer)
+        return GGUF_FORMS.nearest(layer)
 
     def size(self, stored: StoredModel) -> int:
         """Bytes of the file, about. Raises `FormatError` for a model or tokenizer that llama.cpp does not run."""

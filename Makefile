@@ -12,7 +12,7 @@ INPUTS  := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/fracbit/
 INSTALL := $(BIN)/python -m pip install --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test lint format types contracts check coverage bench examples docs links clean distclean
+.PHONY: help venv install demo test lint format types contracts check coverage engines bench examples docs links clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -61,6 +61,10 @@ check: lint types contracts docs test ## everything CI runs
 
 coverage: $(VENV)/.installed-dev ## every model type of transformers; writes docs/models.md (ten minutes)
 	$(BIN)/python tests/types/survey.py --page docs/models.md
+
+engines: $(VENV)/.installed-dev ## prove exports in vLLM, llama.cpp, MLX, ...; makes their environments (an hour)
+	@mkdir -p build/engines
+	$(BIN)/python bench/engines/proofs.py --work build/engines
 
 bench: $(VENV)/.installed-dev ## run bench/$(NAME).py with ARGS
 	$(BIN)/python bench/$(NAME).py $(ARGS)

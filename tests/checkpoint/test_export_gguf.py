@@ -29,7 +29,7 @@ from fracbit.checkpoint.load import load_tokenizer
 from fracbit.checkpoint.opened import open_float
 from fracbit.checkpoint.output import JOURNAL
 from fracbit.checkpoint.source import read_tensor
-from fracbit.errors import FormatError, OutputError, RecipeError
+from fracbit.errors import FormatError, OutputError, RecipeError, SourceError
 from fracbit.models.blocks import is_transposed
 from fracbit.numerics import decode
 from fracbit.pipeline.quantize.run import write_checkpoint
@@ -502,3 +502,32 @@ def test_files_of_a_tokenizer_that_llama_cpp_does_not_read_are_named(tmp_path: P
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(FormatError, match=r"tokenizer\.json cannot be read"):
         vocabulary.read_json(folder / "tokenizer.json")
+
+
+def test_biases_of_attention_are_read_back_and_never_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers reads no switch for them; what finds no place in the model is an error."""
+    from fracbit.checkpoint.formats import gguf as reader
+
+    model = tiny_llama(hidden_size=64, intermediate_size=96, attention_bias=True)
+    for block in model.model.layers:
+        torch.nn.init.normal_(block.self_attn.q_proj.bias)
+    model.save_pretrained(tmp_path / "float")
+    write_checkpoint(
+        Recipe(model=str(tmp_path / "float"), scheme=parse_scheme("int:step8/32")), tmp_path / "q"
+    )
+    export(tmp_path / "q", tmp_path / "made", "gguf")
+    opened = open_float(tmp_path / "made" / "model.gguf")
+    name = "model.layers.0.self_attn.q_proj.bias"
+    place = opened.origins.tensors[name]
+    assert torch.equal(
+        place.read([read_tensor(opened.source, each) for each in place.names]).float(),
+        model.get_parameter(name).detach().float(),
+    )
+    (tmp_path / "made" / "model.gguf").rename(tmp_path / "other.gguf")
+    monkeypatch.setattr(reader, "BIASES", {})
+    with pytest.raises(
+        SourceError, match=r"12 tensors that its model has no place for, such as blk\.0\.attn_k\.bias"
+    ):
+        open_float(tmp_path / "other.gguf")

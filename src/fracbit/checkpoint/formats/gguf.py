@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -179,6 +180,9 @@ def _config(path: Path, head: Header) -> dict[str, Any]:
         ) from error
     config: dict[str, Any] = json.loads(made.to_json_string())
     config.pop("_model_name_or_path", None)
+    config |= {
+        flag: True for flag, tensor in BIASES.items() if hasattr(made, flag) and tensor in head.tensors
+    }
     found = {name: head.own(key) for key, name in EXPERTS.items() if hasattr(made, name)}
     config |= {name: int(size) for name, size in found.items() if size is not None}
     types = {kind for kind, shape, _ in head.tensors.values() if len(shape) > 1}
@@ -188,6 +192,8 @@ def _config(path: Path, head: Header) -> dict[str, Any]:
     return {**config, **_positions(path, head, made)}
 
 
+BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
+"""Switches of a config that transformers does not set, by a tensor that shows them."""
 YARN = tuple(
     f"rope.scaling.{name}"
     for name in (
@@ -277,6 +283,12 @@ def decode(source: Source, settings: Mapping[str, Any]) -> Decoded:
         found[name] = _decoding(head, config, inside, view=view, info=info)
     used = {inside for inside, _ in places.values()}
     left = sorted(source.tensors.keys() - used - {ROPE})
+    missed = [name for name in left if _in_model(name, head)]
+    if missed:
+        raise SourceError(
+            f"{source.name} holds {len(missed)} tensors that its model has no place for, such as {missed[0]}: without them it "
+            "would compute something else; use the release in safetensors"
+        )
     notes = (
         [f"{len(left)} tensors have no place in the model and were left out: {left[0]}, ..."] if left else []
     )
@@ -288,6 +300,13 @@ def decode(source: Source, settings: Mapping[str, Any]) -> Decoded:
     title = f"GGUF, {', '.join(types) or 'floats'}"
     unused = frozenset(left) | {ROPE}
     return Decoded(title, found, unused, tuple(notes), views=views, rounded=bool(types))
+
+
+def _in_model(name: str, head: Header) -> bool:
+    """Whether a tensor belongs to the layers that predict the next id, and not to further ones behind them."""
+    block = re.match(r"blk\.(\d+)\.", name)
+    further = int(head.own("nextn_predict_layers") or 0)
+    return block is None or int(block[1]) < int(head.own("block_count")) - further
 
 
 def _places(

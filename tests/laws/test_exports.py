@@ -129,6 +129,8 @@ def test_what_a_format_holds_is_written_without_rounding(
     done = quantized(floats, tmp_path / "q", scheme, search=True)
     made = export(done, tmp_path / "made", name)
     assert (made.requantized, made.floats, made.notes) == ({}, (), ())
+    checked = fracbit.verify(tmp_path / "made", progress=None)
+    assert (checked.faults, checked.hashed) == ((), True)
     stored = open_stored(done)
     found = weights_of(tmp_path / "made", stored)
     assert found.keys() == stored.layers.keys()
@@ -282,6 +284,19 @@ def test_mixtures_get_the_names_of_released_checkpoints(tmp_path: Path) -> None:
     assert all(f"{name}.weight_packed" in after for name in linears)
     rest = {name for name in after if not name.endswith(("_packed", "_scale", "_shape", "_zero_point"))}
     assert rest <= before.keys()
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_a_changed_byte_of_an_export_is_found(name: str, floats: Path, tmp_path: Path) -> None:
+    needs_its_package(name)
+    scheme = next(scheme for known, schemes in HELD.items() for scheme in schemes if known == name)
+    export(quantized(floats, tmp_path / "q", scheme), tmp_path / "made", name)
+    path = file_of(tmp_path / "made")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # of the last tensor
+    path.write_bytes(data)
+    (fault,) = fracbit.verify(tmp_path / "made", progress=None).faults
+    assert "has changed since it was written" in fault
 
 
 def test_parameters_of_formats(floats: Path, tiny_llama: Maker, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -52,22 +52,29 @@ def verify(model: str | Path, *, revision: str | None = None, progress: Shown = 
 
     Raises `SourceError` or `FormatError` where it cannot even be opened: an unfinished output, a file that is cut.
     """
-    return verified(open_checkpoint(model, revision=revision), progress)
+    source = open_checkpoint(model, revision=revision)
+    own = Path(model)  # a folder with a GGUF file: the source is then a folder that was made of it
+    return verified(replace(source, folder=own) if own.is_dir() else source, progress)
 
 
 def verified(source: Source, progress: Shown = None) -> Verified:
     """`verify`, of a checkpoint that is open already."""
     started = time.perf_counter()
+    source = replace(
+        source, tensors=source.on_disk, decodings={}, stored={}
+    )  # as they lie there, not decoded
     listed, files = listed_tensors(source.folder), _listed_files(source.folder)
-    faults = [*_structure(source), *_files(source.folder, files), *_contents(source, listed, progress)]
-    faults += [] if listed else _values(source)
-    weights = {info.file for info in source.tensors.values()}
+    weights = {Path(info.file).name for info in source.tensors.values()}
+    whole = weights <= files.keys()  # files that are hashed as a whole, not tensor by tensor
+    faults = [*_structure(source), *_files(source.folder, files)]
+    faults += [] if whole else _contents(source, listed, progress)
+    faults += [] if listed or whole else _values(source)
     return Verified(
         str(source.folder),
         files=len(weights | files.keys()),
         tensors=len(source.tensors),
         bytes=source.bytes,
-        hashed=bool(listed),
+        hashed=bool(listed) or whole,
         faults=tuple(faults),
         seconds=round(time.perf_counter() - started, 3),
     )

@@ -60,12 +60,11 @@ def verify(model: str | Path, *, revision: str | None = None, progress: Shown = 
 def verified(source: Source, progress: Shown = None) -> Verified:
     """`verify`, of a checkpoint that is open already."""
     started = time.perf_counter()
-    source = replace(
-        source, tensors=source.on_disk, decodings={}, stored={}
-    )  # as they lie there, not decoded
     listed, files = listed_tensors(source.folder), _listed_files(source.folder)
-    weights = {Path(info.file).name for info in source.tensors.values()}
+    weights = {Path(info.file).name for info in source.on_disk.values()}
     whole = weights <= files.keys()  # files that are hashed as a whole, not tensor by tensor
+    if listed or whole:  # compared as it lies there, not decoded
+        source = replace(source, tensors=source.on_disk, decodings={}, stored={})
     faults = [*_structure(source), *_files(source.folder, files)]
     faults += [] if whole else _contents(source, listed, progress)
     faults += [] if listed or whole else _values(source)

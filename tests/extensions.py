@@ -9,9 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from fracbit.checkpoint.export.coded import IntegerForms
 from fracbit.checkpoint.export.exporter import Nearest, StoredModel, Written
 from fracbit.checkpoint.format import StoredLayer
 from fracbit.checkpoint.output import Output
+from fracbit.engines.engine import ServingEngine
 from fracbit.importance.methods import ScoreMethod
 from fracbit.importance.view import LayerView
 from fracbit.models.correction import Corrected, Evidence, error
@@ -120,6 +122,13 @@ class Halves:
         return Written(("halves.safetensors",), {"format": "halves"})
 
 
+MIRROR = ServingEngine(
+    "an engine that reads halves",
+    ("halves",),
+    (("nothing",),),
+    "run_mlx.py",
+    serves=IntegerForms((2,), ("none",), ("row",)),
+)
 LEFTMOST = Rule(leftmost)
 ZEBRA = Transform(zebra)
 BREADTH = ScoreMethod("more outputs, more important", plain=breadth, needs=frozenset({"weights"}))

@@ -1,4 +1,5 @@
-"""Whether the export `gguf` writes what llama.cpp's converter writes: every key; name, shape, type, values of every tensor.
+"""Whether the export `gguf` writes what llama.cpp's converter writes: every key; name, shape, type, values of every tensor
+(a paragraph of docs/engines.md).
 
     python bench/engines/gguf_keys.py --work FOLDER --models MODEL [--environments FOLDER]
 

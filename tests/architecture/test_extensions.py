@@ -30,6 +30,7 @@ LINES = {
     "SCORES": {"breadth": "extensions:BREADTH"},
     "PERTURBATIONS": {"alternating": "extensions:ALTERNATING"},
     "FORMATS": {"halves": "extensions:Halves"},
+    "ENGINES": {"mirror": "extensions:MIRROR"},
 }
 
 
@@ -110,6 +111,16 @@ def test_new_names_on_the_command_line_and_in_a_grid(source: Path, tmp_path: Pat
     )
     runs = expand(read_sweep(tmp_path / "grid.toml")).runs.values()
     assert sum(run.recipe.quantizer == "noted" for run in runs) == 1
+
+
+def test_a_run_for_a_new_engine(source: Path, tmp_path: Path) -> None:
+    made = fracbit.quantize(
+        source, tmp_path / "out", spending=fracbit.Spending(engine="mirror"), progress=None
+    )
+    assert (tmp_path / "out" / "halves.safetensors").is_file()
+    found = manifest(Path(made.output))
+    assert found["exported"] == "halves"
+    assert found["recipe"]["scheme"]["bits"] == 2
 
 
 def test_a_new_perturbation() -> None:

@@ -25,6 +25,7 @@ SIBLINGS = {
     "lens": "the command, the study that it calls and the record that comes out",
     "mlx": "the format as it is read and as it is written, and the engine",
     "plan": "the command, and the subpackage with the function that it calls",
+    "prove": "the command and the function that it calls",
     "prune": "the command and the study that it calls",
     "quantize": "the command and the subpackage that it calls",
     "report": "the command and the package that it calls",

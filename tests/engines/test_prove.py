@@ -22,9 +22,9 @@ from fracbit.checkpoint.output import MANIFEST
 from fracbit.cli import app
 from fracbit.engines import prove as proving
 from fracbit.engines.compared_with import compared_with
-from fracbit.engines.engine import ENGINES, RUNNERS, Engine
+from fracbit.engines.engine import ENGINES, RUNNERS, ServingEngine
 from fracbit.engines.environments import DONE, made
-from fracbit.engines.prove import PROOF, Predictions, compared, weight_hash
+from fracbit.engines.prove import PROOF, EnginePredictions, compared, weight_hash
 from fracbit.errors import EngineError, FormatError, RecipeError
 from fracbit.pipeline.quantize.run import write_checkpoint
 from fracbit.records.recipe import Recipe
@@ -116,22 +116,22 @@ def test_difference_of_known_predictions(tiny_llama: Maker) -> None:
         whole = model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)[
             :, 12:
         ]
-    same = compared(model, Predictions(ids, logits, greedy=whole))
+    same = compared(model, EnginePredictions(ids, logits, greedy=whole))
     assert same.kl == pytest.approx(0, abs=1e-6)
     wrong = whole.clone()
     wrong[0, 2] += 1
-    assert compared(model, Predictions(ids, logits[:, 5:], 5)).greedy is None
+    assert compared(model, EnginePredictions(ids, logits[:, 5:], 5)).greedy is None
     logs = logits.double().log_softmax(-1)
     rare = torch.where(
         logs < logs.amax(-1, keepdim=True) - 0.3, torch.nan, logs
     )  # an engine that tells no more
     assert bool(rare.isnan().any())
-    assert compared(model, Predictions(ids, rare)).kl == pytest.approx(0, abs=1e-6)
-    assert compared(model, Predictions(ids, logits[:, 5:], 5)).kl == pytest.approx(0, abs=1e-6)
-    assert compared(model, Predictions(ids, logits, greedy=wrong)).greedy == 0.5, (
+    assert compared(model, EnginePredictions(ids, rare)).kl == pytest.approx(0, abs=1e-6)
+    assert compared(model, EnginePredictions(ids, logits[:, 5:], 5)).kl == pytest.approx(0, abs=1e-6)
+    assert compared(model, EnginePredictions(ids, logits, greedy=wrong)).greedy == 0.5, (
         "tokens after the first difference do not count"
     )
-    flat = compared(model, Predictions(ids, torch.zeros_like(logits), greedy=whole))
+    flat = compared(model, EnginePredictions(ids, torch.zeros_like(logits), greedy=whole))
     own = logits.log_softmax(-1)
     wanted = (own.exp() * (own + np.log(own.shape[-1]))).sum(-1)
     assert flat.kl == pytest.approx(float(wanted.mean()), rel=1e-4)
@@ -186,7 +186,7 @@ def test_wrong_inputs_are_answered(exported: Path, monkeypatch: pytest.MonkeyPat
 
 def test_an_environment_that_cannot_be_made(tmp_path: Path) -> None:
     said: list[str] = []
-    engine = Engine("nothing", ("float",), (("--no-index", "no-such-package-at-all"),), "run_mlx.py")
+    engine = ServingEngine("nothing", ("float",), (("--no-index", "no-such-package-at-all"),), "run_mlx.py")
     with pytest.raises(
         EngineError,
         match=r"(?s)cannot be made, `pip install .*no-such-package-at-all` failed: .*--environments",

@@ -141,7 +141,11 @@ def refused(model: Path) -> Iterable[tuple[Recipe, str, str]]:
         "mlx",
         "leave calibration.inputs out",
     )
-    yield Recipe(**base, calibration=Calibration(**text, transforms=("rotate-mlp",))), "mlx", "rotate-mlp out"
+    yield (
+        Recipe(**base, calibration=Calibration(**text, transforms=("rotate-mlp",))),
+        "mlx",
+        "leave the transform out that turns them",
+    )
     yield Recipe(**base, calibration=Calibration(**text, axis="nearest")), "mlx", "leave calibration.axis out"
     yield Recipe(**base), "gptqmodel", "which only reads files; write one of vllm-cpu, vllm, llama.cpp, mlx"
 

@@ -1,4 +1,4 @@
-"""`Engine`: a program that runs exported files, in an environment of its own. One file and one line in records/tables.py each.
+"""`ServingEngine`: a program that runs exported files, in an environment of its own. Each is a file and a line of tables.py.
 
 fracbit is not installed there. A runner, a script of the folder runners/, loads an export and answers with what the engine
 makes of it: log-probabilities of a text, greedy tokens, decoded weights.
@@ -41,7 +41,7 @@ USUAL = Scheme("int:step", 4, 64, offset="zero")
 
 
 @dataclass(frozen=True)
-class Engine:
+class ServingEngine:
     """An engine, how it is installed, and what it runs.
 
     - `title`: what people call it; `formats`: export formats that it runs, the usual one first.
@@ -69,4 +69,4 @@ class Engine:
     casts_scales: bool = False
 
 
-ENGINES: Table[Engine] = tables.ENGINES
+ENGINES: Table[ServingEngine] = tables.ENGINES

@@ -8,7 +8,7 @@ import venv
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from fracbit.engines.engine import Engine
+from fracbit.engines.engine import ServingEngine
 from fracbit.errors import EngineError
 
 ENVIRONMENTS = Path("~/.cache/fracbit/engines")
@@ -17,7 +17,7 @@ DONE = ".installed"
 
 def environment(
     name: str,
-    engine: Engine,
+    engine: ServingEngine,
     folder: str | Path = ENVIRONMENTS,
     announce: Callable[[str], None] | None = None,
 ) -> Path:

@@ -1,8 +1,8 @@
 """GPTQModel with its kernels in plain torch, which take 16-bit floats alone."""
 
-from fracbit.engines.engine import Engine
+from fracbit.engines.engine import ServingEngine
 
-GPTQMODEL = Engine(
+GPTQMODEL = ServingEngine(
     title="GPTQModel 7.6",
     formats=("gptq", "awq"),
     installs=(

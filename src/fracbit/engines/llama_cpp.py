@@ -8,7 +8,7 @@ import tarfile
 from pathlib import Path
 
 from fracbit.checkpoint.export.gguf.block_types import GGUF_FORMS
-from fracbit.engines.engine import Engine
+from fracbit.engines.engine import ServingEngine
 from fracbit.errors import EngineError
 from fracbit.records.scheme import Scheme
 
@@ -52,7 +52,7 @@ def _run(words: list[object]) -> None:
         raise EngineError(f"llama.cpp cannot be built: {last}; a compiler for C++17 is needed")
 
 
-LLAMA_CPP = Engine(
+LLAMA_CPP = ServingEngine(
     title="llama.cpp, build 11434",
     formats=("gguf",),
     installs=(("numpy", "gguf", "cmake", "ninja"),),

@@ -1,9 +1,9 @@
 """MLX with mlx-lm, on processors here; the same files run on Apple GPUs."""
 
 from fracbit.checkpoint.export.mlx import HELD
-from fracbit.engines.engine import Engine
+from fracbit.engines.engine import ServingEngine
 
-MLX = Engine(
+MLX = ServingEngine(
     title="MLX 0.32 with mlx-lm",
     formats=("mlx",),
     installs=(("mlx[cpu]==0.32.4", "mlx-lm"),),

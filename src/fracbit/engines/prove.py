@@ -26,7 +26,7 @@ from fracbit.checkpoint.load import tokenizer_or_none
 from fracbit.checkpoint.output import MANIFEST, write_json
 from fracbit.data.samples import read_calibration
 from fracbit.engines.compared_with import ComparedWith, compared_with
-from fracbit.engines.engine import ENGINES, RUNNERS, Engine
+from fracbit.engines.engine import ENGINES, RUNNERS, ServingEngine
 from fracbit.engines.environments import ENVIRONMENTS, environment
 from fracbit.errors import EngineError, FormatError, near_matches
 
@@ -149,7 +149,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _engine(engine: str | None, asked: str) -> tuple[str, Engine]:
+def _engine(engine: str | None, asked: str) -> tuple[str, ServingEngine]:
     """The engine of that name, or the first that runs the format `asked`. Raises `RecipeError` or `EngineError`."""
     format_ = asked.partition(":")[0]
     fitting = {name: each for name, each in ENGINES.items() if format_ in each.formats}
@@ -160,7 +160,7 @@ def _engine(engine: str | None, asked: str) -> tuple[str, Engine]:
 
 
 @dataclass(frozen=True, eq=False)
-class Predictions:
+class EnginePredictions:
     """What an engine predicts. `logits` [samples, n, vocabulary]: of `ids` [samples, length] from number `first` + 1 on.
 
     NaN stands for what it does not tell of very unlikely ids; then all are log-probabilities. `greedy` [samples, tokens]: how
@@ -174,11 +174,11 @@ class Predictions:
 
 
 def answered(
-    path: Path, engine: Engine, ids: Tensor, *, python: Path, text: str, greedy: int
-) -> tuple[dict[str, Any], Predictions | None]:
+    path: Path, engine: ServingEngine, ids: Tensor, *, python: Path, text: str, greedy: int
+) -> tuple[dict[str, Any], EnginePredictions | None]:
     """What an engine makes of `ids` [samples, length], or of their `text` where it must cut that itself.
 
-    Predictions are None where it only decodes weights. Raises `EngineError` with the engine's last words.
+    EnginePredictions are None where it only decodes weights. Raises `EngineError` with the engine's last words.
     """
     with tempfile.TemporaryDirectory() as place:
         np.save(f"{place}/ids.npy", ids.numpy())
@@ -198,10 +198,10 @@ def answered(
         if "logits" not in found:
             return facts, None
         used = found.get("ids", ids).long()
-        return facts, Predictions(used, found["logits"], facts["first"], greedy=found.get("greedy"))
+        return facts, EnginePredictions(used, found["logits"], facts["first"], greedy=found.get("greedy"))
 
 
-def compared(model: PreTrainedModel, found: Predictions) -> Difference:
+def compared(model: PreTrainedModel, found: EnginePredictions) -> Difference:
     """How far the predictions of an engine are from those of `model`."""
     last = found.first + found.logits.shape[1]
     with torch.no_grad():

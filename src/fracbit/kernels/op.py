@@ -79,7 +79,7 @@ def rows_op(rows: Tensor, parts: list[Tensor], spec: str) -> Tensor:
 
 @rows_op.register_fake
 def _(rows: Tensor, parts: list[Tensor], spec: str) -> Tensor:
-    return parts[0].new_empty((len(rows), _read(spec)[1][1]), dtype=torch.float32)
+    return parts[0].new_empty((rows.shape[0], _read(spec)[1][1]), dtype=torch.float32)
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, list[Tensor], str, str], output: Tensor) -> None:

@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from fracbit.checkpoint.format import StoredLayer
 from fracbit.checkpoint.formats.codes import config_type
 from fracbit.checkpoint.opened import Opened
-from fracbit.engines.engine import ENGINES, Engine, Forms
+from fracbit.engines.engine import ENGINES, Forms, ServingEngine
 from fracbit.errors import RecipeError
 from fracbit.records.recipe import Override, Recipe
 from fracbit.records.scheme import Offset, Scheme
 from fracbit.records.spending import Spending
+from fracbit.transforms import TRANSFORMS
 
 NEAREST = 3  # widths around a budget
 SYMMETRIC_OR_NOT: tuple[Offset, ...] = ("none", "zero")
@@ -35,11 +36,11 @@ TYPES = {"F16": "fp16", "BF16": "bf16", "F32": "fp32"}
 
 
 @dataclass(frozen=True, eq=False)
-class Target:
+class EngineTarget:
     """An engine and the shapes of a model. `forms`: what it serves; `floats`: linears that it can only have as floats."""
 
     name: str
-    engine: Engine
+    engine: ServingEngine
     forms: Forms
     shape: tuple[int, int]
     floats: dict[str, str]
@@ -101,7 +102,7 @@ def for_engine(
     return changed, replace(spending, engine=None, levels=levels, fused=fused), tuple(notes)
 
 
-def _overrides(recipe: Recipe, target: Target) -> tuple[Override, ...]:
+def _overrides(recipe: Recipe, target: EngineTarget) -> tuple[Override, ...]:
     """The recipe's, with schemes that the engine serves, and what it can only have as floats."""
     own = [
         each if each.scheme is None else each.model_copy(update={"scheme": target.scheme(each.scheme)})
@@ -110,7 +111,7 @@ def _overrides(recipe: Recipe, target: Target) -> tuple[Override, ...]:
     return (*own, *(Override(layers=name, keep=True) for name in target.floats))
 
 
-def _differences(own: Recipe, changed: Recipe, target: Target) -> Iterator[str]:
+def _differences(own: Recipe, changed: Recipe, target: EngineTarget) -> Iterator[str]:
     """A note on every scheme that was asked for and became another."""
     pairs = [
         (getattr(own, name), getattr(changed, name))
@@ -123,7 +124,7 @@ def _differences(own: Recipe, changed: Recipe, target: Target) -> Iterator[str]:
             yield f"{asked} became {found}, the nearest scheme that {target.name} serves"
 
 
-def target_of(name: str, opened: Opened) -> Target:
+def target_of(name: str, opened: Opened) -> EngineTarget:
     """The engine called `name` for a model. Raises `RecipeError`."""
     engine = ENGINES[name]
     if engine.serves is None:
@@ -146,10 +147,10 @@ def target_of(name: str, opened: Opened) -> Target:
             f"{name} serves no linear of this model: {next(iter(floats.values()), 'there is none')}"
         )
     shape = math.gcd(*(one.out for one in fitting)), math.gcd(*(one.width for one in fitting))
-    return Target(name, engine, forms, shape=shape, floats=floats)
+    return EngineTarget(name, engine, forms, shape=shape, floats=floats)
 
 
-def _check(recipe: Recipe, target: Target) -> None:
+def _check(recipe: Recipe, target: EngineTarget) -> None:
     """Raise `RecipeError` for settings that the files of an engine cannot hold."""
     if recipe.outliers is not None:
         raise RecipeError(f"{target.name} serves no 16-bit columns; leave outliers out")
@@ -166,7 +167,7 @@ def _check(recipe: Recipe, target: Target) -> None:
         )
     if calibration.axis != "scheme":
         raise RecipeError(f"{target.name} has blocks along the inputs alone; leave calibration.axis out")
-    if "rotate-mlp" in calibration.transforms:
+    if any(TRANSFORMS[name].turns_inner for name in calibration.transforms):
         raise RecipeError(
-            f"{target.name} does not rotate activations while it runs; leave the transform rotate-mlp out"
+            f"{target.name} does not rotate activations while it runs; leave the transform out that turns them"
         )

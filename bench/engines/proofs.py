@@ -67,7 +67,7 @@ def proved(case: str, model: Path, given: Namespace) -> Row:
         said = str(error).replace(str(place), "").replace(str(given.environments), "")
         return row | {"refused": " ".join(said.split())[:600]}
     proof = json.loads((place / "made" / "proof.json").read_text())
-    del proof["export"], proof["engine"], proof["format"]
+    del proof["export"], proof["against"], proof["engine"], proof["format"]
     return row | proof | {"said": str(found)}
 
 

@@ -59,14 +59,14 @@ class IntegerForms:
         block = self._block(layer)
         if block is None:
             return Nearest("float", f"no block of the format divides its {layer.shape[1]} inputs")
-        old = layer.scheme
+        old, offset = layer.scheme, self._offset(layer.scheme.offset)
+        least = 2 if offset == "none" else 1  # of 1 bit, a symmetric grid has one value
+        widths = [bits for bits in self.bits if bits >= max(old.bits, least)]
         new = Scheme(
             STEP,
-            old.bits
-            if old.bits in self.bits
-            else min(self.bits, key=lambda bits: (bits < old.bits, abs(bits - old.bits))),
+            min(widths) if widths else max(self.bits),
             block,
-            offset=self._offset(old.offset),
+            offset=offset,
             scale=old.scale if old.scale in self.scales else self.scales[0],
         )
         return Nearest(new, ", ".join(_reasons(layer, new)))
@@ -126,8 +126,10 @@ class CodedWeights:
         return self.holds(layer)
 
     def size(self, stored: StoredModel) -> int:
-        """See `Exporter`."""
-        return sum(piece.bytes for piece in self._pieces(stored, names_of(stored)))
+        """See `Exporter`. Raises `FormatError`, before anything is written, where a config cannot say how layers are stored."""
+        names = names_of(stored)
+        self.config(stored, names)
+        return sum(piece.bytes for piece in self._pieces(stored, names))
 
     def write(self, stored: StoredModel, target: Output, show: Progress) -> Written:
         """See `Exporter`."""

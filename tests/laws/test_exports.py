@@ -299,6 +299,25 @@ def test_a_changed_byte_of_an_export_is_found(name: str, floats: Path, tmp_path:
     assert "has changed since it was written" in fault
 
 
+def test_layers_of_gpt2_that_become_floats_lie_as_its_modules_store_them(tmp_path: Path) -> None:
+    """A square one would load transposed without an error."""
+    from families import model_of
+
+    model_of("gpt2").save_pretrained(tmp_path / "float")
+    done = quantized(tmp_path / "float", tmp_path / "q", "int:step8z/row")
+    made = export(done, tmp_path / "made", "awq", requantize=True)
+    stored, after = open_stored(done), load_file(tmp_path / "made" / "model.safetensors")
+    turned = [name for name in made.floats if stored.disk[name].kind == "linear"]
+    for name in turned:
+        found = next(
+            each for key, each in after.items() if key.endswith(f"{name.removeprefix('transformer.')}.weight")
+        )
+        assert torch.allclose(found.float(), decode(stored.packed(name)).T, atol=1e-2)
+    with pytest.raises(FormatError, match="mlx-lm joins or turns weights of GPT2LMHeadModel"):
+        export(done, tmp_path / "mlx", "mlx", requantize=True)
+    assert not (tmp_path / "mlx").exists()
+
+
 def test_parameters_of_formats(floats: Path, tiny_llama: Maker, tmp_path: Path) -> None:
     done = quantized(floats, tmp_path / "q", "int:step4/32")
     with pytest.raises(RecipeError, match="gptq has no version 'v3'; write gptq, gptq:v1, gptq:v2"):

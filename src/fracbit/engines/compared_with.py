@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -18,6 +19,7 @@ from fracbit.checkpoint.export.coded import names_of
 from fracbit.checkpoint.export.exporter import StoredModel, export, exporter_of, fitted, open_stored
 from fracbit.checkpoint.load import load
 from fracbit.checkpoint.opened import open_float
+from fracbit.checkpoint.output import MANIFEST
 from fracbit.checkpoint.source import read_tensor
 from fracbit.errors import EngineError
 from fracbit.numerics.packed import decode
@@ -54,6 +56,11 @@ def compared_with(path: Path, manifest: Mapping[str, Any], against: str | Path |
 
 def _checkpoint(folder: Path, manifest: Mapping[str, Any]) -> ComparedWith:
     asked = str(manifest["exported"])
+    own = json.loads((folder / MANIFEST).read_text(encoding="utf-8")) if (folder / MANIFEST).is_file() else {}
+    if (own.get("recipe_key"), own.get("source")) != (manifest.get("recipe_key"), manifest.get("source")):
+        raise EngineError(
+            f"{folder} is not the checkpoint that the export was made from: its manifest names another recipe or source"
+        )
     stored = fitted(open_stored(folder), exporter_of(asked), asked, requantize=True)
     names = names_of(stored)
     weights = {names.module(layer): partial(_exported, stored, layer) for layer in stored.layers}

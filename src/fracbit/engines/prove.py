@@ -129,7 +129,8 @@ def prove(
     hashes: Mapping[str, Any] = facts["weights"]
     found = Proof(
         export=str(path), format=asked, engine=name, versions=facts["versions"], dtype=runs.dtype,
-        against=origin.name, layers=len(hashes), unequal=tuple(_unequal(origin, hashes)), text=text,
+        against=origin.name, layers=len(hashes.keys() & origin.weights.keys()), unequal=tuple(_unequal(origin, hashes)),
+        text=text,
         protocol=f"{samples} samples of {length} ids, {greedy} greedy tokens after each",
         difference=difference,
     )  # fmt: skip
@@ -197,6 +198,8 @@ def answered(
         found = {name: torch.from_numpy(np.load(out / f"{name}.npy")) for name in facts["arrays"]}
         if "logits" not in found:
             return facts, None
+        if not facts["in_part"] and bool(found["logits"].isnan().any()):
+            raise EngineError(f"{engine.title} computes what is no number from {path}; try another engine")
         used = found.get("ids", ids).long()
         return facts, EnginePredictions(used, found["logits"], facts["first"], greedy=found.get("greedy"))
 
@@ -209,6 +212,7 @@ def compared(model: PreTrainedModel, found: EnginePredictions) -> Difference:
     after = found.ids[:, found.first + 1 : last + 1]  # [samples, n]
     each = map(_sample_apart, own, found.logits, after)
     apart, kl, agree = (torch.cat(rows) for rows in zip(*each, strict=True))  # [samples * n] each
+    apart = apart[apart.isfinite()]  # an id that is not told has no difference
     return Difference(
         tokens=kl.numel(), mean=float(apart.mean()), largest=float(apart.max()), kl=float(kl.mean()),
         kl_largest=float(kl.max()), agreement=float(agree.float().mean()),
@@ -233,6 +237,11 @@ def _sample_apart(own: Tensor, theirs: Tensor, ids: Tensor) -> tuple[Tensor, Ten
     Each is [n]; in fp64, since the sum of a vocabulary's differences in fp32 is no smaller than some proofs.
     """
     theirs = theirs[:, : own.shape[-1]].double()  # [n, vocabulary]: engines may pad it
+    if theirs.shape[-1] != own.shape[-1] or bool(theirs.isnan().all(-1).any()):
+        raise EngineError(
+            f"the engine gave {theirs.shape[-1]} numbers for an id, of a vocabulary of {own.shape[-1]}, or none: it does not "
+            "run this model, or the checkpoint is another one"
+        )
     told = ~theirs.isnan()  # [n, vocabulary]
     theirs = theirs.log_softmax(-1) if bool(told.all()) else theirs.nan_to_num(-math.inf)
     logs = own.double().log_softmax(-1)  # [n, vocabulary]
@@ -244,8 +253,8 @@ def _sample_apart(own: Tensor, theirs: Tensor, ids: Tensor) -> tuple[Tensor, Ten
 def _unequal(origin: ComparedWith, hashes: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
     """Names of layers whose decoded weights an engine has differently, or not at all where it shows others."""
     for layer, weight in origin.weights.items() if hashes else ():
-        found = hashes.get(layer)
-        if found is None or weight_hash(weight().to(getattr(torch, found["dtype"]))) != found["sha256"]:
+        found = hashes.get(layer)  # None: a module that the engine has joined with others
+        if found is not None and weight_hash(weight().to(getattr(torch, found["dtype"]))) != found["sha256"]:
             yield layer
 
 

@@ -92,7 +92,7 @@ def quantize(
         result = write_checkpoint(
             divided.recipe,
             place,
-            overwrite=overwrite or place != folder,
+            overwrite=overwrite,
             resume=resume,
             device=device,
             shard_bytes=shard_bytes,

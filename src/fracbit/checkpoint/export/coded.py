@@ -20,7 +20,9 @@ from fracbit.checkpoint.export.float import decoded, source_dtype
 from fracbit.checkpoint.export.pieces import Piece, Tensors, copied_piece, write_pieces
 from fracbit.checkpoint.format import StoredLayer
 from fracbit.checkpoint.output import Output
-from fracbit.models.blocks import is_linear
+from fracbit.errors import FormatError
+from fracbit.models.blocks import is_linear, is_transposed
+from fracbit.models.experts import SplitExperts
 from fracbit.models.origin import released_names
 from fracbit.numerics.bits import pack_bits, row_bytes
 from fracbit.numerics.datatypes import fixed_type
@@ -178,6 +180,12 @@ class ReleasedNames:
 def names_of(stored: StoredModel) -> ReleasedNames:
     """How tensors are called in the files."""
     tensors = released_names(stored.model)
+    joined = [name for name in experts_of(stored.model) if f"{name}.weight" not in tensors]
+    if joined:
+        raise FormatError(
+            f"released checkpoints of {type(stored.model).__name__} hold all experts of a block in one tensor, so that no "
+            f"program knows {joined[0]} by itself; export float, or run the checkpoint with fracbit"
+        )
     floats = [
         tensors.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
         for name, module in stored.model.named_modules()
@@ -187,11 +195,29 @@ def names_of(stored: StoredModel) -> ReleasedNames:
     return replace(named, layers={named.module(name): layer for name, layer in stored.layers.items()})
 
 
+def experts_of(model: nn.Module) -> list[str]:
+    """The names of the experts' linears in a model whose mixtures are split."""
+    return [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, SplitExperts)
+        for name, inner in module.named_modules()
+        if is_linear(inner)
+    ]
+
+
 def _float_piece(stored: StoredModel, name: str, names: ReleasedNames, dtype: torch.dtype) -> Piece:
-    """A layer that becomes floats."""
+    """A layer that becomes floats, as its module stores them."""
     size = stored.disk[name].shape[0] * stored.disk[name].shape[1] * dtype.itemsize
     own = names.tensor(f"{name}.weight")
-    return Piece(name, size, lambda: ({own: decoded(stored, name, dtype)}, None))
+    linear = stored.disk[name].kind == "linear"
+    transposed = linear and is_transposed(stored.model.get_submodule(name))
+
+    def make() -> Tensors:
+        weight = decoded(stored, name, dtype)  # [out, in]
+        return {own: weight.T.contiguous() if transposed else weight}, None
+
+    return Piece(name, size, make)
 
 
 # --- what the formats make of a packed tensor -------------------------------------------------------------------------

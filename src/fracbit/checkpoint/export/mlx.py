@@ -19,6 +19,7 @@ from fracbit.checkpoint.export.coded import (
     CodedWeights,
     IntegerForms,
     ReleasedNames,
+    experts_of,
     linears_by_scheme,
     row_words,
     steps,
@@ -26,6 +27,8 @@ from fracbit.checkpoint.export.coded import (
 from fracbit.checkpoint.export.exporter import Nearest, StoredModel
 from fracbit.checkpoint.export.parameter import without_parameter
 from fracbit.checkpoint.format import StoredLayer
+from fracbit.errors import FormatError
+from fracbit.models.blocks import is_transposed
 from fracbit.numerics.packed import PackedTensor
 from fracbit.records.scheme import Scheme
 
@@ -49,6 +52,12 @@ def _tensors(layer: StoredLayer, packed: PackedTensor) -> dict[str, Tensor]:
 
 
 def _config(stored: StoredModel, names: ReleasedNames) -> dict[str, Any]:
+    model = stored.model
+    if experts_of(model) or any(is_transposed(module) for module in model.modules()):
+        raise FormatError(
+            f"mlx-lm joins or turns weights of {type(model).__name__} while it loads them, and not their scales; export gguf "
+            "or float"
+        )
     by_scheme = linears_by_scheme(names)
     (most, _), _ = max(
         by_scheme.items(), key=lambda item: len(item[1]), default=((Scheme("int:step", 4, 64), ""), [])

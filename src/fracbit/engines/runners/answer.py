@@ -31,13 +31,19 @@ def hashed(weight):
     return hashlib.sha256((numpy.ascontiguousarray(weight, numpy.float32) + 0.0).tobytes()).hexdigest()
 
 
-def answer(out, versions, *, weights=None, first=0, **arrays):
-    """Write the answer.
+def answer(out, versions, *, weights=None, first=0, in_part=False, **arrays):
+    """Write the answer. `in_part`: NaN stands for what is not told.
 
     - `logits` fp32 [samples, n, vocabulary]: of the ids from number `first` + 1 on; `ids` where they are not those asked for.
     - `greedy` int [samples, tokens]; `weights`: by layer, the type that it was decoded to and the hash of what came out.
     """
     for name, array in arrays.items():
         numpy.save(out / f"{name}.npy", array)
-    facts = {"versions": versions, "weights": weights or {}, "first": first, "arrays": list(arrays)}
+    facts = {
+        "versions": versions,
+        "weights": weights or {},
+        "first": first,
+        "in_part": in_part,
+        "arrays": list(arrays),
+    }
     (out / "facts.json").write_text(json.dumps(facts))

@@ -44,7 +44,7 @@ def main():
     reader = gguf.GGUFReader(model)
     if flag(reader, "tokenizer.ggml.add_bos_token"):
         ids[:, 0] = flag(reader, "tokenizer.ggml.bos_token_id")
-    answer(given.out, {"llama.cpp": "build 11434"}, ids=ids, logits=logs, first=length // 2)
+    answer(given.out, {"llama.cpp": "build 11434"}, ids=ids, logits=logs, first=length // 2, in_part=True)
     kept.unlink()
 
 

@@ -18,7 +18,8 @@ PARTIAL = ".partial"
 
 def partial_of(output: Path) -> Path:
     """Where the checkpoint of a run for an engine is made."""
-    return output.with_name(output.name + PARTIAL)
+    whole = output.absolute()
+    return whole.with_name(whole.name + PARTIAL)
 
 
 def check_resumable(output: Path, *, resume: bool, overwrite: bool) -> None:

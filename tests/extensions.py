@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fracbit.checkpoint.export.coded import IntegerForms
 from fracbit.checkpoint.export.exporter import Nearest, StoredModel, Written
@@ -105,6 +107,9 @@ class Halves:
     """An export format: the stored tensors as they are, floats in 16 bits."""
 
     parameter: str
+
+    def check(self, model: PreTrainedModel, folder: Path) -> None:
+        """Every model can have it."""
 
     def nearest(self, layer: StoredLayer) -> Nearest:
         """It holds everything."""

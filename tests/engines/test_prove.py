@@ -25,7 +25,7 @@ from fracbit.engines.compared_with import compared_with
 from fracbit.engines.engine import ENGINES, RUNNERS, ServingEngine
 from fracbit.engines.environments import DONE, made
 from fracbit.engines.prove import PROOF, EnginePredictions, compared, weight_hash
-from fracbit.errors import EngineError, FormatError, RecipeError
+from fracbit.errors import EngineError, FormatError, RecipeError, SourceError
 from fracbit.pipeline.quantize.run import write_checkpoint
 from fracbit.records.recipe import Recipe
 from fracbit.records.scheme import parse_scheme
@@ -178,6 +178,17 @@ def test_wrong_inputs_are_answered(exported: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(EngineError, match=r"q is not there; name the checkpoint.*or leave --against out"):
         fracbit.prove(exported, against=exported.parent / "q", **how)
     assert fracbit.prove(exported, against=exported.parent / "moved", **how).against.endswith("moved")
+    manifest = json.loads((exported / MANIFEST).read_text())
+    (exported / MANIFEST).write_text(json.dumps(manifest | {"recipe_key": "another"}))
+    with pytest.raises(EngineError, match="is not the checkpoint that the export was made from"):
+        fracbit.prove(exported, against=exported.parent / "moved", **how)
+    (exported / MANIFEST).write_text(json.dumps(manifest | {"exported": "exl9"}))
+    with pytest.raises(EngineError, match="no engine runs the format exl9"):
+        fracbit.prove(exported, **how)
+    (exported / MANIFEST).write_text("{")
+    with pytest.raises(SourceError, match=r"fracbit\.json cannot be read"):
+        fracbit.prove(exported, **how)
+    (exported / MANIFEST).write_text(json.dumps(manifest))
     broken = replace(ENGINES["transformers"], runner="run_mlx.py")
     monkeypatch.setattr(proving, "_engine", lambda engine, asked: ("transformers", broken))
     with pytest.raises(EngineError, match=r"does not run .*made \(exit status 1\): .*mlx"):

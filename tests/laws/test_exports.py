@@ -286,6 +286,16 @@ def test_mixtures_get_the_names_of_released_checkpoints(tmp_path: Path) -> None:
     assert rest <= before.keys()
 
 
+def test_awq_has_no_quantized_head(floats: Path, tmp_path: Path) -> None:
+    """VLLM cannot load one."""
+    done = quantized(floats, tmp_path / "q", "int:step4z/32", head=parse_scheme("int:step4z/32"))
+    with pytest.raises(
+        FormatError, match="no quantized output head; keep it float, or export compressed-tensors"
+    ):
+        export(done, tmp_path / "made", "awq")
+    assert not (tmp_path / "made").exists()
+
+
 @pytest.mark.parametrize("name", CODED)
 def test_a_changed_byte_of_an_export_is_found(name: str, floats: Path, tmp_path: Path) -> None:
     needs_its_package(name)

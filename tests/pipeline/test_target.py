@@ -17,7 +17,7 @@ from fracbit.checkpoint.export.exporter import FORMATS
 from fracbit.checkpoint.format import StoredLayer
 from fracbit.cli import app
 from fracbit.engines.engine import ENGINES
-from fracbit.errors import FracbitError, OutputError, RecipeError
+from fracbit.errors import FormatError, FracbitError, OutputError, RecipeError
 from fracbit.pipeline.plan.target import for_engine, target_of
 from fracbit.pipeline.quantize.run import open_for
 from fracbit.pipeline.quantize.served import partial_of
@@ -183,6 +183,107 @@ def test_an_interrupted_run_goes_on(model: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="is not empty"):
         fracbit.quantize(model, out, progress=None, **how)  # type: ignore[arg-type]
     fracbit.quantize(model, out, overwrite=True, progress=None, **how)  # type: ignore[arg-type]
+
+
+def test_what_only_the_format_refuses_is_refused_before_the_run(model: Path, tmp_path: Path) -> None:
+    """mlx-lm joins the experts of a mixture; llama.cpp knows no such family."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_local_experts": 2,
+    }
+    config = MixtralConfig(
+        vocab_size=96, num_key_value_heads=2, head_dim=16, max_position_embeddings=64, **sizes
+    )
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
+    with pytest.raises(FormatError, match="mlx-lm joins or turns weights of MixtralForCausalLM"):
+        fracbit.quantize(
+            tmp_path / "mixtral", tmp_path / "out", spending=Spending(engine="mlx"), progress=None
+        )
+    assert not list(tmp_path.glob("out*"))
+    with pytest.raises(OutputError, match="is the root of a disk"):
+        fracbit.quantize(model, "/", spending=Spending(engine="mlx"), progress=None)
+
+
+def test_a_table_that_an_engine_cannot_have_stays_float_or_is_refused(tmp_path: Path) -> None:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {
+        "hidden_size": 64,
+        "ffn_dim": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "word_embed_proj_dim": 24,
+    }
+    OPTForCausalLM(OPTConfig(vocab_size=96, max_position_embeddings=64, **sizes)).save_pretrained(
+        tmp_path / "m"
+    )
+    made = fracbit.quantize(
+        tmp_path / "m", tmp_path / "out", spending=Spending(engine="mlx"), progress=None, allow_float=1
+    )
+    assert made.output == str(tmp_path / "out")
+    assert tensors(tmp_path / "out")["model.decoder.embed_tokens.weight"].is_floating_point()
+    asked = Recipe(model=str(tmp_path / "m"), embeddings="int8/32")
+    with pytest.raises(
+        RecipeError,
+        match="these embedding tables in int8/32: no block of the format divides its 24",
+    ):
+        for_engine(asked, Spending(engine="mlx"), open_for(asked), own=asked)
+
+
+@pytest.mark.parametrize("override", [{"keep": True}, {"scheme": parse_scheme("int4/32")}])
+def test_overrides_do_not_split_what_an_engine_fuses(override: dict[str, Any], model: Path) -> None:
+    one = Recipe(model=str(model), overrides=(Override(layers="*.0.self_attn.q_proj", **override),))
+    with pytest.raises(
+        RecipeError, match=r"0\.self_attn\.q_proj, .*k_proj, .*v_proj are one layer in vllm-cpu"
+    ):
+        for_engine(one, Spending(engine="vllm-cpu"), open_for(one), own=one)
+    for_engine(one, Spending(engine="mlx"), open_for(one), own=one)
+    every = Recipe(model=str(model), overrides=(Override(layers="*.0.self_attn.[qkv]_proj", **override),))
+    for_engine(every, Spending(engine="vllm-cpu"), open_for(every), own=every)
+
+
+def test_a_run_that_was_killed_before_it_removed_its_checkpoint_ends_at_once(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fracbit.pipeline.quantize import served
+
+    class Killed(Exception):
+        pass
+
+    def killed(path: Path) -> None:
+        raise Killed
+
+    how: dict[str, Any] = {"spending": Spending(engine="vllm-cpu"), "progress": None}
+    monkeypatch.setattr(served.shutil, "rmtree", killed)
+    with pytest.raises(Killed):
+        fracbit.quantize(model, tmp_path / "out", **how)
+    monkeypatch.undo()
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    made = fracbit.quantize(model, tmp_path / "out", resume=True, **how)
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert not partial_of(tmp_path / "out").exists()
+    assert made.bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
+
+
+def test_a_resumed_run_does_not_discard_that_of_another_recipe(model: Path, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(what: str, done: int, total: int) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        fracbit.quantize(model, tmp_path / "out", spending=Spending(engine="vllm-cpu"), progress=stop)
+    other = Recipe(model=str(model), scheme="int:step4/64 s=bf16")
+    with pytest.raises(OutputError, match="was begun with another recipe or source"):
+        fracbit.quantize(
+            other, tmp_path / "out", spending=Spending(engine="vllm-cpu"), resume=True, progress=None
+        )
 
 
 def test_the_command_line(model: Path, tmp_path: Path) -> None:

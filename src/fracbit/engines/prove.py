@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from fracbit.checkpoint.load import tokenizer_or_none
 from fracbit.checkpoint.output import MANIFEST, write_json
+from fracbit.checkpoint.source import read_json
 from fracbit.data.samples import read_calibration
 from fracbit.engines.compared_with import ComparedWith, compared_with
 from fracbit.engines.engine import ENGINES, RUNNERS, ServingEngine
@@ -144,7 +145,7 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise FormatError(
             f"{path} is no export of fracbit; make one with `fracbit export CHECKPOINT --to FORMAT -o {path}`"
         )
-    manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    manifest = read_json(file, "it says what the export was made of")
     if "exported" not in manifest:
         raise FormatError(f"{path} is a fracbit checkpoint and no export; `fracbit verify` checks its files")
     return manifest
@@ -154,7 +155,9 @@ def _engine(engine: str | None, asked: str) -> tuple[str, ServingEngine]:
     """The engine of that name, or the first that runs the format `asked`. Raises `RecipeError` or `EngineError`."""
     format_ = asked.partition(":")[0]
     fitting = {name: each for name, each in ENGINES.items() if format_ in each.formats}
-    name = engine or next(iter(fitting), "")
+    if not fitting:
+        raise EngineError(f"no engine runs the format {asked}; update fracbit, or export again")
+    name = engine or next(iter(fitting))
     if ENGINES.check(name) not in fitting:
         raise EngineError(f"{name} does not run the format {asked}; {near_matches(name, fitting)}")
     return name, fitting[name]

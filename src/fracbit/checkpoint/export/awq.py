@@ -23,7 +23,7 @@ from fracbit.checkpoint.export.coded import (
     words_of,
     zero_codes,
 )
-from fracbit.checkpoint.export.exporter import Nearest, StoredModel
+from fracbit.checkpoint.export.exporter import StoredModel
 from fracbit.checkpoint.export.parameter import without_parameter
 from fracbit.checkpoint.format import StoredLayer
 from fracbit.checkpoint.formats.awq import BITS, ORDER
@@ -32,14 +32,6 @@ from fracbit.numerics.grid import codes_in
 from fracbit.numerics.packed import PackedTensor
 
 HELD = IntegerForms(bits=(BITS,), offsets=("none", "zero"), blocks=(32, 64, 128, 256, "row"), columns=8)
-
-
-def _nearest(layer: StoredLayer) -> Nearest:
-    if layer.inputs is not None:
-        return Nearest(
-            None, f"its inputs are rounded to {layer.inputs} while the model runs; quantize without inputs"
-        )
-    return HELD.nearest(layer)
 
 
 def _tensors(layer: StoredLayer, packed: PackedTensor) -> dict[str, Tensor]:
@@ -57,6 +49,10 @@ def _words(codes: Tensor) -> Tensor:
 
 
 def _config(stored: StoredModel, names: ReleasedNames) -> dict[str, Any]:
+    if "lm_head" in names.layers:
+        raise FormatError(
+            "format awq has no quantized output head; keep it float, or export compressed-tensors"
+        )
     sizes = {scheme.block if isinstance(scheme.block, int) else -1 for scheme, _ in linears_by_scheme(names)}
     if len(sizes) > 1:
         raise FormatError(
@@ -72,4 +68,4 @@ def _config(stored: StoredModel, names: ReleasedNames) -> dict[str, Any]:
 def export_awq(parameter: str = "") -> CodedWeights:
     """The format; it takes no parameter. Raises `RecipeError` for one."""
     without_parameter("awq", parameter)
-    return CodedWeights(_nearest, _tensors, _config)
+    return CodedWeights(HELD, _tensors, _config)

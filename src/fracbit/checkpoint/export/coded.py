@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fracbit.checkpoint.export.exporter import Nearest, StoredModel, Written
 from fracbit.checkpoint.export.float import decoded, source_dtype
@@ -38,7 +40,8 @@ class IntegerForms:
     """The schemes of integers that a format holds.
 
     `blocks`: lengths of blocks along the input, "row" for whole rows, or "any" for every length; all must divide the width.
-    `scales`: types of the steps. `columns`: the number of outputs must be a multiple of it.
+    `scales`: types of the steps. `columns` and `rows`: the numbers of outputs and inputs must be multiples of them. `inputs`:
+    how these may be rounded while the model runs, "" for not at all.
     """
 
     bits: tuple[int, ...]
@@ -47,6 +50,8 @@ class IntegerForms:
     scales: tuple[str, ...] = ("fp16", "bf16")
     embeddings: bool = False
     columns: int = 1
+    rows: int = 1
+    inputs: str = ""
 
     def nearest(self, layer: StoredLayer) -> Nearest:
         """The nearest form of a layer, with every reason why its own will not do."""
@@ -54,10 +59,15 @@ class IntegerForms:
             return Nearest(
                 None, "its inputs are rotated while the model runs; quantize without the transform rotate-mlp"
             )
+        if layer.inputs is not None and str(layer.inputs) != self.inputs:
+            may = f"quantize with inputs {self.inputs} or none" if self.inputs else "quantize without inputs"
+            return Nearest(None, f"its inputs are rounded to {layer.inputs} while the model runs; {may}")
         if layer.kind == "embedding" and not self.embeddings:
             return Nearest("float", "it is an embedding table, which the format keeps in floats")
         if layer.shape[0] % self.columns:
             return Nearest("float", f"its {layer.shape[0]} outputs are no multiple of {self.columns}")
+        if layer.shape[1] % self.rows:
+            return Nearest("float", f"its {layer.shape[1]} inputs are no multiple of {self.rows}")
         block = self._block(layer)
         if block is None:
             return Nearest("float", f"no block of the format divides its {layer.shape[1]} inputs")
@@ -115,17 +125,24 @@ def _reasons(layer: StoredLayer, new: Scheme) -> list[str]:
 class CodedWeights:
     """A format whose layers are codes beside other tensors.
 
-    `holds`: the nearest form of a layer; `tensors`: what a layer is stored as, by the ending of its name; `config`: what
-    becomes of config.json.
+    `holds`: the schemes that it has; `tensors`: what a layer is stored as, by the ending of its name; `config`: what becomes of
+    config.json; `refuses`: why a model cannot have the format whatever its layers, "" where it can.
     """
 
-    holds: Callable[[StoredLayer], Nearest]
+    holds: IntegerForms
     tensors: Callable[[StoredLayer, PackedTensor], dict[str, Tensor]]
     config: Callable[[StoredModel, ReleasedNames], dict[str, Any]]
+    refuses: Callable[[PreTrainedModel], str] = lambda model: ""
+
+    def check(self, model: PreTrainedModel, folder: Path) -> None:
+        """See `Exporter`."""
+        reason = joined_experts(model) or self.refuses(model)
+        if reason:
+            raise FormatError(reason)
 
     def nearest(self, layer: StoredLayer) -> Nearest:
         """See `Exporter`."""
-        return self.holds(layer)
+        return self.holds.nearest(layer)
 
     def size(self, stored: StoredModel) -> int:
         """See `Exporter`. Raises `FormatError`, before anything is written, where a config cannot say how layers are stored."""
@@ -180,12 +197,6 @@ class ReleasedNames:
 def names_of(stored: StoredModel) -> ReleasedNames:
     """How tensors are called in the files."""
     tensors = released_names(stored.model)
-    joined = [name for name in experts_of(stored.model) if f"{name}.weight" not in tensors]
-    if joined:
-        raise FormatError(
-            f"released checkpoints of {type(stored.model).__name__} hold all experts of a block in one tensor, so that no "
-            f"program knows {joined[0]} by itself; export float, or run the checkpoint with fracbit"
-        )
     floats = [
         tensors.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
         for name, module in stored.model.named_modules()
@@ -193,6 +204,19 @@ def names_of(stored: StoredModel) -> ReleasedNames:
     ]
     named = ReleasedNames(tensors, {}, tuple(floats))
     return replace(named, layers={named.module(name): layer for name, layer in stored.layers.items()})
+
+
+def joined_experts(model: PreTrainedModel) -> str:
+    """Why experts cannot be named one by one, as in released checkpoints that hold those of a block in one tensor; else ""."""
+    experts = experts_of(model)
+    names = released_names(model) if experts else {}
+    joined = [name for name in experts if f"{name}.weight" not in names]
+    if not joined:
+        return ""
+    return (
+        f"released checkpoints of {type(model).__name__} hold all experts of a block in one tensor, so that no program knows "
+        f"{joined[0]} by itself; write float, or run the checkpoint with fracbit"
+    )
 
 
 def experts_of(model: nn.Module) -> list[str]:

@@ -26,7 +26,7 @@ from fracbit.checkpoint.export.coded import (
     words_of,
     zero_codes,
 )
-from fracbit.checkpoint.export.exporter import Nearest, StoredModel
+from fracbit.checkpoint.export.exporter import StoredModel
 from fracbit.checkpoint.export.parameter import without_parameter
 from fracbit.checkpoint.format import StoredLayer
 from fracbit.numerics.grid import codes_in
@@ -37,17 +37,12 @@ VERSION = "0.18.0"
 """The version of compressed-tensors whose layout this is."""
 BYTE = (8, "none", "row")
 HELD = IntegerForms(
-    bits=tuple(range(1, 9)), offsets=("none", "zero"), blocks=("any", "row"), scales=("fp16", "bf16", "fp32")
+    bits=tuple(range(1, 9)),
+    offsets=("none", "zero"),
+    blocks=("any", "row"),
+    scales=("fp16", "bf16", "fp32"),
+    inputs="int8/token",
 )
-
-
-def _nearest(layer: StoredLayer) -> Nearest:
-    if layer.inputs is not None and str(layer.inputs) != "int8/token":
-        return Nearest(
-            None,
-            f"its inputs are rounded to {layer.inputs}, and the format has int8/token; quantize with --set inputs=int8",
-        )
-    return HELD.nearest(layer)
 
 
 def _in_bytes(layer: StoredLayer) -> bool:
@@ -111,4 +106,4 @@ INPUTS = {
 def export_compressed_tensors(parameter: str = "") -> CodedWeights:
     """The format; it takes no parameter. Raises `RecipeError` for one."""
     without_parameter("compressed-tensors", parameter)
-    return CodedWeights(_nearest, _tensors, _config)
+    return CodedWeights(HELD, _tensors, _config)

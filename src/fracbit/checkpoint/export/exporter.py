@@ -99,6 +99,10 @@ class Written:
 class Exporter(Protocol):
     """A format with its parameter, if it has one."""
 
+    def check(self, model: PreTrainedModel, folder: Path) -> None:
+        """Raise `FormatError` for a model, with its tokenizer in `folder`, that cannot have the format whatever its layers."""
+        ...
+
     def nearest(self, layer: StoredLayer) -> Nearest:
         """The nearest form of a layer that the format can hold."""
         ...
@@ -168,6 +172,7 @@ def export(
     stored = stored if like is None else replace(stored, layers=like)
     folder = Path(output).expanduser()
     check_apart(folder, stored.source.folder)
+    exporter.check(stored.model, stored.source.folder)
     stored = fitted(stored, exporter, format, requantize=requantize)
     key, size = _key(stored, format), exporter.size(stored)
     with (

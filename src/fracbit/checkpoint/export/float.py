@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from fracbit.checkpoint.export.exporter import Nearest, StoredModel, Written
 from fracbit.checkpoint.export.pieces import Piece, Tensors, copied_piece, write_pieces
@@ -42,6 +44,9 @@ class FloatWeights:
     """The format `float`; `dtype` None is the source's type."""
 
     dtype: torch.dtype | None = None
+
+    def check(self, model: PreTrainedModel, folder: Path) -> None:
+        """Every model can have plain weights."""
 
     def nearest(self, layer: StoredLayer) -> Nearest:
         """A plain model cannot rotate or round the inputs of a layer while it runs."""

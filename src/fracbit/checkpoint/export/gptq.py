@@ -27,7 +27,7 @@ from fracbit.checkpoint.export.coded import (
     words_of,
     zero_codes,
 )
-from fracbit.checkpoint.export.exporter import Nearest, StoredModel
+from fracbit.checkpoint.export.exporter import StoredModel
 from fracbit.checkpoint.export.parameter import one_of
 from fracbit.checkpoint.format import StoredLayer
 from fracbit.errors import FormatError
@@ -35,18 +35,12 @@ from fracbit.numerics.packed import PackedTensor
 from fracbit.records.scheme import Scheme
 
 HELD = IntegerForms(
-    bits=(2, 3, 4, 8), offsets=("none", "zero"), blocks=(16, 32, 64, 128, 256, 512, 1024, "row"), columns=32
+    bits=(2, 3, 4, 8),
+    offsets=("none", "zero"),
+    blocks=(16, 32, 64, 128, 256, 512, 1024, "row"),
+    columns=32,
+    rows=32,
 )
-
-
-def _nearest(layer: StoredLayer) -> Nearest:
-    if layer.inputs is not None:
-        return Nearest(
-            None, f"its inputs are rounded to {layer.inputs} while the model runs; quantize without inputs"
-        )
-    if layer.shape[1] % 32:
-        return Nearest("float", f"its {layer.shape[1]} inputs are no multiple of 32")
-    return HELD.nearest(layer)
 
 
 def _tensors(layer: StoredLayer, packed: PackedTensor, *, version: int) -> dict[str, Tensor]:
@@ -102,4 +96,4 @@ def _exactly(name: str) -> str:
 def export_gptq(parameter: str = "") -> CodedWeights:
     """The format in version 2, or 1 for the parameter `v1`. Raises `RecipeError` for another parameter."""
     version = 1 if one_of("gptq", parameter, ("v1", "v2"), "version") == "v1" else 2
-    return CodedWeights(_nearest, partial(_tensors, version=version), partial(_config, version=version))
+    return CodedWeights(HELD, partial(_tensors, version=version), partial(_config, version=version))

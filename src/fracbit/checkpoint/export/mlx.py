@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from fracbit.checkpoint.export.coded import (
     CodedWeights,
@@ -24,23 +25,14 @@ from fracbit.checkpoint.export.coded import (
     row_words,
     steps,
 )
-from fracbit.checkpoint.export.exporter import Nearest, StoredModel
+from fracbit.checkpoint.export.exporter import StoredModel
 from fracbit.checkpoint.export.parameter import without_parameter
 from fracbit.checkpoint.format import StoredLayer
-from fracbit.errors import FormatError
 from fracbit.models.blocks import is_transposed
 from fracbit.numerics.packed import PackedTensor
 from fracbit.records.scheme import Scheme
 
 HELD = IntegerForms(bits=(2, 3, 4, 5, 6, 8), offsets=("none", "float"), blocks=(32, 64, 128), embeddings=True)
-
-
-def _nearest(layer: StoredLayer) -> Nearest:
-    if layer.inputs is not None:
-        return Nearest(
-            None, f"its inputs are rounded to {layer.inputs} while the model runs; quantize without inputs"
-        )
-    return HELD.nearest(layer)
 
 
 def _tensors(layer: StoredLayer, packed: PackedTensor) -> dict[str, Tensor]:
@@ -51,13 +43,17 @@ def _tensors(layer: StoredLayer, packed: PackedTensor) -> dict[str, Tensor]:
     return {".weight": row_words(packed).view(torch.uint32), ".scales": step, ".biases": bottom}
 
 
-def _config(stored: StoredModel, names: ReleasedNames) -> dict[str, Any]:
-    model = stored.model
+def _refused(model: PreTrainedModel) -> str:
+    """Models whose weights mlx-lm joins or turns while it loads them, but not their scales."""
     if experts_of(model) or any(is_transposed(module) for module in model.modules()):
-        raise FormatError(
-            f"mlx-lm joins or turns weights of {type(model).__name__} while it loads them, and not their scales; export gguf "
-            "or float"
+        return (
+            f"mlx-lm joins or turns weights of {type(model).__name__} while it loads them, and not their scales; write gguf or "
+            "float"
         )
+    return ""
+
+
+def _config(stored: StoredModel, names: ReleasedNames) -> dict[str, Any]:
     by_scheme = linears_by_scheme(names)
     (most, _), _ = max(
         by_scheme.items(), key=lambda item: len(item[1]), default=((Scheme("int:step", 4, 64), ""), [])
@@ -98,4 +94,4 @@ def _how(scheme: Scheme) -> dict[str, Any]:
 def export_mlx(parameter: str = "") -> CodedWeights:
     """The format; it takes no parameter. Raises `RecipeError` for one."""
     without_parameter("mlx", parameter)
-    return CodedWeights(_nearest, _tensors, _config)
+    return CodedWeights(HELD, _tensors, _config, _refused)

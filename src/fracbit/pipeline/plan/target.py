@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
+from fracbit.checkpoint.export.exporter import FORMATS
 from fracbit.checkpoint.format import StoredLayer
 from fracbit.checkpoint.formats.codes import config_type
 from fracbit.checkpoint.opened import Opened
@@ -80,13 +82,16 @@ def for_engine(
     if spending.engine is None:
         return recipe, spending, ()
     target = target_of(spending.engine, opened)
+    FORMATS[target.engine.formats[0]]("").check(opened.model, opened.source.folder)
     _check(recipe, target)
+    if target.engine.fused:
+        _check_together(recipe, opened, target)
     changes: dict[str, object] = {"overrides": _overrides(recipe, target)}
     if not spending.asked:
         asked = "scheme" in recipe.model_fields_set
         changes["scheme"] = target.scheme(recipe.scheme if asked else target.engine.usual)
     if target.forms.embeddings:
-        changes["embeddings"] = target.scheme(recipe.embeddings or TABLE)
+        changes["embeddings"] = _table(recipe, opened, target)
     if recipe.head is not None:
         changes["head"] = target.scheme(recipe.head)
     changed = recipe.model_copy(update=changes)
@@ -109,6 +114,39 @@ def _overrides(recipe: Recipe, target: EngineTarget) -> tuple[Override, ...]:
         for each in recipe.overrides
     ]
     return (*own, *(Override(layers=name, keep=True) for name in target.floats))
+
+
+def _table(recipe: Recipe, opened: Opened, target: EngineTarget) -> Scheme | None:
+    """The scheme of the embedding tables, which have shapes of their own; None keeps them float. Raises `RecipeError`."""
+    near = {
+        target.forms.nearest(StoredLayer(recipe.embeddings or TABLE, (one.out, one.width), kind="embedding"))
+        for one in opened.layers.values()
+        if one.kind == "embedding"
+    }
+    schemes = {each.scheme for each in near}
+    if len(schemes) == 1 and isinstance(only := schemes.pop(), Scheme):
+        return only
+    if recipe.embeddings is None:
+        return None
+    reasons = "; ".join(each.reason for each in near) or "the model has none"
+    raise RecipeError(
+        f"{target.name} cannot have these embedding tables in {recipe.embeddings}: {reasons}; leave embeddings out"
+    )
+
+
+def _check_together(recipe: Recipe, opened: Opened, target: EngineTarget) -> None:
+    """Raise `RecipeError` for overrides that tell linears apart which read one input: they are one layer in the engine."""
+    groups: dict[str, dict[str, Override | None]] = {}
+    for name, layer in opened.linears.items():
+        last = [each for each in recipe.overrides if fnmatchcase(name, each.layers)]
+        groups.setdefault(layer.group, {})[name] = last[-1] if last else None
+    for members in groups.values():
+        chosen = {each and (each.keep, each.scheme) for each in members.values()}
+        if len(chosen) > 1:
+            raise RecipeError(
+                f"{', '.join(members)} are one layer in {target.name}, and overrides or --keep treat them differently; name "
+                "all of them or none"
+            )
 
 
 def _differences(own: Recipe, changed: Recipe, target: EngineTarget) -> Iterator[str]:

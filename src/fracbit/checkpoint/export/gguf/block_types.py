@@ -123,12 +123,7 @@ class BlockForms:
 
     def nearest(self, layer: StoredLayer) -> Nearest:
         """A layer's own form, or integers of at least as many bits with blocks of 32."""
-        if layer.inputs is not None:
-            return Nearest(
-                None,
-                f"its inputs are rounded to {layer.inputs} while the model runs; quantize without inputs",
-            )
-        if type_of(layer) is not None and not layer.rotated:
+        if type_of(layer) is not None and not layer.rotated and layer.inputs is None:
             return Nearest(layer.scheme)
         return (self.few if layer.scheme.bits <= max(self.few.bits) else self.many).nearest(layer)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from transformers import PreTrainedModel
 
 from fracbit.checkpoint.export.exporter import Nearest, StoredModel, Written
 from fracbit.checkpoint.export.gguf.architectures import Architecture, architecture_of
@@ -43,6 +44,10 @@ class GgufPlan:
 class GgufFile:
     """The format `gguf`."""
 
+    def check(self, model: PreTrainedModel, folder: Path) -> None:
+        """Raise `FormatError` for a family, its settings or a tokenizer that llama.cpp does not run."""
+        _known(model, folder)
+
     def nearest(self, layer: StoredLayer) -> Nearest:
         """See `Exporter`."""
         return GGUF_FORMS.nearest(layer)
@@ -71,11 +76,16 @@ def export_gguf(parameter: str = "") -> GgufFile:
 
 def planned(stored: StoredModel) -> GgufPlan:
     """What the file of a model will hold. Raises `FormatError`."""
-    package()
-    config = stored.model.config
-    architecture = architecture_of(config.model_type, config.to_dict())
-    vocabulary = vocabulary_of(stored.source.folder, architecture, int(config.vocab_size), stored.source.name)
+    architecture, vocabulary = _known(stored.model, stored.source.folder)
     return GgufPlan(architecture, placed(stored, architecture), vocabulary)
+
+
+def _known(model: PreTrainedModel, folder: Path) -> tuple[Architecture, Vocabulary]:
+    """The architecture and the tokenizer as llama.cpp knows them. Raises `FormatError`."""
+    package()
+    config = model.config
+    architecture = architecture_of(config.model_type, config.to_dict())
+    return architecture, vocabulary_of(folder, architecture, int(config.vocab_size), str(folder))
 
 
 def write_gguf(path: Path, stored: StoredModel, plan: GgufPlan, show: Progress) -> ShardRecord:

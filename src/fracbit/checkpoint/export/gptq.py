@@ -5,7 +5,7 @@
     w[o, i] = (code[i, o] - zero[g_idx[i], o]) * scale[g_idx[i], o]
 
 Version 2 stores zero points as they are; `gptq:v1` stores zero - 1, for programs of before 2025. Layers of other widths than
-most are named in `dynamic`, which GPTQModel and vLLM read.
+most are named in `dynamic`, which GPTQModel reads; vLLM does so for linears that it does not fuse.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import torch
 from fracbit.kernels import KERNELS, PackedLinear, choose, cpu, kernel_report, reference
 from fracbit.kernels.cpu import NATIVE, prepare, run, tiles_from
 from fracbit.numerics import quantize_tensor
-from fracbit.records.scheme import Scheme
+from fracbit.records.scheme import Scheme, parse_scheme
 from products import batch_of, packed
 from tensors import distance
 
@@ -17,7 +17,7 @@ SETS = NATIVE.instruction_sets() if NATIVE is not None else []
 TOLERANCE = {"float": 1e-5, "int8": 5e-3}
 
 
-DTYPES = ["int", "float", "dynamic", "nf", "power", "kmeans", "kmeans:row", "quantile"]
+DTYPES = ["int", "int:step", "float", "dynamic", "nf", "iq", "power", "kmeans", "kmeans:row", "quantile"]
 
 
 BLOCKS = [8, 20, 64, "row", "tensor", "flat:43", "flat:64"]
@@ -25,10 +25,12 @@ BLOCKS = [8, 20, 64, "row", "tensor", "flat:43", "flat:64"]
 
 def legal(dtype: str, bits: int, offset: str) -> bool:
     fitted = dtype.startswith(("kmeans", "quantile"))
+    if dtype == "iq":
+        return bits == 4
     if fitted and offset == "zero":
         return False
     if bits == 1:
-        return dtype.startswith("kmeans") or (dtype == "int" and offset in ("zero", "float"))
+        return dtype.startswith("kmeans") or (dtype.startswith("int") and offset in ("zero", "float"))
     return dtype != "power" or bits > 1
 
 
@@ -41,6 +43,14 @@ GRID = [
     for offset in ("none", "zero", "float", "mean")
     if legal(dtype, bits, offset) and not (axis == "out" and str(block) in ("tensor", "flat:43", "flat:64"))
 ]
+ENGINES_OWN = [
+    parse_scheme(word)
+    for word in (
+        "int:step4f/32 s=int:up6:8", "int:step2f/16 s=int:up4:16", "int:step3/16 s=int:step6:16",
+        "int:step6/16 s=int:step8:16", "iq4/32 s=int:step6:8",
+    )
+]  # fmt: skip
+GRID += ENGINES_OWN
 
 
 @native

@@ -35,6 +35,10 @@ SCHEMES = [
     Scheme("kmeans:row", 3, 16),
     Scheme("kmeans", 3, "row"),
     Scheme("int", 4, "flat:24", scale="int8:16"),
+    Scheme("int:step", 3, 16),
+    Scheme("int:step", 4, 16, offset="float", scale="int:up6:8"),
+    Scheme("int:step", 3, 16, scale="int:step6:16"),
+    Scheme("iq", 4, 16),
 ]
 STOPS_TOGETHER = {"descent"}
 """Its rounds end when all rows of a stack gain little, so that a stack may take a round more than its parts."""

@@ -107,6 +107,14 @@ def prepare(packed: PackedTensor, activations: Activations, isa: str = "") -> Cp
     zeros = scheme.offset == "zero"
     per_block = scales_shape((packed.shape[0], packed.quantized_width), scheme)
     kind, block = _blocks(scheme)
+    scales = _floats(packed.scales, per_block)
+    offsets = None if packed.offsets is None or zeros else _floats(packed.offsets, per_block)
+    table = table_of(packed).values.contiguous()
+    if scheme.axis == "out" and scheme.dtype == "int:step" and offsets is not None:
+        # Scales then go into the activations before these are rounded: values around 0 leave the sums of the two parts small.
+        middle = float(table.mean())
+        scales, table = scales.float(), table - middle
+        offsets = offsets.float() + middle * scales
     try:
         weight = NATIVE.PackedWeight(
             rows=packed.shape[0],
@@ -115,10 +123,10 @@ def prepare(packed: PackedTensor, activations: Activations, isa: str = "") -> Cp
             blocks=kind,
             block=block,
             codes=packed.codes.detach(),
-            scales=_floats(packed.scales, per_block),
-            offsets=None if packed.offsets is None or zeros else _floats(packed.offsets, per_block),
+            scales=scales,
+            offsets=offsets,
             zeros=_part(packed.offsets) if zeros else None,
-            table=table_of(packed).values.contiguous(),
+            table=table,
             outlier_columns=_part(packed.columns),
             outliers=_part(packed.outliers),
             isa=isa,

@@ -1,6 +1,6 @@
 """`SoftLinear`: a quantized linear that can be trained; its output is that of its packed form.
 
-    W = scale * T[nearest(u)] + shift         u: latent weights in units of the scale
+    W = scale * T[nearest(u)] + shift         u: latent weights in units of the scale; a scale keeps its sign
 
 Scale, shift and a fitted table are learned; scales that are quantized count as they are stored, on the grid that they came
 with; float ones are rounded when it is packed. The gradient of rounding is taken to be 1, for weights outside the table's range
@@ -29,7 +29,8 @@ class SoftLinear(nn.Module):
         """`weight` [out, in] float places the latent weights between codes; None: on them."""
         super().__init__()
         self.base, self.packed_like = grid_of(packed), packed
-        self.log_scale = nn.Parameter(self.base.scale.clamp(min=1e-12).log())  # [per block]
+        self.sign = torch.where(self.base.scale < 0, -1.0, 1.0)  # [per block]
+        self.log_scale = nn.Parameter(self.base.scale.abs().clamp(min=1e-12).log())  # [per block]
         shift = self.base.shift
         self.free_shift = self.base.scheme.offset in ("float", "mean")
         self.shift = nn.Parameter(torch.zeros(0) if shift is None or not self.free_shift else shift.clone())
@@ -47,7 +48,9 @@ class SoftLinear(nn.Module):
         quantized = weight.float()
         if packed.columns is not None:
             quantized = quantized[:, quantized_columns(packed.columns, packed.shape[1])]  # [out, quantized]
-        scale = self._spread(self.base.scale.clamp(min=1e-12))  # [out, quantized] or broadcastable
+        scale = self._spread(
+            self.sign * self.base.scale.abs().clamp(min=1e-12)
+        )  # [out, quantized] or broadcastable
         wanted = (
             quantized - self._spread_shift(self.base.scale, self.shift.detach())
         ) / scale  # [out, quantized]
@@ -68,7 +71,7 @@ class SoftLinear(nn.Module):
 
     def _as_stored(self) -> tuple[Tensor, Tensor]:
         """Scale and free shift [per block], differentiable; with the values of what is stored where that is quantized."""
-        scale, free = self.log_scale.exp(), self.free_shift  # [per block]
+        scale, free = self.sign * self.log_scale.exp(), self.free_shift  # [per block]
         if isinstance(self.base.scheme.scale, str):
             return scale, self.shift
         with torch.no_grad():
@@ -108,7 +111,7 @@ class SoftLinear(nn.Module):
             grid: Grid = with_table(self.base, table.half()) if self.table.requires_grad else self.base
             codes = grid.table.nearest(self.latent.detach())  # [out, quantized]
             shift = self.shift.detach() if self.free_shift else None
-            grid = moved(grid, self.log_scale.detach().exp(), shift, near=True)
+            grid = moved(grid, self.sign * self.log_scale.detach().exp(), shift, near=True)
             result = pack(codes, grid)
             if self.outliers is None:
                 return result

@@ -33,6 +33,7 @@ FIT_SAMPLE = 1 << 20  # a quantile of a million values is known to 0.1 %; sortin
 MANY = 1 << 12  # for fewer numbers cells are not worth making
 MOST_CELLS = 1 << 16
 LLOYD_STEPS = 60
+IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 EXPONENTS = ("0.2", "0.25", "1/3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9", "1")
 
 
@@ -79,7 +80,8 @@ class DataType:
     """A table of numbers: `values` [rows, levels] fp32 ascending, `boundaries` [rows, levels - 1].
 
     rows is 1 unless the table is fitted per row. `step`: the spacing of an even table, None for any other. `span`: where the
-    ends of a block's range are put. `unit`: scales are rounded as multiples of it, so that scale times unit is exact as stored.
+    ends of a block's range are put; where they lie at unequal distances from 0, a scale may be negative. `unit`: scales are
+    rounded as multiples of it, so that scale times unit is exact as stored.
     """
 
     values: Tensor
@@ -97,6 +99,16 @@ class DataType:
     def low(self) -> float:
         """The value of code 0 in a table with one row that was not fitted."""
         return self.span[0]
+
+    @property
+    def lopsided(self) -> bool:
+        """Whether one end of the span is farther from 0: then the sign of a scale says on which side of a block that end is."""
+        return -self.span[0] != self.span[1]
+
+    @property
+    def far(self) -> float:
+        """The end of the span that is farther from 0."""
+        return max(self.span, key=abs)
 
     def nearest(self, x: Tensor) -> Tensor:
         """Codes uint8 [rows, n] of `x` [rows, n]; a table with one row takes any number of rows."""
@@ -153,13 +165,14 @@ class DataTypeMaker:
     """How a data type is made: what its line in the table names.
 
     `make(bits, parameter, full)` makes a fixed type, `fit` the values of one that looks at the tensor. `parameters` are those
-    that `fit` takes besides none; a type with both is fitted when it has one of them.
+    that `fit` takes besides none; a type with both is fitted when it has one of them. Bits go from `min_bits` to `max_bits`.
     """
 
     min_bits: int
     make: Callable[[int, str, bool], DataType] | None = None
     fit: Fit | None = None
     parameters: tuple[str, ...] = ()
+    max_bits: int = 8
 
     def fits(self, parameter: str) -> bool:
         """Whether the type with this parameter looks at the tensor."""
@@ -167,14 +180,19 @@ class DataTypeMaker:
 
 
 def make_int(bits: int, parameter: str, full: bool) -> DataType:
-    """Evenly spaced: 2^k - 1 symmetric values, or all 2^k when an offset places the range (`full`)."""
-    if parameter not in ("", "step"):
-        raise SchemeError(f"int takes the parameter step or none, got {parameter!r}")
+    """Evenly spaced: 2^k - 1 symmetric values, or all 2^k when an offset places the range (`full`).
+
+    `step`: the integers of engines, from -2^(k-1), or from 0 with an offset. `up`: from 0, a type for scales alone.
+    """
+    if parameter not in ("", "step", "up"):
+        raise SchemeError(f"int takes the parameter step, up (for scales) or none, got {parameter!r}")
+    if parameter == "up" and full:
+        raise SchemeError("int:up begins at 0 and takes no offset; use int:step")
     levels = 2**bits if full else 2**bits - 1
     if levels < 2:
         raise SchemeError("a symmetric 1-bit int has one value; use an offset (zero or float), or more bits")
     if parameter:
-        return _whole_steps(bits, full)
+        return _whole_steps(bits, full or parameter == "up")
     # Whole numbers first: linspace would miss an exact 0.
     numerators = torch.arange(levels, dtype=torch.float64) * 2 - (levels - 1)  # [levels]
     table = nearest_type(numerators / (levels - 1))
@@ -182,7 +200,7 @@ def make_int(bits: int, parameter: str, full: bool) -> DataType:
 
 
 def _whole_steps(bits: int, full: bool) -> DataType:
-    """The integers of engines, -2^(k-1) to 2^(k-1) - 1, or 0 to 2^k - 1 (`full`), over a power of 2.
+    """The integers -2^(k-1) to 2^(k-1) - 1, or 0 to 2^k - 1 (`full`), over a power of 2.
 
     An engine stores the step, scale * unit; both are exact in the same type.
     """
@@ -191,6 +209,13 @@ def _whole_steps(bits: int, full: bool) -> DataType:
     table = nearest_type(torch.arange(low, low + 2 * half, dtype=torch.float64) * unit)  # [2^k]
     span = (low * unit, (low + 2 * half - 1) * unit)
     return replace(table, step=unit, span=span, unit=unit)
+
+
+def make_iq(bits: int, parameter: str, full: bool) -> DataType:
+    """The 4-bit table of llama.cpp's IQ4_NL and IQ4_XS (ggml-common.h, kvalues_iq4nl) over 128; it has no 0."""
+    _no_parameter("iq", parameter)
+    table = nearest_type(torch.tensor(IQ4, dtype=torch.float64) / 128)
+    return replace(table, span=(IQ4[0] / 128, IQ4[-1] / 128), unit=1 / 128)
 
 
 def make_float(bits: int, parameter: str, full: bool) -> DataType:
@@ -289,6 +314,7 @@ def fit_kmeans(x: Tensor, weights: Tensor, scales: Tensor, *, bits: int, paramet
 
 
 INT = DataTypeMaker(1, make=make_int)
+IQ = DataTypeMaker(4, make=make_iq, max_bits=4)
 FLOAT = DataTypeMaker(2, make=make_float)
 DYNAMIC = DataTypeMaker(2, make=make_dynamic)
 QUANTILE = DataTypeMaker(2, fit=fit_quantile)
@@ -301,10 +327,29 @@ DATATYPES: Table[DataTypeMaker] = tables.DATATYPES
 @lru_cache(maxsize=4096)
 def check_datatype(scheme: Scheme) -> DataTypeMaker:
     """The maker of the scheme's data type. Raises `SchemeError` with near matches, or when the bits make no sense for it."""
+    maker = _maker(scheme)
+    if scheme.offset == "none" and not is_fitted(scheme) and fixed_type(scheme).span[0] >= 0:
+        raise SchemeError(
+            f"data type {scheme.dtype} has no negative values: it is a type for scales, not for weights"
+        )
+    if isinstance(scheme.scale, Scheme):
+        _maker(scheme.scale)
+    return maker
+
+
+def _maker(scheme: Scheme) -> DataTypeMaker:
     name, _, parameter = scheme.dtype.partition(":")
     maker = DATATYPES.load(name)
-    if scheme.bits < maker.min_bits:
-        raise SchemeError(f"data type {name} needs at least {maker.min_bits} bits, got {scheme.bits}")
+    if not maker.min_bits <= scheme.bits <= maker.max_bits:
+        least, most = maker.min_bits, maker.max_bits
+        needs = (
+            f"at least {least}"
+            if most == DataTypeMaker.max_bits
+            else f"{least}"
+            if least == most
+            else f"{least} to {most}"
+        )
+        raise SchemeError(f"data type {name} needs {needs} bits, got {scheme.bits}")
     if maker.make is not None and not maker.fits(parameter):
         maker.make(scheme.bits, parameter, _full(scheme))
     elif scheme.offset == "zero":
@@ -314,15 +359,13 @@ def check_datatype(scheme: Scheme) -> DataTypeMaker:
     elif parameter not in ("", *maker.parameters):
         takes = f"the parameter {' or '.join(maker.parameters)}" if maker.parameters else "no parameter"
         raise SchemeError(f"data type {name} takes {takes}, got {parameter!r}")
-    if isinstance(scheme.scale, Scheme):
-        check_datatype(scheme.scale)
     return maker
 
 
 @lru_cache(maxsize=4096)
 def is_fitted(scheme: Scheme) -> bool:
     """Whether the table is fitted to the tensor and therefore stored with it."""
-    return check_datatype(scheme).fits(scheme.dtype.partition(":")[2])
+    return _maker(scheme).fits(scheme.dtype.partition(":")[2])
 
 
 def fixed_type(scheme: Scheme) -> DataType:
@@ -333,6 +376,11 @@ def fixed_type(scheme: Scheme) -> DataType:
 def scale_unit(scheme: Scheme) -> float:
     """The unit that scales are rounded in, of the scheme's table; 1 for a fitted one."""
     return 1.0 if is_fitted(scheme) else fixed_type(scheme).unit
+
+
+def signed_scales(scheme: Scheme) -> bool:
+    """Whether a scale may be negative: without an offset its sign turns a lopsided table over."""
+    return scheme.offset == "none" and not is_fitted(scheme) and fixed_type(scheme).lopsided
 
 
 def fit_table(scheme: Scheme, x: Tensor, weights: Tensor, scales: Tensor) -> Tensor:

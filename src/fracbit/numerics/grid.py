@@ -24,6 +24,7 @@ from fracbit.numerics.datatypes import (
     is_fitted,
     nearest_type,
     scale_unit,
+    signed_scales,
 )
 from fracbit.numerics.layout import (
     block_length,
@@ -71,10 +72,14 @@ def plain(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> G
     Raises `WeightError` on NaN or Inf or when a scale does not fit its type, `SchemeError` on a scheme that cannot be.
     """
     check_datatype(scheme)
-    weight = finite(weight)  # [out, in]
+    return _plain(finite(weight), scheme, importance)
+
+
+def _plain(weight: Tensor, scheme: Scheme, importance: Tensor | None = None, *, unit: float = 1.0) -> Grid:
+    """`plain` of a weight, or of the scales of one whose table has this `unit`: their own scales are multiples of both."""
     table = None if is_fitted(scheme) else fixed_type(scheme).to(weight.device)
     scale, shift = plain_range(weight, scheme)  # [per block] each
-    return place(scheme, weight, table, scale, shift=shift, importance=importance)
+    return place(scheme, weight, table, scale, shift=shift, importance=importance, unit=unit)
 
 
 def grid_of(packed: PackedTensor) -> Grid:
@@ -107,7 +112,7 @@ def moved(
     scales that are quantized stay on the grid that they have, so that none changes with the others.
     """
     scheme = grid.scheme
-    scales = _store(scale, scheme, positive=True, like=grid.scales if near else None)
+    scales = _store(scale, scheme, unit=scale_unit(scheme), like=grid.scales if near else None)
     scale = _dense(scales, scale)
     if scheme.offset == "zero":
         zeros = grid.zeros if zeros is None else zeros
@@ -116,7 +121,7 @@ def moved(
         return replace(grid, scale=scale, scales=scales, zeros=zeros, shift=shift)
     if shift is None:
         return replace(grid, scale=scale, scales=scales)
-    offsets = _store(shift, scheme, positive=False, like=grid.offsets if near else None)
+    offsets = _store(shift, scheme, like=grid.offsets if near else None)
     return replace(grid, scale=scale, scales=scales, offsets=offsets, shift=_dense(offsets, shift))
 
 
@@ -194,6 +199,10 @@ def plain_range(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
     low, high = blocks.amin(-1), blocks.amax(-1)  # [lines, blocks]
     start, end = (-1.0, 1.0) if is_fitted(scheme) else fixed_type(scheme).span
     half = (end - start) / 2
+    if scheme.offset == "none" and -start != end:
+        # The value farthest from 0 on the end farthest from 0.
+        extreme = torch.where(high > -low, high, low)  # [lines, blocks]
+        return stored_order(extreme / fixed_type(scheme).far, shape, scheme), None
     if scheme.offset == "none":
         return stored_order(torch.maximum(-low, high) / half, shape, scheme), None
     if scheme.offset == "mean":
@@ -203,6 +212,8 @@ def plain_range(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
         return torch.maximum(mean - low, high - mean) / half, mean
     if scheme.offset == "zero":
         low, high = low.clamp(max=0), high.clamp(min=0)  # [lines, blocks]
+    if offsets_below(scheme):
+        low = low.clamp(max=0)  # [lines, blocks]
     scale = (high - low) / 2 / half  # [lines, blocks]
     shift = (high + low) / 2 - scale * (start + half)  # [lines, blocks]
     return stored_order(scale, shape, scheme), stored_order(shift, shape, scheme)
@@ -217,10 +228,11 @@ def place(
     shift: Tensor | None,
     importance: Tensor | None,
     zeros: Tensor | None = None,
+    unit: float = 1.0,
 ) -> Grid:
     """Round scale and shift [per block] to what is stored; fit the table on top when the type has none of its own."""
     shape = (weight.shape[0], weight.shape[1])
-    scales = _store(scale, scheme, positive=True)
+    scales = _store(scale, scheme, unit=scale_unit(scheme) * unit)
     scale = _dense(scales, scale)
     offsets: Tensor | PackedTensor | None = None
     if scheme.offset == "zero":
@@ -230,7 +242,7 @@ def place(
             zeros = table.nearest((-shift * inverse(scale)).view(1, -1)).view(scale.shape)
         shift = -scale * table.look_up(zeros)  # [per block]
     elif shift is not None:
-        offsets = _store(shift, scheme, positive=False)
+        offsets = _store(shift, scheme)
         shift = _dense(offsets, shift)
     placeholder = nearest_type(torch.zeros(1, 2, device=weight.device)) if table is None else table
     grid = Grid(
@@ -263,41 +275,57 @@ def weighted(x: Tensor, importance: Tensor | None, first: int, last: int | None)
 
 def inverse(scale: Tensor) -> Tensor:
     """1 / scale; 0 for a block of zeros, so that its weights take the value nearest 0."""
-    return torch.where(scale > 0, 1 / scale, 0.0)
+    return torch.where(scale != 0, 1 / scale, 0.0)
 
 
 def round_scale(scale: Tensor, scheme: Scheme) -> Tensor:
     """Scales as the float type of the scheme stores them."""
     assert isinstance(scheme.scale, str)
-    return _to_float(scale.clamp(min=0), scheme.scale, scale_unit(scheme), positive=True).float()
+    return _to_float(
+        scale if signed_scales(scheme) else scale.clamp(min=0), scheme.scale, scale_unit(scheme)
+    ).float()
 
 
 def round_offset(offset: Tensor, scheme: Scheme) -> Tensor:
     """Offsets as the float type of the scheme stores them."""
     assert isinstance(scheme.scale, str)
-    return _to_float(offset, scheme.scale, positive=False).float()
+    return _to_float(offset, scheme.scale, None).float()
+
+
+def offsets_below(scheme: Scheme) -> bool:
+    """Whether offsets are at most 0: as the numbers of a type without a sign they would else need one each."""
+    scale = scheme.scale
+    return (
+        scheme.offset == "float" and isinstance(scale, Scheme) and not is_fitted(scale) and _one_sided(scale)
+    )
+
+
+def _one_sided(scheme: Scheme) -> bool:
+    return scheme.offset == "none" and fixed_type(scheme).span[0] >= 0
 
 
 def _store(
-    values: Tensor, scheme: Scheme, *, positive: bool, like: Tensor | PackedTensor | None = None
+    values: Tensor, scheme: Scheme, *, unit: float | None = None, like: Tensor | PackedTensor | None = None
 ) -> Tensor | PackedTensor:
-    """Scales or offsets as they are stored; quantized ones on the grid of `like`, where it is given."""
+    """Scales, rounded as multiples of `unit`, or offsets (None) as they are stored; quantized ones on the grid of `like`."""
     if isinstance(scheme.scale, str):
-        return _to_float(values, scheme.scale, scale_unit(scheme) if positive else 1.0, positive=positive)
+        return _to_float(values, scheme.scale, unit)
     row = finite(values.reshape(1, -1))  # [1, blocks]
-    return encode(row, grid_of(like) if isinstance(like, PackedTensor) else plain(row, scheme.scale))
+    fresh = not isinstance(like, PackedTensor)
+    return encode(row, _plain(row, scheme.scale, unit=unit or 1.0) if fresh else grid_of(like))
 
 
-def _to_float(values: Tensor, dtype: str, unit: float = 1.0, *, positive: bool) -> Tensor:
+def _to_float(values: Tensor, dtype: str, unit: float | None) -> Tensor:
     """Round to the type that is stored, so that its product with `unit`, a power of 2, is exact in the type too.
 
-    A positive scale stays positive: a tiny one must not turn its block into zeros.
+    A scale does not vanish: a tiny one must not turn its block into zeros. An offset (`unit` None) may.
     """
-    info = torch.finfo(SCALE_DTYPES[dtype])
-    rounded = (values * unit).to(SCALE_DTYPES[dtype])
-    if positive:
-        rounded = torch.where((rounded == 0) & (values > 0), info.smallest_normal, rounded)
-    rounded = rounded / unit
+    info, kind = torch.finfo(SCALE_DTYPES[dtype]), SCALE_DTYPES[dtype]
+    rounded = (values * (unit or 1.0)).to(kind)
+    if unit is not None:
+        least = torch.full_like(rounded, info.smallest_normal).copysign(values.to(kind))
+        rounded = torch.where((rounded == 0) & (values != 0), least, rounded)
+        rounded = rounded / unit
     if bool(torch.isinf(rounded).any()):
         largest = float(values.abs().max())
         raise WeightError(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fracbit.errors import FormatError, RecipeError
 from fracbit.numerics.bits import has_top_code, row_bytes, unpack_bits
-from fracbit.numerics.datatypes import DataType, fixed_type, is_fitted, nearest_type
+from fracbit.numerics.datatypes import DataType, fixed_type, is_fitted, nearest_type, signed_scales
 from fracbit.numerics.layout import scales_shape, spread, spread_rows
 from fracbit.records.scheme import Scheme
 
@@ -120,7 +120,7 @@ def check_values(packed: PackedTensor) -> None:
             low, high = (float(end) for end in part.aminmax())  # one pass; NaN where one is NaN
             if not math.isfinite(low) or not math.isfinite(high):
                 raise FormatError(f"{name} holds a value that is not finite")
-            if low < 0 and name == "scales":
+            if low < 0 and name == "scales" and not signed_scales(packed.scheme):
                 raise FormatError("scales holds a negative value")
     for each in (packed, packed.scales, packed.offsets):
         if isinstance(each, PackedTensor) and _has_unknown_code(each):

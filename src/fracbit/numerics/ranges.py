@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fracbit.errors import SchemeError
-from fracbit.numerics.datatypes import is_fitted
+from fracbit.numerics.datatypes import is_fitted, signed_scales
 from fracbit.numerics.grid import (
     Grid,
     by_rows,
@@ -29,6 +29,7 @@ from fracbit.numerics.grid import (
     grid_of,
     in_16_bits,
     inverse,
+    offsets_below,
     pack,
     place,
     plain,
@@ -173,7 +174,7 @@ def _search_rows(
     scale, shift = scale[rows], None if shift is None else shift[rows]  # [per block]
     if importance is not None and importance.dim() == 2:
         importance = importance[slice(*span)]  # [rows, in]
-    best = _Best(weight, importance, start)
+    best = _Best(weight, importance, start, below=offsets_below(grid.scheme))
     # Shrunken ranges, with zero codes beside the nearest one.
     for factor in SHRINK:
         for nudge in (0,) if start.zeros is None else (-1, 0, 1):
@@ -203,12 +204,15 @@ def _rows_of(grid: Grid, first: int, last: int) -> Grid:
 class _Best:
     """The best grid of every block among those offered; the only state of the search."""
 
-    def __init__(self, weight: Tensor, importance: Tensor | None, grid: Grid) -> None:
-        self.grid, self.errors = grid, errors_of(weight, importance, grid)
+    def __init__(self, weight: Tensor, importance: Tensor | None, grid: Grid, *, below: bool) -> None:
+        """`below`: offsets are at most 0."""
+        self.grid, self.errors, self.below = grid, errors_of(weight, importance, grid), below
         self.error = self.errors(grid)  # [per block]
 
     def offer(self, grid: Grid) -> None:
         """Take over the blocks in which `grid` has the smaller error."""
+        if self.below and grid.shift is not None:
+            grid = replace(grid, shift=grid.shift.clamp(max=0))
         error = self.errors(grid)
         better = error < self.error  # [per block]
         self.error = torch.where(better, error, self.error)
@@ -324,7 +328,9 @@ def _best_choice(
     def error_of(number: int) -> Tensor:
         scale, shift = choices[number]
         error = errors(replace(start, scale=scale[rows], shift=None if shift is None else shift[rows]))
-        return error.masked_fill(scale[rows] < 0, torch.inf)  # [per block]
+        return (
+            error if signed_scales(grid.scheme) else error.masked_fill(scale[rows] < 0, torch.inf)
+        )  # [per block]
 
     # What is rounded stays where no other is better.
     same = len(choices) // 2

@@ -105,7 +105,7 @@ def _uniform(lattice: Lattice) -> Rounding:
     step = lattice.scale * lattice.table.step  # [batch or 1, out or 1]
     bottom = lattice.scale * lattice.table.low  # [batch or 1, out or 1]
     base = bottom if lattice.shift is None else lattice.shift + bottom
-    inverse = torch.where(step > 0, 1 / step, 0.0)
+    inverse = torch.where(step != 0, 1 / step, 0.0)
 
     def round_column(target: Tensor, i: int) -> tuple[Tensor, Tensor]:
         row = i if len(step) > 1 else 0
@@ -117,7 +117,7 @@ def _uniform(lattice: Lattice) -> Rounding:
 
 def _table(lattice: Lattice) -> Rounding:
     table = lattice.table
-    inverse = torch.where(lattice.scale > 0, 1 / lattice.scale, 0.0)  # [batch or 1, out or 1]
+    inverse = torch.where(lattice.scale != 0, 1 / lattice.scale, 0.0)  # [batch or 1, out or 1]
 
     def round_column(target: Tensor, i: int) -> tuple[Tensor, Tensor]:
         row = i if len(inverse) > 1 else 0

@@ -41,7 +41,8 @@ def refit_scales(weight: Tensor, gram: Tensor, grid: Grid, codes: Tensor) -> Gri
     scale, shift = solve(weight, gram, units, grid, with_shift=with_shift)
     # Rounded to what is stored, and kept where that is better.
     scale = scale.reshape(grid.scale.shape)  # [per block]
-    scale = torch.where(scale > 0, scale, grid.scale)
+    same = scale * grid.scale > 0  # [per block]: a scale keeps its sign, and does not vanish
+    scale = torch.where(same, scale, grid.scale)
     shift = None if shift is None else shift.reshape(grid.scale.shape)
     # Quantized ones on the grid that they have, whose range was settled, and on a new one.
     for near in (True, False) if not isinstance(scheme.scale, str) else (False,):

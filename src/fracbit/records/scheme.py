@@ -19,7 +19,7 @@ Offset = Literal["none", "zero", "float", "mean"]
 FLOAT_SCALES = ("fp32", "fp16", "bf16")
 _NAMED_BLOCKS = ("row", "tensor")
 _FLAT = re.compile(r"flat:([1-9]\d*)")
-_SCALE_SHORTHAND = re.compile(r"([a-z]+)([1-8]):([1-9]\d*)")
+_SCALE_SHORTHAND = re.compile(r"([a-z]+(?::[a-z]+)?)([1-8]):([1-9]\d*)")
 _DTYPE = re.compile(r"[a-z]+(:[A-Za-z0-9./]+)?")
 _OFFSETS = {"": "none", "z": "zero", "f": "float", "m": "mean"}
 _WORD = re.compile(
@@ -41,7 +41,8 @@ class Scheme:
     - `offset`: `"none"`, symmetric about zero; `"zero"`, a zero point that is itself a code; `"float"`, the middle of the
       block's range; `"mean"`, the block's mean (centering, 2212.09720 App. B).
     - `scale`: `"fp32"`, `"fp16"`, `"bf16"`, or a scheme for the scales themselves (double quantization), also written
-      `"int8:256"`: 8-bit integers in blocks of 256 scales.
+      `"int8:256"`: 8-bit integers in blocks of 256 scales, with a scale and an offset in fp32; or `"int:up6:8"`, as llama.cpp
+      has them: 6-bit integers from 0, one fp16 scale for 8 of them.
 
     Raises `SchemeError` for anything that cannot exist.
     """
@@ -116,6 +117,8 @@ def _scale(scale: object) -> str | Scheme:
         allowed = ", ".join(FLOAT_SCALES)
         raise SchemeError(f"scale {scale!r} is not known; use {allowed}, or TYPEBITS:BLOCK such as int8:256")
     dtype, bits, block = match.groups()
+    if ":" in dtype:  # an engine's type, whose superblocks have a scale of their own and no offset
+        return Scheme(dtype, int(bits), int(block), offset="none", scale="fp16")
     return Scheme(dtype, int(bits), int(block), axis="in", offset="float", scale="fp32")
 
 

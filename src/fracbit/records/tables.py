@@ -74,6 +74,7 @@ DATATYPES: Table[Any] = Table(
         "float": "fracbit.numerics.datatypes:FLOAT",
         "dynamic": "fracbit.numerics.datatypes:DYNAMIC",
         "quantile": "fracbit.numerics.datatypes:QUANTILE",
+        "iq": "fracbit.numerics.datatypes:IQ",
         "nf": "fracbit.numerics.datatypes:NORMAL_FLOAT",
         "power": "fracbit.numerics.datatypes:POWER",
         "kmeans": "fracbit.numerics.datatypes:KMEANS",

@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,9 +43,10 @@ units_strategy = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 90)), min
 
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[tuple[Unit, ...], list[Scheme | None], Budget, Losses]:
-    units = draw(units_strategy)
     choices = draw(st.lists(st.sampled_from(POOL), min_size=2, max_size=4, unique=True))
-    costs = cost_table(units, choices)
+    some = st.none() | st.sets(st.sampled_from(choices), min_size=1).map(frozenset)
+    units = tuple(replace(unit, levels=draw(some)) for unit in draw(units_strategy))
+    costs = [cost.values() for cost in cost_table(units, choices)]
     bits = draw(st.integers(sum(map(min, costs)), sum(map(max, costs))))
     budget = Budget(bits, sum(unit.weights for unit in units), "average bits")
     row = st.tuples(*[st.floats(-1, 10).map(lambda x: round(x, 3)) for _ in choices])
@@ -76,7 +78,9 @@ def test_the_order_keeps_the_budget_and_uses_it_up(problem: tuple) -> None:
     assert found.bits == total(units, choices, found.picks) <= budget.bits
     for unit in units:
         dearer = [
-            cost for cost in map(unit.bits, choices) if cost > unit.bits(choices[found.picks[unit.name]])
+            cost
+            for cost in map(unit.bits, filter(unit.takes, choices))
+            if cost > unit.bits(choices[found.picks[unit.name]])
         ]
         assert (
             not dearer or found.bits - unit.bits(choices[found.picks[unit.name]]) + min(dearer) > budget.bits
@@ -92,7 +96,8 @@ def test_the_exact_solver_is_the_best_of_all(problem: tuple) -> None:
     best = math.inf
     for picks in itertools.product(range(len(choices)), repeat=len(units)):
         named = dict(zip((unit.name for unit in units), picks, strict=True))
-        if total(units, choices, named) <= budget.bits:
+        taken = all(unit.takes(choices[pick]) for unit, pick in zip(units, picks, strict=True))
+        if taken and total(units, choices, named) <= budget.bits:
             best = min(best, sum(losses.rows[name][pick] for name, pick in named.items()))
     assert found.loss == pytest.approx(best, abs=1e-6)
 
@@ -110,7 +115,9 @@ def test_the_exact_solver_beats_the_order_and_leaves_no_useful_step(problem: tup
         pick, row = found.picks[unit.name], losses.rows[unit.name]
         room = budget.bits - found.bits + unit.bits(choices[pick])
         assert not [
-            i for i, loss in enumerate(row) if loss < row[pick] - 1e-6 and unit.bits(choices[i]) <= room
+            i
+            for i, loss in enumerate(row)
+            if unit.takes(choices[i]) and loss < row[pick] - 1e-6 and unit.bits(choices[i]) <= room
         ]
 
 

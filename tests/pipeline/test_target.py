@@ -105,7 +105,7 @@ def test_what_was_asked_for_and_is_not_served_is_said(model: Path, tmp_path: Pat
     )
     made = fracbit.quantize(recipe, tmp_path / "out", spending=Spending(engine="vllm-cpu"), progress=None)
     assert made.notes[:2] == (
-        "nf3/48 became int:step4/32 s=bf16, the nearest scheme that vllm-cpu serves",
+        "nf3/48 became int:step4/32 s=bf16 or int:step4/48 s=bf16, the nearest schemes that vllm-cpu serves",
         "int2z/64 became int:step4z/64 s=bf16, the nearest scheme that vllm-cpu serves",
     )
     exact = Recipe(model=str(model), scheme="int:step4/32 s=bf16")
@@ -311,3 +311,36 @@ def test_every_engine_serves_a_part_of_what_its_format_holds(name: str) -> None:
             near = engine.serves.nearest(StoredLayer(parse_scheme(word), (64, 192)))
             assert isinstance(near.scheme, Scheme)
             assert not exporter.nearest(StoredLayer(near.scheme, (64, 192))).reason
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose widths, 64 and 256, have different types in llama.cpp."""
+    from families import tiny_llama
+
+    folder = tmp_path_factory.mktemp("wide")
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 16}
+    tiny_llama(**sizes).bfloat16().save_pretrained(folder)
+    return folder
+
+
+def test_every_linear_gets_what_its_width_allows(wide: Path) -> None:
+    """One scheme for all becomes the nearest of every shape; a budget offers each linear its own levels."""
+    recipe = Recipe(model=str(wide), scheme="int2z/64")
+    found = for_engine(recipe, Spending(engine="llama.cpp"), open_for(recipe), own=recipe)
+    assert found.recipe.scheme == parse_scheme("int:step4f/32")
+    assert {each.layers.rpartition(".")[2]: str(each.scheme) for each in found.recipe.overrides} == {
+        "down_proj": "int:step2f/16 s=int:up4:16"
+    }
+    assert found.notes == (
+        "int2z/64 became int:step4f/32 or int:step2f/16 s=int:up4:16, the nearest schemes that llama.cpp serves",
+    )
+    plan = fracbit.plan(wide, Spending(average_bits=4.2, engine="llama.cpp"), progress=None)
+    schemes = plan.spelled_out.schemes
+    assert all(
+        isinstance(one, Scheme) and one.bits > 3 for name, one in schemes.items() if "down" not in name
+    )
+    assert any(one is not None and one.bits < 4 for one in schemes.values()), (
+        "4.2 bits are below the least of 64"
+    )
+    assert {one.scale for one in schemes.values() if one} > {"fp16"}

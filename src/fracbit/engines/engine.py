@@ -6,7 +6,7 @@ makes of it: log-probabilities of a text, greedy tokens, decoded weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +26,11 @@ class Forms(Protocol):
     @property
     def embeddings(self) -> bool:
         """Whether embedding tables may be quantized."""
+        ...
+
+    @property
+    def levels(self) -> Sequence[Scheme]:
+        """Schemes near which a budget finds those that some layer may have."""
         ...
 
     def nearest(self, layer: StoredLayer) -> Nearest:

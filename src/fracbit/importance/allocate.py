@@ -75,7 +75,7 @@ def exact(units: Sequence[Unit], choices: Choices, budget: Budget, losses: Losse
     that it could buy is expected to help. Raises as `by_order`.
     """
     check_scores(losses, [unit.name for unit in units])
-    costs = _checked_costs(units, choices, budget)  # [unit][choice]
+    costs = _checked_costs(units, choices, budget)
     column = _columns(losses, choices)
     rows = [[losses.rows[unit.name][i] for i in column] for unit in units]  # [unit][choice]
     # Only choices that nothing else beats on both cost and loss are put to the solver.
@@ -98,8 +98,9 @@ def best_uniform(
     Best is the least summed loss when losses are given, the most bits otherwise.
     """
     costs = cost_table(units, choices)
-    totals = [sum(cost[i] for cost in costs) for i in range(len(choices))]
-    within = [i for i, total in enumerate(totals) if total <= bits]
+    common = [i for i in range(len(choices)) if all(i in cost for cost in costs)]
+    totals = {i: sum(cost[i] for cost in costs) for i in common}
+    within = [i for i, total in totals.items() if total <= bits]
     if not within:
         return None
 
@@ -128,8 +129,8 @@ def predict_losses(scores: Scores, errors: Losses) -> Losses:
     return Losses(errors.schemes, rows, method, scores.model, protocol=scores.protocol)
 
 
-def _checked_costs(units: Sequence[Unit], choices: Choices, budget: Budget) -> list[list[int]]:
-    """The cost table [unit][choice] of a problem that leaves something to choose. Raises `BudgetError`."""
+def _checked_costs(units: Sequence[Unit], choices: Choices, budget: Budget) -> list[dict[int, int]]:
+    """The cost table of a problem that leaves something to choose. Raises `BudgetError`."""
     if len(set(choices)) < 2:
         raise BudgetError(
             f"{len(set(choices))} level leaves nothing to choose; give at least two, such as nf4/64,nf2/64"
@@ -140,7 +141,12 @@ def _checked_costs(units: Sequence[Unit], choices: Choices, budget: Budget) -> l
             "or quantize the model with one scheme"
         )
     costs = cost_table(units, choices)
-    least, most = sum(map(min, costs)), sum(map(max, costs))
+    for unit, cost in zip(units, costs, strict=True):
+        if not cost:
+            raise BudgetError(
+                f"no level suits all linears of {unit.name}; choose for single linears (granularity linear)"
+            )
+    least, most = (sum(end(cost.values()) for cost in costs) for end in (min, max))
     if budget.bits < least or (budget.bits > most and budget.question != "device memory"):
         side = "below the lowest" if budget.bits < least else "above the highest"
         raise BudgetError(
@@ -150,15 +156,18 @@ def _checked_costs(units: Sequence[Unit], choices: Choices, budget: Budget) -> l
     return costs
 
 
-def _ladder(costs: Sequence[int]) -> list[int]:
+def _ladder(costs: Mapping[int, int]) -> list[int]:
     """Choices by rising cost; of equally dear ones the first that was offered."""
-    return [costs.index(cost) for cost in sorted(set(costs))]
+    first: dict[int, int] = {}
+    for choice, cost in costs.items():
+        first.setdefault(cost, choice)
+    return [first[cost] for cost in sorted(first)]
 
 
-def _frontier(costs: Sequence[int], losses: Sequence[float]) -> list[int]:
+def _frontier(costs: Mapping[int, int], losses: Sequence[float]) -> list[int]:
     """Choices by rising cost and falling loss: those that nothing else beats on both."""
     kept: list[int] = []
-    for i in sorted(range(len(costs)), key=lambda i: (costs[i], losses[i])):
+    for i in sorted(costs, key=lambda i: (costs[i], losses[i])):
         if not kept or losses[i] < losses[kept[-1]]:
             kept.append(i)
     return kept
@@ -167,7 +176,7 @@ def _frontier(costs: Sequence[int], losses: Sequence[float]) -> list[int]:
 def _climb(
     order: Sequence[str],
     ladders: Mapping[str, Sequence[int]],
-    costs: Mapping[str, Sequence[int]],
+    costs: Mapping[str, Mapping[int, int]],
     steps: dict[str, int],
     left: int,
     level: int | None,

@@ -40,6 +40,7 @@ class Unit:
     """Layers with one scheme. `shapes`: layer name -> [out, in]; `shared`: those of them that are tied to another.
 
     `outliers`: share of the input columns kept in 16 bits; `either_axis`: whether the run chooses the axis of the blocks.
+    `levels`: those that the unit may have, None for all.
     """
 
     name: str
@@ -47,6 +48,11 @@ class Unit:
     shared: frozenset[str] = field(default_factory=frozenset)
     outliers: float = 0.0
     either_axis: bool = False
+    levels: frozenset[Scheme | None] | None = None
+
+    def takes(self, scheme: Scheme | None) -> bool:
+        """Whether the unit may have this level."""
+        return self.levels is None or scheme in self.levels
 
     @property
     def own(self) -> tuple[str, ...]:
@@ -107,9 +113,11 @@ def make_units(
     return tuple(_unit(key, some) for key, some in members.items())
 
 
-def cost_table(units: Sequence[Unit], choices: Choices) -> list[list[int]]:
-    """Stored bits [unit][choice]."""
-    return [[unit.bits(scheme) for scheme in choices] for unit in units]
+def cost_table(units: Sequence[Unit], choices: Choices) -> list[dict[int, int]]:
+    """Stored bits of every unit, by the numbers of the choices that it may have."""
+    return [
+        {i: unit.bits(scheme) for i, scheme in enumerate(choices) if unit.takes(scheme)} for unit in units
+    ]
 
 
 def _unit(name: str, layers: Sequence[LayerShape]) -> Unit:

@@ -311,8 +311,8 @@ def _store(
     if isinstance(scheme.scale, str):
         return _to_float(values, scheme.scale, unit)
     row = finite(values.reshape(1, -1))  # [1, blocks]
-    fresh = not isinstance(like, PackedTensor)
-    return encode(row, _plain(row, scheme.scale, unit=unit or 1.0) if fresh else grid_of(like))
+    settled = grid_of(like) if isinstance(like, PackedTensor) else _plain(row, scheme.scale, unit=unit or 1.0)
+    return encode(row, settled)
 
 
 def _to_float(values: Tensor, dtype: str, unit: float | None) -> Tensor:

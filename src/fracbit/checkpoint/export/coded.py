@@ -30,7 +30,7 @@ from fracbit.numerics.bits import pack_bits, row_bytes
 from fracbit.numerics.datatypes import fixed_type
 from fracbit.numerics.packed import PackedTensor, zeros_of
 from fracbit.records.progress import Progress
-from fracbit.records.scheme import Offset, Scheme
+from fracbit.records.scheme import Offset, Scheme, scale_label
 
 STEP = "int:step"
 
@@ -55,13 +55,9 @@ class IntegerForms:
 
     def nearest(self, layer: StoredLayer) -> Nearest:
         """The nearest form of a layer, with every reason why its own will not do."""
-        if layer.rotated:
-            return Nearest(
-                None, "its inputs are rotated while the model runs; quantize without the transform rotate-mlp"
-            )
-        if layer.inputs is not None and str(layer.inputs) != self.inputs:
-            may = f"quantize with inputs {self.inputs} or none" if self.inputs else "quantize without inputs"
-            return Nearest(None, f"its inputs are rounded to {layer.inputs} while the model runs; {may}")
+        refused = unexportable(layer, self.inputs)
+        if refused is not None:
+            return refused
         if layer.kind == "embedding" and not self.embeddings:
             return Nearest("float", "it is an embedding table, which the format keeps in floats")
         if layer.shape[0] % self.columns:
@@ -81,7 +77,18 @@ class IntegerForms:
             offset=offset,
             scale=old.scale if old.scale in self.scales else self.scales[0],
         )
-        return Nearest(new, ", ".join(_reasons(layer, new)))
+        return Nearest(new, ", ".join(reasons(layer, new)))
+
+    @property
+    def levels(self) -> tuple[Scheme, ...]:
+        """Schemes near which a budget finds those that some layer may have."""
+        symmetric_or_not: tuple[Offset, ...] = ("none", "zero")
+        return tuple(
+            Scheme(STEP, bits, block, offset=offset)
+            for bits in (2, 3, 4, 5, 6, 8)
+            for block in (32, 64, 128)
+            for offset in symmetric_or_not
+        )
 
     def with_scales(self, kind: str) -> IntegerForms:
         """The same with scales of this type alone."""
@@ -107,7 +114,19 @@ class IntegerForms:
         return asked if asked in self.offsets else self.offsets[-1]
 
 
-def _reasons(layer: StoredLayer, new: Scheme) -> list[str]:
+def unexportable(layer: StoredLayer, inputs: str = "") -> Nearest | None:
+    """Why nothing but fracbit runs a layer, whose `inputs` may be rounded in this way alone; None where others do."""
+    if layer.rotated:
+        return Nearest(
+            None, "its inputs are rotated while the model runs; quantize without the transform rotate-mlp"
+        )
+    if layer.inputs is None or str(layer.inputs) == inputs:
+        return None
+    may = f"quantize with inputs {inputs} or none" if inputs else "quantize without inputs"
+    return Nearest(None, f"its inputs are rounded to {layer.inputs} while the model runs; {may}")
+
+
+def reasons(layer: StoredLayer, new: Scheme) -> list[str]:
     """Where a layer's own form differs from the one that the format holds."""
     old = layer.scheme
     differs = {
@@ -115,7 +134,7 @@ def _reasons(layer: StoredLayer, new: Scheme) -> list[str]:
         f"it has {old.bits} bits": old.bits != new.bits,
         f"its blocks are {old.block} along {old.axis}": (old.block, old.axis) != (new.block, new.axis),
         f"its offset is {old.offset}": old.offset != new.offset,
-        f"its scales are {old.scale if isinstance(old.scale, str) else 'quantized'}": old.scale != new.scale,
+        f"its scales are {scale_label(old.scale)}": old.scale != new.scale,
         f"{layer.outliers} of its columns have 16 bits": layer.outliers > 0,
     }
     return [what for what, wrong in differs.items() if wrong]

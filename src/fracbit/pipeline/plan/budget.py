@@ -54,8 +54,8 @@ def budgeted(
         own, terms = recipe, spending
         if spending.preset is not None:
             recipe, terms = preset(recipe, spending, opened.weights)
-        recipe, _, notes = for_engine(recipe, terms, opened, own=own)
-        return Divided(recipe, notes)
+        made = for_engine(recipe, terms, opened, own=own)
+        return Divided(made.recipe, made.notes)
     found = make_plan(recipe, spending, opened, device=device, measured=measured, progress=progress)
     how = f"divided by the solver {found.chosen.name}"
     if found.contest is not None and not found.contest.searched_won:

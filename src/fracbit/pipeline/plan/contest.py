@@ -100,7 +100,8 @@ def _best_rival(
     weights: Weights, units: Sequence[Unit], bits: int, levels: Sequence[Scheme | None]
 ) -> tuple[Scheme | None, int]:
     """The uniform scheme of least weight error within `bits`, and the bits it takes."""
-    taken = {scheme: sum(unit.bits(scheme) for unit in units) for scheme in _kin(levels)}
+    rivals = [scheme for scheme in _kin(levels) if all(unit.takes(scheme) for unit in units)]
+    taken = {scheme: sum(unit.bits(scheme) for unit in units) for scheme in rivals}
     taken = {scheme: cost for scheme, cost in taken.items() if cost <= bits}
     if not taken:
         raise BudgetError(

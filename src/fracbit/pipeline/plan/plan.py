@@ -179,8 +179,9 @@ def make_plan(
         recipe, terms = preset(recipe, spending, opened.weights)
     if not terms.asked:
         raise BudgetError(f"a plan divides a budget: {ONE_BUDGET}")
-    recipe, terms, served = for_engine(recipe, terms, opened, own=own)
-    problem = make_problem(recipe, opened, terms, whole)
+    served = for_engine(recipe, terms, opened, own=own)
+    recipe, terms = served.recipe, served.spending
+    problem = make_problem(recipe, opened, terms, whole, some=served.levels)
     # Scores and losses of every unit. Text is read and the model is loaded only if the score reads text.
     study = Study(opened, recipe.seed, progress, device)
     drawn = _drawn(study, recipe, terms)
@@ -201,7 +202,7 @@ def make_plan(
         needs="not measured",
         share=None,
         curve=curves_of(problem, scores, losses) if curve else {},
-        notes=(*served, *solved.notes, *sampling_notes(losses.protocol)),
+        notes=(*served.notes, *solved.notes, *sampling_notes(losses.protocol)),
         samples=drawn if terms.text is None else None,
     )
     # Compare with the best uniform scheme of no more bytes; a preset holds no text out for that.

@@ -50,12 +50,19 @@ class Problem:
         return written_bytes(self.units, self.rest, schemes)
 
 
-def make_problem(recipe: Recipe, opened: Opened, spending: Spending, whole: bool = False) -> Problem:
+def make_problem(
+    recipe: Recipe,
+    opened: Opened,
+    spending: Spending,
+    whole: bool = False,
+    *,
+    some: Mapping[str, frozenset[Scheme | None]] | None = None,
+) -> Problem:
     """Work out from a model's headers how many bits its linears may take.
 
     `opened`: the recipe's model. Embeddings, head and linears that an override names follow the recipe; all other linears get
     one of the levels in place of its `scheme`. Data-free scores will read a sample of the rows of large weights, or all
-    rows with `whole`.
+    rows with `whole`. `some`: the levels that single linears may have, where not all may have all.
     Raises `SourceError`, `BudgetError`, `SchemeError`, `RecipeError` when overrides name every linear.
     """
     levels = spending.schemes
@@ -65,11 +72,17 @@ def make_problem(recipe: Recipe, opened: Opened, spending: Spending, whole: bool
     weights = weights_on_disk(opened, whole)
     named = _overridden(recipe, weights.layers)
     units = as_run(recipe, weights.units(spending.granularity, spending.fused, named))
+    units = units if not some else tuple(replace(unit, levels=_common(unit, some)) for unit in units)
     rest = rest_of(recipe, opened, units)
     beside = most_bytes_beside(units, rest, levels)
     budget = _budget(spending, opened, units, rest, beside=beside)
     fixed = {name: rest.schemes[name] for name in named}
     return Problem(recipe, opened, weights, units=units, levels=levels, budget=budget, fixed=fixed, rest=rest)
+
+
+def _common(unit: Unit, some: Mapping[str, frozenset[Scheme | None]]) -> frozenset[Scheme | None]:
+    """The levels that all linears of a unit may have."""
+    return frozenset.intersection(*(some[name] for name in unit.shapes))
 
 
 def _overridden(recipe: Recipe, layers: Iterable[str]) -> tuple[str, ...]:

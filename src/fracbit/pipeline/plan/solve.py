@@ -102,15 +102,14 @@ def _without_fixed(problem: Problem, values: Mapping[str, Value]) -> dict[str, V
 
 
 def _lift(problem: Problem, losses: Losses) -> Scores:
-    """The gain of lifting each unit from the cheapest level to the most expensive one, per bit."""
-    costs = cost_table(problem.units, problem.levels)
-    total = [sum(cost[i] for cost in costs) for i in range(len(problem.levels))]
-    low, high = total.index(min(total)), total.index(max(total))
-    worth = losses.scores(*(losses.schemes.index(problem.levels[i]) for i in (low, high)))
-    price = {
-        unit.name: max(1, cost[high] - cost[low]) for unit, cost in zip(problem.units, costs, strict=True)
-    }
-    return replace(worth, values={name: value / price[name] for name, value in worth.values.items()})
+    """The gain of lifting each unit from its cheapest level to its most expensive one, per bit."""
+    column = [losses.schemes.index(level) for level in problem.levels]
+    worth = {}
+    for unit, cost in zip(problem.units, cost_table(problem.units, problem.levels), strict=True):
+        low, high = (end(cost, key=cost.__getitem__) for end in (min, max))
+        row = losses.rows[unit.name]
+        worth[unit.name] = (row[column[low]] - row[column[high]]) / max(1, cost[high] - cost[low])
+    return Scores(worth, losses.method, losses.model, "order", protocol=losses.protocol)
 
 
 def solve(problem: Problem, scores: Scores, losses: Losses, solver: Solver = "exact") -> Solved:
@@ -135,7 +134,7 @@ def solve(problem: Problem, scores: Scores, losses: Losses, solver: Solver = "ex
 def curves_of(problem: Problem, scores: Scores, losses: Losses) -> dict[str, Curve]:
     """Predicted loss over the whole reachable range, by each solver, and the uniform schemes as points."""
     costs = cost_table(problem.units, problem.levels)
-    least, most = sum(map(min, costs)), sum(map(max, costs))
+    least, most = (sum(end(cost.values()) for cost in costs) for end in (min, max))
     steps = [least + (most - least) * i // (STEPS - 1) for i in range(STEPS)]
     budgets = [replace(problem.budget, bits=bits, question="average bits") for bits in steps]
     curves: dict[str, Curve] = {}
@@ -145,9 +144,11 @@ def curves_of(problem: Problem, scores: Scores, losses: Losses) -> dict[str, Cur
     return curves | {"uniform": _uniform_points(problem, costs, losses)}
 
 
-def _uniform_points(problem: Problem, costs: Sequence[Sequence[int]], losses: Losses) -> Curve:
+def _uniform_points(problem: Problem, costs: Sequence[Mapping[int, int]], losses: Losses) -> Curve:
     points = []
     for i, level in enumerate(problem.levels):
+        if not all(i in cost for cost in costs):
+            continue
         column = losses.schemes.index(level)
         total = sum(cost[i] for cost in costs)
         points.append((problem.budget.per_weight(total), sum(row[column] for row in losses.rows.values())))
@@ -189,7 +190,7 @@ def _left_over(problem: Problem, solution: Solution) -> tuple[str, ...]:
     steps = [
         price - cost[taken[unit.name]]
         for unit, cost in zip(problem.units, costs, strict=True)
-        for price in cost
+        for price in cost.values()
         if price > cost[taken[unit.name]]
     ]
     why = "no larger scheme is expected to help" if steps else "every layer has the largest level"

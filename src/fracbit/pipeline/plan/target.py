@@ -8,8 +8,9 @@ Whatever chooses codes then fills the very grid that the engine reads, and the e
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from fracbit.checkpoint.export.exporter import FORMATS
@@ -19,19 +20,11 @@ from fracbit.checkpoint.opened import Opened
 from fracbit.engines.engine import ENGINES, Forms, ServingEngine
 from fracbit.errors import RecipeError
 from fracbit.records.recipe import Override, Recipe
-from fracbit.records.scheme import Offset, Scheme
+from fracbit.records.scheme import Scheme
 from fracbit.records.spending import Spending
 from fracbit.transforms import TRANSFORMS
 
-NEAREST = 3  # widths around a budget
-SYMMETRIC_OR_NOT: tuple[Offset, ...] = ("none", "zero")
-LEVELS = tuple(
-    Scheme("int:step", bits, block, offset=offset)
-    for bits in (2, 3, 4, 5, 6, 8)
-    for block in (32, 64, 128)
-    for offset in SYMMETRIC_OR_NOT
-)
-"""What a budget chooses from where nothing else was asked for."""
+NEAREST, WITHIN = 3, 2.0  # widths around a budget: so many at least, and all that are so many bits away
 TABLE = Scheme("int:step", 8, 64)
 """What an embedding table gets where the engine serves quantized ones and nothing else was asked for."""
 TYPES = {"F16": "fp16", "BF16": "bf16", "F32": "fp32"}
@@ -39,81 +32,161 @@ TYPES = {"F16": "fp16", "BF16": "bf16", "F32": "fp32"}
 
 @dataclass(frozen=True, eq=False)
 class EngineTarget:
-    """An engine and the shapes of a model. `forms`: what it serves; `floats`: linears that it can only have as floats."""
+    """An engine and the linears of a model. `forms`: what it serves; `shapes`: [out, in] of the linears that it can serve
+    quantized; `floats`: why it can only have the others as floats.
+    """
 
     name: str
     engine: ServingEngine
     forms: Forms
-    shape: tuple[int, int]
-    floats: dict[str, str]
+    shapes: Mapping[str, tuple[int, int]]
+    floats: Mapping[str, str]
 
-    def scheme(self, asked: Scheme) -> Scheme:
-        """The nearest scheme that the engine serves for every linear of the model. Raises `RecipeError`."""
-        near = self.forms.nearest(StoredLayer(asked, self.shape))
+    def scheme(self, asked: Scheme, shape: tuple[int, int]) -> Scheme:
+        """The nearest scheme that the engine serves for a linear of this shape. Raises `RecipeError`."""
+        near = self.forms.nearest(StoredLayer(asked, shape))
         if not isinstance(near.scheme, Scheme):
             raise RecipeError(f"{self.name} serves nothing near {asked} for this model: {near.reason}")
         return near.scheme
 
-    def levels(self, asked: Iterable[Scheme | None]) -> tuple[Scheme | None, ...]:
-        """The schemes near those asked for, without repeats."""
-        return tuple(dict.fromkeys(None if level is None else self.scheme(level) for level in asked))
+    def schemes(self, asked: Scheme) -> dict[str, Scheme]:
+        """What every linear gets in place of the scheme that was asked for."""
+        found = {shape: self.scheme(asked, shape) for shape in set(self.shapes.values())}
+        return {name: found[shape] for name, shape in self.shapes.items()}
 
-    def own_levels(self, average: float | None) -> tuple[Scheme | None, ...]:
-        """What a budget chooses from where nothing else was asked for: the three widths nearest to its average, at every block.
+    def main(self, schemes: Mapping[str, Scheme]) -> Scheme:
+        """The scheme that most weights get."""
+        weights: Counter[Scheme] = Counter()
+        for name, scheme in schemes.items():
+            weights[scheme] += math.prod(self.shapes[name])
+        return weights.most_common(1)[0][0]
+
+    def levels(self, asked: Iterable[Scheme | None]) -> dict[tuple[int, int], tuple[Scheme | None, ...]]:
+        """For every shape of a linear, the schemes near those asked for, without repeats."""
+        asked = tuple(asked)
+        return {
+            shape: tuple(
+                dict.fromkeys(None if level is None else self.scheme(level, shape) for level in asked)
+            )
+            for shape in set(self.shapes.values())
+        }
+
+    def own_levels(self, average: float | None) -> dict[tuple[int, int], tuple[Scheme | None, ...]]:
+        """What a budget chooses from where nothing else was asked for: the widths nearest to its average, at every block.
 
         Floats too where the engine serves a single width.
         """
-        found = self.levels(LEVELS)
-        widths = sorted({one.bits for one in found if one})
-        if average is not None:
-            widths = sorted(widths, key=lambda bits: abs(bits + 0.5 - average))[:NEAREST]
-        kept = tuple(one for one in found if one and one.bits in widths)
-        return (*kept, None) if len(widths) == 1 else kept
+        return {shape: _near(found, average) for shape, found in self.levels(self.forms.levels).items()}
 
 
-def for_engine(
-    recipe: Recipe, spending: Spending, opened: Opened, *, own: Recipe
-) -> tuple[Recipe, Spending, tuple[str, ...]]:
-    """The recipe and budget for the engine that `spending` names, and notes on what was asked for and is not served.
+def _near(levels: Sequence[Scheme | None], average: float | None) -> tuple[Scheme | None, ...]:
+    widths = sorted({one.bits for one in levels if one})
+    if average is not None:
+        away = {bits: abs(bits + 0.5 - average) for bits in widths}
+        nearest = sorted(widths, key=away.__getitem__)[:NEAREST]
+        widths = [bits for bits in widths if bits in nearest or away[bits] <= WITHIN]
+    kept = tuple(one for one in levels if one and one.bits in widths)
+    return (*kept, None) if len(widths) == 1 else kept
 
-    `own`: the recipe before a preset filled it, whose schemes were asked for. Without an engine nothing changes.
+
+@dataclass(frozen=True)
+class Served:
+    """A recipe and a budget for an engine, with notes on what was asked for and is not served.
+
+    `levels`: those that each linear may have, where that differs among linears.
+    """
+
+    recipe: Recipe
+    spending: Spending
+    notes: tuple[str, ...] = ()
+    levels: Mapping[str, frozenset[Scheme | None]] = field(default_factory=dict)
+
+
+def for_engine(recipe: Recipe, spending: Spending, opened: Opened, *, own: Recipe) -> Served:
+    """The recipe and budget for the engine that `spending` names. Without an engine nothing changes.
+
+    `own`: the recipe before a preset filled it, whose schemes were asked for.
     Raises `RecipeError` for what the engine does not serve and nothing near would do.
     """
     if spending.engine is None:
-        return recipe, spending, ()
+        return Served(recipe, spending)
     target = target_of(spending.engine, opened)
     FORMATS[target.engine.formats[0]]("").check(opened.model, opened.source.folder)
     _check(recipe, target)
     if target.engine.fused:
         _check_together(recipe, opened, target)
-    changes: dict[str, object] = {"overrides": _overrides(recipe, target)}
+    overrides, notes = _overrides(recipe, target)
+    changes: dict[str, object] = {}
     if not spending.asked:
-        asked = "scheme" in recipe.model_fields_set
-        changes["scheme"] = target.scheme(recipe.scheme if asked else target.engine.usual)
+        asked = recipe.scheme if "scheme" in recipe.model_fields_set else target.engine.usual
+        given = target.schemes(asked)
+        changes["scheme"] = main = target.main(given)
+        overrides = (*_others(given, main), *overrides)
+        if "scheme" in own.model_fields_set:
+            notes = (*_became(asked, given, target), *notes)
+    changes["overrides"] = overrides
     if target.forms.embeddings:
         changes["embeddings"] = _table(recipe, opened, target)
     if recipe.head is not None:
-        changes["head"] = target.scheme(recipe.head)
+        changes["head"] = _head(recipe.head, opened, target)
     changed = recipe.model_copy(update=changes)
-    notes = [
+    notes = (
         *_differences(own, changed, target),
+        *notes,
         *(f"{name} stays float: {why}" for name, why in target.floats.items()),
-    ]
+    )
     if not spending.asked:
-        return changed, Spending(), tuple(notes)
-    free = spending.levels is None
-    levels = target.own_levels(spending.average_bits) if free else target.levels(spending.schemes)
+        return Served(changed, Spending(), notes)
+    found = (
+        target.levels(spending.schemes)
+        if spending.levels is not None
+        else target.own_levels(spending.average_bits)
+    )
+    every = tuple(dict.fromkeys(level for shape in sorted(found) for level in found[shape]))
+    some = {name: frozenset(found[shape]) for name, shape in target.shapes.items()}
     fused = spending.fused or target.engine.fused
-    return changed, replace(spending, engine=None, levels=levels, fused=fused), tuple(notes)
+    return Served(
+        changed,
+        replace(spending, engine=None, levels=every, fused=fused),
+        notes,
+        levels={} if len(set(some.values())) == 1 else some,
+    )
 
 
-def _overrides(recipe: Recipe, target: EngineTarget) -> tuple[Override, ...]:
-    """The recipe's, with schemes that the engine serves, and what it can only have as floats."""
-    own = [
-        each if each.scheme is None else each.model_copy(update={"scheme": target.scheme(each.scheme)})
-        for each in recipe.overrides
-    ]
-    return (*own, *(Override(layers=name, keep=True) for name in target.floats))
+def _others(schemes: Mapping[str, Scheme], main: Scheme) -> tuple[Override, ...]:
+    """An override for every linear that does not get the `main` scheme."""
+    return tuple(Override(layers=name, scheme=scheme) for name, scheme in schemes.items() if scheme != main)
+
+
+def _overrides(recipe: Recipe, target: EngineTarget) -> tuple[tuple[Override, ...], tuple[str, ...]]:
+    """The recipe's, with schemes that the engine serves, and what it can only have as floats; notes on what became of them."""
+    made: list[Override] = []
+    notes: list[str] = []
+    for each in recipe.overrides:
+        named = [name for name in target.shapes if fnmatchcase(name, each.layers)]
+        if each.scheme is None or not named:
+            made.append(each)
+            continue
+        given = {name: scheme for name, scheme in target.schemes(each.scheme).items() if name in named}
+        main = target.main(given)
+        made += [each.model_copy(update={"scheme": main}), *_others(given, main)]
+        notes += _became(each.scheme, given, target)
+    return (*made, *(Override(layers=name, keep=True) for name in target.floats)), tuple(dict.fromkeys(notes))
+
+
+def _became(asked: Scheme, given: Mapping[str, Scheme], target: EngineTarget) -> Iterator[str]:
+    """A note on the schemes that linears get in place of the one that was asked for."""
+    found = dict.fromkeys(given.values())
+    if list(found) == [asked]:
+        return
+    nearest = "schemes" if len(found) > 1 else "scheme"
+    yield f"{asked} became {' or '.join(map(str, found))}, the nearest {nearest} that {target.name} serves"
+
+
+def _head(asked: Scheme, opened: Opened, target: EngineTarget) -> Scheme:
+    """The scheme of the output head."""
+    heads = [(one.out, one.width) for one in opened.layers.values() if one.kind == "head"]
+    return target.scheme(asked, heads[0]) if heads else asked
 
 
 def _table(recipe: Recipe, opened: Opened, target: EngineTarget) -> Scheme | None:
@@ -150,13 +223,12 @@ def _check_together(recipe: Recipe, opened: Opened, target: EngineTarget) -> Non
 
 
 def _differences(own: Recipe, changed: Recipe, target: EngineTarget) -> Iterator[str]:
-    """A note on every scheme that was asked for and became another."""
+    """Notes on the schemes of embedding tables and of the head that were asked for and became others."""
     pairs = [
         (getattr(own, name), getattr(changed, name))
-        for name in ("scheme", "embeddings", "head")
+        for name in ("embeddings", "head")
         if name in own.model_fields_set
     ]
-    pairs += [(old.scheme, new.scheme) for old, new in zip(own.overrides, changed.overrides, strict=False)]
     for asked, found in dict.fromkeys(pairs):
         if asked is not None and asked != found:
             yield f"{asked} became {found}, the nearest scheme that {target.name} serves"
@@ -173,19 +245,18 @@ def target_of(name: str, opened: Opened) -> EngineTarget:
     forms = engine.serves
     if engine.casts_scales:
         forms = forms.with_scales(TYPES[config_type(opened.source.config)])
-    floats, fitting = {}, []
+    floats, shapes = {}, {}
     for layer, one in opened.linears.items():
         near = forms.nearest(StoredLayer(engine.usual, (one.out, one.width)))
         if near.scheme == "float":
             floats[layer] = near.reason
         else:
-            fitting.append(one)
-    if not fitting:
+            shapes[layer] = (one.out, one.width)
+    if not shapes:
         raise RecipeError(
             f"{name} serves no linear of this model: {next(iter(floats.values()), 'there is none')}"
         )
-    shape = math.gcd(*(one.out for one in fitting)), math.gcd(*(one.width for one in fitting))
-    return EngineTarget(name, engine, forms, shape=shape, floats=floats)
+    return EngineTarget(name, engine, forms, shapes=shapes, floats=floats)
 
 
 def _check(recipe: Recipe, target: EngineTarget) -> None:

@@ -79,7 +79,6 @@ def test_nothing_is_asked_for_by_default() -> None:
         ({"average_bits": None, "fits": 0}, BudgetError, "less than a byte"),
         ({"preset": "fats"}, RecipeError, "did you mean 'fast'"),
         ({"preset": "best", "fused": True}, RecipeError, "leave out fused"),
-        ({"preset": "best", "size": "1GB"}, RecipeError, "leave out size"),
     ],
 )
 def test_terms_that_cannot_be_met(terms: dict[str, object], error: type[FracbitError], says: str) -> None:

@@ -35,7 +35,7 @@ class Spending:
     - `average_bits`: stored bits per quantized weight; `size`: of all weight files, `1.2GB` or bytes; `fits`: memory of a
       device that also holds the KV cache and the activations. One of the three.
     - `context`: tokens of each sequence in that KV cache; `batch`: sequences at once.
-    - `preset`: settings by how long they may take: `fast`, `good` or `best`; with `average_bits`, or alone.
+    - `preset`: settings by how long they may take: `fast`, `good` or `best`; with a budget, or alone.
     - `engine`: a name of `ENGINES`; layers get only schemes that it serves, and its file is written at the end.
     - `levels`: the schemes to choose from, `nf4/64,nf2/64`, or a sequence of words and schemes; None: `LEVELS`.
     - `score`: the name of a score, a JSON file of scores or losses, or these themselves.
@@ -159,15 +159,15 @@ def _check_budgets(given: dict[str, Any]) -> None:
     if count == 0 and given and "preset" not in given:
         terms = ", ".join(f"spending.{name}" for name in given)
         raise BudgetError(f"{terms} only with a budget: {ONE_BUDGET}")
-    if count > 1 and "preset" not in given:
+    if count > 1:
         raise BudgetError(ONE_BUDGET)
 
 
 def _check_preset(name: str, given: dict[str, Any]) -> None:
     if name not in PRESETS:
         raise RecipeError(f"unknown preset {name!r}; {near_matches(name, PRESETS)}")
-    others = [term for term in given if term not in ("preset", "average_bits", "engine")]
+    others = [term for term in given if term not in ("preset", "engine", "context", "batch", *BUDGETS)]
     if others:
         raise RecipeError(
-            f"preset {name} chooses for itself and takes --average-bits and --for; leave out {', '.join(others)}"
+            f"preset {name} chooses for itself and takes a budget and --for; leave out {', '.join(others)}"
         )

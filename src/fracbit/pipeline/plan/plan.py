@@ -18,6 +18,7 @@ from fracbit.checkpoint.opened import Opened
 from fracbit.data import Samples
 from fracbit.errors import BudgetError, RecipeError
 from fracbit.importance import scheme_bits, score_method
+from fracbit.pipeline.plan.about import bits_about
 from fracbit.pipeline.plan.contest import UNCHECKED, Contest, contest
 from fracbit.pipeline.plan.needs import needs_or_why
 from fracbit.pipeline.plan.presets import preset
@@ -176,7 +177,7 @@ def make_plan(
     # The question: units, levels and bits.
     own, terms = recipe, spending
     if spending.preset is not None:
-        recipe, terms = preset(recipe, spending, opened.weights)
+        recipe, terms = preset(recipe, spending, opened.weights, average=bits_about(spending, recipe, opened))
     if not terms.asked:
         raise BudgetError(f"a plan divides a budget: {ONE_BUDGET}")
     served = for_engine(recipe, terms, opened, own=own)

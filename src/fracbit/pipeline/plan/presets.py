@@ -17,6 +17,7 @@ the weights. docs/quality.md has figures.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from fracbit.errors import RecipeError
@@ -35,10 +36,13 @@ EPOCHS = 8  # of distillation
 RATE = 5e-3  # of distillation at 2 bits
 
 
-def preset(recipe: Recipe, spending: Spending, weights: int) -> tuple[Recipe, Spending]:
+def preset(
+    recipe: Recipe, spending: Spending, weights: int, *, average: float | None = None
+) -> tuple[Recipe, Spending]:
     """The recipe with the preset's settings, and the budget with its levels; what the recipe says itself wins.
 
-    `weights`: how many weights the model's linears have. Without a budget, the recipe has a scheme, its own or the preset's.
+    `weights`: how many weights the model's linears have; `average`: about how many bits each has under a size or a memory.
+    Without a budget, the recipe has a scheme, its own or the preset's.
     Raises `RecipeError` without calibration texts where the preset reads some.
     """
     name = spending.preset
@@ -46,7 +50,7 @@ def preset(recipe: Recipe, spending: Spending, weights: int) -> tuple[Recipe, Sp
         raise RecipeError(
             f"preset {name} needs calibration text; pass --calibration FILE, or --calibration generated; preset fast reads none"
         )
-    average = spending.average_bits
+    average = average if spending.average_bits is None else spending.average_bits
     distilled = name == "best" and weights <= SMALL
     kind = "engine" if spending.engine is not None else "table" if distilled else "fine"
     own = recipe.scheme.bits if "scheme" in recipe.model_fields_set else UNIFORM
@@ -59,9 +63,7 @@ def preset(recipe: Recipe, spending: Spending, weights: int) -> tuple[Recipe, Sp
         guided = name != "fast" and not distilled
         score: dict[str, Any] = {"score": "guided-error", "samples": SCORED} if guided else {}
         some = None if kind == "engine" else levels(kind, average)  # an engine's own are found in target.py
-        return recipe.model_copy(update=settings), Spending(
-            average_bits=average, levels=some, engine=spending.engine, **score
-        )
+        return recipe.model_copy(update=settings), replace(spending, preset=None, levels=some, **score)
     if "scheme" not in recipe.model_fields_set:
         settings["scheme"] = _scheme(kind, UNIFORM, UNIFORM_BLOCK[kind])
     return recipe.model_copy(update=settings), Spending(engine=spending.engine)

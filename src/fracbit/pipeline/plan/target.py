@@ -19,6 +19,7 @@ from fracbit.checkpoint.formats.codes import config_type
 from fracbit.checkpoint.opened import Opened
 from fracbit.engines.engine import ENGINES, Forms, ServingEngine
 from fracbit.errors import RecipeError
+from fracbit.pipeline.plan.about import bits_about
 from fracbit.records.recipe import Override, Recipe
 from fracbit.records.scheme import Scheme
 from fracbit.records.spending import Spending
@@ -140,7 +141,7 @@ def for_engine(recipe: Recipe, spending: Spending, opened: Opened, *, own: Recip
     found = (
         target.levels(spending.schemes)
         if spending.levels is not None
-        else target.own_levels(spending.average_bits)
+        else target.own_levels(bits_about(spending, recipe, opened, embeddings=target.forms.embeddings))
     )
     every = tuple(dict.fromkeys(level for shape in sorted(found) for level in found[shape]))
     some = {name: frozenset(found[shape]) for name, shape in target.shapes.items()}

@@ -17,7 +17,19 @@ SETS = NATIVE.instruction_sets() if NATIVE is not None else []
 TOLERANCE = {"float": 1e-5, "int8": 5e-3}
 
 
-DTYPES = ["int", "int:step", "float", "dynamic", "nf", "iq", "power", "kmeans", "kmeans:row", "quantile"]
+DTYPES = [
+    "int",
+    "int:step",
+    "float",
+    "dynamic",
+    "nf",
+    "iq",
+    "ocp",
+    "power",
+    "kmeans",
+    "kmeans:row",
+    "quantile",
+]
 
 
 BLOCKS = [8, 20, 64, "row", "tensor", "flat:43", "flat:64"]
@@ -25,8 +37,8 @@ BLOCKS = [8, 20, 64, "row", "tensor", "flat:43", "flat:64"]
 
 def legal(dtype: str, bits: int, offset: str) -> bool:
     fitted = dtype.startswith(("kmeans", "quantile"))
-    if dtype == "iq":
-        return bits == 4
+    if dtype in ("iq", "ocp"):
+        return bits in ((4,) if dtype == "iq" else (4, 6, 8))
     if fitted and offset == "zero":
         return False
     if bits == 1:
@@ -48,6 +60,7 @@ ENGINES_OWN = [
     for word in (
         "int:step4f/32 s=int:up6:8", "int:step2f/16 s=int:up4:16", "int:step3/16 s=int:step6:16",
         "int:step6/16 s=int:step8:16", "iq4/32 s=int:step6:8",
+        "ocp4/16 s=ocp8:tensor", "ocp4/32 s=e8m0", "ocp8/32 s=e8m0", "ocp8/row s=fp32", "ocp:e5m28/row s=bf16",
     )
 ]  # fmt: skip
 GRID += ENGINES_OWN

@@ -84,7 +84,7 @@ def test_never_worse_than_nearest_from_three_bits(dtype: str, axis: str):
     kept = 0
     if dtype == "kmeans:row":  # a value for every weight of a row: both are exact, up to how fp16 rounds them
         cases = [case for case in cases if 2 ** case[0] < weight.shape[1]]
-    if dtype == "iq":
+    if dtype in ("iq", "ocp"):
         cases = [(4, block, offset) for bits, block, offset in cases if bits < 5]
     for bits, block, offset in cases:
         name = "float" if dtype == "float:e1m1" and bits != 3 else dtype
@@ -100,7 +100,7 @@ def test_never_worse_than_nearest_from_three_bits(dtype: str, axis: str):
 def test_refinement_lowers_the_cost(dtype: str):
     weight, stats = matrix(40, 50), inputs(50)
     for axis, block in (("in", 16), ("out", 16), ("in", "row")):
-        scheme = Scheme(dtype, {"float:e1m1": 3, "iq": 4}.get(dtype, 2), block, axis, "float")
+        scheme = Scheme(dtype, {"float:e1m1": 3, "iq": 4, "ocp": 4}.get(dtype, 2), block, axis, "float")
         plain = Gptq(search=True)(weight, scheme, stats)
         refined = Gptq(search=True, rounds=6)(weight, scheme, stats)
         assert refined.loss < plain.loss * 0.97, scheme

@@ -32,7 +32,7 @@ from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 from fracbit.errors import KernelError
 from fracbit.kernels.kernel import Activations, Kernel, check_activations
 from fracbit.numerics.layout import scales_shape
-from fracbit.numerics.packed import PackedTensor, decode, table_of
+from fracbit.numerics.packed import PackedTensor, decode, scale_values, table_of
 from fracbit.records.scheme import Scheme, flat_block
 
 if TYPE_CHECKING:
@@ -186,7 +186,9 @@ def _blocks(scheme: Scheme) -> tuple[str, int]:
 
 
 def _floats(part: Tensor | PackedTensor, per_block: tuple[int, ...]) -> Tensor:
-    return decode(part).view(per_block) if isinstance(part, PackedTensor) else part.detach()
+    if isinstance(part, PackedTensor):
+        return decode(part).view(per_block)
+    return scale_values(part) if part.dtype == torch.uint8 else part.detach()
 
 
 def _part(part: Tensor | PackedTensor | None) -> Tensor | None:

@@ -68,7 +68,7 @@ def prepare(packed: PackedTensor, activations: Activations) -> GpuWeight:
     # One scale per block along a line of the weight.
     inner = (packed.shape[0], packed.quantized_width)
     scale, shift = dense_scales(packed)
-    if isinstance(packed.scales, Tensor):
+    if isinstance(packed.scales, Tensor) and packed.scales.is_floating_point():
         scale = packed.scales
     flat = flat_block(packed.scheme.block)
     block = block_length(inner, packed.scheme)

@@ -3,9 +3,9 @@
     W = scale * T[nearest(u)] + shift         u: latent weights in units of the scale; a scale keeps its sign
 
 Scale, shift and a fitted table are learned; scales that are quantized count as they are stored, on the grid that they came
-with; float ones are rounded when it is packed. The gradient of rounding is taken to be 1, for weights outside the table's range
-0 (straight-through, Bengio et al. 2013, arXiv:1308.3432; learned step sizes: Esser et al. 2019, arXiv:1902.08153). It lives
-only while a correction runs: `packed` turns it back into bytes.
+with, and so do powers of 2; other float ones are rounded when it is packed. The gradient of rounding is taken to be 1, for
+weights outside the table's range 0 (straight-through, Bengio et al. 2013, arXiv:1308.3432; learned step sizes: Esser et al.
+2019, arXiv:1902.08153). It lives only while a correction runs: `packed` turns it back into bytes.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class SoftLinear(nn.Module):
     def _as_stored(self) -> tuple[Tensor, Tensor]:
         """Scale and free shift [per block], differentiable; with the values of what is stored where that is quantized."""
         scale, free = self.sign * self.log_scale.exp(), self.free_shift  # [per block]
-        if isinstance(self.base.scheme.scale, str):
+        if isinstance(self.base.scheme.scale, str) and self.base.scheme.scale != "e8m0":
             return scale, self.shift
         with torch.no_grad():
             grid = moved(self.base, scale, self.shift if free else None, near=True)

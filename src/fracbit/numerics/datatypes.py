@@ -12,6 +12,7 @@ in Kim et al. 2023, arXiv:2306.07629.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ MANY = 1 << 12  # for fewer numbers cells are not worth making
 MOST_CELLS = 1 << 16
 LLOYD_STEPS = 60
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+OCP = {4: ("e2m1",), 6: ("e2m3", "e3m2"), 8: ("e4m3", "e5m2")}
 EXPONENTS = ("0.2", "0.25", "1/3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9", "1")
 
 
@@ -165,14 +167,15 @@ class DataTypeMaker:
     """How a data type is made: what its line in the table names.
 
     `make(bits, parameter, full)` makes a fixed type, `fit` the values of one that looks at the tensor. `parameters` are those
-    that `fit` takes besides none; a type with both is fitted when it has one of them. Bits go from `min_bits` to `max_bits`.
+    that `fit` takes besides none; a type with both is fitted when it has one of them. `widths`: where not all from
+    `min_bits` on.
     """
 
     min_bits: int
     make: Callable[[int, str, bool], DataType] | None = None
     fit: Fit | None = None
     parameters: tuple[str, ...] = ()
-    max_bits: int = 8
+    widths: tuple[int, ...] = ()
 
     def fits(self, parameter: str) -> bool:
         """Whether the type with this parameter looks at the tensor."""
@@ -233,6 +236,30 @@ def make_float(bits: int, parameter: str, full: bool) -> DataType:
     largest = max(magnitudes)
     signed = sorted({sign * m / largest for m in magnitudes for sign in (1, -1)})
     return nearest_type(torch.tensor(signed, dtype=torch.float64))
+
+
+def make_ocp(bits: int, parameter: str, full: bool) -> DataType:
+    """The small floats of the Open Compute Project and of GPUs: e2m1 (4 bits), e2m3, e3m2 (6), e4m3, e5m2 (8).
+
+    Sign, exponent, mantissa, bias 2^(E-1) - 1, subnormal numbers; without NaN and infinity, of which only those of 8 bits have
+    any. +0 and -0 are one value. All are divided by the power of 2 from the largest on.
+
+    Ref: OCP Microscaling Formats 1.0 (2023), section 5.3.
+    """
+    splits = OCP[bits]
+    if parameter not in ("", *splits):
+        every = ", ".join(f"{name} ({k} bits)" for k, names in OCP.items() for name in names)
+        raise SchemeError(f"ocp{f':{parameter}' * bool(parameter)} has no {bits} bits; there are {every}")
+    exponent, mantissa = (int(digit) for digit in (parameter or splits[0])[1::2])
+    bias, steps = 2 ** (exponent - 1) - 1, 2**mantissa
+    magnitudes = [2.0 ** (1 - bias) * i / steps for i in range(steps)]
+    magnitudes += [2.0 ** (e - bias) * (1 + i / steps) for e in range(1, 2**exponent) for i in range(steps)]
+    # In e4m3 the last code is NaN, in e5m2 those of the last exponent are infinity and NaN.
+    magnitudes = magnitudes[: len(magnitudes) - {(4, 3): 1, (5, 2): steps}.get((exponent, mantissa), 0)]
+    unit = 2.0 ** -math.ceil(math.log2(magnitudes[-1]))
+    values = torch.tensor([*(-x for x in reversed(magnitudes[1:])), *magnitudes], dtype=torch.float64) * unit
+    top = magnitudes[-1] * unit
+    return replace(nearest_type(values), span=(-top, top), unit=unit)
 
 
 def make_dynamic(bits: int, parameter: str, full: bool) -> DataType:
@@ -314,7 +341,8 @@ def fit_kmeans(x: Tensor, weights: Tensor, scales: Tensor, *, bits: int, paramet
 
 
 INT = DataTypeMaker(1, make=make_int)
-IQ = DataTypeMaker(4, make=make_iq, max_bits=4)
+OCP_FLOAT = DataTypeMaker(4, make=make_ocp, widths=tuple(OCP))
+IQ = DataTypeMaker(4, make=make_iq, widths=(4,))
 FLOAT = DataTypeMaker(2, make=make_float)
 DYNAMIC = DataTypeMaker(2, make=make_dynamic)
 QUANTILE = DataTypeMaker(2, fit=fit_quantile)
@@ -340,16 +368,12 @@ def check_datatype(scheme: Scheme) -> DataTypeMaker:
 def _maker(scheme: Scheme) -> DataTypeMaker:
     name, _, parameter = scheme.dtype.partition(":")
     maker = DATATYPES.load(name)
-    if not maker.min_bits <= scheme.bits <= maker.max_bits:
-        least, most = maker.min_bits, maker.max_bits
-        needs = (
-            f"at least {least}"
-            if most == DataTypeMaker.max_bits
-            else f"{least}"
-            if least == most
-            else f"{least} to {most}"
+    if maker.widths and scheme.bits not in maker.widths:
+        raise SchemeError(
+            f"data type {name} has {' or '.join(map(str, maker.widths))} bits, got {scheme.bits}"
         )
-        raise SchemeError(f"data type {name} needs {needs} bits, got {scheme.bits}")
+    if scheme.bits < maker.min_bits:
+        raise SchemeError(f"data type {name} needs at least {maker.min_bits} bits, got {scheme.bits}")
     if maker.make is not None and not maker.fits(parameter):
         maker.make(scheme.bits, parameter, _full(scheme))
     elif scheme.offset == "zero":
@@ -379,8 +403,9 @@ def scale_unit(scheme: Scheme) -> float:
 
 
 def signed_scales(scheme: Scheme) -> bool:
-    """Whether a scale may be negative: without an offset its sign turns a lopsided table over."""
-    return scheme.offset == "none" and not is_fitted(scheme) and fixed_type(scheme).lopsided
+    """Whether a scale may be negative: without an offset its sign turns a lopsided table over. Powers of 2 have none."""
+    plain = scheme.offset == "none" and scheme.scale != "e8m0" and not is_fitted(scheme)
+    return plain and fixed_type(scheme).lopsided
 
 
 def fit_table(scheme: Scheme, x: Tensor, weights: Tensor, scales: Tensor) -> Tensor:

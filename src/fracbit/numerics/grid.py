@@ -9,6 +9,7 @@ Values per block (`scale`, `shift`, zero codes) have the shape of `scales_shape`
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,6 +41,7 @@ from fracbit.numerics.packed import (
     PackedTensor,
     decode,
     dense_scales,
+    scale_values,
     table_of,
     zeros_of,
     zeros_shape,
@@ -199,7 +201,7 @@ def plain_range(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
     low, high = blocks.amin(-1), blocks.amax(-1)  # [lines, blocks]
     start, end = (-1.0, 1.0) if is_fitted(scheme) else fixed_type(scheme).span
     half = (end - start) / 2
-    if scheme.offset == "none" and -start != end:
+    if signed_scales(scheme):
         # The value farthest from 0 on the end farthest from 0.
         extreme = torch.where(high > -low, high, low)  # [lines, blocks]
         return stored_order(extreme / fixed_type(scheme).far, shape, scheme), None
@@ -281,9 +283,8 @@ def inverse(scale: Tensor) -> Tensor:
 def round_scale(scale: Tensor, scheme: Scheme) -> Tensor:
     """Scales as the float type of the scheme stores them."""
     assert isinstance(scheme.scale, str)
-    return _to_float(
-        scale if signed_scales(scheme) else scale.clamp(min=0), scheme.scale, scale_unit(scheme)
-    ).float()
+    scale = scale if signed_scales(scheme) else scale.clamp(min=0)  # [per block]
+    return scale_values(_to_float(scale, scheme.scale, scale_unit(scheme)))
 
 
 def round_offset(offset: Tensor, scheme: Scheme) -> Tensor:
@@ -320,6 +321,8 @@ def _to_float(values: Tensor, dtype: str, unit: float | None) -> Tensor:
 
     A scale does not vanish: a tiny one must not turn its block into zeros. An offset (`unit` None) may.
     """
+    if dtype == "e8m0":
+        return _to_power(values, unit or 1.0)
     info, kind = torch.finfo(SCALE_DTYPES[dtype]), SCALE_DTYPES[dtype]
     rounded = (values * (unit or 1.0)).to(kind)
     if unit is not None:
@@ -334,6 +337,16 @@ def _to_float(values: Tensor, dtype: str, unit: float | None) -> Tensor:
     return rounded
 
 
+def _to_power(values: Tensor, unit: float) -> Tensor:
+    """The exponents uint8 of the next powers of 2, so that no range is cut. A block of zeros gets the least.
+
+    OCP's specification takes the power below the range, which cuts up to a quarter of it; a search finds where that is better.
+    """
+    least, most = math.ldexp(1.0, -126) / unit, math.ldexp(1.0, 127)
+    mantissa, exponent = torch.frexp(values.clamp(least, most))  # mantissa in [0.5, 1)
+    return (exponent - (mantissa == 0.5).int() + 127).to(torch.uint8)
+
+
 def _dense(values: Tensor | PackedTensor, like: Tensor) -> Tensor:
     """Scales or offsets as stored, in fp32 and the shape of `like`."""
-    return decode(values).view(like.shape) if isinstance(values, PackedTensor) else values.float()
+    return decode(values).view(like.shape) if isinstance(values, PackedTensor) else scale_values(values)

@@ -122,6 +122,8 @@ def check_values(packed: PackedTensor) -> None:
                 raise FormatError(f"{name} holds a value that is not finite")
             if low < 0 and name == "scales" and not signed_scales(packed.scheme):
                 raise FormatError("scales holds a negative value")
+    if packed.scheme.scale == "e8m0" and bool((packed.scales == 255).any()):  # type: ignore[union-attr]
+        raise FormatError("scales holds a value that is not finite")
     for each in (packed, packed.scales, packed.offsets):
         if isinstance(each, PackedTensor) and _has_unknown_code(each):
             raise FormatError(f"codes of scheme {each.scheme} holds one that stands for no value")
@@ -133,10 +135,11 @@ def check_values(packed: PackedTensor) -> None:
 
 
 def _has_unknown_code(packed: PackedTensor) -> bool:
-    """Whether a code lies beyond the table, which lacks at most the top code: a law test holds that."""
-    bits = packed.scheme.bits
-    lacks = table_of(packed).values.shape[1] < 2**bits
-    return lacks and has_top_code(packed.codes, bits, packed.quantized_width)
+    """Whether a code lies beyond the table. Most tables lack at most the top code, which is found without unpacking."""
+    bits, levels = packed.scheme.bits, table_of(packed).values.shape[1]
+    if levels < 2**bits - 1:
+        return int(unpack_bits(packed.codes, bits, packed.quantized_width).max()) >= levels
+    return levels < 2**bits and has_top_code(packed.codes, bits, packed.quantized_width)
 
 
 def stored_bits(packed: PackedTensor) -> int:
@@ -225,7 +228,13 @@ def _float_part(name: str, scale: str | Scheme, per_block: tuple[int, ...]) -> P
     return {f"{name}_{part}": what for part, what in part_shapes(scale, (1, count)).items()}
 
 
-SCALE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SCALE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "e8m0": torch.uint8}
+"""What scales are stored as; those of e8m0 are exponents e, for 2^(e - 127)."""
+
+
+def scale_values(stored: Tensor) -> Tensor:
+    """Stored scales or offsets in fp32."""
+    return stored.view(torch.float8_e8m0fnu).float() if stored.dtype == torch.uint8 else stored.float()
 
 
 def _assemble(scheme: Scheme, shape: tuple[int, int], parts: dict[str, Tensor], prefix: str) -> PackedTensor:
@@ -243,7 +252,7 @@ def _assemble(scheme: Scheme, shape: tuple[int, int], parts: dict[str, Tensor], 
 
 def _dense(values: Tensor | PackedTensor, shape: tuple[int, ...]) -> Tensor:
     """Scales or offsets as stored, in fp32."""
-    return (decode(values) if isinstance(values, PackedTensor) else values.float()).view(shape)
+    return (decode(values) if isinstance(values, PackedTensor) else scale_values(values)).view(shape)
 
 
 def _with_outliers(packed: PackedTensor, quantized: Tensor) -> Tensor:

@@ -16,10 +16,12 @@ from fracbit.errors import SchemeError, near_matches
 
 Axis = Literal["in", "out"]
 Offset = Literal["none", "zero", "float", "mean"]
-FLOAT_SCALES = ("fp32", "fp16", "bf16")
+FLOAT_SCALES = ("fp32", "fp16", "bf16", "e8m0")
 _NAMED_BLOCKS = ("row", "tensor")
 _FLAT = re.compile(r"flat:([1-9]\d*)")
-_SCALE_SHORTHAND = re.compile(r"([a-z]+(?::[a-z]+)?)([1-8]):([1-9]\d*)")
+_SCALE_SHORTHAND = re.compile(r"([a-z]+(?::[a-z]+)?)([1-8]):([1-9]\d*|tensor)")
+_SCALES_OF_SCALES = {"int:up": "fp16", "int:step": "fp16", "ocp": "e8m0"}
+"""Types of engines, whose scales have no offset, and what their own scales are."""
 _DTYPE = re.compile(r"[a-z]+(:[A-Za-z0-9./]+)?")
 _OFFSETS = {"": "none", "z": "zero", "f": "float", "m": "mean"}
 _WORD = re.compile(
@@ -40,9 +42,10 @@ class Scheme:
       channels inside an input column (AdaDim's per-IC groups, 2309.15531).
     - `offset`: `"none"`, symmetric about zero; `"zero"`, a zero point that is itself a code; `"float"`, the middle of the
       block's range; `"mean"`, the block's mean (centering, 2212.09720 App. B).
-    - `scale`: `"fp32"`, `"fp16"`, `"bf16"`, or a scheme for the scales themselves (double quantization), also written
-      `"int8:256"`: 8-bit integers in blocks of 256 scales, with a scale and an offset in fp32; or `"int:up6:8"`, as llama.cpp
-      has them: 6-bit integers from 0, one fp16 scale for 8 of them.
+    - `scale`: `"fp32"`, `"fp16"`, `"bf16"`, `"e8m0"` (a power of 2, 8 bits), or a scheme for the scales themselves (double
+      quantization), also written `"int8:256"`: 8-bit integers in blocks of 256 scales, with a scale and an offset in fp32; or
+      `"int:up6:8"`, as llama.cpp has them: 6-bit integers from 0, one fp16 scale for 8 of them; or `"ocp8:tensor"`, the e4m3
+      scales of NVFP4.
 
     Raises `SchemeError` for anything that cannot exist.
     """
@@ -62,6 +65,10 @@ class Scheme:
         _check_choice("axis", self.axis, get_args(Axis))
         _check_choice("offset", self.offset, get_args(Offset))
         object.__setattr__(self, "scale", _scale(self.scale))
+        if self.scale == "e8m0" and self.offset in ("float", "mean"):
+            raise SchemeError(
+                f"scales e8m0 are powers of 2, which cannot hold the offset {self.offset}; use none or zero"
+            )
 
     def __str__(self) -> str:
         """The scheme in one word, e.g. `nf4/64`, `int3z/128 out`, `kmeans:row4/row`; `parse_scheme` reads it back."""
@@ -117,9 +124,10 @@ def _scale(scale: object) -> str | Scheme:
         allowed = ", ".join(FLOAT_SCALES)
         raise SchemeError(f"scale {scale!r} is not known; use {allowed}, or TYPEBITS:BLOCK such as int8:256")
     dtype, bits, block = match.groups()
-    if ":" in dtype:  # an engine's type, whose superblocks have a scale of their own and no offset
-        return Scheme(dtype, int(bits), int(block), offset="none", scale="fp16")
-    return Scheme(dtype, int(bits), int(block), axis="in", offset="float", scale="fp32")
+    size = int(block) if block.isdecimal() else block
+    if dtype in _SCALES_OF_SCALES:
+        return Scheme(dtype, int(bits), size, offset="none", scale=_SCALES_OF_SCALES[dtype])
+    return Scheme(dtype, int(bits), size, axis="in", offset="float", scale="fp32")
 
 
 def _check_dtype(dtype: object) -> None:

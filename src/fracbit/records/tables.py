@@ -72,6 +72,7 @@ DATATYPES: Table[Any] = Table(
     {
         "int": "fracbit.numerics.datatypes:INT",
         "float": "fracbit.numerics.datatypes:FLOAT",
+        "ocp": "fracbit.numerics.datatypes:OCP_FLOAT",
         "dynamic": "fracbit.numerics.datatypes:DYNAMIC",
         "quantile": "fracbit.numerics.datatypes:QUANTILE",
         "iq": "fracbit.numerics.datatypes:IQ",

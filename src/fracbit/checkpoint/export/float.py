@@ -25,10 +25,12 @@ from fracbit.errors import FormatError, RecipeError, WeightError
 from fracbit.models.blocks import is_transposed
 from fracbit.models.experts import Cut, SplitExperts
 from fracbit.models.origin import origins
-from fracbit.numerics.packed import SCALE_DTYPES, decode
+from fracbit.numerics.packed import decode
 from fracbit.records.progress import Progress
 
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""The parameters of the format."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +102,12 @@ class FloatWeights:
 
 def export_float(parameter: str = "") -> FloatWeights:
     """The format `float` with its type. Raises `RecipeError` for an unknown type."""
-    if parameter and parameter not in SCALE_DTYPES:
+    if parameter and parameter not in TYPES:
         raise RecipeError(
             f"format float has no type {parameter!r}; write float (the type of the source), "
-            f"{', '.join(f'float:{name}' for name in SCALE_DTYPES)}"
+            f"{', '.join(f'float:{name}' for name in TYPES)}"
         )
-    return FloatWeights(SCALE_DTYPES[parameter] if parameter else None)
+    return FloatWeights(TYPES[parameter] if parameter else None)
 
 
 def source_dtype(stored: StoredModel) -> torch.dtype:

@@ -25,7 +25,7 @@ Ref: ggml-common.h and ggml-quants.c of llama.cpp, build 11434.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,9 +62,9 @@ class BlockType:
         return width // self.length * self.bytes
 
 
-def _rows(*parts: Tensor) -> Tensor:
+def _rows(parts: Sequence[Tensor]) -> Tensor:
     """Rows of bytes [out, blocks * n] from the parts of a block, each uint8 [out, blocks, n of its own]."""
-    return torch.cat(parts, -1).flatten(1)  # [out, blocks * n]
+    return torch.cat(list(parts), -1).flatten(1)  # [out, blocks * n]
 
 
 def _half(values: Tensor) -> Tensor:
@@ -90,19 +90,19 @@ def _nibbles(codes: Tensor) -> Tensor:
 
 def _bytes(packed: PackedTensor) -> Tensor:
     """Codes of 8 bits, 0 to 255, become signed numbers: the top bit turns over."""
-    return _rows(_half(steps(packed)), _codes(packed) ^ 128)
+    return _rows([_half(steps(packed)), _codes(packed) ^ 128])
 
 
 def _fours(packed: PackedTensor) -> Tensor:
     """Codes of 4 bits."""
-    return _rows(_half(steps(packed)), *_bottoms(packed), _nibbles(_codes(packed)))
+    return _rows([_half(steps(packed)), *_bottoms(packed), _nibbles(_codes(packed))])
 
 
 def _fives(packed: PackedTensor) -> Tensor:
     """Codes of 5 bits, the top ones apart."""
     codes = _codes(packed)  # [out, blocks, 32]
     high = pack_bits((codes >> 4).view(-1, BLOCK), 1).view(*codes.shape[:2], -1)  # [out, blocks, 4]
-    return _rows(_half(steps(packed)), *_bottoms(packed), high, _nibbles(codes))
+    return _rows([_half(steps(packed)), *_bottoms(packed), high, _nibbles(codes)])
 
 
 # --- superblocks ------------------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def _twos(packed: PackedTensor) -> Tensor:
     """Q2_K: steps and bottoms share bytes, four codes 32 apart share one."""
     (scales, step), (bottoms, bottom) = _small(packed, "scales"), _small(packed, "offsets")
     codes = _codes(packed, SUPERBLOCK)  # [out, superblocks, 256]
-    return _rows(scales | bottoms << 4, _pairs(codes, 32, 2), step, bottom)
+    return _rows([scales | bottoms << 4, _pairs(codes, 32, 2), step, bottom])
 
 
 def _threes(packed: PackedTensor) -> Tensor:
@@ -141,7 +141,7 @@ def _threes(packed: PackedTensor) -> Tensor:
     codes = _codes(packed, SUPERBLOCK)  # [out, superblocks, 256]
     low = _pairs(scales & 15, 8, 4)  # [out, superblocks, 8]
     high = _pairs(scales >> 4, 4, 2)  # [out, superblocks, 4]
-    return _rows(_pairs(codes >> 2, 32, 1), _pairs(codes & 3, 32, 2), low, high, step)
+    return _rows([_pairs(codes >> 2, 32, 1), _pairs(codes & 3, 32, 2), low, high, step])
 
 
 def _six_bits(scales: Tensor, bottoms: Tensor) -> Tensor:
@@ -158,14 +158,14 @@ def _wide(packed: PackedTensor) -> Tensor:
     (scales, step), (bottoms, bottom) = _small(packed, "scales"), _small(packed, "offsets")
     codes = _codes(packed, SUPERBLOCK)  # [out, superblocks, 256]
     high = [_pairs(codes >> 4, 32, 1)] if packed.scheme.bits == 5 else []  # [out, superblocks, 32]
-    return _rows(step, bottom, _six_bits(scales, bottoms), *high, _pairs(codes & 15, 32, 4))
+    return _rows([step, bottom, _six_bits(scales, bottoms), *high, _pairs(codes & 15, 32, 4)])
 
 
 def _sixes(packed: PackedTensor) -> Tensor:
     """Q6_K: low bits of codes 64 apart share a byte, high bits of four codes 32 apart; steps are signed bytes."""
     scales, step = _small(packed, "scales")
     codes = _codes(packed, SUPERBLOCK)  # [out, superblocks, 256]
-    return _rows(_pairs(codes & 15, 64, 4), _pairs(codes >> 4, 32, 2), scales ^ 128, step)
+    return _rows([_pairs(codes & 15, 64, 4), _pairs(codes >> 4, 32, 2), scales ^ 128, step])
 
 
 def _extra_small(packed: PackedTensor) -> Tensor:
@@ -174,7 +174,7 @@ def _extra_small(packed: PackedTensor) -> Tensor:
     high = pack_bits((scales >> 4).flatten(0, 1), 2).view(*scales.shape[:2], 2)  # [out, superblocks, 2]
     low = pack_bits((scales & 15).flatten(0, 1), 4).view(*scales.shape[:2], 4)  # [out, superblocks, 4]
     codes = _nibbles(_codes(packed)).view(*scales.shape[:2], 128)  # [out, superblocks, 128]
-    return _rows(step, high, low, codes)
+    return _rows([step, high, low, codes])
 
 
 def _block(dtype: str, bits: int, offset: bool = False) -> Scheme:

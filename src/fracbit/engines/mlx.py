@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from fracbit.checkpoint.export.mlx import HELD
+from fracbit.checkpoint.export.mlx import HELD, INTEGERS
 from fracbit.engines.engine import ServingEngine
 
 MLX = ServingEngine(
@@ -11,6 +11,6 @@ MLX = ServingEngine(
     installs=(("mlx[cpu]==0.32.4", "mlx-lm"),),
     runner="run_mlx.py",
     variables={"HF_HUB_OFFLINE": "1"},
-    serves=replace(HELD, offsets=("float",)),  # a symmetric grid stores as much
+    serves=replace(HELD, integers=replace(INTEGERS, offsets=("float",))),  # a symmetric grid stores as much
     head=True,
 )

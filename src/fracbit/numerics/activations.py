@@ -26,14 +26,18 @@ def input_type(inputs: Inputs) -> DataType:
 
 
 def input_scale(inputs: Inputs, x: Tensor) -> Tensor:
-    """The scales of `x` [..., in]: [..., 1] per token, a scalar per tensor. Raises `SchemeError` without calibration."""
+    """The scales of `x` [..., in]: [..., 1] per token, a scalar per tensor. Raises `SchemeError` without calibration.
+
+    The largest magnitude comes to lie on the end of the table.
+    """
+    end = abs(input_type(inputs).far)
     if inputs.scope == "token":
-        return x.abs().amax(-1, keepdim=True)  # [..., 1]
+        return x.abs().amax(-1, keepdim=True) / end  # [..., 1]
     if inputs.scale is None:
         raise SchemeError(
             "activations with scope tensor need calibration to find their scale; without data, use scope token"
         )
-    return torch.tensor(inputs.scale, dtype=x.dtype, device=x.device)
+    return torch.tensor(inputs.scale / end, dtype=x.dtype, device=x.device)
 
 
 def round_inputs(x: Tensor, inputs: Inputs) -> Tensor:

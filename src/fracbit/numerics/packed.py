@@ -233,7 +233,7 @@ SCALE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 
 
 def scale_values(stored: Tensor) -> Tensor:
-    """Stored scales or offsets in fp32."""
+    """Stored scales or offsets in fp32; bytes are exponents of 2 with a bias of 127 (E8M0)."""
     return stored.view(torch.float8_e8m0fnu).float() if stored.dtype == torch.uint8 else stored.float()
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -140,6 +140,14 @@ def reasons(layer: StoredLayer, new: Scheme) -> list[str]:
     return [what for what, wrong in differs.items() if wrong]
 
 
+class HeldForms(Protocol):
+    """The forms of layers that a format holds."""
+
+    def nearest(self, layer: StoredLayer) -> Nearest:
+        """The nearest form of a layer."""
+        ...
+
+
 @dataclass(frozen=True)
 class CodedWeights:
     """A format whose layers are codes beside other tensors.
@@ -148,7 +156,7 @@ class CodedWeights:
     config.json; `refuses`: why a model cannot have the format whatever its layers, "" where it can.
     """
 
-    holds: IntegerForms
+    holds: HeldForms
     tensors: Callable[[StoredLayer, PackedTensor], dict[str, Tensor]]
     config: Callable[[StoredModel, ReleasedNames], dict[str, Any]]
     refuses: Callable[[PreTrainedModel], str] = lambda model: ""

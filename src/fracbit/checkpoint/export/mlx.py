@@ -2,9 +2,11 @@
 
     weight uint32 [out, in b / 32]   scales [out, groups]   biases [out, groups]        w = code * scale + bias
 
-Groups of 32, 64 or 128 along the input; embedding tables too. Every layer may have a width of its own.
+Groups of 32, 64 or 128 along the input; embedding tables too. Every layer may have a width of its own. MXFP4 and MXFP8 have no
+biases, and exponents uint8 as scales. NVFP4 has no scale for the whole tensor there, so ours is not held.
 
-Ref: mlx 0.32, `mx.quantize` with mode affine; mlx-lm reads `quantization` in config.json, with an entry for each layer.
+Ref: mlx 0.32, `mx.quantize` with modes affine, mxfp4, mxfp8; mlx-lm reads `quantization` in config.json, with an entry for
+each layer.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from fracbit.checkpoint.export.coded import (
     CodedWeights,
     IntegerForms,
     ReleasedNames,
+    as_words,
     experts_of,
     linears_by_scheme,
     row_words,
@@ -27,15 +30,32 @@ from fracbit.checkpoint.export.coded import (
 )
 from fracbit.checkpoint.export.exporter import StoredModel
 from fracbit.checkpoint.export.parameter import without_parameter
+from fracbit.checkpoint.export.small_floats import (
+    MXFP4,
+    MXFP8,
+    EitherForms,
+    FloatForms,
+    exponents,
+    float_codes,
+    in_pairs,
+    is_small_float,
+)
 from fracbit.checkpoint.format import StoredLayer
 from fracbit.models.blocks import is_transposed
 from fracbit.numerics.packed import PackedTensor
 from fracbit.records.scheme import Scheme
 
-HELD = IntegerForms(bits=(2, 3, 4, 5, 6, 8), offsets=("none", "float"), blocks=(32, 64, 128), embeddings=True)
+INTEGERS = IntegerForms(
+    bits=(2, 3, 4, 5, 6, 8), offsets=("none", "float"), blocks=(32, 64, 128), embeddings=True
+)
+HELD = EitherForms(INTEGERS, FloatForms((MXFP4, MXFP8), embeddings=True))
 
 
 def _tensors(layer: StoredLayer, packed: PackedTensor) -> dict[str, Tensor]:
+    if is_small_float(packed.scheme):
+        codes = float_codes(packed)  # [out, in]
+        words = as_words(in_pairs(codes) if packed.scheme.bits == 4 else codes)  # [out, words]
+        return {".weight": words.view(torch.uint32), ".scales": exponents(packed)}
     step = steps(packed)  # [out, groups]
     symmetric = packed.offsets is None
     bottom = step * -(2 ** (packed.scheme.bits - 1)) if symmetric else packed.offsets  # [out, groups]
@@ -88,7 +108,8 @@ def _with_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _how(scheme: Scheme) -> dict[str, Any]:
-    return {"group_size": scheme.block, "bits": scheme.bits, "mode": "affine"}
+    mode = f"mxfp{scheme.bits}" if is_small_float(scheme) else "affine"
+    return {"group_size": scheme.block, "bits": scheme.bits, "mode": mode}
 
 
 def export_mlx(parameter: str = "") -> CodedWeights:

@@ -41,13 +41,6 @@ def fp4_values(packed: Tensor) -> Tensor:
     return torch.tensor(FP4)[pairs.long()].flatten(-2)  # [..., 2 n]
 
 
-def as_scale(scale: Tensor) -> Tensor:
-    """Scales as fp32. Bytes are exponents of two with a bias of 127 (E8M0)."""
-    if scale.dtype == torch.uint8:
-        return torch.exp2(scale.float() - 127)
-    return scale.float()
-
-
 def block_of(shape: Sequence[int], grid: Sequence[int], asked: Patch | None, usual: Patch) -> Patch | None:
     """Rows and columns of a matrix [..., out, in] that share a scale of `grid`; None where the shapes do not fit.
 

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from fracbit.checkpoint.formats.codes import (
     Patch,
-    as_scale,
     block_of,
     decoded_type,
     fp4_values,
@@ -36,6 +35,7 @@ from fracbit.checkpoint.formats.decoding import Decoding, Part
 from fracbit.checkpoint.formats.known import Decoded, SourceFormat
 from fracbit.checkpoint.source import Source, TensorInfo, read_rows
 from fracbit.errors import SourceError
+from fracbit.numerics.packed import scale_values
 
 PACKED, PLAIN = ".weight_packed", ".weight"
 BYTES = ("I8", "F8_E4M3", "F8_E5M2")
@@ -323,7 +323,7 @@ def _scaled(
 
     def decoded(tensors: Mapping[str, Tensor]) -> Tensor:
         found = values(tensors["codes"])  # [rows, in]
-        grid = as_scale(tensors["scale"])
+        grid = scale_values(tensors["scale"])
         grid = grid / tensors["global"].float() if "global" in tensors else grid
         order = tensors.get("order")
         order = None if order is None or bool((order == -1).all()) else order  # [in]

@@ -13,11 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from fracbit.checkpoint.formats.codes import as_scale, block_of, decoded_type, spread
+from fracbit.checkpoint.formats.codes import block_of, decoded_type, spread
 from fracbit.checkpoint.formats.decoding import Decoding, Part
 from fracbit.checkpoint.formats.known import Decoded, SourceFormat
 from fracbit.checkpoint.source import Source, TensorInfo
 from fracbit.errors import SourceError
+from fracbit.numerics.packed import scale_values
 
 CODES = ("F8_E4M3", "F8_E5M2")
 SCALES = ("_scale_inv", "_scale")
@@ -79,7 +80,7 @@ def _decoding(source: Source, name: str, settings: Mapping[str, Any]) -> Decodin
 
     def values(parts: Mapping[str, Tensor]) -> Tensor:
         codes = parts["codes"].float()  # [..., out, in]
-        return codes * spread(as_scale(parts["scale"]), codes.shape, block)
+        return codes * spread(scale_values(parts["scale"]), codes.shape, block)
 
     whole = grid.shape[0] == 1 if grid.shape else True
     parts = {"codes": Part(name, rows=1), "scale": Part(beside, rows=0 if whole else rows)}

@@ -13,11 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from fracbit.checkpoint.formats.codes import as_scale, config_type, fp4_values
+from fracbit.checkpoint.formats.codes import config_type, fp4_values
 from fracbit.checkpoint.formats.decoding import Decoding, Part
 from fracbit.checkpoint.formats.known import Decoded, SourceFormat
 from fracbit.checkpoint.source import Source, TensorInfo
 from fracbit.errors import SourceError
+from fracbit.numerics.packed import scale_values
 
 BLOCKS, SCALES = "_blocks", "_scales"
 BYTES = 16
@@ -66,7 +67,9 @@ def _decoding(source: Source, name: str) -> Decoding:
     experts, out, groups = scales.shape
 
     def values(parts: Mapping[str, Tensor]) -> Tensor:
-        scaled = fp4_values(parts["blocks"]) * as_scale(parts["scales"])[..., None]  # [some, out, groups, 32]
+        scaled = (
+            fp4_values(parts["blocks"]) * scale_values(parts["scales"])[..., None]
+        )  # [some, out, groups, 32]
         return scaled.flatten(2).transpose(1, 2)  # [some, in, out]
 
     info = TensorInfo(blocks.file, config_type(source.config), (experts, groups * 2 * BYTES, out))

@@ -8,6 +8,7 @@ Blocks of 32 weights, with a step d in fp16 and, where there is an offset, a bot
     Q5_0  32 high bits, 16 bytes                w = d (q - 16)
     Q5_1  32 high bits, 16 bytes                w = d q + m
     IQ4_NL  16 bytes                            w = d T[q]          T a fixed table
+    MXFP4  a byte e, 16 bytes                   w = 2^(e - 127) T[q]    T the numbers of E2M1
 
 Superblocks of 256 weights, whose blocks have steps and bottoms of few bits, s and b, in units of d and -m:
 
@@ -33,6 +34,7 @@ from torch import Tensor
 
 from fracbit.checkpoint.export.coded import STEP, reasons, steps, unexportable
 from fracbit.checkpoint.export.exporter import Nearest
+from fracbit.checkpoint.export.small_floats import MXFP4, exponents, float_codes
 from fracbit.checkpoint.format import StoredLayer
 from fracbit.numerics.bits import pack_bits
 from fracbit.numerics.datatypes import scale_unit
@@ -177,6 +179,12 @@ def _extra_small(packed: PackedTensor) -> Tensor:
     return _rows([step, high, low, codes])
 
 
+def _micro(packed: PackedTensor) -> Tensor:
+    """MXFP4: an exponent, then codes as in Q4_0."""
+    codes = float_codes(packed).view(packed.shape[0], -1, BLOCK)  # [out, blocks, 32]
+    return _rows([exponents(packed)[..., None], _nibbles(codes)])
+
+
 def _block(dtype: str, bits: int, offset: bool = False) -> Scheme:
     """The scheme of a type with blocks of 32."""
     return Scheme(dtype, bits, BLOCK, offset="float" if offset else "none")
@@ -194,6 +202,7 @@ TYPES: Mapping[str, BlockType] = {
     "Q5_0": BlockType(_block(STEP, 5), BLOCK, 22, file_type=8, encode=_fives),
     "Q5_1": BlockType(_block(STEP, 5, True), BLOCK, 24, file_type=9, encode=_fives),
     "IQ4_NL": BlockType(_block("iq", 4), BLOCK, 18, file_type=25, encode=_fours),
+    "MXFP4": BlockType(MXFP4, BLOCK, 17, file_type=38, encode=_micro),
     "Q2_K": BlockType(_super(STEP, 2, 16, "int:up4:16"), SUPERBLOCK, 84, file_type=10, encode=_twos),
     "Q3_K": BlockType(_super(STEP, 3, 16, "int:step6:16"), SUPERBLOCK, 110, file_type=12, encode=_threes),
     "Q4_K": BlockType(_super(STEP, 4, 32, "int:up6:8"), SUPERBLOCK, 144, file_type=15, encode=_wide),
@@ -240,7 +249,7 @@ class BlockForms:
         def distance(kind: BlockType) -> tuple[bool, int, bool, bool, float]:
             new = kind.scheme
             bare = (new.offset == "none") != (asked.offset == "none")
-            other = new.dtype != (asked.dtype if asked.dtype == "iq" else STEP)
+            other = new.dtype != (asked.dtype if asked.dtype in ("iq", "ocp") else STEP)
             return new.bits < asked.bits, abs(new.bits - asked.bits), bare, other, kind.bytes / kind.length
 
         own = [kind.scheme for kind in fits if kind.scheme == asked]

@@ -1,0 +1,127 @@
+"""The small floats of GPUs in files: E2M1 and E4M3 codes, with scales that are powers of 2, E4M3 numbers, or floats.
+
+    mxfp4  ocp4/32 s=e8m0          E2M1, two in a byte      uint8 [out, in / 32]: e, for 2^(e - 127)
+    nvfp4  ocp4/16 s=ocp8:tensor   E2M1, two in a byte      E4M3 [out, in / 16], and one float for all
+    mxfp8  ocp8/32 s=e8m0          E4M3                     uint8 [out, in / 32]
+    fp8    ocp8/row, ocp8/tensor   E4M3                     floats [out, 1] or [1, 1]
+
+Codes count up from the least value; in the files they are a sign and a magnitude.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fracbit.checkpoint.export.coded import IntegerForms, reasons, unexportable
+from fracbit.checkpoint.export.exporter import Nearest
+from fracbit.checkpoint.format import StoredLayer
+from fracbit.numerics.bits import pack_bits
+from fracbit.numerics.datatypes import fixed_type, scale_unit
+from fracbit.numerics.grid import codes_in
+from fracbit.numerics.packed import PackedTensor
+from fracbit.records.scheme import Scheme
+
+MXFP4 = Scheme("ocp", 4, 32, scale="e8m0")
+NVFP4 = Scheme("ocp", 4, 16, scale="ocp8:tensor")
+MXFP8 = Scheme("ocp", 8, 32, scale="e8m0")
+FP8 = tuple(
+    Scheme("ocp", 8, block, scale=scale) for block in ("row", "tensor") for scale in ("bf16", "fp16", "fp32")
+)
+BIAS = 127  # of an exponent of 8 bits
+
+
+@dataclass(frozen=True)
+class FloatForms:
+    """The `schemes` of small floats that a format holds; `inputs`: how those of FP8 may be rounded while the model runs."""
+
+    schemes: tuple[Scheme, ...]
+    inputs: str = ""
+    embeddings: bool = False
+
+    def nearest(self, layer: StoredLayer) -> Nearest:
+        """A layer's own form, or the nearest in bits, then in the length of its blocks."""
+        asked = layer.scheme
+        refused = unexportable(layer, self.inputs if asked in FP8 else "")
+        if refused is not None:
+            return refused
+        if layer.kind == "embedding" and not self.embeddings:
+            return Nearest("float", "it is an embedding table, which the format keeps in floats")
+        width = layer.shape[1]
+        fits = [each for each in self.schemes if not isinstance(each.block, int) or width % each.block == 0]
+        if not fits:
+            return Nearest("float", f"no block of the format divides its {width} inputs")
+        length = asked.block if isinstance(asked.block, int) else width
+
+        def distance(each: Scheme) -> tuple[bool, int, int]:
+            block = each.block if isinstance(each.block, int) else width
+            return each.bits < asked.bits, abs(each.bits - asked.bits), abs(block - length)
+
+        new = asked if asked in fits else min(fits, key=distance)
+        return Nearest(new, ", ".join(reasons(layer, new)))
+
+
+@dataclass(frozen=True)
+class EitherForms:
+    """Integers, and small floats for the layers that have some."""
+
+    integers: IntegerForms
+    floats: FloatForms
+
+    @property
+    def embeddings(self) -> bool:
+        """Whether embedding tables may be quantized."""
+        return self.integers.embeddings
+
+    @property
+    def levels(self) -> tuple[Scheme, ...]:
+        """Those of the integers, which lose less at equal bits."""
+        return self.integers.levels
+
+    def nearest(self, layer: StoredLayer) -> Nearest:
+        """The nearest form of a layer that is of its kind."""
+        return (self.floats if is_small_float(layer.scheme) else self.integers).nearest(layer)
+
+    def with_scales(self, kind: str) -> EitherForms:
+        """The same, with scales of this type alone beside integers."""
+        return replace(self, integers=self.integers.with_scales(kind))
+
+
+def is_small_float(scheme: Scheme) -> bool:
+    """Whether the codes of a scheme are small floats."""
+    return scheme.dtype.partition(":")[0] == "ocp"
+
+
+def float_codes(packed: PackedTensor) -> Tensor:
+    """The codes uint8 [out, in] as a sign, the top bit, and a magnitude."""
+    return _signed(codes_in(packed), packed.scheme)
+
+
+def in_pairs(codes: Tensor) -> Tensor:
+    """Codes of 4 bits uint8 [out, in], two in a byte, the first in the low half: [out, in / 2]."""
+    return pack_bits(codes, 4)
+
+
+def exponents(packed: PackedTensor) -> Tensor:
+    """The steps of scales that are powers of 2, uint8 [out, blocks]: e, for 2^(e - 127)."""
+    assert isinstance(packed.scales, Tensor)
+    down = round(-torch.tensor(scale_unit(packed.scheme)).log2().item())
+    return packed.scales - down  # [out, blocks]
+
+
+def small_steps(packed: PackedTensor) -> tuple[Tensor, Tensor]:
+    """Steps that are E4M3 numbers, float8 [out, blocks], and what they are multiplied by, fp32 [1]: exact."""
+    stored = packed.scales
+    assert isinstance(stored, PackedTensor)
+    codes = _signed(codes_in(stored), stored.scheme).view(packed.shape[0], -1)  # [out, blocks]
+    factor = torch.ldexp(torch.ones(1), exponents(stored).view(1).int() - BIAS)  # [1]
+    return codes.view(torch.float8_e4m3fn), factor * scale_unit(packed.scheme)
+
+
+def _signed(codes: Tensor, scheme: Scheme) -> Tensor:
+    """Codes from the least value up as a sign and a magnitude of `bits` bits."""
+    middle = fixed_type(scheme).levels // 2  # the code of 0
+    above = codes.int() - middle
+    return (above.abs() | (above < 0).int() << (scheme.bits - 1)).to(torch.uint8)

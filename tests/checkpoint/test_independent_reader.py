@@ -87,7 +87,8 @@ def values(
     def per_block(name: str) -> Array:
         if isinstance(scheme["scale"], str):
             assert parts[name].shape == stored
-            return parts[name].astype(f32).ravel()
+            found = parts[name].astype(f32).ravel()
+            return np.exp2(found - 127) if scheme["scale"] == "e8m0" else found
         return values(parts, name, scheme["scale"], (1, math.prod(stored)), tables).ravel()
 
     full = "/full" if scheme["offset"] in ("zero", "float") else ""
@@ -144,6 +145,13 @@ SCHEMES = [
     Scheme("quantile", 3, 64, "out"),
     Scheme("kmeans:row", 2, 40, offset="float"),
     Scheme("kmeans", 4, "flat:33", offset="mean"),
+    Scheme("int:step", 3, 16),
+    Scheme("int:step", 4, 32, offset="float", scale="int:up6:8"),
+    Scheme("int:step", 3, 16, scale="int:step6:16"),
+    Scheme("iq", 4, 32),
+    Scheme("ocp", 4, 16, scale="ocp8:tensor"),
+    Scheme("ocp", 4, 32, scale="e8m0"),
+    Scheme("ocp:e5m2", 8, "row"),
 ]
 
 

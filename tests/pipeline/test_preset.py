@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fracbit.errors import BudgetError, RecipeError
+from fracbit.pipeline.plan.about import bits_about
 from fracbit.pipeline.plan.budget import budgeted
+from fracbit.pipeline.plan.memory import running_memory
 from fracbit.pipeline.plan.plan import open_for, plan
 from fracbit.pipeline.plan.presets import SMALL, preset
 from fracbit.pipeline.quantize.run import write_checkpoint
@@ -59,6 +61,34 @@ def test_every_preset_works_with_and_without_a_budget(
     if average is None:
         with pytest.raises(BudgetError, match="divides a budget"):
             plan(recipe, terms)
+
+
+@pytest.mark.parametrize("name", ["fast", "best"])
+@pytest.mark.parametrize("limit", ["size", "fits"])
+def test_a_preset_keeps_to_a_size_or_a_memory(
+    tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path, name: str, limit: str
+) -> None:
+    """With widths around what is left for the linears."""
+    tiny_llama(hidden_size=128, intermediate_size=384, num_attention_heads=4, head_dim=32).save_pretrained(
+        tmp_path / "float"
+    )
+    text = write_ids(tmp_path / "ids.u16", 16, 24)
+    calibration = None if name == "fast" else Calibration(texts=(text,), samples=16, length=24, distill=0)
+    recipe = Recipe(model=str(tmp_path / "float"), calibration=calibration)
+    opened = open_for(recipe)
+    even = write_checkpoint(
+        recipe.model_copy(update={"scheme": Scheme("int", 4, 32, offset="zero")}), tmp_path / "even"
+    )
+    beside = 0 if limit == "size" else running_memory(opened.model.config, 64).bytes
+    terms = Spending(preset=name, context=64, **{limit: str(even.bytes + beside)})  # type: ignore[arg-type]
+    about = bits_about(terms, recipe, opened)
+    assert about is not None
+    assert abs(about - 4.5) < 1
+    asked = budgeted(recipe, terms, opened).recipe
+    made = write_checkpoint(asked, tmp_path / "q")
+    assert 0.9 * even.bytes < made.bytes <= even.bytes
+    with pytest.raises(BudgetError, match="exactly one"):
+        Spending(preset=name, size="1MB", average_bits=3)
 
 
 WEIGHED = {"weigh": "loss"}

@@ -53,6 +53,7 @@ CASES = (
     "llama.cpp gguf int:step8/32",
     "llama.cpp gguf iq4/32",
     "llama.cpp gguf ocp4/32 s=e8m0",
+    "llama.cpp gguf ocp4/16 s=ocp8:tensor",
     "llama.cpp gguf int:step4/32 down_proj int:step4f/32 s=int:up6:8",
     "llama.cpp gguf int:step4/32 down_proj int:step5f/32 s=int:up6:8",
     "llama.cpp gguf int:step4/32 down_proj int:step6/16 s=int:step8:16",

@@ -52,6 +52,7 @@ HELD = {
         "int:step8/32",
         *(f"int:step{bits}{f}/32" for bits in (4, 5) for f in ("", "f")),
         "iq4/32",
+        "ocp4/16 s=ocp8:tensor",
         "ocp4/32 s=e8m0",
     ],
 }

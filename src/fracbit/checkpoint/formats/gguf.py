@@ -16,7 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -281,7 +281,9 @@ def decode(source: Source, settings: Mapping[str, Any]) -> Decoded:
             view = f"{inside}[{expert}]"
             info = views[view] = _slice(info, expert)
         found[name] = _decoding(head, config, inside, view=view, info=info)
-    used = {inside for inside, _ in places.values()}
+        if _beside(inside) in source.tensors:
+            found[name] = _times(found[name], _beside(inside), expert or 0)
+    used = {inside for inside, _ in places.values()} | {_beside(inside) for inside, _ in places.values()}
     left = sorted(source.tensors.keys() - used - {ROPE})
     missed = [name for name in left if _in_model(name, head)]
     if missed:
@@ -296,7 +298,7 @@ def decode(source: Source, settings: Mapping[str, Any]) -> Decoded:
         notes.append(
             "transformers makes no tokenizer of this file; put that of the released model into the output"
         )
-    types = sorted({head.tensors[inside][0] for inside in used} - PLAIN.keys())
+    types = sorted({head.tensors[inside][0] for inside, _ in places.values()} - PLAIN.keys())
     title = f"GGUF, {', '.join(types) or 'floats'}"
     unused = frozenset(left) | {ROPE}
     return Decoded(title, found, unused, tuple(notes), views=views, rounded=bool(types))
@@ -333,6 +335,21 @@ def _slice(info: TensorInfo, expert: int) -> TensorInfo:
     assert info.start is not None
     size = info.bytes // info.shape[0]
     return TensorInfo(info.file, info.dtype, info.shape[1:], info.start + expert * size)
+
+
+def _beside(inside: str) -> str:
+    """The tensor that holds what all weights of a tensor are multiplied by, one number or one for each expert."""
+    return f"{inside.removesuffix('.weight')}.scale"
+
+
+def _times(decoding: Decoding, beside: str, expert: int) -> Decoding:
+    """A decoded tensor times its number in the tensor `beside`."""
+    decode = decoding.decode
+    return replace(
+        decoding,
+        parts={**decoding.parts, "factor": Part(beside)},
+        decode=lambda parts: decode(parts) * parts["factor"].view(-1)[expert].float(),
+    )
 
 
 def _decoding(

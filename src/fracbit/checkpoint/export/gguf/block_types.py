@@ -9,6 +9,7 @@ Blocks of 32 weights, with a step d in fp16 and, where there is an offset, a bot
     Q5_1  32 high bits, 16 bytes                w = d q + m
     IQ4_NL  16 bytes                            w = d T[q]          T a fixed table
     MXFP4  a byte e, 16 bytes                   w = 2^(e - 127) T[q]    T the numbers of E2M1
+    NVFP4  4 bytes s, 32 bytes, of 64 weights   w = f s T[q]       s in E4M3 for 16 weights; f in a tensor of its own
 
 Superblocks of 256 weights, whose blocks have steps and bottoms of few bits, s and b, in units of d and -m:
 
@@ -34,7 +35,7 @@ from torch import Tensor
 
 from fracbit.checkpoint.export.coded import STEP, reasons, steps, unexportable
 from fracbit.checkpoint.export.exporter import Nearest
-from fracbit.checkpoint.export.small_floats import MXFP4, exponents, float_codes
+from fracbit.checkpoint.export.small_floats import MXFP4, NVFP4, exponents, float_codes, small_steps
 from fracbit.checkpoint.format import StoredLayer
 from fracbit.numerics.bits import pack_bits
 from fracbit.numerics.datatypes import scale_unit
@@ -50,7 +51,8 @@ class BlockType:
     """A type of blocks, and the `scheme` that it holds without rounding.
 
     `length`: weights of a block, `bytes`: what it takes. `file_type`: llama.cpp's number of a file that has mostly this type.
-    `encode`: the rows uint8 [out, in / length * bytes] of a packed weight.
+    `encode`: the rows uint8 [out, in / length * bytes] of a packed weight. `factor`: fp32 [1], which llama.cpp keeps in
+    a tensor beside it, called `scale`.
     """
 
     scheme: Scheme
@@ -58,6 +60,7 @@ class BlockType:
     bytes: int
     file_type: int
     encode: Callable[[PackedTensor], Tensor]
+    factor: Callable[[PackedTensor], Tensor] | None = None
 
     def row_bytes(self, width: int) -> int:
         """Bytes of a row of `width` weights."""
@@ -185,6 +188,19 @@ def _micro(packed: PackedTensor) -> Tensor:
     return _rows([exponents(packed)[..., None], _nibbles(codes)])
 
 
+def _nvidia(packed: PackedTensor) -> Tensor:
+    """NVFP4: the steps of four blocks of 16, then the codes of each, those of its second half above those of its first."""
+    codes = float_codes(packed).view(packed.shape[0], -1, 4, 2, 8)  # [out, runs of 64, blocks, halves, 8]
+    pairs = codes[..., 0, :] | codes[..., 1, :] << 4  # [out, runs, blocks, 8]
+    scales = small_steps(packed)[0].view(torch.uint8).view(*codes.shape[:3])  # [out, runs, blocks]
+    return _rows([scales, pairs.flatten(2)])
+
+
+def _factor(packed: PackedTensor) -> Tensor:
+    """What all steps of a tensor are multiplied by, [1]."""
+    return small_steps(packed)[1]
+
+
 def _block(dtype: str, bits: int, offset: bool = False) -> Scheme:
     """The scheme of a type with blocks of 32."""
     return Scheme(dtype, bits, BLOCK, offset="float" if offset else "none")
@@ -203,6 +219,7 @@ TYPES: Mapping[str, BlockType] = {
     "Q5_1": BlockType(_block(STEP, 5, True), BLOCK, 24, file_type=9, encode=_fives),
     "IQ4_NL": BlockType(_block("iq", 4), BLOCK, 18, file_type=25, encode=_fours),
     "MXFP4": BlockType(MXFP4, BLOCK, 17, file_type=38, encode=_micro),
+    "NVFP4": BlockType(NVFP4, 64, 36, file_type=39, encode=_nvidia, factor=_factor),
     "Q2_K": BlockType(_super(STEP, 2, 16, "int:up4:16"), SUPERBLOCK, 84, file_type=10, encode=_twos),
     "Q3_K": BlockType(_super(STEP, 3, 16, "int:step6:16"), SUPERBLOCK, 110, file_type=12, encode=_threes),
     "Q4_K": BlockType(_super(STEP, 4, 32, "int:up6:8"), SUPERBLOCK, 144, file_type=15, encode=_wide),
@@ -220,7 +237,10 @@ def type_of(layer: StoredLayer) -> str | None:
     fits = [
         name
         for name, kind in TYPES.items()
-        if layer.scheme == kind.scheme and layer.shape[1] % kind.length == 0 and not layer.outliers
+        if layer.scheme == kind.scheme
+        and layer.shape[1] % kind.length == 0
+        and not layer.outliers
+        and (kind.factor is None or layer.kind != "embedding")
     ]
     return fits[0] if fits else None
 
@@ -242,6 +262,8 @@ class BlockForms:
         if refused is not None:
             return refused
         fits = [kind for kind in TYPES.values() if layer.shape[1] % kind.length == 0]
+        if layer.kind == "embedding":
+            fits = [kind for kind in fits if kind.factor is None]  # rows of a table are looked up without it
         if not fits:
             return Nearest("float", f"no block of the format divides its {layer.shape[1]} inputs")
         asked = layer.scheme

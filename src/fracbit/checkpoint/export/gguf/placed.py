@@ -68,13 +68,16 @@ def placed(stored: StoredModel, architecture: Architecture) -> list[Placed]:
         found.setdefault(place, []).append(name)
     passage = Passage(stored, architecture, stored.model.config.to_dict())
     factors = frequency_factors(stored.model.config)
-    return [
-        *(_ready(name, tensor) for name, tensor in factors.items()),
-        *(
-            _stack(passage, names, inside) if many else _single(passage, names[0], inside)
-            for (inside, many), names in found.items()
-        ),
+    made = {
+        inside: _stack(passage, names, inside) if many else _single(passage, names[0], inside)
+        for (inside, many), names in found.items()
+    }
+    beside = [
+        _factors(stored, names, inside)
+        for (inside, _), names in found.items()
+        if made[inside].kind in TYPES and TYPES[made[inside].kind].factor is not None
     ]
+    return [*(_ready(name, tensor) for name, tensor in factors.items()), *made.values(), *beside]
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -186,6 +189,22 @@ def _stack(passage: Passage, names: Sequence[str], inside: str) -> Placed:
 
     shape = (len(parts), *parts[0].shape)
     return Placed(inside, parts[0].kind, shape, sum(part.bytes for part in parts), make=make)
+
+
+def _factors(stored: StoredModel, names: Sequence[str], inside: str) -> Placed:
+    """What all weights of a tensor are multiplied by, or those of each expert: [1] or [experts]."""
+
+    def make() -> MadeRows:
+        found = []
+        for name in names:
+            packed, _ = stored.exported(name.removesuffix(".weight"))
+            factor = TYPES[_kind(stored, name, inside)].factor
+            assert factor is not None
+            found.append(factor(packed))
+        return _raw(torch.cat(found), "F32"), {}
+
+    shape = (len(names),)
+    return Placed(f"{inside.removesuffix('.weight')}.scale", "F32", shape, _bytes("F32", shape), make=make)
 
 
 def _ready(name: str, tensor: Tensor) -> Placed:

@@ -463,7 +463,7 @@ def test_a_file_is_whole_or_absent_and_a_run_goes_on(tmp_path: Path, monkeypatch
     out, whole = tmp_path / "made", exported(done, tmp_path / "whole").read_bytes()
     names: list[str] = []
 
-    def stop(path: Path, *rest: Any) -> Any:
+    def stop(path: Path, *rest: Any, **inside: Any) -> Any:
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
@@ -482,7 +482,7 @@ def test_a_file_is_whole_or_absent_and_a_run_goes_on(tmp_path: Path, monkeypatch
             export(done, out, "gguf", resume=True)
     assert (out / "model.gguf").read_bytes() == whole
     with monkeypatch.context() as patch:
-        patch.setattr(gguf_file, "write_gguf", lambda *_: names.append("again"))
+        patch.setattr(gguf_file, "write_gguf", lambda *_, **inside: names.append("again"))
         export(done, out, "gguf", resume=True)
     assert not names
     assert not (out / JOURNAL).exists()

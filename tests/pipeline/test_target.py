@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 
 import fracbit
 from fracbit.checkpoint.export.exporter import FORMATS
+from fracbit.checkpoint.export.one_file import partial_of
 from fracbit.checkpoint.format import StoredLayer
 from fracbit.cli import app
 from fracbit.engines.engine import ENGINES
 from fracbit.errors import FormatError, FracbitError, OutputError, RecipeError
 from fracbit.pipeline.plan.target import for_engine, target_of
 from fracbit.pipeline.quantize.run import open_for
-from fracbit.pipeline.quantize.served import partial_of
 from fracbit.records.calibration import Calibration
 from fracbit.records.recipe import Override, Recipe
 from fracbit.records.scheme import Scheme, parse_scheme

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -25,9 +25,11 @@ from torch import Tensor
 from fracbit.checkpoint.lock import holder, only_writer
 from fracbit.checkpoint.source import INDEX, PICKLES, TYPE_NAMES, content_hash
 from fracbit.errors import FormatError, OutputError
-from fracbit.records.run import ShardRecord, StoredTensor
+from fracbit.records.run import LayerRecord, ShardRecord, StoredTensor
 
 T = TypeVar("T")
+WeightRecord: TypeAlias = Callable[[Mapping[str, LayerRecord]], Mapping[str, Any]]
+"""What a weight file that stands by itself says of its making, given the layers that were rounded again."""
 JOURNAL = ".fracbit"
 TEMPORARY = ".tmp"
 """Ends the name of a file that is being written; a run that was killed may leave one."""
@@ -67,10 +69,14 @@ class Shards(Protocol):
 
 @dataclass(frozen=True)
 class Output:
-    """An output folder that a run is filling. `notes`: what its file system does not give."""
+    """An output folder that a run is filling. `notes`: what its file system does not give.
+
+    `inside`: what its one weight file is to hold of its record, where that file leaves the folder; None where it stays.
+    """
 
     folder: Path
     notes: tuple[str, ...] = ()
+    inside: WeightRecord | None = None
 
     @property
     def journal(self) -> Path | None:
@@ -105,6 +111,13 @@ class Output:
         """
         record = _replace(self.folder / name, write)
         write_json(self.folder / JOURNAL / f"{name}.json", record.to_json())
+
+    def move_out(self, name: str, file: Path) -> None:
+        """Give a finished weight file its place outside, whole or not at all, and remove the folder."""
+        with _disk_errors(file.parent):
+            os.replace(self.folder / name, file)
+            _flush(file.parent)
+            shutil.rmtree(self.folder)
 
     def finish(self, config: Mapping[str, Any], manifest: Mapping[str, Any], card: str | None = None) -> None:
         """Write the model card and the manifest, which gets the hashes of all tensors and files; remove the journal.

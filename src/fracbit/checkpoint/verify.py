@@ -1,7 +1,7 @@
 """`fracbit verify`: whether the bytes of a checkpoint are those that were written.
 
-A fracbit checkpoint is compared with the hashes in its manifest. A float model has none: its index must name the tensors that
-its files hold, and all of them must be finite.
+A fracbit checkpoint is compared with the hashes in its manifest, a GGUF file of fracbit that stands by itself with the hash in
+its header. A float model has none: its index must name the tensors that its files hold, and all of them must be finite.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 
 from fracbit.checkpoint.complete import check_headers, check_listed, listed_tensors
 from fracbit.checkpoint.format import QUANT_METHOD, StoredLayer, packed_layer, read_layers
+from fracbit.checkpoint.formats.gguf_record import lone_file, unchanged
 from fracbit.checkpoint.opened import open_checkpoint
 from fracbit.checkpoint.output import MANIFEST, file_hash
 from fracbit.checkpoint.source import FLOATS, INDEX, SINGLE, Source, read_json, read_tensor, tensor_pieces
@@ -62,14 +63,19 @@ def verified(source: Source, progress: Shown = None) -> Verified:
     started = time.perf_counter()
     listed, files = listed_tensors(source.folder), _listed_files(source.folder)
     weights = {Path(info.file).name for info in source.on_disk.values()}
-    whole = weights <= files.keys()  # files that are hashed as a whole, not tensor by tensor
+    lone = lone_file(source)
+    kept = None if lone is None or files else unchanged(lone)
+    whole = (
+        kept is not None or weights <= files.keys()
+    )  # files that are hashed as a whole, not tensor by tensor
     if listed or whole:  # compared as it lies there, not decoded
         source = replace(source, tensors=source.on_disk, decodings={}, stored={})
     faults = [*_structure(source), *_files(source.folder, files)]
+    faults += [f"{lone} has changed since it was written"] if kept is False else []
     faults += [] if whole else _contents(source, listed, progress)
     faults += [] if listed or whole else _values(source)
     return Verified(
-        str(source.folder),
+        str(source.folder if lone is None or files else lone),
         files=len(weights | files.keys()),
         tensors=len(source.tensors),
         bytes=source.bytes,

@@ -26,7 +26,13 @@ def export(
         ),
     ],
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="Folder for the export.", rich_help_panel=options.WRITE)
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            help="Folder for the export, or a file that ends in .gguf.",
+            rich_help_panel=options.WRITE,
+        ),
     ],
     requantize: Annotated[
         bool,

@@ -20,7 +20,7 @@ FloatModel = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder or hub id of the float model, or bundled.")
 ]
 AnyModel = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Folder or hub id, fracbit or float, or bundled.")
+    str, typer.Argument(metavar="MODEL", help="Folder, hub id or .gguf file, fracbit or float, or bundled.")
 ]
 
 # What to write

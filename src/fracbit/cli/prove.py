@@ -14,7 +14,9 @@ from fracbit.records.tables import ENGINES
 
 
 def prove(
-    folder: Annotated[Path, typer.Argument(metavar="EXPORT", help="Folder that `fracbit export` wrote.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="EXPORT", help="Folder or .gguf file that fracbit wrote for an engine.")
+    ],
     engine: Annotated[
         str | None,
         typer.Option(

@@ -55,7 +55,15 @@ def quantize(
             help="Recipe (TOML), or an allocation (JSON) that `fracbit plan -o` wrote; options override a recipe.",
         ),
     ] = None,
-    output: options.Folder = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="Folder to write; with --for llama.cpp also a file that ends in .gguf.",
+            rich_help_panel=options.WRITE,
+        ),
+    ] = None,
     scheme: Annotated[
         str | None,
         typer.Option(

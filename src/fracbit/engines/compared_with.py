@@ -70,7 +70,7 @@ def _checkpoint(folder: Path, manifest: Mapping[str, Any]) -> ComparedWith:
 
 
 def _itself(path: Path) -> ComparedWith:
-    file = path / "model.gguf"
+    file = path if path.is_file() else path / "model.gguf"
     opened = open_float(file if file.is_file() else path)
     weights = {
         name.removesuffix(".weight"): partial(read_tensor, opened.source, name, torch.float32)

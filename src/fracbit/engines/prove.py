@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fracbit.checkpoint.formats.gguf_record import record_of
 from fracbit.checkpoint.load import tokenizer_or_none
 from fracbit.checkpoint.output import MANIFEST, write_json
 from fracbit.checkpoint.source import read_json
@@ -103,7 +104,8 @@ def prove(
     environments: str | Path = ENVIRONMENTS,
     announce: Callable[[str], None] | None = None,
 ) -> Proof:
-    """Run an export in an engine, compare with the checkpoint, and write proof.json beside it.
+    """Run an export, a folder or one file, in an engine, compare with the checkpoint, and write proof.json beside it (for
+    model.gguf: model.gguf.proof.json).
 
     `engine`: a name of `ENGINES`; by default the first that runs the format. `against`: the checkpoint, by default the one that
     the manifest names; where that is gone, the export as fracbit's own reader decodes it. `text` is a source of ids as for
@@ -135,11 +137,24 @@ def prove(
         protocol=f"{samples} samples of {length} ids, {greedy} greedy tokens after each",
         difference=difference,
     )  # fmt: skip
-    write_json(path / PROOF, asdict(found))
+    write_json(proof_of(path), asdict(found))
     return found
 
 
+def proof_of(path: Path) -> Path:
+    """Where the proof of an export is written."""
+    return path.with_name(f"{path.name}.{PROOF}") if path.is_file() else path / PROOF
+
+
 def _manifest(path: Path) -> dict[str, Any]:
+    if path.is_file():
+        inside = record_of(path)
+        if inside is None:
+            raise FormatError(
+                f"{path} does not say what it was made of: fracbit did not write it as a file by itself, or its header was "
+                f"changed since; name the folder that `fracbit export` wrote, or export again with -o {path.name}"
+            )
+        return inside
     file = path / MANIFEST
     if not file.is_file() or not (path / "config.json").is_file():
         raise FormatError(

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fracbit.checkpoint.load import load, load_tokenizer, tokenizer_or_none
-from fracbit.checkpoint.output import SHARD_BYTES, check_output
+from fracbit.checkpoint.output import SHARD_BYTES
 from fracbit.data import ID_FORMATS, Tokens, read_documents
 from fracbit.errors import DataError, RecipeError
 from fracbit.evaluation import (
@@ -28,7 +28,7 @@ from fracbit.evaluation import (
 from fracbit.pipeline.plan.budget import budgeted, planned
 from fracbit.pipeline.plan.needs import needs_or_why
 from fracbit.pipeline.quantize.run import open_for, write_checkpoint
-from fracbit.pipeline.quantize.served import check_resumable, partial_of, served
+from fracbit.pipeline.quantize.served import place_of, served
 from fracbit.pipeline.quantize.work import check_words
 from fracbit.pipeline.study.overlap import calibration_sources, overlap_notes
 from fracbit.records.progress import Shown, showing
@@ -64,8 +64,8 @@ def quantize(
     - `announce` is told before the run what it will take, which is measured on one of the model's blocks.
     - `resume` continues an interrupted output; a finished one is left as it is, and a note says so.
 
-    Where `spending` names an engine, `output` is what the engine reads; the checkpoint that it is exported from lies beside it
-    while the run lasts, in `output`.partial.
+    Where `spending` names an engine, `output` is what the engine reads, one file if it ends in .gguf (llama.cpp); the
+    checkpoint that it is exported from lies beside it while the run lasts, in `output`.partial.
 
     Raises a `FracbitError`: `SourceError`, `RecipeError`, `SchemeError`, `BudgetError`, `DataError`, `WeightError` (layer
     named), `OutputError`.
@@ -74,12 +74,8 @@ def quantize(
     spending = spending or Spending()
     check_terms(recipe, spending)
     check_words(recipe)
-    place = folder = Path(output).expanduser()
-    if spending.engine is not None:
-        place = partial_of(folder)
-        check_resumable(folder, resume=resume, overwrite=overwrite)
-    if not resume:  # before scores and trials, which may take long; a resumed run is known by its key
-        check_output(folder, "", overwrite, resume)
+    folder = Path(output).expanduser()
+    place = place_of(folder, spending.engine, resume=resume, overwrite=overwrite)
     opened = open_for(recipe)
     said: tuple[str, ...] = ()
     with showing(progress) as show:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -20,6 +21,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fracbit.checkpoint.export.again import requantized
+from fracbit.checkpoint.export.one_file import (
+    FORMATS_OF,
+    check_ending,
+    check_file,
+    is_one_file,
+    made_record,
+    partial_of,
+)
 from fracbit.checkpoint.format import QUANT_METHOD, StoredLayer, packed_layer, read_layers, tensor_name
 from fracbit.checkpoint.opened import model_config, open_checkpoint
 from fracbit.checkpoint.output import MANIFEST, Output, copy_rest, open_output
@@ -121,7 +130,7 @@ FORMATS: Table[Callable[[str], Exporter]] = tables.FORMATS
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export made: the folder, its format, and the bytes of its weight files.
+    """What an export made: the folder or the one file, its format, and the bytes of its weight files.
 
     `requantized`: the layers that were rounded again, with what that lost; `floats`: the layers that became floats.
     """
@@ -155,6 +164,7 @@ def export(
     *,
     requantize: bool = False,
     like: Mapping[str, StoredLayer] | None = None,
+    work: Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
     trust_remote_code: bool = False,
@@ -162,31 +172,56 @@ def export(
 ) -> Exported:
     """Write a fracbit checkpoint (a folder or hub id) into the folder `output` in another format.
 
+    An `output` that ends in .gguf is that one file, which is absent or complete at any moment; `work` is where it is made, by
+    default `output`.partial.
     `format` is a name of `FORMATS`, with a parameter after a colon if the format has one: `float`, `float:fp32`. Nothing is
     rounded, unless `requantize` allows it: then layers that the format cannot hold get the nearest scheme that it can. `like`:
     the forms that another export gave the layers; they are rounded as they were there.
     Raises `RecipeError` for an unknown format, `FormatError` for a layer that it cannot hold, `SourceError`, `OutputError`.
     """
-    exporter = exporter_of(format)
+    exporter, output = exporter_of(format), Path(output).expanduser()
+    one = is_one_file(output)
+    check_ending(output, format, f"export {FORMATS_OF.get(output.suffix)}")
     stored = open_stored(checkpoint, trust_remote_code)
     stored = stored if like is None else replace(stored, layers=like)
-    folder = Path(output).expanduser()
-    check_apart(folder, stored.source.folder)
+    if one:
+        check_file(output, overwrite=overwrite, resume=resume)
+    check_apart(output, stored.source.folder)
     exporter.check(stored.model, stored.source.folder)
     stored = fitted(stored, exporter, format, requantize=requantize)
     key, size = _key(stored, format), exporter.size(stored)
+    place = (work or partial_of(output)) if one else output
+    floats = tuple(name for name in stored.disk if name not in stored.layers)
+    if one and resume and (made := made_record(output)) is not None and made.get("run") == key:
+        shutil.rmtree(place, ignore_errors=True)  # the run was killed between its last two steps
+        return Exported(
+            str(output),
+            format,
+            output.stat().st_size,
+            requantized=_records(made["requantized"]),
+            floats=floats,
+        )
     with (
         showing(progress) as show,
-        open_output(folder, key, expected_bytes=size, overwrite=overwrite, resume=resume) as target,
+        open_output(place, key, expected_bytes=size, overwrite=overwrite, resume=resume) as target,
     ):
+        said = partial(_manifest, stored, format, key)
+        target = replace(target, inside=said) if one else target
         written = exporter.write(stored, target, show or (lambda what, done, total: None))
         records = [target.record(name) or ShardRecord() for name in written.files]
         again = {name: layer for record in records for name, layer in record.layers.items()}
-        copy_rest(stored.source.folder, folder)
-        target.finish(written.config, _manifest(stored, format, again))
-    size = sum((folder / name).stat().st_size for name in written.files)
-    floats = tuple(name for name in stored.disk if name not in stored.layers)
-    return Exported(str(folder), format, size, requantized=again, floats=floats)
+        size = sum((place / name).stat().st_size for name in written.files)
+        if one:
+            check_file(output, overwrite=True, resume=resume)  # it may have come meanwhile
+            target.move_out(written.files[0], output)
+        else:
+            copy_rest(stored.source.folder, output)
+            target.finish(written.config, said(again))
+    return Exported(str(output), format, size, requantized=again, floats=floats)
+
+
+def _records(told: Mapping[str, Any]) -> dict[str, LayerRecord]:
+    return {name: LayerRecord.from_json(layer) for name, layer in told.items()}
 
 
 def exporter_of(asked: str) -> Exporter:
@@ -269,13 +304,17 @@ def _manifest_of(stored: StoredModel) -> dict[str, Any]:
         raise FormatError(f"{path} cannot be read: {error}") from error
 
 
-def _manifest(stored: StoredModel, asked: str, again: Mapping[str, LayerRecord]) -> dict[str, Any]:
-    """Where the export comes from: the recipe and source of the checkpoint, the format, and what was rounded again."""
+def _manifest(stored: StoredModel, asked: str, key: str, again: Mapping[str, LayerRecord]) -> dict[str, Any]:
+    """Where the export comes from: the recipe and source of the checkpoint, the format, and what was rounded again.
+
+    `run`: the key of the export.
+    """
     old = _manifest_of(stored)
     origin = ("recipe", "recipe_key", "source", "texts", "seed", "layers")
     kept: dict[str, Any] = {name: old[name] for name in origin if name in old}
     rounded = {name: layer.to_json() for name, layer in again.items()}
     checkpoint = str(stored.source.folder.resolve())
     return {
-        "fracbit": __version__, "exported": asked, "checkpoint": checkpoint, "layers": {}, **kept, "requantized": rounded
+        "fracbit": __version__, "exported": asked, "run": key, "checkpoint": checkpoint, "layers": {}, **kept,
+        "requantized": rounded,
     }  # fmt: skip

@@ -18,7 +18,8 @@ TOOL = Path(sys.prefix) / "llama.cpp" / "build" / "bin" / "llama-perplexity"
 def main():
     """Let the tool write its log-probabilities, and read them."""
     given = asked()
-    model, kept = Path(given.export) / "model.gguf", given.out / "kept"
+    model, kept = Path(given.export), given.out / "kept"
+    model = model / "model.gguf" if model.is_dir() else model
     length, samples = given.ids.shape[1], given.ids.shape[0]
     words = [
         TOOL,

@@ -7,35 +7,52 @@ from dataclasses import replace
 from pathlib import Path
 
 from fracbit.checkpoint.export.exporter import export
-from fracbit.checkpoint.output import MANIFEST, finished_run, is_unfinished
+from fracbit.checkpoint.export.one_file import (
+    FORMATS_OF,
+    check_ending,
+    check_file,
+    is_one_file,
+    made_record,
+    partial_of,
+)
+from fracbit.checkpoint.output import check_output, is_unfinished
 from fracbit.engines.engine import ENGINES
 from fracbit.errors import OutputError
 from fracbit.records.progress import Progress
 from fracbit.records.run import Result
 
-PARTIAL = ".partial"
+EXPORT = "export"
+"""The folder inside of the checkpoint's in which a file is made."""
 
 
-def partial_of(output: Path) -> Path:
-    """Where the checkpoint of a run for an engine is made. Raises `OutputError` for a path that has no name."""
-    whole = output.absolute()
-    if not whole.name:
-        raise OutputError(f"{output} is the root of a disk; name a folder that does not exist yet")
-    return whole.with_name(whole.name + PARTIAL)
+def place_of(output: Path, engine: str | None, *, resume: bool, overwrite: bool) -> Path:
+    """Where the checkpoint of a run is made: in the output itself, or beside it for an engine.
+
+    Raises `RecipeError` for a file that is none of the engine's, `OutputError` for an output that the run may not write.
+    """
+    if is_one_file(output):
+        wanted = FORMATS_OF[output.suffix]
+        engines = [name for name, each in ENGINES.items() if each.serves and each.formats[0] == wanted]
+        given = "" if engine is None else ENGINES[engine].formats[0]
+        check_ending(output, given, f"write --for {' or '.join(engines)}")
+    place = output
+    if engine is not None:
+        place = partial_of(output)
+        check_resumable(output, resume=resume, overwrite=overwrite)
+    # Before scores and trials, which may take long; a resumed folder is known by its key.
+    if is_one_file(output):
+        check_file(output, overwrite=overwrite, resume=resume)
+    elif not resume:
+        check_output(output, "", overwrite, resume)
+    return place
 
 
 def check_resumable(output: Path, *, resume: bool, overwrite: bool) -> None:
     """Raise `OutputError` for a run that is to go on and has ended, or is to begin and was begun."""
     partial = partial_of(output)
-    if (
-        resume
-        and not overwrite
-        and not partial.exists()
-        and (output / MANIFEST).is_file()
-        and not is_unfinished(output)
-    ):
+    if resume and not overwrite and not partial.exists() and made_record(output) is not None:
         raise OutputError(
-            f"{output} is finished: there is nothing to resume; replace it with --overwrite, or name another folder"
+            f"{output} is finished: there is nothing to resume; replace it with --overwrite, or name another output"
         )
     if partial.exists() and not (resume or overwrite):
         raise OutputError(
@@ -48,11 +65,16 @@ def served(
 ) -> Result:
     """Export the checkpoint of `result` into `output`, in the engine's usual format, and remove it. Raises as `export`."""
     partial, format_ = Path(result.output), ENGINES[engine].formats[0]
-    if _is_made(output, partial, format_):  # a run that was killed before it removed the checkpoint
+    if not overwrite and _is_made(
+        output, partial, format_
+    ):  # a run that was killed before it removed the checkpoint
         size = sum(path.stat().st_size for path in _weight_files(output))
     else:
-        unfinished = output.is_dir() and is_unfinished(output)
-        made = export(partial, output, format_, overwrite=overwrite, resume=unfinished, progress=progress)
+        work = partial / EXPORT
+        unfinished = is_unfinished(work if is_one_file(output) else output)
+        made = export(
+            partial, output, format_, work=work, overwrite=overwrite, resume=unfinished, progress=progress
+        )
         size = made.bytes
     shutil.rmtree(partial)
     return replace(result, output=str(output), bytes=size, notes=result.notes)
@@ -60,16 +82,12 @@ def served(
 
 def _is_made(output: Path, partial: Path, format_: str) -> bool:
     """Whether the output is the finished export of this checkpoint."""
-    theirs, ours = finished_run(output), finished_run(partial)
+    theirs, ours = made_record(output), made_record(partial)
     if theirs is None or ours is None:
         return False
-    same = all(theirs[1].get(name) == ours[1].get(name) for name in ("recipe_key", "source"))
-    return (
-        same
-        and theirs[1].get("exported") == format_
-        and theirs[1].get("checkpoint") == str(partial.resolve())
-    )
+    same = all(theirs.get(name) == ours.get(name) for name in ("recipe_key", "source"))
+    return same and theirs.get("exported") == format_ and theirs.get("checkpoint") == str(partial.resolve())
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    return [*folder.glob("*.safetensors"), *folder.glob("*.gguf")]
+def _weight_files(output: Path) -> list[Path]:
+    return [output] if output.is_file() else [*output.glob("*.safetensors"), *output.glob("*.gguf")]

@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from fracbit.checkpoint.formats.gguf_record import record_of
 from fracbit.checkpoint.output import MANIFEST
 from fracbit.data import Tokens, parse_source, read_documents, shared_documents
 from fracbit.errors import DataError
@@ -20,11 +21,13 @@ from fracbit.errors import DataError
 
 def calibration_sources(model: str | Path) -> tuple[dict[str, Any], ...]:
     """The calibration texts in a model's manifest: `source`, `sha256`, ...; empty for a model without a manifest."""
-    path = Path(model).expanduser() / MANIFEST
+    place = Path(model).expanduser()
+    path = place if place.is_file() else place / MANIFEST
     if not path.is_file():
         return ()
     try:
-        texts = json.loads(path.read_text(encoding="utf-8")).get("texts", ())
+        found = record_of(path) if path == place else json.loads(path.read_text(encoding="utf-8"))
+        texts = (found or {}).get("texts", ())
         return tuple(source for text in texts for source in text.get("sources", ()))
     except (ValueError, AttributeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error

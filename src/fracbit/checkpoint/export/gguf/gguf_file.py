@@ -6,6 +6,7 @@ temporary name, and renamed when it is whole.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,12 +24,14 @@ from fracbit.checkpoint.export.gguf.placed import Placed, placed
 from fracbit.checkpoint.export.gguf.vocabulary import Vocabulary, vocabulary_of
 from fracbit.checkpoint.export.parameter import without_parameter
 from fracbit.checkpoint.format import StoredLayer
-from fracbit.checkpoint.output import Output
+from fracbit.checkpoint.formats.gguf_record import fill, reserve
+from fracbit.checkpoint.output import Output, WeightRecord
 from fracbit.records.progress import Progress
 from fracbit.records.run import LayerRecord, ShardRecord
 
 FILE = "model.gguf"
 TOKEN_BYTES = 64  # about what a token takes with its kind and its merge
+LONGEST = -1.2345678901234567e-300  # no number has more letters
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +64,7 @@ class GgufFile:
         """Write the file, unless `target` has it; one tensor is in memory at a time."""
         if target.record(FILE) is None:
             plan = planned(stored)
-            target.write_file(FILE, lambda path: write_gguf(path, stored, plan, show))
+            target.write_file(FILE, lambda path: write_gguf(path, stored, plan, show, inside=target.inside))
         config = {
             name: value for name, value in stored.source.config.items() if name != "quantization_config"
         }
@@ -88,10 +91,17 @@ def _known(model: PreTrainedModel, folder: Path) -> tuple[Architecture, Vocabula
     return architecture, vocabulary_of(folder, architecture, int(config.vocab_size), str(folder))
 
 
-def write_gguf(path: Path, stored: StoredModel, plan: GgufPlan, show: Progress) -> ShardRecord:
-    """Write the file; returns the records of the layers that were rounded again."""
+def write_gguf(
+    path: Path, stored: StoredModel, plan: GgufPlan, show: Progress, *, inside: WeightRecord | None = None
+) -> ShardRecord:
+    """Write the file; returns the records of the layers that were rounded again.
+
+    `inside`: what the file itself is to say of its making; None where a folder around it says so.
+    """
     gguf = package()
     writer = gguf.GGUFWriter(path, plan.architecture.name)
+    if inside is not None:
+        reserve(writer, len(json.dumps(inside(longest_records(stored)))))
     for tensor in plan.tensors:
         kind = gguf.GGMLQuantizationType[tensor.kind]
         rows = (*tensor.shape[:-1], tensor.bytes // math.prod(tensor.shape[:-1]))  # [.., bytes of a row]
@@ -111,4 +121,15 @@ def write_gguf(path: Path, stored: StoredModel, plan: GgufPlan, show: Progress) 
             show(tensor.name, done, total)
     finally:
         writer.close()
+    if inside is not None:
+        fill(path, inside(layers))
     return ShardRecord(layers=layers)
+
+
+def longest_records(stored: StoredModel) -> dict[str, LayerRecord]:
+    """Records of the layers that will be rounded again, as long as any that this can give."""
+    return {
+        name: LayerRecord(layer.scheme, LONGEST, LONGEST)
+        for name, layer in stored.layers.items()
+        if layer != stored.disk[name]
+    }

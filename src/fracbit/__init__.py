@@ -41,7 +41,7 @@ _API = {
     "evaluate": "fracbit.pipeline.verbs",
     "load": "fracbit.checkpoint.load",
     "sweep": "fracbit.sweeps.runner",
-    "export": "fracbit.checkpoint.export.exporter",
+    "export": "fracbit.pipeline.verbs",
     "prove": "fracbit.engines.prove",
     "verify": "fracbit.checkpoint.verify",
     "run": "fracbit.pipeline.verbs",  # version 0.1's name of quantize(recipe, output); goes in 0.3

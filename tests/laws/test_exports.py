@@ -7,20 +7,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import fracbit
 from fracbit.checkpoint.export.exporter import FORMATS, StoredModel, export, exporter_of, fitted, open_stored
 from fracbit.checkpoint.format import StoredLayer
 from fracbit.checkpoint.opened import open_float
 from fracbit.checkpoint.source import read_tensor
-from fracbit.errors import FormatError, RecipeError
+from fracbit.cli import app
+from fracbit.errors import DataError, FormatError, OutputError, RecipeError
 from fracbit.numerics import decode
 from fracbit.pipeline.quantize.run import write_checkpoint
 from fracbit.records.recipe import Override, Recipe
 from fracbit.records.scheme import Scheme, parse_scheme
+from outputs import contents
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -367,3 +371,68 @@ def test_parameters_of_formats(floats: Path, tiny_llama: Maker, tmp_path: Path) 
     with pytest.raises(FormatError, match="a zero point is 0"):
         fracbit.export(zero, tmp_path / "made", "gptq:v1")
     assert not (tmp_path / "made" / "config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors", "gguf"])
+def test_what_rounding_again_costs_in_predictions(name: str, floats: Path, tmp_path: Path) -> None:
+    """The figure is that of `fracbit.evaluate` on the files, read by the reader of the format."""
+    needs_its_package(name)
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 90, 200))
+    done = quantized(floats, tmp_path / "q", "kmeans3/64", embeddings=Scheme("kmeans", 4, 32))
+    how = {"requantize": True, "held_out": tmp_path / "ids.npy", "progress": None}
+    made = fracbit.export(done, tmp_path / "made", name, **how)
+    assert made.divergence is not None
+    file = file_of(tmp_path / "made")
+    found = fracbit.evaluate(
+        fracbit.load(file if name == "gguf" else file.parent, "float32"),
+        tmp_path / "ids.npy",
+        against=fracbit.load(done, "float32"),
+        progress=None,
+    )
+    assert found.divergence is not None
+    assert found.divergence.kl > 1e-6
+    assert made.divergence["kl"] == pytest.approx(found.divergence.kl, rel=0.02)
+    assert made.divergence["protocol"]["text"] == str(found.divergence.protocol)
+    assert made.divergence["text_sha256"] == found.text_sha256
+    note = made.notes[-1]
+    assert note.startswith(
+        f"predictions of the exported weights are {made.divergence['kl']:.5f} nats per token (mean KL)"
+    )
+    assert str(found.divergence.protocol) in note
+    manifest = json.loads((tmp_path / "made" / "fracbit.json").read_text())
+    assert manifest["divergence"] == made.divergence
+    ran = CliRunner().invoke(
+        app,
+        f"export {done} --to {name} --requantize --held-out {tmp_path / 'ids.npy'} --json -o {tmp_path / 'again'}",
+    )
+    assert ran.exit_code == 0, ran.output
+    assert json.loads(ran.stdout)["divergence"] == made.divergence
+    assert contents(tmp_path / "again") == contents(tmp_path / "made")
+
+
+def test_a_held_out_text_needs_something_to_measure(floats: Path, tmp_path: Path) -> None:
+    done = quantized(floats, tmp_path / "q", "int:step4/32")
+    with pytest.raises(RecipeError, match=r"--held-out\) measures what rounding again costs.*--requantize"):
+        fracbit.export(done, tmp_path / "made", "gptq", held_out="bundled:held-out")
+    with pytest.raises(DataError, match=r"none\.txt"):
+        fracbit.export(done, tmp_path / "made", "gptq", requantize=True, held_out=tmp_path / "none.txt")
+    assert not (tmp_path / "made").exists()
+    np.save(tmp_path / "ids.npy", np.arange(40))
+    made = fracbit.export(done, tmp_path / "made", "gptq", requantize=True, held_out=tmp_path / "ids.npy")
+    assert made.divergence is not None
+    assert made.divergence["kl"] < 1e-6, "nothing was rounded again"
+    with pytest.raises(OutputError, match="not empty"):
+        fracbit.export(done, tmp_path / "made", "gptq", requantize=True, held_out=tmp_path / "ids.npy")
+
+
+def test_the_remedy_says_what_happens(floats: Path, tmp_path: Path) -> None:
+    table = quantized(floats, tmp_path / "table", "int:step4/32", embeddings=Scheme("int:step", 8, 32))
+    with pytest.raises(FormatError, match=r"\(--requantize\) makes them floats, and says"):
+        export(table, tmp_path / "made", "gptq")
+    with pytest.raises(FormatError, match=r"\(--requantize\) rounds them again, and says"):
+        export(quantized(floats, tmp_path / "q", "nf4/32"), tmp_path / "made", "gptq")
+    both = quantized(floats, tmp_path / "both", "nf4/32", embeddings=Scheme("int:step", 8, 32))
+    with pytest.raises(
+        FormatError, match=r"\(--requantize\) rounds them again or makes them floats, and says"
+    ):
+        export(both, tmp_path / "made", "gptq")

@@ -38,10 +38,19 @@ def export(
         bool,
         typer.Option(
             "--requantize",
-            help="Round layers that the format cannot hold again, to the nearest scheme that it can, and say what that costs.",
+            help="Round layers that the format cannot hold again, to the nearest scheme that it can (or store floats), and say "
+            "what that costs.",
             rich_help_panel=options.WRITE,
         ),
     ] = False,
+    held_out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="With --requantize: text on which the cost is also measured in predictions (mean KL from CHECKPOINT).",
+            rich_help_panel=options.MEASURE,
+        ),
+    ] = None,
     overwrite: options.Overwrite = False,
     resume: options.Resume = False,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -52,7 +61,7 @@ def export(
     FORMATS.check(to.partition(":")[0])
     with progress(json or quiet) as show:
         made = fracbit.export(
-            checkpoint, output, to, requantize=requantize, overwrite=overwrite, resume=resume,
+            checkpoint, output, to, requantize=requantize, held_out=held_out, overwrite=overwrite, resume=resume,
             trust_remote_code=trust_remote_code, progress=show,
         )  # fmt: skip
     print_notes(() if quiet else made.notes)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fracbit.checkpoint.export.as_exported import as_exported
+from fracbit.checkpoint.export.exporter import Exported, StoredModel
+from fracbit.checkpoint.export.exporter import export as write_export
 from fracbit.checkpoint.load import load, load_tokenizer, tokenizer_or_none
 from fracbit.checkpoint.output import SHARD_BYTES
 from fracbit.data import ID_FORMATS, Tokens, read_documents
@@ -113,6 +117,59 @@ def _recipe_of(model: str | Path | Recipe, scheme: Scheme | str | None) -> Recip
     if scheme is not None:
         raise RecipeError("a recipe names its scheme: leave the argument `scheme` out, or change the recipe")
     return model
+
+
+def export(
+    checkpoint: str | Path,
+    output: str | Path,
+    format: str,  # noqa: A002
+    *,
+    requantize: bool = False,
+    held_out: str | Path | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    trust_remote_code: bool = False,
+    progress: Shown = "auto",
+) -> Exported:
+    """Write a fracbit checkpoint (a folder or hub id) into the folder, or the .gguf file, `output` in another format.
+
+    `format` is a name of `FORMATS`, with a parameter after a colon if the format has one: `float`, `float:fp32`. Nothing is
+    rounded, unless `requantize` allows it: then layers that the format cannot hold get the nearest scheme that it can.
+    `held_out`: a text, as for `evaluate`, on which the divergence of their predictions from the checkpoint's is measured.
+    Raises `RecipeError` for an unknown format, `FormatError` for a layer that it cannot hold, `SourceError`, `OutputError`,
+    `DataError`.
+    """
+    if held_out is not None and not requantize:
+        raise RecipeError(
+            "held_out (--held-out) measures what rounding again costs, and nothing is rounded without requantize "
+            "(--requantize); add that, or leave the text out"
+        )
+    measure = None
+    if held_out is not None:
+        check_source(str(held_out))
+        measure = partial(_cost, text=str(held_out), trust_remote_code=trust_remote_code)
+    return write_export(
+        checkpoint,
+        output,
+        format,
+        requantize=requantize,
+        measure=measure,
+        overwrite=overwrite,
+        resume=resume,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+
+
+def _cost(stored: StoredModel, text: str, trust_remote_code: bool) -> dict[str, Any]:
+    """How far predictions of what is exported are from the checkpoint's, and on what; the same in every run."""
+    with as_exported(stored, trust_remote_code) as model:
+        reference = load(stored.source.folder, "float32", trust_remote_code=trust_remote_code)
+        found = evaluate(model, text, against=reference, trust_remote_code=trust_remote_code, progress=None)
+    assert found.divergence is not None
+    measured = found.divergence.to_json()
+    del measured["seconds"]
+    return {"text": text, "text_sha256": found.text_sha256, **measured, "notes": list(found.notes)}
 
 
 @dataclass(frozen=True)

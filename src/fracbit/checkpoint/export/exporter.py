@@ -11,11 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -31,7 +31,7 @@ from fracbit.checkpoint.export.one_file import (
 )
 from fracbit.checkpoint.format import QUANT_METHOD, StoredLayer, packed_layer, read_layers, tensor_name
 from fracbit.checkpoint.opened import model_config, open_checkpoint
-from fracbit.checkpoint.output import MANIFEST, Output, copy_rest, open_output
+from fracbit.checkpoint.output import MANIFEST, Output, check_output, copy_rest, open_output
 from fracbit.checkpoint.shards import check_apart
 from fracbit.checkpoint.source import Source, read_tensor
 from fracbit.errors import FormatError
@@ -77,6 +77,11 @@ class StoredModel:
     def tensor(self, name: str) -> Tensor:
         """A tensor that stayed float, as it is stored."""
         return read_tensor(self.source, name)
+
+    @property
+    def changed(self) -> bool:
+        """Whether a layer is exported in another form than it is stored in."""
+        return self.layers != self.disk
 
     @cached_property
     def rest(self) -> tuple[str, ...]:
@@ -126,6 +131,8 @@ class Exporter(Protocol):
 
 
 FORMATS: Table[Callable[[str], Exporter]] = tables.FORMATS
+Measure: TypeAlias = Callable[[StoredModel], Mapping[str, Any]]
+"""How far the predictions of a model as it is exported are from those of its checkpoint, as JSON values."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +140,7 @@ class Exported:
     """What an export made: the folder or the one file, its format, and the bytes of its weight files.
 
     `requantized`: the layers that were rounded again, with what that lost; `floats`: the layers that became floats.
+    `divergence`: how far the predictions are from the checkpoint's for both, with its text and protocol; None: not measured.
     """
 
     output: str
@@ -140,10 +148,22 @@ class Exported:
     bytes: int
     requantized: Mapping[str, LayerRecord] = field(default_factory=dict)
     floats: tuple[str, ...] = ()
+    divergence: Mapping[str, Any] | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What is not as it was stored, and what rounding again cost."""
+        return (*self._weights(), *self._predictions())
+
+    def _predictions(self) -> Iterator[str]:
+        if self.divergence is not None:
+            yield (
+                f"predictions of the exported weights are {self.divergence['kl']:.5f} nats per token (mean KL) from the "
+                f"checkpoint's, on {self.divergence['text']} ({self.divergence['protocol']['text']})"
+            )
+            yield from self.divergence["notes"]
+
+    def _weights(self) -> tuple[str, ...]:
         floats = (f"{_some(self.floats)} became floats",) if self.floats else ()
         if not self.requantized:
             return floats
@@ -164,6 +184,7 @@ def export(
     *,
     requantize: bool = False,
     like: Mapping[str, StoredLayer] | None = None,
+    measure: Measure | None = None,
     work: Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -176,7 +197,8 @@ def export(
     default `output`.partial.
     `format` is a name of `FORMATS`, with a parameter after a colon if the format has one: `float`, `float:fp32`. Nothing is
     rounded, unless `requantize` allows it: then layers that the format cannot hold get the nearest scheme that it can. `like`:
-    the forms that another export gave the layers; they are rounded as they were there.
+    the forms that another export gave the layers; they are rounded as they were there. `measure` is asked for the divergence
+    before anything is written.
     Raises `RecipeError` for an unknown format, `FormatError` for a layer that it cannot hold, `SourceError`, `OutputError`.
     """
     exporter, output = exporter_of(format), Path(output).expanduser()
@@ -191,37 +213,45 @@ def export(
     stored = fitted(stored, exporter, format, requantize=requantize)
     key, size = _key(stored, format), exporter.size(stored)
     place = (work or partial_of(output)) if one else output
-    floats = tuple(name for name in stored.disk if name not in stored.layers)
-    if one and resume and (made := made_record(output)) is not None and made.get("run") == key:
+    if one and resume and (made := made_record(output) or {}).get("run") == key:
         shutil.rmtree(place, ignore_errors=True)  # the run was killed between its last two steps
-        return Exported(
-            str(output),
-            format,
-            output.stat().st_size,
-            requantized=_records(made["requantized"]),
-            floats=floats,
+        again = {name: LayerRecord.from_json(layer) for name, layer in made["requantized"].items()}
+        return _exported(
+            stored, output, [output], asked=format, again=again, divergence=made.get("divergence")
         )
+    check_output(place, key, overwrite, resume)
+    divergence = None if measure is None else measure(stored)
     with (
         showing(progress) as show,
         open_output(place, key, expected_bytes=size, overwrite=overwrite, resume=resume) as target,
     ):
-        said = partial(_manifest, stored, format, key)
+        said = partial(_manifest, stored, format, key, divergence=divergence)
         target = replace(target, inside=said) if one else target
         written = exporter.write(stored, target, show or (lambda what, done, total: None))
         records = [target.record(name) or ShardRecord() for name in written.files]
         again = {name: layer for record in records for name, layer in record.layers.items()}
-        size = sum((place / name).stat().st_size for name in written.files)
         if one:
             check_file(output, overwrite=True, resume=resume)  # it may have come meanwhile
             target.move_out(written.files[0], output)
         else:
             copy_rest(stored.source.folder, output)
             target.finish(written.config, said(again))
-    return Exported(str(output), format, size, requantized=again, floats=floats)
+    files = [output] if one else [output / name for name in written.files]
+    return _exported(stored, output, files, asked=format, again=again, divergence=divergence)
 
 
-def _records(told: Mapping[str, Any]) -> dict[str, LayerRecord]:
-    return {name: LayerRecord.from_json(layer) for name, layer in told.items()}
+def _exported(
+    stored: StoredModel,
+    output: Path,
+    files: Sequence[Path],
+    *,
+    asked: str,
+    again: Mapping[str, LayerRecord],
+    divergence: Mapping[str, Any] | None,
+) -> Exported:
+    size = sum(file.stat().st_size for file in files)
+    floats = tuple(name for name in stored.disk if name not in stored.layers)
+    return Exported(str(output), asked, size, requantized=again, floats=floats, divergence=divergence)
 
 
 def exporter_of(asked: str) -> Exporter:
@@ -263,8 +293,13 @@ def fitted(stored: StoredModel, exporter: Exporter, asked: str, *, requantize: b
     )
     if not refused:
         return replace(stored, layers=layers)
-    can = {near.scheme for near in refused} - {None}
-    remedy = ". requantize=True (--requantize) rounds them again, and says what it costs" if can else ""
+    does = {
+        "makes them floats" if near.scheme == "float" else "rounds them again"
+        for near in refused
+        if near.scheme
+    }
+    words = " or ".join(sorted(does, reverse=True))
+    remedy = f". requantize=True (--requantize) {words}, and says what it costs" if does else ""
     reasons = [f"{_some(names)}: {_explained(near)}" for near, names in refused.items()]
     raise FormatError(
         f"format {asked} cannot hold every layer of {stored.source.name}. {'. '.join(reasons)}{remedy}"
@@ -304,8 +339,15 @@ def _manifest_of(stored: StoredModel) -> dict[str, Any]:
         raise FormatError(f"{path} cannot be read: {error}") from error
 
 
-def _manifest(stored: StoredModel, asked: str, key: str, again: Mapping[str, LayerRecord]) -> dict[str, Any]:
-    """Where the export comes from: the recipe and source of the checkpoint, the format, and what was rounded again.
+def _manifest(
+    stored: StoredModel,
+    asked: str,
+    key: str,
+    again: Mapping[str, LayerRecord],
+    *,
+    divergence: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Where the export comes from: the recipe and source of the checkpoint, the format, and what rounding again cost.
 
     `run`: the key of the export.
     """
@@ -316,5 +358,5 @@ def _manifest(stored: StoredModel, asked: str, key: str, again: Mapping[str, Lay
     checkpoint = str(stored.source.folder.resolve())
     return {
         "fracbit": __version__, "exported": asked, "run": key, "checkpoint": checkpoint, "layers": {}, **kept,
-        "requantized": rounded,
+        "requantized": rounded, **({} if divergence is None else {"divergence": divergence}),
     }  # fmt: skip

@@ -109,6 +109,25 @@ def test_what_was_rounded_again_is_compared_with_what_it_became(tiny_llama: Make
     )
 
 
+def test_an_export_whose_layers_became_floats_is_compared_with_these(
+    tiny_llama: Maker, tmp_path: Path
+) -> None:
+    """They are in the type of the source, which loses more than the checkpoint's grid did."""
+    tiny_llama(hidden_size=64, intermediate_size=96).bfloat16().save_pretrained(tmp_path / "float")
+    recipe = Recipe(
+        model=str(tmp_path / "float"),
+        scheme=parse_scheme("int:step4/32 s=bf16"),
+        embeddings=parse_scheme("nf4/32 s=fp32"),
+    )
+    write_checkpoint(recipe, tmp_path / "q")
+    made = export(tmp_path / "q", tmp_path / "coded", "compressed-tensors", requantize=True)
+    assert (made.requantized, made.floats) == ({}, ("model.embed_tokens",))
+    origin = compared_with(tmp_path / "coded", json.loads((tmp_path / "coded" / MANIFEST).read_text()), None)
+    theirs = load_file(tmp_path / "coded" / "model.safetensors")["model.embed_tokens.weight"].float()
+    with origin.model() as model:
+        assert torch.equal(model.get_input_embeddings().weight, theirs)
+
+
 def test_difference_of_known_predictions(tiny_llama: Maker) -> None:
     model, ids = tiny_llama(), torch.arange(12).view(1, 12)
     with torch.no_grad():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from fracbit.checkpoint.export.as_exported import as_exported
 from fracbit.checkpoint.export.coded import names_of
-from fracbit.checkpoint.export.exporter import StoredModel, export, exporter_of, fitted, open_stored
+from fracbit.checkpoint.export.exporter import StoredModel, exporter_of, fitted, open_stored
 from fracbit.checkpoint.load import load
 from fracbit.checkpoint.opened import open_float
 from fracbit.checkpoint.output import MANIFEST
@@ -64,8 +64,7 @@ def _checkpoint(folder: Path, manifest: Mapping[str, Any]) -> ComparedWith:
     stored = fitted(open_stored(folder), exporter_of(asked), asked, requantize=True)
     names = names_of(stored)
     weights = {names.module(layer): partial(_exported, stored, layer) for layer in stored.layers}
-    again = bool(manifest["requantized"])
-    model = partial(_rounded_again, folder, stored) if again else partial(_loaded, folder)
+    model = partial(as_exported, stored) if stored.changed else partial(_loaded, folder)
     return ComparedWith(str(folder), folder, stored.model.config, weights=weights, model=model)
 
 
@@ -89,11 +88,3 @@ def _exported(stored: StoredModel, layer: str) -> Tensor:
 @contextmanager
 def _loaded(place: Path) -> Iterator[PreTrainedModel]:
     yield load(place, torch.float32)
-
-
-@contextmanager
-def _rounded_again(folder: Path, stored: StoredModel) -> Iterator[PreTrainedModel]:
-    """The model with its layers as the export has rounded them."""
-    with tempfile.TemporaryDirectory() as place:
-        export(folder, f"{place}/float", "float:fp32", like=stored.layers, progress=None)
-        yield load(f"{place}/float", torch.float32)

@@ -144,12 +144,17 @@ def _fused_piece(stored: StoredModel, fused: str, mixture: Mixture, dtype: torch
 
 
 def decoded(stored: StoredModel, name: str, dtype: torch.dtype) -> Tensor:
-    """The weight [out, in] of a linear or a table, quantized or not. Raises `WeightError` where it overflows the type."""
+    """The weight [out, in] of a linear or a table, quantized or not. Raises `WeightError` where it overflows the type.
+
+    One that becomes floats gets the type of the source's first, which every format stores it in.
+    """
     if name not in stored.disk:
         return stored.tensor(f"{name}.weight").to(dtype)
     try:
-        packed = stored.exported(name)[0] if name in stored.layers else stored.packed(name)
-        weight = decode(packed, dtype)
+        if name in stored.layers:
+            weight = decode(stored.exported(name)[0], dtype)
+        else:
+            weight = decode(stored.packed(name), source_dtype(stored)).to(dtype)
     except FormatError as error:
         raise FormatError(f"{stored.source.name}: {error}") from error
     if not bool(torch.isfinite(weight).all()):

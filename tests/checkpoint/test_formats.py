@@ -131,12 +131,14 @@ def test_a_loaded_model_is_that_of_the_plain_floats(folders: tuple[Path, Path], 
     assert "quantization_config" not in first.config.to_dict()
 
 
-def test_verify_and_inspect_see_floats(folders: tuple[Path, Path]) -> None:
+def test_verify_sees_floats_and_inspect_what_is_stored(folders: tuple[Path, Path]) -> None:
     first, second = (verify(folder, progress=None) for folder in folders)
     assert first.faults == ()
     assert (first.tensors, first.bytes) == (second.tensors, second.bytes)
-    assert summarize(str(folders[0]))["layers"] == summarize(str(folders[1]))["layers"]
     name = "model.layers.0.mlp.up_proj.weight"
+    coded, plain = (summarize(str(folder))["layers"] for folder in folders)
+    assert coded.keys() == plain.keys()
+    assert coded[name.removesuffix(".weight")]["scheme"].startswith("fp8, ")
     change_tensors(folders[0], lambda tensors: tensors[f"{name}_scale_inv"].fill_(float("inf")))
     assert any(
         f"{name} in " in fault and "not finite" in fault for fault in verify(folders[0], progress=None).faults

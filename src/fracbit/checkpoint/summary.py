@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from fracbit.checkpoint.format import QUANT_METHOD, StoredLayer, read_layers, tensor_name
+from fracbit.checkpoint.formats.gguf_record import lone_file, record_of
 from fracbit.checkpoint.opened import open_checkpoint
 from fracbit.checkpoint.output import MANIFEST
-from fracbit.checkpoint.source import Source, TensorInfo
+from fracbit.checkpoint.source import FLOATS, Source, TensorInfo
 from fracbit.errors import FormatError
 from fracbit.numerics.packed import part_shapes
 
@@ -22,6 +23,8 @@ _BLOCK = re.compile(r"(.*?\.\d+)\.")
 def summarize(model: str) -> dict[str, Any]:
     """Bits and bytes of every matrix and of the whole; `relative_error` from the manifest, None without one.
 
+    Of a file that other programs run (GPTQ, AWQ, compressed-tensors, MLX, GGUF, ...) the layers are those that it stores in
+    codes, and `format` says which it is; for fracbit's own and float checkpoints that is "".
     `share_of_blocks` and `share_of_parameters`, 0..1: of the weights of the blocks' matrices and of all that are quantized.
     Raises `SourceError` or `FormatError`, the latter also when a tensor does not have the size that its scheme needs.
     """
@@ -30,6 +33,8 @@ def summarize(model: str) -> dict[str, Any]:
     quantization = source.config.get("quantization_config") or {}
     stored = read_layers(quantization) if quantization.get("quant_method") == QUANT_METHOD else {}
     errors = _errors(source)
+    if source.decodings:
+        return _of_codes(model, source, errors)
     layers = {name: _quantized(source, name, layer, errors.get(name)) for name, layer in stored.items()}
     parts = {
         tensor_name(name, part)
@@ -46,16 +51,65 @@ def summarize(model: str) -> dict[str, Any]:
     parameters = weights + sum(torch.Size(info.shape).numel() for info in rest.values())
     return {
         "model": model,
+        "format": "",
         "bits_per_weight": 8 * sum(layer.bytes for layer in stored.values()) / weights if weights else None,
         "bits_per_parameter": 8 * source.bytes / max(parameters, 1),
         "bytes": source.bytes,
-        "share_of_blocks": _share_of_blocks(stored, rest),
+        "share_of_blocks": _share_of_blocks({name: layer.shape for name, layer in stored.items()}, rest),
         "share_of_parameters": weights / max(parameters, 1),
         "layers": layers,
     }
 
 
-def _share_of_blocks(stored: Mapping[str, StoredLayer], rest: Mapping[str, TensorInfo]) -> float:
+def _of_codes(model: str, source: Source, errors: Mapping[str, float]) -> dict[str, Any]:
+    """The same of a source in another format, whose tensors count as they lie on the disk."""
+    disk = source.on_disk
+    bytes_of = {
+        name: sum(disk[part.name].bytes for part in decoding.parts.values())
+        for name, decoding in source.decodings.items()
+    }
+    coded = {
+        name.removesuffix(".weight"): decoding
+        for name, decoding in source.decodings.items()
+        if any(disk[part.name].dtype not in FLOATS for part in decoding.parts.values())
+    }
+    layers = {
+        name: _stored(
+            decoding.scheme or source.decoded, decoding.info.shape, bytes_of[full], errors.get(name)
+        )
+        for full, decoding in source.decodings.items()
+        if (name := full.removesuffix(".weight")) in coded
+    }
+    shapes = {name: tuple(decoding.info.shape) for name, decoding in coded.items()}
+    rest = {name: info for name, info in source.tensors.items() if name.removesuffix(".weight") not in coded}
+    layers |= {
+        name.removesuffix(".weight"): _float(info.dtype, info.shape, info.bytes)
+        for name, info in rest.items()
+        if len(info.shape) >= 2
+    }
+    weights = sum(torch.Size(shape).numel() for shape in shapes.values())
+    parameters = sum(torch.Size(info.shape).numel() for info in source.tensors.values())
+    whole = sum(info.bytes for name, info in disk.items() if not _is_view(name, disk))
+    packed = sum(layers[name]["bytes"] for name in coded)
+    return {
+        "model": model,
+        "format": source.decoded,
+        "bits_per_weight": 8 * packed / weights if weights else None,
+        "bits_per_parameter": 8 * whole / max(parameters, 1),
+        "bytes": whole,
+        "share_of_blocks": _share_of_blocks(shapes, rest),
+        "share_of_parameters": weights / max(parameters, 1),
+        "layers": layers,
+    }
+
+
+def _is_view(name: str, disk: Mapping[str, TensorInfo]) -> bool:
+    """Whether a name stands for a part of a stored tensor, such as one expert of many."""
+    whole = name.partition("[")[0]
+    return whole != name and whole in disk
+
+
+def _share_of_blocks(stored: Mapping[str, Sequence[int]], rest: Mapping[str, TensorInfo]) -> float:
     """Of the weights in matrices of the stacks in which layers are quantized."""
     stacks = {match[1].rpartition(".")[0] for match in map(_BLOCK.match, stored) if match}
 
@@ -63,7 +117,7 @@ def _share_of_blocks(stored: Mapping[str, StoredLayer], rest: Mapping[str, Tenso
         match = _BLOCK.match(name)
         return match is not None and match[1].rpartition(".")[0] in stacks
 
-    small = sum(layer.shape[0] * layer.shape[1] for name, layer in stored.items() if inside(name))
+    small = sum(torch.Size(shape).numel() for name, shape in stored.items() if inside(name))
     floats = sum(
         torch.Size(info.shape).numel() for name, info in rest.items() if len(info.shape) > 1 and inside(name)
     )
@@ -76,9 +130,7 @@ def loss_table(model: str) -> tuple[list[str], list[list[str]]]:
     A loss is the quantizer's own, relative to that of zero weights; linears of one name (experts) show their mean.
     `out` after a loss: blocks run along the output. There are no rows without a manifest.
     """
-    source = open_checkpoint(model)
-    path = source.folder / MANIFEST
-    manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"layers": {}}
+    manifest = {"layers": {}, **_manifest(open_checkpoint(model))}
     losses: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for name, facts in manifest["layers"].items():
         found = _BLOCK.match(name)
@@ -126,12 +178,16 @@ def _quantized(source: Source, name: str, layer: StoredLayer, error: float | Non
 
 
 def _float(dtype: str, shape: tuple[int, ...], size: int) -> dict[str, Any]:
+    return _stored(dtype.lower(), shape, size, None)
+
+
+def _stored(scheme: str, shape: tuple[int, ...], size: int, error: float | None) -> dict[str, Any]:
     return {
-        "scheme": dtype.lower(),
+        "scheme": scheme,
         "shape": list(shape),
         "bits_per_weight": 8 * size / max(torch.Size(shape).numel(), 1),
         "bytes": size,
-        "relative_error": None,
+        "relative_error": error,
         "outliers": 0,
         "inputs": None,
         "rotated": False,
@@ -139,11 +195,29 @@ def _float(dtype: str, shape: tuple[int, ...], size: int) -> dict[str, Any]:
 
 
 def _errors(source: Source) -> dict[str, float]:
-    path = source.folder / MANIFEST
+    """The relative errors of layers; none of layers that an export rounded again, whose error nobody measured."""
+    manifest = _manifest(source)
+    again = manifest.get("requantized", {})
+    try:
+        layers = manifest["layers"] if manifest else {}
+        return {
+            name: layer["loss"] for name, layer in layers.items() if "loss" in layer and name not in again
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"the {MANIFEST} of {source.name} cannot be read: {error}") from error
+
+
+def _manifest(source: Source) -> dict[str, Any]:
+    """The manifest of a source: in its folder, inside of its one file, or beside this; empty where there is none."""
+    file = lone_file(source)
+    inside = None if file is None else record_of(file)
+    if inside is not None:
+        return inside
+    path = (source.folder if file is None else file.parent) / MANIFEST
     if not path.is_file():
         return {}
     try:
-        layers = json.loads(path.read_text(encoding="utf-8"))["layers"]
-        return {name: layer["loss"] for name, layer in layers.items() if "loss" in layer}
-    except (ValueError, KeyError, TypeError) as error:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found if file is None or file.name in found.get("files", {}) else {}
+    except (ValueError, AttributeError) as error:
         raise FormatError(f"{path} cannot be read: {error}") from error

@@ -13,7 +13,10 @@ def inspect(
     model: options.AnyModel,
     json: options.Json = False,
 ) -> None:
-    """Show scheme, bits per weight, bytes and relative error of every layer."""
+    """Show scheme, bits per weight, bytes and relative error of every layer, as MODEL stores it.
+
+    MODEL may also be a file of another program: GPTQ, AWQ, compressed-tensors, MLX, GGUF, ...
+    """
     from fracbit.checkpoint.summary import summarize
 
     summary = summarize(model)
@@ -24,7 +27,7 @@ def inspect(
     print_table(
         ["layer", "shape", "scheme", "bits/weight", "bytes", "relative error"],
         rows,
-        title=str(Path(model).name),
+        title=Path(model).name + (f" ({summary['format']})" if summary["format"] else ""),
     )
     weights = summary["bits_per_weight"]
     print(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fracbit.checkpoint.formats.codes import decoded_type
+from fracbit.checkpoint.formats.codes import decoded_type, spelled
 from fracbit.checkpoint.formats.decoding import Decoding, Part
 from fracbit.checkpoint.formats.known import Decoded, SourceFormat
 from fracbit.checkpoint.source import Source, TensorInfo
@@ -87,7 +87,9 @@ def _decoding(source: Source, settings: Mapping[str, Any], layer: str) -> Decodi
         "zeros": Part(f"{layer}.qzeros", rows=8, axis=1),
         "scales": Part(f"{layer}.scales", rows=1, axis=1),
     }
-    return Decoding(TensorInfo(words.file, decoded_type(source, scales), (out, width)), parts, values)
+    scheme = spelled(BITS, group, width, offset="zero", scale=scales)
+    info = TensorInfo(words.file, decoded_type(source, scales), (out, width))
+    return Decoding(info, parts, values, scheme=scheme)
 
 
 def _unpack(words: Tensor) -> Tensor:

@@ -90,7 +90,8 @@ def _eight(source: Source, layer: str) -> Decoding:
         return parts["codes"].float() * parts["scale"].float()[:, None] * (1 / 127)  # [rows, in]
 
     parts = {"codes": Part(f"{layer}.weight", rows=1), "scale": Part(f"{layer}.SCB", rows=1)}
-    return Decoding(TensorInfo(codes.file, config_type(source.config), codes.shape), parts, values)
+    info = TensorInfo(codes.file, config_type(source.config), codes.shape)
+    return Decoding(info, parts, values, scheme="int8/row")
 
 
 def _four(source: Source, layer: str, state_name: str) -> Decoding:
@@ -135,7 +136,8 @@ def _four(source: Source, layer: str, state_name: str) -> Decoding:
         return (tensors["map"].float()[found.long()] * spread).view(rows, width)  # [rows, in]
 
     dtype = CONFIG_TYPES.get(str(state.get("dtype")), config_type(source.config))
-    return Decoding(TensorInfo(codes.file, dtype, (out, width)), parts, values)
+    scheme = f"{state.get('quant_type') or 'table of 4 bits'}/flat:{block}"
+    return Decoding(TensorInfo(codes.file, dtype, (out, width)), parts, values, scheme=scheme)
 
 
 def _part(name: str, width: int, size: int) -> Part:

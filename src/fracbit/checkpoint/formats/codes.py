@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from fracbit.numerics.bits import row_bytes, unpack_bits
+from fracbit.records.scheme import Offset, Scheme
 
 if TYPE_CHECKING:
     from fracbit.checkpoint.source import Source, TensorInfo
 
 SIXTEEN = ("F16", "BF16")
+SCALE_TYPES = {"F16": "fp16", "BF16": "bf16"}
 CONFIG_TYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """The values of E2M1, by their code: sign, two bits of exponent, one of mantissa."""
@@ -71,6 +73,12 @@ def spread(scale: Tensor, shape: Sequence[int], block: Patch) -> Tensor:
 def decoded_type(source: Source, scale: TensorInfo) -> str:
     """The type of decoded weights: that of their scales if it has 16 bits, else the config's, else BF16."""
     return scale.dtype if scale.dtype in SIXTEEN else config_type(source.config)
+
+
+def spelled(bits: int, group: int, width: int, *, offset: Offset, scale: TensorInfo) -> str:
+    """Integers in groups along the inputs as a scheme of fracbit; one group is a whole row."""
+    kind = SCALE_TYPES.get(scale.dtype, "fp32")
+    return str(Scheme("int:step", bits, "row" if group == width else group, offset=offset, scale=kind))
 
 
 def config_type(config: Mapping[str, Any]) -> str:

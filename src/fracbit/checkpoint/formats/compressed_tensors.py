@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from fracbit.checkpoint.formats.codes import (
     block_of,
     decoded_type,
     fp4_values,
+    spelled,
     spread,
     unpack_words,
     words_for,
@@ -36,6 +37,7 @@ from fracbit.checkpoint.formats.known import Decoded, SourceFormat
 from fracbit.checkpoint.source import Source, TensorInfo, read_rows
 from fracbit.errors import SourceError
 from fracbit.numerics.packed import scale_values
+from fracbit.records.scheme import Offset
 
 PACKED, PLAIN = ".weight_packed", ".weight"
 BYTES = ("I8", "F8_E4M3", "F8_E5M2")
@@ -103,7 +105,7 @@ def decode(source: Source, settings: Mapping[str, Any]) -> Decoded:
         module = name.removesuffix(PACKED).removesuffix(PLAIN)
         layer = CodedLayer(source, module, _arguments(source, settings, module), _version(settings))
         kind, decoding = _packed(layer) if name.endswith(PACKED) else _bytes(layer)
-        found[f"{module}.weight"] = decoding
+        found[f"{module}.weight"] = replace(decoding, scheme=_scheme(layer, kind, decoding.info.shape))
         kinds.setdefault(kind, set()).add(layer.bits)
     parts = {part.name for decoding in found.values() for part in decoding.parts.values()}
     left = [name for name in tensors if name.endswith(WEIGHT_PARTS) and name not in parts]
@@ -117,6 +119,17 @@ def decode(source: Source, settings: Mapping[str, Any]) -> Decoded:
     )
     unused = frozenset(name for name in tensors if name.endswith(RUN_TIME))
     return Decoded(f"compressed-tensors {title}", found, unused, _notes(settings))
+
+
+def _scheme(layer: CodedLayer, kind: str, shape: Sequence[int]) -> str:
+    """How a layer is stored, by the shape of its scales."""
+    scale = layer.info(".weight_scale")
+    out, groups = scale.shape if len(scale.shape) == 2 else (1, 1)
+    size, rows = shape[1] // groups, -(-shape[0] // out)
+    if kind == "int" and rows == 1 and shape[0] > 1:
+        offset: Offset = "none" if layer.args.get("symmetric", True) else "zero"
+        return spelled(layer.bits, size, shape[1], offset=offset, scale=scale)
+    return f"{kind}{layer.bits if kind == 'int' else ''}, {rows} x {size}"
 
 
 def _version(settings: Mapping[str, Any]) -> tuple[int, ...]:

@@ -44,13 +44,14 @@ class Decoding:
 
     `decode` takes the parts of any whole number of steps of rows and gives these rows, in any float type. It may close over
     numbers, such as the width of a row, and never over the number of rows. `upright`: a linear's weight comes out as
-    [out, in], whatever the layer of the model stores.
+    [out, in], whatever the layer of the model stores. `scheme`: how it is stored, in the words of fracbit or of its format.
     """
 
     info: TensorInfo
     parts: Mapping[str, Part]
     decode: Callable[[Mapping[str, Tensor]], Tensor]
     upright: bool = True
+    scheme: str = ""
 
     @property
     def step(self) -> int:
@@ -91,4 +92,6 @@ def filled(decoding: Decoding, parts: Mapping[str, Tensor], dtype: torch.dtype) 
 def turned(decoding: Decoding, info: TensorInfo) -> Decoding:
     """The transpose of a decoded matrix, for layers that store theirs as [in, out]; it is decoded whole. `info`: its own."""
     parts = {role: Part(part.name) for role, part in decoding.parts.items()}
-    return Decoding(info, parts, lambda tensors: decoding.decode(tensors).T, upright=False)
+    return Decoding(
+        info, parts, lambda tensors: decoding.decode(tensors).T, upright=False, scheme=decoding.scheme
+    )

@@ -84,7 +84,9 @@ def _decoding(source: Source, name: str, settings: Mapping[str, Any]) -> Decodin
 
     whole = grid.shape[0] == 1 if grid.shape else True
     parts = {"codes": Part(name, rows=1), "scale": Part(beside, rows=0 if whole else rows)}
-    return Decoding(TensorInfo(info.file, decoded_type(source, grid), info.shape), parts, values)
+    scheme = f"fp8, {block[0]} x {block[1]}"
+    found = TensorInfo(info.file, decoded_type(source, grid), info.shape)
+    return Decoding(found, parts, values, scheme=scheme)
 
 
 FP8_BLOCK = SourceFormat(seen, decode)

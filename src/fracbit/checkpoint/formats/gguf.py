@@ -366,7 +366,11 @@ def _decoding(
     whole = TensorInfo(info.file, dtype, tuple(made.shape))
     if made is blank:
         return Decoding(
-            whole, {"blocks": Part(view, rows=1)}, lambda parts: values(parts["blocks"]), upright=False
+            whole,
+            {"blocks": Part(view, rows=1)},
+            lambda parts: values(parts["blocks"]),
+            upright=False,
+            scheme=kind,
         )
     return Decoding(
         whole,
@@ -375,6 +379,7 @@ def _decoding(
             np.ascontiguousarray(process(values(parts["blocks"]).float().numpy()))
         ),
         upright=False,
+        scheme=kind,
     )
 
 

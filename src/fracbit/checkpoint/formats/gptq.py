@@ -10,17 +10,19 @@ Version 1 stores zero - 1, and its readers add 1 within the bits of a code. Widt
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fracbit.checkpoint.formats.codes import decoded_type, unpack_words, words_for
+from fracbit.checkpoint.formats.codes import decoded_type, spelled, unpack_words, words_for
 from fracbit.checkpoint.formats.decoding import Decoding, Part
 from fracbit.checkpoint.formats.known import Decoded, SourceFormat
 from fracbit.checkpoint.source import Source, TensorInfo
 from fracbit.errors import SourceError
+from fracbit.records.scheme import Offset
 
 WIDTHS = (2, 3, 4, 8)
 VERSIONS = {"": 1, "gptq": 1, "gptq_v2": 2}
@@ -111,7 +113,18 @@ def _decoding(source: Source, settings: Mapping[str, Any], layer: str, version: 
     }
     parts |= {"order": Part(f"{layer}.g_idx")} if order is not None else {}
     info = TensorInfo(words.file, decoded_type(source, scales), (out, width))
-    return bits, Decoding(info, parts, values)
+    even = width // groups  # of a width that groups divide, whatever their order
+    offset: Offset = "none" if _symmetric(settings, layer) else "zero"
+    scheme = spelled(bits, even, width, offset=offset, scale=scales)
+    return bits, Decoding(info, parts, values, scheme=scheme)
+
+
+def _symmetric(settings: Mapping[str, Any], layer: str) -> bool:
+    """Whether all zero points of a layer are the middle code, as its config says."""
+    for pattern, how in (settings.get("dynamic") or {}).items():
+        if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), layer):
+            return bool(how.get("sym", settings.get("sym", True)))
+    return bool(settings.get("sym", True))
 
 
 def _info(source: Source, name: str) -> TensorInfo:

@@ -19,6 +19,7 @@ from fracbit.checkpoint.formats.codes import (
     config_type,
     decoded_type,
     fp4_values,
+    spelled,
     spread,
     unpack_words,
 )
@@ -27,6 +28,7 @@ from fracbit.checkpoint.formats.known import Decoded, SourceFormat
 from fracbit.checkpoint.source import Source, TensorInfo
 from fracbit.errors import SourceError
 from fracbit.numerics.packed import scale_values
+from fracbit.records.scheme import Scheme
 
 WEIGHT, SCALES, BIASES = ".weight", ".scales", ".biases"
 WIDTHS = (2, 3, 4, 5, 6, 8)
@@ -86,9 +88,8 @@ def _small(source: Source, layer: str, how: Mapping[str, Any]) -> tuple[int, Dec
         return found * spread(scale_values(parts["scales"]), found.shape, (1, GROUP))  # [rows, in]
 
     parts = {"words": Part(layer + WEIGHT, rows=1), "scales": Part(layer + SCALES, rows=1)}
-    return bits, Decoding(
-        TensorInfo(words.file, config_type(source.config), (words.shape[0], wide)), parts, values
-    )
+    info = TensorInfo(words.file, config_type(source.config), (words.shape[0], wide))
+    return bits, Decoding(info, parts, values, scheme=str(Scheme("ocp", bits, GROUP, scale="e8m0")))
 
 
 def _decoding(source: Source, layer: str, how: Mapping[str, Any]) -> tuple[int, Decoding]:
@@ -127,7 +128,9 @@ def _decoding(source: Source, layer: str, how: Mapping[str, Any]) -> tuple[int, 
         name: Part(layer + ending, rows=1)
         for name, ending in (("words", WEIGHT), ("scales", SCALES), ("biases", BIASES))
     }
-    return bits, Decoding(TensorInfo(words.file, decoded_type(source, scales), (out, width)), parts, values)
+    scheme = spelled(bits, group, width, offset="float", scale=scales)
+    info = TensorInfo(words.file, decoded_type(source, scales), (out, width))
+    return bits, Decoding(info, parts, values, scheme=scheme)
 
 
 MLX_FORMAT = SourceFormat(seen, decode)

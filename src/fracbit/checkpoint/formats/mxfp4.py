@@ -74,7 +74,7 @@ def _decoding(source: Source, name: str) -> Decoding:
 
     info = TensorInfo(blocks.file, config_type(source.config), (experts, groups * 2 * BYTES, out))
     parts = {"blocks": Part(name, rows=1), "scales": Part(beside, rows=1)}
-    return Decoding(info, parts, values, upright=False)
+    return Decoding(info, parts, values, upright=False, scheme="mxfp4/32")
 
 
 MXFP4 = SourceFormat(seen, decode)

@@ -178,6 +178,7 @@ def _config(path: Path, head: Header) -> dict[str, Any]:
         raise SourceError(
             f"{path} holds a {head.architecture or 'model of no name'}, which transformers does not read from GGUF ({error})"
         ) from error
+    made = _with_experts(made, head)
     config: dict[str, Any] = json.loads(made.to_json_string())
     config.pop("_model_name_or_path", None)
     config |= {
@@ -185,6 +186,10 @@ def _config(path: Path, head: Header) -> dict[str, Any]:
     }
     found = {name: head.own(key) for key, name in EXPERTS.items() if hasattr(made, name)}
     config |= {name: int(size) for name, size in found.items() if size is not None}
+    epsilon = head.own("attention.layer_norm_epsilon")
+    if epsilon is not None:
+        config |= {name: float(f"{epsilon:.6g}") for name in EPSILONS if hasattr(made, name)}
+    config |= _groups_of_falcon(head)
     types = {kind for kind, shape, _ in head.tensors.values() if len(shape) > 1}
     floats = {"F32": "float32", "F16": "float16"}
     config["architectures"] = [auto_class(made)._model_mapping[type(made)].__name__]
@@ -192,6 +197,29 @@ def _config(path: Path, head: Header) -> dict[str, Any]:
     return {**config, **_positions(path, head, made)}
 
 
+def _with_experts(made: PreTrainedConfig, head: Header) -> PreTrainedConfig:
+    """The config of Mixtral, which llama.cpp calls a Llama with experts; any other as it is."""
+    experts = head.own("expert_count")
+    if head.architecture != "llama" or not experts:
+        return made
+    usual = AutoConfig.for_model("mixtral").to_dict()
+    own = ("model_type", "architectures", "transformers_version")
+    shared = {name: value for name, value in made.to_dict().items() if name in usual and name not in own}
+    used = int(head.own("expert_used_count"))
+    return AutoConfig.for_model("mixtral", **shared, num_local_experts=int(experts), num_experts_per_tok=used)
+
+
+def _groups_of_falcon(head: Header) -> dict[str, Any]:
+    """What transformers does not read of a Falcon whose heads share several k and v: the larger models."""
+    groups = int(head.own("attention.head_count_kv") or 1)
+    if head.architecture != "falcon" or groups == 1:
+        return {}
+    norms = 2 if "blk.0.attn_norm_2.weight" in head.tensors else 1
+    return {"new_decoder_architecture": True, "num_kv_heads": groups, "num_ln_in_parallel_attn": norms}
+
+
+EPSILONS = ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps")
+"""What configs call the number that keeps a layer norm from dividing by 0, which transformers reads for some."""
 BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
 """Switches of a config that transformers does not set, by a tensor that shows them."""
 YARN = tuple(
@@ -318,16 +346,32 @@ def _places(
     gguf = _gguf()
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kinds[head.architecture], int(head.own("block_count")))
-    for name in skeleton(config).state_dict():
-        stem, _, leaf = name.rpartition(".")
-        stem, ending = (stem, f".{leaf}") if leaf in ("weight", "bias") else (name, ".weight")
-        expert = None
-        parts = stem.split(".")
-        if "experts" in parts[:-1] and parts[parts.index("experts") + 1].isdigit():
-            expert = int(parts.pop(parts.index("experts") + 1))
-        inside = f"{names.get_name('.'.join(parts))}{ending}"
-        if inside in held:
+    model = skeleton(config)
+    for name in model.state_dict():
+        full = name if name.endswith((".weight", ".bias")) else f"{name}.weight"
+        inside, expert = place_of(names, full, model.base_model_prefix)
+        if inside is not None and inside in held:
             yield name, (inside, expert)
+
+
+def place_of(names: Any, name: str, prefix: str = "") -> tuple[str | None, int | None]:
+    """What llama.cpp calls a tensor of a model, None where it has no place, and the number of its expert.
+
+    `names`: the table of the package `gguf` for the architecture. `prefix`: of the base model, which some names there lack.
+    """
+    stem, _, leaf = name.rpartition(".")
+    parts = stem.split(".")
+    number = parts.index("experts") + 1 if "experts" in parts[:-1] else 0
+    expert = int(parts.pop(number)) if number and parts[number].isdigit() else None
+    plain = ".".join(parts)
+    found = names.get_name(plain) or names.get_name(plain.removeprefix(f"{prefix}."))
+    return (None if found is None else f"{found}.{leaf}"), expert
+
+
+def falcon_rows(heads: int, groups: int, out: int) -> Tensor:
+    """Falcon's rows [out] as a file has them: all of q, of k, of v. In a model a group has heads of q, then k, then v."""
+    rows = torch.arange(out).view(groups, heads // groups + 2, -1)  # [groups, heads of a group, head size]
+    return torch.cat([rows[:, :-2].flatten(), rows[:, -2].flatten(), rows[:, -1].flatten()])  # [out]
 
 
 def _slice(info: TensorInfo, expert: int) -> TensorInfo:
@@ -397,8 +441,14 @@ def _processing(head: Header, config: PreTrainedConfig, inside: str) -> Callable
 
     worker: Any = TENSOR_PROCESSORS.get(head.architecture, TensorProcessor)
     worker = worker(config=config.to_dict())
+    groups = int(_groups_of_falcon(head).get("num_kv_heads", 0))
 
     def process(values: np.ndarray) -> np.ndarray:
+        if groups and ".attn_qkv." in inside:
+            back = falcon_rows(int(head.own("attention.head_count")), groups, len(values)).argsort()  # [out]
+            return np.ascontiguousarray(values[back.numpy()])
+        if "ffn_gate_inp_shexp" in inside:  # one row, which transformers expects without its axis
+            values = values.reshape(-1)  # [in]
         made = worker.process(values, inside, tensor_key_mapping=None, parsed_parameters={"tensors": {}})
         found: np.ndarray = made.weights
         return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from fracbit.checkpoint.export.gguf.frequencies import frequency_factors
 from fracbit.checkpoint.export.gguf.package import package
 from fracbit.checkpoint.export.gguf.rows import change_of
 from fracbit.checkpoint.export.gguf.size_keys import ModelSettings
+from fracbit.checkpoint.formats.gguf import place_of
 from fracbit.errors import FormatError
 from fracbit.models.blocks import find, is_transposed
 from fracbit.records.run import LayerRecord
@@ -81,20 +82,6 @@ def placed(stored: StoredModel, architecture: Architecture) -> list[Placed]:
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
-
-
-def place_of(names: Any, name: str, prefix: str = "") -> tuple[str | None, int | None]:
-    """What llama.cpp calls a tensor of a model, None where it has no place, and the number of its expert.
-
-    `names`: the table of the package `gguf` for the architecture. `prefix`: of the base model, which some names there lack.
-    """
-    stem, _, leaf = name.rpartition(".")
-    parts = stem.split(".")
-    number = parts.index("experts") + 1 if "experts" in parts[:-1] else 0
-    expert = int(parts.pop(number)) if number and parts[number].isdigit() else None
-    plain = ".".join(parts)
-    found = names.get_name(plain) or names.get_name(plain.removeprefix(f"{prefix}."))
-    return (None if found is None else f"{found}.{leaf}"), expert
 
 
 def _places(stored: StoredModel, architecture: Architecture) -> dict[str, tuple[str, bool]]:

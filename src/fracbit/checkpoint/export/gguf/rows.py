@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fracbit.checkpoint.export.gguf.architectures import Architecture
 from fracbit.checkpoint.export.gguf.size_keys import HEADS, ModelSettings
+from fracbit.checkpoint.formats.gguf import falcon_rows
 from fracbit.errors import FormatError
 
 Reading: TypeAlias = Callable[[np.ndarray, str], np.ndarray]
@@ -55,7 +56,7 @@ def change_of(
     `transposed`: the model holds it [in, out]. Raises `FormatError` where transformers does something else to it.
     """
     if architecture.groups is not None and ".attn_qkv." in inside:
-        return Change(_grouped(settings, int(architecture.groups(settings)), shape[0]))
+        return Change(falcon_rows(int(HEADS(settings)), int(architecture.groups(settings)), shape[0]))
     made = _through(_reading(architecture, settings), inside, shape)
     made = made.T if transposed and made.ndim > 1 else made
     places = made.reshape(shape[0], -1)[:, 0]  # [out]
@@ -94,10 +95,3 @@ def _reading(architecture: Architecture, settings: ModelSettings) -> Reading:
         return found
 
     return process
-
-
-def _grouped(settings: ModelSettings, groups: int, out: int) -> Tensor:
-    """Falcon's rows: a group has heads of q, then one of k and one of v; the file has all of q, of k and of v."""
-    heads = int(HEADS(settings))
-    rows = torch.arange(out).view(groups, heads // groups + 2, -1)  # [groups, heads of a group, head size]
-    return torch.cat([rows[:, :-2].flatten(), rows[:, -2].flatten(), rows[:, -1].flatten()])  # [out]

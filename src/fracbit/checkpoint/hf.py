@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,12 +66,14 @@ class FracbitQuantizer(HfQuantizer):
     def __init__(self, quantization_config: FracbitConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.stored = quantization_config.stored
+        self.loading: PreTrainedModel | None = None
         if not self.pre_quantized:
             raise FormatError(
                 "transformers cannot quantize with fracbit while loading; run `fracbit quantize` first"
             )
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        self.loading = model
         split_experts(model)
         for name, place in places(model, self.stored).items():
             swap(model, place, self.stored[name])
@@ -85,12 +88,22 @@ class FracbitQuantizer(HfQuantizer):
         when_loaded(model, lambda missing: check_missing(_name_of(model), missing, FormatError))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        self.loading = None
         check_packed(_name_of(model), model)
         decode_for_code(model)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """None for the class that was quantized, which has the names of the files; another class renames as it does floats."""
-        rules = super().update_weight_conversions(weight_conversions, model)  # type: ignore[no-untyped-call]
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: PreTrainedModel | None = None
+    ) -> list[Any]:
+        """None for the class that was quantized, which has the names of the files; another class renames as it does floats.
+
+        Older versions of transformers (5.19) give no model: then it is the one that is being loaded.
+        """
+        whole: Any = super().update_weight_conversions
+        model = self.loading if model is None else model
+        assert model is not None
+        given = {"model": model} if "model" in signature(whole).parameters else {}
+        rules = whole(weight_conversions, **given)
         return [] if _is_own(model, self.stored) else _renamings(model, self.stored, rules)
 
     def is_serializable(self) -> bool:

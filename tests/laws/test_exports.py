@@ -368,9 +368,31 @@ def test_parameters_of_formats(floats: Path, tiny_llama: Maker, tmp_path: Path) 
         positive.model.layers[0].mlp.up_proj.weight.abs_()
     positive.save_pretrained(tmp_path / "positive")
     zero = quantized(tmp_path / "positive", tmp_path / "z", "int:step2z/32")
-    with pytest.raises(FormatError, match="a zero point is 0"):
+    with pytest.raises(
+        FormatError, match=r"^model\.layers\.0\.mlp\.up_proj: a zero point is 0.*export gptq, its version 2"
+    ):
         fracbit.export(zero, tmp_path / "made", "gptq:v1")
-    assert not (tmp_path / "made" / "config.json").exists()
+    assert not (tmp_path / "made").exists(), "it is seen before anything is written"
+    fracbit.export(zero, tmp_path / "made", "gptq:v2")
+
+
+def test_what_vllm_does_not_see_of_gptq_is_said(floats: Path, tmp_path: Path) -> None:
+    """Linears of one fused layer with another scheme than most; others are read by their names."""
+    other = parse_scheme("int:step8/32")
+    for number, pattern in enumerate(
+        ("*.1.self_attn.k_proj", "*.0.self_attn.[qkv]_proj", "*.down_proj", "*_proj")
+    ):
+        done = quantized(
+            floats,
+            tmp_path / f"q{number}",
+            "int:step4/32",
+            overrides=(Override(layers=pattern, scheme=other),),
+        )
+        made = fracbit.export(done, tmp_path / f"made{number}", "gptq", progress=None)
+        assert len(made.notes) == (number < 2)
+        if number == 0:
+            assert "takes these for int:step4/32, the scheme of most layers" in made.notes[0]
+            assert "model.layers.1.self_attn.k_proj; for vLLM export compressed-tensors" in made.notes[0]
 
 
 @pytest.mark.parametrize("name", ["compressed-tensors", "gguf"])

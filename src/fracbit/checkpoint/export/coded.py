@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fracbit.checkpoint.export.exporter import Nearest, StoredModel, Written
+from fracbit.checkpoint.export.exporter import Nearest, StoredModel, Written, some_of
 from fracbit.checkpoint.export.float import decoded, source_dtype
 from fracbit.checkpoint.export.pieces import Piece, Tensors, copied_piece, write_pieces
 from fracbit.checkpoint.format import StoredLayer
@@ -153,13 +153,16 @@ class CodedWeights:
     """A format whose layers are codes beside other tensors.
 
     `holds`: the schemes that it has; `tensors`: what a layer is stored as, by the ending of its name; `config`: what becomes of
-    config.json; `refuses`: why a model cannot have the format whatever its layers, "" where it can.
+    config.json; `refuses`: why a model cannot have the format whatever its layers, "" where it can. `fault`: why a layer cannot
+    be stored that only its codes show, "" where it can; None where no codes need a look. `notes`: what programs make of it.
     """
 
     holds: HeldForms
     tensors: Callable[[StoredLayer, PackedTensor], dict[str, Tensor]]
     config: Callable[[StoredModel, ReleasedNames], dict[str, Any]]
     refuses: Callable[[PreTrainedModel], str] = lambda model: ""
+    fault: Callable[[PackedTensor], str] | None = None
+    notes: Callable[[StoredModel, ReleasedNames], tuple[str, ...]] = lambda stored, names: ()
 
     def check(self, model: PreTrainedModel, folder: Path) -> None:
         """See `Exporter`."""
@@ -172,16 +175,29 @@ class CodedWeights:
         return self.holds.nearest(layer)
 
     def size(self, stored: StoredModel) -> int:
-        """See `Exporter`. Raises `FormatError`, before anything is written, where a config cannot say how layers are stored."""
+        """See `Exporter`. Raises `FormatError`, before anything is written, where a config cannot say how layers are stored, or
+        the format cannot hold the codes of some.
+        """
         names = names_of(stored)
         self.config(stored, names)
+        self._check_codes(stored)
         return sum(piece.bytes for piece in self._pieces(stored, names))
 
     def write(self, stored: StoredModel, target: Output, show: Progress) -> Written:
         """See `Exporter`."""
         names = names_of(stored)
         files = write_pieces(self._pieces(stored, names), target, show)
-        return Written(files, self.config(stored, names))
+        return Written(files, self.config(stored, names), self.notes(stored, names))
+
+    def _check_codes(self, stored: StoredModel) -> None:
+        """Raise `FormatError` naming the layers whose codes the format cannot hold; one layer is in memory at a time."""
+        faults: dict[str, list[str]] = {}
+        for name in stored.layers if self.fault else ():
+            assert self.fault is not None
+            faults.setdefault(self.fault(stored.exported(name)[0]), []).append(name)
+        faults.pop("", None)
+        if faults:
+            raise FormatError(". ".join(f"{some_of(names)}: {fault}" for fault, names in faults.items()))
 
     def _pieces(self, stored: StoredModel, names: ReleasedNames) -> list[Piece]:
         dtype = source_dtype(stored)

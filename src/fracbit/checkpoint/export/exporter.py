@@ -104,10 +104,11 @@ class Nearest:
 
 @dataclass(frozen=True)
 class Written:
-    """What an exporter wrote: its weight files by name, and what config.json is to hold."""
+    """What an exporter wrote: its weight files by name, what config.json is to hold, and what programs make of it (`notes`)."""
 
     files: tuple[str, ...]
     config: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 class Exporter(Protocol):
@@ -141,6 +142,7 @@ class Exported:
 
     `requantized`: the layers that were rounded again, with what that lost; `floats`: the layers that became floats.
     `divergence`: how far the predictions are from the checkpoint's for both, with its text and protocol; None: not measured.
+    `warnings`: what a program that reads the format makes of it.
     """
 
     output: str
@@ -149,11 +151,12 @@ class Exported:
     requantized: Mapping[str, LayerRecord] = field(default_factory=dict)
     floats: tuple[str, ...] = ()
     divergence: Mapping[str, Any] | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What is not as it was stored, and what rounding again cost."""
-        return (*self._weights(), *self._predictions())
+        return (*self.warnings, *self._weights(), *self._predictions())
 
     def _predictions(self) -> Iterator[str]:
         if self.divergence is not None:
@@ -164,7 +167,7 @@ class Exported:
             yield from self.divergence["notes"]
 
     def _weights(self) -> tuple[str, ...]:
-        floats = (f"{_some(self.floats)} became floats",) if self.floats else ()
+        floats = (f"{some_of(self.floats)} became floats",) if self.floats else ()
         if not self.requantized:
             return floats
         worst = max(self.requantized, key=lambda name: self.requantized[name].loss)
@@ -213,11 +216,11 @@ def export(
     stored = fitted(stored, exporter, format, requantize=requantize)
     key, size = _key(stored, format), exporter.size(stored)
     place = (work or partial_of(output)) if one else output
-    if one and resume and (made := made_record(output) or {}).get("run") == key:
+    if one and resume and (before := made_record(output) or {}).get("run") == key:
         shutil.rmtree(place, ignore_errors=True)  # the run was killed between its last two steps
-        again = {name: LayerRecord.from_json(layer) for name, layer in made["requantized"].items()}
+        again = {name: LayerRecord.from_json(layer) for name, layer in before["requantized"].items()}
         return _exported(
-            stored, output, [output], asked=format, again=again, divergence=made.get("divergence")
+            stored, output, [output], asked=format, again=again, divergence=before.get("divergence")
         )
     check_output(place, key, overwrite, resume)
     divergence = None if measure is None else measure(stored)
@@ -237,7 +240,8 @@ def export(
             copy_rest(stored.source.folder, output)
             target.finish(written.config, said(again))
     files = [output] if one else [output / name for name in written.files]
-    return _exported(stored, output, files, asked=format, again=again, divergence=divergence)
+    made = _exported(stored, output, files, asked=format, again=again, divergence=divergence)
+    return replace(made, warnings=written.notes)
 
 
 def _exported(
@@ -300,7 +304,7 @@ def fitted(stored: StoredModel, exporter: Exporter, asked: str, *, requantize: b
     }
     words = " or ".join(sorted(does, reverse=True))
     remedy = f". requantize=True (--requantize) {words}, and says what it costs" if does else ""
-    reasons = [f"{_some(names)}: {_explained(near)}" for near, names in refused.items()]
+    reasons = [f"{some_of(names)}: {_explained(near)}" for near, names in refused.items()]
     raise FormatError(
         f"format {asked} cannot hold every layer of {stored.source.name}. {'. '.join(reasons)}{remedy}"
     )
@@ -316,7 +320,8 @@ def _parts(stored: StoredLayer) -> Sequence[str]:
     return tuple(part_shapes(stored.scheme, stored.shape, stored.outliers))
 
 
-def _some(names: Sequence[str]) -> str:
+def some_of(names: Sequence[str]) -> str:
+    """The first names of many, and how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 

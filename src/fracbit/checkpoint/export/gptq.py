@@ -27,10 +27,11 @@ from fracbit.checkpoint.export.coded import (
     words_of,
     zero_codes,
 )
-from fracbit.checkpoint.export.exporter import StoredModel
+from fracbit.checkpoint.export.exporter import StoredModel, some_of
 from fracbit.checkpoint.export.parameter import one_of
 from fracbit.checkpoint.format import StoredLayer
-from fracbit.errors import FormatError
+from fracbit.models.find import family_of
+from fracbit.models.skeleton import quantizable
 from fracbit.numerics.packed import PackedTensor
 from fracbit.records.scheme import Scheme
 
@@ -45,14 +46,8 @@ HELD = IntegerForms(
 
 def _tensors(layer: StoredLayer, packed: PackedTensor, *, version: int) -> dict[str, Tensor]:
     scheme = packed.scheme
-    zeros = zero_codes(packed).T.contiguous()  # [groups, out]
-    if version == 1:
-        if bool((zeros == 0).any()):
-            raise FormatError(
-                "a zero point is 0, which version 1 of GPTQ stores as -1, and its readers disagree about that; export gptq, "
-                "its version 2"
-            )
-        zeros = zeros - 1
+    less = 1 if version == 1 else 0
+    zeros = zero_codes(packed).T.contiguous() - less  # [groups, out]
     width = packed.shape[1]
     group = scheme.block if isinstance(scheme.block, int) else width
     return {
@@ -61,6 +56,36 @@ def _tensors(layer: StoredLayer, packed: PackedTensor, *, version: int) -> dict[
         ".scales": steps(packed).T,  # [groups, out]
         ".g_idx": torch.arange(width, dtype=torch.int32) // group,  # [in]
     }
+
+
+def _fault(packed: PackedTensor) -> str:
+    """Why version 1 cannot hold a layer."""
+    if packed.scheme.offset == "zero" and bool((zero_codes(packed) == 0).any()):
+        return (
+            "a zero point is 0, which version 1 of GPTQ stores as -1, and its readers disagree about that; export gptq, its "
+            "version 2"
+        )
+    return ""
+
+
+def _notes(stored: StoredModel, names: ReleasedNames) -> tuple[str, ...]:
+    """What vLLM does not see: widths of linears that it fuses, since `dynamic` names single linears."""
+    by_scheme = linears_by_scheme(names)
+    if len(by_scheme) < 2:
+        return ()
+    most = max(by_scheme, key=lambda scheme: len(by_scheme[scheme]))
+    others = {name for scheme, layers in by_scheme.items() if scheme != most for name in layers}
+    groups: dict[str, list[str]] = {}
+    for name, layer in quantizable(stored.model, family_of(stored.model)).items():
+        groups.setdefault(layer.group, []).append(names.module(name))
+    unseen = [name for group in groups.values() if len(group) > 1 for name in group if name in others]
+    if not unseen:
+        return ()
+    return (
+        f"vLLM fuses linears that read one input, and takes these for {most[0]}, the scheme of most layers, since `dynamic` "
+        f"names single linears: {some_of(unseen)}; for vLLM export compressed-tensors with one scheme for such linears "
+        "(--for vllm-cpu chooses so); GPTQModel reads them as they are",
+    )
 
 
 def _config(stored: StoredModel, names: ReleasedNames, *, version: int) -> dict[str, Any]:
@@ -96,4 +121,10 @@ def _exactly(name: str) -> str:
 def export_gptq(parameter: str = "") -> CodedWeights:
     """The format in version 2, or 1 for the parameter `v1`. Raises `RecipeError` for another parameter."""
     version = 1 if one_of("gptq", parameter, ("v1", "v2"), "version") == "v1" else 2
-    return CodedWeights(HELD, partial(_tensors, version=version), partial(_config, version=version))
+    return CodedWeights(
+        HELD,
+        partial(_tensors, version=version),
+        partial(_config, version=version),
+        fault=_fault if version == 1 else None,
+        notes=_notes,
+    )

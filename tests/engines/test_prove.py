@@ -20,10 +20,11 @@ import fracbit
 from fracbit.checkpoint.export.exporter import export
 from fracbit.checkpoint.output import MANIFEST
 from fracbit.cli import app
+from fracbit.engines import environments
 from fracbit.engines import prove as proving
 from fracbit.engines.compared_with import compared_with
 from fracbit.engines.engine import ENGINES, RUNNERS, ServingEngine
-from fracbit.engines.environments import DONE, made
+from fracbit.engines.environments import DONE, MAKING, made
 from fracbit.engines.prove import PROOF, EnginePredictions, compared, weight_hash
 from fracbit.errors import EngineError, FormatError, RecipeError, SourceError
 from fracbit.pipeline.quantize.run import write_checkpoint
@@ -224,3 +225,38 @@ def test_an_environment_that_cannot_be_made(tmp_path: Path) -> None:
         made(tmp_path / "nothing", engine.installs, announce=said.append)
     assert len(said) == 1
     assert not (tmp_path / "nothing" / DONE).exists(), "the next run tries again"
+
+
+def test_an_environment_that_was_not_finished_is_made_from_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, seen = tmp_path / "engine", []
+
+    def create(folder: Path, with_pip: bool) -> None:
+        seen.append(sorted(path.name for path in folder.iterdir()))
+        (folder / "bin").mkdir()
+
+    def build(folder: Path) -> None:
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(environments.venv, "create", create)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            made(place, (), build=build)
+        assert (place / "half").is_file()
+    made(place, (), build=lambda folder: None)
+    assert seen == [[MAKING]] * 3, "each began in an empty folder"
+    assert sorted(path.name for path in place.iterdir()) == [DONE, "bin"]
+    made(place, (), build=build)
+    monkeypatch.setattr(environments, "_pip", lambda *words: None)
+    made(place, (("another",),))
+    assert seen == [[MAKING]] * 4, "other packages: from nothing, too"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(EngineError, match="holds something that is no environment; move it"):
+        made(tmp_path / "mine", ())
+    (tmp_path / "file").touch()
+    with pytest.raises(EngineError, match="is a file; remove it"):
+        made(tmp_path / "file", ())
+    assert (tmp_path / "mine" / "thesis.txt").is_file()

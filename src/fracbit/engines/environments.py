@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import venv
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,8 @@ from fracbit.errors import EngineError
 
 ENVIRONMENTS = Path("~/.cache/fracbit/engines")
 DONE = ".installed"
+MAKING = ".making"
+"""Begins to stand in a folder before anything else, so that what a killed run left is known as such."""
 
 
 def environment(
@@ -45,7 +48,10 @@ def made(
     build: Callable[[Path], None] | None = None,
     announce: Callable[[str], None] | None = None,
 ) -> Path:
-    """The interpreter of the virtual environment `place`, into which pip has installed everything, one call after another."""
+    """The interpreter of the virtual environment `place`, into which pip has installed everything, one call after another.
+
+    One that was not finished, or of other packages, is made again from nothing. Raises `EngineError`.
+    """
     python, done = place / "bin" / "python", place / DONE
     wanted = "\n".join([*map(" ".join, installs), *(f"- {name}" for name in removes)])
     if done.is_file() and done.read_text() == wanted:
@@ -54,6 +60,7 @@ def made(
         announce(
             f"making the environment {place}: pip install {'; '.join(' '.join(words) for words in installs)}"
         )
+    _empty(place)
     venv.create(place, with_pip=True)
     for words in installs:
         _pip(place, ["install", "--quiet", *words], variables or {})
@@ -62,7 +69,23 @@ def made(
     if build is not None:
         build(place)
     done.write_text(wanted)
+    (place / MAKING).unlink()
     return python
+
+
+def _empty(place: Path) -> None:
+    """Make the folder, without what an earlier run left. Raises `EngineError` for a folder that is no environment."""
+    if place.exists() and not place.is_dir():
+        raise EngineError(f"{place} is a file; remove it, or name another folder with --environments")
+    known = any((place / name).is_file() for name in (MAKING, DONE, "pyvenv.cfg"))
+    if place.is_dir() and any(place.iterdir()):
+        if not known:
+            raise EngineError(
+                f"{place} holds something that is no environment; move it, or name another folder with --environments"
+            )
+        shutil.rmtree(place)
+    place.mkdir(parents=True, exist_ok=True)
+    (place / MAKING).touch()
 
 
 def _pip(place: Path, words: Sequence[str], variables: Mapping[str, str]) -> None:

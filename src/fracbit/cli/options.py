@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fracbit.cli.names import FLOAT_TYPES
-from fracbit.records.tables import ENGINES
+from fracbit.records.tables import SERVING
 
 WRITE = "What to write"
 MEASURE = "What to measure"
@@ -83,7 +83,7 @@ Engine = Annotated[
     str | None,
     typer.Option(
         "--for",
-        help=f"Engine that will run the file: {', '.join(ENGINES.names)}. Layers get what it serves, and OUT is its file.",
+        help=f"Engine that will run the file: {', '.join(SERVING)}. Layers get what it serves, and OUT is its file.",
         rich_help_panel=WRITE,
     ),
 ]

@@ -180,3 +180,6 @@ ENGINES: Table[Any] = Table(
         "transformers": "fracbit.engines.transformers_alone:TRANSFORMERS",
     },
 )
+
+SERVING = ("vllm-cpu", "vllm", "llama.cpp", "mlx")
+"""The engines of the table above for which models are quantized; the others only read files. A test holds it to the entries."""

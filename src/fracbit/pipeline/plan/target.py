@@ -23,6 +23,7 @@ from fracbit.pipeline.plan.about import bits_about
 from fracbit.records.recipe import Override, Recipe
 from fracbit.records.scheme import Scheme
 from fracbit.records.spending import Spending
+from fracbit.records.tables import SERVING
 from fracbit.transforms import TRANSFORMS
 
 NEAREST, WITHIN = 3, 2.0  # widths around a budget: so many at least, and all that are so many bits away
@@ -239,9 +240,8 @@ def target_of(name: str, opened: Opened) -> EngineTarget:
     """The engine called `name` for a model. Raises `RecipeError`."""
     engine = ENGINES[name]
     if engine.serves is None:
-        serving = [each for each, one in ENGINES.items() if one.serves is not None]
         raise RecipeError(
-            f"nothing is quantized for {name}, which only reads files; write one of {', '.join(serving)}"
+            f"nothing is quantized for {name}, which only reads files; write one of {', '.join(SERVING)}"
         )
     forms = engine.serves
     if engine.casts_scales:

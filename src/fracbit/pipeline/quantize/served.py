@@ -20,6 +20,7 @@ from fracbit.engines.engine import ENGINES
 from fracbit.errors import OutputError
 from fracbit.records.progress import Progress
 from fracbit.records.run import Result
+from fracbit.records.tables import SERVING
 
 EXPORT = "export"
 """The folder inside of the checkpoint's in which a file is made."""
@@ -32,7 +33,7 @@ def place_of(output: Path, engine: str | None, *, resume: bool, overwrite: bool)
     """
     if is_one_file(output):
         wanted = FORMATS_OF[output.suffix]
-        engines = [name for name, each in ENGINES.items() if each.serves and each.formats[0] == wanted]
+        engines = [name for name in SERVING if ENGINES[name].formats[0] == wanted]
         given = "" if engine is None else ENGINES[engine].formats[0]
         check_ending(output, given, f"write --for {' or '.join(engines)}")
     place = output

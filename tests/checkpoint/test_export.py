@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import fracbit
 from families import CONFIGS, UNKNOWN, model_of, tokens
 from fracbit.checkpoint.export import pieces
 from fracbit.checkpoint.export.exporter import export
+from fracbit.checkpoint.export.old_keys import with_old_keys
 from fracbit.checkpoint.format import FORMAT_VERSION
 from fracbit.checkpoint.load import load
 from fracbit.checkpoint.output import JOURNAL
@@ -82,7 +83,7 @@ def test_transformers_alone_predicts_the_same(name: str, exported: Path) -> None
     folder = exported / name
     expected, found = logits(load(folder / "q"), tokens()), torch.load(folder / "logits.pt")
     assert float((expected - found).abs().max()) < 1e-4 * float(expected.abs().max())
-    assert json_of(folder / "plain") == json_of(folder / "float")
+    assert json_of(folder / "plain") == with_old_keys(json_of(folder / "float"))
     assert not (folder / "plain" / JOURNAL).exists()
 
 
@@ -102,6 +103,33 @@ def test_what_stayed_float_is_copied_and_a_tied_head_stays_tied(
     assert "model.layers.0.mlp.up_proj.weight" not in same
     assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}, "the type of the source"
     assert (tmp_path / "plain" / "tokenizer.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("format_", ["float", "gptq", "awq", "compressed-tensors", "mlx"])
+def test_programs_of_before_transformers_5_find_how_positions_turn(
+    format_: str, tiny_llama: Maker, tmp_path: Path
+) -> None:
+    """Without the older keys they take a base of their own; what a config says already stays."""
+    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}
+    model = tiny_llama(hidden_size=64, intermediate_size=96, rope_parameters=rope)
+    done = quantized(
+        model, tmp_path, scheme=Scheme("int:step", 4, 32, offset="float" if format_ == "mlx" else "zero")
+    )
+    export(done, tmp_path / "plain", format_)
+    config = json_of(tmp_path / "plain")
+    assert config["rope_parameters"] == rope
+    assert config["rope_theta"] == 5e5
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    found = AutoConfig.from_pretrained(tmp_path / "plain").rope_parameters
+    assert found == rope, "transformers 5 reads both"
+    assert with_old_keys(config) == config
+    layered = {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": {"rope_theta": 1e4},
+    }
+    inner = with_old_keys({"text_config": {"rope_parameters": layered}})["text_config"]
+    assert (inner["rope_theta"], inner["rope_local_base_freq"]) == (1e6, 1e4)
+    assert "rope_scaling" not in inner
 
 
 @pytest.mark.parametrize(("asked", "dtype"), [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")])

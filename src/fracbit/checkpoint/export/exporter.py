@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fracbit.checkpoint.export.again import requantized
+from fracbit.checkpoint.export.old_keys import with_old_keys
 from fracbit.checkpoint.export.one_file import (
     FORMATS_OF,
     check_ending,
@@ -238,7 +239,7 @@ def export(
             target.move_out(written.files[0], output)
         else:
             copy_rest(stored.source.folder, output)
-            target.finish(written.config, said(again))
+            target.finish(with_old_keys(written.config), said(again))
     files = [output] if one else [output / name for name in written.files]
     made = _exported(stored, output, files, asked=format, again=again, divergence=divergence)
     return replace(made, warnings=written.notes)

@@ -11,7 +11,6 @@ each layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -83,28 +82,7 @@ def _config(stored: StoredModel, names: ReleasedNames) -> dict[str, Any]:
         if scheme != most:
             quantization |= {name: _how(scheme) for name in layers}
     config = {name: value for name, value in stored.source.config.items() if name != "quantization_config"}
-    return {**_with_old_keys(config), "quantization": quantization, "quantization_config": quantization}
-
-
-def _with_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with the keys of before transformers 5, which mlx-lm reads: without them it takes its defaults.
-
-    `rope_parameters` becomes `rope_theta`, `rope_scaling` and, where layers differ, `rope_local_base_freq`.
-    """
-    found = dict(config)
-    if isinstance(config.get("text_config"), Mapping):
-        found["text_config"] = _with_old_keys(config["text_config"])
-    rope = config.get("rope_parameters") or {}
-    whole = rope.get("full_attention", rope)
-    local = rope.get("sliding_attention", {})
-    old: dict[str, Any] = {}
-    if "rope_theta" in whole:
-        old["rope_theta"] = whole["rope_theta"]
-    if "rope_theta" in local:
-        old["rope_local_base_freq"] = local["rope_theta"]
-    if whole.get("rope_type", "default") != "default":
-        old["rope_scaling"] = {name: value for name, value in whole.items() if name != "rope_theta"}
-    return old | found
+    return {**config, "quantization": quantization, "quantization_config": quantization}
 
 
 def _how(scheme: Scheme) -> dict[str, Any]:

@@ -1,0 +1,27 @@
+"""The keys of config.json of before transformers 5, which other programs read: without them they take their defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def with_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with older keys beside its `rope_parameters`; those that it has stay as they are.
+
+    They are `rope_theta`, `rope_scaling` and, where layers differ, `rope_local_base_freq`.
+    """
+    found = dict(config)
+    if isinstance(config.get("text_config"), Mapping):
+        found["text_config"] = with_old_keys(config["text_config"])
+    rope = config.get("rope_parameters") or {}
+    whole = rope.get("full_attention", rope)
+    local = rope.get("sliding_attention", {})
+    old: dict[str, Any] = {}
+    if "rope_theta" in whole:
+        old["rope_theta"] = whole["rope_theta"]
+    if "rope_theta" in local:
+        old["rope_local_base_freq"] = local["rope_theta"]
+    if whole.get("rope_type", "default") != "default":
+        old["rope_scaling"] = {name: value for name, value in whole.items() if name != "rope_theta"}
+    return old | found

@@ -92,7 +92,7 @@ def theirs(kind: str, model: Path, calibration: Path, work: Path, given: Namespa
 def beside_tokenizer(file: Path, model: Path, folder: Path) -> Path:
     """The folder, with the file and the tokenizer of the model."""
     folder.mkdir(exist_ok=True)
-    for name in model.glob("*token*"):
+    for name in (*model.glob("*token*"), *model.glob("chat_template*")):
         shutil.copy(name, folder)
     if file.is_file():
         file.replace(folder / file.name)

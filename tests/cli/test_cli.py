@@ -153,6 +153,8 @@ def test_an_export_is_a_checkpoint_that_transformers_loads_alone(
         "bytes": sum(path.stat().st_size for path in (tmp_path / "plain").glob("*.safetensors")),
         "requantized": {},
         "floats": [],
+        "divergence": None,
+        "warnings": [],
     }
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
     stored, plain = (

@@ -331,6 +331,18 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("name", SERVING)
+@pytest.mark.parametrize("preset", [None, "fast"])
+def test_a_size_is_that_of_the_file_of_the_engine(
+    name: str, preset: str | None, wide: Path, tmp_path: Path
+) -> None:
+    """Tokenizer, names and places counted."""
+    whole = fracbit.quantize(wide, tmp_path / "whole", spending=Spending(engine=name), progress=None).bytes
+    terms = Spending(size=str(round(1.2 * whole)), engine=name, preset=preset)
+    made = fracbit.quantize(wide, tmp_path / "made", spending=terms, progress=None)
+    assert 0.8 * whole < made.bytes <= 1.2 * whole
+
+
 def test_every_linear_gets_what_its_width_allows(wide: Path) -> None:
     """One scheme for all becomes the nearest of every shape; a budget offers each linear its own levels."""
     recipe = Recipe(model=str(wide), scheme="int2z/64")

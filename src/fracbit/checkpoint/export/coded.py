@@ -23,7 +23,7 @@ from fracbit.checkpoint.export.pieces import Piece, Tensors, copied_piece, write
 from fracbit.checkpoint.format import StoredLayer
 from fracbit.checkpoint.output import Output
 from fracbit.errors import FormatError
-from fracbit.models.blocks import is_linear, is_transposed
+from fracbit.models.blocks import is_linear, is_transposed, shape_of
 from fracbit.models.experts import SplitExperts
 from fracbit.models.origin import released_names
 from fracbit.numerics.bits import pack_bits, row_bytes
@@ -33,6 +33,7 @@ from fracbit.records.progress import Progress
 from fracbit.records.scheme import Offset, Scheme, scale_label
 
 STEP = "int:step"
+LAYER_BYTES = 512  # of names and places in the header of a file
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,11 @@ class CodedWeights:
     def nearest(self, layer: StoredLayer) -> Nearest:
         """See `Exporter`."""
         return self.holds.nearest(layer)
+
+    def beside(self, model: PreTrainedModel, folder: Path) -> int:
+        """See `Exporter`: a shape or an order of inputs, and longer names of tensors."""
+        widths = [shape_of(module)[1] for module in model.modules() if is_linear(module)]
+        return sum(LAYER_BYTES + 4 * width for width in widths)
 
     def size(self, stored: StoredModel) -> int:
         """See `Exporter`. Raises `FormatError`, before anything is written, where a config cannot say how layers are stored, or

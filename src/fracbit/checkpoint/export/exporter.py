@@ -123,6 +123,10 @@ class Exporter(Protocol):
         """The nearest form of a layer that the format can hold."""
         ...
 
+    def beside(self, model: PreTrainedModel, folder: Path) -> int:
+        """Bytes at most that its weight files take beyond those of a fracbit checkpoint, for a model with its tokenizer."""
+        ...
+
     def size(self, stored: StoredModel) -> int:
         """Bytes that `write` will take on the disk, about."""
         ...

@@ -66,6 +66,10 @@ class FloatWeights:
             )
         return Nearest(layer.scheme)
 
+    def beside(self, model: PreTrainedModel, folder: Path) -> int:
+        """See `Exporter`."""
+        return 0
+
     def size(self, stored: StoredModel) -> int:
         """Bytes of all weights as floats."""
         return sum(piece.bytes for piece in self.pieces(stored))

@@ -113,7 +113,12 @@ def for_engine(recipe: Recipe, spending: Spending, opened: Opened, *, own: Recip
     if spending.engine is None:
         return Served(recipe, spending)
     target = target_of(spending.engine, opened)
-    FORMATS[target.engine.formats[0]]("").check(opened.model, opened.source.folder)
+    exporter = FORMATS[target.engine.formats[0]]("")
+    exporter.check(opened.model, opened.source.folder)
+    beside = 0
+    if spending.size_bytes is not None:
+        beside = exporter.beside(opened.model, opened.source.folder)
+        spending = replace(spending, size=max(1, spending.size_bytes - beside))
     _check(recipe, target)
     if target.engine.fused:
         _check_together(recipe, opened, target)
@@ -133,6 +138,11 @@ def for_engine(recipe: Recipe, spending: Spending, opened: Opened, *, own: Recip
         changes["head"] = _head(recipe.head, opened, target)
     changed = recipe.model_copy(update=changes)
     notes = (
+        *(
+            [f"{beside / 1e6:.2f} MB of the size are kept for the tokenizer and names in the file"]
+            if beside
+            else []
+        ),
         *_differences(own, changed, target),
         *notes,
         *(f"{name} stays float: {why}" for name, why in target.floats.items()),

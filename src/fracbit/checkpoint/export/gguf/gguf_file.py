@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from fracbit.checkpoint.export.exporter import Nearest, StoredModel, Written
 from fracbit.checkpoint.export.gguf.architectures import Architecture, architecture_of
 from fracbit.checkpoint.export.gguf.block_types import GGUF_FORMS
-from fracbit.checkpoint.export.gguf.header import add_header
+from fracbit.checkpoint.export.gguf.header import add_header, vocabulary_bytes
 from fracbit.checkpoint.export.gguf.package import package
 from fracbit.checkpoint.export.gguf.placed import Placed, placed
 from fracbit.checkpoint.export.gguf.vocabulary import Vocabulary, vocabulary_of
@@ -30,7 +30,8 @@ from fracbit.records.progress import Progress
 from fracbit.records.run import LayerRecord, ShardRecord
 
 FILE = "model.gguf"
-TOKEN_BYTES = 64  # about what a token takes with its kind and its merge
+OTHER_KEYS, TENSOR_BYTES = 16_384, 400
+"""At most what keys besides the tokenizer take, and the name and place of a tensor with what a record says of it."""
 LONGEST = -1.2345678901234567e-300  # no number has more letters
 
 
@@ -55,10 +56,16 @@ class GgufFile:
         """See `Exporter`."""
         return GGUF_FORMS.nearest(layer)
 
+    def beside(self, model: PreTrainedModel, folder: Path) -> int:
+        """See `Exporter`."""
+        architecture, vocabulary = _known(model, folder)
+        tensors = len(model.state_dict(keep_vars=True))
+        return vocabulary_bytes(folder, architecture, vocabulary) + OTHER_KEYS + TENSOR_BYTES * tensors
+
     def size(self, stored: StoredModel) -> int:
         """Bytes of the file, about. Raises `FormatError` for a model or tokenizer that llama.cpp does not run."""
         plan = planned(stored)
-        return sum(tensor.bytes for tensor in plan.tensors) + TOKEN_BYTES * len(plan.vocabulary.tokens)
+        return sum(tensor.bytes for tensor in plan.tensors) + self.beside(stored.model, stored.source.folder)
 
     def write(self, stored: StoredModel, target: Output, show: Progress) -> Written:
         """Write the file, unless `target` has it; one tensor is in memory at a time."""

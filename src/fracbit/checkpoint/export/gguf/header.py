@@ -9,6 +9,7 @@ Ref: convert_hf_to_gguf.py of llama.cpp, build 11434.
 from __future__ import annotations
 
 import math
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,6 +56,20 @@ def add_header(
     writer.add_file_type(file_type(tensors))
     writer.add_quantization_version(package().GGML_QUANT_VERSION)
     _add_vocabulary(writer, stored.source.folder, vocabulary)
+
+
+def vocabulary_bytes(folder: Path, architecture: Architecture, vocabulary: Vocabulary) -> int:
+    """What the tokenizer takes in a file."""
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "vocabulary.gguf"
+        writer = package().GGUFWriter(path, architecture.name)
+        try:
+            _add_vocabulary(writer, folder, vocabulary)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+        finally:
+            writer.close()
+        return path.stat().st_size
 
 
 def file_type(tensors: Sequence[Placed]) -> int:

@@ -280,6 +280,20 @@ def test_a_models_own_code_runs_where_it_is_trusted(tmp_path: Path) -> None:
         with pytest.raises(SourceError, match="--trust-remote-code"):
             verb(False)
         assert verb(True) is not None, name
+    trusted = fracbit.Recipe(model=str(model), trust_remote_code=True)
+    fracbit.quantize(trusted, tmp_path / "trusted", progress=None)
+    assert json.loads((tmp_path / "trusted" / "fracbit.json").read_text())["source"]["code"] == ["own.py"]
+    assert (tmp_path / "trusted" / "own.py").is_file()
+    (tmp_path / "known").mkdir()
+    tiny_llama().save_pretrained(tmp_path / "known")
+    (tmp_path / "known" / "evil.py").write_text("raise SystemExit")
+    known = json.loads((tmp_path / "known" / "config.json").read_text()) | {
+        "auto_map": {"AutoConfig": "evil.X"}
+    }
+    (tmp_path / "known" / "config.json").write_text(json.dumps(known))
+    fracbit.quantize(tmp_path / "known", tmp_path / "plain", progress=None)
+    assert not (tmp_path / "plain" / "evil.py").exists()
+    assert "auto_map" not in json.loads((tmp_path / "plain" / "config.json").read_text())
     for words in (
         ("score", model, "--method", "zd"),
         ("prune", model, "--score", "zd", "-o", tmp_path / "p"),

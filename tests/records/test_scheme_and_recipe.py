@@ -123,6 +123,7 @@ def test_a_recipe_takes_the_word_of_a_scheme(scheme: Scheme) -> None:
 @given(RECIPES, st.lists(WORDS, max_size=2))
 def test_a_recipe_survives_toml(recipe: Recipe, notes: list[str]) -> None:
     read = make_recipe(tomllib.loads(recipe_toml(recipe, notes)))
+    recipe = recipe.model_copy(update={"trust_remote_code": False})
     assert read == recipe
     assert key(read) == key(recipe)
 
@@ -159,6 +160,7 @@ def test_a_recipe_is_read_and_keyed(tmp_path: Path) -> None:
         ('model = "m"\n[scheme]\nbits = 12\n', "from 1 to 8"),
         ('model = "m"\nsearch = "maybe"\n', "line 2: search"),
         ("model = \n", "not TOML"),
+        ('model = "m"\ntrust_remote_code = true\n', "line 2: .*not taken from a file.*--trust-remote-code"),
         ("", "model"),
     ],
 )
@@ -172,6 +174,12 @@ def test_bad_recipes_name_file_and_line(tmp_path: Path, text: str, says: str) ->
 def test_a_missing_recipe_is_said(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="cannot be read"):
         read_toml(tmp_path / "none.toml")
+
+
+def test_a_file_does_not_say_whether_code_is_trusted() -> None:
+    trusted = Recipe(model="m", trust_remote_code=True)
+    assert "trust" not in recipe_toml(trusted)
+    assert Recipe(**trusted.to_json()).trust_remote_code, "the record of a run does"
 
 
 def test_calibrated_recipes_search_unless_they_say_otherwise() -> None:

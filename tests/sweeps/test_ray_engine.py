@@ -151,9 +151,10 @@ def test_a_run_whose_worker_always_dies_is_a_failed_row(study: Path) -> None:
     )
     own_code = '"model_type": "deadly", "auto_map": {"AutoConfig": "deadly.Deadly"}'
     model.write_text(model.read_text().replace('"model_type": "llama"', own_code))
-    grid.write_text("trust_remote_code = true\nbaseline = false\n" + one)
+    grid.write_text("baseline = false\n" + one)
+    trusted = read_sweep(grid).model_copy(update={"trust_remote_code": True})
     with open_store(str(study / "ray.db")) as store:
-        outcome = run_sweep(store, expand(read_sweep(grid)).runs, OnRay(study, workers=1, retries=1))
+        outcome = run_sweep(store, expand(trusted).runs, OnRay(study, workers=1, retries=1))
     assert len(outcome.failed) == outcome.total == 1
     assert all("its worker died 2 times" in (row.error or "") for row in outcome.failed)
 

@@ -42,6 +42,7 @@ NOT_COPIED = (
     "*.safetensors", INDEX, "config.json", "README.md", ".*", "*.index.json", "*.gguf", "*.h5", "*.msgpack",
     "adapter_config.json", *PICKLES,
 )  # fmt: skip
+CODE = "*.py"
 SHARD_BYTES = 256 << 20  # of one weight file
 SPARE_BYTES = 16 << 20  # for the tokenizer, the card and the file system's own blocks
 
@@ -273,11 +274,20 @@ def write_text(path: Path, text: str) -> None:
     _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def copy_rest(source: Path, target: Path) -> None:
-    """Copy every file beside the weights of the folder `source`: tokenizer, chat template, generation config, license."""
+def copy_rest(source: Path, target: Path, *, code: bool) -> None:
+    """Copy every file beside the weights of the folder `source`: tokenizer, chat template, generation config, license.
+
+    `code`: the model's own code too.
+    """
+    left = NOT_COPIED if code else (*NOT_COPIED, CODE)
     for path in sorted(source.iterdir()):
-        if path.is_file() and not any(path.match(pattern) for pattern in NOT_COPIED):
+        if path.is_file() and not any(path.match(pattern) for pattern in left):
             copy_file(path, target / path.name)
+
+
+def code_in(folder: Path) -> list[str]:
+    """The files of a folder that hold code of a model."""
+    return sorted(path.name for path in folder.glob(CODE) if path.is_file())
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -81,6 +81,7 @@ def sweep(
         int,
         typer.Option(help="How often a run is tried again after its worker died.", rich_help_panel=RAY),
     ] = 2,
+    trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -99,7 +100,7 @@ def sweep(
     from fracbit.sweeps.spec import expand, read_sweep
     from fracbit.sweeps.store import open_store, shown
 
-    read = read_sweep(file)
+    read = read_sweep(file).model_copy(update={"trust_remote_code": trust_remote_code})
     root = (file.parent / read.root).resolve()
     known = [] if imported is None else import_parquet(imported)
     if dry_run:

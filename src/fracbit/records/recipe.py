@@ -45,6 +45,9 @@ def _scheme(value: object) -> object:
 SchemeField = Annotated[Scheme, BeforeValidator(_scheme), PlainSerializer(Scheme.to_json)]
 
 
+TRUST = "trust_remote_code"
+
+
 class Override(Checked):
     """Another scheme, or none (kept float), for the layers whose names match the shell pattern `layers`.
 
@@ -129,9 +132,12 @@ def key(recipe: Recipe) -> str:
 
 
 def recipe_toml(recipe: Recipe, notes: Iterable[str] = ()) -> str:
-    """The recipe as TOML, without what has its default value; `fracbit quantize` reads it back. `notes`: comments on top."""
+    """The recipe as TOML, without what has its default value; `fracbit quantize` reads it back. `notes`: comments on top.
+
+    Whether the model's own code may run is not written: files are not asked for that.
+    """
     comments = [f"# {_printable(line)}" for note in notes for line in note.splitlines()]
-    data = recipe.model_dump(mode="json", exclude_defaults=True)
+    data = recipe.model_dump(mode="json", exclude_defaults=True, exclude={TRUST})
     if recipe.calibration is not None:  # where the default depends on others
         data["search"] = recipe.search
     tables = {name: value for name, value in data.items() if name in ("scheme", "calibration")}
@@ -165,13 +171,19 @@ def inline_toml(value: object) -> str:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file. Raises `RecipeError` when it is missing or not TOML."""
+    """The tables of a TOML file. Raises `RecipeError` when it is missing, not TOML, or asks to run the code of a model."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not TOML: {error}") from error
+    if found.pop(TRUST, False):
+        raise RecipeError(
+            f"{path}{_line_of((TRUST,), path)}: {TRUST} is not taken from a file, which may be another's: if you trust the "
+            "model's own code, remove the line and pass --trust-remote-code"
+        )
+    return found
 
 
 def make_recipe(data: Mapping[str, Any], path: Path | None = None) -> Recipe:

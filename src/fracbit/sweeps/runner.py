@@ -60,6 +60,7 @@ def sweep(
     retry_failed: bool = False,
     keep_going: bool = False,
     known: Iterable[Row] = (),
+    trust_remote_code: bool = False,
     progress: OnRow | Literal["auto"] | None = "auto",
 ) -> Outcome:
     """Measure every run of a sweep (a TOML file or a `Sweep`) that the store lacks. Call it again to continue.
@@ -70,12 +71,14 @@ def sweep(
       run (cpu, cuda, auto for all GPUs), and with `keep_going` a bug of fracbit becomes a failed row instead of ending the
       sweep; an engine has its own settings for both.
     - `retry_failed` tries failed runs again. `known`: rows that the store takes over first, such as those of another store
-      (sweeps/parquet.py). `progress` is called after every row; "auto" is a bar where the sweep runs.
+      (sweeps/parquet.py). `trust_remote_code`: run the models' own code, which a file cannot ask for. `progress` is called
+      after every row; "auto" is a bar where the sweep runs.
 
     Raises `RecipeError` for a file that is not a sweep and for a device beside an engine, `SourceError` for a device that
     cannot be used here, `OutputError` when the store cannot be written.
     """
     read = file if isinstance(file, Sweep) else read_sweep(Path(file))
+    read = read.model_copy(update={"trust_remote_code": True}) if trust_remote_code else read
     folder = Path.cwd() if isinstance(file, Sweep) else Path(file).parent
     expansion = expand(read)
     place = Path(root) if root is not None else (folder / read.root).resolve()

@@ -242,8 +242,11 @@ def export(
             check_file(output, overwrite=True, resume=resume)  # it may have come meanwhile
             target.move_out(written.files[0], output)
         else:
-            copy_rest(stored.source.folder, output)
-            target.finish(with_old_keys(written.config), said(again))
+            copy_rest(stored.source.folder, output, code=trust_remote_code)
+            config = with_old_keys(written.config)
+            if not trust_remote_code:
+                config.pop("auto_map", None)  # it names code that is not here
+            target.finish(config, said(again))
     files = [output] if one else [output / name for name in written.files]
     made = _exported(stored, output, files, asked=format, again=again, divergence=divergence)
     return replace(made, warnings=written.notes)

@@ -17,7 +17,7 @@ import transformers
 
 from fracbit.checkpoint.card import Facts, model_card
 from fracbit.checkpoint.format import StoredLayer, quantization_config
-from fracbit.checkpoint.output import MANIFEST, Output, copy_rest
+from fracbit.checkpoint.output import MANIFEST, Output, code_in, copy_rest
 from fracbit.checkpoint.shards import write_index
 from fracbit.checkpoint.source import Source, combined_hash
 from fracbit.models.experts import SplitExperts
@@ -40,7 +40,8 @@ def finish(work: Work, target: Output) -> tuple[Totals, tuple[str, ...]]:
     totals, notes = totals_of(work, layers, target), run_notes(work, made)
     places = {name: shard for shard, record in records.items() for name in record.stored}
     write_index(target.folder, places, stored_bytes(work, layers))
-    copy_rest(source.folder, target.folder)
+    trusted = work.recipe.trust_remote_code
+    copy_rest(source.folder, target.folder, code=trusted)
     losses = {name: record.loss for name, record in made.items()}
     card = Facts(
         _card_name(source),
@@ -50,6 +51,8 @@ def finish(work: Work, target: Output) -> tuple[Totals, tuple[str, ...]]:
         losses=losses,
     )
     config = {**source.config, **({"tie_word_embeddings": False} if work.opened.untied else {})}
+    if not trusted:
+        config.pop("auto_map", None)  # it names code that was not run, and is not here
     # Experts are stored one by one, even if none is quantized, and plain transformers does not read that.
     ours = bool(layers) or any(isinstance(module, SplitExperts) for module in work.opened.model.modules())
     final = {**config, "quantization_config": quantization_config(layers)} if ours else config
@@ -134,6 +137,7 @@ def _manifest(
             "sha256": combined_hash(hashes),
             "tensors": len(source.tensors),
             **({"decoded": source.decoded} if source.decoded else {}),
+            **({"code": code} if work.recipe.trust_remote_code and (code := code_in(source.folder)) else {}),
         },
         "texts": [] if work.samples is None else [work.samples.to_json()],
         "seed": work.recipe.seed,

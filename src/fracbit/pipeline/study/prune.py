@@ -95,7 +95,7 @@ def prune(
             tensors = {new: read_tensor(opened.source, old) for new, old in names.items()}
             out.write_shard(shard, tensors, ShardRecord())
         write_index(folder, {name: shard for shard, names in shards.items() for name in names}, total)
-        copy_rest(opened.source.folder, folder)
+        copy_rest(opened.source.folder, folder, code=opened.trust_remote_code)
         out.finish(config, {"pruned": {"source": opened.source.name, "dropped": list(dropped)}})
     parameters = sum(math.prod(info.shape) for info in infos)
     size = sum((folder / shard).stat().st_size for shard in shards)

@@ -29,8 +29,10 @@ __all__ = [
     "plan",
     "prove",
     "quantize",
+    "refine",
     "score",
     "sweep",
+    "tweak",
     "verify",
 ]
 
@@ -44,6 +46,8 @@ _API = {
     "export": "fracbit.pipeline.verbs",
     "prove": "fracbit.engines.prove",
     "verify": "fracbit.checkpoint.verify",
+    "tweak": "fracbit.pipeline.improve.better",
+    "refine": "fracbit.pipeline.improve.better",
     "run": "fracbit.pipeline.verbs",  # version 0.1's name of quantize(recipe, output); goes in 0.3
 }
 _HOOKED = "transformers.quantizers.auto"

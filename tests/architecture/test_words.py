@@ -31,6 +31,7 @@ SIBLINGS = {
     "report": "the command and the package that it calls",
     "run": "the record of a run and what makes it",
     "study": "the subpackage and the record that its files share",
+    "tweak": "the command and the method that it runs",
     "verify": "the command and the function that it calls",
 }
 """Files and folders that have one name since they are one thing, seen from several packages."""

@@ -120,10 +120,12 @@ class Output:
             _flush(file.parent)
             shutil.rmtree(self.folder)
 
-    def finish(self, config: Mapping[str, Any], manifest: Mapping[str, Any], card: str | None = None) -> None:
+    def finish(
+        self, config: Mapping[str, Any] | str, manifest: Mapping[str, Any], card: str | None = None
+    ) -> None:
         """Write the model card and the manifest, which gets the hashes of all tensors and files; remove the journal.
 
-        config.json makes the checkpoint loadable and is written last.
+        config.json, an object or its very text, makes the checkpoint loadable and is written last.
         """
         if card is not None:
             write_text(self.folder / "README.md", card)
@@ -133,7 +135,7 @@ class Output:
             for shard in shards
             for name, tensor in (self.record(shard) or ShardRecord()).stored.items()
         }
-        last = json_text(config)
+        last = config if isinstance(config, str) else json_text(config)
         files = self._hashes({*shards, MANIFEST}) | {"config.json": hashlib.sha256(last.encode()).hexdigest()}
         stored = {"files": dict(sorted(files.items())), "tensors": tensors}
         write_json(self.folder / MANIFEST, {**manifest, **stored})

@@ -290,6 +290,21 @@ def tensor_pieces(source: Source, name: str) -> Iterator[bytearray]:
         raise SourceError(f"tensor {name} cannot be read from {info.file}: {error}") from error
 
 
+def stored_span(source: Source, name: str) -> tuple[int, int]:
+    """Where the data of a stored tensor begins and ends in its file."""
+    info = source.on_disk[name]
+    return _span(source.folder / info.file, name, info)
+
+
+def fingerprint(source: Source) -> list[object]:
+    """What tells a source from others, and from itself after a change: headers, settings, sizes and times of its files."""
+    headers = [(name, info.dtype, info.shape) for name, info in sorted(source.on_disk.items())]
+    files = sorted({info.file for info in source.on_disk.values()})
+    states = [(source.folder / file).stat() for file in files]  # a changed source file gives another key
+    stamps = [(state.st_size, state.st_mtime_ns) for state in states]
+    return [source.config, source.quantization, headers, stamps]
+
+
 def _span(path: Path, name: str, info: TensorInfo) -> tuple[int, int]:
     """Where the data of a stored tensor begins and ends."""
     if info.start is not None:

@@ -20,10 +20,12 @@ from fracbit.cli import (
     prove,
     prune,
     quantize,
+    refine,
     report,
     score,
     sweep,
     task,
+    tweak,
     verify,
 )
 from fracbit.cli.renamed import RenamedOptions
@@ -57,6 +59,8 @@ app.command("quantize", cls=RenamedOptions)(quantize.quantize)
 app.command("eval")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("prove")(prove.prove)
+app.command("tweak")(tweak.tweak)
+app.command("refine")(refine.refine)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
 app.command("generate")(generate.generate)

@@ -23,7 +23,16 @@ AnyModel = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder, hub id or .gguf file, fracbit or float, or bundled.")
 ]
 
+Foreign = Annotated[
+    str,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="Folder or hub id that another program quantized: GPTQ, AWQ, compressed-tensors, ...",
+    ),
+]
+
 # What to write
+Better = Annotated[Path, typer.Option("-o", "--output", help="Folder to write.", rich_help_panel=WRITE)]
 Folder = Annotated[
     Path | None, typer.Option("-o", "--output", help="Folder to write.", rich_help_panel=WRITE)
 ]
@@ -88,6 +97,22 @@ Engine = Annotated[
     ),
 ]
 ScoreText = Annotated[str | None, typer.Option(help="Text for scores that read text.", rich_help_panel=DATA)]
+CalibrationTexts = Annotated[
+    list[str],
+    typer.Option(
+        "--calibration",
+        help="Text that inputs are observed on, options after ?; repeatable.",
+        rich_help_panel=DATA,
+    ),
+]
+SampleLength = Annotated[
+    int | None,
+    typer.Option(
+        "--length",
+        help="Tokens of a sample; default: 512, at most the model's positions.",
+        rich_help_panel=DATA,
+    ),
+]
 Samples = Annotated[int, typer.Option(help="Samples of each text.", rich_help_panel=DATA)]
 Length = Annotated[int, typer.Option(help="Tokens of a sample.", rich_help_panel=DATA)]
 StudySeed = Annotated[

@@ -29,18 +29,22 @@ NORM_RATE = 0.3
 
 @dataclass(frozen=True)
 class Distillation:
-    """How long and how fast to train. `rate` is Adam's, for latent weights in units of their block's scale."""
+    """How long and how fast to train. `rate` is Adam's, for latent weights in units of their block's scale.
+
+    `kind`: the type that norms are stored in; they are judged as they are stored.
+    """
 
     epochs: int = 10
     rate: float = 2e-3
     batch: int = 4
     held_out: float = 0.1
     seed: int = 0
+    kind: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
 class Distilled:
-    """Divergence from the float model in nats per token on held-out samples, before and after; epochs kept (0: none helped)."""
+    """The loss in nats per token on held-out samples, before and after; epochs kept (0: none helped)."""
 
     before: float
     after: float
@@ -66,7 +70,7 @@ def soften(
 
 
 def distill(
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | None,
     student: PreTrainedModel,
     soft: Mapping[str, SoftLinear],
     norms: Mapping[str, nn.Parameter],
@@ -76,7 +80,8 @@ def distill(
 ) -> Distilled:
     """Train the `soft` linears and `norms` of `student`, in place, on `ids` [samples, tokens]; the best epoch is kept.
 
-    `show` is called with each epoch and its held-out divergence.
+    The loss is the divergence from `teacher`, or without one that of predicting the text itself. `show` is called with each
+    epoch and its held-out loss.
     """
     # Samples to train on and samples to judge by, an optimizer, and its schedule.
     held = max(1, int(len(ids) * how.held_out)) if len(ids) > 1 else 0
@@ -95,37 +100,45 @@ def distill(
     kept, state = 0, _state(soft, norms)
     for epoch in range(1, how.epochs + 1):
         for rows in torch.randperm(len(train), generator=generator).split(how.batch):
-            loss = _kl(teacher, student, train[rows])
+            loss = _loss(teacher, student, train[rows])
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
             optimizer.step()
             schedule.step()
+        exact = _state({}, norms)
+        _restore({}, norms, [tensor.to(how.kind).to(tensor.dtype) for tensor in exact])
         found = divergence(teacher, student, judge, how.batch)
         if show is not None:
             show(epoch, found)
         if found < best:
             best, kept, state = found, epoch, _state(soft, norms)
+        _restore({}, norms, exact)
     _restore(soft, norms, state)
     return Distilled(before, best, kept)
 
 
-def divergence(teacher: PreTrainedModel, student: PreTrainedModel, ids: Tensor, batch: int) -> float:
-    """Mean KL(teacher || student) in nats per token over `ids` [samples, tokens]."""
+def divergence(teacher: PreTrainedModel | None, student: PreTrainedModel, ids: Tensor, batch: int) -> float:
+    """Mean loss of the student in nats per token over `ids` [samples, tokens]."""
     with torch.no_grad():
-        parts = [(float(_kl(teacher, student, part)), len(part)) for part in ids.split(batch)]
+        parts = [(float(_loss(teacher, student, part)), len(part)) for part in ids.split(batch)]
     return sum(loss * count for loss, count in parts) / len(ids)
 
 
-def _kl(teacher: PreTrainedModel, student: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Mean KL(teacher || student) over `ids` [samples, tokens], differentiable in the student."""
-    with torch.no_grad():
-        wanted = (
-            teacher(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-        )  # [samples, tokens, vocabulary]
+def _loss(teacher: PreTrainedModel | None, student: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Mean KL(teacher || student) over `ids` [samples, tokens], or how badly the student predicts them; differentiable."""
+    wanted = None
+    if teacher is not None:
+        with torch.no_grad():
+            wanted = (
+                teacher(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+            )  # [samples, tokens, vocabulary]
     found = (
         student(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
     )  # [samples, tokens, vocabulary]
+    if wanted is None:
+        surprise: Tensor = -found[:, :-1].gather(-1, ids[:, 1:, None]).mean()  # of the next id
+        return surprise
     divergence: Tensor = (wanted.exp() * (wanted - found)).sum(-1).mean()
     return divergence
 
@@ -137,11 +150,12 @@ def _groups(
     scales = [
         p for layer in soft.values() for n, p in layer.named_parameters() if n != "latent" and p.requires_grad
     ]
-    return [
+    groups: list[dict[str, object]] = [
         {"params": latent, "lr": rate},
         {"params": scales, "lr": rate * SCALE_RATE},
         {"params": list(norms.values()), "lr": rate * NORM_RATE},
     ]
+    return [group for group in groups if group["params"]]
 
 
 def _state(soft: Mapping[str, SoftLinear], norms: Mapping[str, nn.Parameter]) -> list[Tensor]:

@@ -18,6 +18,7 @@ the table of corrections.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, TypeAlias
 
@@ -109,11 +110,13 @@ def _tweaked(
     tried: dict[str, tuple[float, list[Tensor]]] = {}
     for name, move in variants.items():
         move(block, family, evidence)
-        tried[name] = error(block, evidence), _snapshot(block, family)
+        moved = [tensor.to(evidence.kind).to(tensor.dtype) for tensor in _snapshot(block, family)]
+        _restore(block, family, moved)  # judged as it will be stored
+        tried[name] = error(block, evidence), moved
         _restore(block, family, start)
-    best = min(tried, key=lambda name: tried[name][0])
+    best = min(tried, key=lambda name: tried[name][0] if math.isfinite(tried[name][0]) else math.inf)
     after, tensors = tried[best]
-    if or_none and not after < before:
+    if not math.isfinite(after) or (or_none and not after < before):
         return Corrected(before, before, "none")
     _restore(block, family, tensors)
     return Corrected(before, after, best)

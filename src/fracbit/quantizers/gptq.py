@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fracbit.errors import WeightError
 from fracbit.numerics.datatypes import is_fitted
-from fracbit.numerics.grid import Grid, codes_of, in_16_bits, moved, pack, values_of
+from fracbit.numerics.grid import Grid, codes_in, codes_of, grid_of, in_16_bits, moved, pack, values_of
 from fracbit.numerics.layout import row_chunks
 from fracbit.numerics.linalg import (
     DAMPING,
@@ -108,7 +108,9 @@ class Gptq(Checked):
         start = fit(weight, scheme, energy, self.search)
         solution = self._solve(weight, start, energy, coupling)
         if self.rounds:
-            solution = refine(weight, gram, solution, coupling, damping=self.damping, rounds=self.rounds)
+            solution = refine(
+                weight, gram, solution, coupling.order, damping=self.damping, rounds=self.rounds
+            )
         packed, costs, guarded = _not_worse(weight, gram, start, solution)
         return packed, costs, notes + guarded
 
@@ -163,11 +165,11 @@ class Rounded:
 
 
 def refine(
-    weight: Tensor, gram: Tensor, solution: Rounded, coupling: Coupling, *, damping: float, rounds: int
+    weight: Tensor, gram: Tensor, solution: Rounded, order: Tensor, *, damping: float, rounds: int
 ) -> Rounded:
-    """Refit grid to codes and codes to grid in turn, at most `rounds` times; the cost never rises."""
+    """Refit grid to codes and codes to grid in turn, at most `rounds` times, inputs in `order` [in]; the cost never rises."""
     matrix = damped(gram, damping)  # [in, in]
-    step = descent(gram, coupling.order, damping)
+    step = descent(gram, order, damping)
     transposed = weight.T.contiguous()  # [in, out]
     cost = float(gram_errors(solution.error.T, matrix).sum())
     for _ in range(rounds):
@@ -184,6 +186,24 @@ def refine(
             break
         cost = new
     return solution
+
+
+def refined(
+    weight: Tensor, packed: PackedTensor, gram: Tensor, damping: float = DAMPING, rounds: int = DESCENT_ROUNDS
+) -> tuple[Quantized, Quantized]:
+    """A packed weight that something else chose, as it is and moved on its own grid towards `weight` [out, in].
+
+    The second never costs more than the first by tr((W - Q) G (W - Q)^T): zero points stay, codes and scales move.
+    """
+    grid, codes = grid_of(packed), codes_in(packed)  # [out, in]
+    powers = gram_errors(weight, gram)  # [out]
+    start = Rounded(grid, codes, (weight - values_of(codes, grid)).T)
+    old = Quantized(packed, gram_errors(start.error.T, gram), powers)
+    found = refine(weight, gram, start, by_energy(gram), damping=damping, rounds=rounds)
+    costs = gram_errors(found.error.T, gram)  # [out]
+    if not float(costs.sum()) < float(old.costs.sum()):
+        return old, old
+    return old, Quantized(pack(found.codes, found.grid), costs, powers)
 
 
 def own_scales(scheme: Scheme) -> bool:

@@ -6,7 +6,8 @@ manifest of the finished checkpoint is made from these records alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -90,6 +91,14 @@ class TweakRecord:
 
 
 @dataclass(frozen=True)
+class RefineRecord:
+    """What refining did to a layer: its loss, relative to that of a zero weight, as the file had it and as it is now."""
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class DistillRecord:
     """What self-distillation did: nats per token from the float model on held-out samples before and after, epochs done."""
 
@@ -103,7 +112,7 @@ class ShardRecord:
     """What is known of a finished shard.
 
     `hashes`: SHA-256 of every tensor that was read for it, by its name in the source; `layers`: its quantized layers;
-    `stored`: the tensors in its file.
+    `stored`: the tensors in its file; `refined`: layers of a foreign checkpoint that were moved; `notes` on these.
     """
 
     hashes: Mapping[str, str] = field(default_factory=dict)
@@ -111,6 +120,8 @@ class ShardRecord:
     tweak: TweakRecord | None = None
     distilled: DistillRecord | None = None
     stored: Mapping[str, StoredTensor] = field(default_factory=dict)
+    refined: Mapping[str, RefineRecord] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -120,6 +131,8 @@ class ShardRecord:
             "stored": {name: tensor.to_json() for name, tensor in self.stored.items()},
         }
         data |= {} if self.tweak is None else {"tweak": asdict(self.tweak)}
+        data |= {"refined": {n: asdict(one) for n, one in self.refined.items()}} if self.refined else {}
+        data |= {"notes": list(self.notes)} if self.notes else {}
         return data | ({} if self.distilled is None else {"distilled": asdict(self.distilled)})
 
     @staticmethod
@@ -129,7 +142,11 @@ class ShardRecord:
         tweak = TweakRecord(**data["tweak"]) if "tweak" in data else None
         distilled = DistillRecord(**data["distilled"]) if "distilled" in data else None
         stored = {name: StoredTensor.from_json(tensor) for name, tensor in data["stored"].items()}
-        return ShardRecord(data["hashes"], layers, tweak=tweak, distilled=distilled, stored=stored)
+        refined = {name: RefineRecord(**one) for name, one in data.get("refined", {}).items()}
+        return ShardRecord(
+            data["hashes"], layers, tweak=tweak, distilled=distilled, stored=stored, refined=refined,
+            notes=tuple(data.get("notes", ())),
+        )  # fmt: skip
 
 
 LARGEST = 4  # names of what stays float that a sentence has
@@ -202,3 +219,45 @@ class Result(Totals):
     peak_rss_bytes: int
     share: Share
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Improved:
+    """What `tweak` or `refine` made of a foreign checkpoint: the folder `output`, and the bytes of its weight files.
+
+    - `tweaks`: blocks whose norms were moved against a float model; `layers`: those whose codes and scales were moved.
+    - `loss`: of the whole model in nats per token on held-out samples, where its norms were trained at once.
+    """
+
+    output: str
+    method: str
+    bytes: int
+    seconds: float
+    peak_rss_bytes: int
+    tweaks: tuple[TweakRecord, ...] = ()
+    layers: Mapping[str, RefineRecord] = field(default_factory=dict)
+    loss: DistillRecord | None = None
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """One sentence: what was moved, and what that did to the error that it was judged by."""
+        if self.loss is not None:
+            what = "loss" if self.loss.epochs else "no epoch lowered the loss"
+            return f"norms by {self.method}: {what} {self.loss.before:.4f} to {self.loss.after:.4f} nats on held-out samples"
+        if self.layers:
+            kept = sum(layer.after < layer.before for layer in self.layers.values())
+            mean = _geometric_mean(
+                [layer.after / layer.before for layer in self.layers.values() if layer.before > 0]
+            )
+            return f"{kept} of {len(self.layers)} layers moved; their loss is {mean:.3f} of what it was (geometric mean)"
+        moved = sum(tweak.kept != "none" for tweak in self.tweaks)
+        mean = _geometric_mean([tweak.after / tweak.before for tweak in self.tweaks if tweak.before > 0])
+        return (
+            f"norms of {moved} of {len(self.tweaks)} blocks moved by {self.method}; the error of their outputs on held-out "
+            f"samples is {mean:.3f} of what it was (geometric mean)"
+        )
+
+
+def _geometric_mean(ratios: Sequence[float]) -> float:
+    """1 where there are none."""
+    return math.exp(sum(math.log(max(ratio, 1e-30)) for ratio in ratios) / len(ratios)) if ratios else 1.0

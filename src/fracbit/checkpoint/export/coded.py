@@ -21,6 +21,7 @@ from fracbit.checkpoint.export.exporter import Nearest, StoredModel, Written, so
 from fracbit.checkpoint.export.float import decoded, source_dtype
 from fracbit.checkpoint.export.pieces import Piece, Tensors, copied_piece, write_pieces
 from fracbit.checkpoint.format import StoredLayer
+from fracbit.checkpoint.formats.integers import STEP
 from fracbit.checkpoint.output import Output
 from fracbit.errors import FormatError
 from fracbit.models.blocks import is_linear, is_transposed, shape_of
@@ -32,7 +33,6 @@ from fracbit.numerics.packed import PackedTensor, zeros_of
 from fracbit.records.progress import Progress
 from fracbit.records.scheme import Offset, Scheme, scale_label
 
-STEP = "int:step"
 LAYER_BYTES = 512  # of names and places in the header of a file
 
 

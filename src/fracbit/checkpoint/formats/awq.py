@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fracbit.checkpoint.formats.codes import decoded_type, spelled
 from fracbit.checkpoint.formats.decoding import Decoding, Part
+from fracbit.checkpoint.formats.integers import Integers
 from fracbit.checkpoint.formats.known import Decoded, SourceFormat
 from fracbit.checkpoint.source import Source, TensorInfo
 from fracbit.errors import SourceError
@@ -25,6 +26,7 @@ BITS = 4
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The output, of eight, that each half byte of a word holds, the lowest first."""
 PARTS = (".qweight", ".qzeros", ".scales")
+WRITTEN = {"words": ".qweight", "scales": ".scales"}
 
 
 def seen(tensors: Mapping[str, TensorInfo]) -> bool:
@@ -77,10 +79,12 @@ def _decoding(source: Source, settings: Mapping[str, Any], layer: str) -> Decodi
             "the released one"
         )
 
-    def values(parts: Mapping[str, Tensor]) -> Tensor:
-        codes, zero = _unpack(parts["words"]), _unpack(parts["zeros"])  # [in, rows], [groups, rows]
+    def integers(parts: Mapping[str, Tensor]) -> Integers:
+        codes, zero = (
+            _unpack(parts[name]).T.byte() for name in ("words", "zeros")
+        )  # [rows, in], [rows, groups]
         index = torch.arange(width) // group  # [in]
-        return ((codes - zero[index]) * parts["scales"].float()[index]).T  # [rows, in]
+        return Integers(BITS, codes, parts["scales"].T, zero, groups=index, packer="awq", written=WRITTEN)
 
     parts = {
         "words": Part(f"{layer}.qweight", rows=8, axis=1),
@@ -89,7 +93,7 @@ def _decoding(source: Source, settings: Mapping[str, Any], layer: str) -> Decodi
     }
     scheme = spelled(BITS, group, width, offset="zero", scale=scales)
     info = TensorInfo(words.file, decoded_type(source, scales), (out, width))
-    return Decoding(info, parts, values, scheme=scheme)
+    return Decoding(info, parts, lambda some: integers(some).values, scheme=scheme, integers=integers)
 
 
 def _unpack(words: Tensor) -> Tensor:

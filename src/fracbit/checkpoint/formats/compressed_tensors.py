@@ -33,6 +33,7 @@ from fracbit.checkpoint.formats.codes import (
     words_for,
 )
 from fracbit.checkpoint.formats.decoding import Decoding, Part
+from fracbit.checkpoint.formats.integers import Integers
 from fracbit.checkpoint.formats.known import Decoded, SourceFormat
 from fracbit.checkpoint.source import Source, TensorInfo, read_rows
 from fracbit.errors import SourceError
@@ -40,6 +41,7 @@ from fracbit.numerics.packed import scale_values
 from fracbit.records.scheme import Offset
 
 PACKED, PLAIN = ".weight_packed", ".weight"
+WRITTEN = {"codes": PACKED, "scale": ".weight_scale"}
 BYTES = ("I8", "F8_E4M3", "F8_E5M2")
 """Types of codes that fill a byte each."""
 KNOWN = (
@@ -223,13 +225,30 @@ def _packed(layer: CodedLayer) -> tuple[str, Decoding]:
     stream = unpack is unpack_words
     rows = 32 // math.gcd(32, bits) if stream else 32 // bits
     zero_rows = Part(f"{layer.module}.weight_zero_point", rows=rows, units=rows * bits // 32 if stream else 1)
-    return "int", _scaled(
+    zero_of = partial(_zero, unpack=unpack, bits=bits)
+    decoding = _scaled(
         layer,
         (out, width),
         Part(layer.module + PACKED, rows=1),
         lambda words: unpack(words, bits, width).float() - float(2 ** (bits - 1)),
-        packed_zero=(zero_rows, partial(_zero, unpack=unpack, bits=bits)),
+        packed_zero=(zero_rows, zero_of),
     )
+
+    def integers(parts: Mapping[str, Tensor]) -> Integers:
+        codes, scale = unpack(parts["codes"], bits, width), parts["scale"]  # [out, in], [out, groups]
+        scale = scale.reshape(1, -1).expand(out, -1) if scale.numel() == 1 else scale.reshape(len(codes), -1)
+        zero = parts.get("zero")
+        if zero is not None:
+            signed = zero_of(zero, out) if zero.dtype == torch.int32 else zero.reshape(scale.shape).float()
+            zero = (signed + 2 ** (bits - 1)).byte()  # [out, groups]
+        order = parts.get("order")
+        plain = torch.arange(width) // -(-width // scale.shape[1])  # [in]
+        size = int(layer.args.get("group_size") or 0)
+        plain = torch.arange(width) // size if size > 0 and scale.shape[1] > 1 else plain
+        groups = plain if order is None or bool((order == -1).all()) else order.long()
+        return Integers(bits, codes, scale, zero, groups=groups, packer="compressed-tensors", written=WRITTEN)
+
+    return "int", replace(decoding, integers=integers)
 
 
 def _zero(words: Tensor, rows: int, unpack: Unpack, bits: int) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from fracbit.checkpoint.formats.integers import Integers
     from fracbit.checkpoint.source import TensorInfo
 
 PIECE = 1 << 20  # weights that are decoded at a time
@@ -45,6 +46,7 @@ class Decoding:
     `decode` takes the parts of any whole number of steps of rows and gives these rows, in any float type. It may close over
     numbers, such as the width of a row, and never over the number of rows. `upright`: a linear's weight comes out as
     [out, in], whatever the layer of the model stores. `scheme`: how it is stored, in the words of fracbit or of its format.
+    `integers`: the integers of the whole layer from its whole parts; None where it is not stored as such.
     """
 
     info: TensorInfo
@@ -52,6 +54,7 @@ class Decoding:
     decode: Callable[[Mapping[str, Tensor]], Tensor]
     upright: bool = True
     scheme: str = ""
+    integers: Callable[[Mapping[str, Tensor]], Integers] | None = None
 
     @property
     def step(self) -> int:
@@ -93,5 +96,10 @@ def turned(decoding: Decoding, info: TensorInfo) -> Decoding:
     """The transpose of a decoded matrix, for layers that store theirs as [in, out]; it is decoded whole. `info`: its own."""
     parts = {role: Part(part.name) for role, part in decoding.parts.items()}
     return Decoding(
-        info, parts, lambda tensors: decoding.decode(tensors).T, upright=False, scheme=decoding.scheme
+        info,
+        parts,
+        lambda tensors: decoding.decode(tensors).T,
+        upright=False,
+        scheme=decoding.scheme,
+        integers=decoding.integers,
     )

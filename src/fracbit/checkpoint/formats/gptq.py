@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fracbit.checkpoint.formats.codes import decoded_type, spelled, unpack_words, words_for
 from fracbit.checkpoint.formats.decoding import Decoding, Part
+from fracbit.checkpoint.formats.integers import Integers
 from fracbit.checkpoint.formats.known import Decoded, SourceFormat
 from fracbit.checkpoint.source import Source, TensorInfo
 from fracbit.errors import SourceError
@@ -28,6 +29,7 @@ WIDTHS = (2, 3, 4, 8)
 VERSIONS = {"": 1, "gptq": 1, "gptq_v2": 2}
 """By `checkpoint_format`; files of before it have version 1."""
 PARTS = (".qweight", ".qzeros", ".scales", ".g_idx")
+WRITTEN = {"words": ".qweight", "scales": ".scales"}
 
 
 def seen(tensors: Mapping[str, TensorInfo]) -> bool:
@@ -93,9 +95,9 @@ def _decoding(source: Source, settings: Mapping[str, Any], layer: str, version: 
     group = _group(source, settings, layer, groups=groups, width=width) if order is None else 0
     mask = 2**bits - 1
 
-    def values(parts: Mapping[str, Tensor]) -> Tensor:
+    def integers(parts: Mapping[str, Tensor]) -> Integers:
         codes = unpack_words(parts["words"].T, bits, width)  # [rows, in]
-        zero = unpack_words(parts["zeros"], bits, codes.shape[0]).int().T  # [rows, groups]
+        zero = unpack_words(parts["zeros"], bits, codes.shape[0]).T  # [rows, groups]
         zero = zero if version == 2 else zero + 1 & mask
         index = parts["order"].long() if "order" in parts else torch.arange(width) // group  # [in]
         if int(index.min()) < 0 or int(index.max()) >= groups:
@@ -103,7 +105,7 @@ def _decoding(source: Source, settings: Mapping[str, Any], layer: str, version: 
                 f"{source.name}: {layer}.g_idx names groups {int(index.min())} to {int(index.max())}, and there are {groups}; "
                 "fetch the checkpoint again"
             )
-        return (codes.int() - zero[:, index]) * parts["scales"].T.float()[:, index]
+        return Integers(bits, codes, parts["scales"].T, zero, groups=index, packer="gptq", written=WRITTEN)
 
     rows = 32 // math.gcd(32, bits)  # a stream of codes ends a word after so many
     parts = {
@@ -116,7 +118,7 @@ def _decoding(source: Source, settings: Mapping[str, Any], layer: str, version: 
     even = width // groups  # of a width that groups divide, whatever their order
     offset: Offset = "none" if _symmetric(settings, layer) else "zero"
     scheme = spelled(bits, even, width, offset=offset, scale=scales)
-    return bits, Decoding(info, parts, values, scheme=scheme)
+    return bits, Decoding(info, parts, lambda some: integers(some).values, scheme=scheme, integers=integers)
 
 
 def _symmetric(settings: Mapping[str, Any], layer: str) -> bool:

@@ -20,7 +20,7 @@ from fracbit.checkpoint.format import StoredLayer
 from fracbit.checkpoint.opened import Opened
 from fracbit.checkpoint.output import SHARD_BYTES
 from fracbit.checkpoint.shards import cut_shards
-from fracbit.checkpoint.source import Source, read_tensor
+from fracbit.checkpoint.source import Source, fingerprint, read_tensor
 from fracbit.errors import RecipeError, SourceError, near_matches
 from fracbit.models.blocks import blocks
 from fracbit.models.family import Family
@@ -250,10 +250,6 @@ def _cut(items: Iterable[Item], limit: int) -> dict[str, tuple[Item, ...]]:
 
 
 def _key(recipe: Recipe, source: Source, shard_bytes: int) -> str:
-    headers = [(name, info.dtype, info.shape) for name, info in sorted(source.on_disk.items())]
-    files = sorted({info.file for info in source.on_disk.values()})
-    states = [(source.folder / file).stat() for file in files]  # a changed source file gives another key
-    stamps = [(state.st_size, state.st_mtime_ns) for state in states]
-    parts = [key(recipe), source.config, source.quantization, headers, stamps, shard_bytes, __version__]
+    parts = [key(recipe), *fingerprint(source), shard_bytes, __version__]
     text = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

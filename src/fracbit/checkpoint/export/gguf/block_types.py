@@ -33,10 +33,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fracbit.checkpoint.export.coded import STEP, reasons, steps, unexportable
+from fracbit.checkpoint.export.coded import reasons, steps, unexportable
 from fracbit.checkpoint.export.exporter import Nearest
 from fracbit.checkpoint.export.small_floats import MXFP4, NVFP4, exponents, float_codes, small_steps
 from fracbit.checkpoint.format import StoredLayer
+from fracbit.checkpoint.formats.integers import STEP
 from fracbit.numerics.bits import pack_bits
 from fracbit.numerics.datatypes import scale_unit
 from fracbit.numerics.grid import codes_in

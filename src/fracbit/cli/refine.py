@@ -1,0 +1,43 @@
+"""`fracbit refine`: codes and scales of a checkpoint that another program has quantized, moved towards the float model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+import fracbit
+from fracbit.cli import options
+from fracbit.cli.show import bytes_text, print_json, print_notes, progress
+
+
+def refine(
+    checkpoint: options.Foreign,
+    calibration: options.CalibrationTexts,
+    output: options.Better,
+    against: Annotated[
+        str,
+        typer.Option(help="The float model that CHECKPOINT was made of.", rich_help_panel=options.DATA),
+    ],
+    samples: options.Samples = 128,
+    length: options.SampleLength = None,
+    seed: options.StudySeed = 0,
+    overwrite: options.Overwrite = False,
+    resume: options.Resume = False,
+    device: options.Device = "cpu",
+    trust_remote_code: options.TrustRemoteCode = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Move codes and scales of CHECKPOINT (GPTQ, AWQ, compressed-tensors) towards the float model; format and size stay."""
+    with progress(json or quiet) as show:
+        made = fracbit.refine(
+            checkpoint, output, calibration, against, samples=samples, length=length, seed=seed, overwrite=overwrite,
+            resume=resume, device=device, trust_remote_code=trust_remote_code, progress=show,
+        )  # fmt: skip
+    print_notes(() if quiet else made.notes)
+    if json:
+        print_json(asdict(made))
+    else:
+        print(f"{made.output}: {bytes_text(made.bytes)}, {made}")

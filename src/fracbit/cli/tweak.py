@@ -1,0 +1,53 @@
+"""`fracbit tweak`: the norms of a checkpoint that another program has quantized, moved to where they serve its codes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+import fracbit
+from fracbit.cli import options
+from fracbit.cli.show import bytes_text, print_json, print_notes, progress
+
+
+def tweak(
+    checkpoint: options.Foreign,
+    calibration: options.CalibrationTexts,
+    output: options.Better,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="The float model that CHECKPOINT was made of. Without it, norms learn to predict the text.",
+            rich_help_panel=options.DATA,
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="With --against: adam (the paper's), closed, or auto, the better of both or neither. Default: auto.",
+            rich_help_panel=options.DATA,
+        ),
+    ] = None,
+    samples: options.Samples = 128,
+    length: options.SampleLength = None,
+    seed: options.StudySeed = 0,
+    overwrite: options.Overwrite = False,
+    resume: options.Resume = False,
+    device: options.Device = "cpu",
+    trust_remote_code: options.TrustRemoteCode = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Move the norms of CHECKPOINT, made by another program; every other byte stays, so that every engine runs the output."""
+    with progress(json or quiet) as show:
+        made = fracbit.tweak(
+            checkpoint, output, calibration, against=against, method=method, samples=samples, length=length, seed=seed,
+            overwrite=overwrite, resume=resume, device=device, trust_remote_code=trust_remote_code, progress=show,
+        )  # fmt: skip
+    print_notes(() if quiet else made.notes)
+    if json:
+        print_json(asdict(made))
+    else:
+        print(f"{made.output}: {bytes_text(made.bytes)}, {made}")

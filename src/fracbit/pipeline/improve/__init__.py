@@ -1,0 +1,1 @@
+"""Checkpoints that other programs have quantized, made better without leaving their format."""

@@ -1,0 +1,65 @@
+"""Refinement of one block of a foreign checkpoint: codes and scales of its linears move towards the float weights."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fracbit.checkpoint.repacked import integer_layer
+from fracbit.errors import FormatError
+from fracbit.models.blocks import groups, weight_of
+from fracbit.models.install import release
+from fracbit.numerics.stats import Stats
+from fracbit.pipeline.improve.alongside import Place, Walk
+from fracbit.pipeline.quantize.observe import Observer, borrow, observe_some
+from fracbit.quantizers.gptq import refined
+from fracbit.records.run import RefineRecord, ShardRecord
+
+
+def refine_step(walk: Walk, place: Place) -> tuple[dict[str, Tensor], ShardRecord]:
+    """See `Step`. A layer that cannot be written back stays as it is, with a note."""
+    module = place.module
+    layers = walk.twins.layers
+    order = [
+        tuple(name for name in group if f"{place.path}.{name}" in layers)
+        for group in groups(module, walk.family)
+    ]
+    order = [group for group in order if group]
+    # The weights that the codes should stand for, and the inputs that they are given.
+    walk.load_float(place)
+    weights = {
+        name: weight_of(module.get_submodule(name)).float().clone() for group in order for name in group
+    }
+    release(module)
+    walk.load_coded(place)
+    observer = Observer(place.path, gram=True, length=place.hidden.states.shape[1])
+    seen, said = borrow(observe_some(module, place.hidden, observer, order), order)
+    release(module)
+    # Layer by layer.
+    changed: dict[str, Tensor] = {}
+    records: dict[str, RefineRecord] = {}
+    notes = list(said.values())
+    for group in order:
+        for name in group:
+            full = f"{place.path}.{name}"
+            try:
+                found, record = _refined(walk, layers[full], weights[name], seen[group[0]])
+            except FormatError as error:
+                notes.append(f"{full} stayed as it is: {error}")
+                continue
+            changed |= found
+            records[full] = record
+            walk.show(full, place.number, place.number + 1)
+    return changed, ShardRecord(refined=records, notes=tuple(notes))
+
+
+def _refined(
+    walk: Walk, weight_name: str, weight: Tensor, stats: Stats | None
+) -> tuple[dict[str, Tensor], RefineRecord]:
+    """The new tensors of a layer whose decoded tensor is called `weight_name`, towards `weight` [out, in]."""
+    if stats is None or stats.gram is None:
+        raise FormatError("it saw no calibration token")
+    layer = integer_layer(walk.twins.coded.source, weight_name)
+    order = layer.order.to(weight.device)  # [in]
+    gram = stats.gram[order][:, order]  # [in, in]
+    old, new = refined(weight[:, order], layer.packed.to(weight.device), gram)
+    return layer.stored(new.packed.to("cpu")), RefineRecord(old.loss, new.loss)

@@ -17,7 +17,7 @@ from fracbit.checkpoint.export.coded import CodedWeights
 from fracbit.checkpoint.export.compressed_tensors import export_compressed_tensors
 from fracbit.checkpoint.export.gptq import export_gptq
 from fracbit.checkpoint.format import StoredLayer
-from fracbit.checkpoint.formats.integers import Integers, packed_integers, unpacked_integers
+from fracbit.checkpoint.formats.integers import StoredIntegers, packed_integers, unpacked_integers
 from fracbit.checkpoint.source import Source, read_stored
 from fracbit.errors import FormatError
 from fracbit.numerics.bits import pack_bits
@@ -37,7 +37,7 @@ class IntegerLayer:
     `names`: the tensors on the disk that hold codes and scales, by the endings of the format.
     """
 
-    integers: Integers
+    integers: StoredIntegers
     packed: PackedTensor
     names: Mapping[str, str]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fracbit.checkpoint.formats.codes import decoded_type, spelled
 from fracbit.checkpoint.formats.decoding import Decoding, Part
-from fracbit.checkpoint.formats.integers import Integers
+from fracbit.checkpoint.formats.integers import StoredIntegers
 from fracbit.checkpoint.formats.known import Decoded, SourceFormat
 from fracbit.checkpoint.source import Source, TensorInfo
 from fracbit.errors import SourceError
@@ -79,12 +79,14 @@ def _decoding(source: Source, settings: Mapping[str, Any], layer: str) -> Decodi
             "the released one"
         )
 
-    def integers(parts: Mapping[str, Tensor]) -> Integers:
+    def integers(parts: Mapping[str, Tensor]) -> StoredIntegers:
         codes, zero = (
             _unpack(parts[name]).T.byte() for name in ("words", "zeros")
         )  # [rows, in], [rows, groups]
         index = torch.arange(width) // group  # [in]
-        return Integers(BITS, codes, parts["scales"].T, zero, groups=index, packer="awq", written=WRITTEN)
+        return StoredIntegers(
+            BITS, codes, parts["scales"].T, zero, groups=index, packer="awq", written=WRITTEN
+        )
 
     parts = {
         "words": Part(f"{layer}.qweight", rows=8, axis=1),

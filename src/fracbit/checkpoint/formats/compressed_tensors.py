@@ -33,7 +33,7 @@ from fracbit.checkpoint.formats.codes import (
     words_for,
 )
 from fracbit.checkpoint.formats.decoding import Decoding, Part
-from fracbit.checkpoint.formats.integers import Integers
+from fracbit.checkpoint.formats.integers import StoredIntegers
 from fracbit.checkpoint.formats.known import Decoded, SourceFormat
 from fracbit.checkpoint.source import Source, TensorInfo, read_rows
 from fracbit.errors import SourceError
@@ -234,7 +234,7 @@ def _packed(layer: CodedLayer) -> tuple[str, Decoding]:
         packed_zero=(zero_rows, zero_of),
     )
 
-    def integers(parts: Mapping[str, Tensor]) -> Integers:
+    def integers(parts: Mapping[str, Tensor]) -> StoredIntegers:
         codes, scale = unpack(parts["codes"], bits, width), parts["scale"]  # [out, in], [out, groups]
         scale = scale.reshape(1, -1).expand(out, -1) if scale.numel() == 1 else scale.reshape(len(codes), -1)
         zero = parts.get("zero")
@@ -246,7 +246,9 @@ def _packed(layer: CodedLayer) -> tuple[str, Decoding]:
         size = int(layer.args.get("group_size") or 0)
         plain = torch.arange(width) // size if size > 0 and scale.shape[1] > 1 else plain
         groups = plain if order is None or bool((order == -1).all()) else order.long()
-        return Integers(bits, codes, scale, zero, groups=groups, packer="compressed-tensors", written=WRITTEN)
+        return StoredIntegers(
+            bits, codes, scale, zero, groups=groups, packer="compressed-tensors", written=WRITTEN
+        )
 
     return "int", replace(decoding, integers=integers)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from fracbit.checkpoint.formats.integers import Integers
+    from fracbit.checkpoint.formats.integers import StoredIntegers
     from fracbit.checkpoint.source import TensorInfo
 
 PIECE = 1 << 20  # weights that are decoded at a time
@@ -54,7 +54,7 @@ class Decoding:
     decode: Callable[[Mapping[str, Tensor]], Tensor]
     upright: bool = True
     scheme: str = ""
-    integers: Callable[[Mapping[str, Tensor]], Integers] | None = None
+    integers: Callable[[Mapping[str, Tensor]], StoredIntegers] | None = None
 
     @property
     def step(self) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fracbit.checkpoint.formats.codes import decoded_type, spelled, unpack_words, words_for
 from fracbit.checkpoint.formats.decoding import Decoding, Part
-from fracbit.checkpoint.formats.integers import Integers
+from fracbit.checkpoint.formats.integers import StoredIntegers
 from fracbit.checkpoint.formats.known import Decoded, SourceFormat
 from fracbit.checkpoint.source import Source, TensorInfo
 from fracbit.errors import SourceError
@@ -95,7 +95,7 @@ def _decoding(source: Source, settings: Mapping[str, Any], layer: str, version: 
     group = _group(source, settings, layer, groups=groups, width=width) if order is None else 0
     mask = 2**bits - 1
 
-    def integers(parts: Mapping[str, Tensor]) -> Integers:
+    def integers(parts: Mapping[str, Tensor]) -> StoredIntegers:
         codes = unpack_words(parts["words"].T, bits, width)  # [rows, in]
         zero = unpack_words(parts["zeros"], bits, codes.shape[0]).T  # [rows, groups]
         zero = zero if version == 2 else zero + 1 & mask
@@ -105,7 +105,9 @@ def _decoding(source: Source, settings: Mapping[str, Any], layer: str, version: 
                 f"{source.name}: {layer}.g_idx names groups {int(index.min())} to {int(index.max())}, and there are {groups}; "
                 "fetch the checkpoint again"
             )
-        return Integers(bits, codes, parts["scales"].T, zero, groups=index, packer="gptq", written=WRITTEN)
+        return StoredIntegers(
+            bits, codes, parts["scales"].T, zero, groups=index, packer="gptq", written=WRITTEN
+        )
 
     rows = 32 // math.gcd(32, bits)  # a stream of codes ends a word after so many
     parts = {

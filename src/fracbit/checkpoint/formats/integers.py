@@ -25,7 +25,7 @@ _SCALES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 
 @dataclass(frozen=True, eq=False)
-class Integers:
+class StoredIntegers:
     """A layer of integers of `bits` bits.
 
     - `codes` uint8 [out, in]; `scale` [out, groups] in the type that is stored; `zero` uint8 [out, groups], None for the middle
@@ -54,7 +54,7 @@ class Integers:
         return self.groups.argsort(stable=True)
 
 
-def packed_integers(integers: Integers) -> PackedTensor:
+def packed_integers(integers: StoredIntegers) -> PackedTensor:
     """The layer as a packed tensor, its inputs by group. Raises `FormatError` for what no scheme has."""
     out, width = integers.codes.shape
     order, groups = integers.order, integers.scale.shape[1]
@@ -79,7 +79,7 @@ def packed_integers(integers: Integers) -> PackedTensor:
     return packed
 
 
-def unpacked_integers(like: Integers, packed: PackedTensor) -> Integers:
+def unpacked_integers(like: StoredIntegers, packed: PackedTensor) -> StoredIntegers:
     """The integers of a packed tensor that `packed_integers` made of `like`, moved since or not."""
     assert isinstance(packed.scales, Tensor)
     codes = torch.empty_like(like.codes)

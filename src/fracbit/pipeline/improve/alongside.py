@@ -71,11 +71,13 @@ class Walk:
         rescale(place.module, self.family, coded.model.config, block_tensors(coded, place.path))
 
 
-Step: TypeAlias = Callable[[Walk, Place], tuple[dict[str, Tensor], ShardRecord]]
+BlockStep: TypeAlias = Callable[[Walk, Place], tuple[dict[str, Tensor], ShardRecord]]
 """(walk, block) -> new values of tensors on the disk, and what is noted. It leaves the block out of memory."""
 
 
-def walk_alongside(walk: Walk, step: Step, target: Output) -> tuple[dict[str, Tensor], list[ShardRecord]]:
+def walk_alongside(
+    walk: Walk, step: BlockStep, target: Output
+) -> tuple[dict[str, Tensor], list[ShardRecord]]:
     """Do the step for every block that the journal of `target` lacks; all new tensors and records, in order."""
     opened, done = walk.twins.coded, finished_blocks(target)
     stack = blocks(opened.model, opened.family)
@@ -115,7 +117,7 @@ def rescale(block: nn.Module, family: Family, config: object, coded: Mapping[str
         if not norm.exclusive or not norm.readers or gain is None:
             continue
         now = coded[f"{norm.name}.weight"].to(gain.device).float() + family.gain_offset  # [width]
-        factors = (gain.float() + family.gain_offset) / now  # [width]
+        factors = (gain.detach().float() + family.gain_offset) / now  # [width]
         factors = torch.where(torch.isfinite(factors) & (factors > 0), factors, 1.0)
         if float((factors - 1).abs().max()) > SAME:
             fold_norm(block, family, norm, factors)

@@ -18,7 +18,9 @@ from fracbit.checkpoint.load import check_device, load_opened, tokenizer_or_none
 from fracbit.checkpoint.opened import Opened
 from fracbit.checkpoint.output import Output, check_output, open_output
 from fracbit.checkpoint.patched import finished_blocks, write_patched
+from fracbit.checkpoint.repacked import integer_layer
 from fracbit.checkpoint.shards import check_apart
+from fracbit.checkpoint.source import Source
 from fracbit.data import Samples
 from fracbit.errors import FormatError, RecipeError
 from fracbit.models.attention import native_attention
@@ -43,6 +45,7 @@ from fracbit.records.version import __version__
 NORM_METHODS = ("auto", "adam", "closed")
 ON_TEXT = "text"
 NORMS_SHARD = "norms.safetensors"
+LOOKED_AT = 7  # layers that show whether codes can be moved
 EPOCHS, RATE, BATCH = 4, 3e-3, 4
 Changed = tuple[dict[str, Tensor], list[ShardRecord]]
 """New values of tensors by their names on the disk, and the records of what was done."""
@@ -173,13 +176,25 @@ def _calibration(texts: str | Sequence[str], samples: int, length: int | None, w
 
 
 def _check_integers(twins: Twins) -> None:
-    """Refuse a checkpoint without a layer whose codes can be moved. Raises `FormatError`."""
+    """Refuse a checkpoint whose codes cannot be moved, as the first layers show. Raises `FormatError`."""
     source = twins.coded.source
-    if not any(source.decodings[plain].integers for plain in twins.layers.values()):
-        raise FormatError(
-            f"{source.name} is {source.decoded}, and refine moves integers of GPTQ, AWQ and compressed-tensors "
-            "(pack-quantized); fracbit tweak moves its norms"
-        )
+    faults = [_fault(source, plain) for plain in list(twins.layers.values())[:LOOKED_AT]]
+    if not all(faults) and faults:
+        return
+    raise FormatError(
+        f"{source.name} is {source.decoded}, and refine moves integers of GPTQ, AWQ and compressed-tensors (pack-quantized)"
+        + (f": {faults[0]}" if faults else "")
+        + "; fracbit tweak moves its norms"
+    )
+
+
+def _fault(source: Source, plain: str) -> str:
+    """Why the codes of a layer cannot be moved, "" where they can."""
+    try:
+        integer_layer(source, plain)
+    except FormatError as error:
+        return f"{plain}: {error}"
+    return ""
 
 
 def _improved(

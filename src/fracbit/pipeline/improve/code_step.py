@@ -16,7 +16,7 @@ from fracbit.records.run import RefineRecord, ShardRecord
 
 
 def refine_step(walk: Walk, place: Place) -> tuple[dict[str, Tensor], ShardRecord]:
-    """See `Step`. A layer that cannot be written back stays as it is, with a note."""
+    """See `BlockStep`. A layer that cannot be written back stays as it is, with a note."""
     module = place.module
     layers = walk.twins.layers
     order = [

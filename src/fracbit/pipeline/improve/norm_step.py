@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fracbit.checkpoint.source import FLOATS
 from fracbit.errors import FormatError
 from fracbit.models.blocks import blocks, find, groups, weight_of
 from fracbit.models.correction import Correction, Evidence, norm_parameters
@@ -26,7 +27,7 @@ class NormStep:
     kind: torch.dtype
 
     def __call__(self, walk: Walk, place: Place) -> tuple[dict[str, Tensor], ShardRecord]:
-        """See `Step`. What is judged is what is stored."""
+        """See `BlockStep`. What is judged is what is stored."""
         module, family, hidden = place.module, walk.family, place.hidden
         # What the float block gives from these states, and the inputs of its linears.
         walk.load_float(place)
@@ -99,8 +100,6 @@ def norm_kind(twins: Twins) -> torch.dtype:
 
 def as_stored(twins: Twins, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors by their names on the disk in the types that they have there."""
-    from fracbit.checkpoint.source import FLOATS
-
     stored = twins.coded.source.on_disk
     return {name: tensor.to(FLOATS[stored[name].dtype]) for name, tensor in tensors.items()}
 

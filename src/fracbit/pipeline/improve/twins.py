@@ -104,9 +104,9 @@ def _check_alike(twins: Twins) -> None:
         for one in (coded, floats)
     ]
     for name in sorted(shapes[0].keys() | shapes[1].keys()):
-        one, other = (found.get(name) for found in shapes)
-        if one != other:
-            said = ["none" if shape is None else str(list(shape)) for shape in (one, other)]
+        both = [found.get(name) for found in shapes]
+        if both[0] != both[1]:
+            said = ["none" if shape is None else str(list(shape)) for shape in both]
             raise SourceError(
                 f"{name} is {said[0]} in {coded.source.name} and {said[1]} in {floats.source.name}; {_remedy(twins)}"
             )
@@ -114,11 +114,11 @@ def _check_alike(twins: Twins) -> None:
     if missing:
         raise SourceError(f"{floats.source.name} lacks {missing[0]}; fetch it again")
     names = list(twins.layers)
-    for name in {*names[:1], *names[-1:]}:
-        weights = [
+    for name in dict.fromkeys([*names[:1], *names[-1:]]):
+        one, other = (
             weight_of_layer(opened, name).flatten().float() for opened in (coded, floats)
-        ]  # [out * in] each
-        found = torch.nn.functional.cosine_similarity(*weights, dim=0)
+        )  # [out * in]
+        found = torch.nn.functional.cosine_similarity(one, other, dim=0)
         if not float(found) > ALIKE:
             raise SourceError(
                 f"{name} of {coded.source.name} is nothing like that of {floats.source.name} (cosine {float(found):.2f}); "

@@ -3,8 +3,9 @@
     python bench/others/better.py --work FOLDER [--cases "SmolLM2-135M GPTQModel 2" ...] [--ways refine ...] [--threads 1]
 
 GPTQModel and llm-compressor quantize a model by GPTQ with zero points in groups of 64, each in its environment. Their own files
-are improved and judged beside the float model: perplexity and KL divergence on texts that nothing was calibrated on, in fp32. SmolLM2-135M and its texts are those of real/measure.py; tales-l has the stories of the shared folder. What FOLDER holds
-is not made again; cases and ways that are not named keep their rows.
+are improved and judged beside the float model: perplexity and KL divergence on texts that nothing was calibrated on, in fp32.
+SmolLM2-135M and its texts are those of real/measure.py; tales-l has the stories of the shared folder. What FOLDER holds is not
+made again; cases and ways that are not named keep their rows.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ WAYS: dict[str, tuple[str, ...]] = {
     "tweak adam": ("tweak", "--method=adam"),
     "tweak closed": ("tweak", "--method=closed"),
     "tweak auto": ("tweak", "--method=auto"),
+    "tweak predictions": ("tweak", "--method=predictions"),
     "tweak, text alone": ("tweak",),
 }
 """The command and its options, by what a table calls them; the last has no float model."""

@@ -128,7 +128,7 @@ def test_tweaking_moves_norms_alone(
     assert [tweak.kept for tweak in found.tweaks] == ["closed"] * 3
 
 
-@pytest.mark.parametrize("method", ["adam", "auto", "adam:rate=5e-3"])
+@pytest.mark.parametrize("method", ["adam", "auto", "adam:rate=5e-3", "predictions"])
 def test_the_methods_of_tweaking(
     method: str, floats: Path, text: str, foreign: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -137,6 +137,8 @@ def test_the_methods_of_tweaking(
     assert all(each.endswith(NORMS) for each in changed(source, tmp_path / "better"))
     if method == "auto":
         assert all(tweak.after <= tweak.before for tweak in found.tweaks)
+    if found.loss is not None:
+        assert found.loss.after <= found.loss.before
 
 
 def test_norms_learn_from_the_text_alone(text: str, foreign: Callable[[str], Path], tmp_path: Path) -> None:

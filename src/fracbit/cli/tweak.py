@@ -26,7 +26,8 @@ def tweak(
     method: Annotated[
         str | None,
         typer.Option(
-            help="With --against: adam (the paper's), closed, or auto, the better of both or neither. Default: auto.",
+            help="With --against: adam (the paper's), closed, auto (the better of both or neither; default), or predictions "
+            "(all blocks at once).",
             rich_help_panel=options.DATA,
         ),
     ] = None,

@@ -43,7 +43,8 @@ from fracbit.records.tables import CORRECTIONS
 from fracbit.records.version import __version__
 
 NORM_METHODS = ("auto", "adam", "closed")
-ON_TEXT = "text"
+ON_TEXT, ON_PREDICTIONS = "text", "predictions"
+"""The whole model at once: without a float model, and with one."""
 NORMS_SHARD = "norms.safetensors"
 LOOKED_AT = 7  # layers that show whether codes can be moved
 EPOCHS, RATE, BATCH = 4, 3e-3, 4
@@ -90,8 +91,9 @@ def tweak(
     - `checkpoint`: a folder or hub id of GPTQ, AWQ, compressed-tensors, MLX, ...; `calibration`: one or several texts.
     - `against`: the float model. Each block's norms are moved until it gives what the float block gives, by `method`: `adam`,
       `closed`, or `auto` (default), the better of both or neither, each with options such as `adam:rate=2e-3`.
-    - Without it, the norms of the whole model learn to predict the text, and the epoch of least loss on held-out samples is
-      kept, or none; the model must fit into memory in fp32.
+    - `method` `predictions`: the norms of all blocks at once learn what the float model predicts. Without a float model they
+      learn to predict the text. The epoch of least loss on held-out samples is kept, or none. Models must fit into memory in
+      fp32.
     - `samples` of `length` ids (default: 512, at most the model's positions), drawn by `seed`; `device`: where blocks run.
 
     Raises a `FracbitError`: `SourceError`, `FormatError`, `RecipeError`, `DataError`, `WeightError`, `OutputError`.
@@ -101,15 +103,17 @@ def tweak(
             f"method {method} fits norms to a float model; name it with against (--against), or leave the method out"
         )
     word = method or NORM_METHODS[0]
-    if read_named(word, CORRECTIONS).name not in NORM_METHODS:
-        raise RecipeError(f"method {word} moves more than norms; use one of {', '.join(NORM_METHODS)}")
+    whole = against is None or word == ON_PREDICTIONS
+    if not whole and read_named(word, CORRECTIONS).name not in NORM_METHODS:
+        known = ", ".join((*NORM_METHODS, ON_PREDICTIONS))
+        raise RecipeError(f"method {word} moves more than norms; use one of {known}")
     if samples < 2:
         raise RecipeError(f"tweak needs at least 2 samples, one to judge by; got {samples}")
-    moved = correction(word)
+    moved = None if whole else correction(word)
 
     def work(walk: Walk, target: Output) -> Changed:
-        if walk.twins.floats is None:
-            return _on_text(walk, target)
+        if moved is None:
+            return _all_at_once(walk, target)
         return walk_alongside(walk, NormStep(moved, norm_kind(walk.twins)), target)
 
     asked = Task(
@@ -118,7 +122,7 @@ def tweak(
         checkpoint=checkpoint,
         output=output,
         against=against,
-        calibration=_calibration(calibration, samples, length, "none" if against is None else word),
+        calibration=_calibration(calibration, samples, length, "none" if whole else word),
         seed=seed,
         overwrite=overwrite,
         resume=resume,
@@ -253,10 +257,12 @@ def _reader(twins: Twins) -> Opened:
     return twins.coded if own is not None or twins.floats is None else twins.floats
 
 
-def _on_text(walk: Walk, target: Output) -> Changed:
-    """Train the norms of the whole model, decoded, on the text's own loss."""
+def _all_at_once(walk: Walk, target: Output) -> Changed:
+    """Train the norms of the whole model, decoded, on what the float model predicts, or without one on the text's own loss."""
     twins, done = walk.twins, finished_blocks(target)
     if done.record(NORMS_SHARD) is None:
+        floats = twins.floats
+        teacher = None if floats is None else load_opened(floats, torch.float32, walk.device)
         model = load_opened(twins.coded, torch.float32, walk.device)
         model.requires_grad_(False)
         gains = norm_gains(twins, model)
@@ -268,7 +274,7 @@ def _on_text(walk: Walk, target: Output) -> Changed:
             walk.show(f"norms, {loss:.4f} nats", epoch, plan.epochs)
 
         ids = walk.samples.ids.to(walk.device)  # [samples, tokens]
-        found = distill(None, model, soft={}, norms=gains, ids=ids, how=plan, show=show)
+        found = distill(teacher, model, soft={}, norms=gains, ids=ids, how=plan, show=show)
         moved = {name: gain.detach().cpu().clone() for name, gain in gains.items()}
         done.write_shard(
             NORMS_SHARD, as_stored(twins, moved), ShardRecord(distilled=DistillRecord(**asdict(found)))

@@ -93,25 +93,18 @@ def _ids(model: str, folder: Path, work: Path) -> Path:
 
 
 def judged(checkpoint: Path, model: str, folder: Path, sources: dict[str, str]) -> Row:
-    """Perplexity and divergence on each text."""
+    """Perplexity and divergence on each text, in this process: imports take longer than tales-l does."""
+    import fracbit
+
     found = {}
     for name, text in sources.items():
-        row, _ = fracbit(
-            "eval",
-            checkpoint,
-            "--text",
-            text,
-            "--against",
-            folder,
-            "--window",
-            SIZES[model],
-            "--dtype",
-            "float32",
+        row = fracbit.evaluate(
+            checkpoint, text, against=folder, window=SIZES[model], dtype="float32", progress=None
         )
+        assert row.divergence is not None
         found[name] = {
-            "perplexity": row["perplexity"],
-            **{key: row["divergence"][key] for key in ("kl", "agreement")},
-        }
+            "perplexity": row.perplexity, "kl": row.divergence.kl, "agreement": row.divergence.agreement
+        }  # fmt: skip
     return found
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import fracbit
-from families import tiny_llama
+from families import CONFIGS, tiny_llama
 from fracbit.checkpoint.export.exporter import export
 from fracbit.checkpoint.opened import open_float
 from fracbit.checkpoint.repacked import integer_layer
@@ -24,6 +24,9 @@ from fracbit.models.blocks import blocks, norms, pairs, weight_of
 from fracbit.models.fold import fold_norm, fold_pair, tie
 from fracbit.pipeline.improve import better
 from fracbit.pipeline.improve.alongside import rescale
+from fracbit.records.calibration import Calibration
+from fracbit.records.recipe import Recipe
+from fracbit.records.scheme import parse_scheme
 from outputs import Killed, contents, manifest
 from rounded import change_tensors, rounded_groups, stream_of, two_folders
 from texts import write_ids
@@ -176,6 +179,36 @@ def test_the_same_task_gives_the_same_bytes_also_after_a_kill(
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
+OTHERS: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 96},
+    "mixtral": {"intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gemma2": {"intermediate_size": 96, "sliding_window": 5, "query_pre_attn_scalar": 16},
+}
+"""Weights as [in, out]; experts; gains that are stored without their 1."""
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families(family: str, text: str, tmp_path: Path) -> None:
+    import transformers
+
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": None}
+    sizes = {} if family == "gpt2" else {"hidden_size": 64, "num_hidden_layers": 2, **heads}
+    ids = {"bos_token_id": 1, "eos_token_id": 2}
+    config = getattr(transformers, CONFIGS[family][0])(vocab_size=96, **sizes, **ids, **OTHERS[family])
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(
+        tmp_path / "float"
+    )
+    fracbit.quantize(tmp_path / "float", tmp_path / "q", "int:step3z/32", progress=None)
+    export(tmp_path / "q", tmp_path / "coded", "gptq", requantize=True)
+    fine = fracbit.refine(tmp_path / "coded", tmp_path / "refined", against=tmp_path / "float", **how(text))
+    assert all(layer.after < layer.before for layer in fine.layers.values())
+    assert not [note for note in fine.notes if "stayed" in note]
+    found = fracbit.tweak(tmp_path / "coded", tmp_path / "tweaked", against=tmp_path / "float", **how(text))
+    assert all(tweak.after <= tweak.before for tweak in found.tweaks)
+    fracbit.load(tmp_path / "tweaked")
+
+
 def gptq_in_order(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """GPTQ with inputs that are sorted into groups at random (act-order)."""
     layer = name.removesuffix(".weight")
@@ -290,6 +323,29 @@ def test_bad_input_is_refused_and_nothing_is_written(
         call()
     assert not (tmp_path / "out").exists()
     assert contents(source) == before
+
+
+def test_scaling_that_awq_folded_in_is_found(floats: Path, text: str, tmp_path: Path) -> None:
+    scaled = Calibration(texts=(text,), samples=16, length=16, transforms=("awq",))
+    recipe = Recipe(model=str(floats), scheme=parse_scheme("int:step4z/32"), calibration=scaled, search=False)
+    fracbit.quantize(recipe, tmp_path / "q", progress=None)
+    export(tmp_path / "q", tmp_path / "awq", "awq")
+    gains = [
+        load_file(folder / "model.safetensors")["model.layers.0.input_layernorm.weight"]
+        for folder in (floats, tmp_path / "awq")
+    ]
+    assert not torch.allclose(gains[0].float(), gains[1].float(), rtol=0.02)
+    found = fracbit.refine(tmp_path / "awq", tmp_path / "better", against=floats, **how(text))
+    assert all(layer.after <= layer.before < 0.05 for layer in found.layers.values())
+
+
+def test_a_gguf_file_is_refused_by_name(floats: Path, text: str, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="GGUF files need the extra: pip install 'fracbit[gguf]'")
+    fracbit.quantize(floats, tmp_path / "q", "int:step4/32", progress=None)
+    export(tmp_path / "q", tmp_path / "gguf", "gguf")
+    for verb in (fracbit.tweak, fracbit.refine):
+        with pytest.raises(FormatError, match="is a GGUF file"):
+            verb(tmp_path / "gguf", tmp_path / "out", against=floats, **how(text))
 
 
 def test_formats_whose_codes_do_not_move_are_named(

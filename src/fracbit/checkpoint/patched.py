@@ -70,7 +70,9 @@ def write_patched(
         if path.is_file() and not any(path.match(pattern) for pattern in NOT_COPIED):
             copy_file(path, target.folder / path.name)
     config = (source.folder / "config.json").read_bytes().decode("utf-8")
-    target.finish(config, {**_manifest(source), **facts})
+    old = _manifest(source)
+    texts = [*old.get("texts", ()), *facts.get("texts", ())]  # all that the numbers have seen
+    target.finish(config, {**old, **facts, "texts": texts})
     return sum((target.folder / file).stat().st_size for file in files)
 
 

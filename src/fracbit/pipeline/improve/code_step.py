@@ -37,7 +37,7 @@ def refine_step(walk: Walk, place: Place) -> tuple[dict[str, Tensor], ShardRecor
     # Layer by layer.
     changed: dict[str, Tensor] = {}
     records: dict[str, RefineRecord] = {}
-    notes = list(said.values())
+    notes = [f"{place.path}.{name}: {note}" for name, note in said.items()]
     for group in order:
         for name in group:
             full = f"{place.path}.{name}"

@@ -95,11 +95,12 @@ def _ids(model: str, folder: Path, work: Path) -> Path:
 def judged(checkpoint: Path, model: str, folder: Path, sources: dict[str, str]) -> Row:
     """Perplexity and divergence on each text, in this process: imports take longer than tales-l does."""
     import fracbit
+    from fracbit.checkpoint.load import load_tokenizer
 
-    found = {}
+    found, tokenizer = {}, load_tokenizer(folder)  # llm-compressor leaves none beside its weights
     for name, text in sources.items():
         row = fracbit.evaluate(
-            checkpoint, text, against=folder, window=SIZES[model], dtype="float32", progress=None
+            checkpoint, text, tokenizer, against=folder, window=SIZES[model], dtype="float32", progress=None
         )
         assert row.divergence is not None
         found[name] = {

@@ -26,8 +26,8 @@ def tweak(
     method: Annotated[
         str | None,
         typer.Option(
-            help="With --against: adam (the paper's), closed, auto (the better of both or neither; default), or predictions "
-            "(all blocks at once).",
+            help="With --against: predictions (all blocks at once, in memory; default), or block by block adam (the paper's), "
+            "closed, or auto (the better of both or neither).",
             rich_help_panel=options.DATA,
         ),
     ] = None,

@@ -62,8 +62,9 @@ def packed_integers(integers: StoredIntegers) -> PackedTensor:
     wanted = torch.arange(width) // max(length, 1)  # [in]
     if not torch.equal(integers.groups[order], wanted):
         raise FormatError("its groups have different numbers of inputs")
-    if integers.scale.dtype not in _SCALES or not bool((integers.scale > 0).all()):
-        raise FormatError("it has scales that are not positive floats")
+    sizes = integers.scale.abs() if integers.zero is None else integers.scale  # symmetric ones may have a sign
+    if integers.scale.dtype not in _SCALES or not bool((sizes > 0).all()):
+        raise FormatError("it has scales that are no floats, or 0, or below 0 beside zero points")
     offset, kind = "none" if integers.zero is None else "zero", _SCALES[integers.scale.dtype]
     scheme = Scheme(STEP, integers.bits, "row" if groups == 1 else length, offset=offset, scale=kind)  # type: ignore[arg-type]
     scales = (integers.scale.float() / fixed_type(scheme).unit).to(integers.scale.dtype)  # [out, groups]

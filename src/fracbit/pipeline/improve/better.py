@@ -89,11 +89,11 @@ def tweak(
     """Move the norms of a checkpoint that another program has quantized; all else is copied byte by byte into `output`.
 
     - `checkpoint`: a folder or hub id of GPTQ, AWQ, compressed-tensors, MLX, ...; `calibration`: one or several texts.
-    - `against`: the float model. Each block's norms are moved until it gives what the float block gives, by `method`: `adam`,
-      `closed`, or `auto` (default), the better of both or neither, each with options such as `adam:rate=2e-3`.
-    - `method` `predictions`: the norms of all blocks at once learn what the float model predicts. Without a float model they
-      learn to predict the text. The epoch of least loss on held-out samples is kept, or none. Models must fit into memory in
-      fp32.
+    - `against`: the float model. By `method` `predictions` (default) the norms of all blocks at once learn what it predicts.
+      Without a float model they learn to predict the text. The epoch of least loss on held-out samples is kept, or none.
+      Models must fit into memory in fp32.
+    - `method` `adam`, `closed`, or `auto`, the better of both or neither, each with options such as `adam:rate=2e-3`: each
+      block's norms are moved until it gives what the float block gives. One block is in memory.
     - `samples` of `length` ids (default: 512, at most the model's positions), drawn by `seed`; `device`: where blocks run.
 
     Raises a `FracbitError`: `SourceError`, `FormatError`, `RecipeError`, `DataError`, `WeightError`, `OutputError`.
@@ -102,7 +102,7 @@ def tweak(
         raise RecipeError(
             f"method {method} fits norms to a float model; name it with against (--against), or leave the method out"
         )
-    word = method or NORM_METHODS[0]
+    word = method or ON_PREDICTIONS
     whole = against is None or word == ON_PREDICTIONS
     if not whole and read_named(word, CORRECTIONS).name not in NORM_METHODS:
         known = ", ".join((*NORM_METHODS, ON_PREDICTIONS))

@@ -62,10 +62,13 @@ def packed_integers(integers: StoredIntegers) -> PackedTensor:
     wanted = torch.arange(width) // max(length, 1)  # [in]
     if not torch.equal(integers.groups[order], wanted):
         raise FormatError("its groups have different numbers of inputs")
-    sizes = integers.scale.abs() if integers.zero is None else integers.scale  # symmetric ones may have a sign
+    zero = integers.zero
+    if zero is not None and bool((zero == 2 ** (integers.bits - 1)).all()):
+        zero = None  # symmetric integers, whose scales may have a sign
+    sizes = integers.scale.abs() if zero is None else integers.scale  # [out, groups]
     if integers.scale.dtype not in _SCALES or not bool((sizes > 0).all()):
         raise FormatError("it has scales that are no floats, or 0, or below 0 beside zero points")
-    offset, kind = "none" if integers.zero is None else "zero", _SCALES[integers.scale.dtype]
+    offset, kind = "none" if zero is None else "zero", _SCALES[integers.scale.dtype]
     scheme = Scheme(STEP, integers.bits, "row" if groups == 1 else length, offset=offset, scale=kind)  # type: ignore[arg-type]
     scales = (integers.scale.float() / fixed_type(scheme).unit).to(integers.scale.dtype)  # [out, groups]
     packed = PackedTensor(
@@ -73,7 +76,7 @@ def packed_integers(integers: StoredIntegers) -> PackedTensor:
         (out, width),
         pack_bits(integers.codes[:, order].contiguous(), integers.bits),
         scales,
-        offsets=None if integers.zero is None else pack_bits(integers.zero.contiguous(), integers.bits),
+        offsets=None if zero is None else pack_bits(zero.contiguous(), integers.bits),
     )
     if not torch.equal(unpacked_integers(integers, packed).scale, integers.scale):
         raise FormatError(f"its scales do not fit {kind} as steps")

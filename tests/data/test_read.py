@@ -119,6 +119,28 @@ def test_a_template_that_refuses(tmp_path: Path, chat_tokenizer: PreTrainedToken
         read_documents(path, chat_tokenizer, VOCABULARY)
 
 
+def test_the_text_of_parts_is_taken_and_other_parts_are_named(
+    tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The form that most sets of conversations have now."""
+    parts = [{"type": "image", "url": "x.png"}, {"type": "text", "text": "h"}, "i", {"audio": "y.wav"}]
+    listed = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "yo"}]}
+    plain = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}
+    found = [
+        read_documents(write(tmp_path / f"{name}.jsonl", json.dumps(record)), chat_tokenizer, VOCABULARY)
+        for name, record in (("listed", listed), ("plain", plain))
+    ]
+    assert found[0].ids.tolist() == found[1].ids.tolist()
+    assert found[1].notes == ()
+    (note,) = found[0].notes
+    assert note.endswith("no text were left out: 1 of type image, 1 of type part without a type")
+    bad = {"messages": [{"role": "user", "content": {"text": "hi"}}]}
+    with pytest.raises(
+        DataError, match="content of a message is dict; it must be a text, or a list of parts"
+    ):
+        read_documents(write(tmp_path / "bad.jsonl", json.dumps(bad)), chat_tokenizer, VOCABULARY)
+
+
 def test_conversations_cannot_be_joined(tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast) -> None:
     path = write(tmp_path / "a.jsonl", '{"messages": [{"role": "user", "content": "boo"}]}')
     with pytest.raises(DataError, match="cannot be joined"):

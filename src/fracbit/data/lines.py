@@ -1,14 +1,17 @@
 """Records with named fields, and JSON lines as their simplest form.
 
 A record's document is its field `text`, or, when it has none, the conversation in `messages` (role and
-content) or `conversations` (from and value, as ShareGPT writes them); `field=` names another.
+content) or `conversations` (from and value, as ShareGPT writes them); `field=` names another. Where the content of a message is
+a list of parts, those of text are joined; images, sounds and other parts are left out, and counted.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +45,11 @@ def collect_records(
 
     Raises: DataError naming the record that has no document, or an empty one.
     """
-    pieces = ((name, _document(record, source, name)) for name, record in records)
+    left: Counter[str] = Counter()
+    pieces = ((name, _document(record, source, name, left)) for name, record in records)
     if source.documents == "one":
         return _joined(source, pieces, digest)
-    return keep_first(source, pieces, digest)
+    return replace(keep_first(source, pieces, digest), left=left)
 
 
 def pick_field(names: Iterable[str], source: TextSource, where: str) -> str:
@@ -99,7 +103,8 @@ def _json_record(line: str, where: str) -> Record:
     return record
 
 
-def _document(record: Record, source: TextSource, name: str) -> RawText:
+def _document(record: Record, source: TextSource, name: str, left: Counter[str]) -> RawText:
+    """A record's text or conversation; `left` counts the parts of messages that are no text."""
     where = f"{source.location}, {name}"
     value = record[pick_field(record, source, where)]
     if value is None:
@@ -107,7 +112,7 @@ def _document(record: Record, source: TextSource, name: str) -> RawText:
     if isinstance(value, str):
         return value
     if isinstance(value, Sequence) and all(isinstance(message, Mapping) for message in value):
-        return tuple(_message(message, where) for message in value)
+        return tuple(_plain(_message(message, where), where, left) for message in value)
     raise DataError(
         f"{where}: the field holds {type(value).__name__}, neither a text nor a list of messages."
     )
@@ -123,3 +128,20 @@ def _message(message: Record, where: str) -> Message:
         f"{where}: a message has the fields {', '.join(message)}; it needs role and content "
         "(or from and value)."
     )
+
+
+def _plain(message: Message, where: str, left: Counter[str]) -> Message:
+    """The message with its content as one text, where that is a list of parts."""
+    content = message["content"]
+    if content is None or isinstance(content, str):
+        return message
+    if not isinstance(content, Sequence) or not all(isinstance(part, (str, Mapping)) for part in content):
+        raise DataError(
+            f"{where}: the content of a message is {type(content).__name__}; it must be a text, or a list of parts such as "
+            '{"type": "text", "text": "..."}.'
+        )
+    texts = [part if isinstance(part, str) else part.get("text") for part in content]
+    for part, text in zip(content, texts, strict=True):
+        if not isinstance(text, str) and isinstance(part, Mapping):
+            left[str(part.get("type", "part without a type"))] += 1
+    return {**message, "content": "".join(text for text in texts if isinstance(text, str))}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,15 @@ BLOCK_BYTES = 1 << 20
 class RawTexts:
     """Documents of text.
 
-    pieces: texts or conversations. names: the place of each ("line 3"). skipped: number of empty ones left out.
+    pieces: texts or conversations. names: the place of each ("line 3"). skipped: number of empty ones left out. left: how many
+    parts of messages that are no text were left out, by their type.
     """
 
     pieces: tuple[RawText, ...]
     names: tuple[str, ...]
     sha256: str
     skipped: int = 0
+    left: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

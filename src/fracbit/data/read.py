@@ -83,9 +83,15 @@ def _documents(
 
 
 def _notes(raw: RawTexts | RawIds, source: TextSource) -> tuple[str, ...]:
-    if isinstance(raw, RawTexts) and raw.skipped:
-        return (f"{source}: {raw.skipped} empty documents left out",)
-    return ()
+    if not isinstance(raw, RawTexts):
+        return ()
+    skipped = (f"{source}: {raw.skipped} empty documents left out",) if raw.skipped else ()
+    parts = ", ".join(f"{count} of type {kind}" for kind, count in raw.left.items())
+    return (
+        (*skipped, f"{source}: parts of messages that are no text were left out: {parts}")
+        if parts
+        else skipped
+    )
 
 
 def _check(documents: Sequence[np.ndarray], source: TextSource, vocabulary: int) -> None:

@@ -400,6 +400,18 @@ def test_what_stands_around_a_text(tmp_path: Path) -> None:
         assert letters(tmp_path) == found
 
 
+def test_a_chat_template_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into the file and out of it: conversations are judged with it."""
+    tokenizer = load_tokenizer(bundled_model())
+    monkeypatch.setitem(HASHES, "tiny", (sample_hash(tokenizer),))
+    model = tiny_llama(**(SIZES | {"vocab_size": len(tokenizer)}))
+    done = quantized(model, tmp_path, tokenizer=bundled_model())
+    (done / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    file = exported(done, tmp_path / "made")
+    assert fields(file)["tokenizer.chat_template"] == "{{ messages[0].content }}"
+    assert (open_float(file).source.folder / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
+
+
 def test_a_checkpoint_without_a_tokenizer_gives_a_file_without_one(tmp_path: Path) -> None:
     done = quantized(tiny_llama(**SIZES), tmp_path)
     made = fields(exported(done, tmp_path / "made"))

@@ -161,6 +161,9 @@ def _unpacked(path: Path, changed: int, size: int) -> Path:
     with suppress(ValueError, KeyError, OSError, NotImplementedError, AttributeError, ImportError, TypeError):
         # Without one, `decode` adds a note.
         AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+        template = header(path).metadata.get("tokenizer.chat_template")
+        if isinstance(template, str):  # which transformers leaves in the file
+            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     _MADE[folder] = path
     return folder
 

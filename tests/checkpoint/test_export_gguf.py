@@ -507,7 +507,7 @@ def test_a_file_is_whole_or_absent_and_a_run_goes_on(tmp_path: Path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(
             "fracbit.checkpoint.export.exporter.copy_rest",
-            lambda *_: (_ for _ in ()).throw(KeyboardInterrupt),
+            lambda *_, **code: (_ for _ in ()).throw(KeyboardInterrupt),
         )
         with pytest.raises(KeyboardInterrupt):
             export(done, out, "gguf", resume=True)

@@ -217,9 +217,11 @@ def test_a_file_that_comes_meanwhile_is_not_replaced(
         "fracbit.checkpoint.export.exporter.exporter_of",
         lambda asked: Slow(exporter_of(asked), file),
     )
-    with pytest.raises(OutputError, match="was not made by fracbit"):
-        export(made / "fit", file, "gguf", progress=None)
-    assert file.read_bytes() == b"another's"
+    for overwrite, says in ((False, "use --overwrite to replace it"), (True, "was not made by fracbit")):
+        with pytest.raises(OutputError, match=says):
+            export(made / "fit", file, "gguf", overwrite=overwrite, progress=None)
+        assert file.read_bytes() == b"another's"
+        file.unlink()
 
 
 class Slow:

@@ -167,7 +167,7 @@ def test_the_same_task_gives_the_same_bytes_also_after_a_kill(
     run(source, tmp_path / "one", against=floats, **how(text))
     with monkeypatch.context() as patch:
 
-        def killed(*_: object) -> None:
+        def killed(*_: object, **__: object) -> None:
             raise Killed
 
         patch.setattr(better, "write_patched", killed)

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fracbit.checkpoint.output import JOURNAL, MANIFEST, TEMPORARY, Output, copy_file
+from fracbit.checkpoint.output import CODE, JOURNAL, MANIFEST, TEMPORARY, Output, copy_file
 from fracbit.checkpoint.source import (
     PICKLES,
     TYPE_NAMES,
@@ -34,7 +34,7 @@ NOT_COPIED = (
     ".*", f"*{TEMPORARY}", MANIFEST, "config.json", "proof.json", "*.safetensors", "*.gguf", "*.h5", "*.msgpack", *PICKLES
 )  # fmt: skip
 """config.json is written last; what proves or lists the old bytes, and weights that nobody reads, are left out."""
-FORGOTTEN = ("checkpoint", "files", "tensors")
+FORGOTTEN = ("checkpoint", "files", "tensors", "requantized", "divergence")
 """What the manifest of a checkpoint says that does not hold for a copy with other values."""
 
 
@@ -46,11 +46,12 @@ def finished_blocks(target: Output) -> Output:
 
 
 def write_patched(
-    source: Source, changed: Mapping[str, Tensor], target: Output, facts: Mapping[str, Any]
+    source: Source, changed: Mapping[str, Tensor], target: Output, facts: Mapping[str, Any], *, code: bool
 ) -> int:
     """Finish `target` as a copy of `source` with `changed` tensors, by their names on the disk. Returns the bytes of weights.
 
-    `facts`: what the manifest says of the change. Raises `FormatError` where a tensor would not fit its place.
+    `facts`: what the manifest says of the change; `code`: the model's own code is copied too. Raises `FormatError` where a
+    tensor would not fit its place.
     """
     for name, tensor in changed.items():
         info = source.on_disk[name]
@@ -66,8 +67,9 @@ def write_patched(
     for file in files:
         some = {name: tensor for name, tensor in changed.items() if source.on_disk[name].file == file}
         target.write_file(file, partial(_patch, source, file, some))
+    left = NOT_COPIED if code else (*NOT_COPIED, CODE)
     for path in sorted(source.folder.iterdir()):
-        if path.is_file() and not any(path.match(pattern) for pattern in NOT_COPIED):
+        if path.is_file() and not any(path.match(pattern) for pattern in left):
             copy_file(path, target.folder / path.name)
     config = (source.folder / "config.json").read_bytes().decode("utf-8")
     old = _manifest(source)
@@ -106,4 +108,4 @@ def _manifest(source: Source) -> dict[str, Any]:
         old = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise FormatError(f"{path} cannot be read: {error}") from error
-    return {name: value for name, value in old.items() if name not in FORGOTTEN}
+    return {**{name: value for name, value in old.items() if name not in FORGOTTEN}, "layers": {}}

@@ -41,7 +41,7 @@ def tweak(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Move the norms of CHECKPOINT, made by another program; every other byte stays, so that every engine runs the output."""
+    """Move the norms of CHECKPOINT, made by another program; all else stays, so that its engines run the output."""
     with progress(json or quiet) as show:
         made = fracbit.tweak(
             checkpoint, output, calibration, against=against, method=method, samples=samples, length=length, seed=seed,

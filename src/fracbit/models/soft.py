@@ -10,6 +10,7 @@ weights outside the table's range 0 (straight-through, Bengio et al. 2013, arXiv
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -69,9 +70,17 @@ class SoftLinear(nn.Module):
         zero = self.base.table.look_up(self.base.zeros).view(scale.shape)  # [per block]
         return self._spread(-scale * zero)
 
+    def _scale(self) -> Tensor:
+        """The scales [per block]; where they are powers of 2, with the values of the nearest ones."""
+        scale = self.sign * self.log_scale.exp()  # [per block]
+        if self.base.scheme.scale != "e8m0":
+            return scale
+        power = torch.round(self.log_scale.detach() / math.log(2)).int()  # [per block]
+        return scale + (self.sign * torch.ldexp(torch.ones_like(scale), power) - scale).detach()
+
     def _as_stored(self) -> tuple[Tensor, Tensor]:
         """Scale and free shift [per block], differentiable; with the values of what is stored where that is quantized."""
-        scale, free = self.sign * self.log_scale.exp(), self.free_shift  # [per block]
+        scale, free = self._scale(), self.free_shift  # [per block]
         if isinstance(self.base.scheme.scale, str) and self.base.scheme.scale != "e8m0":
             return scale, self.shift
         with torch.no_grad():
@@ -111,7 +120,7 @@ class SoftLinear(nn.Module):
             grid: Grid = with_table(self.base, table.half()) if self.table.requires_grad else self.base
             codes = grid.table.nearest(self.latent.detach())  # [out, quantized]
             shift = self.shift.detach() if self.free_shift else None
-            grid = moved(grid, self.sign * self.log_scale.detach().exp(), shift, near=True)
+            grid = moved(grid, self._scale().detach(), shift, near=True)
             result = pack(codes, grid)
             if self.outliers is None:
                 return result

@@ -191,7 +191,7 @@ def make_int(bits: int, parameter: str, full: bool) -> DataType:
         raise SchemeError(f"int takes the parameter step, up (for scales) or none, got {parameter!r}")
     if parameter == "up" and full:
         raise SchemeError("int:up begins at 0 and takes no offset; use int:step")
-    levels = 2**bits if full else 2**bits - 1
+    levels = 2**bits if full or parameter == "up" else 2**bits - 1
     if levels < 2:
         raise SchemeError("a symmetric 1-bit int has one value; use an offset (zero or float), or more bits")
     if parameter:
@@ -362,6 +362,10 @@ def check_datatype(scheme: Scheme) -> DataTypeMaker:
         )
     if isinstance(scheme.scale, Scheme):
         _maker(scheme.scale)
+        if scheme.offset == "mean" and counts_up(scheme.scale):
+            raise SchemeError(
+                f"scales {scheme.scale.dtype} have no sign, and means of blocks have two: use offset float or none"
+            )
     return maker
 
 
@@ -403,9 +407,19 @@ def scale_unit(scheme: Scheme) -> float:
 
 
 def signed_scales(scheme: Scheme) -> bool:
-    """Whether a scale may be negative: without an offset its sign turns a lopsided table over. Powers of 2 have none."""
+    """Whether a scale may be negative: without an offset its sign turns a lopsided table over.
+
+    Powers of 2 have none, and scales that count from 0 share one.
+    """
     plain = scheme.offset == "none" and scheme.scale != "e8m0" and not is_fitted(scheme)
-    return plain and fixed_type(scheme).lopsided
+    return plain and not counts_up(scheme.scale) and fixed_type(scheme).lopsided
+
+
+def counts_up(scale: str | Scheme) -> bool:
+    """Whether scales are numbers from 0 up, as those of llama.cpp's K types with bottoms."""
+    if isinstance(scale, str) or scale.offset != "none" or is_fitted(scale):
+        return False
+    return fixed_type(scale).span[0] >= 0
 
 
 def fit_table(scheme: Scheme, x: Tensor, weights: Tensor, scales: Tensor) -> Tensor:

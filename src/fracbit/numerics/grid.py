@@ -20,6 +20,7 @@ from fracbit.numerics.bits import pack_bits, unpack_bits
 from fracbit.numerics.datatypes import (
     DataType,
     check_datatype,
+    counts_up,
     fit_table,
     fixed_type,
     is_fitted,
@@ -294,15 +295,8 @@ def round_offset(offset: Tensor, scheme: Scheme) -> Tensor:
 
 
 def offsets_below(scheme: Scheme) -> bool:
-    """Whether offsets are at most 0: as the numbers of a type without a sign they would else need one each."""
-    scale = scheme.scale
-    return (
-        scheme.offset == "float" and isinstance(scale, Scheme) and not is_fitted(scale) and _one_sided(scale)
-    )
-
-
-def _one_sided(scheme: Scheme) -> bool:
-    return scheme.offset == "none" and fixed_type(scheme).span[0] >= 0
+    """Whether offsets are at most 0: as numbers of a type without a sign they would else need one each."""
+    return scheme.offset == "float" and counts_up(scheme.scale)
 
 
 def _store(
@@ -326,7 +320,9 @@ def _to_float(values: Tensor, dtype: str, unit: float | None) -> Tensor:
     info, kind = torch.finfo(SCALE_DTYPES[dtype]), SCALE_DTYPES[dtype]
     rounded = (values * (unit or 1.0)).to(kind)
     if unit is not None:
-        least = torch.full_like(rounded, info.smallest_normal).copysign(values.to(kind))
+        # In fp16 the least of all; in wider types numbers below the normal ones may be flushed to 0.
+        smallest = info.smallest_normal * (info.eps if dtype == "fp16" else 1.0)
+        least = torch.full_like(rounded, smallest).copysign(values.to(kind))
         rounded = torch.where((rounded == 0) & (values != 0), least, rounded)
         rounded = rounded / unit
     if bool(torch.isinf(rounded).any()):
@@ -342,7 +338,10 @@ def _to_power(values: Tensor, unit: float) -> Tensor:
 
     OCP's specification takes the power below the range, which cuts up to a quarter of it; a search finds where that is better.
     """
-    least, most = math.ldexp(1.0, -126) / unit, math.ldexp(1.0, 127)
+    least, most = (
+        math.ldexp(1.0, -100) / unit,
+        math.ldexp(1.0, 127),
+    )  # below, the inverse of a step would overflow
     mantissa, exponent = torch.frexp(values.clamp(least, most))  # mantissa in [0.5, 1)
     return (exponent - (mantissa == 0.5).int() + 127).to(torch.uint8)
 

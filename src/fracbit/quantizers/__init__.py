@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from fracbit.errors import RecipeError
 from fracbit.quantizers.columns import Rule
+from fracbit.quantizers.gptq import refined
 from fracbit.quantizers.group import quantize_group
 from fracbit.quantizers.quantizer import Quantized, Quantizer
 from fracbit.quantizers.rtn import RoundToNearest
@@ -43,4 +44,5 @@ __all__ = [
     "nearest",
     "quantize_group",
     "quantizer",
+    "refined",
 ]

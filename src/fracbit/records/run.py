@@ -242,8 +242,10 @@ class Improved:
     def __str__(self) -> str:
         """One sentence: what was moved, and what that did to the error that it was judged by."""
         if self.loss is not None:
-            what = "loss" if self.loss.epochs else "no epoch lowered the loss"
-            return f"norms by {self.method}: {what} {self.loss.before:.4f} to {self.loss.after:.4f} nats on held-out samples"
+            if not self.loss.epochs:
+                return f"norms by {self.method}: no epoch lowered the loss of {self.loss.before:.4f} nats on held-out samples"
+            fell = f"from {self.loss.before:.4f} to {self.loss.after:.4f} nats on held-out samples"
+            return f"norms by {self.method}: the loss fell {fell}"
         if self.layers:
             kept = sum(layer.after < layer.before for layer in self.layers.values())
             mean = _geometric_mean(

@@ -214,6 +214,7 @@ def export(
     check_ending(output, format, f"export {FORMATS_OF.get(output.suffix)}")
     stored = open_stored(checkpoint, trust_remote_code)
     stored = stored if like is None else replace(stored, layers=like)
+    there = output.exists()
     if one:
         check_file(output, overwrite=overwrite, resume=resume)
     check_apart(output, stored.source.folder)
@@ -239,7 +240,7 @@ def export(
         records = [target.record(name) or ShardRecord() for name in written.files]
         again = {name: layer for record in records for name, layer in record.layers.items()}
         if one:
-            check_file(output, overwrite=True, resume=resume)  # it may have come meanwhile
+            check_file(output, overwrite=overwrite or there, resume=False)  # it may have come meanwhile
             target.move_out(written.files[0], output)
         else:
             copy_rest(stored.source.folder, output, code=trust_remote_code)

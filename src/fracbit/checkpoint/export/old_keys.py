@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+OWN_KEYS = ("rope_theta", "partial_rotary_factor")
+"""Entries of `rope_parameters` that were keys of their own."""
+
 
 def with_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with older keys beside its `rope_parameters`; those that it has stay as they are.
 
-    They are `rope_theta`, `rope_scaling` and, where layers differ, `rope_local_base_freq`.
+    They are `rope_theta`, `rope_scaling`, the share of a head that is rotated and, where layers differ, `rope_local_base_freq`.
     """
     found = dict(config)
     if isinstance(config.get("text_config"), Mapping):
@@ -22,6 +25,10 @@ def with_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:
         old["rope_theta"] = whole["rope_theta"]
     if "rope_theta" in local:
         old["rope_local_base_freq"] = local["rope_theta"]
+    if "partial_rotary_factor" in whole:
+        old["partial_rotary_factor"] = whole["partial_rotary_factor"]
+        if config.get("model_type") == "gpt_neox":
+            old["rotary_pct"] = whole["partial_rotary_factor"]
     if whole.get("rope_type", "default") != "default":
-        old["rope_scaling"] = {name: value for name, value in whole.items() if name != "rope_theta"}
+        old["rope_scaling"] = {name: value for name, value in whole.items() if name not in OWN_KEYS}
     return old | found

@@ -127,7 +127,9 @@ def rescale(block: nn.Module, family: Family, config: object, coded: Mapping[str
         held = held if held.shape == weight.shape else held.T  # [out, in]
         power, common = weight.square().sum(1), (weight * held).sum(1)  # [out] each
         by_row = torch.where((common > 0) & (power > 0), power / common, 1.0)  # [out]
-        plain, scaled = ((held - weight / by).square().sum() for by in (torch.ones(1, 1), by_row[:, None]))
+        plain, scaled = (
+            (held - weight / by).square().sum() for by in (torch.ones_like(by_row)[:, None], by_row[:, None])
+        )
         if float(scaled) < EXPLAINED * float(plain):
             factors = by_row[source_rows(block, pair, config).to(by_row.device)]  # [in of the readers]
             fold_pair(block, pair, tie(block, pair, factors, config), config)

@@ -230,7 +230,8 @@ def _improved(
             native_attention(twins.coded.model),
         ):
             changed, records = work(walk, target)
-            written = write_patched(source, changed, target, {"run": key, **_facts(walk, asked, records)})
+            facts = {"run": key, **_facts(walk, asked, records)}
+            written = write_patched(source, changed, target, facts, code=asked.trust_remote_code)
     losses = [record.distilled for record in records if record.distilled is not None]
     return Improved(
         str(folder),

@@ -11,7 +11,7 @@ from fracbit.models.install import release
 from fracbit.numerics.stats import Stats
 from fracbit.pipeline.improve.alongside import Place, Walk
 from fracbit.pipeline.quantize.observe import Observer, borrow, observe_some
-from fracbit.quantizers.gptq import refined
+from fracbit.quantizers import refined
 from fracbit.records.run import RefineRecord, ShardRecord
 
 

@@ -60,16 +60,15 @@ def add_header(
 
 def vocabulary_bytes(folder: Path, architecture: Architecture, vocabulary: Vocabulary) -> int:
     """What the tokenizer takes in a file."""
-    with tempfile.TemporaryDirectory() as place:
-        path = Path(place) / "vocabulary.gguf"
-        writer = package().GGUFWriter(path, architecture.name)
+    with tempfile.NamedTemporaryFile(suffix=".gguf") as file:
+        writer = package().GGUFWriter(file.name, architecture.name)
         try:
             _add_vocabulary(writer, folder, vocabulary)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
         finally:
             writer.close()
-        return path.stat().st_size
+        return Path(file.name).stat().st_size
 
 
 def file_type(tensors: Sequence[Placed]) -> int:

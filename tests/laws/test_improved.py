@@ -379,6 +379,16 @@ def test_a_layer_that_cannot_be_written_back_stays_with_a_note(
     assert not any("0.mlp.up_proj" in name for name in changed(copy, tmp_path / "better"))
 
 
+def test_what_was_done_before_is_kept(
+    floats: Path, text: str, foreign: Callable[[str], Path], tmp_path: Path
+) -> None:
+    fracbit.refine(foreign("awq"), tmp_path / "one", against=floats, **how(text))
+    fracbit.tweak(tmp_path / "one", tmp_path / "two", against=floats, method="closed", **how(text))
+    said = manifest(tmp_path / "two")["improved"]
+    assert (said["by"], said["before"]["by"]) == ("tweak", "refine")
+    assert not fracbit.verify(tmp_path / "two", progress=None).faults
+
+
 def test_the_command_line(floats: Path, text: str, foreign: Callable[[str], Path], tmp_path: Path) -> None:
     words = ["--calibration", text, "--samples", "8", "--length", "16", "--against", str(floats), "--json"]
     for verb in ("tweak", "refine"):

@@ -74,6 +74,8 @@ def write_patched(
     config = (source.folder / "config.json").read_bytes().decode("utf-8")
     old = _manifest(source)
     texts = [*old.get("texts", ()), *facts.get("texts", ())]  # all that the numbers have seen
+    if "improved" in old:
+        facts = {**facts, "improved": {**facts["improved"], "before": old["improved"]}}
     target.finish(config, {**old, **facts, "texts": texts})
     return sum((target.folder / file).stat().st_size for file in files)
 

@@ -23,7 +23,8 @@ TYPES = {
     "NVFP4": "ocp4/16 s=ocp8:tensor", "int4, block 16, scales of NVFP4": "int:step4/16 s=ocp8:tensor", "Q4_1": "int:step4f/32",
     "Q5_0": "int:step5/32", "Q5_K": "int:step5f/32 s=int:up6:8", "Q5_1": "int:step5f/32", "Q6_K": "int:step6/16 s=int:step8:16",
     "MXFP8": "ocp8/32 s=e8m0", "FP8 by rows": "ocp8/row s=bf16", "Q8_0": "int:step8/32",
-    "int4, one-sided scales": "int4/32", "int3, one-sided scales": "int3/32", "int3, signed scales": "int:step3/32",
+    "int4, symmetric, 15 values": "int4/32", "int3, symmetric, 7 values": "int3/32",
+    "int3, all 8 values, signed scales": "int:step3/32",
 }  # fmt: skip
 
 

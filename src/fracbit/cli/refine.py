@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 import fracbit
 from fracbit.cli import options
-from fracbit.cli.show import bytes_text, print_json, print_notes, progress
+from fracbit.cli.show import print_improved, progress
 
 
 def refine(
@@ -36,8 +35,4 @@ def refine(
             checkpoint, output, calibration, against, samples=samples, length=length, seed=seed, overwrite=overwrite,
             resume=resume, device=device, trust_remote_code=trust_remote_code, progress=show,
         )  # fmt: skip
-    print_notes(() if quiet else made.notes)
-    if json:
-        print_json(asdict(made))
-    else:
-        print(f"{made.output}: {bytes_text(made.bytes)}, {made}")
+    print_improved(made, json=json, quiet=quiet)

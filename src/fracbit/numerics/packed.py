@@ -9,8 +9,8 @@ T is the table of the data type, b the block of the weight. Every quantizer of t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,10 +19,8 @@ from torch import Tensor
 from fracbit.errors import FormatError, RecipeError
 from fracbit.numerics.bits import has_top_code, row_bytes, unpack_bits
 from fracbit.numerics.datatypes import DataType, fixed_type, is_fitted, nearest_type, signed_scales
-from fracbit.numerics.layout import scales_shape, spread, spread_rows
+from fracbit.numerics.layout import CHUNK, scales_shape, spread, spread_rows
 from fracbit.records.scheme import Scheme
-
-DECODE_CHUNK = 1 << 21  # weights decoded at a time: temporaries stay in the cache and off the memory peak
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +179,7 @@ def decoded_parts(packed: PackedTensor) -> Iterator[tuple[int, Tensor]]:
     quantized = (packed.shape[0], packed.quantized_width)
     scale, shift = dense_scales(packed)
     table = table_of(packed)
-    step = max(1, DECODE_CHUNK // max(1, packed.quantized_width))
+    step = max(1, CHUNK // max(1, packed.quantized_width))
     for first in range(0, packed.shape[0], step):
         last = min(first + step, packed.shape[0])
         codes = unpack_bits(packed.codes[first:last], packed.scheme.bits, quantized[1])  # [rows, quantized]
@@ -263,6 +261,64 @@ def _with_outliers(packed: PackedTensor, quantized: Tensor) -> Tensor:
     weight[:, quantized_columns(packed.columns, packed.shape[1])] = quantized
     weight[:, packed.columns.long()] = packed.outliers.to(quantized.dtype)
     return weight
+
+
+def rows_apart(shape: tuple[int, int], scheme: Scheme) -> int:
+    """The fewest rows, above 0, that are stored without anything that other rows share; all of them where there are none."""
+    inside = isinstance(scheme.block, int) or scheme.block == "row"
+    own_table = scheme.dtype.endswith(":row") or not is_fitted(scheme)
+    if scheme.axis != "in" or not inside or not own_table:
+        return shape[0]
+    if isinstance(scheme.scale, str):
+        return 1
+    scales = scheme.scale
+    if (
+        not isinstance(scales.block, int)
+        or not isinstance(scales.scale, str)
+        or is_fitted(scales)
+        or scales.offset == "zero"
+    ):
+        return shape[0]
+    # Scales are one row of codes: no block of them may cross, nor a byte.
+    whole, blocks = math.lcm(scales.block, 8), scales_shape(shape, scheme)[1]
+    return min(whole // math.gcd(whole, blocks), shape[0])
+
+
+def join_rows(parts: Iterable[PackedTensor], rows: int) -> PackedTensor:
+    """Runs that lie apart (`rows_apart`) of a weight of so many `rows`, without 16-bit columns, as one packed tensor.
+
+    Codes are copied as the runs come, so that no more than one run is in memory twice.
+    """
+    some: list[PackedTensor] = []
+    codes, done = torch.empty(0), 0
+    for part in parts:
+        if part.shape[0] == rows:
+            return part
+        if not done:
+            codes = part.codes.new_empty((rows, part.codes.shape[1]))  # [out, bytes]
+        codes[done : done + part.shape[0]] = part.codes
+        done += part.shape[0]
+        some.append(replace(part, codes=part.codes[:0]))
+    tables = [part.table for part in some if part.table is not None]
+    return replace(
+        some[0],
+        shape=(rows, some[0].shape[1]),
+        codes=codes,
+        scales=_joined([part.scales for part in some]),
+        offsets=_joined([part.offsets for part in some]),
+        table=torch.cat(tables) if tables else None,  # [out, levels]
+    )
+
+
+def _joined(parts: Sequence[Tensor | PackedTensor | None]) -> Any:
+    """Scales or offsets of runs of rows; quantized ones [1, blocks] follow each other."""
+    first = parts[0]
+    if first is None or isinstance(first, Tensor):
+        return None if first is None else torch.cat([part for part in parts if isinstance(part, Tensor)])
+    some = [part for part in parts if isinstance(part, PackedTensor)]
+    along = {name: [getattr(part, name) for part in some] for name in ("codes", "scales", "offsets")}
+    joined = {name: None if each[0] is None else torch.cat(each, 1) for name, each in along.items()}
+    return replace(first, shape=(1, sum(part.shape[1] for part in some)), **joined)
 
 
 def quantized_columns(columns: Tensor, count: int) -> Tensor:

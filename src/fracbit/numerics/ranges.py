@@ -50,11 +50,14 @@ from fracbit.numerics.layout import (
     stored_order,
     to_blocks,
 )
-from fracbit.numerics.packed import PackedTensor, decode, quantized_columns
+from fracbit.numerics.packed import PackedTensor, decode, join_rows, quantized_columns, rows_apart
 from fracbit.records.scheme import Scheme
 
 SHRINK = [1 - 0.025 * i for i in range(1, 25)]  # ranges from 0.975 down to 0.4 of the full one
 REFITS = 2
+PIECE = (
+    1 << 24
+)  # weights that are held in fp32 at a time: an embedding table may be larger than the rest of its model
 BESIDE = 3  # codes of a quantized scale or offset that are tried: one less, the same, one more
 Errors: TypeAlias = Callable[[Grid], Tensor]
 """What a grid costs in every block [per block]."""
@@ -67,7 +70,7 @@ def quantize_tensor(
     search: bool = False,
     columns: Tensor | None = None,
 ) -> PackedTensor:
-    """Round-to-nearest: fit a grid to `weight` [out, in] and round to it.
+    """Round-to-nearest: fit a grid to `weight` [out, in] and round to it, in pieces where rows share nothing.
 
     `importance` [in] or [out, in] weights the squared error (without it, a `search` lowers fourth powers); `columns` int [p]
     are input columns kept in 16 bits.
@@ -75,7 +78,23 @@ def quantize_tensor(
     """
     if columns is not None and len(columns):
         return _beside_outliers(weight, scheme, importance, search, columns=columns)
-    return encode(weight, fit(weight, scheme, importance, search))
+    return join_rows(_pieces(weight, scheme, importance, search), weight.shape[0])
+
+
+def _pieces(
+    weight: Tensor, scheme: Scheme, importance: Tensor | None, search: bool
+) -> Iterator[PackedTensor]:
+    """Runs of rows that share nothing with others, each of about `PIECE` weights, quantized one by one."""
+    apart = rows_apart((weight.shape[0], weight.shape[1]), scheme)
+    step = apart * max(1, PIECE // max(1, apart * weight.shape[1]))  # rows
+    for first in range(0, max(weight.shape[0], 1), step):
+        rows = weight[first : first + step]  # [rows, in]
+        own = (
+            importance[first : first + step]
+            if importance is not None and importance.dim() == 2
+            else importance
+        )
+        yield encode(rows, fit(rows, scheme, own, search))
 
 
 def fit(weight: Tensor, scheme: Scheme, importance: Tensor | None = None, search: bool = False) -> Grid:

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fracbit.numerics.datatypes import is_fitted
-from fracbit.numerics.packed import PackedTensor
+from fracbit.numerics.packed import PackedTensor, rows_apart
 from fracbit.numerics.stats import Stats
 from fracbit.quantizers.quantizer import Quantized, Quantizer
 from fracbit.records.scheme import Scheme
@@ -50,9 +49,7 @@ def quantize_group(
 
 def rows_stand_alone(scheme: Scheme) -> bool:
     """Whether an output row is stored without anything that other rows share."""
-    inside = isinstance(scheme.block, int) or scheme.block == "row"
-    own_table = scheme.dtype.endswith(":row") or not is_fitted(scheme)
-    return scheme.axis == "in" and inside and own_table and isinstance(scheme.scale, str)
+    return rows_apart((2, 1), scheme) == 1
 
 
 def split_quantized(whole: Quantized, sizes: Sequence[int]) -> list[Quantized]:

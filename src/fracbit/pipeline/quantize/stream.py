@@ -56,7 +56,7 @@ def quantize_item(method: Method, item: LayerItem, tensor: Tensor) -> Quantized:
     """Quantize a layer from its tensor in the source. Only linears of the blocks have 16-bit columns."""
     name = item.layer.name
     method = method if item.layer.kind == "linear" else plain_nearest(method.fill.search)
-    weight = (tensor.T if item.layer.transposed else tensor).float()  # [out, in]
+    weight = tensor.T if item.layer.transposed else tensor  # [out, in]
     return quantize_layers(method, {name: weight}, {name: item.stored.scheme})[name]
 
 

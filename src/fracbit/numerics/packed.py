@@ -134,10 +134,13 @@ def check_values(packed: PackedTensor) -> None:
 
 def _has_unknown_code(packed: PackedTensor) -> bool:
     """Whether a code lies beyond the table. Most tables lack at most the top code, which is found without unpacking."""
-    bits, levels = packed.scheme.bits, table_of(packed).values.shape[1]
-    if levels < 2**bits - 1:
-        return int(unpack_bits(packed.codes, bits, packed.quantized_width).max()) >= levels
-    return levels < 2**bits and has_top_code(packed.codes, bits, packed.quantized_width)
+    bits, levels, width = packed.scheme.bits, table_of(packed).values.shape[1], packed.quantized_width
+    if levels == 2**bits or not packed.codes.numel():
+        return False
+    runs = packed.codes.split(max(1, CHUNK // width))  # [rows, bytes] each
+    if levels == 2**bits - 1:
+        return any(has_top_code(run, bits, width) for run in runs)
+    return any(int(unpack_bits(run, bits, width).max()) >= levels for run in runs)
 
 
 def stored_bits(packed: PackedTensor) -> int:

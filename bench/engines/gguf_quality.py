@@ -3,7 +3,7 @@ docs/engines.md).
 
     python bench/engines/gguf_quality.py --work FOLDER [--types Q4_K_M Q3_K_M Q2_K] [--presets best good] [--threads 1]
 
-The texts are those of real/measure.py, in the same FOLDER; the model is the one that real/rescaled.py makes of it, whose
+The texts are those of real/measure.py, in the same FOLDER; the model is the one that peers/rescaled.py makes of it, whose
 weights lie on no grid.
 
 llama.cpp gets an importance matrix of the very ids that fracbit is calibrated on; its types are what `llama-quantize` makes of
@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from frame import ENVIRONMENTS, RESULTS, Row, arguments, fracbit, machine, say_machine, table, write_json
 from peers.environments import run_peer
+from peers.rescaled import rescaled
 from real.measure import LENGTH, SAMPLES, cost, float_model, ids, judged, kept, texts
-from real.rescaled import rescaled
 
 TYPES = ("Q4_K_M", "Q3_K_M", "Q2_K")
 PRESETS = ("good", "best")

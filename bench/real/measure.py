@@ -11,7 +11,7 @@ answers, through the chat template). Each by perplexity, KL divergence (mean and
 over 16 windows of 512. Accuracy is zero-shot, over the first questions of three sets, for environments with fracbit[eval]. Bits
 are stored bytes of the linears of the blocks; what a tool leaves in 16 bits counts as such. What FOLDER holds is neither made
 nor judged again, and settings that are not named keep their rows in the result. `--rescaled` measures the model
-of real/rescaled.py, for widths at which the weights of the package lie on a grid.
+of peers/rescaled.py, for widths at which the weights of the package lie on a grid.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from frame import (
     write_json,
 )
 from peers.environments import quantize_with, run_peer
-from real.rescaled import rescaled
+from peers.rescaled import rescaled
 
 SAMPLES, LENGTH, TOKENS, QUESTIONS = 128, 512, 8192, 150
 ASKED = {  # sets of questions, as lm-eval's task files name their fields

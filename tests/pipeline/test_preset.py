@@ -92,14 +92,15 @@ def test_a_preset_keeps_to_a_size_or_a_memory(
 
 
 WEIGHED = {"weigh": "loss"}
+MIXED = {"builtin": 0.125}
 SETTINGS: dict[tuple[str, int, float | None], tuple[str, bool, dict[str, object]]] = {
     ("fast", SMALL + 1, None): ("rtn", False, {}),
     ("fast", SMALL + 1, 3.25): ("rtn", False, {}),
     ("good", SMALL, None): ("gptq", True, WEIGHED),
-    ("good", SMALL + 1, 3.0): ("gptq", True, WEIGHED),
-    ("good", SMALL + 1, 2.9): ("gptq", True, {}),
-    ("best", SMALL + 1, None): ("gptq", True, {"tweak": "train"}),
-    ("best", SMALL + 1, 2.5): ("gptq", True, {"tweak": "train"}),
+    ("good", SMALL + 1, 3.0): ("gptq", True, WEIGHED | MIXED),
+    ("good", SMALL + 1, 2.9): ("gptq", True, MIXED),
+    ("best", SMALL + 1, None): ("gptq", True, {"tweak": "train"} | MIXED),
+    ("best", SMALL + 1, 2.5): ("gptq", True, {"tweak": "train"} | MIXED),
     ("best", SMALL, None): ("descent", True, {"distill": 8, "rate": 5e-3 / 4, "dtype": "float32"}),
     ("best", SMALL, 3.9): ("descent", True, {"distill": 8, "rate": 5e-3 / 2, "dtype": "float32"}),
 }

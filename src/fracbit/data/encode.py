@@ -38,19 +38,25 @@ def encode_texts(raw: RawTexts, source: TextSource, tokenizer: PreTrainedTokeniz
 def _encode(
     pieces: Sequence[RawText], names: Sequence[str], source: TextSource, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[np.ndarray]:
-    chat = not isinstance(pieces[0], str)
-    texts = [
-        piece if isinstance(piece, str) else render_chat(piece, tokenizer, f"{source.location}, {name}")
-        for piece, name in zip(pieces, names, strict=False)
-    ]
-    special = source.bos == "auto" and not chat
-    # verbose=False: a text longer than the model's window is intended here and needs no warning.
-    rows = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
-    opening = _opening(source, tokenizer) if not chat else []
-    for name, row in zip(names, rows, strict=False):
-        if not row:
-            raise DataError(f"{source.location}, {name}: the tokenizer gives no ids for this text.")
-        yield np.array(opening + row, dtype=np.int64)
+    rows: dict[int, list[int]] = {}
+    for chat in (False, True):
+        some = [number for number, piece in enumerate(pieces) if isinstance(piece, str) is not chat]
+        texts = [
+            _written(pieces[number], tokenizer, f"{source.location}, {names[number]}") for number in some
+        ]
+        opening = [] if chat or not some else _opening(source, tokenizer)
+        special = source.bos == "auto" and not chat
+        # verbose=False: a text longer than the model's window is intended here and needs no warning.
+        found = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"] if some else []
+        rows |= {number: opening + row if row else [] for number, row in zip(some, found, strict=True)}
+    for number in range(len(pieces)):
+        if not rows[number]:
+            raise DataError(f"{source.location}, {names[number]}: the tokenizer gives no ids for this text.")
+        yield np.array(rows[number], dtype=np.int64)
+
+
+def _written(piece: RawText, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+    return piece if isinstance(piece, str) else render_chat(piece, tokenizer, where)
 
 
 def _opening(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> list[int]:

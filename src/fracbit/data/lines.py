@@ -34,7 +34,7 @@ def read_jsonl(source: TextSource) -> RawTexts:
     Raises: DataError naming the line that is broken, is not an object, lacks the field or is empty.
     """
     digest = hashlib.sha256()
-    records = _json_records(find_file(source), source, digest.update)
+    records = json_records(find_file(source), source, digest.update)
     return collect_records(source, records, digest.hexdigest)
 
 
@@ -78,9 +78,10 @@ def _joined(source: TextSource, pieces: Iterable[tuple[str, RawText]], digest: C
     return RawTexts((JOINT.join(texts),), ("all records",), digest())
 
 
-def _json_records(
+def json_records(
     path: Path, source: TextSource, digest: Callable[[bytes], object]
 ) -> Iterator[tuple[str, Record]]:
+    """The records of a file of JSON lines, each with its place; `digest` is given every line. Raises: DataError."""
     offset = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):

@@ -24,7 +24,7 @@ class RawTexts:
     """Documents of text.
 
     pieces: texts or conversations. names: the place of each ("line 3"). skipped: number of empty ones left out. left: how many
-    parts of messages that are no text were left out, by their type.
+    parts of messages that are no text were left out, by their type. notes: what else was done to them.
     """
 
     pieces: tuple[RawText, ...]
@@ -32,6 +32,7 @@ class RawTexts:
     sha256: str
     skipped: int = 0
     left: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

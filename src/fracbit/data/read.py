@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fracbit.data.arrow import read_dataset, read_parquet
+from fracbit.data.builtin import as_taken, read_builtin
 from fracbit.data.bundled import read_bundled
 from fracbit.data.encode import encode_texts
 from fracbit.data.ids import read_ids
@@ -33,6 +34,7 @@ READERS: Mapping[Format, Callable[[TextSource], RawTexts | RawIds]] = {
     "npy": read_ids,
     "datasets": read_dataset,
     "bundled": read_bundled,
+    "builtin": read_builtin,
 }
 
 
@@ -51,6 +53,8 @@ def read_documents(
             "generated: the model's own text is written by generate_calibration and cannot be read."
         )
     raw = READERS[source.format](source)
+    if source.format == "builtin" and isinstance(raw, RawTexts) and tokenizer is not None:
+        raw = as_taken(raw, tokenizer)
     documents = [document[: source.keep] for document in _documents(raw, source, tokenizer)]  # each [ids]
     _check(documents, source, vocabulary)
     ids, starts = join_documents(documents)  # [count], [documents + 1]
@@ -62,6 +66,7 @@ def read_documents(
         bos=_common_bos(documents, tokenizer),
         weight=source.weight,
         notes=_notes(raw, source),
+        endless=source.format == "builtin",
     )
 
 
@@ -85,13 +90,11 @@ def _documents(
 def _notes(raw: RawTexts | RawIds, source: TextSource) -> tuple[str, ...]:
     if not isinstance(raw, RawTexts):
         return ()
-    skipped = (f"{source}: {raw.skipped} empty documents left out",) if raw.skipped else ()
+    notes = [f"{source}: {raw.skipped} empty documents left out"] if raw.skipped else []
     parts = ", ".join(f"{count} of type {kind}" for kind, count in raw.left.items())
-    return (
-        (*skipped, f"{source}: parts of messages that are no text were left out: {parts}")
-        if parts
-        else skipped
-    )
+    if parts:
+        notes.append(f"{source}: parts of messages that are no text were left out: {parts}")
+    return (*notes, *(f"{source}: {note}" for note in raw.notes))
 
 
 def _check(documents: Sequence[np.ndarray], source: TextSource, vocabulary: int) -> None:

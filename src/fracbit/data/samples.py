@@ -11,7 +11,7 @@ from fracbit.data.self_text import generate_calibration
 from fracbit.data.tokens import Opening, Samples, Tokens, sample, split_samples
 from fracbit.errors import DataError
 from fracbit.records.progress import Progress
-from fracbit.records.text_source import TextSource, parse_source
+from fracbit.records.text_source import TextSource, divided, parse_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,7 +37,11 @@ def read_calibration(
     Raises: DataError for every fault of a source, for too few ids, and for "generated" without model or
     tokenizer.
     """
-    parsed = [parse_source(source) if isinstance(source, str) else source for source in sources]
+    parsed = [
+        part
+        for source in sources
+        for part in divided(parse_source(source) if isinstance(source, str) else source)
+    ]
     shares = split_samples(samples, [source.weight for source in parsed])
     parts: list[Tokens] = []
     for source, share in zip(parsed, shares, strict=True):

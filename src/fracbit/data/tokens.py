@@ -28,7 +28,8 @@ class Tokens:
     ids: int32 [count], all documents one after another. starts: int64 [documents + 1], where each begins,
     then count. source: as it was written. sha256: hash of the raw bytes that were read. bos: the id that
     opens every document, or None when they do not all open with the tokenizer's BOS. weight: share of the
-    samples in a mixture.
+    samples in a mixture. endless: where samples ask for more ids than there are, the documents follow once more in
+    another order.
     """
 
     ids: Tensor
@@ -38,6 +39,7 @@ class Tokens:
     bos: int | None = None
     weight: float = 1.0
     notes: tuple[str, ...] = ()
+    endless: bool = False
 
     @property
     def count(self) -> int:
@@ -117,7 +119,7 @@ def sample(
     """Draw `samples` pieces of `length` ids, from several sources in the ratio of their weights.
 
     The documents of a source are shuffled and joined; the row is cut into pieces that do not overlap, and
-    pieces are drawn from it: no id is used twice, and documents of exactly `length` ids stay whole.
+    pieces are drawn from it: no id is used twice (but of endless sources), and documents of exactly `length` ids stay whole.
 
     bos: "stored" keeps the ids as they were read; with "window" every sample opens with the BOS (a piece
     that does not begin a document gets it in front and loses its last id); "none" removes the BOS of the
@@ -188,6 +190,8 @@ def _runs(ids: np.ndarray, run: int) -> np.ndarray:
 def _draw(part: Tokens, share: int, length: int, *, bos: Opening, generator: torch.Generator) -> Tensor:
     """Pieces [share, length] of one source."""
     row = _shuffled(part, bos, generator)  # [ids]
+    while part.endless and len(row) < share * length:
+        row = torch.cat([row, _shuffled(part, bos, generator)])  # [ids]
     pieces = len(row) // length
     if share > pieces:
         raise DataError(

@@ -320,7 +320,9 @@ def _joined(parts: Sequence[Tensor | PackedTensor | None]) -> Any:
         return None if first is None else torch.cat([part for part in parts if isinstance(part, Tensor)])
     some = [part for part in parts if isinstance(part, PackedTensor)]
     along = {name: [getattr(part, name) for part in some] for name in ("codes", "scales", "offsets")}
-    joined = {name: None if each[0] is None else torch.cat(each, 1) for name, each in along.items()}
+    joined: dict[str, Any] = {
+        name: None if each[0] is None else torch.cat(each, 1) for name, each in along.items()
+    }
     return replace(first, shape=(1, sum(part.shape[1] for part in some)), **joined)
 
 

@@ -25,6 +25,8 @@ class Calibration(Checked):
     """Calibration data and how it is used.
 
     - `texts`: sources as `fracbit evaluate` takes them, `generated` for text that the model writes itself.
+    - `builtin`: share of the samples that are drawn from the text that comes with fracbit, which has conversations, code and
+      many languages, so that what the `texts` are not like loses less (docs/calibrated.md).
     - `samples`: pieces of text that are read; `length`: ids of each sample, by default at most the model's positions.
     - `batch`: samples that pass a block together; a correction with `tokens` of its own, such as `train`, takes those.
     - `chain`: a block sees the outputs of the quantized blocks before it, or of the float ones.
@@ -45,11 +47,12 @@ class Calibration(Checked):
 
     called: ClassVar[str] = "a calibration"
     remedies: ClassVar[Mapping[str, str]] = {
-        "texts": 'name what is read: --calibration FILE, or texts = ["FILE"] below [calibration]; "generated" is text that the '
-        "model writes itself"
+        "texts": 'name what is read: --calibration FILE, or texts = ["FILE"] below [calibration]; "builtin" is text that comes '
+        'with fracbit, "generated" is text that the model writes itself'
     }
 
     texts: tuple[str, ...]
+    builtin: float = Field(default=0.0, ge=0, lt=1)
     samples: int = Field(default=128, ge=1)
     length: int = Field(default=512, ge=2)
     batch: int = Field(default=8, ge=1)

@@ -5,6 +5,7 @@
              | FOLDER                                   a data set that datasets' save_to_disk wrote
              | "datasets:" NAME [ ":" [CONFIG] [ ":" SPLIT ] ]          a data set on the hub, or such a folder
              | "bundled" [ ":" ( "held-out" | "train" ) ]               text of the bundled model
+             | "builtin" [ ":" PART ]                   text that comes with fracbit: chats, code, prose, languages
              | "generated"                              written by the float model (data/self_text.py)
     weight   = a number above 0                         share of the samples in a mixture (default 1)
 
@@ -31,16 +32,20 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from fracbit.errors import DataError
 
-TextKind = Literal["file", "datasets", "bundled", "generated"]
-Format = Literal["text", "jsonl", "parquet", "u16", "u32", "npy", "datasets", "bundled", "generated"]
+TextKind = Literal["file", "datasets", "bundled", "builtin", "generated"]
+Format = Literal[
+    "text", "jsonl", "parquet", "u16", "u32", "npy", "datasets", "bundled", "builtin", "generated"
+]
 ID_FORMATS = ("u16", "u32", "npy")
 """Formats of files that hold token ids; they need no tokenizer."""
+BUILTIN: Mapping[str, float] = {"chats": 0.5, "code": 0.2, "prose": 0.15, "languages": 0.15}
+"""Parts of the text that comes with fracbit, and how samples are shared between them."""
 Division = Literal["one", "each", "line", "paragraph"]
 Bos = Literal["auto", "always", "never"]
 Empty = Literal["error", "skip"]
@@ -72,6 +77,7 @@ OPTIONS: Mapping[Format, frozenset[str]] = {
     "npy": _EVERYWHERE | {"format", "length"},
     "datasets": _RECORDS,
     "bundled": _EVERYWHERE | {"bos", "documents"},
+    "builtin": _EVERYWHERE | {"bos"},
     "generated": frozenset(),
 }
 
@@ -81,6 +87,7 @@ DIVISIONS: Mapping[Format, tuple[Division, ...]] = {
     "parquet": ("each", "one"),
     "datasets": ("each", "one"),
     "bundled": ("one", "each"),
+    "builtin": ("each",),
 }
 """What `documents=` may be for each format; the first is the default."""
 
@@ -113,7 +120,7 @@ def parse_source(text: str) -> TextSource:
     Raises: DataError with what is allowed for an unknown extension, option or value.
     """
     if not text.strip():
-        raise DataError("an empty source: write a path, datasets:NAME, bundled or generated.")
+        raise DataError("an empty source: write a path, datasets:NAME, bundled, builtin or generated.")
     if Path(text).is_file():
         return _source(text, text, {}, 1.0)
     rest, weight = _split_weight(text)
@@ -135,6 +142,16 @@ def check_source(text: str, written: bool = False) -> TextSource:
             "the model did not write, such as a file or bundled:held-out."
         )
     return source
+
+
+def divided(source: TextSource) -> tuple[TextSource, ...]:
+    """What samples are drawn from: the parts of the whole built-in text, by their shares; any other source as it is."""
+    if source.format != "builtin" or source.split is not None:
+        return (source,)
+    return tuple(
+        replace(source, text=f"builtin:{part}", split=part, weight=share * source.weight)
+        for part, share in BUILTIN.items()
+    )
 
 
 def find_file(source: TextSource) -> Path:
@@ -206,6 +223,10 @@ def _locate(text: str, location: str) -> tuple[TextKind, str, str | None, str | 
         if tail not in ("", "train", "held-out"):
             raise DataError(f"{text}: the bundled text has the parts train and held-out, not {tail!r}.")
         return "bundled", "bundled", None, tail or "held-out"
+    if head == "builtin":
+        if tail not in ("", *BUILTIN):
+            raise DataError(f"{text}: the built-in text has the parts {', '.join(BUILTIN)}, not {tail!r}.")
+        return "builtin", "builtin", None, tail or None
     if location == "generated":
         return "generated", location, None, None
     if Path(location).is_dir():

@@ -6,6 +6,9 @@
 - `best`: GPTQ, then training block by block on the float model's states. Models of at most `SMALL` weights are distilled as a
   whole instead, after GPTQ with coordinate descent on learned tables (kmeans) with 8-bit scales.
 
+For models of more weights, both draw an eighth of their samples from the built-in text: what a text for calibration is not
+like, such as conversations, then loses much less (docs/LOG.md). `calibration.builtin=0` leaves it out.
+
 All others store integers in blocks of 24 to 128 weights with a scale and an offset of 3 or 4 bits each: at equal stored bits
 they lose a quarter less than blocks of 64 with a 16-bit scale and a zero point (docs/LOG.md). For an engine they keep to the
 latter, of which the engine's own grid is then taken (target.py).
@@ -31,6 +34,7 @@ UNIFORM = 4  # bits without a budget
 UNIFORM_BLOCK = {"fine": 32, "table": 64, "engine": 64}
 SMALL = 20_000_000  # weights; distillation holds 24 bytes for each, and takes hours on a CPU above
 WEIGHED = 3  # bits from which tokens are weighed by the loss; at 2 bits nothing was gained on SmolLM2-135M
+BESIDE = 0.125  # of the samples: built-in text. Small models know little of what it has
 SCORED = 16  # samples that predict what each linear loses
 EPOCHS = 8  # of distillation
 RATE = 5e-3  # of distillation at 2 bits
@@ -48,7 +52,7 @@ def preset(
     name = spending.preset
     if name != "fast" and recipe.calibration is None:
         raise RecipeError(
-            f"preset {name} needs calibration text; pass --calibration FILE, or --calibration generated; preset fast reads none"
+            f"preset {name} needs calibration text; pass --calibration FILE, or --calibration builtin; preset fast reads none"
         )
     average = average if spending.average_bits is None else spending.average_bits
     distilled = name == "best" and weights <= SMALL
@@ -74,10 +78,12 @@ def _settings(name: str, bits: float, weights: int) -> tuple[dict[str, Any], dic
     if name == "fast":
         return {"quantizer": "rtn", "search": False}, {}
     if name == "good" or weights > SMALL:
-        calibration = {"weigh": "loss"} if name == "good" and bits >= WEIGHED else {}
-        return {"quantizer": "gptq", "search": True}, calibration | (
-            {"tweak": "train"} if name == "best" else {}
-        )
+        calibration: dict[str, Any] = {"builtin": BESIDE} if weights > SMALL else {}
+        if name == "best":
+            calibration["tweak"] = "train"
+        elif bits >= WEIGHED:
+            calibration["weigh"] = "loss"
+        return {"quantizer": "gptq", "search": True}, calibration
     # Latent weights are in units of the block scale, and the values of a table are closer with every bit.
     rate = RATE * 2.0 ** (2 - int(bits))
     return {"quantizer": "descent", "search": True}, {"distill": EPOCHS, "rate": rate, "dtype": "float32"}

@@ -84,9 +84,10 @@ def _floats(work: Work) -> list[FloatItem]:
 
 
 def run_notes(work: Work, made: Mapping[str, LayerRecord]) -> tuple[str, ...]:
-    """What the user should know of a run: of the schedule, of rewrites, and of single layers."""
+    """What the user should know of a run: of the source, the schedule, the samples, rewrites, and single layers."""
     rewrites = rewrite_notes(work) if work.recipe.calibration is not None else ()
-    return (*work.opened.source.notes, *work.schedule.notes, *rewrites, *layer_notes(made))
+    read = () if work.samples is None else work.samples.notes
+    return (*work.opened.source.notes, *work.schedule.notes, *read, *rewrites, *layer_notes(made))
 
 
 def layer_notes(made: Mapping[str, LayerRecord]) -> tuple[str, ...]:

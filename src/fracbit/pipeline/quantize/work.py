@@ -191,8 +191,8 @@ def _check(recipe: Recipe, device: str | torch.device) -> None:
     calibration, needs = recipe.calibration, quantizer(recipe.quantizer).needs
     if calibration is None and needs:
         raise RecipeError(
-            f"quantizer {recipe.quantizer} reads calibration data; pass texts with --calibration FILE, or give the recipe a "
-            "[calibration] table, or use rtn"
+            f"quantizer {recipe.quantizer} reads calibration data; pass --calibration FILE, or --calibration builtin, or "
+            "give the recipe a [calibration] table, or use rtn"
         )
     if calibration is None and torch.device(device).type != "cpu":
         raise RecipeError(
@@ -202,7 +202,8 @@ def _check(recipe: Recipe, device: str | torch.device) -> None:
     wanted = COLUMN_RULES[asked].needs if asked else frozenset()
     if calibration is None and "energy" in wanted:
         raise RecipeError(
-            f"outliers chosen by {asked} read calibration data; pass texts with --calibration FILE, or use cost or proxy"
+            f"outliers chosen by {asked} read calibration data; pass --calibration FILE, or --calibration builtin, or "
+            "use cost or proxy"
         )
     if calibration is not None and calibration.tweak != "none" and calibration.samples < 2:
         raise RecipeError(
@@ -260,7 +261,7 @@ def _samples(
     """The calibration samples, drawn once where runs share a memory. Raises `DataError`."""
     calibration = recipe.calibration
     assert calibration is not None
-    asked = (calibration.texts, calibration.samples, calibration.length, recipe.seed)
+    asked = (calibration.texts, calibration.builtin, calibration.samples, calibration.length, recipe.seed)
     if memory is not None and asked in memory.samples:
         return memory.samples[asked]
     found = calibration_samples(recipe, opened, lambda: writer_of(opened, device), show)

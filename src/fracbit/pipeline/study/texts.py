@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from fracbit.records.recipe import Recipe
 from fracbit.records.spending import LENGTH, SAMPLES
 
 SCORED = "text that the score saw"
+WITHOUT = "no built-in text among the samples: the model has no tokenizer for it"
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,17 +82,27 @@ def calibration_samples(
     """
     calibration = recipe.calibration
     assert calibration is not None
-    length = sample_length(calibration, opened)
-    only_ids = all(parse_source(text).format in ID_FORMATS for text in calibration.texts)
-    tokenizer = None if only_ids else load_tokenizer(opened.source.folder, opened.trust_remote_code)
-    return TextReader(tokenizer, _vocabulary(opened)).samples(
-        calibration.texts,
+    texts, length = calibration.texts, sample_length(calibration, opened)
+    alone = all(parse_source(text).format in ID_FORMATS for text in texts)
+    read = tokenizer_or_none if alone else load_tokenizer
+    needed = calibration.builtin or not alone
+    tokenizer = read(opened.source.folder, opened.trust_remote_code) if needed else None
+    mixed = bool(calibration.builtin) and tokenizer is not None
+    found = TextReader(tokenizer, _vocabulary(opened)).samples(
+        (*texts, _beside(texts, calibration.builtin)) if mixed else texts,
         samples=calibration.samples,
         length=length,
         seed=recipe.seed,
         model=model,
         progress=progress,
     )
+    left_out = calibration.builtin and not mixed
+    return replace(found, notes=(*found.notes, WITHOUT)) if left_out else found
+
+
+def _beside(texts: Sequence[str], share: float) -> str:
+    """The built-in text as a source that gets a `share` of the samples, the rest going to `texts`."""
+    return f"builtin@{share / (1 - share) * sum(parse_source(text).weight for text in texts)}"
 
 
 def writer_of(opened: Opened, device: str | torch.device) -> PreTrainedModel:

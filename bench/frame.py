@@ -198,7 +198,7 @@ def machine() -> Row:
         "processor": named[1] if named else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
-        "instruction_set": NATIVE.instruction_sets()[0] if NATIVE else "torch's: no native module",
+        "instruction_set": NATIVE.instruction_set() if NATIVE else "torch's: no native module",
         "instruction_set_of_torch": torch.backends.cpu.get_cpu_capability(),
         "versions": {"python": platform.python_version()} | versions("fracbit", "torch", "transformers"),
         "commit": _commit(),

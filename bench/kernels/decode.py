@@ -32,12 +32,16 @@ from peers.time_decode import float_model
 
 from fracbit.kernels.cpu import NATIVE
 from fracbit.models.quant_linear import QuantLinear
-from fracbit.models.step import LAYERS, Decoder
+from fracbit.models.step import Decoder
 from fracbit.models.store_cache import StoreCache
 from fracbit.pipeline.serve.speed import bytes_read
 from fracbit.records.scheme import Scheme
 
 PEERS = ("transformers", "gptqmodel", "llama-cpp-python", *PACKS)
+LAYERS = (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+)  # fmt: skip
 OWN = (("int", 4, 16), ("int", 4, 6), ("nf", 4, 6), ("kmeans", 4, 6), ("int", 3, 6), ("int", 2, 6))
 """Data type and bits of the blocks, and bits of the output head."""
 

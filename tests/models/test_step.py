@@ -1,8 +1,10 @@
-"""The native decode step computes what the model computes, token by token; its cache is one that transformers knows."""
+"""The native decode step computes what the model computes, token by token, for every type that has a blueprint."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,96 +13,161 @@ import transformers as hf
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from families import CONFIGS, LLAMA_LIKE, UNKNOWN, Sizes, build, config_of
 from fracbit.errors import KernelError
-from fracbit.kernels import DecoderShape, NativeDecoder
+from fracbit.kernels import Elementwise, HeadSpans, NativeProgram, Span, Tables
 from fracbit.kernels.cpu import NATIVE
+from fracbit.models.blocks import bias_of, blocks, linears, weight_of
+from fracbit.models.blueprints import BLUEPRINTS, blueprint_of, covered_types
 from fracbit.models.cache import cache_bytes
+from fracbit.models.experts import split_experts
+from fracbit.models.find import family_of
+from fracbit.models.install import replace as put
 from fracbit.models.quant_linear import QuantEmbedding, QuantLinear, TiedHead
-from fracbit.models.step import LAYERS, Decoder, obstacle
+from fracbit.models.step import Decoder, obstacle
 from fracbit.models.store_cache import StoreCache
 from fracbit.numerics import quantize_tensor
 from fracbit.records.inputs import Inputs
 from fracbit.records.scheme import Scheme
 
 native = pytest.mark.skipif(NATIVE is None, reason="the native module is not built")
-SIZES: dict[str, Any] = {
-    "vocab_size": 67, "hidden_size": 48, "intermediate_size": 132, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 12, "pad_token_id": None, "max_position_embeddings": 256,
+ENDS = {"bos_token_id": None, "eos_token_id": None}
+LONG = {"max_position_embeddings": 256}
+SIZES = LLAMA_LIKE | ENDS | LONG
+FALCON = CONFIGS["falcon-7b"][1]
+MORE: Mapping[str, tuple[str, Sizes]] = {
+    "rotation": ("LlamaConfig", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+    "wide heads": ("LlamaConfig", {"head_dim": 80, "num_key_value_heads": 4}),
+    "mistral-full": ("MistralConfig", {"sliding_window": None}),
+    "ministral": ("MinistralConfig", {"sliding_window": 5}),
+    "olmo": ("OlmoConfig", {}),
+    "gpt_oss": ("GptOssConfig", {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 5}),
+    "starcoder2-sliding": ("Starcoder2Config", {"sliding_window": 5}),
+    "qwen3_moe-shares": ("Qwen3MoeConfig", CONFIGS["qwen3_moe"][1] | {"norm_topk_prob": True}),
+    "gemma3-capped": ("Gemma3TextConfig", CONFIGS["gemma3"][1] | {"final_logit_softcapping": 5.0}),
+    "smollm3-sliding": ("SmolLM3Config", {"use_sliding_window": True, "sliding_window": 5, "no_rope_layer_interval": 2}),
+    "gpt2-by-layer": ("GPT2Config", CONFIGS["gpt2"][1] | {"scale_attn_by_inverse_layer_idx": True}),
+    "falcon-alibi": ("FalconConfig", FALCON | {"alibi": True}),
+    "falcon-many": ("FalconConfig", FALCON | {"multi_query": False}),
+    "falcon-sequential": ("FalconConfig", FALCON | {"parallel_attn": False}),
+    "opt-gelu": ("OPTConfig", CONFIGS["opt"][1] | {"activation_function": "gelu", "enable_bias": False}),
 }  # fmt: skip
-MODELS: dict[str, hf.PreTrainedConfig] = {
-    "llama": hf.LlamaConfig(**SIZES),
-    "biased": hf.LlamaConfig(**SIZES | {"attention_bias": True, "mlp_bias": True}),
-    "tied": hf.LlamaConfig(**SIZES | {"tie_word_embeddings": True}),
-    "rotation": hf.LlamaConfig(**SIZES | {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
-    "wide heads": hf.LlamaConfig(**SIZES | {"head_dim": 80, "num_key_value_heads": 4}),
-    "mistral": hf.MistralConfig(**SIZES | {"sliding_window": None}),
-    "qwen2": hf.Qwen2Config(**SIZES),
-    "qwen3": hf.Qwen3Config(**SIZES),
-}  # fmt: skip
+COVERED = {
+    name: given for name, given in {**CONFIGS, **UNKNOWN}.items() if config_of(name).model_type in covered_types()
+} | {name: (kind, LLAMA_LIKE | sizes if "Falcon" not in kind else sizes) for name, (kind, sizes) in MORE.items()}  # fmt: skip
+"""Every blueprint, and the switches inside one that change what a step computes."""
 
 
-def packed(module: nn.Linear, scheme: Scheme) -> QuantLinear:
-    layer = QuantLinear(scheme, tuple(module.weight.shape), bias=module.bias is not None)
-    layer.fill(quantize_tensor(module.weight.detach().float(), scheme))
-    layer.bias = module.bias
+def config(name: str, **changes: Any) -> hf.PreTrainedConfig:
+    kind, sizes = COVERED[name]
+    long = {"n_positions": 256} if kind == "GPT2Config" else LONG
+    found: hf.PreTrainedConfig = getattr(hf, kind)(**(sizes | ENDS | {"pad_token_id": None} | long | changes))
+    return found
+
+
+def packed(module: nn.Module, scheme: Scheme) -> QuantLinear:
+    bias = bias_of(module)
+    layer = QuantLinear(scheme, tuple(weight_of(module).shape), bias=bias is not None)
+    layer.fill(quantize_tensor(weight_of(module).float().contiguous(), scheme))
+    layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
     return layer
 
 
+SCHEMES = (Scheme("nf", 4, 16), Scheme("int", 3, 32, offset="zero"))
+
+
 def small(
-    config: hf.PreTrainedConfig, scheme: Scheme | None = None, dtype: torch.dtype = torch.float32
+    name: str, scheme: Scheme | None = None, dtype: torch.dtype = torch.float32, **changes: Any
 ) -> PreTrainedModel:
-    """A random model whose blocks are packed, but for one layer; a tied table is packed too."""
-    torch.manual_seed(0)
-    model = hf.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    for name, part in model.named_parameters():
-        if "norm" in name or name.endswith("bias"):
-            nn.init.uniform_(part, 0.3, 1.5)
-    schemes = [scheme or Scheme("nf", 4, 16), scheme or Scheme("int", 3, 32, offset="zero")]
-    for index, block in enumerate(model.model.layers):
-        for name in LAYERS:
-            if (index, name) != (1, "self_attn.k_proj"):
-                block.set_submodule(
-                    name, packed(block.get_submodule(name), schemes[name.startswith("mlp.up")])
-                )
-    if config.tie_word_embeddings:
+    """A random model whose blocks are packed, but for one layer; a tied table of Llama is packed too."""
+    model = build(config(name, **changes))
+    split_experts(model)
+    family = family_of(model)
+    for number, (path, block) in enumerate(blocks(model, family)):
+        for index, (linear, module) in enumerate(linears(block, family).items()):
+            if (number, index) != (1, 1) and linear not in family.keep_float:
+                put(model, f"{path}.{linear}", packed(module, scheme or SCHEMES[index % 2]))
+    if name == "llama-tied-biased":
         table = model.get_input_embeddings().weight
         embedding = QuantEmbedding(Scheme("int", 8, 16), tuple(table.shape), dtype)
         embedding.fill(quantize_tensor(table.detach().float(), embedding.scheme))
         model.model.embed_tokens, model.lm_head = embedding, TiedHead(embedding)
-    return model
+    return model.to(dtype)
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
+def whole(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, **more: Any) -> torch.Tensor:
+    """The model's own logits [batch, tokens, vocabulary]."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        more["position_ids"] = positions
+    found: torch.Tensor = model(
+        ids, attention_mask=mask, use_cache=bool(more.get("past_key_values")), **more
+    ).logits
+    return found.float()
+
+
 def both(
     model: PreTrainedModel, batch: int = 1, pad: int = 0, prompt: int = 7, tokens: int = 5
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [tokens, batch, vocabulary] of the native step and of the model; the first sequence has `pad` masked tokens."""
+    """Logits [batch, tokens, vocabulary] of the native step and of the model; the first sequence has `pad` masked tokens."""
     ids = torch.randint(3, 60, (batch, prompt + tokens), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[0, :pad] = 0
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        whole = model(ids, attention_mask=mask, position_ids=positions).logits[:, prompt:]
+        expected = whole(model, ids, mask)[:, prompt:]
         cache, decoder = StoreCache(model.config), Decoder(model)
-        model(
-            ids[:, :prompt],
-            attention_mask=mask[:, :prompt],
-            position_ids=positions[:, :prompt],
-            past_key_values=cache,
-        )
-        steps = [decoder.advance(ids[:, prompt + i], (mask == 0).sum(1), cache) for i in range(tokens)]  # fmt: skip
-    return torch.stack(steps, 1), whole.float()
+        whole(model, ids[:, :prompt], mask[:, :prompt], past_key_values=cache)
+        steps = [decoder.advance(ids[:, prompt + i], (mask == 0).sum(1), cache) for i in range(tokens)]
+    return torch.stack(steps, 1), expected
+
+
+def choose_int8(model: PreTrainedModel) -> None:
+    for module in model.modules():
+        if isinstance(module, QuantLinear | QuantEmbedding):
+            module.choose("int8")
+
+
+def test_every_blueprint_is_tried() -> None:
+    tried = {id(blueprint_of(config(name))) for name in COVERED}
+    missing = [one for one in BLUEPRINTS if id(one) not in tried and one.model_types != ("falcon",)]
+    assert not missing
+    assert {config(name).model_type for name in COVERED} == set(covered_types())
 
 
 @native
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", COVERED)
 def test_a_step_is_the_models_own(name: str) -> None:
-    for batch, pad in ((1, 0), (5, 3)):
-        found, expected = both(small(MODELS[name]), batch, pad)
-        assert distance(found, expected) < 1e-5, (batch, pad)
+    """Packed and as floats, alone and in a batch whose first sequence is padded."""
+    plain = build(config(name))
+    if name == "gpt_oss":
+        split_experts(plain)
+    assert distance(*both(plain, 3, 3)) < 1e-5
+    model = small(name)
+    assert distance(*both(model)) < 1e-5
+    choose_int8(model)
+    assert distance(*both(model)) < 2e-2
+
+
+@native
+@pytest.mark.parametrize("name", COVERED)
+def test_greedy_tokens_over_two_hundred_steps(name: str) -> None:
+    """What the model would say after each of the tokens that the step says: the same, but for near ties."""
+    model, prompt, steps = small(name), 7, 200
+    ids = torch.randint(3, 60, (1, prompt), generator=torch.Generator().manual_seed(2))
+    cache, decoder, pads = StoreCache(model.config), Decoder(model), torch.zeros(1, dtype=torch.long)
+    with torch.no_grad():
+        logits = whole(model, ids, torch.ones_like(ids), past_key_values=cache)[:, -1]
+        for _ in range(steps):
+            ids = torch.cat([ids, logits.argmax(-1)[None]], 1)
+            logits = decoder.advance(ids[:, -1], pads, cache)
+        expected = whole(model, ids, torch.ones_like(ids))[0, prompt - 1 : -1]  # [steps, vocabulary]
+    said = expected.gather(1, ids[0, prompt:, None])[:, 0]
+    behind = (expected.amax(1) - said) / expected.std(1)
+    assert float(behind.max()) < 1e-4  # of the spread of the logits: a near tie
 
 
 OTHERS = [Scheme("int", 4, 16, "out"), Scheme("int", 8, "row"), Scheme("kmeans:row", 2, 20)]
@@ -109,52 +176,64 @@ OTHERS = [Scheme("int", 4, 16, "out"), Scheme("int", 8, "row"), Scheme("kmeans:r
 @native
 @pytest.mark.parametrize("scheme", OTHERS, ids=str)
 def test_any_scheme_takes_the_step(scheme: Scheme) -> None:
-    assert distance(*both(small(MODELS["llama"], scheme), 2)) < 1e-5
+    assert distance(*both(small("llama", scheme), 2)) < 1e-5
+
+
+@native
+def test_any_number_of_threads_gives_the_same() -> None:
+    before = torch.get_num_threads()
+    model = small("qwen3", hidden_size=256, intermediate_size=2048)
+    ids, pads = torch.arange(3, 43)[None], torch.zeros(1, dtype=torch.long)
+    cache, decoder = StoreCache(model.config), Decoder(model)
+    found = []
+    try:
+        with torch.no_grad():
+            model(ids[:, :8], past_key_values=cache)
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                found.append(torch.stack([decoder.advance(ids[:, i], pads, cache) for i in range(8, 40)]))
+                cache.crop(-32)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 @native
 def test_eight_bit_activations_and_sixteen_bit_models() -> None:
-    model = small(MODELS["llama"])
+    model = small("llama")
     exact = both(model)[1]
-    for module in model.modules():
-        if isinstance(module, QuantLinear):
-            module.choose("int8")
+    choose_int8(model)
     found, expected = both(model)
     assert 1e-4 < distance(found, exact) < 3e-2
     assert distance(found, expected) < 2e-2
-    found, expected = both(small(MODELS["llama"], dtype=torch.bfloat16))
-    assert distance(found, expected) < 2e-2
+    for name in ("llama", "gemma3", "gpt2", "mixtral"):
+        assert distance(*both(small(name, dtype=torch.bfloat16))) < 3e-2
 
 
 @native
 def test_the_store_grows_and_keeps_what_it_held() -> None:
-    assert distance(*both(small(MODELS["qwen3"]), 1, 0, 60, 10)) < 1e-5  # it begins with room for 64
+    assert distance(*both(small("qwen3"), 1, 0, 60, 10)) < 1e-5  # it begins with room for 64
+
+
+def llama(**changes: Any) -> hf.PreTrainedConfig:
+    return hf.LlamaConfig(**SIZES | {"pad_token_id": None} | changes)
 
 
 @pytest.mark.parametrize(
-    ("config", "words"),
+    ("given", "words"),
     [
-        (hf.MistralConfig(**SIZES | {"sliding_window": 5}), "sliding window"),
-        (
-            hf.Qwen2Config(
-                **SIZES | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
-            ),
-            "sliding",
-        ),
-        (hf.GraniteConfig(**SIZES), "granite"),
-        (hf.LlamaConfig(**SIZES | {"hidden_act": "gelu"}), "gelu"),
-        (
-            hf.LlamaConfig(
-                **SIZES | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
-            ),
-            "dynamic",
-        ),
+        (hf.GPTJConfig(n_embd=40, n_layer=2, n_head=4, rotary_dim=4, vocab_size=67), "gptj"),
+        (llama(hidden_act="mish"), "Mish"),
+        (llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "dynamic"),
+        (hf.OlmoConfig(**SIZES | {"clip_qkv": 2.0, "pad_token_id": None}), "clip_qkv"),
+        (hf.GptOssConfig(**SIZES | {"num_local_experts": 5, "pad_token_id": None}), "transposed"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
-)
+)  # fmt: skip
 @native
-def test_what_stands_in_the_way_is_named(config: hf.PreTrainedConfig, words: str) -> None:
-    model = small(config)
+def test_what_stands_in_the_way_is_named(given: hf.PreTrainedConfig, words: str) -> None:
+    model = build(given)
     assert words in str(obstacle(model))
     with pytest.raises(KernelError, match=words):
         Decoder(model)
@@ -162,9 +241,8 @@ def test_what_stands_in_the_way_is_named(config: hf.PreTrainedConfig, words: str
 
 @native
 def test_layers_that_stand_in_the_way() -> None:
-    torch.manual_seed(0)
-    assert obstacle(hf.LlamaForCausalLM(MODELS["llama"])) == "its blocks are not quantized"
-    model = small(MODELS["llama"])
+    assert obstacle(build(config("llama"))) is None
+    model = small("llama")
     assert obstacle(model) is None
     first = model.model.layers[0]
     first.mlp.up_proj.choose("int8")
@@ -174,7 +252,37 @@ def test_layers_that_stand_in_the_way() -> None:
     assert "rounds activations" in str(obstacle(model))
     first.mlp.up_proj.inputs, first.mlp.down_proj.rotated = None, True
     assert "rotates activations" in str(obstacle(model))
+    first.mlp.down_proj.rotated = False
+    first.self_attn.q_proj = nn.Sequential(first.self_attn.q_proj)
+    assert "self_attn.q_proj is a Sequential" in str(obstacle(model))
     assert "computes in torch.float64" in str(obstacle(model.double()))
+
+
+@native
+def test_a_model_that_was_changed_is_refused() -> None:
+    model = small("llama")
+    decoder, cache = Decoder(model), StoreCache(model.config)
+    ids, pads = torch.arange(3, 9)[None], torch.zeros(1, dtype=torch.long)
+    with pytest.raises(KernelError, match="cache is empty"):
+        decoder.advance(ids[:, 0], pads, cache)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        decoder.advance(ids[:, 0], pads, cache)
+        model.model.norm.weight.mul_(2)
+    with pytest.raises(KernelError, match="changed after its decode step was made"):
+        decoder.advance(ids[:, 0], pads, cache)
+
+
+@native
+def test_a_text_longer_than_the_positions_is_refused() -> None:
+    model = build(config("gpt2", n_positions=9))
+    decoder, cache, pads = Decoder(model), StoreCache(model.config), torch.zeros(1, dtype=torch.long)
+    token = torch.tensor([3])
+    with torch.no_grad():
+        model(torch.arange(3, 11)[None], past_key_values=cache)
+    decoder.advance(token, pads, cache)
+    with pytest.raises(KernelError, match="no position 9"):
+        decoder.advance(token, pads, cache)
 
 
 def test_the_store_is_a_cache(tiny_llama: Callable[..., hf.LlamaForCausalLM]) -> None:
@@ -208,32 +316,66 @@ def test_beams_with_a_store(tiny_llama: Callable[..., hf.LlamaForCausalLM]) -> N
     assert torch.equal(found, model.generate(ids, **how))
 
 
+def heads(span: Span, count: int) -> HeadSpans:
+    size = span.width // count
+    return HeadSpans(span.register, span.offset, count, size, count, size, 0)
+
+
+def program() -> tuple[NativeProgram, Span, Span]:
+    """A step of one attention: 4 heads of 8 numbers on 2 key heads, a vocabulary of 20. Its stream and its keys."""
+    made = NativeProgram(20, "float")
+    x, k = made.register(32), made.register(16)
+    made.embed(torch.ones(20, 32), x, 1.0)
+    made.multiply([(torch.ones(16, 32), None)], x, [k])
+    made.turn(heads(k, 2), 0, 8)
+    made.attend((heads(x, 4), heads(k, 2), heads(k, 2)), x, 1.0)
+    made.multiply([(torch.ones(20, 32), None)], x, [Span(0, 0, 20)])
+    return made, x, k
+
+
 @native
-def test_a_decoder_refuses_what_does_not_fit() -> None:
-    shape, table = DecoderShape(32, 4, 2, 8, 1e-5), torch.zeros(20, 32)
-    rest: dict[str, Any] = {"logits": table, "gain": torch.ones(32), "blocks": [], "activations": "float"}
-    for wrong in (
-        DecoderShape(31, 4, 2, 8, 1e-5),
-        DecoderShape(32, 4, 3, 8, 1e-5),
-        DecoderShape(32, 4, 2, 7, 1e-5),
-    ):
+def test_a_program_refuses_operations_that_do_not_fit() -> None:
+    made, x, k = program()
+    square, row = (torch.ones(32, 32), None), torch.ones(32)
+    wrongs: list[Callable[[], Any]] = [
+        lambda: made.register(0), lambda: made.embed(torch.ones(20, 33), x, 1.0), lambda: made.embed(row, x, 1.0),
+        lambda: made.embed(torch.ones(20, 32).double(), x, 1.0), lambda: made.embed(torch.ones(20, 32).long(), x, 1.0),
+        lambda: made.add_positions(torch.ones(20, 32), x, 21), lambda: made.multiply([square], k, [x]),
+        lambda: made.multiply([square], x, [k]), lambda: made.multiply([], x, []), lambda: made.multiply([square], x, [x, x]),
+        lambda: made.multiply([(square[0], torch.ones(31))], x, [x]), lambda: made.multiply([square], Span(9, 0, 32), [x]),
+        lambda: made.multiply([square], Span(x.register, 1, 32), [x]),
+        lambda: made.normalize(heads(x, 1), heads(x, 1), torch.ones(31), None, 1e-5, False),
+        lambda: made.normalize(heads(x, 1), heads(x, 2), None, None, 1e-5, False),
+        lambda: made.turn(heads(k, 2), 0, 7), lambda: made.turn(heads(k, 2), 0, 10), lambda: made.turn(heads(k, 2), -1, 8),
+        lambda: made.turn(replace(heads(k, 2), offset=1), 0, 8), lambda: made.turn(replace(heads(k, 2), step=-8), 0, 8),
+        lambda: made.attend((heads(x, 4), heads(k, 1), heads(k, 2)), x, 1.0),
+        lambda: made.attend((heads(x, 4), heads(k, 1), heads(k, 1)), x, 1.0),
+        lambda: made.attend((heads(x, 4), heads(k, 2), heads(k, 2)), k, 1.0),
+        lambda: made.activate(x, Elementwise("tan")),  # type: ignore[arg-type]
+        lambda: made.gate(x, k, Elementwise("silu")), lambda: made.add(k, x), lambda: made.route(k, 17, True),
+        lambda: made.run_experts([[square]], x, [x], False), lambda: made.mix(x, k),
+    ]  # fmt: skip
+    for number, wrong in enumerate(wrongs):
         with pytest.raises(KernelError):
-            NativeDecoder(wrong, embedding=table, **rest)
-    for wrong_table in (table[:, 1:], table[0], table.double(), table.long()):
-        with pytest.raises(KernelError):
-            NativeDecoder(shape, embedding=wrong_table, **rest)
-    decoder = NativeDecoder(shape, embedding=table, **rest)
-    good = {
-        "store": torch.zeros(0, 2, 3, 2, 16, 8), "held": 4, "tokens": torch.tensor([0, 19, 5]), "pads": torch.zeros(3).long(),
-        "cosines": torch.zeros(16, 8), "sines": torch.zeros(16, 8),
+            pytest.fail(f"{number}: {wrong()}")
+
+
+@native
+def test_a_step_refuses_what_does_not_fit() -> None:
+    made, _, _ = program()
+    turns = (torch.ones(16, 8), torch.zeros(16, 8))
+    good: dict[str, Any] = {
+        "store": torch.zeros(1, 2, 3, 2, 16, 8), "held": 4, "tokens": torch.tensor([0, 19, 5]), "pads": torch.zeros(3).long(),
+        "tables": Tables([turns]),
     }  # fmt: skip
-    assert decoder.advance(**good).shape == (3, 20)
+    assert made.advance(**good).shape == (3, 20)
     wrongs: list[tuple[str, Any]] = [
-        ("store", torch.zeros(1, 2, 3, 2, 16, 8)), ("store", torch.zeros(0, 2, 3, 2, 16, 9)), ("store", torch.zeros(0, 2)),
+        ("store", torch.zeros(2, 2, 3, 2, 16, 8)), ("store", torch.zeros(1, 2, 3, 2, 16, 9)), ("store", torch.zeros(1, 2)),
         ("held", 16), ("held", -1), ("held", 2**62), ("tokens", torch.tensor([0, 20, 5])), ("tokens", torch.tensor([0, -1, 5])),
         ("tokens", torch.tensor([1, 2])), ("tokens", torch.tensor([1, 2, 3]).int()), ("pads", torch.tensor([0, 5, 0])),
-        ("pads", torch.zeros(3)), ("cosines", torch.zeros(15, 8)), ("sines", torch.zeros(16, 8).half()),
+        ("pads", torch.zeros(3)), ("tables", Tables()), ("tables", Tables([turns], [torch.zeros(4, 16)])),
+        ("tables", Tables([(turns[0][1:], turns[1])])), ("tables", Tables([(turns[0], turns[1].half())])),
     ]  # fmt: skip
     for field, value in wrongs:
         with pytest.raises(KernelError):
-            decoder.advance(**good | {field: value})
+            made.advance(**good | {field: value})

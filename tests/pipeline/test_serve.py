@@ -14,7 +14,7 @@ from fracbit.checkpoint.load import load, load_tokenizer
 from fracbit.errors import DataError, SchemeError
 from fracbit.kernels import cpu
 from fracbit.kernels.cpu import NATIVE
-from fracbit.models import step as native_step
+from fracbit.models import step_compiler
 from fracbit.models.cache import CHANNEL, TOKEN, PackedCache, cache_bytes, restore_states, round_states
 from fracbit.models.quant_linear import QuantLinear
 from fracbit.pipeline.quantize.run import write_checkpoint
@@ -288,9 +288,9 @@ def test_activations_that_no_kernel_rounds_are_said_to_stay_exact(
 ) -> None:
     model, tokenizer, _ = small_tales
     reason = "the native module was not built"
-    for module in (cpu, native_step):
+    for module in (cpu, step_compiler):
         monkeypatch.setattr(module, "NATIVE", None)
-    monkeypatch.setattr(native_step, "NOTE", reason)
+    monkeypatch.setattr(step_compiler, "NOTE", reason)
     try:
         choose_activations(model, "int8")
         found = generate(model, tokenizer, ["The dog"], Settings(max_new_tokens=2))

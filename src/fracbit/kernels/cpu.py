@@ -8,7 +8,7 @@ There are two paths, and the user chooses:
   error is that of the activations. Blocks that are not a multiple of 8 along the input run in float on either path.
 
 The instruction set is chosen when a process starts: AVX-512 with VNNI and VBMI, AVX2, NEON with and without the dot product of
-ARMv8.2, or plain C++. NEON was tested in an emulator; it has not been timed on an ARM machine.
+ARMv8.2, or plain C++; FRACBIT_ISA forces one. NEON was tested in an emulator; it has not been timed on an ARM machine.
 
 Few rows of activations (decode) go through the kernel of `native/row_kernel.h`. Many (prefill) may be faster as tiles of
 decoded rows, multiplied exactly by torch's own matrix product; `tiles_from` says from how many on.
@@ -38,7 +38,7 @@ from fracbit.records.scheme import Scheme, flat_block
 if TYPE_CHECKING:
     from types import ModuleType
 
-ABI = 8
+ABI = 9
 TILE_BYTES = 1 << 20
 """Of decoded weights: about a core's second-level cache."""
 TILE_ROWS = 128
@@ -46,6 +46,24 @@ TILE_ROWS = 128
 POOL_VARIABLE = "FRACBIT_THREAD_POOL"
 POOLS = ("torch", "own")
 """Whose threads the kernels use; the first is the default."""
+ISA_VARIABLE = "FRACBIT_ISA"
+SETS = ("avx512", "avx2", "neon dot", "neon", "plain")
+"""Instruction sets that there are kernels for, whatever the machine has."""
+
+
+def _force_isa(native: ModuleType | None) -> str:
+    """Use the instruction set that the variable names; a remark about it, empty where it names none."""
+    wanted, here = os.environ.get(ISA_VARIABLE), SETS if native is None else native.instruction_sets()
+    if not wanted:
+        return ""
+    if wanted not in here:
+        raise KernelError(
+            f"{ISA_VARIABLE} is {wanted!r}: it names the instruction set that the CPU kernels use; set it to one that this "
+            f"machine has ({', '.join(here)}), or unset it"
+        )
+    if native is not None:
+        native.choose_instruction_set(wanted)
+    return f", {wanted} alone ({ISA_VARIABLE})"
 
 
 def _pool() -> str:
@@ -72,15 +90,16 @@ def _load() -> tuple[ModuleType | None, str]:
     try:
         native = importlib.import_module("fracbit.kernels._native")
     except ImportError as error:
+        _force_isa(None)
         return None, f"the native module was not built ({error}); install with a C++17 compiler to have it"
     if native.abi() != ABI:
         return None, f"the native module is of another version ({native.abi()}, needed {ABI}); build it again"
     sets = ", ".join(native.instruction_sets())
-    return native, f"native, instruction sets {sets}, on {_threads_of(native, pool)}"
+    return native, f"native, instruction sets {sets}{_force_isa(native)}, on {_threads_of(native, pool)}"
 
 
 NATIVE, NOTE = _load()
-AVX512 = NATIVE is not None and NATIVE.instruction_sets()[0] == "avx512"
+AVX512 = NATIVE is not None and NATIVE.instruction_set() == "avx512"
 BF16_PRODUCTS = NATIVE is not None and bool(NATIVE.has_gram())
 
 

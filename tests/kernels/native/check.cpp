@@ -20,9 +20,10 @@
 #include "attention.h"
 #include "decode.h"
 #include "gram.h"
+#include "operations.h"
 #include "pool.h"
 #include "product.h"
-#include "step.h"
+#include "stages.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -214,8 +215,8 @@ struct Expected {
 };
 
 void multiply_one(const Weight& weight, const Isa& isa, const Matrix& x, const Matrix& y, int64_t batch, bool int8) {
-    const Product product{&weight, y};
-    multiply(&product, 1, isa, x, batch, int8, 2);
+    const Projection layer = projection_of(weight);
+    multiply({{&layer, x, y, {}}}, isa, batch, int8, 2);
 }
 
 bool judge(const char* what, const Isa& isa, const Case& c, double error, double size, double allowed) {
@@ -292,25 +293,32 @@ bool together() {
     for (const Isa* isa : instruction_sets())
         for (const bool int8 : {false, true}) {
             Exact<float> alone(2 * 17), shared(2 * 17);
-            Product products[3];
+            Projection layers[3];
+            std::vector<Product> products;
             const Matrix from{x.data, Float::f32, columns};
             int64_t at = 0;
             for (int i = 0; i < 3; at += 2 * rows[i++]) {
                 multiply_one(w[i], *isa, from, {alone.data + at, Float::f32, rows[i]}, 2, int8);
-                products[i] = {&w[i], {shared.data + at, Float::f32, rows[i]}};
+                layers[i] = projection_of(w[i]);
+                products.push_back({&layers[i], from, {shared.data + at, Float::f32, rows[i]}, {}});
             }
-            multiply(products, 3, *isa, from, 2, int8, 2);
+            multiply(products, *isa, 2, int8, 2);
             for (int64_t i = 0; i < alone.size; ++i) good = good && alone.data[i] == shared.data[i];
         }
     if (!good) std::printf("weights together differ from each alone\n");
     return good;
 }
 
-// A decoder of float layers in buffers of exactly their size: every instruction set gives the same logits.
+template <class Op>
+std::unique_ptr<const Operation> made(Op op) {
+    return std::make_unique<const Op>(std::move(op));
+}
+
+// Every operation on float layers in buffers of exactly their size: every instruction set gives the same logits.
 bool step(int64_t head, Float type) {
-    const int64_t hidden = 24, heads = 4, kv = 2, inner = 37, words = 11, batch = 3, room = 4;
+    const int64_t hidden = 24, heads = 4, kv = 2, inner = 37, words = 11, batch = 3, room = 6, top = 2, experts = 3;
     std::vector<std::unique_ptr<Numbers>> held;
-    const auto layer = [&](int64_t rows, int64_t columns) {
+    const auto layer = [&](int64_t rows, int64_t columns, const float* bias = nullptr) {
         held.push_back(std::make_unique<Numbers>(rows * columns, type));
         for (int64_t i = 0; i < rows * columns; ++i) held.back()->set(i, 0.2f * random_float());
         Projection p;
@@ -318,46 +326,135 @@ bool step(int64_t head, Float type) {
         p.type = type;
         p.rows = rows;
         p.columns = columns;
+        p.bias = bias;
         return p;
     };
-    Exact<float> gain(hidden), head_gain(head), turns(room * head), bias(heads * head);
-    for (Exact<float>* part : {&gain, &head_gain, &turns, &bias})
+    Exact<float> gain(hidden), head_gain(head), turns(room * head), bias(heads * head), sinks(heads), slopes(heads * room);
+    for (Exact<float>* part : {&gain, &head_gain, &turns, &bias, &sinks, &slopes})
         for (int64_t i = 0; i < part->size; ++i) part->data[i] = random_float();
-    Decoder d;
-    d.hidden = hidden, d.heads = heads, d.kv_heads = kv, d.head = head, d.epsilon = 1e-5f, d.scale = 0.3f;
-    d.embedding = layer(words, hidden);
-    d.logits = layer(words, hidden);
-    d.gain = gain.data;
-    for (int i = 0; i < 2; ++i) {
-        Block b;
-        b.attention_gain = b.mlp_gain = gain.data;
-        b.query_gain = i ? head_gain.data : nullptr;
-        b.query = layer(heads * head, hidden);
-        b.query.bias = bias.data;
-        b.key = layer(kv * head, hidden);
-        b.value = layer(kv * head, hidden);
-        b.out = layer(hidden, heads * head);
-        b.gate = layer(inner, hidden);
-        b.up = layer(inner, hidden);
-        b.down = layer(hidden, inner);
-        d.blocks.push_back(b);
-    }
+    const Projection table = layer(words, hidden), places = layer(room, hidden), logits = layer(words, hidden), router = layer(experts, hidden);
+    const Projection query = layer(heads * head, hidden, bias.data), key = layer(kv * head, hidden), value = layer(kv * head, hidden);
+    const Projection out = layer(hidden, heads * head), gate = layer(inner, hidden), up = layer(inner, hidden), down = layer(hidden, inner);
     std::vector<float> first;
     bool good = true;
     for (const Isa* isa : instruction_sets()) {
+        Program program(*isa, false, words);
+        const Place x{program.add_register(hidden), 0}, n{program.add_register(hidden), 0}, q{program.add_register(heads * head), 0};
+        const Place k{program.add_register(2 * kv * head), 0}, v{k.reg, kv * head}, a{program.add_register(heads * head), 0};
+        const Place g{program.add_register(top * inner), 0}, u{program.add_register(top * inner), 0}, s{program.add_register(hidden), 0};
+        const Place chosen{program.add_register(experts), 0}, found{program.add_register(top * hidden), 0};
+        const auto whole = [&](Place place) { return HeadPlaces{place, 1, hidden, 1, hidden, 0}; };
+        const auto of = [&](Place place, int64_t count) { return HeadPlaces{place, count, head, count, head, 0}; };
+        const auto look = [&](const Projection& from, bool positions) {
+            LookUp op;
+            op.table = from, op.to = x, op.factor = 1.5f, op.positions = positions, op.offset = 0;
+            program.add(made(op));
+        };
+        const auto norm = [&](HeadPlaces from, HeadPlaces to, const float* by, const float* shift, bool centered) {
+            Norm op;
+            op.from = from, op.to = to, op.gain = by, op.bias = shift, op.epsilon = 1e-5f, op.centered = centered;
+            program.add(made(op));
+        };
+        const auto linear = [&](std::vector<Projection> layers, Place from, std::vector<Place> to, Curve after = {}) {
+            Linear op;
+            op.layers = std::move(layers), op.from = from, op.to = std::move(to), op.after = after;
+            program.add(made(std::move(op)));
+        };
+        const auto add = [&](Place from, Place to) {
+            Add op;
+            op.from = from, op.to = to, op.width = hidden, op.keep = 0.5f, op.factor = 0.7f;
+            program.add(made(op));
+        };
+        const auto activate = [&](Place at, Place by, Function function, int64_t width) {
+            Activate op;
+            op.place = at, op.up = by, op.width = width, op.curve = {function, 1.702f, 0.5f};
+            program.add(made(op));
+        };
+        const auto experts_of = [&](std::vector<std::vector<Projection>> layers, Place from, std::vector<Place> to, bool apart) {
+            Experts op;
+            op.layers = std::move(layers), op.from = from, op.top = top, op.apart = apart, op.to = std::move(to);
+            program.add(made(std::move(op)));
+        };
+        look(table, false);
+        look(places, true);
+        for (int64_t i = 0; i < 2; ++i) {
+            norm(whole(x), whole(n), gain.data, i ? gain.data : nullptr, i == 1);
+            linear({query, key, value}, n, {q, k, v}, {i ? Function::gelu : Function::identity});
+            norm(of(q, heads), of(q, heads), i ? head_gain.data : nullptr, nullptr, false);
+            Rotate turn;
+            turn.heads = of(q, heads), turn.rotation = 0;
+            program.add(made(turn));
+            Attend attend;
+            attend.queries = of(q, heads), attend.keys = of(k, kv), attend.values = of(v, kv), attend.to = a, attend.index = i;
+            attend.scale = 0.3f, attend.cap = i ? 2.0f : 0.0f, attend.window = i ? 2 : 0, attend.biases = i ? 0 : -1;
+            attend.sinks = i ? sinks.data : nullptr;
+            program.add(made(attend));
+            linear({out}, a, {s}, {Function::gelu_tanh});
+            add(s, x);
+            linear({gate, up}, x, {g, u}, {Function::quick_gelu});
+            activate(g, u, i ? Function::silu : Function::clamped, inner);
+            linear({down}, g, {s});
+            add(s, x);
+            linear({router}, x, {chosen});
+            Route route;
+            route.logits = chosen, route.experts = experts, route.top = top, route.among = i == 1;
+            program.add(made(route));
+            experts_of({{gate, up, gate}, {up, gate, up}}, x, {g, u}, false);
+            activate(g, u, i ? Function::relu : Function::relu_squared, top * inner);
+            experts_of({{down, down, down}}, g, {found}, true);
+            Mix mix;
+            mix.from = found, mix.to = s, mix.top = top, mix.width = hidden;
+            program.add(made(mix));
+            activate(chosen, {-1, 0}, Function::sigmoid, experts);
+            Scale scale;
+            scale.by = chosen, scale.to = s, scale.width = hidden;
+            program.add(made(scale));
+            add(s, x);
+        }
+        linear({logits}, x, {{0, 0}}, {Function::cap, 3.0f});
         Exact<uint8_t> store(2 * 2 * batch * kv * room * head * size_of(type));
-        Exact<float> logits(batch * words);
-        Scratch scratch;
+        Exact<float> results(batch * words);
         const int64_t tokens[] = {1, 10, 0}, pads[] = {0, 1, 0};
+        const Rotation rotation{turns.data, turns.data, head};
+        const float* biases[] = {slopes.data};
         for (int64_t held_tokens = 1; held_tokens < room; ++held_tokens)
-            advance(d, *isa, {store.data, type, batch, room, turns.data, turns.data}, held_tokens, tokens, pads,
-                    logits.data, scratch, 2);
-        if (first.empty()) first.assign(logits.data, logits.data + logits.size);
-        for (int64_t i = 0; i < logits.size; ++i)
-            good = good && std::fabs(logits.data[i] - first[static_cast<size_t>(i)]) < (type == Float::f32 ? 1e-4f : 3e-2f);
+            program.advance({store.data, type, batch, kv, room, head, held_tokens, tokens, pads, &rotation, biases, results.data}, 2);
+        if (first.empty()) first.assign(results.data, results.data + results.size);
+        for (int64_t i = 0; i < results.size; ++i)
+            good = good && std::fabs(results.data[i] - first[static_cast<size_t>(i)]) < (type == Float::f32 ? 1e-3f : 5e-2f);
     }
     if (!good) std::printf("a decode step differs between instruction sets, heads of %ld\n", long(head));
     return good;
+}
+
+// Every task of every stage runs once, in its stage.
+bool stages() {
+    struct Count : Stages {
+        std::atomic<int> runs[40]{};
+        int64_t stage = -1;
+        std::atomic<int> wrong{0};
+
+        int64_t next() override {
+            for (int64_t i = 0; i < 40; ++i) wrong += stage >= 0 && runs[i].exchange(0) != (i < count());
+            return ++stage == 60 ? 0 : count();
+        }
+        int64_t count() const { return 1 + stage * 7 % 40; }
+        void task(int64_t index, int worker) override { wrong += worker < 0 || worker >= 3, ++runs[index]; }
+        bool ask_ahead(int64_t, int, int64_t part) const override { return part < 2; }
+    };
+    std::atomic<int> wrong{0};
+    const auto call = [&wrong] {
+        for (int threads = 1; threads <= 3; ++threads) {
+            Count count;
+            run_stages(threads, count);
+            wrong += count.wrong + (count.stage != 60);
+        }
+    };
+    std::vector<std::thread> callers;
+    for (int i = 0; i < 3; ++i) callers.emplace_back(call);
+    for (std::thread& caller : callers) caller.join();
+    if (wrong) std::printf("tasks of stages are lost, run twice or run too early\n");
+    return !wrong;
 }
 
 // g + x^T x of bfloat16 rows that lie `stride` apart, on machines that have these products.
@@ -450,7 +547,7 @@ bool tasks() {
 int main(int count, char** arguments) {
     const int every = count > 1 ? std::atoi(arguments[1]) : 1;
     const Float types[] = {Float::f32, Float::f16, Float::bf16};
-    int failed = !together() + !tasks(), done = 0, run_so_far = 0;
+    int failed = !together() + !tasks() + !stages(), done = 0, run_so_far = 0;
     for (const int64_t head : {2, 6, 16, 80})
         for (const Float type : types) failed += !step(head, type);
     for (const int64_t head : {8, 24})

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "floats.h"
+
 namespace fracbit {
 namespace {
 
@@ -39,13 +41,6 @@ void fill(const Weight& w, const Isa& isa, const float* natural, int64_t n, bool
     }
 }
 
-float total(const float* x, int64_t count) {
-    float part[kLanes] = {};
-    for (int64_t i = 0; i < count; i += kLanes)
-        for (int64_t d = 0; d < kLanes; ++d) part[d] += x[i + d];
-    return std::accumulate(part, part + kLanes, 0.0f);
-}
-
 // Sums of the activations of every block of row n, from those of the lanes.
 void sum_blocks(const Weight& w, int64_t n, const LaneActivations& to) {
     const int64_t all = w.chunks() * kLanes;
@@ -53,7 +48,7 @@ void sum_blocks(const Weight& w, int64_t n, const LaneActivations& to) {
     float* sums = to.sums.data + n * to.sums.stride;
     std::fill(sums, sums + to.sums.stride, 0.0f);
     if (w.blocks.along_out || w.blocks.count == 1) {
-        sums[0] = total(lane_sums, all);
+        sums[0] = sum_floats(lane_sums, all);
         return;
     }
     const int64_t lanes = w.blocks.size / kLaneInputs;

@@ -60,6 +60,7 @@ struct Avx512 {
     using Ints = __m512i;
     using Bytes = __m512i;
     static constexpr int kOverread = 0;
+    static constexpr int kRowsTogether = 4;
 
     static Floats zero_floats() { return _mm512_setzero_ps(); }
     static Ints zero_ints() { return _mm512_setzero_si512(); }
@@ -84,7 +85,27 @@ struct Avx512 {
     static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
     static Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
     static Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
-    static float total(Floats v) { return _mm512_reduce_add_ps(v); }
+    static float total(Floats v) {
+        const __m512 half = _mm512_add_ps(v, _mm512_permute_ps(v, 0x4e)), quarter = _mm512_add_ps(half, _mm512_permute_ps(half, 0xb1));
+        return _mm_cvtss_f32(over_lanes(quarter));
+    }
+    static void totals(const Floats (&v)[kRowsTogether][1], float (&out)[kRowsTogether][1]) {
+        const __m512 first = _mm512_add_ps(_mm512_unpacklo_ps(v[0][0], v[1][0]), _mm512_unpackhi_ps(v[0][0], v[1][0]));
+        const __m512 second = _mm512_add_ps(_mm512_unpacklo_ps(v[2][0], v[3][0]), _mm512_unpackhi_ps(v[2][0], v[3][0]));
+        const __m512d a = _mm512_castps_pd(first), b = _mm512_castps_pd(second);
+        const __m512 quarter = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+        _mm_storeu_ps(out[0], over_lanes(quarter));
+    }
+    static __m128 over_lanes(__m512 v) {
+        const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+        return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    }
+    static void copy_part(uint8_t* to, const uint8_t* from, int64_t count) {
+        for (int64_t i = 0; i < count; i += 64) {
+            const __mmask64 some = count - i >= 64 ? ~0ull : (1ull << (count - i)) - 1;
+            _mm512_storeu_si512(to + i, _mm512_maskz_loadu_epi8(some, from + i));
+        }
+    }
     template <int count>
     static Ints shift_left(Ints v) { return _mm512_slli_epi32(v, count); }
     static Floats pick(Floats scales, const int32_t* lane) { return _mm512_permutexvar_ps(_mm512_loadu_si512(lane), scales); }

@@ -93,6 +93,18 @@ inline void floats_to(const float* from, Float type, int64_t count, void* to) {
     }
 }
 
+// A sum in 16 partial sums, in an order that does not depend on the instruction set.
+inline float sum_floats(const float* a, int64_t count) {
+    float part[kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes)
+        for (int64_t d = 0; d < kLanes; ++d) part[d] += a[i + d];
+    for (; i < count; ++i) part[0] += a[i];
+    float sum = 0.0f;
+    for (int64_t d = 0; d < kLanes; ++d) sum += part[d];
+    return sum;
+}
+
 // A sum of products in 16 partial sums, in an order that does not depend on the instruction set.
 inline float dot_floats(const float* a, const float* b, int64_t count) {
     float part[kLanes] = {};

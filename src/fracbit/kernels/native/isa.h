@@ -38,9 +38,12 @@ struct Isa {
 
     // The other parts of a decode step: see step_kernel.h.
     void (*multiply_dense)(const DenseJob& job, int64_t first, int64_t last);
-    void (*normalize)(const float* x, const float* gain, float epsilon, int64_t count, float* out);
-    void (*gate)(float* gate, const float* up, int64_t count);
-    void (*attend)(const Attention& job, int64_t n, int64_t kv, float* scores);  // scores: room for `tokens` floats
+    // `centered`: the mean is taken off first. `gain` and `bias` [count] may be null.
+    void (*normalize)(const float* x, const float* gain, const float* bias, float epsilon, bool centered, int64_t count, float* out);
+    void (*apply)(const Curve& curve, float* x, int64_t count);
+    void (*gate)(const Curve& curve, float* gate, const float* up, int64_t count);  // gate = curve(gate) * up
+    void (*rotate)(float* head, const float* cosines, const float* sines, int64_t count);
+    void (*attend)(const Attention& job, int64_t n, int64_t head, float* scores);  // scores: room for `tokens` floats
 };
 
 // Null where this build or this processor lacks the instruction set.
@@ -52,5 +55,9 @@ const Isa* isa_plain();
 
 // Those that this process can run, best first; plain C++ always can.
 std::vector<const Isa*> instruction_sets();
+
+// The one that runs where none is named: the first, unless another was chosen.
+const Isa& chosen_isa();
+void choose_isa(const Isa& isa);
 
 }  // namespace fracbit

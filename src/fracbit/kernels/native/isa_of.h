@@ -30,7 +30,9 @@ constexpr Isa isa_of(const char* name, bool biased) {
     isa.read = read_bytes;
     isa.multiply_dense = multiply_dense<S>;
     isa.normalize = normalize;
+    isa.apply = apply;
     isa.gate = gate_with;
+    isa.rotate = rotate;
     isa.attend = attend<S>;
     return isa;
 }

@@ -135,14 +135,37 @@ struct DenseJob {
     int64_t rows;
     int64_t columns;
     const float* x;
+    int64_t stride;  // of x, from row to row
     int64_t batch;
-    float* y;  // [batch, rows]
+    Results y;
 };
 
-// Attention of one new token per sequence to all tokens that are held. Heads in groups share keys and values.
+// --- the other parts of a decode step ----------------------------------------------------------------------------------
+
+// What numbers go through one by one: activations of an MLP, and soft caps a tanh(x / a).
+enum class Function : int { identity, silu, gelu, gelu_tanh, quick_gelu, relu, relu_squared, sigmoid, cap, clamped };
+
+// `clamped` is a gate: (clamp(up) + 1) g sigmoid(a g), g = min(gate, b), up clamped to b on both sides.
+struct Curve {
+    Function function = Function::identity;
+    float a = 0.0f, b = 0.0f;
+};
+
+// Where the heads of every sequence lie: in groups of `per_group`, `step` apart, groups `group_stride` apart.
+struct Heads {
+    float* data;
+    int64_t sequence;  // from one sequence to the next
+    int64_t per_group, step, group_stride;
+
+    FRACBIT_INLINE float* at(int64_t n, int64_t head) const {
+        return data + n * sequence + head / per_group * group_stride + head % per_group * step;
+    }
+};
+
+// Attention of one new token per sequence to those that are held. Heads in groups share keys and values.
 struct Attention {
-    const float* queries;  // [batch, kv_heads, group, head]
-    const void* keys;      // [batch, kv_heads, room, head]
+    Heads queries;
+    const void* keys;    // [batch, kv_heads, room, head]
     const void* values;
     Float type;
     int64_t kv_heads;
@@ -151,8 +174,13 @@ struct Attention {
     int64_t room;
     int64_t tokens;        // held, the new one included
     const int64_t* pads;   // [batch]: positions at the start that count for nothing
+    int64_t window;        // the newest tokens that are seen; 0: all
     float scale;
-    float* out;            // as the queries
+    float cap;             // soft cap of the scores; 0: none
+    const float* biases;   // [heads, room] by position, added to the scores, or null
+    const float* sinks;    // [heads]: a score that takes part in the softmax and has no value, or null
+    float* out;            // [batch, heads x head]
+    int64_t out_stride;    // from one sequence to the next
 };
 
 }  // namespace fracbit

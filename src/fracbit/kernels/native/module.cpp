@@ -13,13 +13,16 @@ namespace fracbit {
 namespace {
 
 // Raised whenever a signature changes, so that Python refuses an extension left over from another version.
-constexpr int kAbi = 8;
+constexpr int kAbi = 9;
 
 std::vector<std::string> names_of_instruction_sets() {
     std::vector<std::string> names;
     for (const Isa* isa : instruction_sets()) names.emplace_back(isa->name);
     return names;
 }
+
+// Some kernels are written for AVX-512 alone.
+bool is_avx512() { return std::string("avx512") == chosen_isa().name; }
 
 uint64_t read_checked(const Array& bytes, int threads) {
     if (bytes.ndim() != 1) refuse("bytes must be one-dimensional");
@@ -72,15 +75,18 @@ NB_MODULE(_native, m) {
     m.doc() = "Native CPU kernels of fracbit.";
     m.def("abi", [] { return kAbi; }, "Version of the interface between fracbit's Python and its native kernels.");
     m.def("instruction_sets", &names_of_instruction_sets, "Instruction sets this process can run, best first.");
+    m.def("instruction_set", [] { return std::string(chosen_isa().name); }, "The one that runs where none is named.");
+    m.def("choose_instruction_set", [](const std::string& name) { choose_isa(isa_named(name)); }, nb::arg("name"),
+          "Let one of instruction_sets() run from now on, instead of the best.");
     m.def("allow_threads_of_torch", &allow_threads_of_torch, nb::arg("allowed"),
           "Whether tasks may be shared out among the threads of torch's OpenMP library, as they are by default.");
     m.def("on_threads_of_torch", &on_threads_of_torch, "Whether they are: allowed, and torch has such a library.");
     m.def("read", &read_checked, nb::arg("bytes"), nb::arg("threads"),
           "Read bytes and do nothing else: the bandwidth a kernel can at best reach.");
-    m.def("has_gram", &has_gram, "Whether `add_gram` can run here: AVX-512 with bfloat16 products.");
+    m.def("has_gram", [] { return has_gram() && is_avx512(); }, "Whether `add_gram` can run here: AVX-512 with bfloat16 products.");
     m.def("add_gram", &add_gram_checked, nb::arg("x"), nb::arg("gram"), nb::arg("threads"),
           "gram [width, width] fp32 += x^T x for x [tokens, width] bfloat16.");
-    m.def("has_causal", &has_causal, "Whether `attend_causal` can run here: AVX-512.");
+    m.def("has_causal", [] { return has_causal() && is_avx512(); }, "Whether `attend_causal` can run here: AVX-512.");
     m.def("attend_causal", &attend_causal_checked, nb::arg("queries"), nb::arg("keys"), nb::arg("values"), nb::arg("out"),
           nb::arg("scale"), nb::arg("threads"), "out = causal attention of [sequences, heads, tokens, head] fp32, whole sequences.");
     bind_weight(m);

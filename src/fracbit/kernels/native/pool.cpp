@@ -25,14 +25,6 @@ constexpr int kSpinsPerLook = 64;                       // at the clock, which t
 constexpr auto kLate = std::chrono::microseconds(500);  // more than a short job takes: a thread had to wait for another process
 constexpr auto kRest = std::chrono::milliseconds(100);  // how long torch's threads are then left alone; measured in docs/LOG.md
 
-void pause() {
-#if defined(__x86_64__) || defined(_M_X64)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-}
-
 // --- threads of torch --------------------------------------------------------------------------------------------------
 
 // OpenMP as GCC calls it: `body(data)` on that many threads, the caller's among them; 0 is the number that the caller has set.
@@ -103,7 +95,7 @@ class Pool {
         work(0);
         // Close the job, then wait for the workers that entered it.
         epoch_.fetch_add(1, std::memory_order_seq_cst);
-        while (inside_.load(std::memory_order_seq_cst) != 0) pause();
+        while (inside_.load(std::memory_order_seq_cst) != 0) pause_thread();
     }
 
   private:
@@ -143,7 +135,7 @@ class Pool {
         do {
             for (int i = 0; i < kSpinsPerLook; ++i) {
                 if (const uint64_t epoch = open()) return epoch;
-                pause();
+                pause_thread();
             }
         } while (Clock::now() < until);
         std::unique_lock<std::mutex> lock(sleep_);

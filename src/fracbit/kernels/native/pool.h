@@ -24,6 +24,15 @@ void allow_threads_of_torch(bool allowed);
 // Whether they are: allowed and found.
 bool on_threads_of_torch();
 
+// Tells the processor that this thread only waits for another.
+inline void pause_thread() {
+#if defined(__x86_64__) || defined(_M_X64)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
 // The most threads that `run_tasks` ever uses.
 constexpr int kMaxThreads = 64;
 

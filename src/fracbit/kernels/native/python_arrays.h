@@ -107,11 +107,12 @@ Matrix matrix_of(const A& array, const char* name, int64_t columns) {
     return {const_cast<void*>(static_cast<const void*>(array.data())), type, one_row ? columns : array.stride(0)};
 }
 
-// The best that this process can run when `name` is empty.
+// The chosen one when `name` is empty.
 inline const Isa& isa_named(const std::string& name) {
+    if (name.empty()) return chosen_isa();
     std::string known;
     for (const Isa* isa : instruction_sets()) {
-        if (name == isa->name || name.empty()) return *isa;
+        if (name == isa->name) return *isa;
         known += std::string(known.empty() ? "" : ", ") + isa->name;
     }
     refuse("instruction set '" + name + "' is not available here; use " + known);

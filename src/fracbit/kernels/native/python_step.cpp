@@ -1,78 +1,262 @@
-// Decoder: a decoder that keeps the arrays and weights alive which it reads.
+// Program: the operations of a decode step, checked as they are added, with the arrays and weights kept alive which they read.
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/tuple.h>
 
+#include <map>
 #include <mutex>
+#include <tuple>
 #include <utility>
 
+#include "operations.h"
 #include "python.h"
 #include "python_weight.h"
-#include "step.h"
 
 namespace fracbit {
 namespace {
 
 constexpr int64_t kMostWidth = 1 << 24;  // products of two widths fit into 64 bits with room to spare
-constexpr int64_t kMostHead = 1 << 14;
-constexpr int64_t kAnyRows = -1;
 
-class PyDecoder {
+const std::map<std::string, Function> kFunctions{
+    {"identity", Function::identity}, {"silu", Function::silu}, {"gelu", Function::gelu}, {"gelu_tanh", Function::gelu_tanh},
+    {"quick_gelu", Function::quick_gelu}, {"relu", Function::relu}, {"relu_squared", Function::relu_squared},
+    {"sigmoid", Function::sigmoid}, {"cap", Function::cap}, {"clamped", Function::clamped}};
+
+class PyProgram {
   public:
     using Layer = std::pair<nb::object, std::optional<Array>>;  // a PackedWeight or a float array [rows, columns], and a bias
+    using At = std::pair<int64_t, int64_t>;                     // register, offset
+    using HeadsAt = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;  // the fields of HeadPlaces in order
+    using Named = std::tuple<std::string, double, double>;      // a curve by its name, a, b
 
-    PyDecoder(int64_t hidden, int64_t heads, int64_t kv_heads, int64_t head, double epsilon, double scale, bool int8,
-              const Layer& embedding, const Layer& logits, const Array& gain, const std::string& isa)
-        : isa_(isa_named(isa)) {
-        d_.hidden = in_range(hidden, "hidden", kMostWidth);
-        d_.heads = in_range(heads, "heads", kMostWidth);
-        d_.kv_heads = in_range(kv_heads, "kv_heads", heads);
-        d_.head = in_range(head, "head", kMostHead);
-        if (head % 2 != 0 || heads % kv_heads != 0) refuse("a head must be even, and heads a multiple of kv_heads");
-        d_.epsilon = static_cast<float>(epsilon);
-        d_.scale = static_cast<float>(scale);
-        d_.int8 = int8;
-        d_.embedding = projection(embedding, "embedding", kAnyRows, hidden);
-        d_.logits = projection(logits, "logits", kAnyRows, hidden);
-        d_.gain = floats(gain, "gain", hidden);
+    PyProgram(int64_t vocabulary, bool int8, const std::string& isa) : program_(isa_named(isa), int8, in_range(vocabulary, "vocabulary", kMostWidth)) {}
+
+    int64_t add_register(int64_t width) { return program_.add_register(in_range(width, "width", kMostWidth)); }
+
+    void embed(const Layer& table, const At& to, double factor) {
+        LookUp op;
+        op.table = layer(table, "embedding");
+        op.to = place(to, op.table.columns);
+        op.factor = static_cast<float>(factor);
+        op.positions = false;
+        op.offset = 0;
+        words_ = words_ < 0 ? op.table.rows : std::min(words_, op.table.rows);
+        add(std::move(op));
     }
 
-    // Layers: query, key, value, out, gate, up, down; gains: before attention, before the MLP, of queries, of keys.
-    void add_block(const std::vector<Layer>& layers, const std::vector<std::optional<Array>>& gains) {
-        if (layers.size() != 7 || gains.size() != 4 || !gains[0] || !gains[1]) refuse("a block has seven layers and two to four gains");
-        const int64_t width = d_.heads * d_.head, kv_width = d_.kv_heads * d_.head;
-        Block b;
-        b.query = projection(layers[0], "query", width, d_.hidden);
-        b.key = projection(layers[1], "key", kv_width, d_.hidden);
-        b.value = projection(layers[2], "value", kv_width, d_.hidden);
-        b.out = projection(layers[3], "out", d_.hidden, width);
-        b.gate = projection(layers[4], "gate", kAnyRows, d_.hidden);
-        b.up = projection(layers[5], "up", b.gate.rows, d_.hidden);
-        b.down = projection(layers[6], "down", d_.hidden, b.gate.rows);
-        b.attention_gain = floats(*gains[0], "gain", d_.hidden);
-        b.mlp_gain = floats(*gains[1], "gain", d_.hidden);
-        if (gains[2]) b.query_gain = floats(*gains[2], "gain", d_.head);
-        if (gains[3]) b.key_gain = floats(*gains[3], "gain", d_.head);
-        d_.blocks.push_back(b);
+    void positions(const Layer& table, const At& to, int64_t offset) {
+        LookUp op;
+        op.table = layer(table, "positions");
+        op.to = place(to, op.table.columns);
+        op.factor = 1;
+        op.positions = true;
+        op.offset = offset < 0 || offset > op.table.rows ? refuse_offset() : offset;
+        const int64_t most = op.table.rows - offset;
+        most_positions_ = most_positions_ < 0 ? most : std::min(most_positions_, most);
+        add(std::move(op));
     }
 
-    void advance(const Output& store, int64_t held, const Array& tokens, const Array& pads, const Array& cosines, const Array& sines,
-                 const Output& logits, int threads) {
-        const Store kept = checked_store(store, held, cosines, sines);
-        float* out = checked_floats(logits, "logits", {kept.batch, d_.logits.rows});
-        const int64_t* ids = integers(tokens, "tokens", kept.batch, d_.embedding.rows - 1);
-        const int64_t* starts = integers(pads, "pads", kept.batch, held);
+    void norm(const HeadsAt& from, const HeadsAt& to, const std::optional<Array>& gain, const std::optional<Array>& bias, double epsilon, bool centered) {
+        Norm op;
+        op.from = heads(from);
+        op.to = heads(to);
+        if (op.from.count != op.to.count || op.from.size != op.to.size) refuse("a norm reads and writes as many heads of one size");
+        op.gain = gain ? floats(*gain, "gain", op.from.size) : nullptr;
+        op.bias = bias ? floats(*bias, "bias", op.from.size) : nullptr;
+        op.epsilon = static_cast<float>(epsilon);
+        op.centered = centered;
+        add(std::move(op));
+    }
+
+    void linear(const std::vector<Layer>& layers, const At& from, const std::vector<At>& to, const Named& after) {
+        if (layers.empty() || layers.size() != to.size()) refuse("layers and where their results go must be as many, and at least one");
+        Linear op;
+        for (size_t i = 0; i < layers.size(); ++i) {
+            op.layers.push_back(layer(layers[i], "layer"));
+            op.to.push_back(place(to[i], op.layers[i].rows));
+            if (op.layers[i].columns != op.layers[0].columns) refuse("layers that read the same numbers must have as many columns");
+        }
+        op.from = place(from, op.layers[0].columns);
+        op.after = curve(after);
+        add(std::move(op));
+    }
+
+    void rotate(const HeadsAt& all, int64_t rotation, int64_t count) {
+        Rotate op;
+        op.heads = heads(all);
+        op.rotation = in_range(rotation + 1, "rotation", kMostWidth) - 1;
+        if (count < 2 || count % 2 || count > op.heads.size) refuse("a rotation turns an even number of numbers of a head");
+        if (rotations_.size() <= static_cast<size_t>(rotation)) rotations_.resize(static_cast<size_t>(rotation) + 1);
+        rotations_[static_cast<size_t>(rotation)] = count;
+        add(std::move(op));
+    }
+
+    void attend(const HeadsAt& queries, const HeadsAt& keys, const HeadsAt& values, const At& to, double scale, double cap, int64_t window,
+                int64_t biases, const std::optional<Array>& sinks) {
+        Attend op;
+        op.queries = heads(queries);
+        op.keys = heads(keys);
+        op.values = heads(values);
+        if (op.keys.count != op.values.count || op.queries.count % op.keys.count) refuse("query heads must be a multiple of key heads, and these as many as value heads");
+        if (op.keys.size != op.queries.size || op.values.size != op.queries.size) refuse("heads of queries, keys and values must have one size");
+        if (attentions_ > 0 && (kv_heads_ != op.keys.count || head_ != op.keys.size)) refuse("all attentions of a step must have key heads of one number and size");
+        kv_heads_ = op.keys.count;
+        head_ = op.keys.size;
+        op.to = place(to, op.queries.count * head_);
+        op.index = attentions_++;
+        op.scale = static_cast<float>(scale);
+        op.cap = static_cast<float>(cap);
+        op.window = window < 0 ? 0 : window;
+        op.biases = biases < 0 ? -1 : biases;
+        if (biases >= 0) {
+            if (biases_.size() <= static_cast<size_t>(biases)) biases_.resize(static_cast<size_t>(biases) + 1);
+            biases_[static_cast<size_t>(biases)] = op.queries.count;
+        }
+        op.sinks = sinks ? floats(*sinks, "sinks", op.queries.count) : nullptr;
+        add(std::move(op));
+    }
+
+    void activate(const At& at, int64_t width, const Named& how) {
+        Activate op;
+        op.place = place(at, in_range(width, "width", kMostWidth));
+        op.up = {-1, 0};
+        op.width = width;
+        op.curve = curve(how);
+        add(std::move(op));
+    }
+
+    void gate(const At& at, const At& up, int64_t width, const Named& how) {
+        Activate op;
+        op.place = place(at, in_range(width, "width", kMostWidth));
+        op.up = place(up, width);
+        op.width = width;
+        op.curve = curve(how);
+        add(std::move(op));
+    }
+
+    void add_to(const At& from, const At& to, int64_t width, double keep, double factor) {
+        Add op;
+        op.from = place(from, in_range(width, "width", kMostWidth));
+        op.to = place(to, width);
+        op.width = width;
+        op.keep = static_cast<float>(keep);
+        op.factor = static_cast<float>(factor);
+        add(std::move(op));
+    }
+
+    void scale_by(const At& by, const At& to, int64_t width) {
+        Scale op;
+        op.by = place(by, 1);
+        op.to = place(to, in_range(width, "width", kMostWidth));
+        op.width = width;
+        add(std::move(op));
+    }
+
+    void route(const At& logits, int64_t experts, int64_t top, bool among) {
+        Route op;
+        op.experts = in_range(experts, "experts", kMostWidth);
+        op.top = in_range(top, "top", experts);
+        op.logits = place(logits, experts);
+        op.among = among;
+        experts_ = experts;
+        top_ = top;
+        add(std::move(op));
+    }
+
+    // Layers [which][expert].
+    void experts(const std::vector<std::vector<Layer>>& layers, const At& from, const std::vector<At>& to, bool apart) {
+        if (experts_ == 0) refuse("experts come after they were chosen");
+        if (layers.empty() || layers.size() != to.size()) refuse("layers and where their results go must be as many, and at least one");
+        Experts op;
+        op.top = top_;
+        op.apart = apart;
+        int64_t columns = -1;
+        for (size_t which = 0; which < layers.size(); ++which) {
+            if (static_cast<int64_t>(layers[which].size()) != experts_) refuse("there must be a layer of every expert that can be chosen");
+            op.layers.emplace_back();
+            for (const Layer& one : layers[which]) {
+                op.layers[which].push_back(layer(one, "expert"));
+                const Projection &last = op.layers[which].back(), &first = op.layers[which].front();
+                columns = columns < 0 ? last.columns : columns;
+                if (last.columns != columns || last.rows != first.rows) refuse("experts must have layers of one shape");
+            }
+            op.to.push_back(place(to[which], op.top * op.layers[which].front().rows));
+        }
+        op.from = place(from, apart ? op.top * columns : columns);
+        add(std::move(op));
+    }
+
+    void mix(const At& from, const At& to, int64_t width) {
+        if (experts_ == 0) refuse("experts are mixed after they were chosen");
+        Mix op;
+        op.top = top_;
+        op.width = in_range(width, "width", kMostWidth);
+        op.from = place(from, top_ * width);
+        op.to = place(to, width);
+        add(std::move(op));
+    }
+
+    void advance(const Output& store, int64_t held, const Array& tokens, const Array& pads, const std::vector<std::pair<Array, Array>>& rotations,
+                 const std::vector<Array>& biases, const Output& logits, int threads) {
+        if (store.ndim() != 6) refuse("the store must have shape [attentions, 2, batch, kv_heads, room, head]");
+        Store s{};
+        s.batch = size_at(store, 2);
+        s.room = size_at(store, 4);
+        s.kv_heads = kv_heads_;
+        s.head = head_;
+        s.type = check_floats(store, "the store", {attentions_, 2, s.batch, kv_heads_, s.room, head_});
+        s.data = store.data();
+        if (held < 0 || held >= s.room) refuse("the store has no room for a token at " + std::to_string(held));
+        if (most_positions_ >= 0 && held >= most_positions_) refuse("the model has no position " + std::to_string(held) + ", only " + std::to_string(most_positions_));
+        s.held = held;
+        if (words_ < 0) refuse("nothing was embedded");
+        s.tokens = integers(tokens, "tokens", s.batch, words_ - 1);
+        s.pads = integers(pads, "pads", s.batch, held);
+        if (rotations.size() != rotations_.size() || biases.size() != biases_.size()) refuse("there must be as many rotations and biases as the operations name");
+        std::vector<Rotation> turns;
+        for (size_t i = 0; i < rotations.size(); ++i) {
+            const Shape shape{s.room, rotations_[i]};
+            turns.push_back({checked_floats(rotations[i].first, "cosines", shape), checked_floats(rotations[i].second, "sines", shape), rotations_[i]});
+        }
+        std::vector<const float*> added;
+        for (size_t i = 0; i < biases.size(); ++i) added.push_back(checked_floats(biases[i], "biases", {biases_[i], s.room}));
+        s.rotations = turns.data();
+        s.biases = added.data();
+        s.logits = checked_floats(logits, "logits", {s.batch, program_.width(0)});
         nb::gil_scoped_release release;
         const std::lock_guard<std::mutex> one(busy_);
-        fracbit::advance(d_, isa_, kept, held, ids, starts, out, scratch_, threads);
+        program_.advance(s, threads);
     }
 
   private:
-    Store checked_store(const Output& store, int64_t held, const Array& cosines, const Array& sines) const {
-        if (store.ndim() != 6) refuse("the store must have shape [blocks, 2, batch, kv_heads, room, head]");
-        const int64_t batch = size_at(store, 2), room = size_at(store, 4);
-        const Float type = check_floats(store, "the store", {static_cast<int64_t>(d_.blocks.size()), 2, batch, d_.kv_heads, room, d_.head});
-        if (held < 0 || held >= room) refuse("the store has no room for a token at " + std::to_string(held));
-        const Shape turns{room, d_.head};
-        return {store.data(), type, batch, room, checked_floats(cosines, "cosines", turns), checked_floats(sines, "sines", turns)};
+    template <class Op>
+    void add(Op op) {
+        program_.add(std::make_unique<const Op>(std::move(op)));
+    }
+
+    [[noreturn]] static int64_t refuse_offset() { refuse("positions begin inside their table"); }
+
+    Place place(const At& at, int64_t width) const {
+        const auto [reg, offset] = at;
+        if (reg < 0 || reg >= program_.registers()) refuse("there is no register " + std::to_string(reg));
+        if (offset < 0 || width < 0 || offset > program_.width(reg) - width)
+            refuse("register " + std::to_string(reg) + " of width " + std::to_string(program_.width(reg)) + " has no " + std::to_string(width) + " numbers at " + std::to_string(offset));
+        return {reg, offset};
+    }
+
+    HeadPlaces heads(const HeadsAt& at) const {
+        const auto [reg, offset, count, size, per_group, step, group_stride] = at;
+        in_range(count, "heads", kMostWidth);
+        in_range(size, "head", kMostWidth);
+        in_range(per_group, "heads of a group", kMostWidth);
+        if (step < 0 || group_stride < 0 || step > kMostWidth || group_stride > kMostWidth) refuse("heads lie one after another");
+        const int64_t last = (count - 1) / per_group * group_stride + std::min(per_group, count) * step - step;
+        return {place({reg, offset}, std::max(last, (count - 1) / per_group * group_stride) + size), count, size, per_group, step, group_stride};
+    }
+
+    static Curve curve(const Named& how) {
+        const auto found = kFunctions.find(std::get<0>(how));
+        if (found == kFunctions.end()) refuse("no function is called " + std::get<0>(how));
+        return {found->second, static_cast<float>(std::get<1>(how)), static_cast<float>(std::get<2>(how))};
     }
 
     const float* floats(const Array& array, const char* name, int64_t count) {
@@ -89,55 +273,57 @@ class PyDecoder {
         return data;
     }
 
-    Projection projection(const Layer& layer, const char* name, int64_t rows, int64_t columns) {
-        Projection p = nb::isinstance<PackedWeight>(layer.first) ? packed(layer.first) : dense(nb::cast<Array>(layer.first), name);
-        if ((rows != kAnyRows && p.rows != rows) || p.columns != columns)
-            refuse(std::string(name) + " should have shape " + shape_text({rows == kAnyRows ? p.rows : rows, columns}) + ", got " +
-                   shape_text({p.rows, p.columns}));
-        if (layer.second) p.bias = floats(*layer.second, name, p.rows);
-        return p;
-    }
-
-    Projection packed(const nb::object& weight) {
-        held_.push_back(weight);
+    Projection layer(const Layer& given, const char* name) {
         Projection p;
-        p.packed = &nb::cast<const PackedWeight&>(weight).weight();
-        p.rows = p.packed->rows;
-        p.columns = p.packed->columns;
+        if (nb::isinstance<PackedWeight>(given.first)) {
+            held_.push_back(given.first);
+            p = projection_of(nb::cast<const PackedWeight&>(given.first).weight());
+        } else {
+            const auto array = nb::cast<Array>(given.first);
+            if (array.ndim() != 2) refuse(std::string(name) + " must be a packed weight or an array [rows, columns]");
+            arrays_.push_back(array);
+            p.rows = size_at(array, 0);
+            p.columns = size_at(array, 1);
+            p.type = check_floats(array, name, {p.rows, p.columns});
+            p.dense = array.data();
+        }
+        if (given.second) p.bias = floats(*given.second, name, p.rows);
         return p;
     }
 
-    Projection dense(const Array& array, const char* name) {
-        if (array.ndim() != 2) refuse(std::string(name) + " must be a packed weight or an array [rows, columns]");
-        arrays_.push_back(array);
-        Projection p;
-        p.rows = size_at(array, 0);
-        p.columns = size_at(array, 1);
-        p.type = check_floats(array, name, {p.rows, p.columns});
-        p.dense = array.data();
-        return p;
-    }
-
-    Decoder d_;
-    const Isa& isa_;
+    Program program_;
     std::vector<nb::object> held_;
     std::vector<Array> arrays_;
+    std::vector<int64_t> rotations_;  // how many numbers each turns
+    std::vector<int64_t> biases_;     // heads of each
+    int64_t attentions_ = 0, kv_heads_ = 0, head_ = 0;
+    int64_t words_ = -1, most_positions_ = -1;
+    int64_t experts_ = 0, top_ = 0;
     std::mutex busy_;
-    Scratch scratch_;
 };
 
 }  // namespace
 
 void bind_step(nb::module_& m) {
-    nb::class_<PyDecoder>(m, "Decoder", "Blocks of Llama's shape that are run one token at a time.")
-        .def(nb::init<int64_t, int64_t, int64_t, int64_t, double, double, bool, const PyDecoder::Layer&, const PyDecoder::Layer&,
-                      const Array&, const std::string&>(),
-             nb::arg("hidden"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("head"), nb::arg("epsilon"), nb::arg("scale"),
-             nb::arg("int8"), nb::arg("embedding"), nb::arg("logits"), nb::arg("gain"), nb::arg("isa") = "")
-        .def("add_block", &PyDecoder::add_block, nb::arg("layers"), nb::arg("gains"),
-             "Layers: query, key, value, out, gate, up, down; gains: before attention, before the MLP, of queries, of keys.")
-        .def("advance", &PyDecoder::advance, nb::arg("store"), nb::arg("held"), nb::arg("tokens"), nb::arg("pads"),
-             nb::arg("cosines"), nb::arg("sines"), nb::arg("logits"), nb::arg("threads"),
+    nb::class_<PyProgram>(m, "Program", "The operations of a decode step, run one token at a time. Register 0 takes the logits.")
+        .def(nb::init<int64_t, bool, const std::string&>(), nb::arg("vocabulary"), nb::arg("int8"), nb::arg("isa") = "")
+        .def("register", &PyProgram::add_register, nb::arg("width"))
+        .def("embed", &PyProgram::embed, nb::arg("table"), nb::arg("to"), nb::arg("factor"))
+        .def("positions", &PyProgram::positions, nb::arg("table"), nb::arg("to"), nb::arg("offset"))
+        .def("norm", &PyProgram::norm, nb::arg("source"), nb::arg("to"), nb::arg("gain").none(), nb::arg("bias").none(), nb::arg("epsilon"), nb::arg("centered"))
+        .def("linear", &PyProgram::linear, nb::arg("layers"), nb::arg("source"), nb::arg("to"), nb::arg("after"))
+        .def("rotate", &PyProgram::rotate, nb::arg("heads"), nb::arg("rotation"), nb::arg("count"))
+        .def("attend", &PyProgram::attend, nb::arg("queries"), nb::arg("keys"), nb::arg("values"), nb::arg("to"), nb::arg("scale"), nb::arg("cap"),
+             nb::arg("window"), nb::arg("biases"), nb::arg("sinks").none())
+        .def("activate", &PyProgram::activate, nb::arg("at"), nb::arg("width"), nb::arg("curve"))
+        .def("gate", &PyProgram::gate, nb::arg("at"), nb::arg("up"), nb::arg("width"), nb::arg("curve"))
+        .def("add", &PyProgram::add_to, nb::arg("source"), nb::arg("to"), nb::arg("width"), nb::arg("keep"), nb::arg("factor"))
+        .def("scale_by", &PyProgram::scale_by, nb::arg("by"), nb::arg("to"), nb::arg("width"))
+        .def("route", &PyProgram::route, nb::arg("logits"), nb::arg("experts"), nb::arg("top"), nb::arg("among"))
+        .def("experts", &PyProgram::experts, nb::arg("layers"), nb::arg("source"), nb::arg("to"), nb::arg("apart"))
+        .def("mix", &PyProgram::mix, nb::arg("source"), nb::arg("to"), nb::arg("width"))
+        .def("advance", &PyProgram::advance, nb::arg("store"), nb::arg("held"), nb::arg("tokens"), nb::arg("pads"), nb::arg("rotations"),
+             nb::arg("biases"), nb::arg("logits"), nb::arg("threads"),
              "Read tokens [batch] after `held` others; fills logits [batch, vocabulary] and the store.");
 }
 

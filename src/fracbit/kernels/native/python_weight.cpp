@@ -25,16 +25,18 @@ void multiply_together(const std::vector<const PackedWeight*>& weights, const Ar
     if (weights.empty() || weights.size() != y.size()) refuse("weights and results must be as many, and at least one");
     const int64_t columns = weights[0]->weight().columns;
     const Matrix from = matrix_of(x, "x", columns);
+    std::vector<Projection> layers;
+    for (const PackedWeight* weight : weights) layers.push_back(projection_of(weight->weight()));
     std::vector<Product> products;
     for (size_t i = 0; i < y.size(); ++i) {
         const Weight& weight = weights[i]->weight();
         if (weight.columns != columns) refuse("weights that share x must have as many columns");
         if (y[i].ndim() != 2 || y[i].shape(0) != x.shape(0)) refuse("x and y must have the same number of rows");
-        products.push_back({&weight, matrix_of(y[i], "y", weight.rows)});
+        products.push_back({&layers[i], from, matrix_of(y[i], "y", weight.rows), {}});
     }
     const int64_t batch = size_at(x, 0);
     nb::gil_scoped_release release;
-    multiply(products.data(), static_cast<int64_t>(products.size()), weights[0]->isa(), from, batch, int8, threads);
+    multiply(std::move(products), weights[0]->isa(), batch, int8, threads);
 }
 
 }  // namespace
@@ -83,9 +85,9 @@ void PackedWeight::multiply(const Array& x, const Output& y, bool int8, int thre
     const Matrix from = matrix_of(x, "x", weight_.columns), to = matrix_of(y, "y", weight_.rows);
     if (x.shape(0) != y.shape(0)) refuse("x and y must have the same number of rows");
     const int64_t batch = size_at(x, 0);
-    const Product product{&weight_, to};
+    const Projection layer = projection_of(weight_);
     nb::gil_scoped_release release;
-    fracbit::multiply(&product, 1, isa_, from, batch, int8, threads);
+    fracbit::multiply({{&layer, from, to, {}}}, isa_, batch, int8, threads);
 }
 
 void PackedWeight::decode(int64_t first, const Output& out, int threads) const {

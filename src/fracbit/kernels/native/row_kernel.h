@@ -12,6 +12,8 @@
 //   dot(sum, u, a)            sum += u * a over the four bytes of a lane; u as the kernel's `high` (see Isa::biased)
 //   dot_small(sum, u, a)      the same for u < 128
 //   pick(scales, lane)        scales of the lanes, from 16 of them
+//   total(v)                  the sum of the lanes; totals(v, out) of kRowsTogether vectors, in the same order of additions
+//   copy_part(to, from, count)  fewer than 128 bytes
 //   load_as<type>(p)          16 numbers as floats; load_part<type>(p, count) fewer, then zeros
 //   FloatWords<bits>          codes of a chunk: load(p), and number<j>() the j-th code of every lane as a float
 //   FloatTable<bits>          table floats: load(table), and pick<j>(words) that of the j-th code of every lane
@@ -26,12 +28,13 @@ namespace {
 // Bytes by which codes are asked for before they are needed, into the second-level cache: the first is too small for all that is on
 // its way. Measured in docs/LOG.md.
 constexpr int64_t kAhead = 8192;
+constexpr int64_t kScaleRowsAhead = 4;  // at least, for scales; narrow rows pass too quickly for that few
 
-// The chunks of a row: those that can be read where they lie, then a padded copy of the rest.
-template <class S, int bits>
+// The chunks of some rows: those that can be read where they lie, then a padded copy of the rest.
+template <class S, int bits, int rows>
 struct Chunks {
     int64_t end[2];
-    uint8_t rest[2 * kChunk + S::kOverread];
+    uint8_t rest[rows][2 * kChunk + S::kOverread];
 
     explicit Chunks(const Codes& codes) {
         const int64_t whole = codes.stride < S::kOverread ? 0 : (codes.stride - S::kOverread) / chunk_bytes(bits);
@@ -39,61 +42,92 @@ struct Chunks {
         end[1] = codes.chunks;
         if (end[0] != end[1]) std::memset(rest, 0, sizeof rest);
     }
-    void copy_rest(const Codes& codes, const uint8_t* row) {
+    FRACBIT_INLINE void copy_rest(const Codes& codes, const uint8_t* row) {
         if (end[0] == end[1]) return;
         const int64_t first = end[0] * chunk_bytes(bits);
-        std::memcpy(rest, row + first, static_cast<size_t>(codes.stride - first));
+        for (int r = 0; r < rows; ++r) S::copy_part(rest[r], row + r * codes.stride + first, codes.stride - first);
     }
 };
 
-// Results of a row from the sums of its lanes.
-template <class S, bool single, int batch>
-FRACBIT_INLINE void write_row(const RowJob& job, int64_t row, int64_t n0, float step, float per_step, const float* block_sums,
-                              const typename S::Floats (&sum)[batch]) {
-    const RowScale of_row = single ? row_scale(job, row, per_step) : RowScale{};
-    for (int n = 0; n < batch; ++n) {
-        float result = S::total(sum[n]);
-        if (single) result = result * of_row.scale + of_row.shift * block_sums[n * job.sums.stride];
-        job.y.at(n0 + n, row) = result * step;
+// Results of rows from the sums of their lanes.
+template <class S, bool single, int rows, int batch>
+FRACBIT_INLINE void write_rows(const RowJob& job, int64_t row, int64_t n0, float step, float per_step, const float* block_sums,
+                               const typename S::Floats (&sum)[rows][batch]) {
+    float total[rows][batch];
+    if constexpr (rows == 1) {
+        for (int n = 0; n < batch; ++n) total[0][n] = S::total(sum[0][n]);
+    } else {
+        static_assert(batch == 1 && rows == S::kRowsTogether, "several rows are taken together for one row of activations");
+        S::totals(sum, total);
+    }
+    for (int r = 0; r < rows; ++r) {
+        const RowScale of_row = single ? row_scale(job, row + r, per_step) : RowScale{};
+        for (int n = 0; n < batch; ++n) {
+            float result = total[r][n];
+            if (single) result = result * of_row.scale + of_row.shift * block_sums[n * job.sums.stride];
+            job.y.at(n0 + n, row + r) = result * step;
+        }
     }
 }
 
-// Rows [first, last) times `batch` rows of activations from n0 on. begin(row) makes ready what belongs to a row, and
-// add(chunk, codes, scales of its lanes, sums) adds a chunk. `single`: a row has one scale; `steps`: results are in steps.
-// One row of codes is read at a time, as one stream through memory: several side by side are no faster (docs/LOG.md).
+// The `rows` rows from `row` on times `batch` rows of activations from n0 on. add(chunk, codes, scales of its lanes, sums) adds a chunk.
+// `single`: a row has one scale; `steps`: results are in steps.
+template <class S, int bits, bool single, bool steps, int rows, int batch, class Add>
+FRACBIT_INLINE void add_rows(const RowJob& job, int64_t row, int64_t n0, Chunks<S, bits, rows>& chunks, const Add& add) {
+    using Floats = typename S::Floats;
+    const uint8_t* codes = job.codes.row(row);
+    const float* block_sums = job.sums.data + n0 * job.sums.stride;
+    const float step = steps ? job.table.step(row) : 1.0f, per_step = 1.0f / step;
+    chunks.copy_rest(job.codes, codes);
+    Floats sum[rows][batch], sixteen[rows];
+    for (int r = 0; r < rows; ++r) {
+        if (!single) prefetch_scales(job, row + r + kScaleRowsAhead + kAhead / job.codes.stride);
+        sixteen[r] = S::all(1.0f);
+        for (int n = 0; n < batch; ++n) sum[r][n] = S::zero_floats();
+    }
+    int64_t c = 0, left = single ? job.codes.chunks : 0, block = 0;  // left: chunks until the next scales
+    const int32_t* lane = job.lanes.lane;
+    for (int half = 0; half < 2; ++half) {
+        const uint8_t* p = half == 0 ? codes : chunks.rest[0];
+        const int64_t ahead = half == 0 ? kAhead : codes + chunks.end[0] * chunk_bytes(bits) + kAhead - p;
+        const int64_t stride = half == 0 ? job.codes.stride : static_cast<int64_t>(sizeof chunks.rest[0]);
+        while (c < chunks.end[half]) {
+            if (!single && left == 0) {
+                for (int r = 0; r < rows; ++r) sixteen[r] = next_scales<S>(job, row + r, block, per_step, block_sums, sum[r]);
+                block += kLanes;
+                lane = job.lanes.lane;
+                left = job.lanes.period;
+            }
+            const int64_t stop = c + left < chunks.end[half] ? c + left : chunks.end[half];
+            left -= stop - c;
+            for (; c < stop; ++c, p += chunk_bytes(bits), lane += kLanes)
+                for (int r = 0; r < rows; ++r) {
+                    const uint8_t* here = p + r * stride;
+                    for (int64_t i = 0; i < chunk_bytes(bits); i += kCacheLine) FRACBIT_PREFETCH(p + r * job.codes.stride + ahead + i, 2);
+                    add(c, here, single ? sixteen[r] : S::pick(sixteen[r], lane), sum[r]);
+                }
+        }
+    }
+    write_rows<S, single, rows, batch>(job, row, n0, step, per_step, block_sums, sum);
+}
+
+// Rows [first, last). begin(row) makes ready what belongs to a row. Where all rows share it, some are taken together for one row of
+// activations: what a row costs besides its chunks counts in narrow layers (docs/LOG.md).
 template <class S, int bits, bool single, bool steps, int batch, class Begin, class Add>
 FRACBIT_INLINE void each_row(const RowJob& job, int64_t first, int64_t last, int64_t n0, const Begin& begin, const Add& add) {
-    using Floats = typename S::Floats;
-    Chunks<S, bits> chunks(job.codes);
-    const float* block_sums = job.sums.data + n0 * job.sums.stride;
-    for (int64_t row = first; row < last; ++row) {
-        const uint8_t* codes = job.codes.row(row);
-        const float step = steps ? job.table.step(row) : 1.0f, per_step = 1.0f / step;
-        chunks.copy_rest(job.codes, codes);
-        if (!single) prefetch_scales(job, row + kScaleRowsAhead);
-        begin(row);
-        Floats sum[batch], sixteen = S::all(1.0f);
-        for (int n = 0; n < batch; ++n) sum[n] = S::zero_floats();
-        int64_t c = 0, left = single ? job.codes.chunks : 0, block = 0;  // left: chunks until the next scales
-        const int32_t* lane = job.lanes.lane;
-        for (int half = 0; half < 2; ++half) {
-            const uint8_t* p = half == 0 ? codes : chunks.rest;
-            while (c < chunks.end[half]) {
-                if (!single && left == 0) {
-                    sixteen = next_scales<S>(job, row, block, per_step, block_sums, sum);
-                    block += kLanes;
-                    lane = job.lanes.lane;
-                    left = job.lanes.period;
-                }
-                const int64_t stop = c + left < chunks.end[half] ? c + left : chunks.end[half];
-                left -= stop - c;
-                for (; c < stop; ++c, p += chunk_bytes(bits), lane += kLanes) {
-                    for (int64_t i = 0; i < chunk_bytes(bits); i += kCacheLine) FRACBIT_PREFETCH(p + kAhead + i, 2);
-                    add(c, p, single ? sixteen : S::pick(sixteen, lane), sum);
-                }
-            }
+    int64_t row = first;
+    if constexpr (S::kRowsTogether > 1 && batch == 1) {
+        if (job.table.stride == 0 && first + S::kRowsTogether <= last) {
+            Chunks<S, bits, S::kRowsTogether> chunks(job.codes);
+            begin(first);
+            for (; row + S::kRowsTogether <= last; row += S::kRowsTogether)
+                add_rows<S, bits, single, steps, S::kRowsTogether, 1>(job, row, n0, chunks, add);
         }
-        write_row<S, single>(job, row, n0, step, per_step, block_sums, sum);
+    }
+    Chunks<S, bits, 1> chunks(job.codes);
+    for (; row < last; ++row) {
+        begin(row);
+        add_rows<S, bits, single, steps, 1, batch>(job, row, n0, chunks, add);
     }
 }
 

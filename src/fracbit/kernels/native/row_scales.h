@@ -8,7 +8,6 @@
 namespace fracbit {
 namespace {
 
-constexpr int64_t kScaleRowsAhead = 4;  // rows by which scales are asked for before they are needed
 
 inline float scale_at(const Scales& scales, const void* values, int64_t index) {
     float result;

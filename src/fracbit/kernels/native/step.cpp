@@ -1,191 +1,85 @@
-// One step of a decoder, layer by layer: step.h says what it computes. Each product or attention is one job for the threads.
+// Runs the operations of a decode step as stages: one thread does what is small, all of them share products and attention.
 #include "step.h"
 
 #include <algorithm>
 
-#include "decode.h"
+#include "operations.h"
 #include "pool.h"
-#include "product.h"
-#include "tasks.h"
+#include "stages.h"
 
 namespace fracbit {
 namespace {
 
-struct Dense {
-    const Isa& isa;
-    DenseJob job;
-    int64_t rows;  // of a task
-};
+constexpr int64_t kPiece = 16 * kCacheLine;         // bytes asked for between two looks
+constexpr int64_t kMostAsked = int64_t{96} << 10;  // bytes: a part of the second-level cache
 
-void dense_task(void* context, int64_t index, int) {
-    const auto& dense = *static_cast<const Dense*>(context);
-    const int64_t first = index * dense.rows;
-    dense.isa.multiply_dense(dense.job, first, std::min(first + dense.rows, dense.job.rows));
-}
+using Operations = std::vector<std::unique_ptr<const Operation>>;
 
-void multiply_dense(const Projection& p, const Isa& isa, const float* x, int64_t batch, float* y, int threads) {
-    const int64_t bytes = std::max<int64_t>(p.columns * size_of(p.type), 1);
-    Dense dense{isa, {p.dense, p.type, p.rows, p.columns, x, batch, y}, std::max<int64_t>(kMostTaskBytes / bytes, 1)};
-    run_tasks(threads, tasks_for(p.rows, dense.rows), dense_task, &dense);
-}
+class StepStages : public Stages {
+  public:
+    StepStages(const Operations& operations, const std::vector<Upcoming>& reads, Run& run) : operations_(operations), reads_(reads), run_(run) {}
 
-struct Attend {
-    const Isa& isa;
-    Attention job;
-    float* scores;
-    int64_t worker_floats;
-};
-
-void attend_task(void* context, int64_t index, int worker) {
-    const auto& a = *static_cast<const Attend*>(context);
-    a.isa.attend(a.job, index / a.job.kv_heads, index % a.job.kv_heads, a.scores + worker * a.worker_floats);
-}
-
-// What a step needs from its beginning to its end; `x` [batch, hidden] is the stream to which every block adds.
-struct Run {
-    const Decoder& d;
-    const Isa& isa;
-    const Store& store;
-    int64_t held;
-    const int64_t* pads;
-    Scratch& scratch;
-    int threads;
-    float *x, *normed, *queries, *keys, *values, *attended, *gate, *up, *sum;
-
-    int64_t batch() const { return store.batch; }
-
-    // Packed weights that read the same input go together; y [batch, rows] each.
-    void project(std::initializer_list<const Projection*> projections, const float* input, std::initializer_list<float*> outputs) {
-        Product together[kMostTogether];
-        int64_t count = 0, columns = 0;
-        auto y = outputs.begin();
-        for (const Projection* p : projections) {
-            columns = p->columns;
-            if (p->packed != nullptr) {
-                together[count++] = {p->packed, {*y, Float::f32, p->rows}};
-            } else {
-                multiply_dense(*p, isa, input, batch(), *y, threads);
-            }
-            ++y;
+    int64_t next() override {
+        while (++at_ < static_cast<int64_t>(operations_.size())) {
+            run_.scratch.reset();
+            if (const int64_t tasks = current().begin(run_)) return tasks;
         }
-        const Matrix from{const_cast<float*>(input), Float::f32, columns};
-        multiply(together, count, isa, from, batch(), d.int8, threads);
-        y = outputs.begin();
-        for (const Projection* p : projections) add_bias(*p, *y++);
+        return 0;
     }
 
-    void add_bias(const Projection& p, float* y) const {
-        if (p.bias == nullptr) return;
-        for (int64_t n = 0; n < batch(); ++n)
-            for (int64_t i = 0; i < p.rows; ++i) y[n * p.rows + i] += p.bias[i];
+    void task(int64_t index, int worker) override { current().task(run_, index, worker); }
+
+    bool ask_ahead(int64_t stage, int worker, int64_t part) const override {
+        const int64_t index = stage * run_.threads + worker;
+        if (index >= static_cast<int64_t>(reads_.size())) return false;
+        const Upcoming& read = reads_[static_cast<size_t>(index)];
+        const int64_t begin = part * kPiece, end = std::min({begin + kPiece, read.bytes, kMostAsked});
+        for (int64_t i = begin; i < end; i += kCacheLine) FRACBIT_PREFETCH(read.data + i, 2);
+        return begin < end;
     }
 
-    void normalize(const float* gain, const float* from, float* to) {
-        for (int64_t n = 0; n < batch(); ++n) isa.normalize(from + n * d.hidden, gain, d.epsilon, d.hidden, to + n * d.hidden);
-    }
+  private:
+    const Operation& current() const { return *operations_[static_cast<size_t>(at_)]; }
 
-    void add_to_x(const float* from) {
-        for (int64_t i = 0; i < batch() * d.hidden; ++i) x[i] += from[i];
-    }
-
-    // Norms inside the heads, then their rotation by the position.
-    void turn(float* states, int64_t heads, const float* gain) {
-        for (int64_t n = 0; n < batch(); ++n) {
-            const int64_t position = held - pads[n];
-            for (int64_t h = 0; h < heads; ++h) {
-                float* head = states + (n * heads + h) * d.head;
-                if (gain != nullptr) isa.normalize(head, gain, d.epsilon, d.head, head);
-                rotate(head, store.cosines + position * d.head, store.sines + position * d.head);
-            }
-        }
-    }
-
-    // Pairs (i, i + head / 2): Su et al. 2021, arXiv:2104.09864.
-    void rotate(float* head, const float* cosines, const float* sines) const {
-        const int64_t half = d.head / 2;
-        for (int64_t i = 0; i < half; ++i) {
-            const float low = head[i], high = head[i + half];
-            head[i] = low * cosines[i] - high * sines[i];
-            head[i + half] = high * cosines[i + half] + low * sines[i + half];
-        }
-    }
-
-    // The keys (0) or values (1) of a block in the store.
-    void* place(int64_t block, int64_t which) const {
-        return number_at(store.data, store.type, (2 * block + which) * batch() * d.kv_heads * store.room * d.head);
-    }
-
-    // The new token's states to the store.
-    void keep(void* to, const float* states) const {
-        for (int64_t i = 0; i < batch() * d.kv_heads; ++i)
-            isa.from_float(states + i * d.head, store.type, d.head, number_at(to, store.type, (i * store.room + held) * d.head));
-    }
-
-    void attend(const Block& block, int64_t index) {
-        project({&block.query, &block.key, &block.value}, normed, {queries, keys, values});
-        turn(queries, d.heads, block.query_gain);
-        turn(keys, d.kv_heads, block.key_gain);
-        void *kept_keys = place(index, 0), *kept_values = place(index, 1);
-        keep(kept_keys, keys);
-        keep(kept_values, values);
-        const int64_t tokens = held + 1, floats = aligned(tokens);
-        const Attention job{queries, kept_keys, kept_values, store.type, d.kv_heads, d.heads / d.kv_heads, d.head, store.room, tokens, pads, d.scale, attended};
-        Attend call{isa, job, scores(floats * threads), floats};
-        run_tasks(threads, batch() * d.kv_heads, attend_task, &call);
-        project({&block.out}, attended, {sum});
-        add_to_x(sum);
-    }
-
-    // Memory that all blocks share.
-    float* scores(int64_t count) {
-        if (score_floats < count) score = scratch.floats(score_floats = count);
-        return score;
-    }
-
-    void feed(const Block& block) {
-        project({&block.gate, &block.up}, normed, {gate, up});
-        isa.gate(gate, up, batch() * block.gate.rows);
-        project({&block.down}, gate, {sum});
-        add_to_x(sum);
-    }
-
-    void embed(const int64_t* tokens) {
-        const Projection& table = d.embedding;
-        for (int64_t n = 0; n < batch(); ++n) {
-            float* to = x + n * d.hidden;
-            if (table.packed != nullptr) {
-                decode(*table.packed, isa, tokens[n], tokens[n] + 1, {to, Float::f32, d.hidden}, 1);
-            } else {
-                isa.to_float(number_at(table.dense, table.type, tokens[n] * d.hidden), table.type, d.hidden, to);
-            }
-        }
-    }
-
-    float* score = nullptr;
-    int64_t score_floats = 0;
+    const Operations& operations_;
+    const std::vector<Upcoming>& reads_;
+    Run& run_;
+    int64_t at_ = -1;
 };
 
 }  // namespace
 
-void advance(const Decoder& d, const Isa& isa, const Store& store, int64_t held, const int64_t* tokens, const int64_t* pads,
-             float* logits, Scratch& scratch, int threads) {
-    scratch.reset();
-    threads = std::clamp(threads, 1, kMaxThreads);
-    int64_t inner = 0;
-    for (const Block& block : d.blocks) inner = std::max(inner, block.gate.rows);
-    const auto take = [&](int64_t width) { return scratch.floats(store.batch * width); };
-    Run run{d, isa, store, held, pads, scratch, threads, take(d.hidden), take(d.hidden), take(d.heads * d.head),
-            take(d.kv_heads * d.head), take(d.kv_heads * d.head), take(d.heads * d.head), take(inner), take(inner), take(d.hidden)};
-    run.embed(tokens);
-    for (size_t i = 0; i < d.blocks.size(); ++i) {
-        const Block& block = d.blocks[i];
-        run.normalize(block.attention_gain, run.x, run.normed);
-        run.attend(block, static_cast<int64_t>(i));
-        run.normalize(block.mlp_gain, run.x, run.normed);
-        run.feed(block);
+Program::Program(const Isa& isa, bool int8, int64_t vocabulary) : run_(std::make_unique<Run>(isa, int8)) { add_register(vocabulary); }
+Program::~Program() = default;
+
+int64_t Program::add_register(int64_t width) {
+    run_->widths.push_back(width);
+    return registers() - 1;
+}
+
+int64_t Program::width(int64_t reg) const { return run_->widths[static_cast<size_t>(reg)]; }
+int64_t Program::registers() const { return static_cast<int64_t>(run_->widths.size()); }
+void Program::add(std::unique_ptr<const Operation> operation) {
+    operations_.push_back(std::move(operation));
+    planned_ = 0;
+}
+
+void Program::plan_reads(int threads) {
+    first_reads_.clear();
+    for (const auto& operation : operations_) {
+        const auto layers = operation->reads();
+        for (int worker = 0; worker < threads && operation->has_tasks(); ++worker)
+            first_reads_.push_back(first_read(layers.data(), layers.size(), threads, worker));
     }
-    run.normalize(d.gain, run.x, run.normed);
-    run.project({&d.logits}, run.normed, {logits});
+    planned_ = threads;
+}
+
+void Program::advance(const Store& store, int threads) {
+    threads = std::clamp(threads, 1, kMaxThreads);
+    if (planned_ != threads) plan_reads(threads);
+    run_->start(store, threads);
+    StepStages stages(operations_, first_reads_, *run_);
+    run_stages(threads, stages);
 }
 
 }  // namespace fracbit

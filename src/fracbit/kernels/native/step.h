@@ -1,61 +1,62 @@
 // One step of a decoder: the newest token of every sequence in, logits out, without going back to Python between the layers.
 //
-// The decoder has Llama's shape (Touvron et al. 2023, arXiv:2302.13971, section 2.2): x + o(attention(norm(x))), then
-// x + down(silu(gate(norm(x))) * up(norm(x))), RMS norms, rotated queries and keys, grouped heads. Sums are fp32 throughout.
+// What a model computes is data: a list of operations (operations.h) on registers, which hold fp32 numbers [batch, width]. Sums are
+// fp32 throughout.
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
-#include "scratch.h"
-#include "weight.h"
+#include "product.h"
 
 namespace fracbit {
 
-// A linear layer: a packed weight, or a float one [rows, columns].
-struct Projection {
-    const Weight* packed = nullptr;
-    const void* dense = nullptr;
-    Float type = Float::f32;
-    int64_t rows = 0;
-    int64_t columns = 0;
-    const float* bias = nullptr;  // [rows], or null
-};
-
-struct Block {
-    const float* attention_gain = nullptr;  // [hidden]
-    const float* mlp_gain = nullptr;
-    const float* query_gain = nullptr;  // [head], or null: norms inside a head
-    const float* key_gain = nullptr;
-    Projection query, key, value, out, gate, up, down;
-};
-
-struct Decoder {
-    int64_t hidden = 0;
-    int64_t heads = 0;
-    int64_t kv_heads = 0;
-    int64_t head = 0;  // numbers in a head
-    float epsilon = 0;
-    float scale = 0;  // of the scores
-    bool int8 = false;
-    Projection embedding, logits;
-    const float* gain = nullptr;  // of the last norm
-    std::vector<Block> blocks;
-};
-
-// Keys and values, [blocks, 2, batch, kv_heads, room, head]; `cosines` and `sines` of the positions [room, head].
-struct Store {
-    void* data;
-    Float type;
-    int64_t batch;
-    int64_t room;
+// Cosines and sines of positions, [room, count]: they turn the first `count` numbers of a head.
+struct Rotation {
     const float* cosines;
     const float* sines;
+    int64_t count;
 };
 
-// Read tokens [batch], which follow the `held` ones of the store, and write logits [batch, vocabulary]. Sequence n began
-// with pads[n] positions that count for nothing.
-void advance(const Decoder& decoder, const Isa& isa, const Store& store, int64_t held, const int64_t* tokens, const int64_t* pads,
-             float* logits, Scratch& scratch, int threads);
+// What a step reads and writes besides the weights. Sequence n began with pads[n] positions that count for nothing.
+struct Store {
+    void* data;  // keys and values [attentions, 2, batch, kv_heads, room, head]
+    Float type;
+    int64_t batch, kv_heads, room, head;
+    int64_t held;           // tokens before this one
+    const int64_t* tokens;  // [batch]
+    const int64_t* pads;    // [batch]
+    const Rotation* rotations;
+    const float* const* biases;  // of scores, each [heads, room]
+    float* logits;               // [batch, vocabulary]: register 0
+
+    int64_t position(int64_t n) const { return held - pads[n]; }
+};
+
+class Operation;
+struct Run;
+
+class Program {
+  public:
+    Program(const Isa& isa, bool int8, int64_t vocabulary);
+    ~Program();
+
+    // A register of that width; its number. Register 0 are the logits.
+    int64_t add_register(int64_t width);
+    int64_t width(int64_t reg) const;
+    int64_t registers() const;
+    void add(std::unique_ptr<const Operation> operation);
+    // One step. A program runs one at a time.
+    void advance(const Store& store, int threads);
+
+  private:
+    void plan_reads(int threads);
+
+    std::vector<std::unique_ptr<const Operation>> operations_;
+    std::vector<Upcoming> first_reads_;  // [stages, threads]
+    int planned_ = 0;                    // threads of first_reads_
+    std::unique_ptr<Run> run_;
+};
 
 }  // namespace fracbit

@@ -1,4 +1,4 @@
-// The other parts of a decode step: products of float weights, RMS norms, the gate of an MLP, attention of one token. They are written over
+// The other parts of a decode step: products of float weights, norms, activations, attention of one token. They are written over
 // the vector operations `S` of row_kernel.h, and as there, everything is in an unnamed namespace and calls nothing of the standard library.
 #pragma once
 
@@ -28,18 +28,86 @@ inline float exponential(float x) {
     return p * float_of(static_cast<uint32_t>(n + kExponentBias) << kFractionBits);
 }
 
-// gate [count] = silu(gate) * up, silu(x) = x / (1 + e^-x); the exponential is taken of -|x|, which cannot overflow.
-inline void gate_with(float* gate, const float* up, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-        const float x = gate[i], e = exponential(x < 0.0f ? x : -x);
-        gate[i] = x * (x < 0.0f ? e : 1.0f) / (1.0f + e) * up[i];
+// 1 / (1 + e^-x); the exponential is taken of -|x|, which cannot overflow.
+inline float sigmoid(float x) {
+    const float e = exponential(x < 0.0f ? x : -x);
+    return (x < 0.0f ? e : 1.0f) / (1.0f + e);
+}
+
+constexpr float kTanhScale = 0.7978845608f, kTanhCube = 0.044715f;  // Hendrycks and Gimpel 2016, arXiv:1606.08415
+constexpr float kQuickGelu = 1.702f;
+
+// The share of a normal distribution below x, to 1e-7: Abramowitz and Stegun 1964, 7.1.26.
+inline float below(float x) {
+    const float size = (x < 0.0f ? -x : x) * 0.7071067812f, t = 1.0f / (1.0f + 0.3275911f * size);
+    const float p = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+    const float tail = 0.5f * p * exponential(-size * size);
+    return x < 0.0f ? tail : 1.0f - tail;
+}
+
+inline float silu(float x) { return x * sigmoid(x); }
+inline float gelu(float x) { return x * below(x); }
+inline float gelu_tanh(float x) { return x * sigmoid(2.0f * kTanhScale * (x + kTanhCube * x * x * x)); }  // 1 + tanh(u) = 2 sigmoid(2u)
+inline float quick_gelu(float x) { return x * sigmoid(kQuickGelu * x); }
+inline float relu(float x) { return x > 0.0f ? x : 0.0f; }
+inline float relu_squared(float x) { return x > 0.0f ? x * x : 0.0f; }
+inline float cap(float x, float a) { return a * (2.0f * sigmoid(2.0f * x / a) - 1.0f); }
+
+template <class F>
+FRACBIT_INLINE void each_number(float* x, int64_t count, const F& f) {
+    for (int64_t i = 0; i < count; ++i) x[i] = f(x[i]);
+}
+
+inline void apply(const Curve& curve, float* x, int64_t count) {
+    const float a = curve.a;
+    switch (curve.function) {
+        case Function::silu: return each_number(x, count, [](float v) { return silu(v); });
+        case Function::gelu: return each_number(x, count, [](float v) { return gelu(v); });
+        case Function::gelu_tanh: return each_number(x, count, [](float v) { return gelu_tanh(v); });
+        case Function::quick_gelu: return each_number(x, count, [](float v) { return quick_gelu(v); });
+        case Function::relu: return each_number(x, count, [](float v) { return relu(v); });
+        case Function::relu_squared: return each_number(x, count, [](float v) { return relu_squared(v); });
+        case Function::sigmoid: return each_number(x, count, [](float v) { return sigmoid(v); });
+        case Function::cap: return each_number(x, count, [a](float v) { return cap(v, a); });
+        default: return;
     }
 }
 
-// RMS norm: x / sqrt(mean(x^2) + epsilon) * gain.
-inline void normalize(const float* x, const float* gain, float epsilon, int64_t count, float* out) {
-    const float factor = 1.0f / __builtin_sqrtf(dot_floats(x, x, count) / static_cast<float>(count) + epsilon);
-    for (int64_t i = 0; i < count; ++i) out[i] = x[i] * factor * gain[i];
+inline void gate_with(const Curve& curve, float* gate, const float* up, int64_t count) {
+    if (curve.function == Function::clamped) {
+        for (int64_t i = 0; i < count; ++i) {
+            const float g = gate[i] < curve.b ? gate[i] : curve.b;
+            const float low = up[i] < curve.b ? up[i] : curve.b, u = low > -curve.b ? low : -curve.b;
+            gate[i] = (u + 1.0f) * g * sigmoid(curve.a * g);
+        }
+        return;
+    }
+    apply(curve, gate, count);
+    for (int64_t i = 0; i < count; ++i) gate[i] *= up[i];
+}
+
+// RMS norm: x / sqrt(mean(x^2) + epsilon) * gain (Zhang and Sennrich 2019, arXiv:1910.07467). Centered: layer norm (arXiv:1607.06450).
+inline void normalize(const float* x, const float* gain, const float* bias, float epsilon, bool centered, int64_t count, float* out) {
+    const float size = static_cast<float>(count), mean = centered ? sum_floats(x, count) / size : 0.0f;
+    for (int64_t i = 0; i < count; ++i) out[i] = x[i] - mean;
+    const float factor = 1.0f / __builtin_sqrtf(dot_floats(out, out, count) / size + epsilon);
+    if (gain == nullptr) {
+        for (int64_t i = 0; i < count; ++i) out[i] *= factor;
+    } else {
+        for (int64_t i = 0; i < count; ++i) out[i] = out[i] * factor * gain[i];
+    }
+    if (bias != nullptr)
+        for (int64_t i = 0; i < count; ++i) out[i] += bias[i];
+}
+
+// Pairs (i, i + count / 2) of the first `count` numbers of a head: Su et al. 2021, arXiv:2104.09864.
+inline void rotate(float* head, const float* cosines, const float* sines, int64_t count) {
+    const int64_t half = count / 2;
+    for (int64_t i = 0; i < half; ++i) {
+        const float low = head[i], high = head[i + half];
+        head[i] = low * cosines[i] - high * sines[i];
+        head[i + half] = high * cosines[i + half] + low * sines[i + half];
+    }
 }
 
 // The last numbers of a row whose length is no multiple of 16, then zeros.
@@ -54,7 +122,7 @@ inline typename S::Floats load_rest(const void* row, int64_t from, int64_t count
 template <class S, Float type, int batch>
 void dense_rows(const DenseJob& job, int64_t first, int64_t last, int64_t n0) {
     const int64_t columns = job.columns, whole = columns / kLanes * kLanes;
-    const float* x = job.x + n0 * columns;
+    const float* x = job.x + n0 * job.stride;
     for (int64_t row = first; row < last; ++row) {
         const char* w = number_at(job.weight, type, row * columns);
         typename S::Floats sum[batch][2];
@@ -63,19 +131,19 @@ void dense_rows(const DenseJob& job, int64_t first, int64_t last, int64_t n0) {
         for (; i + 2 * kLanes <= whole; i += 2 * kLanes)
             for (int half = 0; half < 2; ++half) {
                 const typename S::Floats weights = S::template load_as<type>(number_at(w, type, i + half * kLanes));
-                for (int n = 0; n < batch; ++n) sum[n][half] = S::fma(weights, S::load(x + n * columns + i + half * kLanes), sum[n][half]);
+                for (int n = 0; n < batch; ++n) sum[n][half] = S::fma(weights, S::load(x + n * job.stride + i + half * kLanes), sum[n][half]);
             }
         for (; i < whole; i += kLanes) {
             const typename S::Floats weights = S::template load_as<type>(number_at(w, type, i));
-            for (int n = 0; n < batch; ++n) sum[n][0] = S::fma(weights, S::load(x + n * columns + i), sum[n][0]);
+            for (int n = 0; n < batch; ++n) sum[n][0] = S::fma(weights, S::load(x + n * job.stride + i), sum[n][0]);
         }
         for (int n = 0; n < batch; ++n) {
             float result = S::total(S::fma(sum[n][1], S::all(1.0f), sum[n][0]));
             if (whole < columns) {
-                const typename S::Floats a = load_rest<S, type>(w, whole, columns), b = load_rest<S, Float::f32>(x + n * columns, whole, columns);
+                const typename S::Floats a = load_rest<S, type>(w, whole, columns), b = load_rest<S, Float::f32>(x + n * job.stride, whole, columns);
                 result += S::total(S::multiply(a, b));
             }
-            job.y[(n0 + n) * job.rows + row] = result;
+            job.y.at(n0 + n, row) = result;
         }
     }
 }
@@ -108,16 +176,16 @@ inline float dot_with(const float* query, const char* key, int64_t size) {
     return S::total(sum);
 }
 
-// scores [count] become weights that add up to one.
-inline void soften(float* scores, int64_t count) {
-    float top = scores[0];
-    for (int64_t t = 1; t < count; ++t) top = scores[t] > top ? scores[t] : top;
+// scores [count] become weights that add up to one; with a sink, to less.
+inline void soften(float* scores, int64_t count, const float* sink) {
+    float top = sink != nullptr ? *sink : scores[0];
+    for (int64_t t = 0; t < count; ++t) top = scores[t] > top ? scores[t] : top;
     float part[kLanes] = {};
     for (int64_t t = 0; t < count; ++t) scores[t] = exponential(scores[t] - top);
     int64_t t = 0;
     for (; t + kLanes <= count; t += kLanes)
         for (int64_t d = 0; d < kLanes; ++d) part[d] += scores[t + d];
-    float sum = 0.0f;
+    float sum = sink != nullptr ? exponential(*sink - top) : 0.0f;
     for (; t < count; ++t) sum += scores[t];
     for (int64_t d = 0; d < kLanes; ++d) sum += part[d];
     for (t = 0; t < count; ++t) scores[t] *= 1.0f / sum;
@@ -149,21 +217,25 @@ inline void mix(const float* weights, const char* values, int64_t count, int64_t
 }
 
 template <class S, Float type>
-void attend_as(const Attention& job, int64_t n, int64_t kv, float* scores) {
-    const int64_t first = job.pads[n], count = job.tokens - first, plane = ((n * job.kv_heads + kv) * job.room + first) * job.head;
+void attend_as(const Attention& job, int64_t n, int64_t head, float* scores) {
+    const int64_t kv = head / job.group, pad = job.pads[n], oldest = job.window > 0 ? job.tokens - job.window : 0;
+    const int64_t first = oldest > pad ? oldest : pad, count = job.tokens - first, plane = ((n * job.kv_heads + kv) * job.room + first) * job.head;
     const char *keys = number_at(job.keys, type, plane), *values = number_at(job.values, type, plane);
-    for (int64_t g = 0; g < job.group; ++g) {
-        const int64_t at = ((n * job.kv_heads + kv) * job.group + g) * job.head;
-        for (int64_t t = 0; t < count; ++t) scores[t] = job.scale * dot_with<S, type>(job.queries + at, number_at(keys, type, t * job.head), job.head);
-        soften(scores, count);
-        mix<S, type>(scores, values, count, job.head, job.out + at);
+    const float* query = job.queries.at(n, head);
+    for (int64_t t = 0; t < count; ++t) scores[t] = job.scale * dot_with<S, type>(query, number_at(keys, type, t * job.head), job.head);
+    if (job.cap > 0.0f) apply({Function::cap, job.cap}, scores, count);
+    if (job.biases != nullptr) {
+        const float* bias = job.biases + head * job.room + first - pad;
+        for (int64_t t = 0; t < count; ++t) scores[t] += bias[t];
     }
+    soften(scores, count, job.sinks == nullptr ? nullptr : job.sinks + head);
+    mix<S, type>(scores, values, count, job.head, job.out + n * job.out_stride + head * job.head);
 }
 
-// The heads of sequence n that share the keys and values of head `kv`.
+// One head of sequence n.
 template <class S>
-void attend(const Attention& job, int64_t n, int64_t kv, float* scores) {
-    FRACBIT_BY_TYPE(job.type, attend_as, job, n, kv, scores)
+void attend(const Attention& job, int64_t n, int64_t head, float* scores) {
+    FRACBIT_BY_TYPE(job.type, attend_as, job, n, head, scores)
 }
 
 }  // namespace

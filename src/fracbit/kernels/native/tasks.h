@@ -15,11 +15,15 @@ constexpr int64_t kTasksPerThread = 4;  // at least, where that many are large e
 
 static inline int64_t tasks_for(int64_t rows, int64_t rows_per_task) { return (rows + rows_per_task - 1) / rows_per_task; }
 
+// Bytes of a task when `bytes` are read in all.
+static inline int64_t bytes_per_task(int64_t bytes, int threads) {
+    return std::clamp(bytes / (kTasksPerThread * threads), kLeastTaskBytes, kMostTaskBytes);
+}
+
 // Rows of `stride` bytes that make a task.
 static inline int64_t rows_per_task(int64_t rows, int64_t stride, int threads) {
     stride = std::max<int64_t>(stride, 1);
-    const int64_t bytes = std::clamp(rows * stride / (kTasksPerThread * threads), kLeastTaskBytes, kMostTaskBytes);
-    return std::clamp<int64_t>(bytes / stride, 1, std::max<int64_t>(rows, 1));
+    return std::clamp<int64_t>(bytes_per_task(rows * stride, threads) / stride, 1, std::max<int64_t>(rows, 1));
 }
 
 }  // namespace fracbit

@@ -8,6 +8,7 @@ used.
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -294,11 +295,13 @@ def _decoding(
 def read_prompt(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache, chunk: int) -> Tensor:
     """Run the model over the `ids` [prompts, tokens] that `cache` does not hold; fp32 logits [prompts, vocabulary]."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # [prompts, tokens]
+    takes = inspect.signature(model.forward).parameters
     for begin in range(int(cache.get_seq_length()), ids.shape[1], chunk):
         part = slice(begin, begin + chunk)
+        more = {"position_ids": positions[:, part], "logits_to_keep": 1}
         state = model(
-            input_ids=ids[:, part], attention_mask=mask[:, : part.stop], position_ids=positions[:, part],
-            past_key_values=cache, use_cache=True, logits_to_keep=1,
+            input_ids=ids[:, part], attention_mask=mask[:, : part.stop], past_key_values=cache, use_cache=True,
+            **{name: value for name, value in more.items() if name in takes},
         )  # fmt: skip
     logits: Tensor = state.logits[:, -1].float()  # [prompts, vocabulary]
     return logits

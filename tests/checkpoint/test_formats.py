@@ -67,12 +67,17 @@ def test_a_stale_config_over_plain_floats_is_accepted_with_a_note(
     assert torch.equal(logits(fracbit.load(folder)), logits(tiny_llama(num_hidden_layers=1)))
 
 
-@pytest.mark.parametrize("method", ["exl2", "quip", "bitnet"])
+def test_floats_that_a_model_rounds_while_it_runs_are_refused(tmp_path: Path) -> None:
+    folder = plain_model(tmp_path / "m", quantization_config={"quant_method": "bitnet"})
+    with pytest.raises(SourceError, match=r"\(bitnet\), and its model rounds the floats in it while it runs"):
+        open_float(folder)
+
+
+@pytest.mark.parametrize("method", ["aqlm", "quip"])
 def test_a_method_that_is_not_known_is_refused(tmp_path: Path, method: str) -> None:
     folder = plain_model(tmp_path / "m", quantization_config={"quant_method": method})
-    if method != "bitnet":  # whose float weights are rounded while the model runs
-        name = "model.layers.0.mlp.up_proj.weight"
-        change_tensors(folder, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
+    name = "model.layers.0.mlp.up_proj.weight"
+    change_tensors(folder, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
     with pytest.raises(
         SourceError, match=rf"already quantized \({method}\).*fracbit decodes .*gptq.*start from the float"
     ):

@@ -153,10 +153,10 @@ def test_what_is_broken_is_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(SourceError, match=says):
             open_float(coded)
 
-    change_config(coded, checkpoint_format="marlin")
-    refuses("in the layout marlin; fracbit decodes gptq and gptq_v2")
+    change_config(coded, checkpoint_format="bitblas")
+    refuses("in the layout bitblas; fracbit decodes gptq, gptq_v2 and marlin")
     change_config(coded, checkpoint_format="gptq", is_marlin_format=True)
-    refuses("in the layout marlin")
+    refuses(r"Marlin's are I32 \[in / 16, 2 out\]")
     change_config(coded, is_marlin_format=None, bits=3)
     refuses(r"qzeros has shape \[\d+, \d+\], which does not fit 3 bits and \d+ outputs")
     change_config(coded, bits=4)

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from fracbit.checkpoint.formats.decoding import Decoding, turned
-from fracbit.checkpoint.formats.known import KEYS, OURS, SOURCE_FORMATS, coded, known_methods
+from fracbit.checkpoint.formats.known import AT_RUN_TIME, KEYS, OURS, SOURCE_FORMATS, coded, known_methods
 from fracbit.checkpoint.output import is_unfinished
 from fracbit.checkpoint.source import FLOATS, Source, open_source
 from fracbit.errors import FormatError, SourceError
@@ -133,6 +133,12 @@ def _check_float(source: Source) -> None:
     if method == OURS:
         raise SourceError(
             f"{source.name} is already quantized (fracbit); start from the float model: a second rounding loses more"
+        )
+    if str(method).lower() in AT_RUN_TIME and not coded(source):
+        raise SourceError(
+            f"{source.name} is already quantized ({method}), and its model rounds the floats in it while it runs: they are not "
+            "the weights that it uses. fracbit decodes the packed form of the same release; start from that, or from a float "
+            "model"
         )
     codes = coded(source) if str(method).lower() in SOURCE_FORMATS else {}
     what = "".join(

@@ -37,6 +37,8 @@ from fracbit.errors import SourceError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+EXLLAMA = "output*.safetensors"
+"""Files of exllamav2, which leaves the index of the float model beside them."""
 GGUF = ".gguf"
 PIECE = 4 << 20  # bytes that are read at a time to hash a tensor
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -228,6 +230,41 @@ def read_stored(source: Source, name: str) -> Tensor:
         raise SourceError(f"tensor {name} cannot be read from {info.file}: {error}") from error
 
 
+def read_several(source: Source, names: Iterable[str]) -> dict[str, Tensor]:
+    """Small tensors as they lie on the disk; each file is opened once. Raises `SourceError`."""
+    files: dict[str, list[str]] = {}
+    for name in names:
+        files.setdefault(source.on_disk[name].file, []).append(name)
+    found: dict[str, Tensor] = {}
+    for file, some in files.items():
+        found |= _tensors_of(source.folder / file, some)
+    return found
+
+
+def _tensors_of(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise SourceError(f"tensor {names[0]} cannot be read from {path.name}: {error}") from error
+
+
+def read_metadata(source: Source) -> dict[str, str]:
+    """What the headers of all files say beside their tensors. Raises `SourceError`."""
+    found: dict[str, str] = {}
+    for file in dict.fromkeys(info.file for info in source.on_disk.values()):
+        found |= _metadata_of(source.folder / file)
+    return found
+
+
+def _metadata_of(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise SourceError(f"the header of {path.name} cannot be read: {error}") from error
+
+
 def _stored_rows(source: Source, name: str, rows: Sequence[slice], axis: int) -> Tensor:
     """Rows or columns of a tensor as it lies on the disk.
 
@@ -346,9 +383,12 @@ def combined_hash(hashes: Mapping[str, str]) -> str:
 
 
 def _weight_files(folder: Path) -> list[str]:
-    """The single file before the index, in transformers' order."""
+    """The single file before the index, in transformers' order; exllamav2's before an index, which is not theirs."""
     if (folder / SINGLE).is_file():
         return [SINGLE]
+    made = sorted(path.name for path in folder.glob(EXLLAMA))
+    if made:
+        return made
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX, "the index names the shard of every tensor")
         shards = index.get("weight_map")

@@ -21,6 +21,7 @@ from fracbit.checkpoint.formats.codes import decoded_type, spelled, unpack_words
 from fracbit.checkpoint.formats.decoding import Decoding, Part
 from fracbit.checkpoint.formats.integers import StoredIntegers
 from fracbit.checkpoint.formats.known import Decoded, SourceFormat
+from fracbit.checkpoint.formats.marlin import MARLIN
 from fracbit.checkpoint.source import Source, TensorInfo
 from fracbit.errors import SourceError
 from fracbit.records.scheme import Offset
@@ -44,6 +45,8 @@ def seen(tensors: Mapping[str, TensorInfo]) -> bool:
 
 def decode(source: Source, settings: Mapping[str, Any]) -> Decoded:
     """Every quantized layer. Raises `SourceError` for a version that is not known, and naming a tensor that does not fit."""
+    if _layout(settings) == "marlin":
+        return MARLIN.decode(source, settings)
     layers = [name.removesuffix(".qweight") for name in source.tensors if name.endswith(".qweight")]
     if not layers:
         return Decoded("", {})
@@ -70,14 +73,19 @@ def _version(source: Source, settings: Mapping[str, Any]) -> int:
             f"{source.name} holds codes of GPTQ, and neither its config.json nor a quantize_config.json says of which version, "
             "which decides its zero points; restore quantization_config in config.json"
         )
-    named = str(settings.get("checkpoint_format") or "").lower()
-    named = "marlin" if settings.get("is_marlin_format") else named
+    named = _layout(settings)
     if named not in VERSIONS:
         raise SourceError(
-            f"{source.name} is GPTQ in the layout {named}; fracbit decodes gptq and gptq_v2: start from the float "
+            f"{source.name} is GPTQ in the layout {named}; fracbit decodes gptq, gptq_v2 and marlin: start from the float "
             "model, or save it again as one of these with GPTQModel"
         )
     return VERSIONS[named]
+
+
+def _layout(settings: Mapping[str, Any]) -> str:
+    """How a config says that the codes lie; "" where it does not."""
+    named = str(settings.get("checkpoint_format") or "").lower()
+    return "marlin" if settings.get("is_marlin_format") else named
 
 
 def _decoding(source: Source, settings: Mapping[str, Any], layer: str, version: int) -> tuple[int, Decoding]:

@@ -17,8 +17,12 @@ from fracbit.records.tables import Table
 
 OURS = "fracbit"
 KEYS = ("quantization_config", "compression_config", "quantization")
-SETTINGS = {"gptq": "quantize_config.json", "awq": "quant_config.json"}
-"""Files beside config.json in which older programs wrote what now stands in it."""
+SETTINGS = {
+    "gptq": ("quantize_config.json", ".qweight"),
+    "awq": ("quant_config.json", ".qweight"),
+    "modelopt": ("hf_quant_config.json", "weight_scale"),
+}
+"""Files beside config.json in which older programs wrote what now stands in it, and endings of their tensors."""
 AT_RUN_TIME = ("bitnet",)
 """Methods that also round weights which are stored as floats, while the model runs."""
 
@@ -54,6 +58,7 @@ class SourceFormat:
 SOURCE_FORMATS: Table[SourceFormat] = Table(
     "format of a quantized source",
     {
+        "modelopt": "fracbit.checkpoint.formats.modelopt:MODELOPT",
         "fp8": "fracbit.checkpoint.formats.fp8_block:FP8_BLOCK",
         "compressed-tensors": "fracbit.checkpoint.formats.compressed_tensors:COMPRESSED_TENSORS",
         "gptq": "fracbit.checkpoint.formats.gptq:GPTQ",
@@ -61,12 +66,17 @@ SOURCE_FORMATS: Table[SourceFormat] = Table(
         "mxfp4": "fracbit.checkpoint.formats.mxfp4:MXFP4",
         "gguf": "fracbit.checkpoint.formats.gguf:GGUF_FILE",
         "bitsandbytes": "fracbit.checkpoint.formats.bitsandbytes:BITSANDBYTES",
+        "marlin": "fracbit.checkpoint.formats.marlin:MARLIN",
+        "bitnet": "fracbit.checkpoint.formats.bitnet:BITNET",
+        "hqq": "fracbit.checkpoint.formats.hqq:HQQ",
+        "exl2": "fracbit.checkpoint.formats.exl2:EXL2",
+        "torchao": "fracbit.checkpoint.formats.torchao:TORCHAO",
         "mlx": "fracbit.checkpoint.formats.mlx:MLX_FORMAT",
     },
     SourceError,
 )
 """By `quant_method`."""
-ALIASES = {"fbgemm_fp8": "fp8"}
+ALIASES = {"fbgemm_fp8": "fp8", "quark": "modelopt"}
 AUTO_ROUND: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "auto_round": ("gptq", {"checkpoint_format": "gptq_v2"}),
     "auto_round:auto_gptq": ("gptq", {"checkpoint_format": "gptq"}),
@@ -136,10 +146,8 @@ def _settings(source: Source) -> Mapping[str, Any]:
 
 def _older_settings(source: Source) -> Mapping[str, Any]:
     """What programs wrote in a file of their own before it had its place in config.json."""
-    if not any(name.endswith(".qweight") for name in source.tensors):
-        return {}
-    for method, file in SETTINGS.items():
-        if (source.folder / file).is_file():
+    for method, (file, ending) in SETTINGS.items():
+        if (source.folder / file).is_file() and any(name.endswith(ending) for name in source.tensors):
             return {
                 "quant_method": method,
                 **read_json(source.folder / file, "it says how weights are quantized"),

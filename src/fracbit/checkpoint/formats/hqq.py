@@ -107,8 +107,15 @@ def _settings(source: Source, layer: str, small: Mapping[str, Tensor]) -> HqqLay
             f"{', '.join(FIELDS)}: fetch the checkpoint again, or start from the float model"
         )
     viewed = bool(number("view_as_float", 0))
-    group, axis = int(number("group_size", 0)), int(number("axis", 1))
-    return HqqLayer((shape[0], shape[1]), number("nbits"), group, axis, packing, dtype, viewed)
+    return HqqLayer(
+        (shape[0], shape[1]),
+        number("nbits"),
+        group=int(number("group_size", 0)),
+        axis=int(number("axis", 1)),
+        packing=packing,
+        dtype=dtype,
+        viewed=viewed,
+    )
 
 
 def _decoding(source: Source, layer: str, how: HqqLayer) -> Decoding:

@@ -174,7 +174,7 @@ def _by_byte(weight: ScaledWeight, scale: TensorInfo) -> CodeReading:
         return codes * (found[:, None] if turned else spread(found, codes.shape, block))
 
     kind = "MXFP8" if small else "INT8" if weight.info.dtype == "I8" else "FP8"
-    return CodeReading(kind, shape, parts, values, f"{kind.lower()}, {block[0]} x {block[1]}")
+    return CodeReading(kind, shape, parts, values, scheme=f"{kind.lower()}, {block[0]} x {block[1]}")
 
 
 def _fp4(weight: ScaledWeight, scale: TensorInfo) -> CodeReading:
@@ -209,7 +209,7 @@ def _fp4(weight: ScaledWeight, scale: TensorInfo) -> CodeReading:
 
     whole = (shape[0], 2 * shape[1], shape[2]) if turned else (*shape[:-1], 2 * shape[-1])
     kind = "MXFP4" if powers else "NVFP4"
-    return CodeReading(kind, whole, parts, values, f"{kind.lower()}/{size}")
+    return CodeReading(kind, whole, parts, values, scheme=f"{kind.lower()}/{size}")
 
 
 def _grid(shape: Sequence[int], size: int) -> tuple[int, ...]:
@@ -236,7 +236,7 @@ def _awq(weight: ScaledWeight, scale: TensorInfo) -> CodeReading:
 
     parts = {"codes": Part(weight.name, rows=2), "scale": Part(weight.beside("weight_scale"), rows=1)}
     scheme = spelled(4, width // groups, width, offset="none", scale=scale)
-    return CodeReading("INT4", (out, width), parts, values, scheme)
+    return CodeReading("INT4", (out, width), parts, values, scheme=scheme)
 
 
 def _decoding(weight: ScaledWeight, reading: CodeReading) -> Decoding:

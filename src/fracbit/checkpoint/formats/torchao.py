@@ -110,7 +110,7 @@ def decode(source: Source, settings: Mapping[str, Any]) -> Decoded:
     for name in names:
         kind, data = _class_of(source, name, metadata)
         held = {part: info for part in PARTS if (info := source.tensors.get(_stored(name, part))) is not None}
-        weight = FlattenedTensor(source, name, kind, data, held)
+        weight = FlattenedTensor(source, name, kind, data, held=held)
         if kind not in CLASSES:
             raise SourceError(
                 f"{source.name}: {name} is a {kind} of torchao; fracbit decodes {', '.join(CLASSES)}: start from the float "
@@ -193,7 +193,7 @@ def _by_block(weight: FlattenedTensor) -> ClassReading:
     names = ("scale", "zero_point") if zero is not None and integer else ("scale",)
     steps = {"qdata": (1, 0), **dict.fromkeys(names, (block[0] if grid[0] > 1 else 0, 0))}
     return ClassReading(
-        dtype, shape, steps, values, f"{'int8' if integer else 'fp8'}, {' x '.join(map(str, block))}"
+        dtype, shape, steps, values, scheme=f"{'int8' if integer else 'fp8'}, {' x '.join(map(str, block))}"
     )
 
 
@@ -223,7 +223,7 @@ def _int4(weight: FlattenedTensor) -> ClassReading:
 
     step = (1, 0 if stack else 1)
     steps = {"qdata": (1, 0), "scale": step, "zero_point": step}
-    return ClassReading(weight.dtype(), (*stack, out, 2 * half), steps, values, f"int4f/{group}")
+    return ClassReading(weight.dtype(), (*stack, out, 2 * half), steps, values, scheme=f"int4f/{group}")
 
 
 def _tiles(weight: FlattenedTensor) -> ClassReading:
@@ -255,7 +255,7 @@ def _tiles(weight: FlattenedTensor) -> ClassReading:
         return weights[:, :width]
 
     steps = {"qdata": (8, 0), "scale_and_zero": (1, 1)}
-    return ClassReading(weight.dtype(), (shape[0], shape[1]), steps, values, f"int4f/{group}")
+    return ClassReading(weight.dtype(), (shape[0], shape[1]), steps, values, scheme=f"int4f/{group}")
 
 
 def _small(weight: FlattenedTensor) -> ClassReading:
@@ -295,7 +295,9 @@ def _small(weight: FlattenedTensor) -> ClassReading:
     if whole is not None:
         steps["per_tensor_scale"] = (int(prod(whole.shape) > 1), 0)
     name = "nvfp4" if weight.kind.startswith("NV") else "mxfp4" if four else "mxfp8"
-    return ClassReading(weight.dtype("orig_dtype"), (*stack, out, width), steps, values, f"{name}/{size}")
+    return ClassReading(
+        weight.dtype("orig_dtype"), (*stack, out, width), steps, values, scheme=f"{name}/{size}"
+    )
 
 
 CLASSES: Mapping[str, Callable[[FlattenedTensor], ClassReading]] = {

@@ -34,7 +34,7 @@ from fracbit.checkpoint.complete import (
 from fracbit.checkpoint.format import QUANT_METHOD, StoredLayer, read_layers
 from fracbit.checkpoint.source import read_headers
 from fracbit.errors import FormatError
-from fracbit.models.blocks import find, is_table
+from fracbit.models.blocks import SENSES, find, is_table
 from fracbit.models.code import decode_for_code
 from fracbit.models.experts import split_experts
 from fracbit.models.install import replace
@@ -124,6 +124,9 @@ def places(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     names = list(names)
     if _is_own(model, names):
         return {name: name for name in names}
+    names = _without_towers(model, names)
+    if _is_own(model, names):
+        return {name: name for name in names}
     state, left_out = model.state_dict(), model._keys_to_ignore_on_load_unexpected or []
     renamings = _renamings(model, names)
     found = {
@@ -132,6 +135,13 @@ def places(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
         if not any(re.search(pattern, f"{name}.weight") for pattern in left_out)
     }
     return {name: place.removesuffix(".weight") for name, place in found.items()}
+
+
+def _without_towers(model: PreTrainedModel, names: list[str]) -> list[str]:
+    """The names without those in towers for images or sound, where `model` has no tower."""
+    if any(SENSES.search(name) for name, _ in model.named_modules()):
+        return names
+    return [name for name in names if not SENSES.search(name)] or names
 
 
 def _renamings(
@@ -144,7 +154,8 @@ def _renamings(
     """
     rules = get_model_conversion_mapping(model) if rules is None else rules
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    block = next((match[0] for match in map(_BLOCK.match, names) if match), "")
+    first = sorted(names, key=lambda name: SENSES.search(name) is not None)  # blocks that read text
+    block = next((match[0] for match in map(_BLOCK.match, first) if match), "")
     state = {name: True for name, _ in model.named_modules()}
     there = rename_source_key(block, renamings, [], model.base_model_prefix, state)[0]
     stack, _, number = block.rpartition(".")

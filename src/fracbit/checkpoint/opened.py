@@ -24,7 +24,7 @@ from fracbit.errors import FormatError, SourceError
 from fracbit.models.family import Family
 from fracbit.models.find import family_of
 from fracbit.models.origin import Origins, origins
-from fracbit.models.skeleton import Layer, quantizable, skeleton
+from fracbit.models.skeleton import Layer, quantizable, skeleton, towers
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +49,11 @@ class Opened:
     def linears(self) -> dict[str, Layer]:
         """The linears of the blocks, by full name."""
         return quantizable(self.model, self.family)
+
+    @cached_property
+    def towers(self) -> dict[str, Layer]:
+        """The linears of towers for images and sound, by full name."""
+        return towers(self.model, self.family)
 
     @property
     def weights(self) -> int:

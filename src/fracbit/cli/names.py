@@ -19,7 +19,8 @@ ACTIVATIONS = ("float", "int8")  # as kernels take them
 
 def check_names(recipe: Recipe, spending: Spending) -> None:
     """Raises `RecipeError` or `SchemeError` with near matches for an unknown score or data type, and as `check_terms`."""
-    chosen = [recipe.scheme, recipe.embeddings, recipe.head, *(each.scheme for each in recipe.overrides)]
+    outside = [recipe.embeddings, recipe.head, recipe.towers]
+    chosen = [recipe.scheme, *outside, *(each.scheme for each in recipe.overrides)]
     for scheme in (*chosen, *spending.schemes):
         check_dtype(scheme)
     check_score(str(spending.score))

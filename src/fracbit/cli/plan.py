@@ -101,7 +101,7 @@ def plan(
     if picture is not None:
         check_picture(picture)
     if output is not None:
-        _check_output(output, bool(made.recipe.embeddings or made.recipe.head))
+        _check_output(output, bool(made.recipe.embeddings or made.recipe.head or made.recipe.towers))
     with progress(json or quiet) as show:
         found = fracbit.plan(
             made.recipe,
@@ -171,9 +171,9 @@ def _print(made: Plan) -> None:
 
 
 def _check_output(output: Path, ends: bool) -> None:
-    """Raises `RecipeError` for a JSON file, which holds only linears, if head or embeddings get a scheme too."""
+    """Raises `RecipeError` for a JSON file, which holds only linears, if head, embeddings or towers get a scheme too."""
     check_file(output)
     if ends and output.suffix != ".toml":
         raise RecipeError(
-            f"{output} would hold only the linears, without embeddings and head; write a recipe: -o {output.stem}.toml"
+            f"{output} would hold only the linears, without embeddings, head and towers; write a recipe: -o {output.stem}.toml"
         )

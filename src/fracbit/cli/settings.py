@@ -30,7 +30,7 @@ else:
 
 LISTED = "help"  # `--set help` lists the settings
 REQUIRED = "required"
-SCHEMES = ("scheme", "embeddings", "head")  # fields of a recipe that may be written in one word
+SCHEMES = ("scheme", "embeddings", "head", "towers")  # fields of a recipe that may be written in one word
 PLAIN = (bool, int, float)
 NAMES = {bool: "true | false", int: "whole number", float: "number", str: "text", Scheme: "scheme"}
 _HEAD = re.compile(r"((?:`\w+`(?:, )?)+): (.+)")
@@ -129,7 +129,7 @@ def asks_for_help(words: Sequence[str] | None) -> bool:
 
 
 def listing(known: Mapping[str, Setting]) -> list[list[str]]:
-    """A row per setting: key, type, default, meaning; the parts of a scheme once, not again for embeddings and head."""
+    """A row per setting: key, type, default, meaning; the parts of a scheme once, not again for embeddings, head and towers."""
     rows = [found for found in known.values() if not _repeats(found.key, known)]
     return [[each.key, _kind_text(each.kind), _default_text(each.default), each.line] for each in rows]
 

@@ -44,7 +44,9 @@ def print_settings(known: Mapping[str, Setting]) -> None:
     for key, *rest in listing(known):
         table.add_row(Text(key, no_wrap=True), *map(Text, rest))
     _console().print(table)
-    print("\nembeddings.KEY and head.KEY work like scheme.KEY. Values are TOML, or text without quotes.")
+    print(
+        "\nembeddings.KEY, head.KEY and towers.KEY work like scheme.KEY. Values are TOML, or text without quotes."
+    )
 
 
 def print_notes(notes: Sequence[str]) -> None:

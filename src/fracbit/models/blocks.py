@@ -6,6 +6,7 @@ install.py). A weight is always seen as `[out, in]`, also that of GPT-2's `Conv1
 out]`.
 """
 
+import re
 from collections.abc import Iterator
 from copy import copy
 from typing import Any
@@ -17,6 +18,9 @@ from transformers.pytorch_utils import Conv1D
 
 from fracbit.errors import SourceError, WeightError
 from fracbit.models.family import Family, Norm, Pair, fits
+
+SENSES = re.compile(r"vision|visual|image|img|video|audio|speech|tower|talker")
+"""Parts of the paths of blocks that do not read text."""
 
 
 def is_linear(module: nn.Module) -> bool:

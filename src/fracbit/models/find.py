@@ -5,7 +5,6 @@ of it. An unknown architecture is still quantized: its blocks are the list of li
 the linear weights, and each linear in them counts as a group of its own. The returned family says so in its `note`.
 """
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fracbit.errors import SourceError
-from fracbit.models.blocks import find, fused_experts, is_linear, is_table, shape_of, weight_of
+from fracbit.models.blocks import SENSES, find, fused_experts, is_linear, is_table, shape_of, weight_of
 from fracbit.models.code import CHANGED, CHANGED_IN_BLOCKS, CHANGED_INSIDE, names_in
 from fracbit.models.experts import SplitExperts
 from fracbit.models.families import FAMILIES
@@ -49,6 +48,30 @@ def text_model(model: PreTrainedModel) -> tuple[PreTrainedModel, str]:
     decoder = model.get_decoder()
     path = next((name for name, module in model.named_modules() if module is decoder), "")
     return (decoder, path) if path and isinstance(decoder, PreTrainedModel) else (model, "")
+
+
+def tower_linears(model: PreTrainedModel, family: Family) -> tuple[str, ...]:
+    """Full names of the linears in the repeated blocks of towers for images and sound, in the order of the modules.
+
+    As in the blocks of `family`, those that choose experts, have one output or are changed by the model's code are left out.
+    """
+    within, before = text_model(model)[1], f"{family.blocks}."
+    stacks = [
+        (name, list(module.children()))
+        for name, module in model.named_modules()
+        if _is_stack(module)
+        and not f"{name}.".startswith(before)
+        and (SENSES.search(name) or (within and not name.startswith(f"{within}.")))
+    ]
+    found = {
+        f"{path}.{number}.{name}": None
+        for path, blocks in stacks
+        for kept in (_kept(blocks, model),)
+        for number, block in enumerate(blocks)
+        for name, module in block.named_modules()
+        if name and is_linear(module) and name not in kept
+    }
+    return tuple(found)
 
 
 def _inside(family: Family | None, model: PreTrainedModel, path: str) -> Family | None:
@@ -162,10 +185,6 @@ def _kept(stack: list[nn.Module], model: Any) -> dict[str, str]:
                     continue
                 found[f"{path}.{name}" if path else name] = reason
     return found
-
-
-SENSES = re.compile(r"vision|visual|image|img|video|audio|speech|tower|talker")
-"""Parts of the paths of blocks that do not read text."""
 
 
 def _said(kept: Mapping[str, str]) -> str:

@@ -5,7 +5,7 @@ The streaming loop asks it which layers there are and how large (`quantizable`);
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 from unittest.mock import patch
 
 import torch
@@ -18,7 +18,10 @@ from fracbit.models.blocks import blocks, groups, is_transposed, shape_of
 from fracbit.models.classes import auto_class, from_config
 from fracbit.models.experts import split_experts
 from fracbit.models.family import Family
-from fracbit.models.find import family_of
+from fracbit.models.find import family_of, tower_linears
+
+LayerKind: TypeAlias = Literal["linear", "embedding", "head", "tower"]
+"""What a layer is: a linear of the blocks that read text, a table, the output head, a linear of a tower's blocks."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Layer:
     width: int
     transposed: bool
     block: int | None
-    kind: Literal["linear", "embedding", "head"]
+    kind: LayerKind
     group: str
     tied: str | None = None
 
@@ -150,6 +153,13 @@ def quantizable(
     return {layer.name: layer for layer in found}
 
 
+def towers(model: PreTrainedModel, family: Family) -> dict[str, Layer]:
+    """The linears of towers for images and sound that can be quantized, by full name."""
+    owners = {name: owner.removesuffix(".weight") for name, owner in model.all_tied_weights_keys.items()}
+    names = [name for name in tower_linears(model, family) if f"{name}.weight" not in owners]
+    return {name: _layer(model, name, "tower", group=name) for name in names}
+
+
 def token_tables(family: Family) -> list[str]:
     """The tables that are looked up by token ids: the first, and those that Gemma 3n and 4 have for every block."""
     first, *others = family.embeddings or ("",)
@@ -159,7 +169,7 @@ def token_tables(family: Family) -> list[str]:
 def _layer(
     model: nn.Module,
     name: str,
-    kind: Literal["linear", "embedding", "head"],
+    kind: LayerKind,
     *,
     group: str,
     block: int | None = None,

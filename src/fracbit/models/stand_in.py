@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fracbit.models.blocks import is_table
+from fracbit.models.blocks import SENSES, is_table
 from fracbit.models.experts import SplitExperts
-from fracbit.models.find import SENSES
 from fracbit.models.install import replace
 
 DISTINCT = 2  # experts that are made

@@ -70,7 +70,8 @@ class Recipe(Checked):
     - `model`: a folder or a hub id; `revision`: branch, tag or commit on the hub;
       `trust_remote_code`: run the model's own code.
     - `scheme`: of every linear of the blocks; `embeddings`: scheme of the embedding table, float unless given;
-      `head`: scheme of the output head, float unless given.
+      `head`: scheme of the output head, float unless given;
+      `towers`: scheme of the linears in towers for images and sound, float unless given.
     - `quantizer`: how codes are chosen, rtn, gptq or descent, with options if any, such as gptq:damping=0.05;
       `search`: look for block ranges of least error; unless it is given, where there are calibration texts.
     - `outliers`: input columns of every linear that stay in 16 bits, such as cost:0.01; None for none.
@@ -90,6 +91,7 @@ class Recipe(Checked):
     scheme: SchemeField = Field(default_factory=Scheme)
     embeddings: SchemeField | None = None
     head: SchemeField | None = None
+    towers: SchemeField | None = None
     quantizer: QuantizerField = "rtn"
     search: bool = False
     outliers: OutliersField = None

@@ -278,6 +278,8 @@ def _check(recipe: Recipe, target: EngineTarget) -> None:
         raise RecipeError(f"{target.name} serves embedding tables as floats; leave embeddings out")
     if recipe.head is not None and not target.engine.head:
         raise RecipeError(f"{target.name} serves the output head as floats; leave head out")
+    if recipe.towers is not None:
+        raise RecipeError(f"{target.name} serves towers for images and sound as floats; leave towers out")
     calibration = recipe.calibration
     if calibration is None:
         return

@@ -94,6 +94,8 @@ def make_schedule(recipe: Recipe, opened: Opened, shard_bytes: int = SHARD_BYTES
     Raises `SourceError` when tensors are missing, `RecipeError` when an override matches nothing.
     """
     source, model, layers = opened.source, opened.model, opened.layers
+    if recipe.towers is not None:
+        layers = {**layers, **_towers(opened)}
     decisions, notes = decide(recipe, layers)
     places = with_both(opened.origins, opened.family) if opened.untied else opened.origins
     if places.missing:
@@ -111,6 +113,13 @@ def make_schedule(recipe: Recipe, opened: Opened, shard_bytes: int = SHARD_BYTES
         for name in places.unused
     ]
     items = _without_tied(items, source, model)
+    towers = sum(isinstance(item, LayerItem) and item.layer.kind == "tower" for item in items)
+    if towers:
+        notes = (
+            *notes,
+            f"{towers} linears of towers for images and sound were rounded to nearest: texts do not pass through them, so "
+            "neither calibration nor a budget reached them",
+        )
     notes = (*notes, *([opened.family.note] if opened.family.note else []))
     if places.unused:
         notes = (
@@ -171,8 +180,18 @@ def decide(recipe: Recipe, layers: Mapping[str, Layer]) -> tuple[dict[str, Decis
 def _by_kind(recipe: Recipe, layer: Layer) -> Decision:
     if layer.kind == "linear":
         return Decision(recipe.scheme, "scheme of the recipe")
-    scheme = recipe.embeddings if layer.kind == "embedding" else recipe.head
+    scheme = {"embedding": recipe.embeddings, "head": recipe.head, "tower": recipe.towers}[layer.kind]
     return Decision(scheme, f"{layer.kind} {'of the recipe' if scheme else 'stays float unless asked for'}")
+
+
+def _towers(opened: Opened) -> dict[str, Layer]:
+    """The linears of towers. Raises `RecipeError` for a model without any."""
+    if not opened.towers:
+        raise RecipeError(
+            f"{opened.source.name} is a {type(opened.model).__name__}, which has no tower for images or sound with repeated "
+            "blocks of linears; leave towers out"
+        )
+    return opened.towers
 
 
 def _tie(

@@ -7,8 +7,10 @@ fp32 beside its packed form. Blocks of more than `LARGEST` weights are not tried
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
+from inspect import signature
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from fracbit.numerics.packed import decode
 from fracbit.numerics.ranges import quantize_tensor
 from fracbit.pipeline.quantize.schedule import LayerItem, Schedule
 
+_NUMBER = re.compile(r".*?\.\d+(?=\.)")  # the first block in a path
 TOKENS = 6
 LARGEST = 1 << 30  # weights of a block that is tried
 APART = 1e-2  # most that packed and float outputs may differ, relative to the float's
@@ -39,12 +42,51 @@ def try_blocks(opened: Opened, schedule: Schedule) -> tuple[str, ...]:
 
     Returns a note where blocks cannot be run alone, not even as floats.
     """
-    stored = {
+    return (*_try_text(opened, _stored(schedule, "linear")), *_try_towers(opened, _stored(schedule, "tower")))
+
+
+def _stored(schedule: Schedule, kind: str) -> dict[str, StoredLayer]:
+    """How the layers of a kind are stored, by name."""
+    return {
         item.layer.name: item.stored
         for items in schedule.shards.values()
         for item in items
-        if isinstance(item, LayerItem) and item.layer.kind == "linear"
+        if isinstance(item, LayerItem) and item.layer.kind == kind
     }
+
+
+def _try_towers(opened: Opened, stored: Mapping[str, StoredLayer]) -> tuple[str, ...]:
+    """Blocks of towers are called with states alone: no image is there to say what else they are called with."""
+    notes: list[str] = []
+    kinds = set[type[nn.Module]]()
+    for name in stored:
+        path = name[: _NUMBER.match(name).end()]  # type: ignore[union-attr]
+        block = opened.model.get_submodule(path)
+        if type(block) in kinds:
+            continue
+        kinds.add(type(block))
+        mine = {
+            each.removeprefix(f"{path}."): one for each, one in stored.items() if each.startswith(f"{path}.")
+        }
+        asked = list(signature(block.forward).parameters.values())[1:]
+        given = {
+            each.name: None
+            for each in asked
+            if each.default is each.empty and each.kind is not each.VAR_KEYWORD
+        }
+        states = torch.randn(
+            1, TOKENS, next(iter(mine.values())).shape[1], generator=torch.Generator().manual_seed(0)
+        )
+        try:
+            _try(path, block, mine, states, call=Call((), given))
+        except SourceError:
+            raise
+        except Exception as error:  # noqa: BLE001, a block that is called with more than states
+            notes.append(_untried(path, error))
+    return tuple(notes)
+
+
+def _try_text(opened: Opened, stored: Mapping[str, StoredLayer]) -> tuple[str, ...]:
     if not stored:
         return ()
     try:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 PIECE = 1 << 20  # weights that are decoded at a time
 
 
+Decode = Callable[[Mapping[str, Tensor]], Tensor]
+"""From the parts of a tensor, by their roles, to its values."""
+
+
 @dataclass(frozen=True)
 class Part:
     """A stored tensor by `name`. `rows` rows of the result are in `units` indices along `axis`; `rows` 0: in all of it."""
@@ -51,7 +55,7 @@ class Decoding:
 
     info: TensorInfo
     parts: Mapping[str, Part]
-    decode: Callable[[Mapping[str, Tensor]], Tensor]
+    decode: Decode
     upright: bool = True
     scheme: str = ""
     integers: Callable[[Mapping[str, Tensor]], StoredIntegers] | None = None

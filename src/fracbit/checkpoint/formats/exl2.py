@@ -28,7 +28,7 @@ CODES, GROUPS, SCALE, LARGEST = ".q_weight", ".q_groups", ".q_scale", ".q_scale_
 ORDERS = (".q_invperm", ".q_perm")
 WIDTHS = (2, 3, 4, 5, 6, 8)
 PADDED, HEAD = 32, "lm_head"
-Rows = tuple[int, int, int]
+RowGroup = tuple[int, int, int]
 """Bits of a group, its first row of words and the row behind its last."""
 
 
@@ -67,7 +67,7 @@ def _check_held(source: Source, layer: str) -> None:
         )
 
 
-def _rows(source: Source, layer: str, stored: Tensor) -> list[Rows]:
+def _rows(source: Source, layer: str, stored: Tensor) -> list[RowGroup]:
     """The groups of a layer in order. Raises `SourceError` where they are no groups of its words."""
     total = source.tensors[layer + CODES].shape[0]
     pairs = stored.view(-1, 2).tolist() if stored.numel() % 2 == 0 and stored.numel() else []
@@ -82,7 +82,7 @@ def _rows(source: Source, layer: str, stored: Tensor) -> list[Rows]:
     return found
 
 
-def _decoding(source: Source, layer: str, rows: list[Rows]) -> Decoding:
+def _decoding(source: Source, layer: str, rows: list[RowGroup]) -> Decoding:
     words, scale, largest = (source.tensors[layer + each] for each in (CODES, SCALE, LARGEST))
     turned = layer + ORDERS[0] in source.tensors
     order = source.tensors[layer + ORDERS[0 if turned else 1]]

@@ -10,7 +10,7 @@ the highest field has the first part of all rows, the next the second part. So a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fracbit.checkpoint.formats.codes import CONFIG_TYPES, spelled
-from fracbit.checkpoint.formats.decoding import Decoding, Part
+from fracbit.checkpoint.formats.decoding import Decode, Decoding, Part
 from fracbit.checkpoint.formats.known import Decoded, SourceFormat
 from fracbit.checkpoint.source import FLOATS, Source, TensorInfo, read_several
 from fracbit.errors import SourceError
@@ -149,7 +149,7 @@ def _decoding(source: Source, layer: str, how: HqqLayer) -> Decoding:
     return Decoding(info, parts, _values(how, rows), scheme=_scheme(how, scale))
 
 
-def _values(how: HqqLayer, rows: int) -> Callable[[Mapping[str, Tensor]], Tensor]:
+def _values(how: HqqLayer, rows: int) -> Decode:
     """From the parts of a layer to its weight [out, in]."""
     bits, fields = FIELDS[how.packing]
     word = torch.int32 if how.packing == "3bit_32" else torch.uint8

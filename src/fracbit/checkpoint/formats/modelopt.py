@@ -15,7 +15,7 @@ codes along the inputs all the same. The tensors say which of these a layer has:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fracbit.checkpoint.formats.codes import block_of, decoded_type, fp4_values, spelled, spread
-from fracbit.checkpoint.formats.decoding import Decoding, Part
+from fracbit.checkpoint.formats.decoding import Decode, Decoding, Part
 from fracbit.checkpoint.formats.known import Decoded, SourceFormat
 from fracbit.checkpoint.source import Source, TensorInfo
 from fracbit.errors import SourceError
@@ -46,8 +46,6 @@ RUN_TIME = (
     "q_scale",
     "prob_output_scale",
 )
-Values = Callable[[Mapping[str, Tensor]], Tensor]
-"""From the parts of a weight to it."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ class CodeReading:
     kind: str
     shape: tuple[int, ...]
     parts: Mapping[str, Part]
-    values: Values
+    values: Decode
     scheme: str
 
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fracbit.checkpoint.formats.codes import CONFIG_TYPES, decoded_type, fp4_values, spread
-from fracbit.checkpoint.formats.decoding import Decoding, Part
+from fracbit.checkpoint.formats.decoding import Decode, Decoding, Part
 from fracbit.checkpoint.formats.known import Decoded, SourceFormat
 from fracbit.checkpoint.source import FLOATS, Source, TensorInfo, read_metadata
 from fracbit.errors import SourceError
@@ -38,7 +38,6 @@ CODES = "_qdata"
 FP8 = ("F8_E4M3", "F8_E5M2")
 PARTS = ("qdata", "scale", "zero_point", "scale_and_zero", "per_tensor_scale", "act_pre_scale")
 """Tensors of a weight that its values need; others are for activations."""
-Values = Callable[[Mapping[str, Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class ClassReading:
     dtype: str
     shape: tuple[int, ...]
     steps: Mapping[str, tuple[int, int]]
-    values: Values
+    values: Decode
     scheme: str
 
 

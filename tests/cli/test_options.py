@@ -146,7 +146,7 @@ def test_what_set_does_not_take(word: str, says: str, parsed: typing.Callable[..
 
 
 # A value of keys whose default is none, where "3" is no value of theirs; and the keys that need no budget beside them.
-UNSET = {"embeddings": "int8/64", "head": "int8/64", "outliers": "cost:0.01", "spending.preset": "best",
+UNSET = {"embeddings": "int8/64", "head": "int8/64", "towers": "int8/64", "outliers": "cost:0.01", "spending.preset": "best",
          "spending.engine": "vllm",
          "spending.levels": "nf4/64,nf2/64"}  # fmt: skip
 BUDGETS = ("spending.average_bits", "spending.size", "spending.fits")

@@ -221,7 +221,7 @@ def _repeats(key: str, known: Mapping[str, Setting]) -> bool:
 def _near(key: str, known: Mapping[str, Setting]) -> str:
     """`did you mean ...? `, by the whole key and by its last part; nothing when none is close."""
     last = key.rpartition(".")[2]
-    alike = [name for name in known if name.rpartition(".")[2] == last]
+    alike = [name for name in known if name.rpartition(".")[2] == last and not _repeats(name, known)]
     close = list(dict.fromkeys([*alike, *difflib.get_close_matches(key, known, n=3, cutoff=0.6)]))[:4]
     if not close:
         ends = difflib.get_close_matches(last, {name.rpartition(".")[2] for name in known}, n=2, cutoff=0.6)

@@ -42,6 +42,7 @@ AXES: dict[str, tuple[Any, ...]] = {
 OTHERWISE: dict[str, Any] = {
     "embeddings": Scheme("int", 8),
     "head": Scheme("nf", 4),
+    "towers": Scheme("nf", 4),
     "quantizer": "descent",
     "search": True,
     "outliers": "proxy:0.02",
@@ -49,6 +50,7 @@ OTHERWISE: dict[str, Any] = {
 }
 CALIBRATED_OTHERWISE: dict[str, Any] = {
     "texts": ("other.u16",),
+    "builtin": 0.25,
     "samples": 64,
     "length": 64,
     "batch": 2,

@@ -49,7 +49,8 @@ for wanted, delay in points:
             os.kill(runner, signal.SIGKILL)
             break
     ended = os.waitstatus_to_exitcode(os.waitpid(runner, 0)[1])
-    print(json.dumps([wanted, ended, os.path.exists(folder + "/config.json")]), flush=True)
+    whole = os.path.exists(folder + "/config.json") and not os.path.exists(folder + "/.fracbit")
+    print(json.dumps([wanted, ended, whole]), flush=True)
 """
 POINTS = [
     ("model.layers.0.self_attn.o_proj", 0.0),  # before there is any shard of a block

@@ -56,6 +56,15 @@ class EngineError(FracbitError):
     """A program that should run an export is not installed, cannot be, or failed."""
 
 
+def check_choice(
+    what: str, value: object, allowed: Iterable[str], error: type[FracbitError] = RecipeError
+) -> None:
+    """Raise `error` with near matches where a value is none of those allowed."""
+    known = list(allowed)
+    if value not in known:
+        raise error(f"unknown {what} {value!r}; {near_matches(str(value), known)}")
+
+
 def near_matches(name: str, known: Iterable[str]) -> str:
     """A sentence that lists the known names closest to `name`, or all of them when none is close."""
     names = sorted(known)

@@ -20,9 +20,9 @@ from families import CONFIGS, UNKNOWN, model_of, tokens
 from fracbit.checkpoint.export import pieces
 from fracbit.checkpoint.export.exporter import export
 from fracbit.checkpoint.export.old_keys import with_old_keys
+from fracbit.checkpoint.folder import JOURNAL
 from fracbit.checkpoint.format import FORMAT_VERSION
 from fracbit.checkpoint.load import load
-from fracbit.checkpoint.output import JOURNAL
 from fracbit.errors import FormatError, OutputError, RecipeError, WeightError
 from fracbit.numerics import decode
 from fracbit.pipeline.quantize.run import write_checkpoint

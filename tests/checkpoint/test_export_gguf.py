@@ -25,9 +25,9 @@ from fracbit.checkpoint.export.gguf.block_types import TYPES
 from fracbit.checkpoint.export.gguf.pretokenizers import HASHES, sample_hash
 from fracbit.checkpoint.export.gguf.sentencepiece_model import read_pieces
 from fracbit.checkpoint.export.gguf.special_tokens import added_tokens, letters
+from fracbit.checkpoint.folder import JOURNAL
 from fracbit.checkpoint.load import load_tokenizer
 from fracbit.checkpoint.opened import open_float
-from fracbit.checkpoint.output import JOURNAL
 from fracbit.checkpoint.source import read_tensor
 from fracbit.errors import FormatError, OutputError, RecipeError, SourceError
 from fracbit.models.blocks import is_transposed
@@ -462,7 +462,9 @@ def test_without_the_package_and_with_a_parameter(tmp_path: Path, monkeypatch: p
     with pytest.raises(RecipeError, match="format gguf takes no parameter, got 'Q4_0'; write gguf"):
         export(done, tmp_path / "made", "gguf:Q4_0")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(FormatError, match="writing a GGUF file needs the package gguf: pip install"):
+    with pytest.raises(
+        FormatError, match="writing a GGUF file needs gguf, which is not installed: pip install"
+    ):
         export(done, tmp_path / "made", "gguf")
 
 

@@ -369,4 +369,4 @@ def test_what_is_broken_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     unknown.write_bytes(content.replace(b"llama", b"lorem"))
     refuses("holds a lorem, which transformers does not read from GGUF", unknown)
     monkeypatch.setitem(sys.modules, "gguf", None)
-    refuses(r"needs the package gguf: pip install", (file.rename(tmp_path / "new-name.gguf")))
+    refuses(r"needs gguf, which is not installed: pip install", (file.rename(tmp_path / "new-name.gguf")))

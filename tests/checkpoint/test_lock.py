@@ -17,7 +17,8 @@ import pytest
 import fracbit
 from families import tiny_llama
 from fracbit.checkpoint import lock
-from fracbit.checkpoint.output import JOURNAL, WRITER, open_output
+from fracbit.checkpoint.folder import JOURNAL
+from fracbit.checkpoint.output import WRITER, open_output
 from fracbit.errors import OutputError
 from fracbit.records.scheme import Scheme
 from outputs import contents

@@ -17,10 +17,11 @@ import fracbit
 from families import tiny_llama
 from fracbit.checkpoint.export.exporter import export, exporter_of, open_stored
 from fracbit.checkpoint.export.one_file import partial_of
+from fracbit.checkpoint.folder import JOURNAL
 from fracbit.checkpoint.formats import gguf_record
 from fracbit.checkpoint.formats.gguf_record import record_of, unchanged
 from fracbit.checkpoint.lock import only_writer
-from fracbit.checkpoint.output import JOURNAL, Output
+from fracbit.checkpoint.output import Output
 from fracbit.cli import app
 from fracbit.engines import prove as proving
 from fracbit.engines.compared_with import compared_with

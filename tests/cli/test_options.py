@@ -68,9 +68,8 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> typing.Callable[..., Asked[Any]]:
 
     monkeypatch.setitem(vars(fracbit), "quantize", quantize)
     monkeypatch.setitem(vars(fracbit), "plan", plan)
-    monkeypatch.setattr(
-        "fracbit.cli.names.check_terms", lambda recipe, spending: None
-    )  # of texts that are not there
+    for check in ("names.check_terms", "quantize.check_model", "plan.check_model"):  # of what is not there
+        monkeypatch.setattr(f"fracbit.cli.{check}", lambda *given: None)
     return parse
 
 
@@ -250,7 +249,7 @@ def test_a_recipe_may_write_a_scheme_in_one_word(
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--tweak", "closed"], r"calibration\.texts is missing; name what is read: --calibration FILE"),
+        (["--tweak", "closed"], r"calibration\.texts is missing; give --calibration FILE"),
         (
             ["--set", "calibration.samples=0", "--calibration", "t"],
             r"calibration\.samples is 0; it should be greater",

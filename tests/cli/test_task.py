@@ -57,4 +57,4 @@ def test_passages_become_a_task(tmp_path: Path) -> None:
 def test_bad_input(tmp_path: Path) -> None:
     assert "use continuation or lambada" in refused("task", "cloze", "x", "-o", tmp_path)
     assert "with --model" in refused("task", "continuation", "x", "-o", tmp_path)
-    assert "--text for perplexity, --tasks for accuracy" in refused("eval", tmp_path)
+    assert "--text for perplexity, --tasks for accuracy" in refused("eval", "bundled")

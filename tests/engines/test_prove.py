@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import fracbit
 from fracbit.checkpoint.export.exporter import export
-from fracbit.checkpoint.output import MANIFEST
+from fracbit.checkpoint.folder import MANIFEST
 from fracbit.cli import app
 from fracbit.engines import environments
 from fracbit.engines import prove as proving

@@ -82,7 +82,7 @@ def test_labels_tell_schemes_apart(a: Scheme, b: Scheme) -> None:
         ("block", "rows", "row, tensor"),
         ("block", "flat:0", "flat:N"),
         ("axis", "input", "in, out"),
-        ("offset", "asym", "none, zero, float, mean"),
+        ("offset", "asym", "known: float, mean, none, zero"),
         ("scale", "fp8", "fp32, fp16, bf16"),
         ("scale", Scheme(scale="int8:256"), "cannot be quantized again"),
         ("scale", Scheme(axis="out"), "axis 'in'"),

@@ -67,8 +67,8 @@ def test_nothing_is_asked_for_by_default() -> None:
 @pytest.mark.parametrize(
     ("terms", "error", "says"),
     [
-        ({"solver": "simplex"}, RecipeError, "use exact or order"),
-        ({"granularity": "row"}, RecipeError, "use block or linear"),
+        ({"solver": "simplex"}, RecipeError, "known: exact, order"),
+        ({"granularity": "row"}, RecipeError, "known: block, linear"),
         ({"text": "a.txt", "held_out": "a.txt"}, RecipeError, "hold out another text"),
         ({"levels": "nf/64"}, SchemeError, "not a scheme"),
         ({"levels": ("nf4/64", 3)}, SchemeError, "3 is not a scheme"),

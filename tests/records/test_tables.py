@@ -42,6 +42,17 @@ def test_a_wrong_name_is_answered(table: str) -> None:
             ask(wrong)
 
 
+def test_the_names_that_read_text_are_those_whose_objects_do() -> None:
+    reads = {
+        "QUANTIZERS": lambda entry: bool(entry().needs),
+        "COLUMN_RULES": lambda entry: "energy" in entry.needs,
+        "SCORES": lambda entry: not entry.data_free,
+    }
+    for name, table in ALL.items():
+        found = [] if name not in reads else [key for key, entry in table.items() if reads[name](entry)]
+        assert list(table.reading) == found, name
+
+
 def test_the_nearest_name_is_offered() -> None:
     with pytest.raises(RecipeError, match="unknown quantizer 'gtpq'; did you mean 'gptq'"):
         tables.QUANTIZERS.check("gtpq")

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fracbit.checkpoint.folder import MANIFEST
 from fracbit.checkpoint.format import StoredLayer, tensor_name
-from fracbit.checkpoint.output import MANIFEST
 from fracbit.checkpoint.source import TYPE_NAMES, TensorInfo
 from fracbit.errors import FormatError, FracbitError
 from fracbit.models.quant_linear import QuantEmbedding, QuantLinear

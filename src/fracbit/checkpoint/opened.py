@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from fracbit.checkpoint.folder import is_unfinished
 from fracbit.checkpoint.formats.decoding import Decoding, turned
 from fracbit.checkpoint.formats.known import AT_RUN_TIME, KEYS, OURS, SOURCE_FORMATS, coded, known_methods
-from fracbit.checkpoint.output import is_unfinished
 from fracbit.checkpoint.source import FLOATS, Source, open_source
 from fracbit.errors import FormatError, SourceError
 from fracbit.models.family import Family

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fracbit.checkpoint.folder import JOURNAL, MANIFEST, RUN, check_output, is_unfinished, key_of
 from fracbit.checkpoint.lock import holder, only_writer
 from fracbit.checkpoint.source import INDEX, PICKLES, TYPE_NAMES, content_hash
 from fracbit.errors import FormatError, OutputError
@@ -30,14 +31,10 @@ from fracbit.records.run import LayerRecord, ShardRecord, StoredTensor
 T = TypeVar("T")
 WeightRecord: TypeAlias = Callable[[Mapping[str, LayerRecord]], Mapping[str, Any]]
 """What a weight file that stands by itself says of its making, given the layers that were rounded again."""
-JOURNAL = ".fracbit"
 TEMPORARY = ".tmp"
 """Ends the name of a file that is being written; a run that was killed may leave one."""
-RUN = "plan.json"
-"""Holds the key of the run, which names its recipe and source. Only a run with the same key can resume it."""
 WRITER = "writer.json"
 """Names the process that is writing, or was when it was killed."""
-MANIFEST = "fracbit.json"
 NOT_COPIED = (
     "*.safetensors", INDEX, "config.json", "README.md", ".*", "*.index.json", "*.gguf", "*.h5", "*.msgpack",
     "adapter_config.json", *PICKLES,
@@ -184,68 +181,12 @@ def open_output(
         folder.mkdir(parents=True, exist_ok=True)
         with only_writer(folder, folder / JOURNAL / WRITER) as notes:
             check_output(folder, key, overwrite, resume)  # another run may have written or ended meanwhile
-            if overwrite and not (resume and is_unfinished(folder) and _key_of(folder) == key):
+            if overwrite and not (resume and is_unfinished(folder) and key_of(folder) == key):
                 _clear(folder)
             (folder / JOURNAL).mkdir(exist_ok=True)
             write_json(folder / JOURNAL / RUN, {"key": key})
             write_json(folder / JOURNAL / WRITER, holder())
             yield Output(folder, notes)
-
-
-def finished_run(folder: Path) -> tuple[str | None, dict[str, Any]] | None:
-    """The key of the run that finished a folder (None: fracbit 0.1 wrote none) and its manifest; None for any other folder.
-
-    Raises `FormatError` for a manifest that cannot be read.
-    """
-    path = folder / MANIFEST
-    if is_unfinished(folder) or not path.is_file() or not (folder / "config.json").is_file():
-        return None
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        return manifest.get("run"), manifest
-    except (ValueError, AttributeError) as error:
-        raise FormatError(f"{path} cannot be read: {error}") from error
-
-
-def is_unfinished(folder: Path) -> bool:
-    """Whether the folder is the output of a run that did not end."""
-    return (folder / JOURNAL).is_dir()
-
-
-def check_output(folder: Path, key: str, overwrite: bool, resume: bool) -> None:
-    """Refuse a folder that the run may not write into; nothing is touched."""
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder} is a file; name a folder that does not exist yet")
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if resume and not is_unfinished(folder) and (folder / MANIFEST).is_file() and not overwrite:
-        raise OutputError(
-            f"{folder} holds the finished output of another recipe or source; "
-            "name another folder, or replace it with --overwrite"
-        )
-    if resume and is_unfinished(folder):
-        found = _key_of(folder)
-        if found not in (None, key) and not overwrite:
-            raise OutputError(
-                f"{folder} was begun with another recipe or source (key {found}, now {key}); "
-                "resume with the same ones, or start again with --overwrite"
-            )
-        return
-    if overwrite and (is_unfinished(folder) or (folder / MANIFEST).is_file()):
-        return
-    if overwrite:
-        raise OutputError(
-            f"{folder} is not empty and was not made by fracbit, so it is not overwritten; name another folder"
-        )
-    begun = "--resume to continue it or --overwrite to start again"
-    remedy = begun if is_unfinished(folder) else "--overwrite to replace it, if fracbit made it"
-    raise OutputError(f"{folder} is not empty; use {remedy}, or name another folder")
-
-
-def _key_of(folder: Path) -> str | None:
-    """The key of the run that began the folder; None when it was killed before it wrote one."""
-    path = folder / JOURNAL / RUN
-    return str(json.loads(path.read_text())["key"]) if path.is_file() else None
 
 
 def _stored(tensor: Tensor) -> StoredTensor:

@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fracbit.checkpoint.output import CODE, JOURNAL, MANIFEST, TEMPORARY, Output, copy_file
+from fracbit.checkpoint.folder import JOURNAL, MANIFEST
+from fracbit.checkpoint.output import CODE, TEMPORARY, Output, copy_file
 from fracbit.checkpoint.source import (
     PICKLES,
     TYPE_NAMES,

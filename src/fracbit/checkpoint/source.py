@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,31 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fracbit.bundled import BUNDLED, bundled_model
 from fracbit.checkpoint.formats.decoding import Decoding, Part, cut, filled
+from fracbit.checkpoint.place import find_place
 from fracbit.errors import SourceError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 EXLLAMA = "output*.safetensors"
 """Files of exllamav2, which leaves the index of the float model beside them."""
-GGUF = ".gguf"
 PIECE = 4 << 20  # bytes that are read at a time to hash a tensor
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -111,7 +98,7 @@ def open_source(model: str, revision: str | None = None, trust_remote_code: bool
     from fracbit.checkpoint.formats.lora import adapted, base_of, with_adapter
     from fracbit.checkpoint.formats.places import check_names, folder_of, weights_of
 
-    place = _place(model, revision, trust_remote_code)
+    place = find_place(model, revision, trust_remote_code)
     folder = folder_of(place, revision, trust_remote_code)
     base = base_of(place)
     if base is not None:
@@ -131,48 +118,7 @@ def find_folder(model: str, revision: str | None = None, trust_remote_code: bool
     """
     from fracbit.checkpoint.formats.places import folder_of
 
-    return folder_of(_place(model, revision, trust_remote_code), revision, trust_remote_code)
-
-
-def _place(model: str, revision: str | None, trust_remote_code: bool) -> Path:
-    """The local folder, or the file, that a model's name stands for. Raises `SourceError`."""
-    path = Path(model).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == GGUF):
-        return path
-    if model == BUNDLED:
-        return bundled_model()
-    if path.exists():
-        raise SourceError(
-            f"{model} is a file; name the folder that holds config.json and the safetensors files, or a {GGUF} file"
-        )
-    if not _HUB_ID.fullmatch(model) or model.startswith("."):
-        raise SourceError(
-            f"no such model: {model} is not a folder; name a folder, a hub id such as owner/name, or {BUNDLED}"
-        )
-    return _fetch(model, revision, [*_FETCHED, "*.py"] if trust_remote_code else _FETCHED)
-
-
-def _fetch(model: str, revision: str | None, patterns: list[str]) -> Path:
-    """The folder of a hub id in the cache, fetched first where it is not there."""
-    try:
-        return Path(
-            snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns="*/*")
-        )
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise SourceError(
-            f"no such model: {model} is neither a folder here nor a model on the hub"
-        ) from error
-    except GatedRepoError as error:
-        raise SourceError(
-            f"{model} is gated: accept its terms on the hub, then run `hf auth login`"
-        ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise SourceError(
-            f"no such model: {model} is neither a folder here nor in the cache, and the hub cannot be reached or offline "
-            "mode is set (HF_HUB_OFFLINE); name a local folder, or fetch it first with `hf download`"
-        ) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise SourceError(f"{model} could not be fetched from the hub: {error}") from error
+    return folder_of(find_place(model, revision, trust_remote_code), revision, trust_remote_code)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

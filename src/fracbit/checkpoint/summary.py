@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from fracbit.checkpoint.folder import MANIFEST
 from fracbit.checkpoint.format import QUANT_METHOD, StoredLayer, read_layers, tensor_name
 from fracbit.checkpoint.formats.gguf_record import lone_file, record_of
 from fracbit.checkpoint.opened import open_checkpoint
-from fracbit.checkpoint.output import MANIFEST
 from fracbit.checkpoint.source import FLOATS, Source, TensorInfo
 from fracbit.errors import FormatError
 from fracbit.numerics.packed import part_shapes

@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 
 from fracbit.checkpoint.complete import check_headers, check_listed, listed_tensors
+from fracbit.checkpoint.folder import MANIFEST
 from fracbit.checkpoint.format import QUANT_METHOD, StoredLayer, packed_layer, read_layers
 from fracbit.checkpoint.formats.gguf_record import lone_file, unchanged
 from fracbit.checkpoint.opened import open_checkpoint
-from fracbit.checkpoint.output import MANIFEST, file_hash
+from fracbit.checkpoint.output import file_hash
 from fracbit.checkpoint.source import FLOATS, INDEX, SINGLE, Source, read_json, read_tensor, tensor_pieces
 from fracbit.errors import FormatError
 from fracbit.numerics.packed import check_values

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from fracbit.cli import options
-from fracbit.cli.names import check_types
+from fracbit.cli.names import check_models, check_types
 from fracbit.cli.show import bytes_text, print_json, print_notes, print_table
+from fracbit.records.generating import Load
 
 
 def bench(
@@ -17,7 +18,8 @@ def bench(
     against: Annotated[
         str | None,
         typer.Option(
-            help="Float model to compare with, measured in the same run.", rich_help_panel=options.MEASURE
+            help="Float model to compare with, measured in the same run.",
+            rich_help_panel=options.MEASURE,
         ),
     ] = None,
     prompt_tokens: Annotated[
@@ -36,9 +38,10 @@ def bench(
 ) -> None:
     """Measure tokens per second, bytes per token, the share of the memory bandwidth, and memory."""
     check_types(dtype, activations)
-    from fracbit.pipeline.serve.speed import Load, measure
-
     load = Load(prompt_tokens, new_tokens, kv_bits)
+    check_models(model, against)
+    from fracbit.pipeline.serve.speed import measure
+
     run = partial(measure, load_=load, dtype=dtype, device=device, trust=trust_remote_code)
     found = run(model, activations=activations).to_json()
     if against is not None:

@@ -9,7 +9,8 @@ import typer
 
 from fracbit.cli import options
 from fracbit.cli.generate import print_speed, ready, write
-from fracbit.cli.names import check_types
+from fracbit.cli.names import check_models, check_types
+from fracbit.records.generating import Settings
 
 
 def chat(
@@ -26,9 +27,10 @@ def chat(
 ) -> None:
     """Talk with a model through its chat template; /exit or the end of the input ends it."""
     check_types(dtype, activations)
-    from fracbit.pipeline.serve.generation import Chat, Settings
-
     settings = Settings(max_new_tokens, temperature, kv_bits)
+    check_models(model)
+    from fracbit.pipeline.serve.generation import Chat
+
     talk = Chat(
         *ready(model, dtype, device=device, trust=trust_remote_code, activations=activations, seed=seed),
         settings,

@@ -10,13 +10,15 @@ import typer
 
 import fracbit
 from fracbit.cli import options
+from fracbit.cli.names import check_export, check_models, check_texts
 from fracbit.cli.show import bytes_text, print_json, print_notes, progress
 from fracbit.records.tables import FORMATS
 
 
 def export(
     checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="Folder or hub id of a fracbit checkpoint.")
+        str,
+        typer.Argument(metavar="CHECKPOINT", help="Folder or hub id of a fracbit checkpoint."),
     ],
     to: Annotated[
         str,
@@ -58,7 +60,9 @@ def export(
     quiet: options.Quiet = False,
 ) -> None:
     """Write CHECKPOINT in another format. If it cannot hold a layer, the error says so and nothing is written."""
-    FORMATS.check(to.partition(":")[0])
+    check_export(output, to, overwrite=overwrite, resume=resume)
+    check_texts(judged=[held_out])
+    check_models(checkpoint)
     with progress(json or quiet) as show:
         made = fracbit.export(
             checkpoint, output, to, requantize=requantize, held_out=held_out, overwrite=overwrite, resume=resume,

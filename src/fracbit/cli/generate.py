@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fracbit.cli import options
-from fracbit.cli.names import check_types
+from fracbit.cli.names import check_models, check_types
 from fracbit.cli.show import bytes_text, print_json
 from fracbit.errors import DataError
+from fracbit.records.generating import Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,9 +50,10 @@ def generate(
     """Stream a continuation of PROMPT, then tokens per second and peak memory on stderr."""
     batch = read_prompts(text, prompt, prompts, prompt_file)
     check_types(dtype, activations)
+    settings = Settings(max_new_tokens, temperature, kv_bits, prefill_chunk)
+    check_models(model)
     from fracbit.pipeline.serve import generation as serve
 
-    settings = serve.Settings(max_new_tokens, temperature, kv_bits, prefill_chunk)
     loaded, tokenizer = ready(
         model, dtype, device=device, trust=trust_remote_code, activations=activations, seed=seed
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fracbit.cli import options
+from fracbit.cli.names import check_models
 from fracbit.cli.show import bytes_text, print_json, print_table
 
 
@@ -17,6 +18,7 @@ def inspect(
 
     MODEL may also be a file of another program: GPTQ, AWQ, compressed-tensors, MLX, GGUF, ...
     """
+    check_models(model)
     from fracbit.checkpoint.summary import summarize
 
     summary = summarize(model)

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from fracbit.cli import options
-from fracbit.cli.names import check_errors, check_texts
+from fracbit.cli.names import check_errors, check_models, check_texts
 from fracbit.cli.show import print_json, print_table, progress
-from fracbit.errors import RecipeError
+from fracbit.errors import RecipeError, check_choice
 from fracbit.records.files import check_file
-from fracbit.records.lens import LensReport, additivity, fragility
+from fracbit.records.lens import GRANULARITIES, TARGETS, LensReport, additivity, fragility
 from fracbit.records.scores import save_json
 from fracbit.records.spending import LENGTH
 from fracbit.report.pictures import draw_lens
@@ -77,8 +77,12 @@ def lens(
     """Add noise to MODEL's weights and activations and measure what each kind costs."""
     if scores is not None:
         _check_scores(scores, granularity, target)
+    check_choice("target", target, TARGETS)
+    check_choice("granularity", granularity, GRANULARITIES)
+    strengths = _numbers(intensities)
     check_errors(_split(kinds))
     check_texts(judged=[text])
+    check_models(model)
     from fracbit.perturbation import PERTURBATIONS
     from fracbit.pipeline.study.lens_report import lens_report
 
@@ -87,7 +91,7 @@ def lens(
             model,
             text,
             kinds=_split(kinds),
-            intensities=_numbers(intensities),
+            intensities=strengths,
             target=target,
             granularity=granularity,
             at=at,

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fracbit.errors import RecipeError, SchemeError, near_matches
+from fracbit.checkpoint.export.one_file import FORMATS_OF, check_ending, check_file, is_one_file
+from fracbit.checkpoint.folder import check_output
+from fracbit.checkpoint.place import check_model
+from fracbit.errors import DataError, FormatError, RecipeError, SchemeError, check_choice, near_matches
 from fracbit.records.allocation import read_level
+from fracbit.records.extras import check_extra
 from fracbit.records.recipe import Recipe
 from fracbit.records.scheme import Scheme
 from fracbit.records.spending import Spending, check_terms
-from fracbit.records.tables import DATATYPES, PERTURBATIONS, SCORES
+from fracbit.records.tables import DATATYPES, FORMATS, PERTURBATIONS, SCORES
 from fracbit.records.text_source import check_source
 
 FLOAT_TYPES = ("auto", "float32", "bfloat16", "float16", "float64")  # as checkpoint/load.py takes them
@@ -25,6 +29,44 @@ def check_names(recipe: Recipe, spending: Spending) -> None:
         check_dtype(scheme)
     check_score(str(spending.score))
     check_terms(recipe, spending)
+
+
+def check_models(*models: str | None) -> None:
+    """Raises `SourceError` for a model that is not there; the last of a command's checks, since it may ask the hub."""
+    for model in models:
+        if model is not None:
+            check_model(model)
+
+
+def check_tasks(tasks: str | None) -> str | None:
+    """The tasks themselves. Raises `DataError` where nothing is installed that asks them."""
+    if tasks is not None:
+        check_extra("a zero-shot task", "lm_eval", "eval", DataError)
+    return tasks
+
+
+def check_export(output: Path, format_: str, *, overwrite: bool, resume: bool) -> None:
+    """Raises as `export` for an unknown format, an output that may not be written and a missing package."""
+    name = FORMATS.check(format_.partition(":")[0])
+    check_ending(output, format_, f"export {FORMATS_OF.get(output.suffix)}")
+    if is_one_file(output):
+        check_file(output, overwrite=overwrite, resume=resume)
+    elif not resume:
+        check_output(output, "", overwrite, resume)
+    check_format(name)
+
+
+def check_better(output: Path, calibration: Sequence[str], *, overwrite: bool, resume: bool) -> None:
+    """Raises as `tweak` and `refine` for texts that are not there and a folder that may not be written."""
+    check_texts(read=calibration)
+    if not resume:
+        check_output(output.expanduser(), "", overwrite, resume)
+
+
+def check_format(format_: str) -> None:
+    """Raises `FormatError` where the package that writes a format is not installed."""
+    if format_ == "gguf":
+        check_extra("writing a GGUF file", "gguf", "gguf", FormatError)
 
 
 def check_texts(read: Sequence[str | None] = (), judged: Sequence[str | None] = ()) -> None:
@@ -62,11 +104,5 @@ def check_dtype(scheme: Scheme | None) -> None:
 
 def check_types(dtype: str, activations: str = "float") -> None:
     """Raises `RecipeError` for an unknown type of the model or of its activations."""
-    check_word("dtype", dtype, FLOAT_TYPES)
-    check_word("--activations value", activations, ACTIVATIONS)
-
-
-def check_word(what: str, word: str, known: tuple[str, ...]) -> None:
-    """Raises `RecipeError` where `word` is none of the `known` ones."""
-    if word not in known:
-        raise RecipeError(f"unknown {what} {word!r}; {near_matches(word, known)}")
+    check_choice("dtype", dtype, FLOAT_TYPES)
+    check_choice("type of activations", activations, ACTIVATIONS)

@@ -115,8 +115,8 @@ SampleLength = Annotated[
         rich_help_panel=DATA,
     ),
 ]
-Samples = Annotated[int, typer.Option(help="Samples of each text.", rich_help_panel=DATA)]
-Length = Annotated[int, typer.Option(help="Tokens of a sample.", rich_help_panel=DATA)]
+Samples = Annotated[int, typer.Option(help="Samples of each text.", min=1, rich_help_panel=DATA)]
+Length = Annotated[int, typer.Option(help="Tokens of a sample.", min=2, rich_help_panel=DATA)]
 StudySeed = Annotated[
     int, typer.Option("--seed", help="Seed of random orders and of the samples.", rich_help_panel=DATA)
 ]

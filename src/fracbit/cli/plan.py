@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import fracbit
+from fracbit.checkpoint.place import check_model
 from fracbit.cli import options
 from fracbit.cli.asked import asked, known_settings
 from fracbit.cli.names import check_names
@@ -102,6 +103,7 @@ def plan(
         check_picture(picture)
     if output is not None:
         _check_output(output, bool(made.recipe.embeddings or made.recipe.head or made.recipe.towers))
+    check_model(made.recipe.model, made.recipe.revision)
     with progress(json or quiet) as show:
         found = fracbit.plan(
             made.recipe,

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fracbit.cli import options
+from fracbit.cli.names import check_models, check_texts
 from fracbit.cli.show import print_json, print_notes
 from fracbit.records.tables import ENGINES
 
 
 def prove(
     folder: Annotated[
-        Path, typer.Argument(metavar="EXPORT", help="Folder or .gguf file that fracbit wrote for an engine.")
+        str,
+        typer.Argument(
+            metavar="EXPORT",
+            help="Folder or .gguf file that fracbit wrote for an engine.",
+        ),
     ],
     engine: Annotated[
         str | None,
@@ -24,7 +28,8 @@ def prove(
         ),
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="The fracbit checkpoint that EXPORT was made from, if it has moved.")
+        str | None,
+        typer.Option(help="The fracbit checkpoint that EXPORT was made from, if it has moved."),
     ] = None,
     text: Annotated[str, typer.Option(help="Text to predict.")] = "bundled:held-out",
     samples: Annotated[int, typer.Option(help="Samples of the text.", min=1)] = 2,
@@ -42,6 +47,8 @@ def prove(
 
     if engine is not None:
         ENGINES.check(engine)
+    check_texts(judged=[text])
+    check_models(folder, against)
     found = fracbit.prove(
         folder, engine, against=against, text=text, samples=samples, length=length, environments=environments,
         announce=lambda what: print_notes((what,)),

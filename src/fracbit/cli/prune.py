@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fracbit.checkpoint.folder import check_output
 from fracbit.cli import options
-from fracbit.cli.names import check_score, check_texts
+from fracbit.cli.names import check_dtype, check_models, check_score, check_texts
 from fracbit.cli.show import bytes_text, print_json, print_notes, print_table, progress
 from fracbit.errors import RecipeError
+from fracbit.records.allocation import read_level
 from fracbit.records.spending import LENGTH, SAMPLES
 from fracbit.report.pictures import check_picture, draw_lines
 
@@ -28,7 +30,9 @@ def prune(
         typer.Option(help="Picture of the comparison, such as prune.png.", rich_help_panel=options.WRITE),
     ] = None,
     overwrite: options.Overwrite = False,
-    drop: Annotated[int, typer.Option(help="How many blocks to drop.", rich_help_panel=options.SMALL)] = 1,
+    drop: Annotated[
+        int, typer.Option(help="How many blocks to drop.", min=1, rich_help_panel=options.SMALL)
+    ] = 1,
     score: Annotated[
         str,
         typer.Option(
@@ -66,7 +70,12 @@ def prune(
             raise RecipeError("the picture shows the comparison: name a text to compare on with --held-out")
         check_picture(picture)
     check_score(score)
+    for level in (high, low):
+        check_dtype(read_level(level))
+    if output is not None:
+        check_output(output.expanduser(), "", overwrite, resume=False)
     check_texts(read=[text], judged=[held_out])
+    check_models(model)
     from fracbit.pipeline.plan.pruning import prune_by_score
     from fracbit.pipeline.study.prune_comparison import at_equal_size
 

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import fracbit
+from fracbit.checkpoint.export.one_file import place_of
+from fracbit.checkpoint.place import check_model
 from fracbit.cli import options
 from fracbit.cli.asked import asked, known_settings
-from fracbit.cli.names import check_names
+from fracbit.cli.names import check_format, check_names
 from fracbit.cli.settings import asks_for_help
 from fracbit.cli.show import (
     bytes_text,
@@ -23,6 +25,7 @@ from fracbit.cli.show import (
     progress,
 )
 from fracbit.errors import RecipeError
+from fracbit.records.tables import SERVING
 
 if TYPE_CHECKING:
     from fracbit.records.run import Result
@@ -104,6 +107,8 @@ def quantize(
         float,
         typer.Option(
             help="Share of the blocks' matrices that may stay float without a warning.",
+            min=0,
+            max=1,
             rich_help_panel=options.RUN,
         ),
     ] = 0.1,
@@ -137,6 +142,10 @@ def quantize(
         raise RecipeError("no output folder; name one with -o OUT")
     if made.run.shard_mb < 1:
         raise RecipeError(f"run.shard_mb must be at least 1 (MB), got {made.run.shard_mb}")
+    check_model(made.recipe.model, made.recipe.revision)
+    engine = made.spending.engine
+    place_of(output.expanduser(), engine, resume=resume, overwrite=overwrite)
+    check_format(SERVING[engine] if engine else "")
     long = made.recipe.calibration is not None or made.spending.preset is not None
     with progress(json or quiet) as show:
         result = fracbit.quantize(

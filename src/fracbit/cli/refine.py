@@ -8,6 +8,7 @@ import typer
 
 import fracbit
 from fracbit.cli import options
+from fracbit.cli.names import check_better, check_models
 from fracbit.cli.show import print_improved, progress
 
 
@@ -17,7 +18,10 @@ def refine(
     output: options.Better,
     against: Annotated[
         str,
-        typer.Option(help="The float model that CHECKPOINT was made of.", rich_help_panel=options.DATA),
+        typer.Option(
+            help="The float model that CHECKPOINT was made of.",
+            rich_help_panel=options.DATA,
+        ),
     ],
     samples: options.Samples = 128,
     length: options.SampleLength = None,
@@ -30,6 +34,8 @@ def refine(
     quiet: options.Quiet = False,
 ) -> None:
     """Move codes and scales of CHECKPOINT (GPTQ, AWQ, compressed-tensors) towards the float model; format and size stay."""
+    check_better(output, calibration, overwrite=overwrite, resume=resume)
+    check_models(checkpoint, against)
     with progress(json or quiet) as show:
         made = fracbit.refine(
             checkpoint, output, calibration, against, samples=samples, length=length, seed=seed, overwrite=overwrite,

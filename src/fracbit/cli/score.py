@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, cast, get_args
 
 import typer
 
 import fracbit
 from fracbit.cli import options
-from fracbit.cli.names import check_dtype, check_score, check_texts
+from fracbit.cli.names import check_dtype, check_models, check_score, check_texts
 from fracbit.cli.show import print_json, print_notes, print_table, progress
+from fracbit.errors import RecipeError, check_choice
 from fracbit.records.allocation import read_levels
 from fracbit.records.files import check_file
 from fracbit.records.scores import Losses, save_json
 from fracbit.records.spending import LENGTH, SAMPLES, Granularity
+from fracbit.records.tables import SCORES
 
 
 def score(
@@ -56,9 +58,16 @@ def score(
     check_score(method)
     for level in read_levels(levels or low):
         check_dtype(level)
+    check_choice("granularity", granularity, get_args(Granularity))
     check_texts(read=[text])
+    name = method.removeprefix("reverse:")
+    if text is None and name in SCORES.reading:
+        raise RecipeError(
+            f"score {name} reads text; name one with --text, or take a data-free score such as zd"
+        )
     if output is not None:
         check_file(output)
+    check_models(model)
     from fracbit.pipeline.plan.sampling import sampling_notes
 
     with progress(json or quiet) as show:

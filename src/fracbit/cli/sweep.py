@@ -9,7 +9,8 @@ import typer
 
 from fracbit.cli import options
 from fracbit.cli.show import bytes_text, print_json
-from fracbit.errors import RecipeError
+from fracbit.errors import OutputError, RecipeError
+from fracbit.records.extras import check_extra
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -93,10 +94,9 @@ def sweep(
         from fracbit.sweeps.address import check_address
 
         check_address(address)  # before anything slow is imported
-    from fracbit.sweeps.estimate import estimate_sweep
+    if ray or address is not None:
+        check_extra("--ray", "ray", "ray", OutputError)
     from fracbit.sweeps.parquet import export_parquet, import_parquet
-    from fracbit.sweeps.runner import check_complete
-    from fracbit.sweeps.runner import sweep as measure
     from fracbit.sweeps.spec import expand, read_sweep
     from fracbit.sweeps.store import open_store, shown
 
@@ -104,8 +104,13 @@ def sweep(
     root = (file.parent / read.root).resolve()
     known = [] if imported is None else import_parquet(imported)
     if dry_run:
+        from fracbit.sweeps.estimate import estimate_sweep
+
         _print_estimate(estimate_sweep(expand(read), store, root, device=device, known=known), json)
         return
+    from fracbit.sweeps.runner import check_complete
+    from fracbit.sweeps.runner import sweep as measure
+
     engine = None
     if ray or address is not None:
         engine = _on_ray(

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fracbit.cli import options
+from fracbit.cli.names import check_models, check_texts
 from fracbit.cli.show import print_json
 from fracbit.errors import DataError
 
@@ -36,7 +37,10 @@ def task(
     ],
     model: Annotated[
         str | None,
-        typer.Option(help="Model with the tokenizer that reads the text.", rich_help_panel=options.DATA),
+        typer.Option(
+            help="Model with the tokenizer that reads the text.",
+            rich_help_panel=options.DATA,
+        ),
     ] = None,
     items: Annotated[int, typer.Option(help="Questions to cut.", rich_help_panel=options.WRITE)] = 500,
     context: Annotated[
@@ -51,9 +55,13 @@ def task(
     """Write a task for `fracbit eval --tasks FOLDER/NAME.yaml`, for a sweep's `tasks`, and for lm-eval itself."""
     if kind not in KINDS:
         raise DataError(f"no task is called {kind!r}: use {' or '.join(KINDS)}")
+    if kind == "continuation" and model is None:
+        raise DataError("no tokenizer for the text: name a model that has it with --model")
+    check_texts(judged=[source])
+    check_models(model)
     from fracbit.evaluation import write_continuation, write_lambada
 
-    if kind == "lambada":
+    if kind == "lambada" or model is None:
         written = write_lambada(Path(source), output)
     else:
         texts = _texts(source, model)
@@ -66,13 +74,11 @@ def task(
         print(f"{written.path}: task {written.name}")
 
 
-def _texts(source: str, model: str | None) -> list[str]:
+def _texts(source: str, model: str) -> list[str]:
     """The documents of a source as text: read with the model's tokenizer, and decoded by it."""
     from fracbit.checkpoint.load import load_tokenizer
     from fracbit.data import read_documents
 
-    if model is None:
-        raise DataError("no tokenizer for the text: name a model that has it with --model")
     tokenizer = load_tokenizer(model)
     documents = read_documents(source, tokenizer, len(tokenizer)).documents
     return [str(tokenizer.decode(document.tolist(), skip_special_tokens=True)) for document in documents]

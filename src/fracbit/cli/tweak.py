@@ -8,7 +8,9 @@ import typer
 
 import fracbit
 from fracbit.cli import options
+from fracbit.cli.names import check_better, check_models
 from fracbit.cli.show import print_improved, progress
+from fracbit.records.norm_methods import check_norm_method
 
 
 def tweak(
@@ -41,6 +43,9 @@ def tweak(
     quiet: options.Quiet = False,
 ) -> None:
     """Move the norms of CHECKPOINT, made by another program; all else stays, so that its engines run the output."""
+    check_norm_method(method, against)
+    check_better(output, calibration, overwrite=overwrite, resume=resume)
+    check_models(checkpoint, against)
     with progress(json or quiet) as show:
         made = fracbit.tweak(
             checkpoint, output, calibration, against=against, method=method, samples=samples, length=length, seed=seed,

@@ -7,6 +7,7 @@ from dataclasses import asdict
 import typer
 
 from fracbit.cli import options
+from fracbit.cli.names import check_models
 from fracbit.cli.show import bytes_text, print_json, progress
 
 
@@ -19,6 +20,7 @@ def verify(
 
     Exit code 1 when something is wrong; every fault is a line.
     """
+    check_models(model)
     import fracbit
 
     with progress(json or quiet) as show:

@@ -16,7 +16,7 @@ from typing import Any
 from fracbit.data.lines import Record, collect_records, pick_field
 from fracbit.data.raw import RawTexts, hash_file, hash_texts
 from fracbit.errors import DataError
-from fracbit.records.extras import install
+from fracbit.records.extras import check_extra
 from fracbit.records.text_source import TextSource, find_file
 
 
@@ -53,12 +53,8 @@ def read_dataset(source: TextSource) -> RawTexts:
 
 
 def _library(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise DataError(
-            f"this source needs {name.partition('.')[0]}, which is not installed: {install('datasets')}"
-        ) from error
+    check_extra("this source", name, "datasets", DataError)
+    return importlib.import_module(name)
 
 
 def _parquet_rows(table: Any, field: str) -> Iterator[tuple[str, Record]]:

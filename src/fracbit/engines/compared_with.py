@@ -17,9 +17,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from fracbit.checkpoint.export.as_exported import as_exported
 from fracbit.checkpoint.export.coded import names_of
 from fracbit.checkpoint.export.exporter import StoredModel, exporter_of, fitted, open_stored
+from fracbit.checkpoint.folder import MANIFEST
 from fracbit.checkpoint.load import load
 from fracbit.checkpoint.opened import open_float
-from fracbit.checkpoint.output import MANIFEST
 from fracbit.checkpoint.source import read_tensor
 from fracbit.errors import EngineError
 from fracbit.numerics.packed import decode

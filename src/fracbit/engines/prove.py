@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fracbit.checkpoint.folder import MANIFEST
 from fracbit.checkpoint.formats.gguf_record import record_of
 from fracbit.checkpoint.load import tokenizer_or_none
-from fracbit.checkpoint.output import MANIFEST, write_json
+from fracbit.checkpoint.output import write_json
 from fracbit.checkpoint.source import read_json
 from fracbit.data.samples import read_calibration
 from fracbit.engines.compared_with import ComparedWith, compared_with

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from fracbit.errors import DataError
 from fracbit.evaluation.local_tasks import LocalTask
-from fracbit.records.extras import install
+from fracbit.records.extras import check_extra
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -269,9 +269,5 @@ def _explain(names: Sequence[str], error: Exception) -> str:
 
 
 def _library(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise DataError(
-            f"zero-shot tasks need {error.name}, which is not installed: {install('eval')}"
-        ) from error
+    check_extra("a zero-shot task", name, "eval", DataError)
+    return importlib.import_module(name)

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TypeAlias, get_args
 
-from fracbit.errors import RecipeError
+from fracbit.errors import RecipeError, check_choice
 from fracbit.numerics.packed import outlier_count, part_shapes
 from fracbit.records.scheme import Axis, Scheme
-from fracbit.records.spending import Granularity, check_choice
+from fracbit.records.spending import Granularity
 
 Choices: TypeAlias = Sequence[Scheme | None]
 FLOAT_BITS = 16

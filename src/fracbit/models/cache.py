@@ -24,8 +24,8 @@ from transformers.cache_utils import DynamicLayer
 
 from fracbit.errors import SchemeError
 from fracbit.models.store_cache import StoreCache, store_bytes
+from fracbit.records.generating import KV_BITS
 
-KV_BITS = (8, 4)
 CHANNEL, TOKEN = -2, -1  # the dimension of [batch, heads, groups, group, head] that shares a range
 
 

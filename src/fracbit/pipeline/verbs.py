@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fracbit.checkpoint.export.as_exported import as_exported
 from fracbit.checkpoint.export.exporter import Exported, StoredModel
 from fracbit.checkpoint.export.exporter import export as write_export
+from fracbit.checkpoint.export.one_file import place_of
 from fracbit.checkpoint.load import load, load_tokenizer, tokenizer_or_none
 from fracbit.checkpoint.output import SHARD_BYTES
 from fracbit.data import ID_FORMATS, Tokens, read_documents
@@ -32,7 +33,7 @@ from fracbit.evaluation import (
 from fracbit.pipeline.plan.budget import budgeted, planned
 from fracbit.pipeline.plan.needs import needs_or_why
 from fracbit.pipeline.quantize.run import open_for, write_checkpoint
-from fracbit.pipeline.quantize.served import place_of, served
+from fracbit.pipeline.quantize.served import served
 from fracbit.pipeline.quantize.work import check_words
 from fracbit.pipeline.study.overlap import calibration_sources, overlap_notes
 from fracbit.records.progress import Shown, showing

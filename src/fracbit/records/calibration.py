@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field
 from fracbit.records.checked import Checked
 from fracbit.records.named import read_named
 from fracbit.records.tables import CORRECTIONS, TRANSFORMS
+from fracbit.records.text_source import GIVE
 
 
 def _known_tweak(name: str) -> str:
@@ -47,8 +48,7 @@ class Calibration(Checked):
 
     called: ClassVar[str] = "a calibration"
     remedies: ClassVar[Mapping[str, str]] = {
-        "texts": 'name what is read: --calibration FILE, or texts = ["FILE"] below [calibration]; "builtin" is text that comes '
-        'with fracbit, "generated" is text that the model writes itself'
+        "texts": f'{GIVE}; in a recipe, texts = ["FILE"] below [calibration]'
     }
 
     texts: tuple[str, ...]

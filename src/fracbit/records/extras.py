@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import json
+import sys
 from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
+
+from fracbit.errors import FracbitError, RecipeError
+
+
+def check_extra(what: str, module: str, extra: str, error: type[FracbitError] = RecipeError) -> None:
+    """Raise `error` where `module`, which `what` needs, is not installed: with the command that installs it."""
+    name = module.partition(".")[0]
+    found = sys.modules[name] if name in sys.modules else find_spec(name)
+    if found is None:
+        raise error(f"{what} needs {name}, which is not installed: {install(extra)}")
 
 
 def install(extra: str) -> str:

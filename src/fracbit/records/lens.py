@@ -13,6 +13,12 @@ from fracbit.records.scores import Scores
 Target: TypeAlias = Literal["weights", "activations", "both"]
 EVERYWHERE = "all"
 """What a point calls its place when every layer was perturbed at once."""
+TARGETS: Mapping[str, tuple[Target, ...]] = {
+    "weights": ("weights",),
+    "activations": ("activations",),
+    "both": ("weights", "activations"),
+}
+GRANULARITIES = ("block", "linear", "module")
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,11 @@ from pydantic import (
 from fracbit.errors import FracbitError, RecipeError, SchemeError
 from fracbit.records.calibration import Calibration
 from fracbit.records.checked import Checked, Keys, explained
-from fracbit.records.named import QuantizerField
+from fracbit.records.named import QuantizerField, read_named
 from fracbit.records.outliers import OutliersField
 from fracbit.records.scheme import Scheme, parse_scheme
+from fracbit.records.tables import COLUMN_RULES, QUANTIZERS
+from fracbit.records.text_source import GIVE
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -170,6 +172,22 @@ def inline_toml(value: object) -> str:
     return json.dumps(value, ensure_ascii=False).replace(
         "\x7f", "\\u007f"
     )  # which TOML allows in escaped form alone
+
+
+def check_data(recipe: Recipe) -> None:
+    """Refuse a recipe without calibration texts where something in it reads them. Raises `RecipeError`."""
+    if recipe.calibration is not None:
+        return
+    if read_named(recipe.quantizer, QUANTIZERS).name in QUANTIZERS.reading:
+        raise RecipeError(
+            f"quantizer {recipe.quantizer} reads calibration data: {GIVE}, or texts in a [calibration] table; "
+            "rtn reads none"
+        )
+    chosen = "" if recipe.outliers is None else recipe.outliers.chosen
+    if chosen in COLUMN_RULES.reading:
+        raise RecipeError(
+            f"outliers chosen by {chosen} read calibration data: {GIVE}; cost and proxy read none"
+        )
 
 
 def read_toml(path: Path) -> dict[str, Any]:

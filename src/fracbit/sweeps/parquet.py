@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fracbit.errors import FormatError, OutputError
-from fracbit.records.extras import install
+from fracbit.records.extras import check_extra
 from fracbit.records.row import Row, run_key
 from fracbit.sweeps.store import columns_of
 
@@ -84,7 +84,5 @@ def _row(line: Mapping[str, Any], path: Path) -> Row:
 def _library(name: str) -> ModuleType:
     from importlib import import_module
 
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise OutputError(f"Parquet needs pyarrow: {install('store')}") from error
+    check_extra("Parquet", name, "store", OutputError)
+    return import_module(name)

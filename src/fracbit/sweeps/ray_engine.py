@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fracbit.errors import OutputError, RecipeError
-from fracbit.records.extras import install
+from fracbit.records.extras import check_extra
 from fracbit.records.row import Row, Run, failed_row
 from fracbit.sweeps.address import check_address
 from fracbit.sweeps.queue import Queue, Workload, workload_of
@@ -178,10 +178,9 @@ class _Pool:
 
 
 def _ray() -> Any:
-    try:
-        import ray
-    except ImportError as error:
-        raise OutputError(f"--ray needs Ray: {install('ray')}") from error
+    check_extra("--ray", "ray", "ray", OutputError)
+    import ray
+
     return ray
 
 

@@ -42,16 +42,14 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from fracbit.errors import FracbitError, RecipeError, SchemeError, near_matches
-from fracbit.models.correction import correction
-from fracbit.numerics import DATATYPES, check_datatype
-from fracbit.quantizers import COLUMN_RULES, quantizer
 from fracbit.records.calibration import Calibration
 from fracbit.records.inputs import parse_inputs
+from fracbit.records.named import read_named
 from fracbit.records.outliers import read_outliers
 from fracbit.records.recipe import Recipe, SchemeField, read_toml
 from fracbit.records.row import KEEP_ALL, OLD_SAMPLES, Evaluation, Run, run_key
 from fracbit.records.scheme import Scheme
-from fracbit.records.tables import CORRECTIONS, QUANTIZERS, TRANSFORMS
+from fracbit.records.tables import COLUMN_RULES, CORRECTIONS, DATATYPES, QUANTIZERS, TRANSFORMS
 
 
 def _many(value: object) -> object:
@@ -242,23 +240,22 @@ def _left_out(point: Mapping[str, Any], sweep: Sweep, arm: Arm) -> str:
 
 def _needs_text(point: Mapping[str, Any]) -> bool:
     chosen = (point["transform"], point["correction"], point["inputs"])
-    reads = bool(quantizer(point["quantizer"]).needs) or "energy" in _rule_needs(point)
+    outliers = read_outliers(point["outliers"])
+    reads = read_named(point["quantizer"], QUANTIZERS).name in QUANTIZERS.reading
+    reads = reads or (outliers is not None and outliers.chosen in COLUMN_RULES.reading)
     return reads or any(name != "none" for name in chosen)
 
 
 def _draws(point: Mapping[str, Any]) -> bool:
     """Whether the run of a point draws anything at random: calibration samples, or columns."""
-    return _needs_text(point) or "chance" in _rule_needs(point)
-
-
-def _rule_needs(point: Mapping[str, Any]) -> frozenset[str]:
-    """What the column rule of a point needs."""
     outliers = read_outliers(point["outliers"])
-    return frozenset() if outliers is None else COLUMN_RULES[outliers.chosen].needs
+    return _needs_text(point) or (outliers is not None and "chance" in COLUMN_RULES[outliers.chosen].needs)
 
 
 @lru_cache(maxsize=4096)
 def _scheme_fault(*fields: Any) -> str:
+    from fracbit.numerics import check_datatype
+
     try:
         check_datatype(Scheme(*fields))
     except SchemeError as error:
@@ -335,18 +332,26 @@ def _check_values(arm: Arm, index: int, path: Path, text: str) -> None:
         for outliers in arm.outliers:
             read_outliers(outliers)
         key = "quantizers"
-        for word in arm.quantizers:
+        for word in filter(_has_options, arm.quantizers):
+            from fracbit.quantizers import quantizer
+
             quantizer(word)
         key = "corrections"
-        for word in arm.corrections:
-            if word != "none":
-                correction(word)
+        for word in filter(_has_options, arm.corrections):
+            from fracbit.models.correction import correction
+
+            correction(word)
         key = "inputs"
         for inputs in arm.inputs:
             if inputs != "none":
                 parse_inputs(inputs)
     except (SchemeError, RecipeError) as error:
         raise RecipeError(f"{path}{_line_of(('arm', index, key), text)}: {error}") from None
+
+
+def _has_options(word: str) -> bool:
+    """Whether a name, which was checked, has options, which only its object knows."""
+    return ":" in word
 
 
 _MODELS: dict[str, type[BaseModel]] = {

@@ -22,15 +22,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fracbit.errors import FormatError, OutputError
-from fracbit.records.extras import install
+from fracbit.records.extras import check_extra, install
 from fracbit.records.row import Row, label
 from fracbit.records.scheme import scale_label
 
-try:
-    import sqlalchemy as sa
-    from sqlalchemy import exc
-except ImportError as error:  # an extra; everything else of fracbit works without it
-    raise OutputError(f"a store needs SQLAlchemy 2: {install('store')}") from error
+check_extra("a store", "sqlalchemy", "store", OutputError)  # everything else of fracbit works without it
+
+import sqlalchemy as sa  # noqa: E402
+from sqlalchemy import exc  # noqa: E402
 
 SCHEMA_VERSION = 4
 """2 added scale, search and text_sha256; 3 added chain, and a run became a recipe and an evaluation; 4 made labels unique."""

@@ -30,9 +30,10 @@ from fracbit.checkpoint.export.one_file import (
     made_record,
     partial_of,
 )
+from fracbit.checkpoint.folder import MANIFEST, check_output
 from fracbit.checkpoint.format import QUANT_METHOD, StoredLayer, packed_layer, read_layers, tensor_name
 from fracbit.checkpoint.opened import model_config, open_checkpoint
-from fracbit.checkpoint.output import MANIFEST, Output, check_output, copy_rest, open_output
+from fracbit.checkpoint.output import Output, copy_rest, open_output
 from fracbit.checkpoint.shards import check_apart
 from fracbit.checkpoint.source import Source, read_tensor
 from fracbit.errors import FormatError

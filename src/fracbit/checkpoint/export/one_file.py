@@ -1,6 +1,7 @@
 """Outputs that are one file, `-o model.gguf`: the work is done in model.gguf.partial/, and the file is moved out at the end.
 
 So the file is absent or complete at any moment. What fracbit.json would say stands inside it (formats/gguf_record.py).
+Torch-free, so that a command line refuses an output before torch is imported.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fracbit.checkpoint.folder import check_output, finished_run
 from fracbit.checkpoint.formats.gguf_record import record_of
-from fracbit.checkpoint.output import finished_run
-from fracbit.checkpoint.source import GGUF
+from fracbit.checkpoint.place import GGUF
 from fracbit.errors import OutputError, RecipeError
+from fracbit.records.tables import SERVING
 
 FORMATS_OF = {GGUF: "gguf"}
 """The format of a file, by its ending."""
@@ -61,6 +63,41 @@ def check_file(file: Path, *, overwrite: bool, resume: bool) -> None:
     raise OutputError(
         f"{file} exists; use --overwrite to replace it, if fracbit made it, or name another file"
     )
+
+
+def place_of(output: Path, engine: str | None, *, resume: bool, overwrite: bool) -> Path:
+    """Where the checkpoint of a run is made: in the output itself, or beside it for an engine.
+
+    Raises `RecipeError` for a file that is none of the engine's, `OutputError` for an output that the run may not write.
+    """
+    if is_one_file(output):
+        wanted = FORMATS_OF[output.suffix]
+        engines = [name for name, usual in SERVING.items() if usual == wanted]
+        given = "" if engine is None else SERVING.get(engine, engine)
+        check_ending(output, given, f"write --for {' or '.join(engines)}")
+    place = output
+    if engine is not None:
+        place = partial_of(output)
+        check_resumable(output, resume=resume, overwrite=overwrite)
+    # Before scores and trials, which may take long; a resumed folder is known by its key.
+    if is_one_file(output):
+        check_file(output, overwrite=overwrite, resume=resume)
+    elif not resume:
+        check_output(output, "", overwrite, resume)
+    return place
+
+
+def check_resumable(output: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raise `OutputError` for a run that is to go on and has ended, or is to begin and was begun."""
+    partial = partial_of(output)
+    if resume and not overwrite and not partial.exists() and made_record(output) is not None:
+        raise OutputError(
+            f"{output} is finished: there is nothing to resume; replace it with --overwrite, or name another output"
+        )
+    if partial.exists() and not (resume or overwrite):
+        raise OutputError(
+            f"{partial} is a run that did not end; use --resume to continue it, or --overwrite to start again"
+        )
 
 
 def made_record(output: Path) -> Mapping[str, Any] | None:

@@ -28,11 +28,12 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from fracbit.checkpoint.formats.decoding import Decoding, Part
 from fracbit.checkpoint.formats.known import Decoded, SourceFormat
-from fracbit.checkpoint.source import GGUF, Source, TensorInfo
+from fracbit.checkpoint.place import GGUF
+from fracbit.checkpoint.source import Source, TensorInfo
 from fracbit.errors import SourceError
 from fracbit.models.classes import auto_class
 from fracbit.models.skeleton import skeleton
-from fracbit.records.extras import install
+from fracbit.records.extras import check_extra
 
 PREFIX = "GGUF "
 """Before the name of a type of blocks, as the type of a stored tensor."""
@@ -70,10 +71,9 @@ class Header:
 
 def _gguf() -> Any:
     """The package `gguf`. Raises `SourceError` where it is not installed."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise SourceError(f"reading a GGUF file needs the package gguf: {install('gguf')}") from error
+    check_extra("reading a GGUF file", "gguf", "gguf", SourceError)
+    import gguf
+
     return gguf
 
 

@@ -14,10 +14,13 @@ import mmap
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fracbit.checkpoint.source import GGUF, Source
+from fracbit.checkpoint.place import GGUF
 from fracbit.errors import FormatError
+
+if TYPE_CHECKING:
+    from fracbit.checkpoint.source import Source
 
 MAGIC = b"GGUF"
 TEXT = 8  # GGUF's number of the type of texts

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fracbit.checkpoint.source import GGUF, TensorInfo
+from fracbit.checkpoint.place import GGUF
+from fracbit.checkpoint.source import TensorInfo
 from fracbit.errors import SourceError
 
 MADE = "fracbit-"

@@ -14,7 +14,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fracbit.checkpoint.output import JOURNAL, Output
+from fracbit.checkpoint.folder import JOURNAL
+from fracbit.checkpoint.output import Output
 from fracbit.checkpoint.patched import finished_blocks
 from fracbit.data import Samples
 from fracbit.models.blocks import blocks, gain_of, norms, pairs, source_rows, weight_of

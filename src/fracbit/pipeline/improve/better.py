@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fracbit.checkpoint.folder import check_output
 from fracbit.checkpoint.load import check_device, load_opened, tokenizer_or_none
 from fracbit.checkpoint.opened import Opened
-from fracbit.checkpoint.output import Output, check_output, open_output
+from fracbit.checkpoint.output import Output, open_output
 from fracbit.checkpoint.patched import finished_blocks, write_patched
 from fracbit.checkpoint.repacked import integer_layer
 from fracbit.checkpoint.shards import check_apart
@@ -34,17 +35,13 @@ from fracbit.pipeline.quantize.block import HELD_OUT
 from fracbit.pipeline.quantize.work import batch_of
 from fracbit.pipeline.study.texts import calibration_samples, writer_of
 from fracbit.records.calibration import Calibration
-from fracbit.records.named import read_named
+from fracbit.records.norm_methods import ON_PREDICTIONS, ON_TEXT, check_norm_method
 from fracbit.records.progress import Progress, Shown, showing
 from fracbit.records.recipe import Recipe
 from fracbit.records.resources import peak_rss
 from fracbit.records.run import DistillRecord, Improved, ShardRecord
-from fracbit.records.tables import CORRECTIONS
 from fracbit.records.version import __version__
 
-NORM_METHODS = ("auto", "adam", "closed")
-ON_TEXT, ON_PREDICTIONS = "text", "predictions"
-"""The whole model at once: without a float model, and with one."""
 NORMS_SHARD = "norms.safetensors"
 LOOKED_AT = 7  # layers that show whether codes can be moved
 EPOCHS, RATE, BATCH = 4, 3e-3, 4
@@ -98,15 +95,9 @@ def tweak(
 
     Raises a `FracbitError`: `SourceError`, `FormatError`, `RecipeError`, `DataError`, `WeightError`, `OutputError`.
     """
-    if against is None and method is not None:
-        raise RecipeError(
-            f"method {method} fits norms to a float model; name it with against (--against), or leave the method out"
-        )
+    check_norm_method(method, against)
     word = method or ON_PREDICTIONS
     whole = against is None or word == ON_PREDICTIONS
-    if not whole and read_named(word, CORRECTIONS).name not in NORM_METHODS:
-        known = ", ".join((*NORM_METHODS, ON_PREDICTIONS))
-        raise RecipeError(f"method {word} moves more than norms; use one of {known}")
     if samples < 2:
         raise RecipeError(f"tweak needs at least 2 samples, one to judge by; got {samples}")
     moved = None if whole else correction(word)

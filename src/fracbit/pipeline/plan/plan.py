@@ -16,7 +16,7 @@ from typing import Any
 
 from fracbit.checkpoint.opened import Opened
 from fracbit.data import Samples
-from fracbit.errors import BudgetError, RecipeError
+from fracbit.errors import BudgetError
 from fracbit.importance import scheme_bits, score_method
 from fracbit.pipeline.plan.about import bits_about
 from fracbit.pipeline.plan.contest import UNCHECKED, Contest, contest
@@ -221,19 +221,12 @@ def _drawn(study: Study, recipe: Recipe, spending: Spending) -> Samples | None:
     """Samples of the score's own text, else those of the recipe's calibration; None for a data-free score.
 
     The calibration's are all that the run will read, so that it need not draw them, or let the model write them, again.
-    Raises `RecipeError` without a text.
     """
     score = spending.named_score()
     if not isinstance(score, str) or score_method(score).data_free:
         return None
     if spending.text is not None:
         return study.seen(spending.text, spending.samples, spending.length)
-    calibration = recipe.calibration
-    if calibration is None or not calibration.texts:
-        raise RecipeError(
-            f"score {score} reads text: pass --text FILE (to quantize --set spending.text=FILE, or --calibration FILE), "
-            "or take a data-free score such as zd"
-        )
     return study.calibration(recipe)
 
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from fracbit.errors import RecipeError
 from fracbit.records.calibration import Calibration
 from fracbit.records.recipe import Recipe
 from fracbit.records.scheme import Scheme
@@ -45,15 +44,11 @@ def preset(
 ) -> tuple[Recipe, Spending]:
     """The recipe with the preset's settings, and the budget with its levels; what the recipe says itself wins.
 
+    The recipe has calibration texts where the preset reads some (`check_terms`).
     `weights`: how many weights the model's linears have; `average`: about how many bits each has under a size or a memory.
     Without a budget, the recipe has a scheme, its own or the preset's.
-    Raises `RecipeError` without calibration texts where the preset reads some.
     """
     name = spending.preset
-    if name != "fast" and recipe.calibration is None:
-        raise RecipeError(
-            f"preset {name} needs calibration text; pass --calibration FILE, or --calibration builtin; preset fast reads none"
-        )
     average = average if spending.average_bits is None else spending.average_bits
     distilled = name == "best" and weights <= SMALL
     kind = "engine" if spending.engine is not None else "table" if distilled else "fine"

@@ -23,7 +23,6 @@ from fracbit.pipeline.plan.about import bits_about
 from fracbit.records.recipe import Override, Recipe
 from fracbit.records.scheme import Scheme
 from fracbit.records.spending import Spending
-from fracbit.records.tables import SERVING
 from fracbit.transforms import TRANSFORMS
 
 NEAREST, WITHIN = 3, 2.0  # widths around a budget: so many at least, and all that are so many bits away
@@ -247,12 +246,9 @@ def _differences(own: Recipe, changed: Recipe, target: EngineTarget) -> Iterator
 
 
 def target_of(name: str, opened: Opened) -> EngineTarget:
-    """The engine called `name` for a model. Raises `RecipeError`."""
+    """The engine called `name` for a model."""
     engine = ENGINES[name]
-    if engine.serves is None:
-        raise RecipeError(
-            f"nothing is quantized for {name}, which only reads files; write one of {', '.join(SERVING)}"
-        )
+    assert engine.serves is not None  # a name of SERVING
     forms = engine.serves
     if engine.casts_scales:
         forms = forms.with_scales(TYPES[config_type(opened.source.config)])

@@ -16,8 +16,9 @@ import torch
 import transformers
 
 from fracbit.checkpoint.card import Facts, model_card
+from fracbit.checkpoint.folder import MANIFEST
 from fracbit.checkpoint.format import StoredLayer, quantization_config
-from fracbit.checkpoint.output import MANIFEST, Output, code_in, copy_rest
+from fracbit.checkpoint.output import Output, code_in, copy_rest
 from fracbit.checkpoint.shards import write_index
 from fracbit.checkpoint.source import Source, combined_hash
 from fracbit.models.experts import SplitExperts

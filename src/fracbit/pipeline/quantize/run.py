@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from fracbit.checkpoint.folder import finished_run
 from fracbit.checkpoint.opened import Opened, open_float
-from fracbit.checkpoint.output import SHARD_BYTES, Shards, finished_run, open_output
+from fracbit.checkpoint.output import SHARD_BYTES, Shards, open_output
 from fracbit.checkpoint.shards import check_apart
 from fracbit.data import Samples
 from fracbit.errors import FormatError, RecipeError

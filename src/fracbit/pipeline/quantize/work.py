@@ -26,7 +26,7 @@ from fracbit.pipeline.study.texts import calibration_samples, writer_of
 from fracbit.quantizers import nearest, quantizer
 from fracbit.records.calibration import Calibration
 from fracbit.records.progress import Progress
-from fracbit.records.recipe import Recipe
+from fracbit.records.recipe import Recipe, check_data
 from fracbit.records.scheme import Scheme
 from fracbit.records.tables import COLUMN_RULES
 
@@ -188,23 +188,14 @@ def check_words(recipe: Recipe) -> None:
 def _check(recipe: Recipe, device: str | torch.device) -> None:
     """Refuse settings that exclude each other, before anything is read."""
     check_words(recipe)
-    calibration, needs = recipe.calibration, quantizer(recipe.quantizer).needs
-    if calibration is None and needs:
-        raise RecipeError(
-            f"quantizer {recipe.quantizer} reads calibration data; pass --calibration FILE, or --calibration builtin, or "
-            "give the recipe a [calibration] table, or use rtn"
-        )
+    check_data(recipe)
+    calibration = recipe.calibration
     if calibration is None and torch.device(device).type != "cpu":
         raise RecipeError(
             f"device {device} needs calibration: rounding without data runs on the CPU; leave the device out"
         )
     asked = "" if recipe.outliers is None else recipe.outliers.chosen
     wanted = COLUMN_RULES[asked].needs if asked else frozenset()
-    if calibration is None and "energy" in wanted:
-        raise RecipeError(
-            f"outliers chosen by {asked} read calibration data; pass --calibration FILE, or --calibration builtin, or "
-            "use cost or proxy"
-        )
     if calibration is not None and calibration.tweak != "none" and calibration.samples < 2:
         raise RecipeError(
             f"correction {calibration.tweak} needs at least 2 samples, got {calibration.samples}; give more samples, or set "

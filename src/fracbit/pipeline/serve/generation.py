@@ -9,7 +9,6 @@ used.
 from __future__ import annotations
 
 import inspect
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,39 +26,15 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from fracbit.errors import DataError, SchemeError
+from fracbit.errors import DataError
 from fracbit.kernels import Activations, choose
-from fracbit.models.cache import KV_BITS, PackedCache, cache_bytes
+from fracbit.models.cache import PackedCache, cache_bytes
 from fracbit.models.quant_linear import QuantEmbedding, QuantLinear
 from fracbit.models.step import Decoder, obstacle
 from fracbit.models.store_cache import StoreCache
+from fracbit.records.generating import Settings
 
 Show = Callable[[str], None]
-PREFILL_CHUNK = 512
-
-
-def check_kv_bits(kv_bits: int) -> None:
-    """Raises `SchemeError` for anything but the model's own type (16) and the widths of a packed cache."""
-    if kv_bits not in (16, *KV_BITS):
-        raise SchemeError(f"a KV cache has 16 bits (the model's own type), 8 or 4, got {kv_bits}")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to generate. `kv_bits` 16 keeps the cache in the model's own type; `prefill_chunk` is in tokens."""
-
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    kv_bits: int = 16
-    prefill_chunk: int = PREFILL_CHUNK
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or not 0 <= self.temperature < math.inf or self.prefill_chunk < 1:
-            raise DataError(
-                "max_new_tokens and prefill_chunk must be at least 1 and temperature at least 0, got "
-                f"{self.max_new_tokens}, {self.prefill_chunk}, {self.temperature}"
-            )
-        check_kv_bits(self.kv_bits)
 
 
 @dataclass(frozen=True)

@@ -30,35 +30,12 @@ from fracbit.models.blocks import is_table
 from fracbit.models.cache import cache_bytes
 from fracbit.models.quant_linear import QuantEmbedding, TiedHead
 from fracbit.models.store_cache import StoreCache
-from fracbit.pipeline.serve.generation import (
-    PREFILL_CHUNK,
-    Step,
-    check_kv_bits,
-    check_room,
-    choose_activations,
-    new_cache,
-    step_of,
-)
+from fracbit.pipeline.serve.generation import Step, check_room, choose_activations, new_cache, step_of
+from fracbit.records.generating import PREFILL_CHUNK, Load
 
 READS = 7
 PROMPTS = 3  # readings of the prompt that count
 LARGEST_READ = 1 << 30  # more bytes than any cache holds; a larger buffer reads no slower
-
-
-@dataclass(frozen=True)
-class Load:
-    """What is run: a prompt of random tokens, greedy steps after it, and the bits of the KV cache."""
-
-    prompt_tokens: int = 128
-    new_tokens: int = 32
-    kv_bits: int = 16
-
-    def __post_init__(self) -> None:
-        if self.prompt_tokens < 1 or self.new_tokens < 1:
-            raise DataError(
-                f"prompt_tokens and new_tokens must be at least 1, got {self.prompt_tokens} and {self.new_tokens}"
-            )
-        check_kv_bits(self.kv_bits)
 
 
 @dataclass(frozen=True)

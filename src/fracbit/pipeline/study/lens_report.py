@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fracbit.checkpoint.opened import open_float
-from fracbit.errors import RecipeError
+from fracbit.errors import RecipeError, check_choice
 from fracbit.perturbation import error_profile, scheme_error
 from fracbit.pipeline.study.float_model import FloatModel, measure
 from fracbit.pipeline.study.lens import SEEDS, fixed_points, intensity_curves, per_module, unit_effects
@@ -18,20 +18,14 @@ from fracbit.pipeline.study.lens_errors import Error, is_noise, named_error
 from fracbit.pipeline.study.planted import plant_outliers
 from fracbit.pipeline.study.study import Study
 from fracbit.pipeline.study.texts import seen_by
-from fracbit.records.lens import LensPoint, LensReport, Target
+from fracbit.records.lens import GRANULARITIES, TARGETS, LensPoint, LensReport, Target
 from fracbit.records.progress import Progress
 from fracbit.records.scheme import Scheme
-from fracbit.records.spending import LENGTH, check_choice
+from fracbit.records.spending import LENGTH
 from fracbit.records.text_source import check_source
 
 SAMPLES = 16
 AT = 0.1
-TARGETS: Mapping[str, tuple[Target, ...]] = {
-    "weights": ("weights",),
-    "activations": ("activations",),
-    "both": ("weights", "activations"),
-}
-GRANULARITIES = ("block", "linear", "module")
 PROFILED = {
     "int4 a row": Scheme(block="row"),
     "nf4 a row": Scheme("nf", 4, "row"),

@@ -13,8 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from fracbit.checkpoint.folder import MANIFEST
 from fracbit.checkpoint.formats.gguf_record import record_of
-from fracbit.checkpoint.output import MANIFEST
 from fracbit.data import Tokens, parse_source, read_documents, shared_documents
 from fracbit.errors import DataError
 

@@ -23,7 +23,7 @@ from fracbit.checkpoint.export.gguf.placed import Placed
 from fracbit.checkpoint.export.gguf.size_keys import besides
 from fracbit.checkpoint.export.gguf.special_tokens import added_tokens, letters
 from fracbit.checkpoint.export.gguf.vocabulary import Vocabulary, read_json
-from fracbit.checkpoint.output import MANIFEST
+from fracbit.checkpoint.folder import MANIFEST
 
 FLOAT_FILES = {"F32": 0, "F16": 1, "BF16": 32}
 """llama.cpp's numbers of files that hold floats."""

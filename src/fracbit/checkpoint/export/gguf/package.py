@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from fracbit.errors import FormatError
-from fracbit.records.extras import install
+from fracbit.records.extras import check_extra
 
 
 def package() -> Any:
     """The package `gguf`. Raises `FormatError` where it is not installed."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise FormatError(f"writing a GGUF file needs the package gguf: {install('gguf')}") from error
+    check_extra("writing a GGUF file", "gguf", "gguf", FormatError)
+    import gguf
+
     return gguf

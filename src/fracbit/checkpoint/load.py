@@ -22,7 +22,7 @@ from fracbit.checkpoint.opened import (
 )
 from fracbit.checkpoint.source import Source, find_folder
 from fracbit.checkpoint.verify import verified
-from fracbit.errors import FormatError, SourceError
+from fracbit.errors import FormatError, SourceError, check_choice
 from fracbit.models.classes import auto_class
 from fracbit.models.experts import split_experts
 
@@ -69,8 +69,8 @@ def load_source(
     source: Source, dtype: torch.dtype | str, device: str | torch.device, trust_remote_code: bool
 ) -> PreTrainedModel:
     """`load`, for files that are open already."""
-    if isinstance(dtype, str) and dtype not in DTYPES:
-        raise SourceError(f"dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
+    if isinstance(dtype, str):
+        check_choice("dtype", dtype, DTYPES, SourceError)
     if not source.config.get("quantization_config"):
         check_weight_types(source)
     spread = device == "auto"

@@ -8,7 +8,8 @@ from typing import Any
 
 from typer.core import TyperCommand
 
-from fracbit.errors import RecipeError
+from fracbit.errors import RecipeError, SchemeError
+from fracbit.records.scheme import parse_scheme
 
 GONE = "0.3"  # the version that removes the old names
 
@@ -21,6 +22,24 @@ def _key(key: str) -> Spelling:
 
 def _axis(value: str) -> str:
     return "calibration.axis=gptq" if value == "auto" else f"scheme.axis={value}"
+
+
+def _dtype(value: str) -> str:
+    """`nf4` and `int3z/64` are whole schemes, `nf` is the type of one."""
+    try:
+        return f"scheme={parse_scheme(value)}"
+    except SchemeError:
+        return f"scheme.dtype={value}"
+
+
+def _bits(value: str) -> str:
+    """A whole number of bits. Raises `RecipeError` for a fraction; what is no number is for `--set` to refuse."""
+    number = value.partition(".")
+    if number[0].isdecimal() and number[2].strip("0"):
+        raise RecipeError(
+            f"--bits {value}: the bits of one scheme are whole; --average-bits {value} divides them over the layers"
+        )
+    return f"scheme.bits={number[0] if number[0].isdecimal() else value}"
 
 
 def _outliers(share: str) -> str:
@@ -41,8 +60,8 @@ _BUDGET: dict[str, Spelling | str] = {
 # Per command, the setting of an old name: a function of its value, or the whole setting if it took no value.
 OLD: Mapping[str, Mapping[str, Spelling | str]] = {
     "quantize": {
-        "--dtype": _key("scheme.dtype"),
-        "--bits": _key("scheme.bits"),
+        "--dtype": _dtype,
+        "--bits": _bits,
         "--block": _key("scheme.block"),
         "--axis": _axis,
         "--offset": _key("scheme.offset"),

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from fracbit.errors import KernelError
+from fracbit.errors import KernelError, check_choice
 from fracbit.numerics.packed import PackedTensor
 from fracbit.records.scheme import Scheme
 
@@ -42,10 +42,7 @@ class Kernel:
 
 def check_activations(activations: str) -> None:
     """Raises `KernelError` for anything but the two paths a user can choose."""
-    if activations not in get_args(Activations):
-        raise KernelError(
-            f"activations {activations!r} is not known; use {' or '.join(get_args(Activations))}"
-        )
+    check_choice("type of activations", activations, get_args(Activations), KernelError)
 
 
 def check_input(x: Tensor, columns: int, device: torch.device) -> None:

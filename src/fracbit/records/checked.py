@@ -6,6 +6,7 @@ the same words, with the line.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, get_args
 
@@ -65,6 +66,8 @@ def _allowed(kind: str, message: str, got: object) -> str:
         )
     if kind == "dataclass_type":
         return "it should be a scheme in one word, such as nf4/64, or a table of its fields"
+    if kind == "literal_error":
+        return near_matches(str(got), re.findall(r"'([^']+)'", message))
     if kind == "model_type":
         return "it should be a table of settings"
     return message.replace("Input should", "it should", 1)

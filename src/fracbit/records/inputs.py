@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from fracbit.errors import SchemeError
+from fracbit.errors import SchemeError, check_choice
 
 Scope = Literal["token", "tensor"]
 _LABEL = re.compile(r"([a-z]+)([2-8])(?:/(token|tensor))?")
@@ -29,8 +29,7 @@ class Inputs:
 
     def __post_init__(self) -> None:
         """Refuse what cannot exist. Raises `SchemeError`."""
-        if self.scope not in get_args(Scope):
-            raise SchemeError(f"scope {self.scope!r} of activations is not known; use token or tensor")
+        check_choice("scope of activations", self.scope, get_args(Scope), SchemeError)
         if not 2 <= self.bits <= 8:
             raise SchemeError(f"activations have 2 to 8 bits, got {self.bits}")
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from fracbit.errors import SchemeError, check_choice, near_matches
+from fracbit.records.borrowed import as_written_here, meant, scheme_hint
 
 Axis = Literal["in", "out"]
 Offset = Literal["none", "zero", "float", "mean"]
@@ -121,8 +122,9 @@ def _scale(scale: object) -> str | Scheme:
         return scale
     match = _SCALE_SHORTHAND.fullmatch(scale) if isinstance(scale, str) else None
     if match is None:
-        allowed = ", ".join(FLOAT_SCALES)
-        raise SchemeError(f"scale {scale!r} is not known; use {allowed}, or TYPEBITS:BLOCK such as int8:256")
+        raise SchemeError(
+            f"unknown scale {scale!r}; {near_matches(str(scale), FLOAT_SCALES)}, or TYPEBITS:BLOCK such as int8:256"
+        )
     dtype, bits, block = match.groups()
     size = int(block) if block.isdecimal() else block
     if dtype in _SCALES_OF_SCALES:
@@ -132,8 +134,10 @@ def _scale(scale: object) -> str | Scheme:
 
 def _check_dtype(dtype: object) -> None:
     if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype):
+        whole = isinstance(dtype, str) and not meant(dtype) and _WORD.fullmatch(as_written_here(dtype))
+        hint = f"--scheme {dtype} is a whole scheme; " if whole else scheme_hint(str(dtype))
         raise SchemeError(
-            f"data type {dtype!r} is not known; write a name such as nf, or a name and a parameter such as power:1/2"
+            f"unknown data type {dtype!r}; {hint}a data type is a name such as nf, or a name and a parameter such as power:1/2"
         )
 
 
@@ -148,26 +152,26 @@ def _check_block(block: object) -> None:
     if isinstance(block, str) and (block in _NAMED_BLOCKS or _FLAT.fullmatch(block)):
         return
     raise SchemeError(
-        f"block {block!r} is not known; use a number above 0, row, tensor, or flat:N such as flat:64"
+        f"unknown block {block!r}; {near_matches(str(block), _NAMED_BLOCKS)}, a number above 0, or flat:N such as flat:64"
     )
 
 
 def parse_scheme(word: str) -> Scheme:
     """A scheme from its word, which `str(scheme)` writes: `nf4/64`, `int3z/128 out`, `power:1/24/row s=fp32`.
 
-    A colon may stand for the slash; without a block it is 64. Raises `SchemeError` for anything else.
+    A colon may stand for the slash; without a block it is 64; FP4_E2M1 is float:e2m14. Raises `SchemeError` for anything else.
     """
-    text = word.strip()
+    text = as_written_here(word)
     if text == "float":
         raise SchemeError(
             "float quantizes nothing and is no scheme here: leave it out, or keep single layers float with --keep PATTERN, "
             "in a recipe keep = true"
         )
     match = _WORD.fullmatch(text)
-    if match is None:
+    if match is None or meant(word):
         raise SchemeError(
-            f"{word!r} is not a scheme: write TYPEBITS/BLOCK such as nf4/64, int3z/128 or kmeans:row2/row, then ' out' for "
-            "the other axis; z, f or m after the bits is the offset"
+            f"{word!r} is not a scheme: {scheme_hint(word)}a scheme is TYPEBITS/BLOCK such as nf4/64, int3z/128 or "
+            "kmeans:row2/row, then ' out' for the other axis; z, f or m after the bits is the offset"
         )
     size = match["block"] or "64"
     return Scheme(

@@ -15,14 +15,17 @@ from importlib import import_module
 from typing import Any, Generic, TypeVar
 
 from fracbit.errors import FracbitError, RecipeError, SchemeError, near_matches
+from fracbit.records.borrowed import method_hint
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Table(Generic[T]):
-    """Names and where their objects live: `entries` maps a name to "module:attribute". `kind` is what a message calls an entry,
-    `error` what an unknown name raises. `reading`: the names whose objects read text; a test holds them to the objects.
+    """Names and where their objects live: `entries` maps a name to "module:attribute".
+
+    - `kind`: what a message calls an entry; `written`: how one is asked for; `error`: what an unknown name raises.
+    - `reading`: the names whose objects read text; a test holds them to the objects.
 
     Iteration, `len` and `in` look at names alone; `table[name]` and `items` import.
     """
@@ -30,6 +33,7 @@ class Table(Generic[T]):
     kind: str
     entries: Mapping[str, str]
     error: type[FracbitError] = RecipeError
+    written: str = "{}"
     reading: Collection[str] = ()
 
     @property
@@ -40,7 +44,8 @@ class Table(Generic[T]):
     def check(self, name: str) -> str:
         """The name itself where the table has it; nothing is imported. Raises `error` with near matches."""
         if name not in self.entries:
-            raise self.error(f"unknown {self.kind} {name!r}; {near_matches(name, self.entries)}")
+            hint = elsewhere(name) or method_hint(name)
+            raise self.error(f"unknown {self.kind} {name!r}; {hint}{near_matches(name, self.entries)}")
         return name
 
     def load(self, name: str) -> T:
@@ -66,6 +71,14 @@ class Table(Generic[T]):
         return ((name, self.load(name)) for name in self.entries)
 
 
+def elsewhere(name: str) -> str:
+    """Where a name belongs that another table has, `...; `; "" where none does."""
+    for table in globals().values():
+        if isinstance(table, Table) and name in table:
+            return f"it is {'an' if table.kind[0] in 'aeiou' else 'a'} {table.kind}: {table.written.format(name)}; "
+    return ""
+
+
 # Their packages give these tables a type: `fracbit.quantizers.QUANTIZERS` is a `Table[Callable[..., Quantizer]]`.
 
 DATATYPES: Table[Any] = Table(
@@ -82,6 +95,7 @@ DATATYPES: Table[Any] = Table(
         "kmeans": "fracbit.numerics.datatypes:KMEANS",
     },
     SchemeError,
+    written="--scheme {}4/64",
 )
 
 QUANTIZERS: Table[Any] = Table(
@@ -91,6 +105,7 @@ QUANTIZERS: Table[Any] = Table(
         "gptq": "fracbit.quantizers.gptq:Gptq",
         "descent": "fracbit.quantizers.gptq:Descent",
     },
+    written="--quantizer {}",
     reading=("gptq", "descent"),
 )
 
@@ -102,6 +117,7 @@ COLUMN_RULES: Table[Any] = Table(
         "proxy": "fracbit.quantizers.columns:PROXY",
         "random": "fracbit.quantizers.columns:RANDOM",
     },
+    written="--set outliers={}:0.01",
     reading=("activation",),
 )
 
@@ -113,6 +129,7 @@ TRANSFORMS: Table[Any] = Table(
         "rotate": "fracbit.transforms.rotation:STREAM",
         "rotate-mlp": "fracbit.transforms.rotation:INNER",
     },
+    written="--set calibration.transforms={}",
 )
 
 CORRECTIONS: Table[Any] = Table(
@@ -123,6 +140,7 @@ CORRECTIONS: Table[Any] = Table(
         "auto": "fracbit.models.tweak:Auto",
         "train": "fracbit.models.train:Train",
     },
+    written="--set calibration.tweak={}",
 )
 
 SCORES: Table[Any] = Table(
@@ -144,6 +162,7 @@ SCORES: Table[Any] = Table(
         "fisher": "fracbit.importance.gradient_error:FISHER",
         "oracle": "fracbit.importance.oracle:ORACLE",
     },
+    written="--score {}",
     reading=("lim", "lim-final-norm", "gram-error", "guided-error", "gradient", "fisher", "oracle"),
 )
 
@@ -158,6 +177,7 @@ PERTURBATIONS: Table[Any] = Table(
         "shrinking": "fracbit.perturbation.noise:SHRINKING",
         "shrinking-scaled": "fracbit.perturbation.noise:SHRINKING_SCALED",
     },
+    written="fracbit lens --kinds {}",
 )
 
 FORMATS: Table[Any] = Table(
@@ -170,6 +190,7 @@ FORMATS: Table[Any] = Table(
         "mlx": "fracbit.checkpoint.export.mlx:export_mlx",
         "gguf": "fracbit.checkpoint.export.gguf.gguf_file:export_gguf",
     },
+    written="fracbit export --to {}",
 )
 
 ENGINES: Table[Any] = Table(
@@ -183,6 +204,7 @@ ENGINES: Table[Any] = Table(
         "mlx": "fracbit.engines.mlx:MLX",
         "transformers": "fracbit.engines.transformers_alone:TRANSFORMERS",
     },
+    written="--for {}",
 )
 
 SERVING: Mapping[str, str] = {

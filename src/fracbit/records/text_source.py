@@ -29,14 +29,13 @@ file, so that "?" and "@" stay usable in file names.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from fracbit.errors import DataError
+from fracbit.errors import DataError, near_matches
 from fracbit.records.extras import check_extra
 
 TextKind = Literal["file", "datasets", "bundled", "builtin", "generated"]
@@ -249,7 +248,7 @@ def _format(text: str, location: str, wanted: str | None) -> Format:
     extension = Path(location).suffix.lower()
     if extension not in EXTENSIONS:
         raise DataError(
-            f"{text}: the extension {extension or '(none)'} is not one of {', '.join(EXTENSIONS)}. "
+            f"{text}: unknown extension {extension or '(none)'}; {near_matches(extension, EXTENSIONS)}. "
             "Add ?format=text (or jsonl, parquet, u16, u32, npy) to say what the file is."
         )
     return EXTENSIONS[extension]
@@ -258,10 +257,8 @@ def _format(text: str, location: str, wanted: str | None) -> Format:
 def _check_names(text: str, form: Format, options: Mapping[str, str]) -> None:
     for name in options:
         if name not in OPTIONS[form]:
-            allowed = ", ".join(sorted(OPTIONS[form])) or "no options"
-            near = difflib.get_close_matches(name, sorted(OPTIONS[form]), n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise DataError(f"{text}: a source of the format {form} takes {allowed}, not {name!r}.{hint}")
+            known = near_matches(name, OPTIONS[form]) if OPTIONS[form] else "it takes no options"
+            raise DataError(f"{text}: a source of the format {form} has no option {name!r}; {known}.")
 
 
 def _choice(
@@ -272,7 +269,7 @@ def _choice(
 
 def _allowed(text: str, name: str, value: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
-        raise DataError(f"{text}: {name}={value} is not one of {', '.join(allowed)}.")
+        raise DataError(f"{text}: unknown {name}={value}; {near_matches(value, allowed)}.")
     return value
 
 

@@ -25,7 +25,7 @@ from fracbit.records.calibration import Calibration
 from fracbit.records.recipe import Override, Recipe
 from fracbit.records.scheme import Scheme, parse_scheme
 from fracbit.records.spending import Spending
-from fracbit.records.tables import SERVING
+from fracbit.records.tables import FILES_ONLY, SERVING
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -303,6 +303,7 @@ def test_the_command_line(model: Path, tmp_path: Path) -> None:
 def test_the_help_names_the_engines_that_serve_something() -> None:
     served = {name: engine.formats[0] for name, engine in ENGINES.items() if engine.serves is not None}
     assert list(SERVING.items()) == list(served.items())
+    assert {*SERVING, *FILES_ONLY} == set(ENGINES)
     ran = CliRunner().invoke(app, ["quantize", "--help"], env={"COLUMNS": "200"})
     assert f"Engine that will run the file: {', '.join(SERVING)}." in ran.output
     assert "gptqmodel" not in ran.output

@@ -116,7 +116,7 @@ def test_seeds_are_one_run_where_nothing_is_drawn(tmp_path: Path) -> None:
         ),
         ('[[arm]]\nquantizers = "rtn:damping=1"\n', "line 5: quantizer rtn has no key 'damping'"),
         ("[[arm]]\nbits = [4, 9]\n", "line 5: bits must be an integer from 1 to 8"),
-        ("[[arm]]\nblocks = [0]\n", "line 5: block 0 is not known"),
+        ("[[arm]]\nblocks = [0]\n", "line 5: unknown block 0"),
         ('[[arm]]\nbits = "four"\n', "line 5: arm.0.bits.0"),
         ('[[arm]]\noutliers = "proxy:2"\n', "line 5: outliers 'proxy:2'"),
         ("[[arm]]\n[[arm.exclude]]\nbit = 3\n", "line 6: [[exclude]] has no key 'bit'"),

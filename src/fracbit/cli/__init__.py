@@ -11,6 +11,7 @@ from fracbit.cli import (
     bench,
     chat,
     demo,
+    env,
     evaluate,
     export,
     generate,
@@ -74,6 +75,7 @@ app.command("lens")(lens.lens)
 app.command("sweep")(sweep.sweep)
 app.command("report")(report.report)
 app.command("task")(task.task)
+app.command("env")(env.env)
 
 
 INTERRUPTED = 130  # typer's exit code after Ctrl-C

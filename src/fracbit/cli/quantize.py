@@ -145,7 +145,7 @@ def quantize(
     check_model(made.recipe.model, made.recipe.revision)
     engine = made.spending.engine
     place_of(output.expanduser(), engine, resume=resume, overwrite=overwrite)
-    check_format(SERVING[engine] if engine else "")
+    check_format(SERVING.get(engine, "") if engine else "")
     long = made.recipe.calibration is not None or made.spending.preset is not None
     with progress(json or quiet) as show:
         result = fracbit.quantize(

@@ -95,6 +95,7 @@ def sweep(
 
         check_address(address)  # before anything slow is imported
     if ray or address is not None:
+        _check_ray(device, workers, min(cpus, gpus, retries))
         check_extra("--ray", "ray", "ray", OutputError)
     from fracbit.sweeps.parquet import export_parquet, import_parquet
     from fracbit.sweeps.spec import expand, read_sweep
@@ -170,12 +171,6 @@ def _on_ray(
     retries: int,
     keep_going: bool,
 ) -> Engine:
-    if (workers is not None and workers < 1) or min(cpus, gpus, retries) < 0:
-        raise RecipeError("--workers must be at least 1, and --cpus, --gpus and --retries not below 0")
-    if device != "cpu":
-        raise RecipeError(
-            f"--device {device} is for a sweep without Ray: --gpus 1 gives each worker of Ray a GPU"
-        )
     from fracbit.sweeps.ray_engine import OnRay
 
     size = None if memory is None else int(memory * 1e9)
@@ -189,6 +184,16 @@ def _on_ray(
         retries=retries,
         keep_going=keep_going,
     )
+
+
+def _check_ray(device: str, workers: int | None, least: float) -> None:
+    """Refuse numbers that Ray cannot have, of which `least` is the smallest, and a device beside it. Raises `RecipeError`."""
+    if (workers is not None and workers < 1) or least < 0:
+        raise RecipeError("--workers must be at least 1, and --cpus, --gpus and --retries not below 0")
+    if device != "cpu":
+        raise RecipeError(
+            f"--device {device} is for a sweep without Ray: --gpus 1 gives each worker of Ray a GPU"
+        )
 
 
 def _show(row: Row, done: int, total: int) -> None:

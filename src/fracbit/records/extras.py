@@ -34,6 +34,16 @@ def install(extra: str) -> str:
     return f"pip install 'fracbit[{extra}] @ {url}'" if url else f"pip install 'fracbit[{extra}]'"
 
 
+def origin() -> str:
+    """How fracbit was installed, without the place: editable, from a repository, from a file or from an index."""
+    facts = _origin()
+    if facts.get("dir_info", {}).get("editable"):
+        return "editable"
+    if "vcs_info" in facts:
+        return f"from {facts['vcs_info']['vcs']}, commit {facts['vcs_info']['commit_id']}"
+    return "from a file or folder" if facts else "from an index, or not installed"
+
+
 def _origin() -> dict[str, Any]:
     """What the installer wrote down of where fracbit came from (PEP 610); nothing for one from an index."""
     try:

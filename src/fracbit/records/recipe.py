@@ -174,20 +174,23 @@ def inline_toml(value: object) -> str:
     )  # which TOML allows in escaped form alone
 
 
-def check_data(recipe: Recipe) -> None:
-    """Refuse a recipe without calibration texts where something in it reads them. Raises `RecipeError`."""
+def check_data(recipe: Recipe, quantizer_reads: bool | None = None, rule_reads: bool | None = None) -> None:
+    """Refuse a recipe without calibration texts whose quantizer or column rule reads them. Raises `RecipeError`.
+
+    Whether they do is what the objects say, where they are known already, else what their tables say.
+    """
     if recipe.calibration is not None:
         return
-    if read_named(recipe.quantizer, QUANTIZERS).name in QUANTIZERS.reading:
-        raise RecipeError(
-            f"quantizer {recipe.quantizer} reads calibration data: {GIVE}, or texts in a [calibration] table; "
-            "rtn reads none"
-        )
+    if quantizer_reads is None:
+        quantizer_reads = read_named(recipe.quantizer, QUANTIZERS).name in QUANTIZERS.reading
     chosen = "" if recipe.outliers is None else recipe.outliers.chosen
-    if chosen in COLUMN_RULES.reading:
-        raise RecipeError(
-            f"outliers chosen by {chosen} read calibration data: {GIVE}; cost and proxy read none"
-        )
+    if rule_reads is None:
+        rule_reads = chosen in COLUMN_RULES.reading
+    texts = f"calibration data: {GIVE}, or texts in a [calibration] table"
+    if quantizer_reads:
+        raise RecipeError(f"quantizer {recipe.quantizer} reads {texts}; rtn reads none")
+    if rule_reads:
+        raise RecipeError(f"outliers chosen by {chosen} read {texts}; cost and proxy read none")
 
 
 def read_toml(path: Path) -> dict[str, Any]:

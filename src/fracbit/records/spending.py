@@ -14,7 +14,7 @@ from fracbit.records.recipe import Recipe, check_data
 from fracbit.records.scheme import Scheme
 from fracbit.records.scores import Losses, Scores, load_scores
 from fracbit.records.sizes import read_size
-from fracbit.records.tables import ENGINES, SCORES, SERVING
+from fracbit.records.tables import ENGINES, FILES_ONLY, SCORES, SERVING
 from fracbit.records.text_source import GIVE, check_source
 
 Granularity: TypeAlias = Literal["block", "linear"]
@@ -70,10 +70,8 @@ class Spending:
         given = self._given()
         _check_budgets(given)
         _check_number("average_bits", self.average_bits)
-        if self.engine is not None and ENGINES.check(self.engine) not in SERVING:
-            raise RecipeError(
-                f"nothing is quantized for {self.engine}, which only reads files; write one of {', '.join(SERVING)}"
-            )
+        if self.engine is not None and ENGINES.check(self.engine) in FILES_ONLY:
+            raise not_served(self.engine)
         if self.preset is not None:
             _check_preset(self.preset, given)
         check_choice("granularity", self.granularity, get_args(Granularity))
@@ -146,12 +144,24 @@ def _check_read(recipe: Recipe, spending: Spending) -> None:
     texts = () if recipe.calibration is None else recipe.calibration.texts
     if spending.preset not in (None, "fast") and not texts:
         raise RecipeError(f"preset {spending.preset} needs calibration text: {GIVE}; preset fast reads none")
-    score = str(spending.score).removeprefix("reverse:")
-    if spending.asked and score in SCORES.reading and not (texts or spending.text):
-        raise RecipeError(
-            f"score {score} reads text: {GIVE}; --text (--set spending.text) names a text for scores alone; zd reads none"
-        )
+    score = str(spending.score)
+    if spending.asked and score.removeprefix("reverse:") in SCORES.reading and not (texts or spending.text):
+        raise score_without_text(score)
     check_data(recipe)
+
+
+def score_without_text(score: str) -> RecipeError:
+    """For a score that reads text where there is none."""
+    return RecipeError(
+        f"score {score} reads text: {GIVE}; --text (--set spending.text) names a text for scores alone; zd reads none"
+    )
+
+
+def not_served(engine: str) -> RecipeError:
+    """For an engine that only reads files."""
+    return RecipeError(
+        f"nothing is quantized for {engine}, which only reads files; write one of {', '.join(SERVING)}"
+    )
 
 
 def _check_number(what: str, value: object) -> None:

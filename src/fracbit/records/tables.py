@@ -25,7 +25,7 @@ class Table(Generic[T]):
     """Names and where their objects live: `entries` maps a name to "module:attribute".
 
     - `kind`: what a message calls an entry; `written`: how one is asked for; `error`: what an unknown name raises.
-    - `reading`: the names whose objects read text; a test holds them to the objects.
+    - `reading`: the names here whose objects read text, for an early answer; the objects decide, and a test compares both.
 
     Iteration, `len` and `in` look at names alone; `table[name]` and `items` import.
     """
@@ -213,4 +213,7 @@ SERVING: Mapping[str, str] = {
     "llama.cpp": "gguf",
     "mlx": "mlx",
 }
-"""The engines of the table above for which models are quantized, with their usual formats; a test holds it to the entries."""
+"""The engines here for which models are quantized, with their usual formats."""
+
+FILES_ONLY = ("compressed-tensors", "gptqmodel", "transformers")
+"""The engines here that only read files. As `reading`, both are for an early answer, and the objects decide."""

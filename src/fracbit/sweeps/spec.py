@@ -44,7 +44,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from fracbit.errors import FracbitError, RecipeError, SchemeError, near_matches
 from fracbit.records.calibration import Calibration
 from fracbit.records.inputs import parse_inputs
-from fracbit.records.named import read_named
 from fracbit.records.outliers import read_outliers
 from fracbit.records.recipe import Recipe, SchemeField, read_toml
 from fracbit.records.row import KEEP_ALL, OLD_SAMPLES, Evaluation, Run, run_key
@@ -240,16 +239,22 @@ def _left_out(point: Mapping[str, Any], sweep: Sweep, arm: Arm) -> str:
 
 def _needs_text(point: Mapping[str, Any]) -> bool:
     chosen = (point["transform"], point["correction"], point["inputs"])
-    outliers = read_outliers(point["outliers"])
-    reads = read_named(point["quantizer"], QUANTIZERS).name in QUANTIZERS.reading
-    reads = reads or (outliers is not None and outliers.chosen in COLUMN_RULES.reading)
+    from fracbit.quantizers import quantizer
+
+    reads = bool(quantizer(point["quantizer"]).needs) or "energy" in _rule_needs(point)
     return reads or any(name != "none" for name in chosen)
 
 
 def _draws(point: Mapping[str, Any]) -> bool:
     """Whether the run of a point draws anything at random: calibration samples, or columns."""
+    return _needs_text(point) or "chance" in _rule_needs(point)
+
+
+def _rule_needs(point: Mapping[str, Any]) -> frozenset[str]:
+    """What the column rule of a point needs."""
     outliers = read_outliers(point["outliers"])
-    return _needs_text(point) or (outliers is not None and "chance" in COLUMN_RULES[outliers.chosen].needs)
+    needs: frozenset[str] = frozenset() if outliers is None else COLUMN_RULES[outliers.chosen].needs
+    return needs
 
 
 @lru_cache(maxsize=4096)

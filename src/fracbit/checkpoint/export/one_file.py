@@ -14,7 +14,7 @@ from fracbit.checkpoint.folder import check_output, finished_run
 from fracbit.checkpoint.formats.gguf_record import record_of
 from fracbit.checkpoint.place import GGUF
 from fracbit.errors import OutputError, RecipeError
-from fracbit.records.tables import SERVING
+from fracbit.records.tables import ENGINES, SERVING
 
 FORMATS_OF = {GGUF: "gguf"}
 """The format of a file, by its ending."""
@@ -73,7 +73,7 @@ def place_of(output: Path, engine: str | None, *, resume: bool, overwrite: bool)
     if is_one_file(output):
         wanted = FORMATS_OF[output.suffix]
         engines = [name for name, usual in SERVING.items() if usual == wanted]
-        given = "" if engine is None else SERVING.get(engine, engine)
+        given = "" if engine is None else SERVING.get(engine) or ENGINES[engine].formats[0]
         check_ending(output, given, f"write --for {' or '.join(engines)}")
     place = output
     if engine is not None:

@@ -38,7 +38,7 @@ from fracbit.records.recipe import Recipe
 from fracbit.records.resources import Needs
 from fracbit.records.run import Share
 from fracbit.records.scores import Losses
-from fracbit.records.spending import ONE_BUDGET, Spending, check_terms
+from fracbit.records.spending import ONE_BUDGET, Spending, check_terms, score_without_text
 
 
 @dataclass(frozen=True)
@@ -221,12 +221,15 @@ def _drawn(study: Study, recipe: Recipe, spending: Spending) -> Samples | None:
     """Samples of the score's own text, else those of the recipe's calibration; None for a data-free score.
 
     The calibration's are all that the run will read, so that it need not draw them, or let the model write them, again.
+    Raises `RecipeError` without a text.
     """
     score = spending.named_score()
     if not isinstance(score, str) or score_method(score).data_free:
         return None
     if spending.text is not None:
         return study.seen(spending.text, spending.samples, spending.length)
+    if recipe.calibration is None or not recipe.calibration.texts:
+        raise score_without_text(score)
     return study.calibration(recipe)
 
 

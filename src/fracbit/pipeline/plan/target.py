@@ -22,7 +22,7 @@ from fracbit.errors import RecipeError
 from fracbit.pipeline.plan.about import bits_about
 from fracbit.records.recipe import Override, Recipe
 from fracbit.records.scheme import Scheme
-from fracbit.records.spending import Spending
+from fracbit.records.spending import Spending, not_served
 from fracbit.transforms import TRANSFORMS
 
 NEAREST, WITHIN = 3, 2.0  # widths around a budget: so many at least, and all that are so many bits away
@@ -246,9 +246,10 @@ def _differences(own: Recipe, changed: Recipe, target: EngineTarget) -> Iterator
 
 
 def target_of(name: str, opened: Opened) -> EngineTarget:
-    """The engine called `name` for a model."""
+    """The engine called `name` for a model. Raises `RecipeError`."""
     engine = ENGINES[name]
-    assert engine.serves is not None  # a name of SERVING
+    if engine.serves is None:
+        raise not_served(name)
     forms = engine.serves
     if engine.casts_scales:
         forms = forms.with_scales(TYPES[config_type(opened.source.config)])

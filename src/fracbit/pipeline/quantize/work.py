@@ -188,14 +188,14 @@ def check_words(recipe: Recipe) -> None:
 def _check(recipe: Recipe, device: str | torch.device) -> None:
     """Refuse settings that exclude each other, before anything is read."""
     check_words(recipe)
-    check_data(recipe)
     calibration = recipe.calibration
+    asked = "" if recipe.outliers is None else recipe.outliers.chosen
+    wanted = COLUMN_RULES[asked].needs if asked else frozenset()
+    check_data(recipe, bool(quantizer(recipe.quantizer).needs), "energy" in wanted)
     if calibration is None and torch.device(device).type != "cpu":
         raise RecipeError(
             f"device {device} needs calibration: rounding without data runs on the CPU; leave the device out"
         )
-    asked = "" if recipe.outliers is None else recipe.outliers.chosen
-    wanted = COLUMN_RULES[asked].needs if asked else frozenset()
     if calibration is not None and calibration.tweak != "none" and calibration.samples < 2:
         raise RecipeError(
             f"correction {calibration.tweak} needs at least 2 samples, got {calibration.samples}; give more samples, or set "

@@ -7,7 +7,7 @@ import json
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from fracbit.data import parse_source, read_calibration, read_documents
+from fracbit.data import parse_source, read_calibration, read_documents, shared_documents
 from fracbit.data.builtin import TEXTS
 from fracbit.errors import DataError
 from fracbit.records.text_source import BUILTIN
@@ -71,8 +71,16 @@ def test_there_are_always_enough_samples(tokenizer: PreTrainedTokenizerFast) -> 
     assert len({tuple(row.tolist()) for row in drawn.ids}) == 8, "another order each time"
 
 
+def test_the_part_to_judge_by_is_no_part_of_the_others(tokenizer: PreTrainedTokenizerFast) -> None:
+    whole = read_documents("builtin", tokenizer, VOCABULARY)
+    judge = read_documents("builtin:held-out", tokenizer, VOCABULARY)
+    assert len(judge.documents) == len(records("held-out"))
+    assert judge.count > 8_000
+    assert shared_documents(judge, whole, run=100) == 0
+
+
 def test_an_unknown_part() -> None:
-    with pytest.raises(DataError, match="has the parts chats, code, prose, languages, not 'poems'"):
+    with pytest.raises(DataError, match="has the parts chats, code, prose, languages, held-out, not 'poems'"):
         parse_source("builtin:poems")
 
 

@@ -103,7 +103,7 @@ CalibrationTexts = Annotated[
     list[str],
     typer.Option(
         "--calibration",
-        help="Text that inputs are observed on, options after ?; repeatable.",
+        help="Text that inputs are observed on, or builtin; options after ?; repeatable.",
         rich_help_panel=DATA,
     ),
 ]

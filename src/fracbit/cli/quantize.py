@@ -99,7 +99,7 @@ def quantize(
     calibration: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text, ids or `generated`, for quantizers that read data; repeatable.",
+            help="Text, ids, `builtin` or `generated`, for quantizers that read data; repeatable.",
             rich_help_panel=options.DATA,
         ),
     ] = None,

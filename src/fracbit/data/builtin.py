@@ -23,8 +23,8 @@ TEXTS = Path(__file__).with_name("texts")
 
 
 def read_builtin(source: TextSource) -> RawTexts:
-    """Read one part (`builtin:chats`), or all of them."""
-    paths = [TEXTS / f"{part}.jsonl" for part in BUILTIN if source.split in (None, part)]
+    """Read one part (`builtin:chats`), or all but the one to judge by."""
+    paths = [TEXTS / f"{part}.jsonl" for part in (BUILTIN if source.split is None else (source.split,))]
 
     def records() -> Iterator[tuple[str, Record]]:
         for path in paths:

@@ -5,7 +5,8 @@
              | FOLDER                                   a data set that datasets' save_to_disk wrote
              | "datasets:" NAME [ ":" [CONFIG] [ ":" SPLIT ] ]          a data set on the hub, or such a folder
              | "bundled" [ ":" ( "held-out" | "train" ) ]               text of the bundled model
-             | "builtin" [ ":" PART ]                   text that comes with fracbit: chats, code, prose, languages
+             | "builtin" [ ":" PART ]                   text that comes with fracbit: chats, code, prose, languages;
+                                                        held-out, to judge by
              | "generated"                              written by the float model (data/self_text.py)
     weight   = a number above 0                         share of the samples in a mixture (default 1)
 
@@ -46,6 +47,8 @@ ID_FORMATS = ("u16", "u32", "npy")
 """Formats of files that hold token ids; they need no tokenizer."""
 BUILTIN: Mapping[str, float] = {"chats": 0.5, "code": 0.2, "prose": 0.15, "languages": 0.15}
 """Parts of the text that comes with fracbit, and how samples are shared between them."""
+HELD_OUT = "held-out"
+"""One more part, of which samples of the whole are never drawn: to judge by."""
 Division = Literal["one", "each", "line", "paragraph"]
 Bos = Literal["auto", "always", "never"]
 Empty = Literal["error", "skip"]
@@ -64,7 +67,7 @@ EXTENSIONS: Mapping[str, Format] = {
     ".npy": "npy",
 }
 
-GIVE = "give --calibration FILE, or builtin (a small set that comes with fracbit), or generated (the model writes it)"
+GIVE = "give --calibration FILE, or builtin (text that comes with fracbit), or generated (the model writes it)"
 """What a message says where a text is missing."""
 
 FILE_FORMATS: tuple[str, ...] = tuple(dict.fromkeys(EXTENSIONS.values()))
@@ -232,8 +235,9 @@ def _locate(text: str, location: str) -> tuple[TextKind, str, str | None, str | 
             raise DataError(f"{text}: the bundled text has the parts train and held-out, not {tail!r}.")
         return "bundled", "bundled", None, tail or "held-out"
     if head == "builtin":
-        if tail not in ("", *BUILTIN):
-            raise DataError(f"{text}: the built-in text has the parts {', '.join(BUILTIN)}, not {tail!r}.")
+        if tail not in ("", *BUILTIN, HELD_OUT):
+            parts = ", ".join((*BUILTIN, HELD_OUT))
+            raise DataError(f"{text}: the built-in text has the parts {parts}, not {tail!r}.")
         return "builtin", "builtin", None, tail or None
     if location == "generated":
         return "generated", location, None, None

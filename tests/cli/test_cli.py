@@ -81,7 +81,7 @@ def test_from_a_model_to_a_smaller_one(model: Path, text: Path, tmp_path: Path) 
     made = good("quantize", model, "-o", tmp_path / "q", "--scheme", "nf4/64")
     assert set(made) == {
         "output", "bits_per_weight", "bits_per_parameter", "bytes", "source_bytes", "seconds", "peak_rss_bytes", "share",
-        "notes",
+        "notes", "bought",
     }  # fmt: skip
     assert 4 < made["bits_per_weight"] < 4.6
     assert made["bytes"] == (tmp_path / "q" / "model.safetensors").stat().st_size

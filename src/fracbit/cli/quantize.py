@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -37,10 +38,12 @@ class Running:
 
     - `device`: where blocks are calibrated, one at a time: cpu, cuda, ...
     - `shard_mb`: largest weight file of a data-free run in MB; limits its memory.
+    - `compare`: at the end, compare the predictions with the float model's, on spending.held_out or a small builtin text.
     """
 
     device: str = "cpu"
     shard_mb: int = 256
+    compare: bool = True
 
 
 def quantize(
@@ -158,6 +161,7 @@ def quantize(
             device=made.run.device,
             shard_bytes=made.run.shard_mb << 20,
             allow_float=allow_float,
+            compare=made.run.compare,
             progress=show,
             announce=print_said if long and not (json or quiet or resume) else None,
         )
@@ -166,6 +170,8 @@ def quantize(
         return
     print_notes(() if quiet else result.notes)
     _print_result(result, made.recipe.calibration is not None)
+    if not quiet:
+        print_said(f"next: {_onwards(result.output, made.spending.engine)}")
 
 
 def _print_result(result: Result, calibrated: bool) -> None:
@@ -183,3 +189,13 @@ def _print_result(result: Result, calibrated: bool) -> None:
         f"(source {bytes_text(result.source_bytes)}), {result.seconds:.1f} s, peak {bytes_text(result.peak_rss_bytes)}"
     )
     print(result.share)
+    if result.bought is not None:
+        print(result.bought)
+
+
+def _onwards(output: str, engine: str | None) -> str:
+    """The commands that a user may want next."""
+    if engine is not None:
+        return f"fracbit prove {quote(output)}"
+    rest = f"fracbit verify {quote(output)}, fracbit export {quote(output)} --to gguf -o model.gguf"
+    return f"fracbit generate {quote(output)} 'Once upon a time', {rest}"

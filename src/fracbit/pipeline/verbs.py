@@ -30,9 +30,10 @@ from fracbit.evaluation import (
     prepare_questions,
     tasks_of,
 )
+from fracbit.pipeline.improve.bought import bought
 from fracbit.pipeline.plan.budget import budgeted, planned
 from fracbit.pipeline.plan.needs import needs_or_why
-from fracbit.pipeline.quantize.run import open_for, write_checkpoint
+from fracbit.pipeline.quantize.run import FINISHED, open_for, write_checkpoint
 from fracbit.pipeline.quantize.served import served
 from fracbit.pipeline.quantize.work import check_words
 from fracbit.pipeline.study.overlap import calibration_sources, overlap_notes
@@ -56,6 +57,7 @@ def quantize(
     device: str = "cpu",
     shard_bytes: int = SHARD_BYTES,
     allow_float: float = ALLOWED,
+    compare: bool = False,
     progress: Shown = "auto",
     announce: Callable[[str], None] | None = None,
 ) -> Result:
@@ -66,6 +68,8 @@ def quantize(
     - `spending`: a budget or preset that chooses the schemes; `allocation`: a JSON file of `fracbit plan` that names them.
     - `device`: where blocks are calibrated, one at a time; `shard_bytes` bounds the memory of a data-free run.
     - `allow_float`: the share of the weights of the blocks' matrices that may stay float without a warning in the notes.
+    - `compare`: look, at the end, how far the predictions are from the float model's, on `spending.held_out` or a small builtin
+      text; not where that would take over a minute and over a tenth of the run.
     - `announce` is told before the run what it will take, which is measured on one of the model's blocks.
     - `resume` continues an interrupted output; a finished one is left as it is, and a note says so.
 
@@ -102,6 +106,10 @@ def quantize(
             samples=divided.samples,
             allow_float=allow_float,
         )
+        if compare and FINISHED not in result.notes:
+            found = bought(divided.recipe, place, result.seconds, text=spending.held_out, show=show)
+            said = (*said, *((found,) if isinstance(found, str) else found.warning()))
+            result = replace(result, bought=None if isinstance(found, str) else found)
         if spending.engine is not None:
             result = served(result, folder, spending.engine, overwrite=overwrite, progress=show)
     return replace(result, notes=(*said, *divided.notes, *result.notes))

@@ -149,6 +149,7 @@ class ShardRecord:
         )  # fmt: skip
 
 
+BROKEN = 1.0  # nats per token above the float model's loss: less than a third of the probability of every right token
 LARGEST = 4  # names of what stays float that a sentence has
 OVERRIDE = "override"  # how the reason of a layer begins that a recipe names
 ALLOWED = 0.1  # share of the blocks' matrices that may stay float without a warning
@@ -207,11 +208,52 @@ class Share:
 
 
 @dataclass(frozen=True)
+class Bought:
+    """A checkpoint beside its float model on `tokens` ids of a held-out `text`.
+
+    - `nll`, `float_nll`: losses in nats per token; `kl`: mean KL(float || quantized) in nats per token.
+    - `agreement`: share of ids, 0..1, with the same most likely next one.
+    """
+
+    text: str
+    tokens: int
+    float_nll: float
+    nll: float
+    kl: float
+    agreement: float
+
+    @property
+    def broken(self) -> bool:
+        """Whether the loss says that the model was broken: it is not finite, or a nat above the float model's."""
+        return not self.nll - self.float_nll < BROKEN
+
+    def __str__(self) -> str:
+        """One sentence."""
+        return (
+            f"on {self.tokens} tokens of {self.text}: perplexity {_perplexity(self.nll)}, float "
+            f"{_perplexity(self.float_nll)}; KL {self.kl:.4f} nats per token, same top token {self.agreement:.1%}"
+        )
+
+    def warning(self) -> tuple[str, ...]:
+        """A warning where quantization broke the model."""
+        if not self.broken:
+            return ()
+        return (
+            f"this model is broken: its perplexity is {_perplexity(self.nll)}, and the float model's "
+            f"{_perplexity(self.float_nll)}; take more bits, smaller blocks or --preset good with --calibration builtin",
+        )
+
+
+def _perplexity(nll: float) -> str:
+    return f"{math.exp(nll):.4g}" if nll < 700 else "beyond all numbers"
+
+
+@dataclass(frozen=True)
 class Result(Totals):
     """What a run made: the folder `output`, what it costs, and what the user should know (`notes`).
 
     `seconds` of this process (a resumed run counts its last part), `peak_rss_bytes` the most memory it had resident, `share`
-    how much of the model became smaller.
+    how much of the model became smaller. `bought`: its predictions beside the float model's, where it was asked for.
     """
 
     output: str
@@ -219,6 +261,7 @@ class Result(Totals):
     peak_rss_bytes: int
     share: Share
     notes: tuple[str, ...] = ()
+    bought: Bought | None = None
 
 
 @dataclass(frozen=True)

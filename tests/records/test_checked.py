@@ -29,7 +29,7 @@ FAULTS: list[tuple[type, dict[str, Any], type[FracbitError], str]] = [
     (Recipe, {"model": "m", "overrides": [{"keep": True}]}, RecipeError, "overrides.0.layers is missing; .*pattern"),
     (Calibration, {"texts": "x"}, RecipeError, r"texts is 'x'; it should be a list, such as \['x'\]"),
     (Calibration, {"texts": ["x"], "samples": 0}, RecipeError, "samples is 0; .* greater than or equal to 1"),
-    (Calibration, {"texts": ["x"], "chain": "both"}, RecipeError, "chain is 'both'; .*'quantized' or 'float'"),
+    (Calibration, {"texts": ["x"], "chain": "both"}, RecipeError, "chain is 'both'; known: float, quantized"),
     (Override, {"layer": "x"}, RecipeError, "an override has no key 'layer'; did you mean 'layers'"),
     (Outliers, {"chosen": "cots", "share": 0.1}, RecipeError, "unknown column rule 'cots'; did you mean 'cost'"),
     (Outliers, {"chosen": "cost", "share": 2}, RecipeError, "share is 2; it should be less than 1"),

@@ -67,7 +67,9 @@ EXTENSIONS: Mapping[str, Format] = {
     ".npy": "npy",
 }
 
-GIVE = "give --calibration FILE, or builtin (text that comes with fracbit), or generated (the model writes it)"
+GIVE = (
+    "give --calibration FILE, or builtin (text that comes with fracbit), or generated (the model writes it)"
+)
 """What a message says where a text is missing."""
 
 FILE_FORMATS: tuple[str, ...] = tuple(dict.fromkeys(EXTENSIONS.values()))

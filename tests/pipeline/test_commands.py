@@ -279,7 +279,7 @@ def test_planted_outliers_break_int8_activations(files: Path) -> None:
             "for itself",
         ),
         (["quantize", "MODEL", "-o", "x", *settings("spending.solver=order")], "only with a budget"),
-        (["score", "MODEL", "--granularity", "row"], "use block or linear"),
+        (["score", "MODEL", "--granularity", "row"], "known: block, linear"),
         (["prune", "MODEL"], "nothing to do"),
         (["prune", "MODEL", "-o", "x", "--score", "first", "--picture", "p.png"], "shows the comparison"),
         (

@@ -1,5 +1,6 @@
 """Plans: predicted sizes hold when a plan is carried out, budgets of every kind are kept, uniform is taken when it wins."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from fracbit.records.recipe import Override, Recipe, make_recipe, read_toml, rec
 from fracbit.records.resources import Needs
 from fracbit.records.scheme import Scheme
 from fracbit.records.scores import Losses, Scores
+from fracbit.records.sizes import read_size
 from fracbit.records.spending import Spending
 
 LEVELS = read_levels("int2z/32,int4z/32,kmeans:row3/row,nf3/16 out")
@@ -139,8 +141,49 @@ def test_a_device_must_also_hold_the_cache(folder: Path) -> None:
     size = plan(folder, spending(size=55_000, granularity="block"))
     fits = plan(folder, spending(fits=55_000 + running, context=128, granularity="block"))
     assert size.allocation.schemes == fits.allocation.schemes
-    with pytest.raises(BudgetError, match="KV cache and activations take"):
+    with pytest.raises(BudgetError, match=r"takes at least .* for the KV cache of 128 tokens"):
         plan(folder, spending(fits=running, context=128))
+
+
+def test_a_memory_that_is_too_little_says_what_would_do(folder: Path) -> None:
+    """The least that the error names is enough, and a hundredth less is not; what it offers saves as much as it says."""
+    with pytest.raises(BudgetError, match="this model takes at least") as refused:
+        plan(folder, spending(fits=1000, context=128))
+    least = read_size(re.findall(r"at least ([\d.]+ \w+):", str(refused.value))[0])
+    assert plan(folder, spending(fits=int(1.001 * least), context=128)).chosen.predicted_loss is not None
+    with pytest.raises(BudgetError, match="this model takes at least"):
+        plan(folder, spending(fits=int(0.99 * least), context=128))
+    saved = read_size(re.findall(r"--set embeddings=int8/64 saves about ([\d.]+ \w+)", str(refused.value))[0])
+    smaller = Recipe(model=str(folder), embeddings="int8/64")
+    with pytest.raises(BudgetError) as again:
+        plan(smaller, spending(fits=1000, context=128))
+    assert "embeddings=int8/64" not in str(again.value)
+    assert read_size(re.findall(r"at least ([\d.]+ \w+):", str(again.value))[0]) <= 1.01 * (
+        least - 0.8 * saved
+    )
+
+
+def test_a_device_shows_what_else_would_fit(folder: Path) -> None:
+    running = running_memory(AutoConfig.from_pretrained(folder), 128).bytes
+    made = plan(folder, Spending(fits=60_000 + running, context=128))
+    sizes = [each.bytes for each in made.neighbours]
+    assert sizes == sorted(sizes)
+    assert [each.fits for each in made.neighbours] == [size <= 60_000 + running for size in sizes]
+    assert {True, False} == {each.fits for each in made.neighbours}
+    assert made.chosen.predicted_loss is not None
+    assert made.chosen.predicted_loss <= min(each.predicted_loss for each in made.neighbours if each.fits)
+    assert [each["scheme"] for each in made.to_json()["neighbours"]] == [
+        str(each.scheme) for each in made.neighbours
+    ]
+
+
+def test_a_size_chooses_among_wider_levels_than_an_average() -> None:
+    assert max(each.bits for each in Spending(size="1GB").schemes if each) == 8
+    assert max(each.bits for each in Spending(average_bits=3.5).schemes if each) == 4
+    assert [str(each) for each in Spending(fits="1GB", levels="nf4/64,nf2/64").schemes] == [
+        "nf4/64",
+        "nf2/64",
+    ]
 
 
 def test_the_candidates_are_ordered_and_the_curve_falls(folder: Path) -> None:

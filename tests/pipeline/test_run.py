@@ -348,7 +348,7 @@ def test_a_tensor_of_no_module_is_copied_whatever_it_holds(source: Path, tmp_pat
 
 
 def test_what_needs_data_is_refused_before_anything_is_written(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="gptq reads calibration data; pass --calibration FILE"):
+    with pytest.raises(RecipeError, match="gptq reads calibration data: give"):
         write_checkpoint(Recipe(model=str(source), quantizer="gptq"), tmp_path / "q")
     with pytest.raises(RecipeError, match="chosen by activation read calibration data"):
         write_checkpoint(Recipe(model=str(source), outliers="activation:0.1"), tmp_path / "q")

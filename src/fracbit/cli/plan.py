@@ -168,8 +168,23 @@ def _print(made: Plan) -> None:
         "layers",
     ]
     print_table(columns, rows, f"{made.problem.recipe.model}: {made.budget}")
+    if made.problem.budget.question != "average bits":
+        _print_neighbours(made)
     print(f"the run: {made.needs}")
     print(made.share)
+
+
+def _print_neighbours(made: Plan) -> None:
+    """What else would fit, or would not: one scheme for every layer."""
+    rows = [
+        [str(each.scheme or "float"), f"{each.bits_per_weight:.4f}", bytes_text(each.bytes), f"{each.predicted_loss:.5g}",
+         "yes" if each.fits else "no"]
+        for each in made.neighbours
+    ]  # fmt: skip
+    running = made.problem.budget.question == "device memory"
+    takes = "memory when running" if running else "weight files"
+    columns = ["scheme", "bits per weight", takes, f"predicted loss ({made.losses.method})", "fits"]
+    print_table(columns, rows, "the same scheme for every layer")
 
 
 def _check_output(output: Path, ends: bool) -> None:

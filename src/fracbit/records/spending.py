@@ -21,6 +21,7 @@ Granularity: TypeAlias = Literal["block", "linear"]
 Solver: TypeAlias = Literal["exact", "order"]
 
 LEVELS = "int4z/64,int3z/64,int2z/64"
+WIDE = "int8/64,int6z/64,int5z/64,int4z/64,int3z/64,int2z/64"
 SAMPLES = 32
 LENGTH = 256
 PRESETS = ("fast", "good", "best")
@@ -37,7 +38,8 @@ class Spending:
     - `context`: tokens of each sequence in that KV cache; `batch`: sequences at once.
     - `preset`: settings by how long they may take: `fast`, `good` or `best`; with a budget, or alone.
     - `engine`: a name of `ENGINES`; layers get only schemes that it serves, and its file is written at the end.
-    - `levels`: the schemes to choose from, `nf4/64,nf2/64`, or a sequence of words and schemes; None: `LEVELS`.
+    - `levels`: the schemes to choose from, `nf4/64,nf2/64`, or a sequence of words and schemes; None: `LEVELS` around an
+      average, `WIDE` for a size or a device, which may hold more.
     - `score`: the name of a score, a JSON file of scores or losses, or these themselves.
     - `text`: the text that the score reads, where it reads any; None: the recipe's calibration texts.
     - `held_out`: other text, on which the division must beat the best uniform scheme of the same size, or that is used.
@@ -93,7 +95,8 @@ class Spending:
     @property
     def schemes(self) -> tuple[Scheme | None, ...]:
         """The levels as schemes; None keeps a layer float."""
-        return read_levels(LEVELS if self.levels is None else self.levels)
+        usual = LEVELS if self.size is None and self.fits is None else WIDE
+        return read_levels(usual if self.levels is None else self.levels)
 
     @property
     def size_bytes(self) -> int | None:

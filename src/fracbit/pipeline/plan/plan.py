@@ -25,7 +25,15 @@ from fracbit.pipeline.plan.presets import preset
 from fracbit.pipeline.plan.problem import Problem, make_problem
 from fracbit.pipeline.plan.sampling import sampling_notes
 from fracbit.pipeline.plan.scoring import model_for
-from fracbit.pipeline.plan.solve import Candidate, Curve, curves_of, scores_and_losses, solve
+from fracbit.pipeline.plan.solve import (
+    Candidate,
+    Curve,
+    UniformLevel,
+    curves_of,
+    neighbours,
+    scores_and_losses,
+    solve,
+)
 from fracbit.pipeline.plan.target import for_engine
 from fracbit.pipeline.quantize.run import open_for
 from fracbit.pipeline.quantize.schedule import make_schedule
@@ -106,6 +114,11 @@ class Plan:
         return next(alike, None)
 
     @property
+    def neighbours(self) -> tuple[UniformLevel, ...]:
+        """One level for every layer: the best that the budget allows, and those next to it."""
+        return neighbours(self.problem, self.losses)
+
+    @property
     def spelled_out(self) -> Allocation:
         """The allocation of every linear of the model, including those that the recipe fixes."""
         return self.problem.spelled_out(self.allocation)
@@ -126,6 +139,9 @@ class Plan:
             "budget": self.budget,
             "candidates": [
                 {k: v for k, v in asdict(c).items() if k != "allocation"} for c in self.candidates
+            ],
+            "neighbours": [
+                asdict(each) | {"scheme": str(each.scheme or "float")} for each in self.neighbours
             ],
             "allocation": self.spelled_out.to_json(),
             "needs": self.needs if isinstance(self.needs, str) else asdict(self.needs),

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from fracbit.checkpoint.opened import Opened
 from fracbit.errors import BudgetError, RecipeError
-from fracbit.importance import Budget, Unit, average_bits, device_memory, file_size
+from fracbit.importance import Budget, Unit, average_bits, cost_table, device_memory, file_size
 from fracbit.numerics.datatypes import check_datatype
-from fracbit.pipeline.plan.memory import running_memory
+from fracbit.pipeline.plan.about import EIGHT, SIXTEEN
+from fracbit.pipeline.plan.memory import RunningMemory, running_memory
 from fracbit.pipeline.plan.written import Rest, as_run, most_bytes_beside, rest_of, written_bytes
 from fracbit.pipeline.study.weights import Weights, weights_on_disk
 from fracbit.records.allocation import Allocation
 from fracbit.records.recipe import Recipe
 from fracbit.records.scheme import Scheme
+from fracbit.records.sizes import print_size
 from fracbit.records.spending import ONE_BUDGET, Spending
+
+SHORT = 256  # tokens of the context that is offered where memory is too little
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +103,55 @@ def _overridden(recipe: Recipe, layers: Iterable[str]) -> tuple[str, ...]:
     return named
 
 
+def _check_fits(
+    fits: int,
+    spending: Spending,
+    opened: Opened,
+    *,
+    units: Iterable[Unit],
+    rest: Rest,
+    beside: int,
+    running: RunningMemory,
+) -> None:
+    """Refuse a memory that holds the model at no level: with the least that would do, its parts, and how to need less.
+
+    Raises `BudgetError`.
+    """
+    least = -(-sum(min(cost.values(), default=0) for cost in cost_table(list(units), spending.schemes)) // 8)
+    need = least + beside + running.bytes
+    if fits >= need:
+        return
+    parts = (
+        f"{print_size(least)} for the layers at the smallest level, {print_size(beside)} for what stays as it is, "
+        f"{print_size(running.cache)} for the KV cache of {spending.context} tokens, {print_size(running.activations)} for "
+        "activations"
+    )
+    ways = dict(_ways(spending, opened, rest, running))
+    left = need - sum(ways.values())
+    enough = "" if left <= fits else f"; even so it takes {print_size(left)}"
+    savings = "; ".join(f"{how} saves about {print_size(size)}" for how, size in ways.items())
+    raise BudgetError(
+        f"{print_size(fits)} is too little: this model takes at least {print_size(need)}: {parts}; {savings}{enough}"
+    )
+
+
+def _ways(
+    spending: Spending, opened: Opened, rest: Rest, running: RunningMemory
+) -> Iterator[tuple[str, int]]:
+    """Settings that need less memory, with the bytes that each saves."""
+    embeddings = (
+        one
+        for name, one in opened.layers.items()
+        if one.kind == "embedding" and rest.schemes.get(name) is None
+    )
+    tables = sum(one.out * one.width for one in embeddings)
+    if tables:
+        yield "--set embeddings=int8/64", int((SIXTEEN - EIGHT) * tables)
+    if spending.context > SHORT:
+        shorter = running_memory(opened.model.config, SHORT, spending.batch)
+        yield f"--set spending.context={SHORT}", running.bytes - shorter.bytes
+
+
 def _budget(spending: Spending, opened: Opened, units: Iterable[Unit], rest: Rest, beside: int) -> Budget:
     """The bits of the units, from the requested budget; `beside`: bytes of the files besides the units."""
     count = sum(unit.weights for unit in units)
@@ -111,6 +164,7 @@ def _budget(spending: Spending, opened: Opened, units: Iterable[Unit], rest: Res
         budget = file_size(size, count, beside)
     elif fits is not None:
         running = running_memory(opened.model.config, spending.context, spending.batch)
+        _check_fits(fits, spending, opened, units=units, rest=rest, beside=beside, running=running)
         budget = device_memory(fits, count, beside + running.bytes)
     else:
         raise BudgetError(ONE_BUDGET)

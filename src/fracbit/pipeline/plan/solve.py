@@ -24,6 +24,7 @@ from fracbit.pipeline.plan.scoring import WEIGHT_ERROR, make_losses, make_scores
 from fracbit.pipeline.study.float_model import FloatModel
 from fracbit.records.allocation import Allocation
 from fracbit.records.progress import Progress
+from fracbit.records.scheme import Scheme
 from fracbit.records.scores import Losses, Scores, check_scores
 from fracbit.records.spending import Solver
 
@@ -129,6 +130,35 @@ def solve(problem: Problem, scores: Scores, losses: Losses, solver: Solver = "ex
         tuple(_candidate(problem, name, solution, losses.method) for name, solution in found.items()),
         (*chosen.notes, *_left_over(problem, chosen)),
     )
+
+
+@dataclass(frozen=True)
+class UniformLevel:
+    """One level for every layer: what it takes in the terms of the question, its predicted loss, and whether it `fits`."""
+
+    scheme: Scheme | None
+    bits_per_weight: float
+    bytes: int
+    predicted_loss: float
+    fits: bool
+
+
+def neighbours(problem: Problem, losses: Losses, reach: int = 3) -> tuple[UniformLevel, ...]:
+    """The best level that all layers may have within the budget, between those next to it by size, the smallest first.
+
+    `reach`: how many on either side. Levels that some layer may not have, or of which the losses say nothing, are left out.
+    """
+    costs, budget = cost_table(problem.units, problem.levels), problem.budget
+    found = []
+    for i, level in enumerate(problem.levels):
+        if level in losses.schemes and all(i in cost for cost in costs):
+            bits, column = sum(cost[i] for cost in costs), losses.schemes.index(level)
+            loss = sum(row[column] for row in losses.rows.values())
+            size = budget.other_bytes + -(-bits // 8)
+            found.append(UniformLevel(level, budget.per_weight(bits), size, loss, fits=bits <= budget.bits))
+    found.sort(key=lambda each: each.bytes)
+    best = max((i for i, each in enumerate(found) if each.fits), default=0)
+    return tuple(found[max(0, best - reach) : best + reach + 1])
 
 
 def curves_of(problem: Problem, scores: Scores, losses: Losses) -> dict[str, Curve]:

@@ -288,6 +288,35 @@ def test_the_bundled_demo(tmp_path: Path) -> None:
     assert rows["int2-64"]["perplexity"] > 2 * float_perplexity
     assert rows["int8-64"]["perplexity"] < 1.01 * float_perplexity
     assert (tmp_path / "demo" / "nf4-64" / "config.json").exists()
+    assert len({row["step"] for name, row in rows.items() if name != "float"}) == 1
+
+
+def test_the_demo_shows_speeds_of_one_kind(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A float model that decodes in another way than the quantized ones has no speed beside them."""
+    from fracbit.cli import demo
+
+    def row(name: str, step: str, speed: float) -> dict[str, Any]:
+        figures = {
+            "bits_per_weight": 4.0,
+            "bytes": 1000,
+            "perplexity": 9.0,
+            "tokens_per_second": speed,
+            "protocol": "p",
+        }
+        return {"scheme": name, "step": step, **figures}
+
+    monkeypatch.setattr(demo, "_measure", lambda name, *rest: row(name, "layer by layer", 601))
+    monkeypatch.setattr(demo, "_quantize", lambda name, *rest, **more: row(name, "native step", 11_000))
+    demo.demo(quiet=True)
+    shown = capsys.readouterr().out
+    assert "11000" in shown
+    assert "601" not in shown
+    assert "tokens/s of float is left out: it decodes in another way (layer by layer)" in shown
+    monkeypatch.setattr(demo, "_measure", lambda name, *rest: row(name, "native step", 601))
+    demo.demo(quiet=True)
+    assert "601" in capsys.readouterr().out
 
 
 def test_on_a_model_nobody_here_trained(shared: Path, tmp_path: Path) -> None:

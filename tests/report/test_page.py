@@ -17,7 +17,7 @@ from fracbit.records.recipe import Recipe, make_recipe
 from fracbit.records.row import KEEP_ALL, Evaluation, Row, Run, run_key
 from fracbit.records.scheme import Scheme
 from fracbit.report.command import command_of, recipe_of
-from fracbit.report.page import page, write_page
+from fracbit.report.page import page, short_names, write_page
 
 TEXT = Evaluation(text="ids.u16?length=32", window=16)
 
@@ -77,6 +77,18 @@ def test_the_page_asks_for_nothing_from_outside(written: Path) -> None:
     assert "A &lt;study&gt;" in text
     assert "</script><b>" not in text
     assert not list(written.parent.glob("*.tmp"))
+
+
+def test_texts_are_shown_without_their_folders() -> None:
+    texts = [
+        "/home/me/data/wiki.u16?length=512",
+        "news.txt",
+        "a/same.txt",
+        "b/same.txt",
+        "datasets:wikitext:raw/v1:test",
+    ]
+    assert list(short_names(texts).values()) == ["wiki.u16?length=512", *texts[1:]]
+    assert short_names(["a/b/"]) == {"a/b/": "b"}
 
 
 def data_of(rows: list[Row]) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ Quantized from `{source}` by fracbit. It loads with transformers once fracbit is
 import fracbit
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{title}")
+model = AutoModelForCausalLM.from_pretrained(".")  # the folder of this card, or its id on the hub
 ```
 
 Without `import fracbit` transformers stops with a size mismatch: the layers are packed.

@@ -9,7 +9,8 @@ import html
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,11 @@ def page(rows: Sequence[Row], title: str = "Bits and loss") -> str:
         raise DataError(
             f"the store has no finished row ({len(rows)} failed): run `fracbit sweep` on it first"
         )
+    ordered = sorted(comparable.values(), key=len, reverse=True)
+    shown = short_names(members[0].run.evaluation.text for members in ordered)
     data = {
         "title": title,
-        "groups": [_group(members) for members in sorted(comparable.values(), key=len, reverse=True)],
+        "groups": [_group(members, shown[members[0].run.evaluation.text]) for members in ordered],
         "failed": [{"label": label(row.run), "error": row.error} for row in rows if row.status == "failed"],
     }
     resources = files("fracbit.report")
@@ -72,14 +75,28 @@ def _plotly() -> str:
     return str(get_plotlyjs())
 
 
-def _group(rows: Sequence[Row]) -> dict[str, Any]:
-    """Rows on one text, with everything that is computed from them."""
+def short_names(texts: Iterable[str]) -> dict[str, str]:
+    """Texts with their folders left out, where that leaves them different."""
+    short = {text: _without_folder(text) for text in texts}
+    taken = Counter(short.values())
+    return {text: name if taken[name] == 1 else text for text, name in short.items()}
+
+
+def _without_folder(text: str) -> str:
+    place, mark, options = text.partition("?")
+    return (
+        place.rstrip("/").rpartition("/")[2] + mark + options if not place.startswith("datasets:") else text
+    )
+
+
+def _group(rows: Sequence[Row], shown: str) -> dict[str, Any]:
+    """Rows on one text, which is `shown` so, with everything that is computed from them."""
     best = {row.key for row in fit.front(rows)}
     curves = fit.slices(rows)
     names = named(curves)
     tasks = sorted({task for row in rows for task in row.accuracies})
     return {
-        "text": rows[0].run.evaluation.text,
+        "text": shown,
         "tokens": sum(rows[0].window_tokens),
         "rows": [_row(row, row.key in best) for row in rows],
         "slices": [

@@ -128,6 +128,59 @@ def moved(
     return replace(grid, scale=scale, scales=scales, offsets=offsets, shift=_dense(offsets, shift))
 
 
+def scales_by_row(grid: Grid) -> bool:
+    """Whether no two rows of a weight share a scale, nor the scales of scales."""
+    if grid.scheme.axis == "out" or grid.scale.ndim != 2 or grid.scale.shape[0] != grid.shape[0]:
+        return False
+    stored = grid.scheme.scale
+    return isinstance(stored, str) or (
+        isinstance(stored.block, int)
+        and not is_fitted(stored)
+        and stored.offset != "zero"
+        and grid.scale.shape[1] % stored.block == 0
+    )
+
+
+def with_rows(grid: Grid, other: Grid, take: Tensor) -> Grid:
+    """The grid with the scales and shifts of another in the rows `take` bool [out]; both store them row by row."""
+    scale = torch.where(take[:, None], other.scale, grid.scale)  # [out, blocks]
+    scales = _rows_of(grid.scales, other.scales, take)
+    if grid.shift is None or other.shift is None:
+        return replace(grid, scale=scale, scales=scales)
+    if grid.zeros is not None:
+        shift = -scale * grid.table.look_up(grid.zeros).view(scale.shape)  # [out, blocks]
+        return replace(grid, scale=scale, scales=scales, shift=shift)
+    shift = torch.where(take[:, None], other.shift, grid.shift)  # [out, blocks]
+    assert grid.offsets is not None
+    assert other.offsets is not None
+    return replace(
+        grid, scale=scale, scales=scales, shift=shift, offsets=_rows_of(grid.offsets, other.offsets, take)
+    )
+
+
+def _rows_of(one: Tensor | PackedTensor, other: Tensor | PackedTensor, take: Tensor) -> Tensor | PackedTensor:
+    """Numbers per block as they are stored, with the rows `take` bool [out] of another."""
+    if isinstance(one, Tensor):
+        assert isinstance(other, Tensor)
+        return _with_rows(one, other, take)
+    assert isinstance(other, PackedTensor)
+    codes = _with_rows(codes_in(one), codes_in(other), take)  # [1, out * blocks]
+    both = None if one.offsets is None or other.offsets is None else (one.offsets, other.offsets)
+    return replace(
+        one,
+        codes=pack_bits(codes, one.scheme.bits),
+        scales=_rows_of(one.scales, other.scales, take),
+        offsets=None if both is None else _rows_of(*both, take),
+    )
+
+
+def _with_rows(one: Tensor, other: Tensor, take: Tensor) -> Tensor:
+    chosen: Tensor = torch.where(
+        take[:, None], other.view(len(take), -1), one.view(len(take), -1)
+    )  # [out, n]
+    return chosen.view(one.shape)
+
+
 def with_table(grid: Grid, table: Tensor) -> Grid:
     """The grid of a fitted data type with another `table` fp16 [1 or out, levels], ascending."""
     return replace(grid, table=nearest_type(table.float()), stored_table=table)

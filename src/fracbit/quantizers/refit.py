@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fracbit.numerics.grid import Grid, moved, values_of, with_table
+from fracbit.numerics.grid import Grid, moved, scales_by_row, values_of, with_rows, with_table
 from fracbit.numerics.layout import block_length, spread
 from fracbit.numerics.linalg import gram_errors
 from fracbit.records.scheme import flat_block
@@ -179,16 +179,8 @@ def _per_level(x: Tensor, index: Tensor, levels: int) -> Tensor:
 
 
 def _better(weight: Tensor, gram: Tensor, codes: Tensor, grid: Grid, *, candidate: Grid) -> Grid:
-    """The candidate in the rows where it costs less; as a whole where rows share scales or the scales are quantized."""
+    """The candidate in the rows where it costs less; as a whole where rows share scales, or scales of scales."""
     old, new = (gram_errors(weight - values_of(codes, g), gram) for g in (grid, candidate))
-    by_row = grid.scale.ndim == 2 and grid.scale.shape[0] == len(old)  # flat blocks are one run: [blocks]
-    if grid.scheme.axis == "out" or not by_row or not isinstance(grid.scheme.scale, str):
+    if not scales_by_row(grid):
         return candidate if float(new.sum()) < float(old.sum()) else grid
-    take = (new < old)[:, None]  # [out, 1]
-    scale = torch.where(take, candidate.scale, grid.scale)  # [out, blocks]
-    shift = (
-        None
-        if grid.shift is None or candidate.shift is None
-        else torch.where(take, candidate.shift, grid.shift)
-    )
-    return moved(grid, scale, shift)
+    return with_rows(grid, candidate, new < old)

@@ -4,8 +4,10 @@
 
 GPTQModel and llm-compressor quantize a model by GPTQ with zero points in groups of 64, each in its environment. Their own files
 are improved and judged beside the float model: perplexity and KL divergence on texts that nothing was calibrated on, in fp32.
-SmolLM2-135M and its texts are those of real/measure.py; tales-l has the stories of the shared folder. What FOLDER holds is not
-made again; cases and ways that are not named keep their rows.
+SmolLM2-135M and its texts are those of real/measure.py; tales-l has the stories of the shared folder. llama.cpp's files are
+those of llama-quantize with an importance matrix of 32 samples of the same text. Their float model is that of
+engines/gguf_quality.py, which computes the same with other factors on its channels. What FOLDER holds is not made again; cases
+and ways that are not named keep their rows.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "real"))
 
+from engines.gguf_quality import rescaled, theirs
 from frame import (
     ENVIRONMENTS,
     RESULTS,
@@ -44,21 +47,24 @@ WAYS: dict[str, tuple[str, ...]] = {
     "tweak, text alone": ("tweak",),
 }
 """The command and its options, by what a table calls them; the last has no float model."""
+GGUF_FILES = ("Q2_K", "Q3_K_M", "Q4_K_M")
 CASES = tuple(
     f"{model} {tool} {bits}" for model in ("SmolLM2-135M", "tales-l") for tool in TOOLS for bits in (2, 3, 4)
-)
+) + tuple(f"SmolLM2-135M llama.cpp {kind}" for kind in GGUF_FILES)
 SAMPLES, TOKENS = 32, 4096
 STORIES = 60  # of the evaluation text that are judged by
 SIZES = {"SmolLM2-135M": 512, "tales-l": 256}
 """Ids of a sample, and of a window."""
 
 
-def bed(model: str, work: Path, environments: Path) -> tuple[Path, str, dict[str, str]]:
-    """A model's folder, its text to calibrate on, and those to judge by."""
+def bed(case: str, work: Path, environments: Path) -> tuple[Path, str, dict[str, str]]:
+    """The folder of a case's float model, its text to calibrate on, and those to judge by."""
+    model, tool, _ = case.split(" ")
     if model == "SmolLM2-135M":
-        files = texts(work)
+        files, folder = texts(work), float_model(work, environments)
         judged = {name: f"{files[name]}?keep={TOKENS}" for name in ("wikitext", "novels")}
-        return float_model(work, environments), str(files["calibration"]), judged
+        folder = rescaled(folder, work / "rescaled") if tool == "llama.cpp" else folder
+        return folder, str(files["calibration"]), judged
     length = SIZES[model]
     seen, unseen = (
         f"{SHARED}/data/tales-{part}.u16?length=512&keep={length}" for part in ("calibration", "evaluation")
@@ -69,6 +75,10 @@ def bed(model: str, work: Path, environments: Path) -> tuple[Path, str, dict[str
 def made(case: str, folder: Path, given: Namespace) -> Path:
     """The peer's own file, made once."""
     model, tool, bits = case.split(" ")
+    if tool == "llama.cpp":
+        given.types = GGUF_FILES
+        some = _some_ids(folder, given.work)
+        return theirs(bits, folder, some, given.work / tool, given)[0] / f"{bits}.gguf"
     place = given.work / f"{model}-{tool}"
     if not (place / bits / "checkpoint" / "config.json").is_file():
         setting = {"label": bits, "bits": int(bits), "group": 64, "sym": False, "keep": True}
@@ -77,6 +87,16 @@ def made(case: str, folder: Path, given: Namespace) -> Path:
             place.with_suffix(".log"), given.threads,
         )  # fmt: skip
     return place / bits / "checkpoint"
+
+
+def _some_ids(folder: Path, work: Path) -> Path:
+    """As many ids for the importance matrix as fracbit is calibrated on: llama.cpp takes half a minute for each."""
+    import numpy
+
+    path = work / f"ids-{SAMPLES}.npy"
+    if not path.is_file():
+        numpy.save(path, numpy.load(ids(folder, texts(work), work))[:SAMPLES])
+    return path
 
 
 def _ids(model: str, folder: Path, work: Path) -> Path:
@@ -112,12 +132,12 @@ def judged(checkpoint: Path, model: str, folder: Path, sources: dict[str, str]) 
 def improved(case: str, way: str, given: Namespace) -> Row:
     """One row: a file as it was (`way` ""), or as a command left it."""
     model = case.split(" ")[0]
-    folder, calibration, sources = bed(model, given.work, given.environments)
+    folder, calibration, sources = bed(case, given.work, given.environments)
     checkpoint, took = made(case, folder, given), {}
     row: Row = {"case": case, "way": way or "as it was"}
     if way:
-        place = given.work / "better"
-        shutil.rmtree(place, ignore_errors=True)
+        place = given.work / ("better.gguf" if checkpoint.is_file() else "better")
+        _gone(place)
         verb, *more = WAYS[way]
         against = () if way == "tweak, text alone" else ("--against", folder)
         said, ran = fracbit(
@@ -128,6 +148,13 @@ def improved(case: str, way: str, given: Namespace) -> Row:
         row |= took | {"objective": objective(said)}
         checkpoint = place
     return row | {"texts": judged(checkpoint, model, folder, sources), "measured": machine()}
+
+
+def _gone(place: Path) -> None:
+    """Remove an earlier output."""
+    if place.is_file():
+        place.unlink()
+    shutil.rmtree(place, ignore_errors=True)
 
 
 def objective(said: Row) -> list[float]:

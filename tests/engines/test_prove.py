@@ -26,7 +26,7 @@ from fracbit.engines.compared_with import compared_with
 from fracbit.engines.engine import ENGINES, RUNNERS, ServingEngine
 from fracbit.engines.environments import DONE, MAKING, made
 from fracbit.engines.prove import PROOF, EnginePredictions, compared, weight_hash
-from fracbit.errors import EngineError, FormatError, RecipeError, SourceError
+from fracbit.errors import EngineError, FormatError, RecipeError
 from fracbit.pipeline.quantize.run import write_checkpoint
 from fracbit.records.recipe import Recipe
 from fracbit.records.scheme import parse_scheme
@@ -206,7 +206,7 @@ def test_wrong_inputs_are_answered(exported: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(EngineError, match="no engine runs the format exl9"):
         fracbit.prove(exported, **how)
     (exported / MANIFEST).write_text("{")
-    with pytest.raises(SourceError, match=r"fracbit\.json cannot be read"):
+    with pytest.raises(FormatError, match=r"fracbit\.json cannot be read"):
         fracbit.prove(exported, **how)
     (exported / MANIFEST).write_text(json.dumps(manifest))
     broken = replace(ENGINES["transformers"], runner="run_mlx.py")

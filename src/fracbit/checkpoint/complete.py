@@ -6,7 +6,6 @@ errors, whoever asks transformers to load. Bits that flipped and still make sens
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from torch import nn
 
 from fracbit.checkpoint.folder import MANIFEST
 from fracbit.checkpoint.format import StoredLayer, tensor_name
+from fracbit.checkpoint.read_manifest import read_manifest
 from fracbit.checkpoint.source import TYPE_NAMES, TensorInfo
 from fracbit.errors import FormatError, FracbitError
 from fracbit.models.quant_linear import QuantEmbedding, QuantLinear
@@ -84,14 +84,11 @@ def check_packed(name: str, model: nn.Module) -> None:
 
 def listed_tensors(folder: Path) -> dict[str, StoredTensor]:
     """The tensors that the manifest of a checkpoint lists; none where it lists none. Raises `FormatError`."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        return {}
+    tensors = read_manifest(folder).get("tensors", {})
     try:
-        tensors = json.loads(path.read_text(encoding="utf-8")).get("tensors", {})
         return {name: StoredTensor.from_json(tensor) for name, tensor in tensors.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FormatError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{folder / MANIFEST} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def when_loaded(model: PreTrainedModel, check: Callable[[set[str]], None]) -> None:

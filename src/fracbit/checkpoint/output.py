@@ -37,8 +37,9 @@ WRITER = "writer.json"
 """Names the process that is writing, or was when it was killed."""
 NOT_COPIED = (
     "*.safetensors", INDEX, "config.json", "README.md", ".*", "*.index.json", "*.gguf", "*.h5", "*.msgpack",
-    "adapter_config.json", *PICKLES,
+    "adapter_config.json", MANIFEST, "proof.json", f"*{TEMPORARY}", *PICKLES,
 )  # fmt: skip
+"""What belongs to the weights of a folder, or proves or lists their bytes: no copy with other weights has it."""
 CODE = "*.py"
 SHARD_BYTES = 256 << 20  # of one weight file
 SPARE_BYTES = 16 << 20  # for the tokenizer, the card and the file system's own blocks
@@ -109,6 +110,15 @@ class Output:
         """
         record = _replace(self.folder / name, write)
         write_json(self.folder / JOURNAL / f"{name}.json", record.to_json())
+
+    def take_file(self, name: str, made: Path, record: ShardRecord) -> None:
+        """Keep a weight file that is whole and lies in the journal, or has its place already, and its record."""
+        write_json(self.folder / JOURNAL / f"{name}.json", record.to_json())
+        with _disk_errors(self.folder):
+            _for_readers(made, self.folder)
+            _flush(made)
+            os.replace(made, self.folder / name)
+            _flush(self.folder)
 
     def move_out(self, name: str, file: Path) -> None:
         """Give a finished weight file its place outside, whole or not at all, and remove the folder."""
@@ -244,14 +254,18 @@ def _replace(path: Path, write: Callable[[Path], T]) -> T:
     with _disk_errors(path.parent):
         try:
             made = write(temporary)
-            # safetensors makes files that only their owner can read; a server often runs as another user.
-            temporary.chmod(0o600 | (path.parent.stat().st_mode & 0o044))
+            _for_readers(temporary, path.parent)
             _flush(temporary)
             os.replace(temporary, path)
             _flush(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
     return made
+
+
+def _for_readers(file: Path, folder: Path) -> None:
+    """Let all read a file who may read its folder: safetensors makes files for their owner alone."""
+    file.chmod(0o600 | (folder.stat().st_mode & 0o044))
 
 
 def _flush(path: Path) -> None:
@@ -277,7 +291,8 @@ def _disk_errors(folder: Path) -> Iterator[None]:
 
 def _check_space(folder: Path, expected: int) -> None:
     existing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
-    written = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
+    held = [path for place in (folder, folder / JOURNAL) if place.is_dir() for path in place.iterdir()]
+    written = sum(path.stat().st_size for path in held if path.is_file())
     free = shutil.disk_usage(existing).free + written
     if free < expected + SPARE_BYTES:
         raise OutputError(

@@ -1,27 +1,32 @@
-"""A copy of a checkpoint in which some tensors have other values: every other byte is as it was.
+"""A copy of a checkpoint in which some tensors get other values: every other byte is as it was.
+
+    weight files -> copies in the journal -> new values in their places, step by step -> the copies move to the output
 
 A new value has the type and the shape of the old one, so that its bytes take the same place in the file: headers, order and
-size stay. Blocks that are finished wait in the journal, and files are written when all are.
+size stay. A step is done when its record stands in the journal; one that was cut off is written again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import os
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from fracbit.checkpoint.folder import JOURNAL, MANIFEST
-from fracbit.checkpoint.output import CODE, TEMPORARY, Output, copy_file
+from fracbit.checkpoint.folder import JOURNAL
+from fracbit.checkpoint.formats.gguf_record import lone_file, refill
+from fracbit.checkpoint.output import Output, copy_file, copy_rest, file_hash, write_json
+from fracbit.checkpoint.read_manifest import beside, manifest_of
 from fracbit.checkpoint.source import (
-    PICKLES,
-    TYPE_NAMES,
+    GGUF,
     Source,
+    TensorInfo,
     content,
     read_headers,
     stored_span,
@@ -30,65 +35,136 @@ from fracbit.checkpoint.source import (
 from fracbit.errors import FormatError
 from fracbit.records.run import ShardRecord, StoredTensor
 
-BLOCKS = "blocks"
-NOT_COPIED = (
-    ".*", f"*{TEMPORARY}", MANIFEST, "config.json", "proof.json", "*.safetensors", "*.gguf", "*.h5", "*.msgpack", *PICKLES
-)  # fmt: skip
-"""config.json is written last; what proves or lists the old bytes, and weights that nobody reads, are left out."""
 FORGOTTEN = ("checkpoint", "files", "tensors", "requantized", "divergence")
 """What the manifest of a checkpoint says that does not hold for a copy with other values."""
+ALSO_COPIED = ("README.md", "*.index.json")
+"""Files beside the weights that hold for a copy, and not for a checkpoint of another format."""
 
 
-def finished_blocks(target: Output) -> Output:
-    """Where the new tensors of finished blocks wait: an output inside the journal."""
-    inside = Output(target.folder / JOURNAL / BLOCKS)
-    (inside.folder / JOURNAL).mkdir(parents=True, exist_ok=True)
-    return inside
+@dataclass(frozen=True, eq=False)
+class PatchedCopy:
+    """Copies of the weight files of `source`, in the journal of `target` until they are whole."""
 
+    source: Source
+    target: Output
 
-def write_patched(
-    source: Source, changed: Mapping[str, Tensor], target: Output, facts: Mapping[str, Any], *, code: bool
-) -> int:
-    """Finish `target` as a copy of `source` with `changed` tensors, by their names on the disk. Returns the bytes of weights.
+    @cached_property
+    def now(self) -> Source:
+        """The source with the values that its tensors have by now."""
+        return replace(
+            self.source,
+            tensors=self._moved(self.source.tensors),
+            stored=self._moved(self.source.on_disk),
+        )
 
-    `facts`: what the manifest says of the change; `code`: the model's own code is copied too. Raises `FormatError` where a
-    tensor would not fit its place.
-    """
-    for name, tensor in changed.items():
-        info = source.on_disk[name]
-        if info.start is not None or (TYPE_NAMES[tensor.dtype], tuple(tensor.shape)) != (
-            info.dtype,
-            info.shape,
-        ):
-            raise FormatError(
-                f"{name} is {info.dtype} {list(info.shape)} in {source.name}, and its new value is "
-                f"{TYPE_NAMES[tensor.dtype]} {list(tensor.shape)}"
-            )
-    files = sorted({info.file for info in source.on_disk.values()})
-    for file in files:
-        some = {name: tensor for name, tensor in changed.items() if source.on_disk[name].file == file}
-        target.write_file(file, partial(_patch, source, file, some))
-    left = NOT_COPIED if code else (*NOT_COPIED, CODE)
-    for path in sorted(source.folder.iterdir()):
-        if path.is_file() and not any(path.match(pattern) for pattern in left):
-            copy_file(path, target.folder / path.name)
-    config = (source.folder / "config.json").read_bytes().decode("utf-8")
-    old = _manifest(source)
-    texts = [*old.get("texts", ()), *facts.get("texts", ())]  # all that the numbers have seen
-    if "improved" in old:
-        facts = {**facts, "improved": {**facts["improved"], "before": old["improved"]}}
-    target.finish(config, {**old, **facts, "texts": texts})
-    return sum((target.folder / file).stat().st_size for file in files)
+    def record(self, step: str) -> ShardRecord | None:
+        """What was noted when a step was done; None where it still has to be. Raises `FormatError`."""
+        path = self._record(step)
+        if not path.is_file():
+            return None
+        try:
+            return ShardRecord.from_json(json.loads(path.read_text()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FormatError(f"{path} cannot be read ({error}); start again with --overwrite") from error
 
+    def write(self, step: str, changed: Mapping[str, Tensor], record: ShardRecord) -> None:
+        """Give tensors new values, by their names on the disk, and then note the step.
 
-def _patch(source: Source, file: str, changed: Mapping[str, Tensor], path: Path) -> ShardRecord:
-    """Copy a weight file to `path` with other bytes in the places of some tensors."""
-    shutil.copyfile(source.folder / file, path)
-    with path.open("r+b") as opened:
+        Raises `FormatError` where one would not fit its place.
+        """
         for name, tensor in changed.items():
-            opened.seek(stored_span(source, name)[0])
-            opened.write(content(tensor))
-    plain = Source(source.name, path.parent, {}, read_headers([path]))
+            info = self.now.on_disk[name]
+            if (info.kind, info.shape) != (tensor.dtype, tuple(tensor.shape)):
+                raise FormatError(
+                    f"{name} is {info.dtype} {list(info.shape)} in {self.source.name}, and its new value is {tensor.dtype} "
+                    f"{list(tensor.shape)}"
+                )
+            start, _ = stored_span(self.now, name)
+            with Path(info.file).open("r+b") as file:
+                file.seek(start)
+                file.write(content(tensor.contiguous()))
+                file.flush()
+                os.fsync(file.fileno())
+        write_json(self._record(step), record.to_json())
+
+    def finish(self, facts: Mapping[str, Any], *, code: bool, file: Path | None = None) -> int:
+        """Give the copies their places, with all else that lies beside the source. Returns the bytes of weights.
+
+        `facts`: what the manifest says of the change; `code`: the model's own code is copied too. `file`: the output is
+        this one file, and its manifest lies beside it.
+        """
+        manifest, names = self._manifest(facts), self._files()
+        for name in names:
+            if self.target.record(name) is None:
+                copy = self._copy(name)
+                self.target.take_file(name, copy, _whole(copy, manifest))
+        size = sum((self.target.folder / name).stat().st_size for name in names)
+        if file is not None:
+            whole = {"files": {file.name: file_hash(self.target.folder / names[0])}}
+            write_json(beside(file), {**manifest, **whole})
+            self.target.move_out(names[0], file)
+            return size
+        home, config = self.home, self.home / "config.json"
+        copy_rest(home, self.target.folder, code=code)
+        for path in (path for pattern in ALSO_COPIED for path in home.glob(pattern)):
+            copy_file(path, self.target.folder / path.name)
+        text = config if config.is_file() else self.source.folder / "config.json"
+        self.target.finish(text.read_bytes().decode("utf-8"), manifest)
+        return size
+
+    @property
+    def home(self) -> Path:
+        """The folder in which the weight files of the source lie."""
+        file = lone_file(self.source)
+        return self.source.folder if file is None else file.parent
+
+    def _files(self) -> list[str]:
+        """The names of the weight files."""
+        return sorted({Path(info.file).name for info in self.source.on_disk.values()})
+
+    def _moved(self, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+        return {
+            name: replace(info, file=str(self._copy(Path(info.file).name))) for name, info in tensors.items()
+        }
+
+    def _copy(self, name: str) -> Path:
+        """Where the copy of a file is: in the journal, or in its place already."""
+        place = self.target.folder / name
+        return (place if place.is_file() else self.target.folder / JOURNAL / name).absolute()
+
+    def _record(self, step: str) -> Path:
+        return self.target.folder / JOURNAL / f"{step}.json"
+
+    def begin(self) -> None:
+        """Copy the files that are not copied yet."""
+        for name in self._files():
+            copy = self._copy(name)
+            if not copy.is_file():
+                copy_file(self.home / name, copy)
+
+    def _manifest(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """What is said of the copy: of an export that was improved, also its format and where it comes from."""
+        said = manifest_of(self.source)
+        old = {name: value for name, value in said.items() if name not in FORGOTTEN}
+        texts = [*old.get("texts", ()), *facts.get("texts", ())]  # all that the numbers have seen
+        if "improved" in old:
+            facts = {**facts, "improved": {**facts["improved"], "before": old["improved"]}}
+        return {**old, **facts, "layers": {}, "texts": texts}
+
+
+def patched_copy(source: Source, target: Output) -> PatchedCopy:
+    """Copies of the weight files of `source` for `target`, begun or gone on with."""
+    found = PatchedCopy(source, target)
+    found.begin()
+    return found
+
+
+def _whole(copy: Path, manifest: Mapping[str, Any]) -> ShardRecord:
+    """The record of a copy that is whole. A GGUF file that says of its own making what no longer holds says less."""
+    if copy.suffix == GGUF:
+        refill(copy, {name: value for name, value in manifest.items() if name not in ("improved", "texts")})
+        return ShardRecord()
+    plain = Source(copy.name, copy.parent, {}, read_headers([copy]))
     stored = {
         name: StoredTensor(info.dtype, info.shape, _hash(plain, name)) for name, info in plain.tensors.items()
     }
@@ -100,15 +176,3 @@ def _hash(source: Source, name: str) -> str:
     for piece in tensor_pieces(source, name):
         digest.update(piece)
     return digest.hexdigest()
-
-
-def _manifest(source: Source) -> dict[str, Any]:
-    """What a manifest beside the source says that still holds: of an export, its format and where it comes from."""
-    path = source.folder / MANIFEST
-    if not path.is_file():
-        return {"layers": {}}
-    try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(f"{path} cannot be read: {error}") from error
-    return {**{name: value for name, value in old.items() if name not in FORGOTTEN}, "layers": {}}

@@ -54,10 +54,14 @@ class TensorInfo:
     start: int | None = None
 
     @property
+    def kind(self) -> torch.dtype:
+        """The type in which it is read: blocks of other formats are bytes."""
+        return _DTYPES.get(self.dtype, torch.uint8)
+
+    @property
     def bytes(self) -> int:
         """Bytes of the tensor's data."""
-        itemsize = _DTYPES[self.dtype].itemsize if self.dtype in _DTYPES else 1
-        return torch.Size(self.shape).numel() * itemsize
+        return torch.Size(self.shape).numel() * self.kind.itemsize
 
 
 @dataclass(frozen=True)
@@ -245,8 +249,7 @@ def _rows_at(path: Path, start: int, info: TensorInfo, rows: Sequence[slice]) ->
                 if not count:
                     raise SourceError(f"shard {path.name} ends inside a tensor; fetch it again: {path}")
                 filled += count
-    dtype = _DTYPES.get(info.dtype, torch.uint8)  # blocks of other formats are bytes
-    return torch.frombuffer(data, dtype=dtype).view(-1, *info.shape[1:])  # [rows, in]
+    return torch.frombuffer(data, dtype=info.kind).view(-1, *info.shape[1:])  # [rows, in]
 
 
 def tensor_pieces(source: Source, name: str) -> Iterator[bytearray]:

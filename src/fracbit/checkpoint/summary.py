@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,8 +10,8 @@ import torch
 
 from fracbit.checkpoint.folder import MANIFEST
 from fracbit.checkpoint.format import QUANT_METHOD, StoredLayer, read_layers, tensor_name
-from fracbit.checkpoint.formats.gguf_record import lone_file, record_of
 from fracbit.checkpoint.opened import open_checkpoint
+from fracbit.checkpoint.read_manifest import manifest_of
 from fracbit.checkpoint.source import FLOATS, Source, TensorInfo
 from fracbit.errors import FormatError
 from fracbit.numerics.packed import part_shapes
@@ -130,7 +129,7 @@ def loss_table(model: str) -> tuple[list[str], list[list[str]]]:
     A loss is the quantizer's own, relative to that of zero weights; linears of one name (experts) show their mean.
     `out` after a loss: blocks run along the output. There are no rows without a manifest.
     """
-    manifest = {"layers": {}, **_manifest(open_checkpoint(model))}
+    manifest = {"layers": {}, **manifest_of(open_checkpoint(model))}
     losses: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for name, facts in manifest["layers"].items():
         found = _BLOCK.match(name)
@@ -196,7 +195,7 @@ def _stored(scheme: str, shape: tuple[int, ...], size: int, error: float | None)
 
 def _errors(source: Source) -> dict[str, float]:
     """The relative errors of layers; none of layers that an export rounded again, whose error nobody measured."""
-    manifest = _manifest(source)
+    manifest = manifest_of(source)
     again = manifest.get("requantized", {})
     try:
         layers = manifest["layers"] if manifest else {}
@@ -205,19 +204,3 @@ def _errors(source: Source) -> dict[str, float]:
         }
     except (KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"the {MANIFEST} of {source.name} cannot be read: {error}") from error
-
-
-def _manifest(source: Source) -> dict[str, Any]:
-    """The manifest of a source: in its folder, inside of its one file, or beside this; empty where there is none."""
-    file = lone_file(source)
-    inside = None if file is None else record_of(file)
-    if inside is not None:
-        return inside
-    path = (source.folder if file is None else file.parent) / MANIFEST
-    if not path.is_file():
-        return {}
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found if file is None or file.name in found.get("files", {}) else {}
-    except (ValueError, AttributeError) as error:
-        raise FormatError(f"{path} cannot be read: {error}") from error

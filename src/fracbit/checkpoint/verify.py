@@ -7,7 +7,6 @@ its header. A float model has none: its index must name the tensors that its fil
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from fracbit.checkpoint.format import QUANT_METHOD, StoredLayer, packed_layer, r
 from fracbit.checkpoint.formats.gguf_record import lone_file, unchanged
 from fracbit.checkpoint.opened import open_checkpoint
 from fracbit.checkpoint.output import file_hash
+from fracbit.checkpoint.read_manifest import read_manifest
 from fracbit.checkpoint.source import FLOATS, INDEX, SINGLE, Source, read_json, read_tensor, tensor_pieces
 from fracbit.errors import FormatError
 from fracbit.numerics.packed import check_values
@@ -65,7 +65,7 @@ def verified(source: Source, progress: Shown = None) -> Verified:
     listed, files = listed_tensors(source.folder), _listed_files(source.folder)
     weights = {Path(info.file).name for info in source.on_disk.values()}
     lone = lone_file(source)
-    kept = None if lone is None or files else unchanged(lone)
+    kept = None if lone is None or files else _kept(lone)
     whole = (
         kept is not None or weights <= files.keys()
     )  # files that are hashed as a whole, not tensor by tensor
@@ -173,12 +173,13 @@ def _check_layer(source: Source, name: str, stored: StoredLayer) -> None:
 
 def _listed_files(folder: Path) -> dict[str, str]:
     """SHA-256 of every file beside the weights, as the manifest lists them. Raises `FormatError`."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        return {}
     try:
-        return {
-            str(name): str(value) for name, value in json.loads(path.read_text()).get("files", {}).items()
-        }
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise FormatError(f"{path} cannot be read: {error}") from error
+        return {str(name): str(value) for name, value in read_manifest(folder).get("files", {}).items()}
+    except AttributeError as error:
+        raise FormatError(f"{folder / MANIFEST} cannot be read: {error}") from error
+
+
+def _kept(file: Path) -> bool | None:
+    """Whether one file has the hash that it names itself, or that its manifest beside it does; None where none is named."""
+    listed = read_manifest(file).get("files", {}).get(file.name)
+    return unchanged(file) if listed is None else listed == file_hash(file)

@@ -27,13 +27,16 @@ Foreign = Annotated[
     str,
     typer.Argument(
         metavar="CHECKPOINT",
-        help="Folder or hub id of a checkpoint that another program quantized: GPTQ, AWQ, compressed-tensors, ...",
+        help="Folder, hub id or GGUF file that another program quantized: GPTQ, AWQ, compressed-tensors, ...",
     ),
 ]
 
 # What to write
 Better = Annotated[
-    Path, typer.Option("-o", "--output", help="Folder of the better checkpoint.", rich_help_panel=WRITE)
+    Path,
+    typer.Option(
+        "-o", "--output", help="Folder, or .gguf file, of the better checkpoint.", rich_help_panel=WRITE
+    ),
 ]
 Folder = Annotated[
     Path | None, typer.Option("-o", "--output", help="Folder to write.", rich_help_panel=WRITE)

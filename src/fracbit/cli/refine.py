@@ -33,7 +33,7 @@ def refine(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Move codes and scales of CHECKPOINT (GPTQ, AWQ, compressed-tensors) towards the float model; format and size stay."""
+    """Move codes and scales of CHECKPOINT (GPTQ, AWQ, compressed-tensors, GGUF) towards the float model, in its own format."""
     check_better(output, calibration, overwrite=overwrite, resume=resume)
     check_models(checkpoint, against)
     with progress(json or quiet) as show:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -17,9 +16,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from fracbit.checkpoint.export.as_exported import as_exported
 from fracbit.checkpoint.export.coded import names_of
 from fracbit.checkpoint.export.exporter import StoredModel, exporter_of, fitted, open_stored
-from fracbit.checkpoint.folder import MANIFEST
 from fracbit.checkpoint.load import load
 from fracbit.checkpoint.opened import open_float
+from fracbit.checkpoint.read_manifest import read_manifest
 from fracbit.checkpoint.source import read_tensor
 from fracbit.errors import EngineError
 from fracbit.numerics.packed import decode
@@ -56,7 +55,7 @@ def compared_with(path: Path, manifest: Mapping[str, Any], against: str | Path |
 
 def _checkpoint(folder: Path, manifest: Mapping[str, Any]) -> ComparedWith:
     asked = str(manifest["exported"])
-    own = json.loads((folder / MANIFEST).read_text(encoding="utf-8")) if (folder / MANIFEST).is_file() else {}
+    own = read_manifest(folder)
     if (own.get("recipe_key"), own.get("source")) != (manifest.get("recipe_key"), manifest.get("source")):
         raise EngineError(
             f"{folder} is not the checkpoint that the export was made from: its manifest names another recipe or source"

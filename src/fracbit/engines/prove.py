@@ -22,11 +22,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fracbit.checkpoint.folder import MANIFEST
-from fracbit.checkpoint.formats.gguf_record import record_of
 from fracbit.checkpoint.load import tokenizer_or_none
 from fracbit.checkpoint.output import write_json
-from fracbit.checkpoint.source import read_json
+from fracbit.checkpoint.read_manifest import read_manifest
 from fracbit.data.samples import read_calibration
 from fracbit.engines.compared_with import ComparedWith, compared_with
 from fracbit.engines.engine import ENGINES, RUNNERS, ServingEngine
@@ -148,20 +146,18 @@ def proof_of(path: Path) -> Path:
 
 
 def _manifest(path: Path) -> dict[str, Any]:
+    manifest = read_manifest(path)
     if path.is_file():
-        inside = record_of(path)
-        if inside is None:
+        if "exported" not in manifest:
             raise FormatError(
                 f"{path} does not say what it was made of: fracbit did not write it as a file by itself, or its header was "
                 f"changed since; name the folder that `fracbit export` wrote, or export again with -o {path.name}"
             )
-        return inside
-    file = path / MANIFEST
-    if not file.is_file() or not (path / "config.json").is_file():
+        return manifest
+    if not manifest or not (path / "config.json").is_file():
         raise FormatError(
             f"{path} is no export of fracbit; make one with `fracbit export CHECKPOINT --to FORMAT -o {path}`"
         )
-    manifest = read_json(file, "it says what the export was made of")
     if "exported" not in manifest:
         raise FormatError(f"{path} is a fracbit checkpoint and no export; `fracbit verify` checks its files")
     return manifest

@@ -112,7 +112,8 @@ class ShardRecord:
     """What is known of a finished shard.
 
     `hashes`: SHA-256 of every tensor that was read for it, by its name in the source; `layers`: its quantized layers;
-    `stored`: the tensors in its file; `refined`: layers of a foreign checkpoint that were moved; `notes` on these.
+    `stored`: the tensors in its file; `refined`: layers of a foreign checkpoint that were moved; `notes`: what to know
+    of such layers.
     """
 
     hashes: Mapping[str, str] = field(default_factory=dict)
@@ -121,7 +122,7 @@ class ShardRecord:
     distilled: DistillRecord | None = None
     stored: Mapping[str, StoredTensor] = field(default_factory=dict)
     refined: Mapping[str, RefineRecord] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -132,7 +133,7 @@ class ShardRecord:
         }
         data |= {} if self.tweak is None else {"tweak": asdict(self.tweak)}
         data |= {"refined": {n: asdict(one) for n, one in self.refined.items()}} if self.refined else {}
-        data |= {"notes": list(self.notes)} if self.notes else {}
+        data |= {"notes": dict(self.notes)} if self.notes else {}
         return data | ({} if self.distilled is None else {"distilled": asdict(self.distilled)})
 
     @staticmethod
@@ -145,7 +146,7 @@ class ShardRecord:
         refined = {name: RefineRecord(**one) for name, one in data.get("refined", {}).items()}
         return ShardRecord(
             data["hashes"], layers, tweak=tweak, distilled=distilled, stored=stored, refined=refined,
-            notes=tuple(data.get("notes", ())),
+            notes=data.get("notes", {}),
         )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fracbit.checkpoint.export.exporter import Nearest, StoredModel, Written, some_of
+from fracbit.checkpoint.export.exporter import Nearest, StoredModel, Written
 from fracbit.checkpoint.export.float import decoded, source_dtype
 from fracbit.checkpoint.export.pieces import Piece, Tensors, copied_piece, write_pieces
 from fracbit.checkpoint.format import StoredLayer
@@ -30,6 +30,7 @@ from fracbit.models.origin import released_names
 from fracbit.numerics.bits import pack_bits, row_bytes
 from fracbit.numerics.datatypes import fixed_type
 from fracbit.numerics.packed import PackedTensor, zeros_of
+from fracbit.records.grouped import some_of
 from fracbit.records.progress import Progress
 from fracbit.records.scheme import Offset, Scheme, scale_label
 

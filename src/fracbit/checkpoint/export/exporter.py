@@ -30,23 +30,23 @@ from fracbit.checkpoint.export.one_file import (
     made_record,
     partial_of,
 )
-from fracbit.checkpoint.folder import MANIFEST, check_output
+from fracbit.checkpoint.folder import check_output
 from fracbit.checkpoint.format import QUANT_METHOD, StoredLayer, packed_layer, read_layers, tensor_name
 from fracbit.checkpoint.opened import model_config, open_checkpoint
 from fracbit.checkpoint.output import Output, copy_rest, open_output
+from fracbit.checkpoint.read_manifest import manifest_of
 from fracbit.checkpoint.shards import check_apart
 from fracbit.checkpoint.source import Source, read_tensor
 from fracbit.errors import FormatError
 from fracbit.models.skeleton import skeleton
 from fracbit.numerics.packed import PackedTensor, part_shapes
 from fracbit.records import tables
+from fracbit.records.grouped import some_of
 from fracbit.records.progress import Progress, Shown, showing
 from fracbit.records.run import LayerRecord, ShardRecord
 from fracbit.records.scheme import Scheme
 from fracbit.records.tables import Table
 from fracbit.records.version import __version__
-
-SHOWN = 4  # names of layers in a message
 
 
 @dataclass(frozen=True, eq=False)
@@ -330,28 +330,12 @@ def _parts(stored: StoredLayer) -> Sequence[str]:
     return tuple(part_shapes(stored.scheme, stored.shape, stored.outliers))
 
 
-def some_of(names: Sequence[str]) -> str:
-    """The first names of many, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
-
-
 def _key(stored: StoredModel, asked: str) -> str:
     """16 hex digits that name an export; another checkpoint, format or program version cannot resume it."""
     headers = {name: (info.dtype, info.shape, info.file) for name, info in stored.source.tensors.items()}
     schemes = {name: str(layer.scheme) for name, layer in stored.layers.items()}
-    facts = [__version__, asked, stored.source.config, headers, _manifest_of(stored), schemes]
+    facts = [__version__, asked, stored.source.config, headers, manifest_of(stored.source), schemes]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _manifest_of(stored: StoredModel) -> dict[str, Any]:
-    path = stored.source.folder / MANIFEST
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-    except ValueError as error:
-        raise FormatError(f"{path} cannot be read: {error}") from error
 
 
 def _manifest(
@@ -366,7 +350,7 @@ def _manifest(
 
     `run`: the key of the export.
     """
-    old = _manifest_of(stored)
+    old = manifest_of(stored.source)
     origin = ("recipe", "recipe_key", "source", "texts", "seed", "layers")
     kept: dict[str, Any] = {name: old[name] for name in origin if name in old}
     rounded = {name: layer.to_json() for name, layer in again.items()}

@@ -27,12 +27,13 @@ from fracbit.checkpoint.export.coded import (
     words_of,
     zero_codes,
 )
-from fracbit.checkpoint.export.exporter import StoredModel, some_of
+from fracbit.checkpoint.export.exporter import StoredModel
 from fracbit.checkpoint.export.parameter import one_of
 from fracbit.checkpoint.format import StoredLayer
 from fracbit.models.find import family_of
 from fracbit.models.skeleton import quantizable
 from fracbit.numerics.packed import PackedTensor
+from fracbit.records.grouped import some_of
 from fracbit.records.scheme import Scheme
 
 HELD = IntegerForms(

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fracbit.checkpoint.folder import check_output, finished_run
-from fracbit.checkpoint.formats.gguf_record import record_of
 from fracbit.checkpoint.place import GGUF
+from fracbit.checkpoint.read_manifest import read_manifest
 from fracbit.errors import OutputError, RecipeError
 from fracbit.records.tables import ENGINES, SERVING
 
@@ -52,7 +52,7 @@ def check_file(file: Path, *, overwrite: bool, resume: bool) -> None:
         )
     if not file.exists():
         return
-    if (overwrite or resume) and record_of(file) is None:
+    if (overwrite or resume) and made_record(file) is None:
         raise OutputError(f"{file} was not made by fracbit, so it is not overwritten; name another file")
     if overwrite or (resume and partial_of(file).is_dir()):
         return
@@ -103,6 +103,6 @@ def check_resumable(output: Path, *, resume: bool, overwrite: bool) -> None:
 def made_record(output: Path) -> Mapping[str, Any] | None:
     """The manifest of a finished output of fracbit, a folder or one file; None for any other. Raises `FormatError`."""
     if output.is_file():
-        return record_of(output)
+        return read_manifest(output) or None
     found = finished_run(output)
     return None if found is None else found[1]

@@ -18,6 +18,7 @@ from torch import Tensor
 from fracbit.checkpoint.export.coded import IntegerForms, reasons, unexportable
 from fracbit.checkpoint.export.exporter import Nearest
 from fracbit.checkpoint.format import StoredLayer
+from fracbit.errors import FormatError
 from fracbit.numerics.bits import pack_bits
 from fracbit.numerics.datatypes import fixed_type, scale_unit
 from fracbit.numerics.grid import codes_in
@@ -118,6 +119,15 @@ def small_steps(packed: PackedTensor) -> tuple[Tensor, Tensor]:
     codes = _signed(codes_in(stored), stored.scheme).view(packed.shape[0], -1)  # [out, blocks]
     factor = torch.ldexp(torch.ones(1), exponents(stored).view(1).int() - BIAS)  # [1]
     return codes.view(torch.float8_e4m3fn), factor * scale_unit(packed.scheme)
+
+
+def counted(codes: Tensor, scheme: Scheme) -> Tensor:
+    """Codes uint8 that are a sign and a magnitude as they count from the least value up. Raises `FormatError` for a NaN."""
+    middle = fixed_type(scheme).levels // 2  # the code of 0, whatever its sign
+    magnitude = (codes & (2 ** (scheme.bits - 1) - 1)).int()
+    if int(magnitude.max()) > middle:
+        raise FormatError("it has scales or codes that are no numbers")
+    return torch.where(codes >> (scheme.bits - 1) > 0, middle - magnitude, middle + magnitude).to(torch.uint8)
 
 
 def _signed(codes: Tensor, scheme: Scheme) -> Tensor:

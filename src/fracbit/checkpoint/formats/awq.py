@@ -133,7 +133,7 @@ def _gemm(layer: AwqLayer) -> Decoding:
     }
     info = TensorInfo(words.file, decoded_type(layer.source, scales), (out, width))
     scheme = spelled(BITS, group, width, offset="zero", scale=scales)
-    return Decoding(info, parts, lambda some: integers(some).values, scheme=scheme, integers=integers)
+    return Decoding(info, parts, lambda some: integers(some).values, scheme=scheme, codes=integers)
 
 
 def _gemv(layer: AwqLayer) -> Decoding:

@@ -250,7 +250,7 @@ def _packed(layer: CodedLayer) -> tuple[str, Decoding]:
             bits, codes, scale, zero, groups=groups, packer="compressed-tensors", written=WRITTEN
         )
 
-    return "int", replace(decoding, integers=integers)
+    return "int", replace(decoding, codes=integers)
 
 
 def _zero(words: Tensor, rows: int, unpack: Unpack, bits: int) -> Tensor:

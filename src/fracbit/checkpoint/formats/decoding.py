@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from fracbit.checkpoint.formats.gguf_rows import StoredBlocks
     from fracbit.checkpoint.formats.integers import StoredIntegers
     from fracbit.checkpoint.source import TensorInfo
 
@@ -50,7 +51,8 @@ class Decoding:
     `decode` takes the parts of any whole number of steps of rows and gives these rows, in any float type. It may close over
     numbers, such as the width of a row, and never over the number of rows. `upright`: a linear's weight comes out as
     [out, in], whatever the layer of the model stores. `scheme`: how it is stored, in the words of fracbit or of its format.
-    `integers`: the integers of the whole layer from its whole parts; None where it is not stored as such.
+    `codes`: the integers or blocks of the whole layer from its whole parts; None where it is not stored as such. `floats`: what
+    is stored of other values of a tensor that is stored as floats, in its one part; None for codes.
     """
 
     info: TensorInfo
@@ -58,7 +60,8 @@ class Decoding:
     decode: Decode
     upright: bool = True
     scheme: str = ""
-    integers: Callable[[Mapping[str, Tensor]], StoredIntegers] | None = None
+    codes: Callable[[Mapping[str, Tensor]], StoredIntegers | StoredBlocks] | None = None
+    floats: Callable[[Tensor], Tensor] | None = None
 
     @property
     def step(self) -> int:
@@ -105,5 +108,5 @@ def turned(decoding: Decoding, info: TensorInfo) -> Decoding:
         lambda tensors: decoding.decode(tensors).T,
         upright=False,
         scheme=decoding.scheme,
-        integers=decoding.integers,
+        codes=decoding.codes,
     )

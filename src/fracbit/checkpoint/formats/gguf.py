@@ -14,7 +14,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
@@ -27,6 +27,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from fracbit.checkpoint.formats.decoding import Decoding, Part
+from fracbit.checkpoint.formats.gguf_rows import (
+    Change,
+    Reading,
+    StoredBlocks,
+    change_of,
+    falcon_rows,
+    reading,
+)
 from fracbit.checkpoint.formats.known import Decoded, SourceFormat
 from fracbit.checkpoint.place import GGUF
 from fracbit.checkpoint.source import Source, TensorInfo
@@ -352,12 +360,12 @@ def _places(
     model = skeleton(config)
     for name in model.state_dict():
         full = name if name.endswith((".weight", ".bias")) else f"{name}.weight"
-        inside, expert = place_of(names, full, model.base_model_prefix)
+        inside, expert = inside_name(names, full, model.base_model_prefix)
         if inside is not None and inside in held:
             yield name, (inside, expert)
 
 
-def place_of(names: Any, name: str, prefix: str = "") -> tuple[str | None, int | None]:
+def inside_name(names: Any, name: str, prefix: str = "") -> tuple[str | None, int | None]:
     """What llama.cpp calls a tensor of a model, None where it has no place, and the number of its expert.
 
     `names`: the table of the package `gguf` for the architecture. `prefix`: of the base model, which some names there lack.
@@ -369,12 +377,6 @@ def place_of(names: Any, name: str, prefix: str = "") -> tuple[str | None, int |
     plain = ".".join(parts)
     found = names.get_name(plain) or names.get_name(plain.removeprefix(f"{prefix}."))
     return (None if found is None else f"{found}.{leaf}"), expert
-
-
-def falcon_rows(heads: int, groups: int, out: int) -> Tensor:
-    """Falcon's rows [out] as a file has them: all of q, of k, of v. In a model a group has heads of q, then k, then v."""
-    rows = torch.arange(out).view(groups, heads // groups + 2, -1)  # [groups, heads of a group, head size]
-    return torch.cat([rows[:, :-2].flatten(), rows[:, -2].flatten(), rows[:, -1].flatten()])  # [out]
 
 
 def _slice(info: TensorInfo, expert: int) -> TensorInfo:
@@ -392,11 +394,23 @@ def _beside(inside: str) -> str:
 def _times(decoding: Decoding, beside: str, expert: int) -> Decoding:
     """A decoded tensor times its number in the tensor `beside`."""
     decode = decoding.decode
+
+    def factor(parts: Mapping[str, Tensor]) -> Tensor:
+        return parts["factor"].view(-1)[expert].float()  # []
+
     return replace(
         decoding,
         parts={**decoding.parts, "factor": Part(beside)},
-        decode=lambda parts: decode(parts) * parts["factor"].view(-1)[expert].float(),
+        decode=lambda parts: decode(parts) * factor(parts),
+        codes=lambda parts: replace(_blocks_of(decoding, parts), factor=float(factor(parts))),
     )
+
+
+def _blocks_of(decoding: Decoding, parts: Mapping[str, Tensor]) -> StoredBlocks:
+    assert decoding.codes is not None
+    found = decoding.codes(parts)
+    assert isinstance(found, StoredBlocks)
+    return found
 
 
 def _decoding(
@@ -409,24 +423,23 @@ def _decoding(
     blank = np.broadcast_to(np.float32(0), shape)
     made = process(blank)
     values = partial(_values, kind=kind)
-    dtype = PLAIN.get(kind, DECODED)
-    whole = TensorInfo(info.file, dtype, tuple(made.shape))
-    if made is blank:
-        return Decoding(
-            whole,
-            {"blocks": Part(view, rows=1)},
-            lambda parts: values(parts["blocks"]),
-            upright=False,
-            scheme=kind,
-        )
+    same = made is blank
+
+    def decode(parts: Mapping[str, Tensor]) -> Tensor:
+        found = values(parts["blocks"])
+        return found if same else torch.from_numpy(np.ascontiguousarray(process(found.float().numpy())))
+
+    def change() -> Change:
+        return change_of(process, shape, inside)
+
     return Decoding(
-        whole,
-        {"blocks": Part(view)},
-        lambda parts: torch.from_numpy(
-            np.ascontiguousarray(process(values(parts["blocks"]).float().numpy()))
-        ),
+        TensorInfo(info.file, PLAIN.get(kind, DECODED), tuple(made.shape)),
+        {"blocks": Part(view, rows=int(same))},
+        decode,
         upright=False,
         scheme=kind,
+        codes=None if kind in PLAIN else lambda parts: StoredBlocks(kind, parts["blocks"], change()),
+        floats=(lambda tensor: change().values(tensor)) if kind in PLAIN else None,
     )
 
 
@@ -438,12 +451,9 @@ def _values(blocks: Tensor, kind: str) -> Tensor:
     return torch.from_numpy(gguf.dequantize(blocks.numpy(), gguf.GGMLQuantizationType[kind]))
 
 
-def _processing(head: Header, config: PreTrainedConfig, inside: str) -> Callable[[np.ndarray], np.ndarray]:
+def _processing(head: Header, config: PreTrainedConfig, inside: str) -> Reading:
     """What transformers does to a tensor of this name after it is decoded."""
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
-
-    worker: Any = TENSOR_PROCESSORS.get(head.architecture, TensorProcessor)
-    worker = worker(config=config.to_dict())
+    usual = reading(head.architecture, config.to_dict(), inside)
     groups = int(_groups_of_falcon(head).get("num_kv_heads", 0))
 
     def process(values: np.ndarray) -> np.ndarray:
@@ -452,9 +462,7 @@ def _processing(head: Header, config: PreTrainedConfig, inside: str) -> Callable
             return np.ascontiguousarray(values[back.numpy()])
         if "ffn_gate_inp_shexp" in inside:  # one row, which transformers expects without its axis
             values = values.reshape(-1)  # [in]
-        made = worker.process(values, inside, tensor_key_mapping=None, parsed_parameters={"tensors": {}})
-        found: np.ndarray = made.weights
-        return found
+        return usual(values)
 
     return process
 

@@ -50,6 +50,12 @@ def fill(path: Path, record: Mapping[str, Any]) -> None:
         data[start : start + size] = _hash(data, start).encode()
 
 
+def refill(path: Path, record: Mapping[str, Any]) -> None:
+    """Write another record, no longer than the first, and the hash of changed bytes; nothing into a file that has neither."""
+    if record_of(path) is not None:
+        fill(path, record)
+
+
 def record_of(path: Path) -> dict[str, Any] | None:
     """The record inside a GGUF file; None for a file of others. Raises `FormatError` for one that cannot be read."""
     with path.open("rb") as file:

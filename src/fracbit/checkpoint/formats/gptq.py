@@ -128,7 +128,7 @@ def _decoding(source: Source, settings: Mapping[str, Any], layer: str, version: 
     even = width // groups  # of a width that groups divide, whatever their order
     offset: Offset = "none" if _symmetric(settings, layer) else "zero"
     scheme = spelled(bits, even, width, offset=offset, scale=scales)
-    return bits, Decoding(info, parts, lambda some: integers(some).values, scheme=scheme, integers=integers)
+    return bits, Decoding(info, parts, lambda some: integers(some).values, scheme=scheme, codes=integers)
 
 
 def _symmetric(settings: Mapping[str, Any], layer: str) -> bool:

@@ -1,6 +1,6 @@
 """The walk through a quantized checkpoint beside its float model: one block of each in memory.
 
-    embed -> for each block: the step (norm_step.py, code_step.py) -> its new tensors to the journal -> advance with them
+    embed -> for each block: the step (norm_step.py, code_step.py) -> its new tensors into the copy -> advance with them
 
 The states are those of the checkpoint as it is improved, so that each block is fitted to what it will be given.
 """
@@ -14,9 +14,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fracbit.checkpoint.folder import JOURNAL
-from fracbit.checkpoint.output import Output
-from fracbit.checkpoint.patched import finished_blocks
+from fracbit.checkpoint.patched import PatchedCopy
+from fracbit.checkpoint.source import Source
 from fracbit.data import Samples
 from fracbit.models.blocks import blocks, gain_of, norms, pairs, source_rows, weight_of
 from fracbit.models.family import Family
@@ -58,10 +57,10 @@ class Walk:
         """That of both models."""
         return self.twins.coded.family
 
-    def load_coded(self, place: Place, changed: Mapping[str, Tensor] | None = None) -> None:
-        """Bring the quantized block into memory, decoded; `changed`: other values of its tensors on the disk."""
+    def load_coded(self, place: Place, source: Source | None = None) -> None:
+        """Bring the quantized block into memory, decoded; `source`: where it is read, in a copy perhaps."""
         materialize(
-            place.module, block_tensors(self.twins.coded, place.path, changed), torch.float32, self.device
+            place.module, block_tensors(self.twins.coded, place.path, source), torch.float32, self.device
         )
 
     def load_float(self, place: Place) -> None:
@@ -76,35 +75,31 @@ BlockStep: TypeAlias = Callable[[Walk, Place], tuple[dict[str, Tensor], ShardRec
 """(walk, block) -> new values of tensors on the disk, and what is noted. It leaves the block out of memory."""
 
 
-def walk_alongside(
-    walk: Walk, step: BlockStep, target: Output
-) -> tuple[dict[str, Tensor], list[ShardRecord]]:
-    """Do the step for every block that the journal of `target` lacks; all new tensors and records, in order."""
-    opened, done = walk.twins.coded, finished_blocks(target)
+def walk_alongside(walk: Walk, step: BlockStep, copy: PatchedCopy) -> list[ShardRecord]:
+    """Do the step for every block that the `copy` lacks; all records, in order."""
+    opened = walk.twins.coded
     stack = blocks(opened.model, opened.family)
     materialize(opened.model, outer_tensors(opened), torch.float32, partial=True)
 
     def room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         spills = torch.Size(shape).numel() * dtype.itemsize > SPILL_BYTES
-        return storage(shape, dtype, target.folder / JOURNAL if spills else None)
+        return storage(shape, dtype, copy.target.journal if spills else None)
 
     hidden = embed(opened.model, opened.family, walk.samples.ids, walk.batch, room=room)
-    every: dict[str, Tensor] = {}
     records = []
     for number, (path, module) in enumerate(stack):
-        place, shard = Place(number, path, module, hidden), f"block-{number:05}.safetensors"
-        if done.record(shard) is None:
-            done.write_shard(shard, *step(walk, place))
-        record, changed = done.record(shard), done.tensors(shard)
-        assert record is not None
-        every |= changed
+        place, name = Place(number, path, module, hidden), f"block-{number:05}"
+        record = copy.record(name)
+        if record is None:
+            changed, record = step(walk, place)
+            copy.write(name, changed, record)
         records.append(record)
         if number + 1 < len(stack):
-            walk.load_coded(place, changed)
+            walk.load_coded(place, copy.now)
             hidden = advance(module, hidden, hidden.states)
             release(module)
         walk.show(f"block {number + 1} of {len(stack)}", number + 1, len(stack))
-    return every, records
+    return records
 
 
 def rescale(block: nn.Module, family: Family, config: object, coded: Mapping[str, Tensor]) -> None:

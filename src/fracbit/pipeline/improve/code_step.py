@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fracbit.checkpoint.repacked import integer_layer
+from fracbit.checkpoint.repacked import movable_layer
 from fracbit.errors import FormatError
 from fracbit.models.blocks import groups, weight_of
 from fracbit.models.install import release
@@ -37,29 +37,30 @@ def refine_step(walk: Walk, place: Place) -> tuple[dict[str, Tensor], ShardRecor
     # Layer by layer.
     changed: dict[str, Tensor] = {}
     records: dict[str, RefineRecord] = {}
-    notes = [f"{place.path}.{name}: {note}" for name, note in said.items()]
+    notes = {f"{place.path}.{name}": note for name, note in said.items()}
     for group in order:
         for name in group:
             full = f"{place.path}.{name}"
             try:
                 found, record = _refined(walk, layers[full], weights[name], seen[group[0]])
             except FormatError as error:
-                notes.append(f"{full} stayed as it is: {error}")
+                notes[full] = f"stayed as it was: {error}"
                 continue
             changed |= found
             records[full] = record
             walk.show(full, place.number, place.number + 1)
-    return changed, ShardRecord(refined=records, notes=tuple(notes))
+    return changed, ShardRecord(refined=records, notes=notes)
 
 
 def _refined(
     walk: Walk, weight_name: str, weight: Tensor, stats: Stats | None
 ) -> tuple[dict[str, Tensor], RefineRecord]:
-    """The new tensors of a layer whose decoded tensor is called `weight_name`, towards `weight` [out, in]."""
+    """The new tensors of a layer whose decoded tensor is called `weight_name`, towards `weight` [out, in]; none: it stays."""
     if stats is None or stats.gram is None:
         raise FormatError("it saw no calibration token")
-    layer = integer_layer(walk.twins.coded.source, weight_name)
+    layer = movable_layer(walk.twins.coded.source, weight_name)
     order = layer.order.to(weight.device)  # [in]
     gram = stats.gram[order][:, order]  # [in, in]
-    old, new = refined(weight[:, order], layer.packed.to(weight.device), gram)
-    return layer.stored(new.packed.to("cpu")), RefineRecord(old.loss, new.loss)
+    old, new = refined(weight[:, order] / layer.factor, layer.packed.to(weight.device), gram)
+    moved = {} if new is old else layer.stored(new.packed.to("cpu"))
+    return moved, RefineRecord(old.loss, new.loss)

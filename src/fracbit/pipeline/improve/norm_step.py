@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fracbit.checkpoint.source import FLOATS
 from fracbit.errors import FormatError
 from fracbit.models.blocks import blocks, find, groups, weight_of
 from fracbit.models.correction import Correction, Evidence, norm_parameters
@@ -57,20 +57,33 @@ class NormStep:
             walk.show(f"{place.path} {what}", place.number, place.number + 1)
 
         found = self.correction(module, family, evidence, show)
-        names = norm_names(walk.twins)
-        changed = {
-            names[f"{place.path}.{name}"]: parameter.detach().cpu().clone()
+        places = norm_places(walk.twins)
+        changed = dict(
+            places[f"{place.path}.{name}"].stored(parameter)
             for name, parameter in norm_parameters(module, family).items()
-        }
+        )
         release(module)
         record = TweakRecord(place.number, before=found.before, after=found.after, kept=found.kept)
-        return as_stored(walk.twins, changed), ShardRecord(tweak=record)
+        return changed, ShardRecord(tweak=record)
 
 
-def norm_names(twins: Twins) -> dict[str, str]:
-    """The gains and biases of all norms by full name, each with its tensor on the disk. Raises `FormatError`."""
+@dataclass(frozen=True, eq=False)
+class NormPlace:
+    """Where a gain or a bias is stored: the tensor `name` of this type. `change`: how it differs there."""
+
+    name: str
+    kind: torch.dtype
+    change: Callable[[Tensor], Tensor]
+
+    def stored(self, value: Tensor) -> tuple[str, Tensor]:
+        """The name, and what is stored of a value."""
+        return self.name, self.change(value.detach().cpu().clone()).to(self.kind)
+
+
+def norm_places(twins: Twins) -> dict[str, NormPlace]:
+    """The gains and biases of all norms by full name, each with its place on the disk. Raises `FormatError`."""
     coded = twins.coded
-    family, found = coded.family, dict[str, str]()
+    family, found = coded.family, dict[str, NormPlace]()
     names = [
         f"{path}.{name}"
         for path, block in blocks(coded.model, family)
@@ -79,12 +92,12 @@ def norm_names(twins: Twins) -> dict[str, str]:
     final = find(coded.model, family.final_norm) if family.final_norm else None
     names += [] if final is None else [f"{family.final_norm}.{leaf}" for leaf, _ in final.named_parameters()]
     for name in names:
-        plain = coded.origins.tensors[name].plain
-        if plain is None or plain in coded.source.decodings:
+        place = _place(twins, coded.origins.tensors[name].plain)
+        if place is None:
             raise FormatError(
                 f"{name} is not a tensor of its own in {coded.source.name}, so that no new value can take its place"
             )
-        found[name] = plain
+        found[name] = place
     if not found:
         raise FormatError(
             f"the norms of a {type(coded.model).__name__} have no gains, so that there is nothing to move; use fracbit refine"
@@ -92,18 +105,21 @@ def norm_names(twins: Twins) -> dict[str, str]:
     return found
 
 
+def _place(twins: Twins, plain: str | None) -> NormPlace | None:
+    """The place of a tensor that is stored as floats, by its name; None for any other."""
+    source = twins.coded.source
+    if plain is None:
+        return None
+    decoding = source.decodings.get(plain)
+    if decoding is None:
+        return NormPlace(plain, source.on_disk[plain].kind, lambda value: value)
+    if decoding.floats is None:
+        return None
+    (part,) = decoding.parts.values()
+    return NormPlace(part.name, source.on_disk[part.name].kind, decoding.floats)
+
+
 def norm_kind(twins: Twins) -> torch.dtype:
     """The least precise type that norms are stored in."""
-    stored = {twins.coded.source.on_disk[name].dtype for name in norm_names(twins).values()}
-    return torch.bfloat16 if "BF16" in stored else torch.float16 if "F16" in stored else torch.float32
-
-
-def as_stored(twins: Twins, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by their names on the disk in the types that they have there."""
-    stored = twins.coded.source.on_disk
-    return {name: tensor.to(FLOATS[stored[name].dtype]) for name, tensor in tensors.items()}
-
-
-def norm_gains(twins: Twins, model: nn.Module) -> dict[str, nn.Parameter]:
-    """The gains and biases of a loaded model by their names on the disk."""
-    return {plain: model.get_parameter(name) for name, plain in norm_names(twins).items()}
+    stored = {place.kind for place in norm_places(twins).values()}
+    return next((kind for kind in (torch.bfloat16, torch.float16) if kind in stored), torch.float32)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fracbit.checkpoint.opened import Opened, check_finished, open_float
-from fracbit.checkpoint.source import Source, fingerprint, open_source, read_stored, read_tensor
+from fracbit.checkpoint.source import Source, fingerprint, open_source, read_tensor
 from fracbit.errors import FormatError, SourceError
 from fracbit.models.blocks import blocks
 from fracbit.models.origin import Origin
@@ -34,7 +33,8 @@ class Twins:
         found = {}
         for name in self.coded.linears:
             plain = self.coded.origins.tensors[f"{name}.weight"].plain
-            if plain is not None and plain in self.coded.source.decodings:
+            decoding = None if plain is None else self.coded.source.decodings.get(plain)
+            if plain is not None and decoding is not None and decoding.floats is None:
                 found[name] = plain
         return found
 
@@ -74,19 +74,14 @@ def _check_foreign(source: Source, folder: Path) -> None:
             f"{source.name} is a checkpoint of fracbit, which is made better where it is made: fracbit quantize with "
             "--quantizer descent, --set calibration.tweak=auto or --preset best; or name what fracbit export made of it"
         )
-    if any(info.start is not None for info in source.on_disk.values()):
-        raise FormatError(
-            f"{source.name} is a GGUF file, and only folders of safetensors are made better; fracbit quantize MODEL --for "
-            "llama.cpp --calibration TEXT makes a GGUF file of the float model"
-        )
     if (folder / "adapter_config.json").is_file():
         raise FormatError(
             f"{source.name} has an adapter beside its weights; merge it into the float model and quantize that"
         )
-    if not source.decodings:
+    if not any(decoding.floats is None for decoding in source.decodings.values()):
         raise SourceError(
             f"{source.name} is not quantized: its weights are plain floats; name a checkpoint of GPTQ, AWQ, "
-            "compressed-tensors, MLX, ..., or quantize this one with fracbit quantize"
+            "compressed-tensors, GGUF, MLX, ..., or quantize this one with fracbit quantize"
         )
 
 
@@ -135,30 +130,19 @@ def weight_of_layer(opened: Opened, name: str) -> Tensor:
     return read_at(opened.source, opened.origins.tensors[f"{name}.weight"])
 
 
-def read_at(source: Source, place: Origin, changed: Mapping[str, Tensor] | None = None) -> Tensor:
-    """The tensor at a place, decoded in fp32; `changed`: other values of tensors on the disk."""
-    return place.read([_read(source, name, changed or {}) for name in place.names])
+def read_at(source: Source, place: Origin) -> Tensor:
+    """The tensor at a place, decoded in fp32."""
+    return place.read([_read(source, name) for name in place.names])
 
 
-def _read(source: Source, name: str, changed: Mapping[str, Tensor]) -> Tensor:
-    decoding = source.decodings.get(name)
-    if decoding is None:
-        return changed[name] if name in changed else read_tensor(source, name)
-    if not any(part.name in changed for part in decoding.parts.values()):
-        return read_tensor(source, name, torch.float32)
-    parts = {
-        role: changed[part.name] if part.name in changed else read_stored(source, part.name)
-        for role, part in decoding.parts.items()
-    }
-    return decoding.decode(parts).float()
+def _read(source: Source, name: str) -> Tensor:
+    return read_tensor(source, name, torch.float32 if name in source.decodings else None)
 
 
-def block_tensors(
-    opened: Opened, path: str, changed: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """The tensors of a block by their names inside it."""
+def block_tensors(opened: Opened, path: str, source: Source | None = None) -> dict[str, Tensor]:
+    """The tensors of a block by their names inside it; `source`: where they are read, with other values perhaps."""
     return {
-        name.removeprefix(f"{path}."): read_at(opened.source, place, changed)
+        name.removeprefix(f"{path}."): read_at(source or opened.source, place)
         for name, place in opened.origins.tensors.items()
         if name.startswith(f"{path}.")
     }

@@ -26,11 +26,10 @@ from fracbit.pipeline.quantize.calibrated import rewrite_notes
 from fracbit.pipeline.quantize.record import layer_records, records_of, stored_layers
 from fracbit.pipeline.quantize.schedule import FloatItem
 from fracbit.pipeline.quantize.work import Work
+from fracbit.records.grouped import grouped
 from fracbit.records.recipe import key
 from fracbit.records.run import LayerRecord, ShardRecord, Totals
 from fracbit.records.version import __version__
-
-NOTES = 24  # most notes on single layers that a result shows
 
 
 def finish(work: Work, target: Output) -> tuple[Totals, tuple[str, ...]]:
@@ -88,24 +87,9 @@ def run_notes(work: Work, made: Mapping[str, LayerRecord]) -> tuple[str, ...]:
     """What the user should know of a run: of the source, the schedule, the samples, rewrites, and single layers."""
     rewrites = rewrite_notes(work) if work.recipe.calibration is not None else ()
     read = () if work.samples is None else work.samples.notes
-    return (*work.opened.source.notes, *work.schedule.notes, *read, *rewrites, *layer_notes(made))
-
-
-def layer_notes(made: Mapping[str, LayerRecord]) -> tuple[str, ...]:
-    """Notes on single layers; layers with equal notes share a line. The manifest has each note beside its layer."""
-    named: dict[str, list[str]] = {}
-    for layer, record in made.items():
-        for note in record.notes:
-            named.setdefault(note, []).append(layer)
-    lines = [f"{note} ({some_of(layers)})" for note, layers in named.items()]
-    rest = [f"{len(lines) - NOTES} more notes on layers: see {MANIFEST}"] if len(lines) > NOTES else []
-    return (*lines[:NOTES], *rest)
-
-
-def some_of(names: Sequence[str], limit: int = 4) -> str:
-    """The first names of many, and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    said = ((layer, note) for layer, record in made.items() for note in record.notes)
+    # The manifest has each note beside its layer.
+    return (*work.opened.source.notes, *work.schedule.notes, *read, *rewrites, *grouped(said, MANIFEST))
 
 
 def _card_name(source: Source) -> str:

@@ -6,31 +6,25 @@ later evaluation on any text notices this.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fracbit.checkpoint.folder import MANIFEST
-from fracbit.checkpoint.formats.gguf_record import record_of
+from fracbit.checkpoint.read_manifest import read_manifest
 from fracbit.data import Tokens, parse_source, read_documents, shared_documents
-from fracbit.errors import DataError
+from fracbit.errors import DataError, FormatError
 
 
 def calibration_sources(model: str | Path) -> tuple[dict[str, Any], ...]:
     """The calibration texts in a model's manifest: `source`, `sha256`, ...; empty for a model without a manifest."""
     place = Path(model).expanduser()
-    path = place if place.is_file() else place / MANIFEST
-    if not path.is_file():
-        return ()
     try:
-        found = record_of(path) if path == place else json.loads(path.read_text(encoding="utf-8"))
-        texts = (found or {}).get("texts", ())
+        texts = read_manifest(place).get("texts", ())
         return tuple(source for text in texts for source in text.get("sources", ()))
-    except (ValueError, AttributeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+    except (FormatError, AttributeError) as error:
+        raise DataError(f"the manifest of {model} cannot be read: {error}") from error
 
 
 def overlap_notes(

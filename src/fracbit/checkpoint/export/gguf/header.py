@@ -23,7 +23,7 @@ from fracbit.checkpoint.export.gguf.placed import Placed
 from fracbit.checkpoint.export.gguf.size_keys import besides
 from fracbit.checkpoint.export.gguf.special_tokens import added_tokens, letters
 from fracbit.checkpoint.export.gguf.vocabulary import Vocabulary, read_json
-from fracbit.checkpoint.folder import MANIFEST
+from fracbit.checkpoint.read_manifest import manifest_of
 
 FLOAT_FILES = {"F32": 0, "F16": 1, "BF16": 32}
 """llama.cpp's numbers of files that hold floats."""
@@ -105,7 +105,7 @@ def _add_general(writer: Any, stored: StoredModel) -> None:
 
 def _source_name(stored: StoredModel) -> str:
     """The name of the folder or repository that the checkpoint was made from; its own where its manifest names none."""
-    source = read_json(stored.source.folder / MANIFEST).get("source")
+    source = manifest_of(stored.source).get("source")
     name = source.get("name") if isinstance(source, Mapping) else None
     return Path(str(name or stored.source.name)).name or stored.source.folder.name
 

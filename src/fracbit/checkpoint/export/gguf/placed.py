@@ -20,9 +20,9 @@ from fracbit.checkpoint.export.gguf.architectures import Architecture
 from fracbit.checkpoint.export.gguf.block_types import TYPES, type_of
 from fracbit.checkpoint.export.gguf.frequencies import frequency_factors
 from fracbit.checkpoint.export.gguf.package import package
-from fracbit.checkpoint.export.gguf.rows import change_of
-from fracbit.checkpoint.export.gguf.size_keys import ModelSettings
-from fracbit.checkpoint.formats.gguf import place_of
+from fracbit.checkpoint.export.gguf.size_keys import HEADS, ModelSettings
+from fracbit.checkpoint.formats.gguf import inside_name
+from fracbit.checkpoint.formats.gguf_rows import Change, change_of, falcon_rows, reading
 from fracbit.errors import FormatError
 from fracbit.models.blocks import find, is_transposed
 from fracbit.records.run import LayerRecord
@@ -91,7 +91,7 @@ def _places(stored: StoredModel, architecture: Architecture) -> dict[str, tuple[
     names = gguf.get_tensor_name_map(kinds[architecture.name], stored.model.config.num_hidden_layers)
     found = {}
     for name in _held(stored):
-        inside, expert = place_of(names, name, stored.model.base_model_prefix)
+        inside, expert = inside_name(names, name, stored.model.base_model_prefix)
         if inside is None:
             raise FormatError(
                 f"llama.cpp has no place for the tensor {name} in a model of its kind {architecture.name}; "
@@ -143,17 +143,30 @@ def _single(passage: Passage, name: str, inside: str) -> Placed:
     turned = transposed and layer not in stored.disk  # a quantized one is stored [out, in]
     shape = stored.disk[layer].shape if layer in stored.disk else stored.source.tensors[name].shape
     shape = shape[::-1] if turned else tuple(shape)  # [out, in] or [out]
-    change = change_of(passage.architecture, passage.settings, inside, shape, transposed=transposed)
+    change = _change(passage, inside, shape)
 
     def make() -> MadeRows:
         if kind in TYPES:
             packed, record = stored.exported(layer)
-            rows = change.rows(TYPES[kind].encode(packed))  # [out, bytes]
+            rows = change.rows(TYPES[kind].rows(packed))  # [out, bytes]
             return rows, {} if record is None else {layer: record}
         tensor = _float_of(stored, name)
         return _raw(change.values(tensor.T if turned else tensor), kind), {}
 
     return Placed(inside, kind, shape, _bytes(kind, shape), make=make)
+
+
+def _change(passage: Passage, inside: str, shape: tuple[int, ...]) -> Change:
+    """What happens to the tensor called `inside` in the file, of this `shape` [out, in] or [out]. Raises `FormatError`."""
+    architecture, settings = passage.architecture, passage.settings
+    if architecture.groups is not None and ".attn_qkv." in inside:
+        return Change(falcon_rows(int(HEADS(settings)), int(architecture.groups(settings)), shape[0]))
+    try:
+        return change_of(reading(architecture.name, settings, inside), shape, inside)
+    except FormatError as error:
+        raise FormatError(
+            f"{error} in a {architecture.name}; export float, and convert that folder with convert_hf_to_gguf.py of llama.cpp"
+        ) from error
 
 
 def _stack(passage: Passage, names: Sequence[str], inside: str) -> Placed:

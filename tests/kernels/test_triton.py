@@ -26,6 +26,7 @@ SCHEMES = [
     Scheme("int", 4, 64), Scheme("nf", 4, 64, "out"), Scheme("kmeans:row", 4, 32), Scheme("kmeans", 3, 64, "out", "float"),
     Scheme("int", 2, 16, "in", "zero"), Scheme("int", 3, 16, "out", "zero"), Scheme("int", 5, "row"), Scheme("nf", 6, "tensor"),
     Scheme("int", 8, "row", "out"), Scheme("dynamic", 8, 20), Scheme("float", 7, "flat:43"),
+    Scheme("ocp", 8, "16x32"), Scheme("int", 4, "8x64", offset="zero"),
     Scheme("int", 1, 64, "in", "float"),
     Scheme("int", 4, 64, scale="int8:256"), Scheme("power", 4, 64, scale="bf16"),
 ]  # fmt: skip

@@ -39,7 +39,7 @@ PARAMETERS = {
     "power": ["", ":1/2", ":fit"],
     "kmeans": ["", ":row"],
 }
-BLOCKS: list[int | str] = [1, 7, 64, 1000, "row", "tensor", "flat:32"]
+BLOCKS: list[int | str] = [1, 7, 64, 1000, "row", "tensor", "flat:32", "4x16"]
 SCALES = ["fp32", "fp16", "bf16", "int8:16", "int:up6:8", "int:step6:16", "e8m0", "ocp8:tensor"]
 
 
@@ -59,6 +59,7 @@ def dtypes() -> list[str]:
 def schemes(draw: st.DrawFn) -> Scheme:
     dtype, bits = draw(st.sampled_from(dtypes())), draw(st.integers(1, 8))
     block, axis = draw(st.sampled_from(BLOCKS)), draw(st.sampled_from(["in", "out"]))
+    axis = "in" if block == "4x16" else axis
     offset, scale = draw(st.sampled_from(["none", "zero", "float", "mean"])), draw(st.sampled_from(SCALES))
     if scale == "e8m0" and offset in ("float", "mean"):
         return draw(schemes())

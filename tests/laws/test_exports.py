@@ -22,9 +22,11 @@ from fracbit.cli import app
 from fracbit.errors import DataError, FormatError, OutputError, RecipeError
 from fracbit.numerics import decode
 from fracbit.pipeline.quantize.run import write_checkpoint
+from fracbit.records.calibration import Calibration
 from fracbit.records.recipe import Override, Recipe
 from fracbit.records.scheme import Scheme, parse_scheme
 from outputs import contents
+from texts import write_ids
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -297,6 +299,51 @@ def test_inputs_in_8_bits_become_w8a8(floats: Path, tmp_path: Path) -> None:
     for name in ("gptq", "awq", "mlx"):
         with pytest.raises(FormatError, match="inputs are rounded to int8/token while the model runs"):
             export(done, tmp_path / name, name, requantize=True)
+
+
+@pytest.mark.parametrize("inputs", [None, "ocp8/128"])
+def test_fp8_in_blocks_of_rows_and_columns(inputs: str | None, tmp_path: Path) -> None:
+    """The weight as it is, a scale for every 128 x 128 of its numbers."""
+    done = in_blocks(tmp_path, 256, inputs)
+    stored = open_stored(done)
+    export(done, tmp_path / "made", "compressed-tensors", progress=None)
+    held = load_file(tmp_path / "made" / "model.safetensors")
+    config = json.loads((tmp_path / "made" / "config.json").read_text())["quantization_config"]
+    group = config["config_groups"]["group_0"]
+    assert (group["weights"]["strategy"], group["weights"]["block_structure"]) == ("block", [128, 128])
+    assert group["format"] == "float-quantized"
+    given = group["input_activations"]
+    assert given is None if inputs is None else (given["strategy"], given["group_size"]) == ("group", 128)
+    source = open_float(tmp_path / "made").source
+    for name in stored.disk:
+        codes, scale = held[f"{name}.weight"], held[f"{name}.weight_scale"]
+        assert codes.dtype == torch.float8_e4m3fn
+        weight = decode(stored.packed(name))
+        spread = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+        assert torch.equal(codes.float() * spread, weight)
+        assert torch.equal(read_tensor(source, f"{name}.weight", torch.float32), weight)
+
+
+def test_weights_that_no_whole_blocks_cover(tmp_path: Path) -> None:
+    done = in_blocks(tmp_path / "weights", 320)
+    with pytest.raises(FormatError, match=r"down_proj: its blocks are 128x128 .* ocp8/32 s=e8m0"):
+        export(done, tmp_path / "made", "compressed-tensors", progress=None)
+    found = export(done, tmp_path / "made", "compressed-tensors", requantize=True, progress=None)
+    assert {name.rpartition(".")[2] for name in found.requantized} == {"down_proj", "gate_proj", "up_proj"}
+    done = in_blocks(tmp_path / "inputs", 320, "ocp8/128")
+    with pytest.raises(FormatError, match="only they go with inputs ocp8/128"):
+        export(done, tmp_path / "other", "compressed-tensors", requantize=True, progress=None)
+
+
+def in_blocks(where: Path, inner: int, inputs: str | None = None) -> Path:
+    """A checkpoint of FP8 in blocks of 128 x 128, and of inputs perhaps."""
+    from families import tiny_llama
+
+    sizes = {"hidden_size": 128, "intermediate_size": inner, "num_attention_heads": 4, "head_dim": 32}
+    tiny_llama(**sizes, num_key_value_heads=4, num_hidden_layers=1).save_pretrained(where / "float")
+    text = write_ids(where / "ids.u16", 8, 8)
+    how = None if inputs is None else Calibration(texts=(text,), inputs=inputs, samples=4, length=8)
+    return quantized(where / "float", where / "q", "ocp8/128x128 s=fp32", calibration=how)
 
 
 def test_mixtures_get_the_names_of_released_checkpoints(tmp_path: Path) -> None:

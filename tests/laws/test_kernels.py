@@ -32,7 +32,8 @@ DTYPES = [
 ]
 
 
-BLOCKS = [8, 20, 64, "row", "tensor", "flat:43", "flat:64"]
+BLOCKS = [8, 20, 64, "row", "tensor", "flat:43", "flat:64", "8x64"]
+NO_AXIS = ("tensor", "flat:43", "flat:64", "8x64")
 
 
 def legal(dtype: str, bits: int, offset: str) -> bool:
@@ -53,7 +54,7 @@ GRID = [
     for block in BLOCKS
     for axis in ("in", "out")
     for offset in ("none", "zero", "float", "mean")
-    if legal(dtype, bits, offset) and not (axis == "out" and str(block) in ("tensor", "flat:43", "flat:64"))
+    if legal(dtype, bits, offset) and not (axis == "out" and block in NO_AXIS)
 ]
 ENGINES_OWN = [
     parse_scheme(word)
@@ -61,6 +62,7 @@ ENGINES_OWN = [
         "int:step4f/32 s=int:up6:8", "int:step2f/16 s=int:up4:16", "int:step3/16 s=int:step6:16",
         "int:step6/16 s=int:step8:16", "iq4/32 s=int:step6:8",
         "ocp4/16 s=ocp8:tensor", "ocp4/32 s=e8m0", "ocp8/32 s=e8m0", "ocp8/row s=fp32", "ocp:e5m28/row s=bf16",
+        "ocp8/128x128 s=fp32", "int4z/16x20 s=bf16", "int:step4f/8x64", "int4/8x16 s=int8:16",
     )
 ]  # fmt: skip
 GRID += ENGINES_OWN

@@ -22,6 +22,7 @@ from tensors import normal, seeded, uneven
 
 GROUPS: tuple[ScalingGroups, ...] = (
     "row", "tensor", Scheme(block=64), Scheme(block=7), Scheme(block="row"), Scheme(block="tensor"), Scheme(block="flat:16"),
+    Scheme(block="3x16"),
     Scheme(block=5, axis="out"), Scheme(block="row", axis="out"),
 )  # fmt: skip
 

@@ -53,6 +53,7 @@ def test_halves_are_disjoint_and_every_linear_gives_one_share(
 def test_blocks_across_rows_stay_together_and_whole_tensors_are_read_whole() -> None:
     assert group_of(read_levels("int4z/64,nf3/row,float,kmeans2/32,int4/64 s=int8:256")) == 1
     assert group_of(read_levels("int4z/64 out,nf3/48 out")) == 192
+    assert group_of(read_levels("int4z/64 out,ocp8/96x128")) == 192
     for label in ("int4/tensor", "int4/flat:64", "int4/row out"):
         assert group_of([*read_levels("nf4/64"), *read_levels(label)]) is None
 

@@ -81,6 +81,7 @@ def test_labels_tell_schemes_apart(a: Scheme, b: Scheme) -> None:
         ("block", 0, "known: row, tensor, a number above 0, or flat:N"),
         ("block", "rows", "row, tensor"),
         ("block", "flat:0", "flat:N"),
+        ("block", "0x16", "ROWSxCOLUMNS"),
         ("axis", "input", "in, out"),
         ("offset", "asym", "known: float, mean, none, zero"),
         ("scale", "fp8", "Known: bf16, e8m0, fp16, fp32, or TYPEBITS:BLOCK"),

@@ -33,7 +33,7 @@ from fracbit.errors import KernelError
 from fracbit.kernels.kernel import Activations, Kernel, check_activations
 from fracbit.numerics.layout import scales_shape
 from fracbit.numerics.packed import PackedTensor, decode, scale_values, table_of
-from fracbit.records.scheme import Scheme, flat_block
+from fracbit.records.scheme import Scheme, flat_block, patch_block
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -128,6 +128,13 @@ def prepare(packed: PackedTensor, activations: Activations, isa: str = "") -> Cp
     kind, block = _blocks(scheme)
     scales = _floats(packed.scales, per_block)
     offsets = None if packed.offsets is None or zeros else _floats(packed.offsets, per_block)
+    codes_of_zero = _part(packed.offsets) if zeros else None
+    if (patch := patch_block(scheme.block)) is not None:
+        # The module has blocks along rows: every row of a patch gets the scale, and the zero code, of its own.
+        rows = torch.arange(packed.shape[0]) // patch[0]  # [out]
+        scales = scales[rows]
+        offsets = None if offsets is None else offsets[rows]
+        codes_of_zero = None if codes_of_zero is None else codes_of_zero[rows]
     table = table_of(packed).values.contiguous()
     if scheme.axis == "out" and scheme.dtype == "int:step" and offsets is not None:
         # Scales then go into the activations before these are rounded: values around 0 leave the sums of the two parts small.
@@ -144,7 +151,7 @@ def prepare(packed: PackedTensor, activations: Activations, isa: str = "") -> Cp
             codes=packed.codes.detach(),
             scales=scales,
             offsets=offsets,
-            zeros=_part(packed.offsets) if zeros else None,
+            zeros=codes_of_zero,
             table=table,
             outlier_columns=_part(packed.columns),
             outliers=_part(packed.outliers),
@@ -200,6 +207,8 @@ def _blocks(scheme: Scheme) -> tuple[str, int]:
         return scheme.axis, scheme.block
     if scheme.block == "row":
         return scheme.axis, 2**31
+    if (patch := patch_block(scheme.block)) is not None:
+        return "in", patch[1]
     flat = flat_block(scheme.block)
     return ("flat", flat) if flat else ("tensor", 1)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fracbit.kernels.kernel import Activations, Kernel, check_activations
-from fracbit.numerics.layout import block_length, spread
+from fracbit.numerics.layout import block_length, patch_size, spread
 from fracbit.numerics.packed import PackedTensor, dense_scales, quantized_columns, table_of
 from fracbit.records.scheme import Scheme, flat_block
 
@@ -72,6 +72,10 @@ def prepare(packed: PackedTensor, activations: Activations) -> GpuWeight:
         scale = packed.scales
     flat = flat_block(packed.scheme.block)
     block = block_length(inner, packed.scheme)
+    if (patch := patch_size(inner, packed.scheme)) is not None:
+        block = patch[1]
+        rows = torch.arange(packed.shape[0], device=scale.device) // patch[0]  # [out]
+        scale, shift = scale[rows], None if shift is None else shift[rows]
     if packed.scheme.block == "tensor" or (flat and packed.quantized_width % block):
         block = packed.quantized_width if packed.scheme.block == "tensor" else 1
         scale = _per_row(scale, packed)

@@ -1,6 +1,7 @@
 """Rounding activations: what a quantized linear with `Inputs` sees, and the integer product where both sides have 8 bits.
 
-With scope `token` the scale is the largest magnitude of the token; with scope `tensor` calibration has found one for all.
+With scope `token` the scale is the largest magnitude of the token, with `128` of 128 of its inputs; with `tensor` calibration
+has found one for all.
 Uniform types are those of SmoothQuant (arXiv:2211.10438); `power` rounds the cube root, as arXiv:2403.06408 does for
 activations with heavy tails.
 """
@@ -26,11 +27,18 @@ def input_type(inputs: Inputs) -> DataType:
 
 
 def input_scale(inputs: Inputs, x: Tensor) -> Tensor:
-    """The scales of `x` [..., in]: [..., 1] per token, a scalar per tensor. Raises `SchemeError` without calibration.
+    """The scales of `x` [..., in]: [..., 1] per token, [..., in] where groups of a token have their own, a scalar per tensor.
 
-    The largest magnitude comes to lie on the end of the table.
+    The largest magnitude comes to lie on the end of the table. Raises `SchemeError` without calibration.
     """
     end = abs(input_type(inputs).far)
+    if inputs.group:
+        groups = torch.nn.functional.pad(x, (0, -x.shape[-1] % inputs.group)).unflatten(
+            -1, (-1, inputs.group)
+        )
+        largest = groups.abs().amax(-1, keepdim=True).expand_as(groups).flatten(-2)  # [..., in], filled up
+        scale: Tensor = largest[..., : x.shape[-1]] / end  # [..., in]
+        return scale
     if inputs.scope == "token":
         return x.abs().amax(-1, keepdim=True) / end  # [..., 1]
     if inputs.scale is None:
@@ -67,7 +75,7 @@ def is_int8(packed: PackedTensor, inputs: Inputs) -> bool:
     scheme = packed.scheme
     plain = scheme.dtype == "int" and scheme.bits >= 2 and scheme.offset == "none" and scheme.axis == "in"
     alone = scheme.block == "row" and isinstance(scheme.scale, str) and packed.columns is None
-    return plain and alone and inputs.dtype == "int" and inputs.bits == 8
+    return plain and alone and inputs.dtype == "int" and inputs.bits == 8 and not inputs.group
 
 
 def int8_pays(packed: PackedTensor, rows: int) -> bool:

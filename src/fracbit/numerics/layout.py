@@ -1,24 +1,63 @@
 """Where blocks lie: the weights that share a scale, for every block size and axis, as one view `[lines, blocks, block]`.
 
 A line is what is cut into blocks: a row for axis "in", a column for axis "out", the whole row-major tensor for "tensor" and
-"flat:N". The last block of a line may be short; it is padded with its own last value, which changes no maximum.
+"flat:N", a band of rows, patch after patch, for "128x128". The last block of a line may be short; it is padded with its own
+last value, which changes no maximum.
 """
 
 import torch
 from torch import Tensor
 
-from fracbit.records.scheme import Scheme, flat_block
+from fracbit.records.scheme import Scheme, flat_block, patch_block
 
 
-def lines_of(weight: Tensor, scheme: Scheme) -> Tensor:
-    """`weight` [out, in] as [lines, length]; a view where strides allow."""
+def patch_size(shape: tuple[int, int], scheme: Scheme) -> tuple[int, int] | None:
+    """Rows and columns of a full patch of a tensor of `shape`; None for blocks that are no patches."""
+    asked = patch_block(scheme.block)
+    return None if asked is None else (min(asked[0], shape[0]), min(asked[1], shape[1]))
+
+
+def lines_of(weight: Tensor, scheme: Scheme, *, zeros: bool = False) -> Tensor:
+    """`weight` [out, in] as [lines, length]; a view where strides allow.
+
+    Patches are whole: those at the edges are filled up with their own last values, or with `zeros`.
+    """
+    size = patch_size((weight.shape[0], weight.shape[1]), scheme)
+    if size is not None:
+        return _bands(weight, size, zeros)
     if scheme.block == "tensor" or flat_block(scheme.block):
         return weight.reshape(1, -1)  # [1, out * in]
     return weight if scheme.axis == "in" else weight.T  # [out, in] or [in, out]
 
 
+def _bands(weight: Tensor, size: tuple[int, int], zeros: bool) -> Tensor:
+    """Patches of `weight` [out, in] one after another, [bands, patches of a band * rows * columns]."""
+    (out, width), (rows, columns) = weight.shape, size
+    short = (0, -width % columns, 0, -out % rows)
+    if any(short) and zeros:
+        weight = torch.nn.functional.pad(weight, short)
+    elif any(short):
+        places = [
+            torch.arange(size + more, device=weight.device).clamp(max=size - 1)
+            for size, more in ((out, short[3]), (width, short[1]))
+        ]
+        weight = weight[places[0]][:, places[1]]
+    whole = weight.reshape(weight.shape[0] // rows, rows, -1, columns)  # [bands, rows, patches, columns]
+    return whole.transpose(1, 2).flatten(1)  # [bands, patches * rows * columns]
+
+
+def from_patches(blocks: Tensor, shape: tuple[int, int], scheme: Scheme) -> Tensor:
+    """The weight [out, in] of its patches [patches, rows * columns]; undoes `lines_of`, whatever fills the edges."""
+    size = patch_size(shape, scheme)
+    assert size is not None
+    bands = blocks.view(-(-shape[0] // size[0]), -1, *size).transpose(1, 2)  # [bands, rows, patches, columns]
+    return bands.flatten(2).flatten(0, 1)[: shape[0], : shape[1]]  # [out, in]
+
+
 def block_length(shape: tuple[int, int], scheme: Scheme) -> int:
     """Weights in a full block of a tensor of `shape`; never more than the line holds."""
+    if (size := patch_size(shape, scheme)) is not None:
+        return size[0] * size[1]
     line = line_length(shape, scheme)
     if isinstance(scheme.block, int):
         return min(scheme.block, line)
@@ -26,7 +65,9 @@ def block_length(shape: tuple[int, int], scheme: Scheme) -> int:
 
 
 def line_length(shape: tuple[int, int], scheme: Scheme) -> int:
-    """Weights in a line of a tensor of `shape`."""
+    """Weights in a line of a tensor of `shape`; of patches, which are filled up, also those that there are not."""
+    if (size := patch_size(shape, scheme)) is not None:
+        return size[0] * -(-shape[1] // size[1]) * size[1]
     if scheme.block == "tensor" or flat_block(scheme.block):
         return shape[0] * shape[1]
     return shape[1] if scheme.axis == "in" else shape[0]
@@ -35,6 +76,8 @@ def line_length(shape: tuple[int, int], scheme: Scheme) -> int:
 def scales_shape(shape: tuple[int, int], scheme: Scheme) -> tuple[int, ...]:
     """Shape of the scales as they are stored: [out, blocks], [blocks, in] for axis "out", [blocks] for "flat:N"."""
     blocks = -(-line_length(shape, scheme) // block_length(shape, scheme))
+    if (size := patch_size(shape, scheme)) is not None:
+        return (-(-shape[0] // size[0]), blocks)
     if flat_block(scheme.block):
         return (blocks,)
     if scheme.block == "tensor":
@@ -76,6 +119,11 @@ def spread(
     block = block_length(shape, scheme)
     if scheme.block == "tensor":
         return values  # [1, 1]
+    if (size := patch_size(shape, scheme)) is not None:
+        bands = values[
+            torch.arange(first, last, device=values.device) // size[0]
+        ]  # [rows, patches of a band]
+        return _stretch(bands, size[1])[:, : shape[1]]  # [rows, in]
     if flat_block(scheme.block):
         begin, end = first * shape[1], last * shape[1]
         covering = values[begin // block : -(-end // block)].repeat_interleave(block)  # [blocks * block]
@@ -96,6 +144,8 @@ def spread_rows(values: Tensor, shape: tuple[int, int], scheme: Scheme, rows: Te
     """As `spread`, for the rows listed in `rows` [n] in any order: [n, in] or broadcastable to it."""
     if scheme.block == "tensor":
         return values  # [1, 1]
+    if (size := patch_size(shape, scheme)) is not None:
+        return _stretch(values[rows // size[0]], size[1])[:, : shape[1]]  # [n, in]
     block = block_length(shape, scheme)
     if flat_block(scheme.block):
         position = rows[:, None] * shape[1] + torch.arange(shape[1], device=rows.device)  # [n, in]
@@ -109,7 +159,7 @@ def block_sums(x: Tensor, scheme: Scheme) -> Tensor:
     """Sums of `x` [out, in] over each block, in the shape of `scales_shape`."""
     shape = (x.shape[0], x.shape[1])
     block = block_length(shape, scheme)
-    lines = lines_of(x, scheme)  # [lines, length]
+    lines = lines_of(x, scheme, zeros=True)  # [lines, length]
     lines = torch.nn.functional.pad(lines, (0, -lines.shape[1] % block))  # [lines, blocks * block]
     sums = lines.reshape(len(lines), -1, block).sum(-1)  # [lines, blocks]
     return stored_order(sums, shape, scheme)
@@ -123,6 +173,7 @@ def row_chunks(shape: tuple[int, int], scheme: Scheme, weights: int = CHUNK) -> 
     """Cut the rows into runs of about `weights` weights that no block crosses; one run where blocks cross rows."""
     if scheme.block == "tensor" or flat_block(scheme.block):
         return [(0, shape[0])]
-    align = block_length(shape, scheme) if scheme.axis == "out" else 1
+    size = patch_size(shape, scheme)
+    align = block_length(shape, scheme) if scheme.axis == "out" else 1 if size is None else size[0]
     rows = max(1, weights // max(1, shape[1] * align)) * align
     return [(first, min(first + rows, shape[0])) for first in range(0, shape[0], rows)]

@@ -45,6 +45,7 @@ from fracbit.numerics.layout import (
     block_sums,
     line_order,
     lines_of,
+    patch_size,
     row_chunks,
     spread,
     stored_order,
@@ -267,7 +268,7 @@ class EvenErrors:
         self.shape, self.scheme = like.shape, scheme
         self.blocks = to_blocks(lines_of(weight, scheme), block).contiguous()  # [lines, blocks, block]
         counted = torch.ones_like(weight) if importance is None else importance.expand_as(weight)  # [out, in]
-        lines = lines_of(counted, scheme)  # [lines, length]
+        lines = lines_of(counted, scheme, zeros=True)  # [lines, length]
         padded = torch.nn.functional.pad(lines, (0, -lines.shape[1] % block))  # [lines, blocks * block]
         # As factors of the error, before it is raised to the power.
         self.roots = (
@@ -428,7 +429,8 @@ def _stored_rows(grid: Grid, first: int, last: int) -> slice:
     """The rows of values [per block] that belong to weight rows `first` to `last`."""
     if grid.scale.dim() == 1 or grid.scheme.block == "tensor":
         return slice(None)
-    if grid.scheme.axis == "in":
+    size = patch_size(grid.shape, grid.scheme)
+    if grid.scheme.axis == "in" and size is None:
         return slice(first, last)
-    block = block_length(grid.shape, grid.scheme)
+    block = block_length(grid.shape, grid.scheme) if size is None else size[0]
     return slice(first // block, -(-last // block))

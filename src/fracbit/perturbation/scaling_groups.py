@@ -11,8 +11,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from fracbit.numerics.layout import block_length, lines_of
-from fracbit.records.scheme import Scheme
+from fracbit.numerics.layout import block_length, from_patches, lines_of
+from fracbit.records.scheme import Scheme, patch_block
 
 ScalingGroups: TypeAlias = Scheme | Literal["row", "tensor"]
 """The blocks of a scheme; a row of the last dimension (an output channel of a weight, a token of an activation); all of it."""
@@ -28,15 +28,14 @@ def to_groups(x: Tensor, groups: ScalingGroups) -> tuple[Tensor, Tensor]:
     elif groups == "tensor":
         rows = x.reshape(1, -1)  # [1, all numbers]
     else:
-        lines = lines_of(x, groups)  # [lines, length of a line]
+        lines = lines_of(x, groups, zeros=True)  # [lines, length of a line]
         block = block_length((x.shape[0], x.shape[1]), groups)
         short = -lines.shape[1] % block
         rows = torch.nn.functional.pad(lines, (0, short)).reshape(
             -1, block
         )  # [lines x blocks of a line, block]
-        real = torch.ones(1, lines.shape[1], dtype=torch.bool, device=x.device)  # [1, length of a line]
-        mask = torch.nn.functional.pad(real, (0, short)).reshape(-1, block)  # [blocks of a line, block]
-        return rows, mask.repeat(len(lines), 1)  # [groups, block] each
+        real = lines_of(torch.ones_like(x, dtype=torch.bool), groups, zeros=True)  # [lines, length of a line]
+        return rows, torch.nn.functional.pad(real, (0, short)).reshape(-1, block)  # [groups, block] each
     return rows, torch.ones_like(rows, dtype=torch.bool)
 
 
@@ -44,6 +43,8 @@ def from_groups(rows: Tensor, x: Tensor, groups: ScalingGroups) -> Tensor:
     """Inverse of `to_groups`: `rows` [groups, length] in the shape of `x`."""
     if isinstance(groups, str):
         return rows.reshape(x.shape)
+    if patch_block(groups.block) is not None:
+        return from_patches(rows, (x.shape[0], x.shape[1]), groups)
     lines = lines_of(x, groups)  # [lines, length of a line]
     cut = rows.reshape(len(lines), -1)[:, : lines.shape[1]]  # [lines, length of a line]
     if isinstance(groups.block, int) or groups.block == "row":

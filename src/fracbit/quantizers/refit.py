@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fracbit.numerics.grid import Grid, moved, scales_by_row, values_of, with_rows, with_table
-from fracbit.numerics.layout import block_length, spread
+from fracbit.numerics.layout import block_length, patch_size, spread
 from fracbit.numerics.linalg import gram_errors
 from fracbit.records.scheme import flat_block
 
@@ -86,27 +86,31 @@ def refit_table(weight: Tensor, gram: Tensor, grid: Grid, codes: Tensor) -> tupl
 def _row_systems(
     weight: Tensor, gram: Tensor, units: Tensor, grid: Grid, *, with_shift: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Blocks along the input: one system of [blocks] (or twice that, with offsets) unknowns per output row."""
-    block = block_length(grid.shape, grid.scheme)
-    rows, width = units.shape
+    """Blocks along the input, or patches: one system of [blocks] (or twice that, with offsets) unknowns per row or band."""
+    high, block = patch_size(grid.shape, grid.scheme) or (1, block_length(grid.shape, grid.scheme))
+    width = units.shape[1]
     starts = range(0, width, block)
     # d cost / d scale = 0, block by block.
     products = [units[:, a : a + block] @ gram[a : a + block] for a in starts]  # [out, in] each
     left = torch.stack([_block_sums(p * units, block) for p in products], 1)  # [out, blocks, blocks]
     desired = weight @ gram  # [out, in]
     right = _block_sums(desired * units, block)  # [out, blocks]
-    old = grid.scale.view(rows, -1)  # [out, blocks]
+    left, right = (_band_sums(x, high) for x in (left, right))  # [bands, ...]: rows that share their scales
+    old = grid.scale.reshape(len(right), -1)  # [bands, blocks]
     if not with_shift:
         return _solve(left, right, old), None
     # Offsets are a second set of unknowns, whose units are all one.
     assert grid.shift is not None
     across = torch.stack([_block_sums(p, block) for p in products], 1)  # [out, blocks, blocks]
-    ones = _block_sums(_block_sums(gram, block).T, block).T.expand(rows, -1, -1)  # [out, blocks, blocks]
+    ones = _block_sums(_block_sums(gram, block).T, block).T.expand(
+        len(across), -1, -1
+    )  # [out, blocks, blocks]
+    across, ones = (_band_sums(x, high) for x in (across, ones))  # [bands, blocks, blocks]
     left = torch.cat(
         [torch.cat([left, across], 2), torch.cat([across.mT, ones], 2)], 1
-    )  # [out, 2 blocks, 2 blocks]
-    right = torch.cat([right, _block_sums(desired, block)], 1)  # [out, 2 blocks]
-    found = _solve(left, right, torch.cat([old, grid.shift.view(rows, -1)], 1))  # [out, 2 blocks]
+    )  # [bands, 2 blocks, 2 blocks]
+    right = torch.cat([right, _band_sums(_block_sums(desired, block), high)], 1)  # [bands, 2 blocks]
+    found = _solve(left, right, torch.cat([old, grid.shift.reshape(len(old), -1)], 1))  # [bands, 2 blocks]
     return found[:, : old.shape[1]], found[:, old.shape[1] :]
 
 
@@ -171,6 +175,14 @@ def _block_sums(x: Tensor, block: int) -> Tensor:
     """Sums over runs of `block` columns: [rows, blocks]; the last run may be short."""
     x = torch.nn.functional.pad(x, (0, -x.shape[1] % block))  # [rows, blocks * block]
     return x.view(len(x), -1, block).sum(-1)  # [rows, blocks]
+
+
+def _band_sums(x: Tensor, high: int) -> Tensor:
+    """Sums of `x` [out, ...] over bands of `high` rows: [bands, ...]; the last band may be short."""
+    if high == 1:
+        return x
+    bands = torch.arange(len(x), device=x.device) // high  # [out]
+    return x.new_zeros(-(-len(x) // high), *x.shape[1:]).index_add_(0, bands, x)
 
 
 def _per_level(x: Tensor, index: Tensor, levels: int) -> Tensor:

@@ -20,13 +20,14 @@ Offset = Literal["none", "zero", "float", "mean"]
 FLOAT_SCALES = ("fp32", "fp16", "bf16", "e8m0")
 _NAMED_BLOCKS = ("row", "tensor")
 _FLAT = re.compile(r"flat:([1-9]\d*)")
+_PATCH = re.compile(r"([1-9]\d*)x([1-9]\d*)")
 _SCALE_SHORTHAND = re.compile(r"([a-z]+(?::[a-z]+)?)([1-8]):([1-9]\d*|tensor)")
 _SCALES_OF_SCALES = {"int:up": "fp16", "int:step": "fp16", "ocp": "e8m0"}
 """Types of engines, whose scales have no offset, and what their own scales are."""
 _DTYPE = re.compile(r"[a-z]+(:[A-Za-z0-9./]+)?")
 _OFFSETS = {"": "none", "z": "zero", "f": "float", "m": "mean"}
 _WORD = re.compile(
-    r"(?P<dtype>[a-z]+(:[A-Za-z0-9./]+?)?)(?P<bits>\d)(?P<offset>[zfm]?)([/:](?P<block>row|tensor|flat:\d+|\d+))?"
+    r"(?P<dtype>[a-z]+(:[A-Za-z0-9./]+?)?)(?P<bits>\d)(?P<offset>[zfm]?)([/:](?P<block>row|tensor|flat:\d+|\d+x\d+|\d+))?"
     r"(?P<axis> out)?( s=(?P<scale>[a-z0-9:]+))?"
 )
 
@@ -37,8 +38,9 @@ class Scheme:
 
     - `dtype`: data type, `"name"` or `"name:parameter"` (`"int"`, `"float:e3m0"`, `"power:1/2"`, `"kmeans:row"`).
     - `bits`: bits per code, 1..8.
-    - `block`: weights that share a scale: a number, `"row"` (the whole line along `axis`), `"tensor"`, or `"flat:64"`
-      (64 consecutive weights of the row-major tensor, crossing rows; the blocks of 2212.09720).
+    - `block`: weights that share a scale: a number, `"row"` (the whole line along `axis`), `"tensor"`, `"flat:64"` (64
+      consecutive weights of the row-major tensor, crossing rows; the blocks of 2212.09720), or `"128x128"`, a patch of so many
+      output rows and input columns, as in FP8 files.
     - `axis`: `"in"`, blocks of consecutive input channels inside an output row; `"out"`, blocks of consecutive output
       channels inside an input column (AdaDim's per-IC groups, 2309.15531).
     - `offset`: `"none"`, symmetric about zero; `"zero"`, a zero point that is itself a code; `"float"`, the middle of the
@@ -66,6 +68,10 @@ class Scheme:
         check_choice("axis", self.axis, get_args(Axis), SchemeError)
         check_choice("offset", self.offset, get_args(Offset), SchemeError)
         object.__setattr__(self, "scale", _scale(self.scale))
+        if patch_block(self.block) and self.axis != "in":
+            raise SchemeError(
+                f"a block of {self.block} weights has rows and columns, and no axis; leave axis out"
+            )
         if self.scale == "e8m0" and self.offset in ("float", "mean"):
             raise SchemeError(
                 f"scales e8m0 are powers of 2, which cannot hold the offset {self.offset}; use none or zero"
@@ -111,6 +117,12 @@ def flat_block(block: int | str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def patch_block(block: int | str) -> tuple[int, int] | None:
+    """Rows and columns of `"128x128"`, or None for any other block."""
+    match = _PATCH.fullmatch(block) if isinstance(block, str) else None
+    return (int(match[1]), int(match[2])) if match else None
+
+
 def _scale(scale: object) -> str | Scheme:
     if isinstance(scale, Scheme):
         if isinstance(scale.scale, Scheme):
@@ -149,10 +161,11 @@ def _check_bits(bits: object) -> None:
 def _check_block(block: object) -> None:
     if isinstance(block, int) and not isinstance(block, bool) and block > 0:
         return
-    if isinstance(block, str) and (block in _NAMED_BLOCKS or _FLAT.fullmatch(block)):
+    if isinstance(block, str) and (block in _NAMED_BLOCKS or _FLAT.fullmatch(block) or patch_block(block)):
         return
     raise SchemeError(
-        f"unknown block {block!r}; {near_matches(str(block), _NAMED_BLOCKS)}, a number above 0, or flat:N such as flat:64"
+        f"unknown block {block!r}; {near_matches(str(block), _NAMED_BLOCKS)}, a number above 0, flat:N such as flat:64, or "
+        "ROWSxCOLUMNS such as 128x128"
     )
 
 

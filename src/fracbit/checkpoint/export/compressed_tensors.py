@@ -8,7 +8,8 @@ Codes of any width are one stream of bits in a row. Weights of 8 bits by rows wh
 
     weight_packed uint8 [out, in / 2]   weight_scale E4M3 [out, in / 16], weight_global_scale fp32 [1]        NVFP4
     weight_packed uint8 [out, in / 2]   weight_scale uint8 [out, in / 32]                                     MXFP4
-    weight E4M3 [out, in]               weight_scale uint8 [out, in / 32], or floats [out, 1] or [1]          MXFP8, FP8
+    weight E4M3 [out, in]               weight_scale uint8 [out, in / 32]                                     MXFP8
+    weight E4M3 [out, in]               weight_scale floats [out, 1], [1] or [out / 128, in / 128]            FP8
 
 Ref: compressed-tensors 0.18 and 0.19, compressors/pack_quantized, naive_quantized, nvfp4, mxfp4, mxfp8.
 """
@@ -48,7 +49,8 @@ from fracbit.checkpoint.export.small_floats import (
 from fracbit.checkpoint.format import StoredLayer
 from fracbit.numerics.grid import codes_in
 from fracbit.numerics.packed import PackedTensor
-from fracbit.records.scheme import Scheme
+from fracbit.records.inputs import Inputs
+from fracbit.records.scheme import Scheme, patch_block
 
 VERSION = "0.18.0"
 """The version of compressed-tensors whose layout this is."""
@@ -60,7 +62,7 @@ INTEGERS = IntegerForms(
     scales=("fp16", "bf16", "fp32"),
     inputs="int8/token",
 )
-HELD = EitherForms(INTEGERS, FloatForms((NVFP4, MXFP4, MXFP8, *FP8), inputs="ocp8/token"))
+HELD = EitherForms(INTEGERS, FloatForms((NVFP4, MXFP4, MXFP8, *FP8), inputs=FP8))
 
 
 def _in_bytes(layer: StoredLayer) -> bool:
@@ -113,7 +115,7 @@ def _config(stored: StoredModel, names: ReleasedNames) -> dict[str, Any]:
         groups[f"group_{len(groups)}"] = {
             "targets": layers,
             "weights": _weights(scheme),
-            "input_activations": None if one.inputs is None else _inputs(scheme),
+            "input_activations": None if one.inputs is None else _inputs(scheme, one.inputs),
             "output_activations": None,
             "format": _format(one),
         }
@@ -132,20 +134,22 @@ def _config(stored: StoredModel, names: ReleasedNames) -> dict[str, Any]:
 
 def _weights(scheme: Scheme) -> dict[str, Any]:
     group = scheme.block if isinstance(scheme.block, int) else None
-    strategy = {"row": "channel", "tensor": "tensor"}.get(str(scheme.block), "group")
+    patch = patch_block(scheme.block)
+    strategy = "block" if patch else {"row": "channel", "tensor": "tensor"}.get(str(scheme.block), "group")
     small = {"scale_dtype": "torch.float8_e4m3fn"} if scheme == NVFP4 else {"scale_dtype": "torch.uint8"}
     return {
         "num_bits": scheme.bits, "type": _type(scheme), "symmetric": scheme.offset == "none", "dynamic": False,
         "strategy": "tensor_group" if scheme == NVFP4 else strategy, "group_size": group, "actorder": None,
-        "block_structure": None, "observer": "minmax", "observer_kwargs": {},
+        "block_structure": None if patch is None else list(patch), "observer": "minmax", "observer_kwargs": {},
         **(small if scheme in (NVFP4, MXFP4, MXFP8) else {}),
     }  # fmt: skip
 
 
-def _inputs(scheme: Scheme) -> dict[str, Any]:
-    """Inputs that are rounded to 8 bits for every token."""
+def _inputs(scheme: Scheme, inputs: Inputs) -> dict[str, Any]:
+    """Inputs that are rounded to 8 bits for every token, or group of inputs of a token."""
     return {
-        "num_bits": 8, "type": _type(scheme), "symmetric": True, "dynamic": True, "strategy": "token", "group_size": None,
+        "num_bits": 8, "type": _type(scheme), "symmetric": True, "dynamic": True,
+        "strategy": "group" if inputs.group else "token", "group_size": inputs.group or None,
         "actorder": None, "block_structure": None, "observer": None, "observer_kwargs": {},
     }  # fmt: skip
 

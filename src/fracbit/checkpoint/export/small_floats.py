@@ -4,13 +4,15 @@
     nvfp4  ocp4/16 s=ocp8:tensor   E2M1, two in a byte      E4M3 [out, in / 16], and one float for all
     mxfp8  ocp8/32 s=e8m0          E4M3                     uint8 [out, in / 32]
     fp8    ocp8/row, ocp8/tensor   E4M3                     floats [out, 1] or [1, 1]
+    fp8    ocp8/128x128            E4M3                     floats [out / 128, in / 128]
 
 Codes count up from the least value; in the files they are a sign and a magnitude.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,45 +25,60 @@ from fracbit.numerics.bits import pack_bits
 from fracbit.numerics.datatypes import fixed_type, scale_unit
 from fracbit.numerics.grid import codes_in
 from fracbit.numerics.packed import PackedTensor
-from fracbit.records.scheme import Scheme
+from fracbit.records.scheme import Scheme, patch_block
 
 MXFP4 = Scheme("ocp", 4, 32, scale="e8m0")
 NVFP4 = Scheme("ocp", 4, 16, scale="ocp8:tensor")
 MXFP8 = Scheme("ocp", 8, 32, scale="e8m0")
-FP8 = tuple(
-    Scheme("ocp", 8, block, scale=scale) for block in ("row", "tensor") for scale in ("bf16", "fp16", "fp32")
-)
+FP8 = {
+    Scheme("ocp", 8, block, scale=scale): inputs
+    for block, inputs in (("row", "ocp8/token"), ("tensor", "ocp8/token"), ("128x128", "ocp8/128"))
+    for scale in ("bf16", "fp16", "fp32")
+}
+"""Every scheme of FP8, and how the inputs of such a layer may be rounded while the model runs."""
 BIAS = 127  # of an exponent of 8 bits
 
 
 @dataclass(frozen=True)
 class FloatForms:
-    """The `schemes` of small floats that a format holds; `inputs`: how those of FP8 may be rounded while the model runs."""
+    """The `schemes` of small floats that a format holds; `inputs`: how those of some may be rounded while the model runs."""
 
     schemes: tuple[Scheme, ...]
-    inputs: str = ""
+    inputs: Mapping[Scheme, str] = field(default_factory=dict)
     embeddings: bool = False
 
     def nearest(self, layer: StoredLayer) -> Nearest:
         """A layer's own form, or the nearest in bits, then in the length of its blocks."""
         asked = layer.scheme
-        refused = unexportable(layer, self.inputs if asked in FP8 else "")
+        refused = unexportable(layer, self.inputs.get(asked, ""))
         if refused is not None:
             return refused
         if layer.kind == "embedding" and not self.embeddings:
             return Nearest("float", "it is an embedding table, which the format keeps in floats")
         width = layer.shape[1]
-        fits = [each for each in self.schemes if not isinstance(each.block, int) or width % each.block == 0]
+        fits = [each for each in self.schemes if _fits(each, layer.shape)]
         if not fits:
             return Nearest("float", f"no block of the format divides its {width} inputs")
-        length = asked.block if isinstance(asked.block, int) else width
+
+        def length(each: Scheme) -> int:
+            along = (patch_block(each.block) or (1, each.block))[1]
+            return along if isinstance(along, int) else width
 
         def distance(each: Scheme) -> tuple[bool, int, int]:
-            block = each.block if isinstance(each.block, int) else width
-            return each.bits < asked.bits, abs(each.bits - asked.bits), abs(block - length)
+            return each.bits < asked.bits, abs(each.bits - asked.bits), abs(length(each) - length(asked))
 
         new = asked if asked in fits else min(fits, key=distance)
+        if layer.inputs is not None and self.inputs.get(new, "") != str(layer.inputs):
+            return Nearest(
+                None, f"blocks of {asked.block} do not cover it, and only they go with inputs {layer.inputs}"
+            )
         return Nearest(new, ", ".join(reasons(layer, new)))
+
+
+def _fits(scheme: Scheme, shape: tuple[int, int]) -> bool:
+    """Whether whole blocks cover a weight of this shape [out, in]."""
+    rows, columns = patch_block(scheme.block) or (1, scheme.block)
+    return shape[0] % rows == 0 and (not isinstance(columns, int) or shape[1] % columns == 0)
 
 
 @dataclass(frozen=True)

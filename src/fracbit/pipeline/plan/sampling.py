@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fracbit.records.scheme import Scheme, flat_block
+from fracbit.records.scheme import Scheme, flat_block, patch_block
 
 Rows = tuple[slice, ...]
 
@@ -68,6 +68,8 @@ def group_of(schemes: Sequence[Scheme | None]) -> int | None:
             continue
         if scheme.block == "tensor" or flat_block(scheme.block):
             return None
+        if (patch := patch_block(scheme.block)) is not None:
+            group = math.lcm(group, patch[0])
         if scheme.axis == "out":
             if not isinstance(scheme.block, int):
                 return None

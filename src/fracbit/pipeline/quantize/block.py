@@ -235,7 +235,7 @@ def roundings(asked: str | None, order: Groups, stats: Mapping[str, Stats]) -> d
     if asked is None:
         return {}
     inputs = parse_inputs(asked)
-    if inputs.scope == "token":
+    if inputs.scope != "tensor":
         return {name: inputs for group in order for name in group}
     missing = [group[0] for group in order if group[0] not in stats]
     if missing:

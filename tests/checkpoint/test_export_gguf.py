@@ -21,7 +21,7 @@ from fracbit.bundled import bundled_model
 from fracbit.checkpoint.export.exporter import export, open_stored
 from fracbit.checkpoint.export.gguf import gguf_file, vocabulary
 from fracbit.checkpoint.export.gguf.architectures import ARCHITECTURES
-from fracbit.checkpoint.export.gguf.block_types import TYPES
+from fracbit.checkpoint.export.gguf.block_types import BLOCK_TYPES
 from fracbit.checkpoint.export.gguf.pretokenizers import HASHES, sample_hash
 from fracbit.checkpoint.export.gguf.sentencepiece_model import read_pieces
 from fracbit.checkpoint.export.gguf.special_tokens import added_tokens, letters
@@ -129,10 +129,10 @@ def twisted(rows: torch.Tensor, heads: int) -> torch.Tensor:
     return rows.view(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", BLOCK_TYPES)
 def test_every_type_is_stored_bit_for_bit(kind: str, tmp_path: Path) -> None:
-    scheme, sizes = TYPES[kind].scheme, WIDE if TYPES[kind].length > 32 else SIZES
-    table = scheme if TYPES[kind].factor is None else None
+    scheme, sizes = BLOCK_TYPES[kind].scheme, WIDE if BLOCK_TYPES[kind].length > 32 else SIZES
+    table = scheme if BLOCK_TYPES[kind].factor is None else None
     done = quantized(tiny_llama(**sizes), tmp_path, str(scheme), embeddings=table, search=True)
     held, weights = stored_floats(exported(done, tmp_path / "made")), true_weights(open_stored(done))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, sizes["num_hidden_layers"])

@@ -13,7 +13,7 @@ import torch
 import fracbit
 from families import build, config_of, tiny_llama
 from fracbit.checkpoint.export.exporter import export
-from fracbit.checkpoint.export.gguf.block_types import TYPES
+from fracbit.checkpoint.export.gguf.block_types import BLOCK_TYPES
 from fracbit.checkpoint.formats.gguf_record import record_of
 from fracbit.checkpoint.patched import PatchedCopy
 from fracbit.errors import FormatError, OutputError, SourceError
@@ -76,10 +76,10 @@ def changed(one: Path, other: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", BLOCK_TYPES)
 def test_blocks_are_the_packed_weight_that_they_were_made_of(kind: str) -> None:
     """Every byte comes back, and the values are those of llama.cpp's package; blocks of zeros too."""
-    block = TYPES[kind]
+    block = BLOCK_TYPES[kind]
     weight = torch.randn(6, 512, generator=torch.Generator().manual_seed(0)) / 20
     weight[1], weight[2, :300] = 0, 0
     packed = quantize_tensor(weight, block.scheme, search=True)
@@ -89,10 +89,10 @@ def test_blocks_are_the_packed_weight_that_they_were_made_of(kind: str) -> None:
     assert torch.equal(decode(block.packed(rows)), values)
 
 
-@pytest.mark.parametrize("kind", [kind for kind, block in TYPES.items() if block.factor is None])
+@pytest.mark.parametrize("kind", [kind for kind, block in BLOCK_TYPES.items() if block.factor is None])
 def test_bytes_that_others_wrote_come_back(kind: str) -> None:
     """Steps below 0, steps of 0, every number of a block, any code; a minus before a 0 may go."""
-    block, random = TYPES[kind], np.random.default_rng(0)
+    block, random = BLOCK_TYPES[kind], np.random.default_rng(0)
     rows = random.integers(0, 256, (4, block.row_bytes(512)), np.uint8).reshape(4, -1, block.bytes)
     for place in _halves(kind):
         steps = random.normal(size=rows.shape[:2]).astype(np.float16) / 64
@@ -117,12 +117,12 @@ def _halves(kind: str) -> tuple[int, ...]:
     return places.get(kind, (0, 2) if kind in ("Q4_1", "Q5_1") else (0,))
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", BLOCK_TYPES)
 def test_refining_moves_blocks_alone(kind: str, floats: Path, text: str, tmp_path: Path) -> None:
-    if TYPES[kind].length > 64:
+    if BLOCK_TYPES[kind].length > 64:
         floats = tmp_path / "float"
         tiny_llama(**WIDE).to(torch.bfloat16).save_pretrained(floats)
-    file = lone(floats, tmp_path, str(TYPES[kind].scheme))
+    file = lone(floats, tmp_path, str(BLOCK_TYPES[kind].scheme))
     found = fracbit.refine(file, tmp_path / "better.gguf", against=floats, **how(text))
     assert not found.notes
     assert all(layer.after <= layer.before for layer in found.layers.values())

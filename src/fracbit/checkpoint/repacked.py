@@ -15,7 +15,7 @@ from torch import Tensor
 from fracbit.checkpoint.export.awq import export_awq
 from fracbit.checkpoint.export.coded import CodedWeights
 from fracbit.checkpoint.export.compressed_tensors import export_compressed_tensors
-from fracbit.checkpoint.export.gguf.block_types import TYPES
+from fracbit.checkpoint.export.gguf.block_types import BLOCK_TYPES
 from fracbit.checkpoint.export.gptq import export_gptq
 from fracbit.checkpoint.format import StoredLayer
 from fracbit.checkpoint.formats.decoding import Decoding
@@ -81,9 +81,9 @@ def _integers(decoding: Decoding, found: StoredIntegers) -> MovableLayer:
 
 def _blocks(decoding: Decoding, found: StoredBlocks) -> MovableLayer:
     """A layer of a GGUF file."""
-    if found.kind not in TYPES:
+    if found.kind not in BLOCK_TYPES:
         raise FormatError(f"blocks of {found.kind} are read and not written")
-    kind, names = TYPES[found.kind], {role: part.name for role, part in decoding.parts.items()}
+    kind, names = BLOCK_TYPES[found.kind], {role: part.name for role, part in decoding.parts.items()}
     packed = kind.packed(found.change.rows_back(found.rows))
 
     def stored(packed: PackedTensor) -> dict[str, Tensor]:

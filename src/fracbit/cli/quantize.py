@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import fracbit
-from fracbit.checkpoint.export.one_file import place_of
+from fracbit.checkpoint.export.one_file import made_in
 from fracbit.checkpoint.place import check_model
 from fracbit.cli import options
 from fracbit.cli.asked import asked, known_settings
@@ -147,7 +147,7 @@ def quantize(
         raise RecipeError(f"run.shard_mb must be at least 1 (MB), got {made.run.shard_mb}")
     check_model(made.recipe.model, made.recipe.revision)
     engine = made.spending.engine
-    place_of(output.expanduser(), engine, resume=resume, overwrite=overwrite)
+    made_in(output.expanduser(), engine, resume=resume, overwrite=overwrite)
     check_format(SERVING.get(engine, "") if engine else "")
     long = made.recipe.calibration is not None or made.spending.preset is not None
     with progress(json or quiet) as show:

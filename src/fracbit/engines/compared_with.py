@@ -23,6 +23,9 @@ from fracbit.checkpoint.source import read_tensor
 from fracbit.errors import EngineError
 from fracbit.numerics.packed import decode
 
+PLAIN = "float"
+"""The format of plain weights."""
+
 
 @dataclass(frozen=True, eq=False)
 class ComparedWith:
@@ -43,9 +46,9 @@ def compared_with(path: Path, manifest: Mapping[str, Any], against: str | Path |
 
     Raises `EngineError` where `against` is not there.
     """
-    checkpoint = Path(against or manifest.get("checkpoint") or "")
-    if (checkpoint / "config.json").is_file():
-        return _checkpoint(checkpoint, manifest)
+    named = against or manifest.get("checkpoint")
+    if named is not None and (Path(named) / "config.json").is_file():
+        return _checkpoint(Path(named), manifest)
     if against is not None:
         raise EngineError(
             f"{against} is not there; name the checkpoint that {path} was made from, or leave --against out"
@@ -63,7 +66,10 @@ def _checkpoint(folder: Path, manifest: Mapping[str, Any]) -> ComparedWith:
     stored = fitted(open_stored(folder), exporter_of(asked), asked, requantize=True)
     names = names_of(stored)
     weights = {names.module(layer): partial(_exported, stored, layer) for layer in stored.layers}
-    model = partial(as_exported, stored) if stored.changed else partial(_loaded, folder)
+    if asked.partition(":")[0] == PLAIN:  # whose type may round the weights
+        model = partial(as_exported, stored, form=asked)
+    else:
+        model = partial(as_exported, stored) if stored.changed else partial(_loaded, folder)
     return ComparedWith(str(folder), folder, stored.model.config, weights=weights, model=model)
 
 

@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from fracbit.checkpoint.export.gguf.block_types import GGUF_FORMS, TYPES
+from fracbit.checkpoint.export.gguf.block_types import BLOCK_TYPES, GGUF_FORMS
 from fracbit.engines.engine import ServingEngine
 from fracbit.errors import EngineError
 
@@ -62,6 +62,6 @@ LLAMA_CPP = ServingEngine(
     runner="run_llama_cpp.py",
     build=build_tools,
     serves=GGUF_FORMS,
-    usual=TYPES["Q4_K"].scheme,
+    usual=BLOCK_TYPES["Q4_K"].scheme,
     head=True,
 )

@@ -21,6 +21,7 @@ from fracbit.errors import BudgetError, RecipeError
 from fracbit.importance.limits import Budget
 from fracbit.importance.units import Choices, Unit, cost_table
 from fracbit.records.allocation import Allocation
+from fracbit.records.grouped import some_of
 from fracbit.records.scores import Losses, Scores, check_scores
 
 SECONDS = 60.0
@@ -144,7 +145,8 @@ def _checked_costs(units: Sequence[Unit], choices: Choices, budget: Budget) -> l
     for unit, cost in zip(units, costs, strict=True):
         if not cost:
             raise BudgetError(
-                f"no level suits all linears of {unit.name}; choose for single linears (granularity linear)"
+                f"no level suits all linears of {unit.name} ({some_of(list(unit.shapes))}); offer one that each may have, "
+                "or, where they share a scheme by granularity block alone, use granularity linear"
             )
     least, most = (sum(end(cost.values()) for cost in costs) for end in (min, max))
     if budget.bits < least or (budget.bits > most and budget.question != "device memory"):

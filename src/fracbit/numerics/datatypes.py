@@ -112,6 +112,12 @@ class DataType:
         """The end of the span that is farther from 0."""
         return max(self.span, key=abs)
 
+    @cached_property
+    def hollow(self) -> float:
+        """Below so much 0 would be nearer than any value, in a table without 0; else 0."""
+        magnitudes = self.values.abs().flatten().sort().values  # [levels]
+        return 0.0 if float(magnitudes[0]) == 0 else float(magnitudes[1]) / 2
+
     def nearest(self, x: Tensor) -> Tensor:
         """Codes uint8 [rows, n] of `x` [rows, n]; a table with one row takes any number of rows."""
         if self.step is not None:

@@ -338,7 +338,7 @@ def round_scale(scale: Tensor, scheme: Scheme) -> Tensor:
     """Scales as the float type of the scheme stores them."""
     assert isinstance(scheme.scale, str)
     scale = scale if signed_scales(scheme) else scale.clamp(min=0)  # [per block]
-    return scale_values(_to_float(scale, scheme.scale, scale_unit(scheme)))
+    return scale_values(_to_float(scale, scheme.scale, scale_unit(scheme), _vanishing(scheme)))
 
 
 def round_offset(offset: Tensor, scheme: Scheme) -> Tensor:
@@ -357,16 +357,25 @@ def _store(
 ) -> Tensor | PackedTensor:
     """Scales, rounded as multiples of `unit`, or offsets (None) as they are stored; quantized ones on the grid of `like`."""
     if isinstance(scheme.scale, str):
-        return _to_float(values, scheme.scale, unit)
+        return _to_float(values, scheme.scale, unit, 0.0 if unit is None else _vanishing(scheme))
     row = finite(values.reshape(1, -1))  # [1, blocks]
     settled = grid_of(like) if isinstance(like, PackedTensor) else _plain(row, scheme.scale, unit=unit or 1.0)
     return encode(row, settled)
 
 
-def _to_float(values: Tensor, dtype: str, unit: float | None) -> Tensor:
+def _vanishing(scheme: Scheme) -> float:
+    """The scale, over the least that can be stored, below which zeros serve a block best: only tables without 0 have one."""
+    if scheme.offset != "none" or is_fitted(scheme):
+        return 0.0
+    table = fixed_type(scheme)
+    return table.hollow / abs(table.far)
+
+
+def _to_float(values: Tensor, dtype: str, unit: float | None, vanishing: float = 0.0) -> Tensor:
     """Round to the type that is stored, so that its product with `unit`, a power of 2, is exact in the type too.
 
-    A scale does not vanish: a tiny one must not turn its block into zeros. An offset (`unit` None) may.
+    A scale does not vanish, unless it is below `vanishing` times the least: a tiny one must not turn its block into zeros.
+    An offset (`unit` None) may.
     """
     if dtype == "e8m0":
         return _to_power(values, unit or 1.0)
@@ -376,7 +385,8 @@ def _to_float(values: Tensor, dtype: str, unit: float | None) -> Tensor:
         # In fp16 the least of all; in wider types numbers below the normal ones may be flushed to 0.
         smallest = info.smallest_normal * (info.eps if dtype == "fp16" else 1.0)
         least = torch.full_like(rounded, smallest).copysign(values.to(kind))
-        rounded = torch.where((rounded == 0) & (values != 0), least, rounded)
+        kept = (rounded == 0) & (values != 0) & (values.abs() >= vanishing * smallest / unit)
+        rounded = torch.where(kept, least, rounded)
         rounded = rounded / unit
     if bool(torch.isinf(rounded).any()):
         largest = float(values.abs().max())

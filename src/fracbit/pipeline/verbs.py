@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fracbit.checkpoint.export.as_exported import as_exported
 from fracbit.checkpoint.export.exporter import Exported, StoredModel
 from fracbit.checkpoint.export.exporter import export as write_export
-from fracbit.checkpoint.export.one_file import place_of
+from fracbit.checkpoint.export.one_file import made_in
 from fracbit.checkpoint.load import load, load_tokenizer, tokenizer_or_none
 from fracbit.checkpoint.output import SHARD_BYTES
 from fracbit.data import ID_FORMATS, Tokens, read_documents
@@ -84,7 +84,7 @@ def quantize(
     check_terms(recipe, spending)
     check_words(recipe)
     folder = Path(output).expanduser()
-    place = place_of(folder, spending.engine, resume=resume, overwrite=overwrite)
+    place = made_in(folder, spending.engine, resume=resume, overwrite=overwrite)
     opened = open_for(recipe)
     said: tuple[str, ...] = ()
     with showing(progress) as show:

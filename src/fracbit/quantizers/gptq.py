@@ -108,7 +108,7 @@ class Gptq(Checked):
         start = fit(weight, scheme, energy, self.search)
         solution = self._solve(weight, start, energy, coupling)
         if self.rounds:
-            solution = refine(
+            solution = in_turn(
                 weight, gram, solution, coupling.order, damping=self.damping, rounds=self.rounds
             )
         packed, costs, guarded = _not_worse(weight, gram, start, solution)
@@ -164,7 +164,7 @@ class Rounded:
     error: Tensor
 
 
-def refine(
+def in_turn(
     weight: Tensor, gram: Tensor, solution: Rounded, order: Tensor, *, damping: float, rounds: int
 ) -> Rounded:
     """Refit grid to codes and codes to grid in turn, at most `rounds` times, inputs in `order` [in]; the cost never rises."""
@@ -199,7 +199,7 @@ def refined(
     powers = gram_errors(weight, gram)  # [out]
     start = Rounded(grid, codes, (weight - values_of(codes, grid)).T)
     old = Quantized(packed, gram_errors(start.error.T, gram), powers)
-    found = refine(weight, gram, start, by_energy(gram), damping=damping, rounds=rounds)
+    found = in_turn(weight, gram, start, by_energy(gram), damping=damping, rounds=rounds)
     costs = gram_errors(found.error.T, gram)  # [out]
     if not float(costs.sum()) < float(old.costs.sum()):
         return old, old

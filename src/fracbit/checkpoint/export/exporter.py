@@ -186,6 +186,30 @@ class Exported:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class ExportTask:
+    """An export of `stored`, whose layers have the forms that the format `asked` holds; it is made in `place`.
+
+    `passing`: the checkpoint goes when the export is there.
+    """
+
+    exporter: Exporter
+    asked: str
+    stored: StoredModel
+    output: Path
+    place: Path
+    passing: bool = False
+
+    @cached_property
+    def key(self) -> str:
+        """16 hex digits that name the export; another checkpoint, format or program version cannot resume it."""
+        source = self.stored.source
+        headers = {name: (info.dtype, info.shape, info.file) for name, info in source.tensors.items()}
+        schemes = {name: str(layer.scheme) for name, layer in self.stored.layers.items()}
+        facts = [__version__, self.asked, source.config, headers, manifest_of(source), schemes]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def export(
     checkpoint: str | Path,
     output: str | Path,
@@ -202,8 +226,8 @@ def export(
 ) -> Exported:
     """Write a fracbit checkpoint (a folder or hub id) into the folder `output` in another format.
 
-    An `output` that ends in .gguf is that one file, which is absent or complete at any moment; `work` is where it is made, by
-    default `output`.partial.
+    An `output` that ends in .gguf is that one file, which is absent or complete at any moment. It is made in `output`.partial,
+    or in `work` by a run that removes the checkpoint afterwards.
     `format` is a name of `FORMATS`, with a parameter after a colon if the format has one: `float`, `float:fp32`. Nothing is
     rounded, unless `requantize` allows it: then layers that the format cannot hold get the nearest scheme that it can. `like`:
     the forms that another export gave the layers; they are rounded as they were there. `measure` is asked for the divergence
@@ -211,31 +235,30 @@ def export(
     Raises `RecipeError` for an unknown format, `FormatError` for a layer that it cannot hold, `SourceError`, `OutputError`.
     """
     exporter, output = exporter_of(format), Path(output).expanduser()
-    one = is_one_file(output)
     check_ending(output, format, f"export {FORMATS_OF.get(output.suffix)}")
     stored = open_stored(checkpoint, trust_remote_code)
     stored = stored if like is None else replace(stored, layers=like)
-    there = output.exists()
+    one, there = is_one_file(output), output.exists()
     if one:
         check_file(output, overwrite=overwrite, resume=resume)
     check_apart(output, stored.source.folder)
     exporter.check(stored.model, stored.source.folder)
     stored = fitted(stored, exporter, format, requantize=requantize)
-    key, size = _key(stored, format), exporter.size(stored)
     place = (work or partial_of(output)) if one else output
-    if one and resume and (before := made_record(output) or {}).get("run") == key:
+    task = ExportTask(exporter, format, stored, output=output, place=place, passing=work is not None)
+    if one and resume and (before := made_record(output) or {}).get("run") == task.key:
         shutil.rmtree(place, ignore_errors=True)  # the run was killed between its last two steps
         again = {name: LayerRecord.from_json(layer) for name, layer in before["requantized"].items()}
-        return _exported(
-            stored, output, [output], asked=format, again=again, divergence=before.get("divergence")
-        )
-    check_output(place, key, overwrite, resume)
+        return _exported(task, [output], again, divergence=before.get("divergence"))
+    check_output(place, task.key, overwrite, resume)
     divergence = None if measure is None else measure(stored)
     with (
         showing(progress) as show,
-        open_output(place, key, expected_bytes=size, overwrite=overwrite, resume=resume) as target,
+        open_output(
+            place, task.key, expected_bytes=exporter.size(stored), overwrite=overwrite, resume=resume
+        ) as target,
     ):
-        said = partial(_manifest, stored, format, key, divergence=divergence)
+        said = partial(_manifest, task, divergence=divergence)
         target = replace(target, inside=said) if one else target
         written = exporter.write(stored, target, show or (lambda what, done, total: None))
         records = [target.record(name) or ShardRecord() for name in written.files]
@@ -244,28 +267,35 @@ def export(
             check_file(output, overwrite=overwrite or there, resume=False)  # it may have come meanwhile
             target.move_out(written.files[0], output)
         else:
-            copy_rest(stored.source.folder, output, code=trust_remote_code)
-            config = with_old_keys(written.config)
-            if not trust_remote_code:
-                config.pop("auto_map", None)  # it names code that is not here
-            target.finish(config, said(again))
+            _finish_folder(task, target, written, said(again), code=trust_remote_code)
     files = [output] if one else [output / name for name in written.files]
-    made = _exported(stored, output, files, asked=format, again=again, divergence=divergence)
+    made = _exported(task, files, again, divergence=divergence)
     return replace(made, warnings=written.notes)
 
 
+def _finish_folder(
+    task: ExportTask, target: Output, written: Written, manifest: Mapping[str, Any], *, code: bool
+) -> None:
+    """Write what lies beside the weights; `code`: the model's own code too."""
+    copy_rest(task.stored.source.folder, target.folder, code=code)
+    config = with_old_keys(written.config)
+    if not code:
+        config.pop("auto_map", None)  # it names code that is not here
+    target.finish(config, manifest)
+
+
 def _exported(
-    stored: StoredModel,
-    output: Path,
+    task: ExportTask,
     files: Sequence[Path],
-    *,
-    asked: str,
     again: Mapping[str, LayerRecord],
+    *,
     divergence: Mapping[str, Any] | None,
 ) -> Exported:
     size = sum(file.stat().st_size for file in files)
-    floats = tuple(name for name in stored.disk if name not in stored.layers)
-    return Exported(str(output), asked, size, requantized=again, floats=floats, divergence=divergence)
+    floats = tuple(name for name in task.stored.disk if name not in task.stored.layers)
+    return Exported(
+        str(task.output), task.asked, size, requantized=again, floats=floats, divergence=divergence
+    )
 
 
 def exporter_of(asked: str) -> Exporter:
@@ -330,32 +360,19 @@ def _parts(stored: StoredLayer) -> Sequence[str]:
     return tuple(part_shapes(stored.scheme, stored.shape, stored.outliers))
 
 
-def _key(stored: StoredModel, asked: str) -> str:
-    """16 hex digits that name an export; another checkpoint, format or program version cannot resume it."""
-    headers = {name: (info.dtype, info.shape, info.file) for name, info in stored.source.tensors.items()}
-    schemes = {name: str(layer.scheme) for name, layer in stored.layers.items()}
-    facts = [__version__, asked, stored.source.config, headers, manifest_of(stored.source), schemes]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def _manifest(
-    stored: StoredModel,
-    asked: str,
-    key: str,
-    again: Mapping[str, LayerRecord],
-    *,
-    divergence: Mapping[str, Any] | None,
+    task: ExportTask, again: Mapping[str, LayerRecord], *, divergence: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Where the export comes from: the recipe and source of the checkpoint, the format, and what rounding again cost.
 
-    `run`: the key of the export.
+    `run`: the key of the export; `checkpoint_run`: that of the checkpoint, which is named where it stays.
     """
-    old = manifest_of(stored.source)
+    old = manifest_of(task.stored.source)
     origin = ("recipe", "recipe_key", "source", "texts", "seed", "layers")
     kept: dict[str, Any] = {name: old[name] for name in origin if name in old}
-    rounded = {name: layer.to_json() for name, layer in again.items()}
-    checkpoint = str(stored.source.folder.resolve())
+    checkpoint = {} if task.passing else {"checkpoint": str(task.stored.source.folder.resolve())}
     return {
-        "fracbit": __version__, "exported": asked, "run": key, "checkpoint": checkpoint, "layers": {}, **kept,
-        "requantized": rounded, **({} if divergence is None else {"divergence": divergence}),
+        "fracbit": __version__, "exported": task.asked, "run": task.key, "checkpoint_run": old.get("run"), **checkpoint,
+        "layers": {}, **kept, "requantized": {name: layer.to_json() for name, layer in again.items()},
+        **({} if divergence is None else {"divergence": divergence}),
     }  # fmt: skip

@@ -20,17 +20,18 @@ from transformers import PreTrainedModel
 from fracbit.checkpoint.export.exporter import Nearest, StoredModel, Written
 from fracbit.checkpoint.export.pieces import Piece, Tensors, copied_piece, write_pieces
 from fracbit.checkpoint.format import StoredLayer
+from fracbit.checkpoint.formats.codes import SCALE_TYPES
 from fracbit.checkpoint.output import Output
 from fracbit.errors import FormatError, RecipeError, WeightError
 from fracbit.models.blocks import is_transposed
 from fracbit.models.experts import Cut, SplitExperts
 from fracbit.models.origin import origins
-from fracbit.numerics.packed import decode
+from fracbit.numerics.packed import SCALE_DTYPES, decode
 from fracbit.records.progress import Progress
 
-STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-"""The parameters of the format."""
+STORED = {name: SCALE_DTYPES[kind] for name, kind in SCALE_TYPES.items()}
+"""Types by their names in headers, the least precise first."""
+PARAMETERS = tuple(SCALE_TYPES.values())
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,12 @@ class FloatWeights:
 
 def export_float(parameter: str = "") -> FloatWeights:
     """The format `float` with its type. Raises `RecipeError` for an unknown type."""
-    if parameter and parameter not in TYPES:
+    if parameter and parameter not in PARAMETERS:
         raise RecipeError(
             f"format float has no type {parameter!r}; write float (the type of the source), "
-            f"{', '.join(f'float:{name}' for name in TYPES)}"
+            f"{', '.join(f'float:{name}' for name in PARAMETERS)}"
         )
-    return FloatWeights(TYPES[parameter] if parameter else None)
+    return FloatWeights(SCALE_DTYPES[parameter] if parameter else None)
 
 
 def source_dtype(stored: StoredModel) -> torch.dtype:

@@ -65,7 +65,7 @@ def check_file(file: Path, *, overwrite: bool, resume: bool) -> None:
     )
 
 
-def place_of(output: Path, engine: str | None, *, resume: bool, overwrite: bool) -> Path:
+def made_in(output: Path, engine: str | None, *, resume: bool, overwrite: bool) -> Path:
     """Where the checkpoint of a run is made: in the output itself, or beside it for an engine.
 
     Raises `RecipeError` for a file that is none of the engine's, `OutputError` for an output that the run may not write.

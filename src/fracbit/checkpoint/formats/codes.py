@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from fracbit.checkpoint.source import Source, TensorInfo
 
 SIXTEEN = ("F16", "BF16")
-SCALE_TYPES = {"F16": "fp16", "BF16": "bf16"}
+SCALE_TYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+"""Floats of 16 and 32 bits, the least precise first: what schemes call the types of headers."""
 CONFIG_TYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """The values of E2M1, by their code: sign, two bits of exponent, one of mantissa."""

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from fracbit.checkpoint.export.gguf.block_types import TYPES
+from fracbit.checkpoint.export.gguf.block_types import BLOCK_TYPES
 from fracbit.checkpoint.export.one_file import check_file, check_resumable, is_one_file, partial_of
 from fracbit.checkpoint.folder import MANIFEST, check_output
 from fracbit.checkpoint.formats.gguf_record import lone_file
@@ -184,7 +184,7 @@ def _check_codes(twins: Twins) -> None:
         return
     raise FormatError(
         f"{source.name} is {source.decoded}, and refine moves integers of GPTQ, AWQ and compressed-tensors (pack-quantized) "
-        f"and GGUF's {', '.join(TYPES)}{f': {faults[0]}' if faults else ''}; fracbit tweak moves its norms"
+        f"and GGUF's {', '.join(BLOCK_TYPES)}{f': {faults[0]}' if faults else ''}; fracbit tweak moves its norms"
     )
 
 

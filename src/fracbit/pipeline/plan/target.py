@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 
 from fracbit.checkpoint.export.exporter import FORMATS
 from fracbit.checkpoint.format import StoredLayer
-from fracbit.checkpoint.formats.codes import config_type
+from fracbit.checkpoint.formats.codes import SCALE_TYPES, config_type
 from fracbit.checkpoint.opened import Opened
 from fracbit.engines.engine import ENGINES, Forms, ServingEngine
 from fracbit.errors import RecipeError
@@ -28,7 +28,6 @@ from fracbit.transforms import TRANSFORMS
 NEAREST, WITHIN = 3, 2.0  # widths around a budget: so many at least, and all that are so many bits away
 TABLE = Scheme("int:step", 8, 64)
 """What an embedding table gets where the engine serves quantized ones and nothing else was asked for."""
-TYPES = {"F16": "fp16", "BF16": "bf16", "F32": "fp32"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,12 +111,7 @@ def for_engine(recipe: Recipe, spending: Spending, opened: Opened, *, own: Recip
     if spending.engine is None:
         return Served(recipe, spending)
     target = target_of(spending.engine, opened)
-    exporter = FORMATS[target.engine.formats[0]]("")
-    exporter.check(opened.model, opened.source.folder)
-    beside = 0
-    if spending.size_bytes is not None:
-        beside = exporter.beside(opened.model, opened.source.folder)
-        spending = replace(spending, size=max(1, spending.size_bytes - beside))
+    spending, beside = _of_tensors(spending, opened, target)
     _check(recipe, target)
     if target.engine.fused:
         _check_together(recipe, opened, target)
@@ -136,30 +130,35 @@ def for_engine(recipe: Recipe, spending: Spending, opened: Opened, *, own: Recip
     if recipe.head is not None:
         changes["head"] = _head(recipe.head, opened, target)
     changed = recipe.model_copy(update=changes)
-    notes = (
-        *(
-            [f"{beside / 1e6:.2f} MB of the size are kept for the tokenizer and names in the file"]
-            if beside
-            else []
-        ),
-        *_differences(own, changed, target),
-        *notes,
-        *(f"{name} stays float: {why}" for name, why in target.floats.items()),
-    )
+    floats = (f"{name} stays float: {why}" for name, why in target.floats.items())
+    notes = (*beside, *_differences(own, changed, target), *notes, *floats)
     if not spending.asked:
         return Served(changed, Spending(), notes)
-    found = (
-        target.levels(spending.schemes)
-        if spending.levels is not None
-        else target.own_levels(bits_about(spending, recipe, opened, embeddings=target.forms.embeddings))
-    )
+    average = bits_about(spending, recipe, opened, embeddings=target.forms.embeddings)
+    return _divided(Served(changed, spending, notes), target, average)
+
+
+def _of_tensors(spending: Spending, opened: Opened, target: EngineTarget) -> tuple[Spending, tuple[str, ...]]:
+    """The budget less what the file holds beside tensors, with a note on it. Raises `FormatError` for an unfit model."""
+    exporter = FORMATS[target.engine.formats[0]]("")
+    exporter.check(opened.model, opened.source.folder)
+    if spending.size_bytes is None:
+        return spending, ()
+    beside = exporter.beside(opened.model, opened.source.folder)
+    note = f"{beside / 1e6:.2f} MB of the size are kept for the tokenizer and names in the file"
+    return replace(spending, size=max(1, spending.size_bytes - beside)), (note,) if beside else ()
+
+
+def _divided(served: Served, target: EngineTarget, average: float | None) -> Served:
+    """The same with the levels that a budget of `average` bits or so chooses from, linear by linear."""
+    spending = served.spending
+    found = target.levels(spending.schemes) if spending.levels is not None else target.own_levels(average)
     every = tuple(dict.fromkeys(level for shape in sorted(found) for level in found[shape]))
     some = {name: frozenset(found[shape]) for name, shape in target.shapes.items()}
     fused = spending.fused or target.engine.fused
-    return Served(
-        changed,
-        replace(spending, engine=None, levels=every, fused=fused),
-        notes,
+    return replace(
+        served,
+        spending=replace(spending, engine=None, levels=every, fused=fused),
         levels={} if len(set(some.values())) == 1 else some,
     )
 
@@ -252,7 +251,7 @@ def target_of(name: str, opened: Opened) -> EngineTarget:
         raise not_served(name)
     forms = engine.serves
     if engine.casts_scales:
-        forms = forms.with_scales(TYPES[config_type(opened.source.config)])
+        forms = forms.with_scales(SCALE_TYPES[config_type(opened.source.config)])
     floats, shapes = {}, {}
     for layer, one in opened.linears.items():
         near = forms.nearest(StoredLayer(engine.usual, (one.out, one.width)))

@@ -45,8 +45,8 @@ def _is_made(output: Path, partial: Path, format_: str) -> bool:
     theirs, ours = made_record(output), made_record(partial)
     if theirs is None or ours is None:
         return False
-    same = all(theirs.get(name) == ours.get(name) for name in ("recipe_key", "source"))
-    return same and theirs.get("exported") == format_ and theirs.get("checkpoint") == str(partial.resolve())
+    same = theirs.get("exported") == format_ and theirs.get("checkpoint_run") == ours.get("run")
+    return same and theirs.get("source") == ours.get("source")
 
 
 def _weight_files(output: Path) -> list[Path]:

@@ -73,7 +73,7 @@ def _super(dtype: str, bits: int, block: int, scale: str) -> Scheme:
     return Scheme(dtype, bits, block, offset="float" if scale.startswith("int:up") else "none", scale=scale)
 
 
-TYPES: Mapping[str, BlockType] = {
+BLOCK_TYPES: Mapping[str, BlockType] = {
     "Q8_0": BlockType(_block(STEP, 8), BLOCK, 34, file_type=7, layout=BYTES),
     "Q4_0": BlockType(_block(STEP, 4), BLOCK, 18, file_type=2, layout=FOURS),
     "Q4_1": BlockType(_block(STEP, 4, True), BLOCK, 20, file_type=3, layout=FOURS),
@@ -98,7 +98,7 @@ def type_of(layer: StoredLayer) -> str | None:
     """The type that holds a layer as it is; None where there is none."""
     fits = [
         name
-        for name, kind in TYPES.items()
+        for name, kind in BLOCK_TYPES.items()
         if layer.scheme == kind.scheme
         and layer.shape[1] % kind.length == 0
         and not layer.outliers
@@ -109,21 +109,21 @@ def type_of(layer: StoredLayer) -> str | None:
 
 @dataclass(frozen=True)
 class BlockForms:
-    """The forms of layers that a file holds: all `TYPES`, each where its length divides the inputs."""
+    """The forms of layers that a file holds: all `BLOCK_TYPES`, each where its length divides the inputs."""
 
     embeddings: bool = True
 
     @property
     def levels(self) -> tuple[Scheme, ...]:
         """Every scheme that some layer may have."""
-        return tuple(kind.scheme for kind in TYPES.values())
+        return tuple(kind.scheme for kind in BLOCK_TYPES.values())
 
     def nearest(self, layer: StoredLayer) -> Nearest:
         """A layer's own form, or the type that is nearest in bits, then in offset, data type and size, with as many bits."""
         refused = unexportable(layer)
         if refused is not None:
             return refused
-        fits = [kind for kind in TYPES.values() if layer.shape[1] % kind.length == 0]
+        fits = [kind for kind in BLOCK_TYPES.values() if layer.shape[1] % kind.length == 0]
         if layer.kind == "embedding":
             fits = [kind for kind in fits if kind.factor is None]  # rows of a table are looked up without it
         if not fits:

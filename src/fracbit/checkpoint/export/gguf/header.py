@@ -17,7 +17,7 @@ from typing import Any
 
 from fracbit.checkpoint.export.exporter import StoredModel
 from fracbit.checkpoint.export.gguf.architectures import VOCABULARY, Architecture
-from fracbit.checkpoint.export.gguf.block_types import TYPES
+from fracbit.checkpoint.export.gguf.block_types import BLOCK_TYPES
 from fracbit.checkpoint.export.gguf.package import package
 from fracbit.checkpoint.export.gguf.placed import Placed
 from fracbit.checkpoint.export.gguf.size_keys import besides
@@ -78,7 +78,7 @@ def file_type(tensors: Sequence[Placed]) -> int:
         if len(tensor.shape) > 1 and tensor.name.startswith("blk."):
             weights[tensor.kind] += math.prod(tensor.shape)
     kind = weights.most_common(1)[0][0]
-    return TYPES[kind].file_type if kind in TYPES else FLOAT_FILES[kind]
+    return BLOCK_TYPES[kind].file_type if kind in BLOCK_TYPES else FLOAT_FILES[kind]
 
 
 def _add_general(writer: Any, stored: StoredModel) -> None:

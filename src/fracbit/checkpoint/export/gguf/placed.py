@@ -8,7 +8,7 @@ Names are those of the package `gguf`. Norms, biases and everything of one dimen
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from fracbit.checkpoint.export.exporter import StoredModel
 from fracbit.checkpoint.export.float import STORED, decoded, source_dtype
 from fracbit.checkpoint.export.gguf.architectures import Architecture
-from fracbit.checkpoint.export.gguf.block_types import TYPES, type_of
+from fracbit.checkpoint.export.gguf.block_types import BLOCK_TYPES, type_of
 from fracbit.checkpoint.export.gguf.frequencies import frequency_factors
 from fracbit.checkpoint.export.gguf.package import package
 from fracbit.checkpoint.export.gguf.size_keys import HEADS, ModelSettings
@@ -55,11 +55,15 @@ class Placed:
 
 @dataclass(frozen=True, eq=False)
 class Passage:
-    """A stored model on its way into a file, and its config as a dictionary."""
+    """A stored model on its way into a file, and its config as a dictionary.
+
+    `factors`: what all weights of a layer are multiplied by, [1] each, of the layers whose blocks are made already.
+    """
 
     stored: StoredModel
     architecture: Architecture
     settings: ModelSettings
+    factors: dict[str, Tensor] = field(default_factory=dict)
 
 
 def placed(stored: StoredModel, architecture: Architecture) -> list[Placed]:
@@ -74,9 +78,9 @@ def placed(stored: StoredModel, architecture: Architecture) -> list[Placed]:
         for (inside, many), names in found.items()
     }
     beside = [
-        _factors(stored, names, inside)
+        _factors(passage, names, inside)
         for (inside, _), names in found.items()
-        if made[inside].kind in TYPES and TYPES[made[inside].kind].factor is not None
+        if made[inside].kind in BLOCK_TYPES and BLOCK_TYPES[made[inside].kind].factor is not None
     ]
     return [*(_ready(name, tensor) for name, tensor in factors.items()), *made.values(), *beside]
 
@@ -146,9 +150,11 @@ def _single(passage: Passage, name: str, inside: str) -> Placed:
     change = _change(passage, inside, shape)
 
     def make() -> MadeRows:
-        if kind in TYPES:
+        if kind in BLOCK_TYPES:
             packed, record = stored.exported(layer)
-            rows = change.rows(TYPES[kind].rows(packed))  # [out, bytes]
+            rows = change.rows(BLOCK_TYPES[kind].rows(packed))  # [out, bytes]
+            if (factor := BLOCK_TYPES[kind].factor) is not None:
+                passage.factors[layer] = factor(packed)
             return rows, {} if record is None else {layer: record}
         tensor = _float_of(stored, name)
         return _raw(change.values(tensor.T if turned else tensor), kind), {}
@@ -191,17 +197,11 @@ def _stack(passage: Passage, names: Sequence[str], inside: str) -> Placed:
     return Placed(inside, parts[0].kind, shape, sum(part.bytes for part in parts), make=make)
 
 
-def _factors(stored: StoredModel, names: Sequence[str], inside: str) -> Placed:
-    """What all weights of a tensor are multiplied by, or those of each expert: [1] or [experts]."""
+def _factors(passage: Passage, names: Sequence[str], inside: str) -> Placed:
+    """What all weights of a tensor, whose blocks come before, are multiplied by, or those of each expert: [1] or [experts]."""
 
     def make() -> MadeRows:
-        found = []
-        for name in names:
-            packed, _ = stored.exported(name.removesuffix(".weight"))
-            factor = TYPES[_kind(stored, name, inside)].factor
-            assert factor is not None
-            found.append(factor(packed))
-        return _raw(torch.cat(found), "F32"), {}
+        return _raw(torch.cat([passage.factors[name.removesuffix(".weight")] for name in names]), "F32"), {}
 
     shape = (len(names),)
     return Placed(f"{inside.removesuffix('.weight')}.scale", "F32", shape, _bytes("F32", shape), make=make)
@@ -226,5 +226,5 @@ def _raw(tensor: Tensor, kind: str) -> Tensor:
 
 def _bytes(kind: str, shape: Sequence[int]) -> int:
     """Bytes of a tensor."""
-    row = TYPES[kind].row_bytes(shape[-1]) if kind in TYPES else shape[-1] * STORED[kind].itemsize
+    row = BLOCK_TYPES[kind].row_bytes(shape[-1]) if kind in BLOCK_TYPES else shape[-1] * STORED[kind].itemsize
     return int(torch.Size(shape[:-1]).numel()) * row

@@ -71,6 +71,25 @@ MODELS: Mapping[str, tuple[str, dict[str, Any], str]] = {
         BYTES,
     ),
     "qwen3_moe": ("Qwen3MoeConfig", SPARSE | {"norm_topk_prob": True}, BYTES),
+    "smollm3": ("SmolLM3Config", LLAMA | {"num_hidden_layers": 4}, BYTES),
+    "granite": (
+        "GraniteConfig",
+        {name: value for name, value in LLAMA.items() if name != "head_dim"}
+        | {
+            "attention_multiplier": 0.25,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 8.0,
+        },
+        BYTES,
+    ),
+    "seed_oss": ("SeedOssConfig", LLAMA, BYTES),
+    "gpt_neox": (
+        "GPTNeoXConfig",
+        {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
+        BYTES,
+    ),
+    "gemma": ("GemmaConfig", LLAMA, PIECES),
     "gemma2": ("Gemma2Config", LLAMA | {"sliding_window": 32, "query_pre_attn_scalar": 16}, PIECES),
     "gemma3": (
         "Gemma3TextConfig",

@@ -83,6 +83,18 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "falcon-large": ("FalconConfig", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
 }
 """Models with widths of 32 and more that transformers reads from GGUF; sizes that it does not read are its defaults."""
+UNREAD: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "smollm3": ("SmolLM3Config", SIZES | {"num_hidden_layers": 4}),
+    "granite": (
+        "GraniteConfig",
+        {name: size for name, size in SIZES.items() if name != "head_dim"}
+        | {"embedding_multiplier": 12.0, "attention_multiplier": 0.25},
+    ),
+    "seed_oss": ("SeedOssConfig", SIZES),
+    "gpt_neox": ("GPTNeoXConfig", FALCON | {"intermediate_size": 96}),
+    "gemma": ("GemmaConfig", SIZES),
+}
+"""Models that llama.cpp runs, and whose files transformers does not read."""
 
 
 def quantized(
@@ -183,7 +195,57 @@ def test_what_transformers_does_not_read_of_a_family_is_read_all_the_same(
 
 
 def test_every_family_of_the_table_is_tried_here() -> None:
-    assert {config_of(kind).model_type for kind, _ in FAMILIES.values()} == set(ARCHITECTURES)
+    tried = {config_of(kind).model_type for kind, _ in (FAMILIES | UNREAD).values()}
+    assert tried == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("family", UNREAD)
+def test_a_family_that_transformers_does_not_read(family: str, tmp_path: Path) -> None:
+    """Values by llama.cpp's package, in its order of rows; fracbit's own reader says that it cannot."""
+    kind, sizes = UNREAD[family]
+    done = quantized(build(config_of(kind, **sizes)), tmp_path)
+    file = exported(done, tmp_path / "made")
+    held, weights = stored_floats(file), true_weights(open_stored(done))
+    names = gguf.get_tensor_name_map(
+        {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[ARCHITECTURES[family].name], 4
+    )
+    for name, weight in weights.items():
+        inside = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if family in ("smollm3", "granite") and ".attn_q." in inside:
+            weight = twisted(weight, 4)
+        if family in ("smollm3", "granite") and ".attn_k." in inside:
+            weight = twisted(weight, sizes["num_key_value_heads"])
+        if "attn_qkv" in inside:  # [heads, parts, head size, ...] before
+            weight = weight.view(4, 3, 16, -1).transpose(0, 1).reshape(weight.shape)
+        if family == "gemma" and "norm" in inside:
+            weight = weight + 1
+        assert np.allclose(held.pop(inside)[1], weight.numpy(), atol=1e-6), inside
+    assert not held
+    with pytest.raises(SourceError, match="does not read from GGUF"):
+        open_float(file)
+
+
+def test_what_llama_cpp_fixes_of_a_family_is_checked(tmp_path: Path) -> None:
+    kind, sizes = UNREAD["smollm3"]
+    cases = {
+        r"not every 4\. layer": (kind, sizes | {"no_rope_layers": [1, 1, 0, 1]}),
+        "base of its positions is 5000": (
+            "GPTNeoXConfig",
+            UNREAD["gpt_neox"][1]
+            | {
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 5000.0,
+                    "partial_rotary_factor": 0.25,
+                }
+            },
+        ),
+        "attention_out_bias is True": ("SeedOssConfig", SIZES | {"attention_out_bias": True}),
+    }
+    for number, (says, (name, own)) in enumerate(cases.items()):
+        done = quantized(build(config_of(name, **own)), tmp_path / str(number))
+        with pytest.raises(FormatError, match=says):
+            exported(done, tmp_path / f"made-{number}")
 
 
 def test_falcons_heads_are_sorted_into_q_k_and_v(tmp_path: Path) -> None:

@@ -181,5 +181,8 @@ def _listed_files(folder: Path) -> dict[str, str]:
 
 def _kept(file: Path) -> bool | None:
     """Whether one file has the hash that it names itself, or that its manifest beside it does; None where none is named."""
+    own = unchanged(file)  # first: a changed byte may lie in what the file says of itself
+    if own is not None:
+        return own
     listed = read_manifest(file).get("files", {}).get(file.name)
-    return unchanged(file) if listed is None else listed == file_hash(file)
+    return None if listed is None else listed == file_hash(file)

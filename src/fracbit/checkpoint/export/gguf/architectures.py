@@ -9,13 +9,14 @@ Ref: convert_hf_to_gguf.py and src/models of llama.cpp, build 11434.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 from fracbit.checkpoint.export.gguf.size_keys import (
     BASIC,
     HEADS,
     USUAL,
+    USUAL_BASE,
     WIDTH,
     ModelSettings,
     SizeKey,
@@ -24,12 +25,15 @@ from fracbit.checkpoint.export.gguf.size_keys import (
     entry,
     head_size,
     long_attention,
+    nonzero,
     original_length,
     other_base,
+    positions,
     rotated_size,
     scaling,
     times_width,
     usual,
+    without,
 )
 from fracbit.errors import FormatError
 
@@ -56,7 +60,9 @@ class Architecture:
     `name`: its own name. `spellings`: its tokenizers; the first that a folder has is written. `only`: entries of the config
     with the values that llama.cpp runs. `scalings`: how positions may be scaled. `window`: every so many layers see everything,
     the others a window; 0 where llama.cpp has no windows. `groups`: how many groups of heads stand one after another in the
-    rows of q, k and v; None where transformers knows their order.
+    rows of q, k and v; None where transformers knows their order. `like`: the family whose tensors are changed in the same
+    way, where transformers does not read files of this one. `unrotated`: of every so many layers the last has no positions.
+    `base`: the only base of the positions; 0 where the file names it.
 
     Of the tokenizer: `rules` hold for one of sentencepiece, `by_vocabulary` for one of so many tokens. `own_space`: its own
     files say whether a space is put before a text. `plain_added`: an added token is never special by its look.
@@ -69,6 +75,9 @@ class Architecture:
     scalings: tuple[str, ...] = ()
     window: int = 0
     groups: Value | None = None
+    like: str = ""
+    unrotated: int = 0
+    base: int = 0
     rules: TokenRules = TokenRules()
     by_vocabulary: Mapping[int, TokenRules] = field(default_factory=dict)
     own_space: bool = False
@@ -86,6 +95,11 @@ WINDOW = SizeKey("attention.sliding_window", "uint32", lambda settings: settings
 ROTATED = SizeKey("rope.dimension_count", "uint32", rotated_size)
 LAYER_NORM = usual("attention.layer_norm_epsilon")
 BASE = SizeKey("rope.freq_base", "float32", other_base)
+SCALES = {
+    "attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier", "logit_scale": "logits_scaling",
+}  # fmt: skip
+"""What Granite multiplies by, by llama.cpp's name."""
 GEMMA = usual("attention.layer_norm_rms_epsilon", "attention.key_length", "attention.value_length")
 FOURFOLD = SizeKey("feed_forward_length", "uint32", times_width(4, "n_inner", "ffn_hidden_size"))
 EXPERTS = (
@@ -121,6 +135,43 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "qwen3_moe": Architecture(
         "qwen3moe", USUAL + EXPERTS, only=SILU | EVERY_BLOCK | {"norm_topk_prob": (True,)}, scalings=LINEAR
+    ),
+    "smollm3": replace(
+        LLAMA, name="smollm3", only=SILU | {"use_sliding_window": (False,)}, like="llama", unrotated=4
+    ),
+    "granite": replace(
+        LLAMA,
+        name="granite",
+        keys=(
+            *without(LLAMA.keys, "attention.key_length", "attention.value_length", "rope.dimension_count"),
+            SizeKey("rope.dimension_count", "uint32", lambda settings: WIDTH(settings) // HEADS(settings)),
+            *(SizeKey(name, "float32", nonzero(own)) for name, own in SCALES.items()),
+        ),
+        like="llama",
+    ),
+    "seed_oss": Architecture(
+        "seed_oss", USUAL, only=SILU | {"attention_out_bias": (False,), "mlp_bias": (False,)}, scalings=LINEAR
+    ),
+    "gpt_neox": Architecture(
+        "gptneox",
+        (
+            *without(BASIC, "attention.head_count_kv"),
+            ROTATED,
+            *LAYER_NORM,
+            SizeKey("use_parallel_residual", "bool", entry("use_parallel_residual", default=True)),
+        ),
+        only={"hidden_act": ("gelu", "gelu_new", "gelu_fast"), "attention_bias": (True,)},
+        groups=HEADS,
+        base=USUAL_BASE,
+    ),
+    "gemma": Architecture(
+        "gemma",
+        (*BASIC, *GEMMA),
+        ("sentencepiece",),
+        only={"hidden_act": ("gelu_pytorch_tanh",)},
+        rules=TokenRules({"prefix": 67, "suffix": 69, "middle": 68, "fsep": 70, "eot": 107}, space=False),
+        like="gemma2",
+        base=USUAL_BASE,
     ),
     "gemma2": Architecture(
         "gemma2",
@@ -232,7 +283,11 @@ def architecture_of(kind: str, settings: ModelSettings) -> Architecture:
             "that folder with convert_hf_to_gguf.py of llama.cpp"
         )
     found = ARCHITECTURES[kind]
-    faults = [fault for check in (_values, _scaling, _windows, _heads) for fault in check(found, settings)]
+    faults = [
+        fault
+        for check in (_values, _scaling, _windows, _heads, _base, _unrotated)
+        for fault in check(found, settings)
+    ]
     if faults:
         raise FormatError(
             f"llama.cpp runs models of type {kind} in another way: {'; '.join(faults)}. Export float or another format"
@@ -272,6 +327,25 @@ def _windows(architecture: Architecture, settings: ModelSettings) -> Faults:
     return (
         [] if kinds == wanted else [f"not every {architecture.window}. layer, and no other, sees everything"]
     )
+
+
+def _base(architecture: Architecture, settings: ModelSettings) -> Faults:
+    """A base that the file does not name is the usual one."""
+    own = positions(settings).get("rope_theta", architecture.base)
+    return (
+        [f"the base of its positions is {own}, and llama.cpp has {architecture.base}"]
+        if architecture.base and own != architecture.base
+        else []
+    )
+
+
+def _unrotated(architecture: Architecture, settings: ModelSettings) -> Faults:
+    """Layers without positions are those that llama.cpp fixes."""
+    rotated, every = settings.get("no_rope_layers"), architecture.unrotated
+    if not every or rotated is None:
+        return []
+    wanted = [int((i + 1) % every > 0) for i in range(len(rotated))]
+    return [] if list(rotated) == wanted else [f"not every {every}. layer, and no other, has no positions"]
 
 
 def _heads(architecture: Architecture, settings: ModelSettings) -> Faults:

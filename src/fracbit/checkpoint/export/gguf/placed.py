@@ -168,7 +168,7 @@ def _change(passage: Passage, inside: str, shape: tuple[int, ...]) -> Change:
     if architecture.groups is not None and ".attn_qkv." in inside:
         return Change(falcon_rows(int(HEADS(settings)), int(architecture.groups(settings)), shape[0]))
     try:
-        return change_of(reading(architecture.name, settings, inside), shape, inside)
+        return change_of(reading(architecture.like or architecture.name, settings, inside), shape, inside)
     except FormatError as error:
         raise FormatError(
             f"{error} in a {architecture.name}; export float, and convert that folder with convert_hf_to_gguf.py of llama.cpp"

@@ -32,6 +32,11 @@ def entry(*names: str, default: Any = None) -> Value:
     return lambda settings: next((settings[name] for name in names if name in settings), default)
 
 
+def nonzero(name: str) -> Value:
+    """The value of an entry of the config; None for 0."""
+    return lambda settings: settings.get(name) or None
+
+
 WIDTH, HEADS = entry("hidden_size", "n_embd"), entry("num_attention_heads", "n_head")
 
 
@@ -142,6 +147,11 @@ def besides(keys: tuple[SizeKey, ...], *own: SizeKey) -> tuple[SizeKey, ...]:
     """The `keys`, but for those in whose place `own` has one of the same name, and `own`."""
     names = {key.name for key in own}
     return (*(key for key in keys if key.name not in names), *own)
+
+
+def without(keys: tuple[SizeKey, ...], *names: str) -> tuple[SizeKey, ...]:
+    """The `keys` but for those with these names."""
+    return tuple(key for key in keys if key.name not in names)
 
 
 def usual(*names: str) -> tuple[SizeKey, ...]:

@@ -36,10 +36,18 @@ sys.path.insert(0, sys.argv[1])
 import conversion.base
 if sys.argv[2] == "tiny":
     conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "default"
+read = conversion.base.ModelBase.load_hparams
+def with_old_name(*given, **named):
+    found = read(*given, **named)
+    if found.get("model_type") == "gpt_neox":
+        found["rotary_pct"] = found["rope_parameters"]["partial_rotary_factor"]
+    return found
+conversion.base.ModelBase.load_hparams = staticmethod(with_old_name)
 sys.argv = ["convert_hf_to_gguf.py", *sys.argv[3:]]
 runpy.run_path(f"{sys.path[0]}/convert_hf_to_gguf.py", run_name="__main__")
 """
-"""A tiny model's tokenizer is that of another family, so its way to cut text is no known one; both sides call it default."""
+"""A tiny model's tokenizer is that of another family, so its way to cut text is no known one; both sides call it default. The
+converter reads a setting of GPT-NeoX by a name that transformers 5 no longer gives."""
 LLAMA = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 16, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 256,

@@ -62,7 +62,7 @@ class Architecture:
     the others a window; 0 where llama.cpp has no windows. `groups`: how many groups of heads stand one after another in the
     rows of q, k and v; None where transformers knows their order. `like`: the family whose tensors are changed in the same
     way, where transformers does not read files of this one. `unrotated`: of every so many layers the last has no positions.
-    `base`: the only base of the positions; 0 where the file names it.
+    `base`: the only base of the positions; 0 where the file names it. `says_type`: the file names its type.
 
     Of the tokenizer: `rules` hold for one of sentencepiece, `by_vocabulary` for one of so many tokens. `own_space`: its own
     files say whether a space is put before a text. `plain_added`: an added token is never special by its look.
@@ -78,6 +78,7 @@ class Architecture:
     like: str = ""
     unrotated: int = 0
     base: int = 0
+    says_type: bool = True
     rules: TokenRules = TokenRules()
     by_vocabulary: Mapping[int, TokenRules] = field(default_factory=dict)
     own_space: bool = False
@@ -163,6 +164,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         only={"hidden_act": ("gelu", "gelu_new", "gelu_fast"), "attention_bias": (True,)},
         groups=HEADS,
         base=USUAL_BASE,
+        says_type=False,
     ),
     "gemma": Architecture(
         "gemma",

@@ -53,7 +53,8 @@ def add_header(
         value = key.value(settings)
         if value is not None:
             getattr(writer, f"add_{key.kind}")(f"{architecture.name}.{key.name}", value)
-    writer.add_file_type(file_type(tensors))
+    if architecture.says_type:
+        writer.add_file_type(file_type(tensors))
     writer.add_quantization_version(package().GGML_QUANT_VERSION)
     _add_vocabulary(writer, stored.source.folder, vocabulary)
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fracbit.checkpoint.folder import MANIFEST
 from fracbit.checkpoint.formats.gguf_record import lone_file, record_of
-from fracbit.checkpoint.output import MANIFEST
 from fracbit.checkpoint.source import Source
 from fracbit.errors import FormatError
 

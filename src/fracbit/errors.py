@@ -5,7 +5,8 @@ anything that is not a `FracbitError` is a bug of ours and keeps its traceback.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class FracbitError(Exception):
@@ -72,3 +73,43 @@ def near_matches(name: str, known: Iterable[str]) -> str:
     if close:
         return f"did you mean {' or '.join(repr(c) for c in close)}? Known: {', '.join(names)}"
     return f"known: {', '.join(names)}"
+
+
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What code raises that takes a value apart which is not what it should be."""
+LONGEST_REASON = 300
+"""Characters of another library's message: some go on to list all that they know."""
+
+
+@contextmanager
+def blamed_on(what: str, error: type[FracbitError], *, parsing: bool = False) -> Iterator[None]:
+    """What another library raises over a file or a value of the user's becomes an `error` that begins with `what`.
+
+    Such libraries raise anything, `Exception` itself included. What fracbit's own code raises is a bug and passes through,
+    unless it only takes such values apart (`parsing`): what it stumbles over is then theirs too.
+    """
+    try:
+        yield
+    except FracbitError:
+        raise
+    except Exception as found:
+        if _is_ours(found) and not (parsing and isinstance(found, MALFORMED)):
+            raise
+        raise error(f"{what}: {reason_of(found)}") from found
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error of another library says, on one line; its kind where it says little."""
+    said = " ".join(str(error).split())
+    said = said if len(said) <= LONGEST_REASON else f"{said[:LONGEST_REASON]}..."
+    plain = isinstance(error, OSError | ValueError | RuntimeError) and not isinstance(error, RecursionError)
+    return said if plain and said else f"{type(error).__name__}: {said}".removesuffix(": ")
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether fracbit's own code raised it: the innermost frame is in this package."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
+    return module.partition(".")[0] == __name__.partition(".")[0]

@@ -93,7 +93,7 @@ def test_conversations_are_written_by_the_template(
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ('{"text": "two"', r"line 2: broken JSON .*column"),
+        ('{"text": "two"', r"line 2, is not JSON: .*column"),
         ('["two"]', "line 2: got list, expected an object"),
         (
             '{"body": "two"}',

@@ -88,7 +88,9 @@ def listed_tensors(folder: Path) -> dict[str, StoredTensor]:
     try:
         return {name: StoredTensor.from_json(tensor) for name, tensor in tensors.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FormatError(f"{folder / MANIFEST} cannot be read: {type(error).__name__}: {error}") from error
+        raise FormatError(
+            f"{folder / MANIFEST}: its list of tensors cannot be read: {type(error).__name__}: {error}"
+        ) from error
 
 
 def when_loaded(model: PreTrainedModel, check: Callable[[set[str]], None]) -> None:

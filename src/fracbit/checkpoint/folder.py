@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from fracbit.errors import FormatError, OutputError
+from fracbit.errors import OutputError
+from fracbit.records.files import read_json
 
 JOURNAL = ".fracbit"
 RUN = "plan.json"
@@ -19,14 +19,10 @@ def finished_run(folder: Path) -> tuple[str | None, dict[str, Any]] | None:
 
     Raises `FormatError` for a manifest that cannot be read.
     """
-    path = folder / MANIFEST
-    if is_unfinished(folder) or not path.is_file() or not (folder / "config.json").is_file():
+    if is_unfinished(folder) or not (folder / MANIFEST).is_file() or not (folder / "config.json").is_file():
         return None
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        return manifest.get("run"), manifest
-    except (ValueError, AttributeError) as error:
-        raise FormatError(f"{path} cannot be read: {error}") from error
+    manifest = read_json(folder / MANIFEST)
+    return manifest.get("run"), manifest
 
 
 def is_unfinished(folder: Path) -> bool:
@@ -67,4 +63,4 @@ def check_output(folder: Path, key: str, overwrite: bool, resume: bool) -> None:
 def key_of(folder: Path) -> str | None:
     """The key of the run that began the folder; None when it was killed before it wrote one."""
     path = folder / JOURNAL / RUN
-    return str(json.loads(path.read_text())["key"]) if path.is_file() else None
+    return str(read_json(path).get("key")) if path.is_file() else None

@@ -7,13 +7,13 @@ needs none of our formulas.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
-from fracbit.errors import FormatError, FracbitError
+from fracbit.errors import FormatError, SchemeError, blamed_on
 from fracbit.numerics.datatypes import fixed_type, is_fitted
 from fracbit.numerics.packed import PackedTensor, from_parts, part_shapes, parts_of
 from fracbit.records.inputs import Inputs
@@ -23,6 +23,9 @@ from fracbit.records.version import __version__
 FORMAT_VERSION = 1
 QUANT_METHOD = "fracbit"
 ROTATION = "hadamard"
+SIXTEEN = {"bf16": torch.bfloat16, "fp16": torch.float16}
+LARGEST = 2**31 - 1  # rows or columns of a layer
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -109,11 +112,25 @@ def read_layers(config: Mapping[str, Any]) -> dict[str, StoredLayer]:
         raise FormatError(
             f"format version {version!r}: this fracbit reads version {FORMAT_VERSION}; update fracbit"
         )
+    schemes, layers = config.get("schemes"), config.get("layers")
+    if not isinstance(schemes, list) or not isinstance(layers, dict):
+        raise FormatError(
+            f"quantization_config has schemes = {schemes!s:.40} and layers = {layers!s:.40}, expected a list and an object"
+        )
+    read = [_read(f"schemes, number {number}", Scheme.from_json, each) for number, each in enumerate(schemes)]
+    return {
+        name: _read(f"layer {name}", lambda entry: _layer(entry, read), each) for name, each in layers.items()
+    }
+
+
+def _read(where: str, make: Callable[[Any], T], value: Any) -> T:
+    """What `make` makes of a value at a place of the config. Raises `FormatError` naming the place."""
+    what = f"quantization_config: {where} is {value!s:.80}, which cannot be read"
     try:
-        schemes = [Scheme.from_json(scheme) for scheme in config["schemes"]]
-        return {name: _layer(entry, schemes) for name, entry in config["layers"].items()}
-    except (KeyError, TypeError, IndexError, ValueError, FracbitError) as error:
-        raise FormatError(f"quantization_config cannot be read: {type(error).__name__}: {error}") from error
+        with blamed_on(what, FormatError, parsing=True):
+            return make(value)
+    except SchemeError as error:
+        raise FormatError(f"{what}: {error}") from error
 
 
 def _entry(layer: StoredLayer, scheme: int) -> dict[str, Any]:
@@ -130,13 +147,17 @@ def _entry(layer: StoredLayer, scheme: int) -> dict[str, Any]:
 
 
 def _layer(entry: Mapping[str, Any], schemes: list[Scheme]) -> StoredLayer:
-    out, inputs = (int(size) for size in entry["shape"])
-    scheme = schemes[entry["scheme"]]
+    out, inputs = (_count(size, "shape", 1) for size in entry["shape"])
+    scheme = schemes[_count(entry["scheme"], "scheme", 0)]
     kind = entry.get("kind", "linear")
     if kind not in ("linear", "embedding"):
         raise FormatError(f"a layer is linear or embedding, got {kind!r}")
     rounding = Inputs.from_json(entry["inputs"]) if "inputs" in entry else None
-    outliers, sixteen = entry.get("outliers", 0), entry.get("outlier_dtype", "bf16")
+    outliers, sixteen = _count(entry.get("outliers", 0), "outliers", 0), entry.get("outlier_dtype", "bf16")
+    if sixteen not in SIXTEEN or outliers > inputs:
+        raise FormatError(
+            f"{outliers} of {inputs} columns are in {sixteen!r}; {' or '.join(SIXTEEN)} are known"
+        )
     rotation = entry.get("rotation")
     if rotation not in (None, ROTATION):
         raise FormatError(
@@ -151,6 +172,13 @@ def _layer(entry: Mapping[str, Any], schemes: list[Scheme]) -> StoredLayer:
         inputs=rounding,
         rotated=rotation is not None,
     )
+
+
+def _count(value: object, what: str, least: int) -> int:
+    """A whole number of an entry. Raises `FormatError`."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST:
+        raise FormatError(f"{what} is {value!r}, expected a whole number from {least} to {LARGEST}")
+    return value
 
 
 def _tables(schemes: list[Scheme]) -> dict[str, list[float]]:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from inspect import signature
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +32,7 @@ from fracbit.checkpoint.complete import (
     listed_tensors,
     when_loaded,
 )
-from fracbit.checkpoint.format import QUANT_METHOD, StoredLayer, read_layers
+from fracbit.checkpoint.format import QUANT_METHOD, SIXTEEN, StoredLayer, read_layers
 from fracbit.checkpoint.source import read_headers
 from fracbit.errors import FormatError
 from fracbit.models.blocks import SENSES, find, is_table
@@ -44,7 +45,6 @@ if TYPE_CHECKING:  # transformers' modeling_utils may still be loading when this
     from transformers import PreTrainedModel
 
 _BLOCK = re.compile(r".*?\.\d+(?=\.)")
-SIXTEEN = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class FracbitConfig(QuantizationConfigMixin):
@@ -91,6 +91,8 @@ class FracbitQuantizer(HfQuantizer):
         self.loading = None
         check_packed(_name_of(model), model)
         decode_for_code(model)
+        own: Any = model
+        own.resize_token_embeddings = MethodType(_resize_token_embeddings, model)
 
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: PreTrainedModel | None = None
@@ -112,16 +114,25 @@ class FracbitQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Codes have no gradient."""
-        return False
+        """Adapters are: gradients pass through packed linears, whose codes have none."""
+        return True
 
 
 def places(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     """Where the layers called `names` in a checkpoint lie in `model`, which may be another class than was quantized.
 
-    A text model that is loaded from the checkpoint of a model for images leaves the other's towers out.
+    A text model that is loaded from the checkpoint of a model for images leaves the other's towers out, and a model without a
+    head (`AutoModel`) the head.
     """
-    names = list(names)
+    found = _named_places(model, list(names))
+    if model.get_output_embeddings() is not None:
+        return found
+    return {
+        name: place for name, place in found.items() if _BLOCK.match(name) or find(model, place) is not None
+    }
+
+
+def _named_places(model: PreTrainedModel, names: list[str]) -> dict[str, str]:
     if _is_own(model, names):
         return {name: name for name in names}
     names = _without_towers(model, names)
@@ -231,6 +242,22 @@ def packed_module(module: nn.Module, stored: StoredLayer) -> QuantLinear | Quant
         sixteen=SIXTEEN[stored.outlier_dtype],
         inputs=stored.inputs,
         rotated=stored.rotated,
+    )
+
+
+def _resize_token_embeddings(
+    model: PreTrainedModel, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+) -> nn.Module:
+    """`resize_token_embeddings` of a packed model. Raises `FormatError` where a table or head that would change is packed."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    packed = isinstance(table, QuantEmbedding) or isinstance(head, QuantLinear | TiedHead)
+    same = new_num_tokens in (None, getattr(table, "num_embeddings", None))
+    if not packed or (same and not args and not kwargs.get("pad_to_multiple_of")):
+        kind: Any = type(model)
+        return table if packed else kind.resize_token_embeddings(model, new_num_tokens, *args, **kwargs)
+    raise FormatError(
+        f"{_name_of(model)} holds its token table or its head packed, and packed rows cannot be added or removed; resize the "
+        "float model and quantize that, or leave `embeddings` and `head` out of the recipe: float tables can be resized"
     )
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -22,9 +21,10 @@ from fracbit.checkpoint.opened import (
 )
 from fracbit.checkpoint.source import Source, find_folder
 from fracbit.checkpoint.verify import verified
-from fracbit.errors import FormatError, SourceError, check_choice
+from fracbit.errors import FormatError, SourceError, blamed_on, check_choice
 from fracbit.models.classes import auto_class
 from fracbit.models.experts import split_experts
+from fracbit.models.install import make_deterministic
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -36,13 +36,16 @@ def load(
     trust_remote_code: bool = False,
     revision: str | None = None,
     verify: bool = False,
+    deterministic: bool = False,
 ) -> PreTrainedModel:
     """The model in a folder or of a hub id, ready to run on `device`; `dtype` is the type of all that is not quantized.
 
     Tensors that are missing, foreign or of another shape are errors, and so are packed values that no quantizer makes. `verify`
     also compares every tensor with its hash in the manifest, which reads the files twice.
+    `deterministic`: packed products give a row the same bits in any batch, which takes longer for many rows (docs/serving.md).
     `device` "auto" spreads the blocks over all GPUs of this process (accelerate: the extra `fracbit[device-map]`).
-    Raises `SourceError` when it cannot be read, `FormatError` when it is unfinished or of another format version.
+    Raises `SourceError` when it cannot be read, `FormatError` when it is unfinished or of another format version, `KernelError`
+    when no kernel here is deterministic.
     """
     source = open_checkpoint(model, trust_remote_code, revision)
     if verify:
@@ -50,7 +53,10 @@ def load(
         if found.faults:
             more = f" and {len(found.faults) - 1} more faults" if len(found.faults) > 1 else ""
             raise FormatError(f"{model}: {found.faults[0]}{more}; copy or fetch it again")
-    return load_source(source, dtype, device, trust_remote_code)
+    loaded = load_source(source, dtype, device, trust_remote_code)
+    if deterministic:
+        make_deterministic(loaded)
+    return loaded
 
 
 def load_opened(
@@ -82,15 +88,14 @@ def load_source(
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        pair: Any = auto.from_pretrained(
-            source.folder,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            device_map="auto" if spread else None,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
-        raise SourceError(f"{source.name} cannot be loaded by {auto.__name__}: {error}") from error
+        with blamed_on(f"{source.name} cannot be loaded by {auto.__name__}", SourceError):
+            pair: Any = auto.from_pretrained(
+                source.folder,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                device_map="auto" if spread else None,
+                output_loading_info=True,
+            )
     finally:
         if shown:
             logging.enable_progress_bar()
@@ -112,10 +117,8 @@ def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> PreTra
     """The tokenizer beside a model. Raises `SourceError` when there is none."""
     check_finished(model)
     folder = find_folder(str(model), trust_remote_code=trust_remote_code)
-    try:
+    with blamed_on(f"{model} has no tokenizer that transformers can read", SourceError):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise SourceError(f"{model} has no tokenizer that transformers can read: {error}") from error
 
 
 def tokenizer_or_none(model: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:

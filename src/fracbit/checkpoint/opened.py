@@ -8,7 +8,10 @@ command opens the files or builds the skeleton twice.
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,11 +23,16 @@ from fracbit.checkpoint.folder import is_unfinished
 from fracbit.checkpoint.formats.decoding import Decoding, turned
 from fracbit.checkpoint.formats.known import AT_RUN_TIME, KEYS, OURS, SOURCE_FORMATS, coded, known_methods
 from fracbit.checkpoint.source import FLOATS, Source, open_source
-from fracbit.errors import FormatError, SourceError
+from fracbit.errors import FormatError, SourceError, blamed_on
 from fracbit.models.family import Family
 from fracbit.models.find import family_of
 from fracbit.models.origin import Origins, origins
 from fracbit.models.skeleton import Layer, quantizable, skeleton, towers
+
+MOST_LAYERS = 1024
+"""A config may count as many, even if its files hold fewer tensors: models that share weights between layers do."""
+SEEKING = 10.0  # seconds for the field that is wrong in a config
+_COUNTS = re.compile("layer|depth|block|expert")
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,10 +95,8 @@ def opened_source(
     source: Source, config: PreTrainedConfig, trust_remote_code: bool = False, untied: bool = False
 ) -> Opened:
     """A source with the skeleton of its model. Raises `SourceError` where a tensor does not fit the model."""
-    shell = skeleton(config, trust_remote_code=trust_remote_code)
-    opened = Opened(
-        source, shell, family=family_of(shell), trust_remote_code=trust_remote_code, untied=untied
-    )
+    shell, family = _shell(source, config, trust_remote_code)
+    opened = Opened(source, shell, family=family, trust_remote_code=trust_remote_code, untied=untied)
     opened = _with_turned(opened)
     _check_fit(opened)
     return opened
@@ -100,14 +106,57 @@ def model_config(source: Source, trust_remote_code: bool = False) -> PreTrainedC
     """Transformers' config of a source. Raises `SourceError` for an unknown model, or code that is not trusted."""
     if not trust_remote_code and "auto_map" in source.config and _unknown(source):
         raise SourceError(f"{source.name} runs code of its own; if you trust it, pass --trust-remote-code")
-    try:
+    _check_depth(source)
+    with blamed_on(f"{source.name}: transformers cannot read its config.json", SourceError):
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
-        raise SourceError(f"{source.name} is not a model that transformers knows: {error}") from error
     assert isinstance(config, PreTrainedConfig)
     if source.quantization or source.decoded:
         _forget_quantization(config)
     return config
+
+
+def _check_depth(source: Source) -> None:
+    """Refuse a config that counts more layers or experts than its files have tensors: each would be built."""
+    most = max(MOST_LAYERS, len(source.tensors))
+    for place in [source.config, *(part for part in source.config.values() if isinstance(part, dict))]:
+        for field, count in place.items():
+            if isinstance(count, int) and count > most and _COUNTS.search(field):
+                raise SourceError(
+                    f"{source.name}: config.json says {field} = {count}, and its files hold {len(source.tensors)} tensors; "
+                    "compare it with the config that was released"
+                )
+
+
+def _shell(
+    source: Source, config: PreTrainedConfig, trust_remote_code: bool
+) -> tuple[PreTrainedModel, Family]:
+    """The skeleton of a source and its family. Raises `SourceError` naming the field that is wrong."""
+    try:
+        shell = skeleton(config, trust_remote_code=trust_remote_code)
+        return shell, family_of(shell)
+    except SourceError as error:
+        field = _culprit(source)
+        if field is None:
+            raise
+        raise SourceError(
+            f"{source.name}: config.json says {field} = {source.config[field]!s:.60}; compare it with the one that was "
+            f"released ({error})"
+        ) from error
+
+
+def _culprit(source: Source) -> str | None:
+    """The field of config.json without which the model can be built; None where it is not one alone."""
+    if _unknown(source):
+        return None
+    until = time.monotonic() + SEEKING
+    for field in source.config:
+        rest = {name: value for name, value in source.config.items() if name not in (field, *KEYS)}
+        if field == "model_type" or time.monotonic() > until:
+            continue
+        with suppress(SourceError), blamed_on("", SourceError):
+            family_of(skeleton(AutoConfig.for_model(**rest)))
+            return field
+    return None
 
 
 def _forget_quantization(config: PreTrainedConfig) -> None:
@@ -187,7 +236,7 @@ def _with_turned(opened: Opened) -> Opened:
 
 
 def _check_fit(opened: Opened) -> None:
-    """Raise `SourceError` for a tensor whose type, or decoded shape, is not that of a weight of the model."""
+    """Raise `SourceError` for a tensor whose type or shape is not that of a weight of the model."""
     source = opened.source
     wanted: Mapping[str, torch.Tensor] = opened.model.state_dict(keep_vars=True)
     for name, origin in opened.origins.tensors.items():
@@ -198,13 +247,15 @@ def _check_fit(opened: Opened) -> None:
                     f"{source.name} holds {each} in {info.dtype}, and the model has a float weight there; its config has no "
                     "quantization_config that says how to decode it: start from the float model, or restore the config"
                 )
-        if origin.conversion is not None or origin.names[0] not in source.decodings:
+        # A conversion runs transformers' own operations, some of which read values.
+        if origin.conversion is not None:
             continue
         found = origin.read([torch.empty(info.shape, device="meta") for info in infos]).shape
         if found != weight.shape:
+            how = f"is decoded ({source.decoded}) to" if origin.names[0] in source.decodings else "is"
             raise SourceError(
-                f"{source.name}: {origin.names[0]} is decoded ({source.decoded}) to {list(found)}, and {name} of a "
-                f"{type(opened.model).__name__} is {list(weight.shape)}; compare config.json with the released one"
+                f"{source.name}: {origin.names[0]} {how} {list(found)}, and {name} of a {type(opened.model).__name__} is "
+                f"{list(weight.shape)}; compare config.json with the released one, or fetch the file again"
             )
 
 

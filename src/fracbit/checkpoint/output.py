@@ -26,6 +26,7 @@ from fracbit.checkpoint.folder import JOURNAL, MANIFEST, RUN, check_output, is_u
 from fracbit.checkpoint.lock import holder, only_writer
 from fracbit.checkpoint.source import INDEX, PICKLES, TYPE_NAMES, content_hash
 from fracbit.errors import FormatError, OutputError
+from fracbit.records.files import parse_json
 from fracbit.records.run import LayerRecord, ShardRecord, StoredTensor
 
 T = TypeVar("T")
@@ -88,8 +89,8 @@ class Output:
         if not path.is_file() or not (self.folder / shard).is_file():
             return None
         try:
-            return ShardRecord.from_json(json.loads(path.read_text()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return ShardRecord.from_json(parse_json(path.read_bytes(), path))
+        except (ValueError, KeyError, TypeError, AttributeError, FormatError) as error:
             raise FormatError(f"{path} cannot be read ({error}); start again with --overwrite") from error
 
     def tensors(self, shard: str) -> dict[str, Tensor]:

@@ -21,7 +21,14 @@ from torch import Tensor
 
 from fracbit.checkpoint.folder import JOURNAL
 from fracbit.checkpoint.formats.gguf_record import lone_file, refill
-from fracbit.checkpoint.output import Output, copy_file, copy_rest, file_hash, write_json
+from fracbit.checkpoint.output import (
+    Output,
+    copy_file,
+    copy_rest,
+    file_hash,
+    manifest_of,
+    write_json,
+)
 from fracbit.checkpoint.place import GGUF
 from fracbit.checkpoint.read_manifest import beside, manifest_of
 from fracbit.checkpoint.source import (

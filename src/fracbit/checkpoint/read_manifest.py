@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from fracbit.checkpoint.folder import MANIFEST
 from fracbit.checkpoint.formats.gguf_record import lone_file, record_of
 from fracbit.checkpoint.source import Source
-from fracbit.errors import FormatError
+from fracbit.records.files import read_json
 
 
 def beside(file: Path) -> Path:
@@ -35,12 +34,4 @@ def manifest_of(source: Source) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise FormatError(f"{path} cannot be read: it is no JSON object")
-    return found
+    return read_json(path) if path.is_file() else {}

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from fracbit.checkpoint.formats.decoding import Decoding, Part, cut, filled
 from fracbit.checkpoint.place import find_place
-from fracbit.errors import SourceError
+from fracbit.errors import SourceError, blamed_on
+from fracbit.records.files import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -127,7 +128,9 @@ def find_folder(model: str, revision: str | None = None, trust_remote_code: bool
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder. Raises `SourceError` when it is missing or not a JSON object."""
-    return read_json(folder / "config.json", "a model folder holds config.json, safetensors and a tokenizer")
+    return read_model_file(
+        folder / "config.json", "a model folder holds config.json, safetensors and a tokenizer"
+    )
 
 
 def read_tensor(source: Source, name: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -136,7 +139,14 @@ def read_tensor(source: Source, name: str, dtype: torch.dtype | None = None) -> 
     if decoding is None:
         return read_stored(source, name)
     parts = {role: read_stored(source, part.name) for role, part in decoding.parts.items()}
-    return filled(decoding, parts, dtype or FLOATS[decoding.info.dtype])
+    with blamed_on(_undecoded(source, name, decoding), SourceError, parsing=True):
+        return filled(decoding, parts, dtype or FLOATS[decoding.info.dtype])
+
+
+def _undecoded(source: Source, name: str, decoding: Decoding) -> str:
+    stored = {part.name: source.on_disk[part.name] for part in decoding.parts.values()}
+    held = ", ".join(f"{part} {info.dtype} {list(info.shape)}" for part, info in stored.items())
+    return f"{source.name}: {name} cannot be decoded from {held}; fetch the files again"
 
 
 def read_rows(source: Source, name: str, rows: Sequence[slice], axis: int = 0) -> Tensor:
@@ -147,14 +157,16 @@ def read_rows(source: Source, name: str, rows: Sequence[slice], axis: int = 0) -
     if axis == 1:
         whole = read_tensor(source, name)
         return torch.cat([whole[:, some] for some in rows], axis)
-    return torch.cat([_decoded_rows(source, decoding, some) for some in rows])
+    return torch.cat([_decoded_rows(source, name, some) for some in rows])
 
 
-def _decoded_rows(source: Source, decoding: Decoding, rows: slice) -> Tensor:
+def _decoded_rows(source: Source, name: str, rows: slice) -> Tensor:
     """Rows of a decoded tensor, from the steps of rows that hold them."""
+    decoding = source.decodings[name]
     wide = decoding.widened(rows)
     parts = {role: _read_part(source, part, wide) for role, part in decoding.parts.items()}
-    found = decoding.decode(parts).to(FLOATS[decoding.info.dtype])
+    with blamed_on(_undecoded(source, name, decoding), SourceError, parsing=True):
+        found = decoding.decode(parts).to(FLOATS[decoding.info.dtype])
     return found[rows.start - wide.start : rows.stop - wide.start]
 
 
@@ -257,7 +269,7 @@ def tensor_pieces(source: Source, name: str) -> Iterator[bytearray]:
     decoding = source.decodings.get(name)
     if decoding is not None:
         for rows in decoding.pieces():
-            yield bytearray(content(_decoded_rows(source, decoding, rows)))
+            yield bytearray(content(_decoded_rows(source, name, rows)))
         return
     info = source.on_disk[name]
     path = source.folder / info.file
@@ -339,7 +351,7 @@ def _weight_files(folder: Path) -> list[str]:
     if made:
         return made
     if (folder / INDEX).is_file():
-        index = read_json(folder / INDEX, "the index names the shard of every tensor")
+        index = read_model_file(folder / INDEX, "the index names the shard of every tensor")
         shards = index.get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
             raise SourceError(f"{folder / INDEX} has no weight_map from the names of tensors to their files")
@@ -398,14 +410,8 @@ def _header(path: Path) -> dict[str, TensorInfo]:
         ) from error
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """A JSON object in a file; `what` says what it is for where there is none. Raises `SourceError`."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SourceError(f"{path.parent} has no {path.name}: {what}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise SourceError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise SourceError(f"{path} should hold a JSON object, got {type(value).__name__}")
-    return value
+def read_model_file(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object in a file of a model; `what` says what it is for where there is none. Raises `SourceError`."""
+    if not path.exists():
+        raise SourceError(f"{path.parent} has no {path.name}: {what}")
+    return read_json(path, SourceError)

@@ -23,7 +23,15 @@ from fracbit.checkpoint.formats.gguf_record import lone_file, unchanged
 from fracbit.checkpoint.opened import open_checkpoint
 from fracbit.checkpoint.output import file_hash
 from fracbit.checkpoint.read_manifest import read_manifest
-from fracbit.checkpoint.source import FLOATS, INDEX, SINGLE, Source, read_json, read_tensor, tensor_pieces
+from fracbit.checkpoint.source import (
+    FLOATS,
+    INDEX,
+    SINGLE,
+    Source,
+    read_model_file,
+    read_tensor,
+    tensor_pieces,
+)
 from fracbit.errors import FormatError
 from fracbit.numerics.packed import check_values
 from fracbit.records.progress import Shown, showing
@@ -116,7 +124,7 @@ def _structure(source: Source) -> Iterator[str]:
     path = source.folder / INDEX
     if not path.is_file() or any(info.file == SINGLE for info in source.tensors.values()):
         return
-    named = read_json(path, "the index names the shard of every tensor")["weight_map"]
+    named = read_model_file(path, "the index names the shard of every tensor")["weight_map"]
     stored = source.on_disk
     for tensor in sorted(named.keys() | stored.keys()):
         held = stored[tensor].file if tensor in stored else "no file"
@@ -173,10 +181,10 @@ def _check_layer(source: Source, name: str, stored: StoredLayer) -> None:
 
 def _listed_files(folder: Path) -> dict[str, str]:
     """SHA-256 of every file beside the weights, as the manifest lists them. Raises `FormatError`."""
-    try:
-        return {str(name): str(value) for name, value in read_manifest(folder).get("files", {}).items()}
-    except AttributeError as error:
-        raise FormatError(f"{folder / MANIFEST} cannot be read: {error}") from error
+    files = read_manifest(folder).get("files", {})
+    if not isinstance(files, dict):
+        raise FormatError(f"{folder / MANIFEST} has files = {files!s:.60}, expected names with their hashes")
+    return {str(name): str(value) for name, value in files.items()}
 
 
 def _kept(file: Path) -> bool | None:

@@ -201,7 +201,7 @@ def _toml(text: str) -> Any:
     """The value as TOML, or the text itself if it is not TOML."""
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
     return parsed["value"] if len(parsed) == 1 else text
 

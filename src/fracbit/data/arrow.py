@@ -15,7 +15,7 @@ from typing import Any
 
 from fracbit.data.lines import Record, collect_records, pick_field
 from fracbit.data.raw import RawTexts, hash_file, hash_texts
-from fracbit.errors import DataError
+from fracbit.errors import DataError, blamed_on
 from fracbit.records.extras import check_extra
 from fracbit.records.text_source import TextSource, find_file
 
@@ -59,10 +59,11 @@ def _library(name: str) -> ModuleType:
 
 def _parquet_rows(table: Any, field: str) -> Iterator[tuple[str, Record]]:
     number = 0
-    for batch in table.iter_batches(columns=[field]):
-        for record in batch.to_pylist():
-            number += 1
-            yield f"row {number}", record
+    with blamed_on("the file is cut or corrupt", DataError):
+        for batch in table.iter_batches(columns=[field]):
+            for record in batch.to_pylist():
+                number += 1
+                yield f"row {number}", record
 
 
 def _load(source: TextSource) -> Any:

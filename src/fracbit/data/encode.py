@@ -7,20 +7,23 @@ tokens; none are added to it.
 
 from __future__ import annotations
 
+import ctypes
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jinja2 import TemplateError
 
 from fracbit.data.raw import Message, RawText, RawTexts
-from fracbit.errors import DataError
+from fracbit.errors import DataError, blamed_on
 from fracbit.records.text_source import TextSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BATCH = 256
+LONGEST = 20.0  # seconds that a chat template may take for one conversation
 
 
 def encode_texts(raw: RawTexts, source: TextSource, tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
@@ -47,7 +50,8 @@ def _encode(
         opening = [] if chat or not some else _opening(source, tokenizer)
         special = source.bos == "auto" and not chat
         # verbose=False: a text longer than the model's window is intended here and needs no warning.
-        found = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"] if some else []
+        with blamed_on(f"{source.location}: the tokenizer cannot read this text", DataError):
+            found = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"] if some else []
         rows |= {number: opening + row if row else [] for number, row in zip(some, found, strict=True)}
     for number in range(len(pieces)):
         if not rows[number]:
@@ -78,7 +82,27 @@ def render_chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase,
             f"{where} is a conversation, and the tokenizer has no chat template for it: add "
             "chat_template.jinja to the model's folder, or name a field of plain text with ?field=NAME."
         )
-    try:
+    late = f"{where}: the chat template has not ended after {LONGEST:g} s; put one that ends into the model's folder"
+    with blamed_on(f"{where}: the chat template refuses the conversation", DataError), _ending(late):
         return str(tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False))
-    except TemplateError as error:
-        raise DataError(f"{where}: the chat template refuses the conversation: {error}") from error
+
+
+class _EndlessError(Exception):
+    """Raised from outside in a template that does not end."""
+
+
+@contextmanager
+def _ending(otherwise: str) -> Iterator[None]:
+    """Raise `DataError` in this thread where its Python code runs longer than `LONGEST`: templates come with models."""
+    here = ctypes.c_ulong(threading.get_ident())
+    timer = threading.Timer(
+        LONGEST, ctypes.pythonapi.PyThreadState_SetAsyncExc, (here, ctypes.py_object(_EndlessError))
+    )
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except _EndlessError:
+        raise DataError(otherwise) from None
+    finally:
+        timer.cancel()

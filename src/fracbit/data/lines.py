@@ -8,7 +8,6 @@ a list of parts, those of text are joined; images, sounds and other parts are le
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from typing import Any
 
 from fracbit.data.raw import Message, RawText, RawTexts, decode_text, keep_first
 from fracbit.errors import DataError
+from fracbit.records.files import parse_json
 from fracbit.records.text_source import TextSource, find_file
 
 FIELDS = ("text", "messages", "conversations")
@@ -89,19 +89,7 @@ def json_records(
             text = decode_text(line, f"{source.location}, line {number},", offset)
             offset += len(line)
             if text.strip():
-                yield f"line {number}", _json_record(text, f"{source.location}, line {number}")
-
-
-def _json_record(line: str, where: str) -> Record:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{where}: broken JSON ({error.msg}, column {error.colno}). Each line is one object."
-        ) from error
-    if not isinstance(record, dict):
-        raise DataError(f'{where}: got {type(record).__name__}, expected an object such as {{"text": ...}}.')
-    return record
+                yield f"line {number}", parse_json(text, f"{source.location}, line {number},", DataError)
 
 
 def _document(record: Record, source: TextSource, name: str, left: Counter[str]) -> RawText:

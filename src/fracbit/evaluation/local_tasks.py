@@ -19,6 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from fracbit.errors import DataError, OutputError
+from fracbit.records.files import parse_json
 
 CHOICES = 4
 POOL = 32
@@ -127,11 +128,7 @@ def _item(index: int, pieces: Sequence[tuple[str, str]], chance: random.Random) 
 
 
 def _check_passage(line: bytes, where: str) -> None:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: broken JSON ({error}).") from error
-    text = record.get("text") if isinstance(record, dict) else None
+    text = parse_json(line, where, DataError).get("text")
     if not isinstance(text, str) or len(text.split(" ")) < 2:
         raise DataError(f"{where}: a passage of at least two words was expected in the field text.")
 

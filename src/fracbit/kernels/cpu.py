@@ -12,6 +12,7 @@ ARMv8.2, or plain C++; FRACBIT_ISA forces one. NEON was tested in an emulator; i
 
 Few rows of activations (decode) go through the kernel of `native/row_kernel.h`. Many (prefill) may be faster as tiles of
 decoded rows, multiplied exactly by torch's own matrix product; `tiles_from` says from how many on.
+Results then depend on how many rows there are, in their last bits; `run_alike` never takes tiles.
 
 The kernels run on torch's OpenMP threads where they can. FRACBIT_THREAD_POOL=own makes them use threads of their own, for
 instance beside another library that keeps torch's threads busy; docs/serving.md describes it.
@@ -166,9 +167,14 @@ def prepare(packed: PackedTensor, activations: Activations, isa: str = "") -> Cp
 
 def run(prepared: CpuWeight, x: Tensor) -> Tensor:
     """`x` [n, in] with contiguous rows -> [n, out]."""
-    y = x.new_empty((x.shape[0], prepared.rows))  # [n, out]
     if x.shape[0] >= tiles_from(prepared.int8, x.dtype):
-        return _by_tiles(prepared, x, y)
+        return _by_tiles(prepared, x, x.new_empty((x.shape[0], prepared.rows)))
+    return run_alike(prepared, x)
+
+
+def run_alike(prepared: CpuWeight, x: Tensor) -> Tensor:
+    """`run` by the row kernel alone, in which a row of `y` depends on nothing but its row of `x`."""
+    y = x.new_empty((x.shape[0], prepared.rows))  # [n, out]
     # Capsules: asking a tensor for one in Python takes longer than a small product.
     prepared.weight.multiply(to_dlpack(x.detach()), to_dlpack(y), prepared.int8, torch.get_num_threads())
     return y
@@ -234,6 +240,7 @@ CPU = Kernel(
     supports=_supports,
     prepare=prepare,
     run=run,
+    run_alike=run_alike,
     explain=lambda: NOTE,
     paths=("float", "int8"),
 )

@@ -30,6 +30,7 @@ class Kernel:
     - `run(prepared, x)`: `x` [n, in] with contiguous rows, of a type in `FLOAT_TYPES` -> [n, out] of the same type.
     - `paths`: those that it computes as asked; activations of another path are multiplied exactly.
     - `explain()`: one sentence for people: what it is, and why it does not run here if it does not.
+    - `run_alike`: `run`, where a row of the result is the same to the bit in any batch; None: not offered.
     """
 
     name: str
@@ -38,6 +39,18 @@ class Kernel:
     run: Callable[[Any, Tensor], Tensor]
     explain: Callable[[], str]
     paths: tuple[Activations, ...] = ("float",)
+    run_alike: Callable[[Any, Tensor], Tensor] | None = None
+
+    def runner(self, deterministic: bool) -> Callable[[Any, Tensor], Tensor]:
+        """`run`, or `run_alike`. Raises `KernelError` where that is not offered."""
+        if not deterministic:
+            return self.run
+        if self.run_alike is None:
+            raise KernelError(
+                f"the kernel {self.name} gives a row other last bits in another batch; deterministic products need the native "
+                "kernels, on a CPU: install fracbit with a C++17 compiler, or leave `deterministic` out"
+            )
+        return self.run_alike
 
 
 def check_activations(activations: str) -> None:

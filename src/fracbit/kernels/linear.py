@@ -24,19 +24,24 @@ class PackedLinear:
     The packed tensor must not be written to afterwards: kernels may have derived tables from it.
     """
 
-    def __init__(self, packed: PackedTensor, activations: Activations = "float") -> None:
-        """Choose a kernel for `packed` and prepare it. Raises `KernelError` when a buffer does not fit the scheme."""
+    def __init__(
+        self, packed: PackedTensor, activations: Activations = "float", deterministic: bool = False
+    ) -> None:
+        """Choose a kernel for `packed` and prepare it. `deterministic`: a row of `y` is the same to the bit in any batch.
+
+        Raises `KernelError` when a buffer does not fit the scheme, or no kernel here is deterministic.
+        """
         check_activations(activations)
         self.packed = packed
         self.activations = activations
         self.kernel = choose(packed.scheme, packed.codes.device, packed.shape)
         self.prepared: Any = self.kernel.prepare(packed, activations)
-        self._run = self.kernel.run
+        self._run = self.kernel.runner(deterministic)
         self._rows, self._columns = packed.shape
         self._device = packed.codes.device
         parts = dict(parts_of(packed))
         self._parts = list(parts.values())
-        self._spec = spec_of(packed.scheme, packed.shape, parts)
+        self._spec = spec_of(packed.scheme, packed.shape, parts, deterministic)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The product. Raises `KernelError` when `x` does not fit."""

@@ -30,9 +30,13 @@ _Entry = tuple[tuple[int, ...], tuple[int, ...], str, Kernel, Any]
 _prepared: MutableMapping[Tensor, _Entry] = WeakIdKeyDictionary()
 
 
-def spec_of(scheme: Scheme, shape: tuple[int, int], names: Iterable[str]) -> str:
-    """Everything about a packed weight that is not a tensor, as JSON: the `spec` of the operator. `names` of its parts."""
-    return json.dumps({"scheme": scheme.to_json(), "shape": list(shape), "parts": list(names)})
+def spec_of(scheme: Scheme, shape: tuple[int, int], names: Iterable[str], deterministic: bool = False) -> str:
+    """Everything about a packed weight that is not a tensor, as JSON: the `spec` of the operator. `names` of its parts.
+
+    `deterministic`: as in `PackedLinear`.
+    """
+    told = {"scheme": scheme.to_json(), "shape": list(shape), "parts": list(names)}
+    return json.dumps(told | ({"deterministic": True} if deterministic else {}))
 
 
 def packed_of(parts: list[Tensor], spec: str) -> PackedTensor:
@@ -49,7 +53,8 @@ def linear_op(x: Tensor, parts: list[Tensor], spec: str, activations: str) -> Te
     check_input(x, columns, parts[0].device)
     flat = x.reshape(-1, columns)  # [tokens, in]
     flat = flat if flat.stride(1) == 1 and flat.stride(0) >= columns else flat.contiguous()
-    return kernel.run(prepared, flat).view(*x.shape[:-1], rows)  # [..., out]
+    run = kernel.runner(_is_deterministic(spec))
+    return run(prepared, flat).view(*x.shape[:-1], rows)  # [..., out]
 
 
 @linear_op.register_fake
@@ -108,6 +113,11 @@ def _kernel_for(parts: list[Tensor], spec: str, activations: str) -> tuple[Kerne
     prepared = kernel.prepare(packed, activations)  # type: ignore[arg-type]
     _prepared[parts[0]] = (names, versions, spec + activations, kernel, prepared)
     return kernel, prepared
+
+
+@lru_cache(maxsize=4096)
+def _is_deterministic(spec: str) -> bool:
+    return bool(json.loads(spec).get("deterministic"))
 
 
 @lru_cache(maxsize=4096)

@@ -32,7 +32,11 @@ def auto_class(config: PreTrainedConfig) -> AutoClass:
 
     Raises `SourceError` for encoders, classifiers and whatever else writes no text.
     """
-    listed = config.architectures or []
+    listed: Any = config.architectures or []
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise SourceError(
+            f"config.json says architectures = {listed!s:.60}; it is a list of names of classes, or left out"
+        )
     own = getattr(config, "auto_map", None) or {}
     remote = [auto for auto in AUTOS if auto.__name__ in own]
     known = {auto: names for auto in AUTOS if (names := list(_names(auto, config)))}

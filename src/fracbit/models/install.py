@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from fracbit.errors import SourceError, WeightError
+from fracbit.kernels import choose
 from fracbit.models.blocks import is_transposed, weight_of
 from fracbit.models.family import Family
+from fracbit.models.quant_linear import QuantEmbedding, QuantLinear
 
 
 def set_weight(module: nn.Module, weight: torch.Tensor) -> None:
@@ -52,6 +54,15 @@ def replace(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
     before = holder.get_submodule(name)
     setattr(holder, name, module)
     return before
+
+
+def make_deterministic(model: nn.Module, wanted: bool = True) -> None:
+    """Let every packed product give a row the same bits in any batch, or no longer. Raises `KernelError` where none can."""
+    packed = [module for module in model.modules() if isinstance(module, QuantLinear | QuantEmbedding)]
+    for module in packed:
+        choose(module.scheme, module.get_buffer("weight").device, module.shape).runner(wanted)
+    for module in packed:
+        module.make_deterministic(wanted)
 
 
 def untie_head(model: nn.Module, family: Family) -> None:

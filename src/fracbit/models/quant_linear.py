@@ -36,6 +36,7 @@ class _PackedBuffers(nn.Module):
         super().__init__()
         self.scheme, self.shape, self._parts = scheme, shape, part_shapes(scheme, shape, outliers)
         self.activations: Activations = "float"
+        self.deterministic = False
         self._ready: PackedLinear | None = None
         self._spec = spec_of(scheme, shape, self._parts)
         for name, (dtypes, size) in self._parts.items():
@@ -78,12 +79,17 @@ class _PackedBuffers(nn.Module):
     def ready(self) -> PackedLinear:
         """The packed weight with its kernel, prepared once."""
         if self._ready is None:
-            self._ready = PackedLinear(self.packed, self.activations)
+            self._ready = PackedLinear(self.packed, self.activations, self.deterministic)
         return self._ready
 
     def choose(self, activations: Activations) -> None:
         """Multiply by exact activations (`"float"`) or by ones rounded to 8 bits (`"int8"`, faster on CPUs)."""
         self.activations, self._ready = activations, None
+
+    def make_deterministic(self, wanted: bool) -> None:
+        """Let a row of the product be the same to the bit in any batch, which takes longer for many rows; or no longer."""
+        self.deterministic, self._ready = wanted, None
+        self._spec = spec_of(self.scheme, self.shape, self._parts, wanted)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _PackedBuffers:
         """Move the bytes with the model; a cast (`model.to(torch.bfloat16)`) does not change them."""
@@ -174,7 +180,7 @@ class QuantLinear(_PackedBuffers):
     def _multiply_rounded(self, x: Tensor, inputs: Inputs) -> Tensor:
         """The product of `x` [..., in] rounded as `inputs` says, in integers where that is faster."""
         packed = self.packed
-        if is_int8(packed, inputs) and int8_pays(packed, x.numel() // x.shape[-1]):
+        if not self.deterministic and is_int8(packed, inputs) and int8_pays(packed, x.numel() // x.shape[-1]):
             return int8_product(x, packed, inputs)
         return self.multiply(round_inputs(x, inputs))
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from fracbit.errors import SourceError
+from fracbit.errors import SourceError, blamed_on
 from fracbit.models.blocks import blocks, groups, is_transposed, shape_of
 from fracbit.models.classes import auto_class, from_config
 from fracbit.models.experts import split_experts
@@ -54,18 +54,14 @@ def skeleton(
     how: dict[str, Any] = {
         "attn_implementation": attention, "trust_remote_code": trust_remote_code, "dtype": torch.float32
     }  # fmt: skip
-    try:
+    with blamed_on(
+        f"{auto.__name__} cannot build a model from this config of type {config.model_type!r}", SourceError
+    ):
         with torch.device("meta"):
             model = from_config(auto, config, **how)
-    except (ValueError, KeyError, AttributeError) as error:
-        reason = str(error).partition("\n")[0]  # transformers goes on to list every config that it knows
-        raise SourceError(
-            f"{auto.__name__} cannot build a model from this config of type {config.model_type!r} ({reason}); "
-            "compare config.json with the one that was released"
-        ) from error
-    split_experts(model)
-    _compute_buffers(model)
-    _build_buffers(model, lambda: from_config(auto, config, **how))
+        split_experts(model)
+        _compute_buffers(model)
+        _build_buffers(model, lambda: from_config(auto, config, **how))
     model.train(False)
     return model
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fracbit.errors import FormatError, OutputError
+from fracbit.errors import FormatError, FracbitError, OutputError
 
+DEEPEST = 100
 JSON_TYPES: dict[type, str] = {dict: "an object", list: "an array", str: "a string"}
 
 
@@ -36,17 +37,40 @@ def write_json(value: Mapping[str, Any], path: Path) -> None:
     write_text(json.dumps(value, indent=1) + "\n", path)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises `FormatError` when it cannot be read or is something else."""
+def read_json(path: Path, error: type[FracbitError] = FormatError) -> dict[str, Any]:
+    """A JSON object from a file. Raises `error` when it cannot be read or is something else."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FormatError(f"{path} cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FormatError(f"{path} is not JSON: {error}") from error
+        text = path.read_bytes()
+    except OSError as found:
+        raise error(f"{path} cannot be read: {found.strerror}") from found
+    return parse_json(text, path, error)
+
+
+def parse_json(text: str | bytes, where: object, error: type[FracbitError] = FormatError) -> dict[str, Any]:
+    """The JSON object that a text at `where` holds. Raises `error` for anything else, and for what is nested too deeply."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as found:
+        reason = "it is nested too deeply" if isinstance(found, RecursionError) else found
+        raise error(f"{where} is not JSON: {reason}") from found
     if not isinstance(data, dict):
-        raise FormatError(f"{path} holds a {type(data).__name__}, expected an object")
+        raise error(f"{where} holds a {type(data).__name__}, expected a JSON object")
+    if is_deep(data):
+        raise error(f"{where} is nested in more than {DEEPEST} levels, which no file of settings is")
     return data
+
+
+def is_deep(data: object) -> bool:
+    """Whether a value of JSON or TOML is nested in more than `DEEPEST` levels: functions that walk through it would not end."""
+    level = [data]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for each in level
+            if isinstance(each, dict | list)
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+    return bool(level)
 
 
 def check_keys(data: Mapping[str, Any], what: str, version: int, keys: Mapping[str, type]) -> None:

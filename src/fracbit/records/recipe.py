@@ -25,6 +25,7 @@ from pydantic import (
 from fracbit.errors import FracbitError, RecipeError, SchemeError
 from fracbit.records.calibration import Calibration
 from fracbit.records.checked import Checked, Keys, explained
+from fracbit.records.files import DEEPEST, is_deep
 from fracbit.records.named import QuantizerField, read_named
 from fracbit.records.outliers import OutliersField
 from fracbit.records.scheme import Scheme, parse_scheme
@@ -201,6 +202,12 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not TOML: {error}") from error
+    except RecursionError as error:
+        raise RecipeError(f"{path} is not TOML: it is nested too deeply") from error
+    if "\\u0000" in json.dumps(found, default=str):
+        raise RecipeError(f"{path} holds a NUL character in a value, which no name and no path has")
+    if is_deep(found):
+        raise RecipeError(f"{path} is nested in more than {DEEPEST} levels, which no file of settings is")
     if found.pop(TRUST, False):
         raise RecipeError(
             f"{path}{_line_of((TRUST,), path)}: {TRUST} is not taken from a file, which may be another's: if you trust the "

@@ -31,7 +31,7 @@ def write_page(rows: Sequence[Row], path: Path, title: str = "Bits and loss") ->
     text = page(rows, title)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -60,7 +60,9 @@ def page(rows: Sequence[Row], title: str = "Bits and loss") -> str:
         "css": resources.joinpath("page.css").read_text(encoding="utf-8"),
         "plotly": _plotly(),
         "js": resources.joinpath("page.js").read_text(encoding="utf-8"),
-        "data": json.dumps(data, ensure_ascii=False, allow_nan=False).replace("</", "<\\/"),
+        "data": json.dumps(data, allow_nan=False).replace(
+            "<", "\\u003c"
+        ),  # no tag or comment begins inside a script
     }
     text = resources.joinpath("page.html").read_text(encoding="utf-8")
     for name, part in parts.items():

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import sqlite3
 import threading
 import time
@@ -21,7 +22,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from fracbit.errors import FormatError, OutputError
+from pydantic import ValidationError
+
+from fracbit.errors import FormatError, OutputError, reason_of
 from fracbit.records.extras import check_extra, install
 from fracbit.records.row import Row, label
 from fracbit.records.scheme import scale_label
@@ -124,7 +127,7 @@ class Store:
         if status is not None:
             query = query.where(ROWS.c.status == status)
         with self._begin() as link:
-            return [Row.model_validate_json(record) for record in link.scalars(query)]
+            return [_row(record, self.where) for record in link.scalars(query)]
 
     def forget_failed(self, keys: Iterable[str]) -> int:
         """Delete the failed rows among `keys`, so that they are tried again; returns how many there were."""
@@ -239,8 +242,10 @@ def _engine(where: str) -> sa.Engine:
         raise OutputError(f"{kind} cannot hold a store: name an SQLite file or postgresql://USER@HOST/NAME")
     try:
         return sa.create_engine(url, pool_pre_ping=True)
-    except exc.ArgumentError as error:
-        raise OutputError(f"store {where!r} is neither a path nor a database URL: {error}") from error
+    except (exc.ArgumentError, ValueError) as error:  # ValueError: a port that is no number
+        raise OutputError(
+            f"store {shown(where)!r} is neither a path nor a database URL: {reason_of(error)}"
+        ) from error
     except ImportError as error:
         raise OutputError(f"store {shown(where)}: {error}; {install('postgresql')}") from error
 
@@ -296,7 +301,7 @@ def _migrate(link: sa.Connection, where: str) -> None:
     held = link.execute(sa.select(ROWS.c.key, ROWS.c.record).order_by(ROWS.c.created)).all()
     taken = {key for key, _ in held}
     for key, record in held:
-        row = Row.model_validate_json(record)
+        row = _row(record, where)
         if row.key != key and row.key in taken:  # one run that an older version measured under several keys
             link.execute(sa.delete(ROWS).where(ROWS.c.key == key))
             continue
@@ -317,6 +322,17 @@ def _create(link: sa.Connection) -> None:
         link.execute(sa.insert(ABOUT).values(name="schema", value=str(SCHEMA_VERSION)))
 
 
+def _row(record: str, where: str) -> Row:
+    try:
+        return Row.model_validate_json(record)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        field = ".".join(map(str, fault["loc"]))
+        raise FormatError(
+            f"{shown(where)} holds a row that cannot be read ({field}: {fault['msg']}); remove it, or name another store"
+        ) from error
+
+
 @contextmanager
 def _explained(where: str) -> Iterator[None]:
     """Explain database errors: a full disk, a file that is not a database, a server that does not answer."""
@@ -324,20 +340,24 @@ def _explained(where: str) -> Iterator[None]:
         yield
     except exc.IntegrityError:
         raise
-    except exc.DBAPIError as error:
-        reason = " ".join(str(error.orig).split())
+    except exc.SQLAlchemyError as error:
+        reason = reason_of(error.orig if isinstance(error, exc.DBAPIError) and error.orig else error)
         if "full" in reason:
             raise OutputError(
                 f"{shown(where)}: {reason}; free some space and start again: stored rows are kept"
             ) from error
         if "not a database" in reason or "malformed" in reason:
             raise FormatError(f"{shown(where)} is not an SQLite file: name another one") from error
+        if "readonly" in reason:
+            raise OutputError(
+                f"store {shown(where)} cannot be written ({reason}); copy it to a place where you may write, and name the copy"
+            ) from error
         raise OutputError(f"store {shown(where)} cannot be used: {reason}") from error
 
 
 def shown(where: str) -> str:
     """A URL without its password."""
-    return sa.make_url(where).render_as_string(hide_password=True) if "://" in where else where
+    return re.sub(r"(://[^/@:]*):[^@]*@", r"\1:***@", where)
 
 
 def _this_process() -> dict[str, object]:

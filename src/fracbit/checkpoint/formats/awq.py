@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fracbit.checkpoint.formats.codes import decoded_type, spelled, unpack_words
-from fracbit.checkpoint.formats.decoding import Decoding, Part
+from fracbit.checkpoint.formats.decoding import NUMBERS, Decoding, Part
 from fracbit.checkpoint.formats.integers import StoredIntegers
 from fracbit.checkpoint.formats.known import Decoded, SourceFormat
 from fracbit.checkpoint.formats.marlin import MARLIN
@@ -57,7 +57,8 @@ class AwqLayer:
 
     def part(self, ending: str, rows: int, axis: int = 0, units: int = 1) -> Part:
         """One of its tensors as a part."""
-        return Part(self.name + ending, rows=rows, axis=axis, units=units)
+        kinds = NUMBERS if ending in (SCALES, SCALED_ZEROS) else ("I32", "U32", "I16")
+        return Part(self.name + ending, rows=rows, axis=axis, units=units, kinds=kinds)
 
     def group(self, width: int) -> int:
         """Inputs that share a scale."""

@@ -9,19 +9,20 @@ w = map[code] * absmax. With double quantization absmax itself is in 8 bits: nes
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fracbit.checkpoint.formats.codes import CONFIG_TYPES, config_type
-from fracbit.checkpoint.formats.decoding import Decoding, Part
+from fracbit.checkpoint.formats.decoding import NUMBERS, Decoding, Part
 from fracbit.checkpoint.formats.known import Decoded, SourceFormat
 from fracbit.checkpoint.source import Source, TensorInfo, read_rows, read_stored
 from fracbit.errors import SourceError
+from fracbit.records.files import parse_json
 
 STATE = ".weight.quant_state.bitsandbytes__"
 EIGHT = (".SCB", ".weight_format")
@@ -89,7 +90,7 @@ def _eight(source: Source, layer: str) -> Decoding:
     def values(parts: Mapping[str, Tensor]) -> Tensor:
         return parts["codes"].float() * parts["scale"].float()[:, None] * (1 / 127)  # [rows, in]
 
-    parts = {"codes": Part(f"{layer}.weight", rows=1), "scale": Part(f"{layer}.SCB", rows=1)}
+    parts = {"codes": Part(f"{layer}.weight", rows=1), "scale": Part(f"{layer}.SCB", rows=1, kinds=NUMBERS)}
     info = TensorInfo(codes.file, config_type(source.config), codes.shape)
     return Decoding(info, parts, values, scheme="int8/row")
 
@@ -108,9 +109,9 @@ def _four(source: Source, layer: str, state_name: str) -> Decoding:
             f"of 4 bits in blocks of {block} take {-(-out * width // 2)} and {blocks}; fetch the checkpoint again"
         )
     parts = {
-        "codes": _part(weight, width, 2),
+        "codes": replace(_part(weight, width, 2), kinds=("U8",)),
         "scale": _part(f"{weight}.absmax", width, block),
-        "map": Part(f"{weight}.quant_map"),
+        "map": Part(f"{weight}.quant_map", kinds=NUMBERS),
     }
     nested = int(state.get("nested_blocksize") or 0)
     offset = float(state.get("nested_offset") or 0)
@@ -118,7 +119,7 @@ def _four(source: Source, layer: str, state_name: str) -> Decoding:
         for each in ("nested_absmax", "nested_quant_map"):
             _held(source, f"{weight}.{each}")
         parts["outer"] = _part(f"{weight}.nested_absmax", width, block * nested)
-        parts["outer map"] = Part(f"{weight}.nested_quant_map")
+        parts["outer map"] = Part(f"{weight}.nested_quant_map", kinds=NUMBERS)
     elif scale.dtype == "U8":
         raise SourceError(
             f"{source.name}: {weight}.absmax is in 8 bits, and {state_name} says nothing of that; fetch the checkpoint again"
@@ -151,7 +152,7 @@ def _state(source: Source, name: str) -> dict[str, Any]:
     info = source.tensors[name]
     try:
         content = bytes(read_rows(source, name, [slice(0, *info.shape[:1])]).tolist())
-        state: dict[str, Any] = json.loads(content)
+        state = parse_json(content, f"{source.name}: {name}", SourceError)
         fits = len(state["shape"]) == 2 and int(state["blocksize"]) > 0
     except (ValueError, KeyError, TypeError) as error:
         raise SourceError(

@@ -32,7 +32,7 @@ from fracbit.checkpoint.formats.codes import (
     unpack_words,
     words_for,
 )
-from fracbit.checkpoint.formats.decoding import Decoding, Part
+from fracbit.checkpoint.formats.decoding import INDICES, NUMBERS, POWERS, Decoding, Part
 from fracbit.checkpoint.formats.integers import StoredIntegers
 from fracbit.checkpoint.formats.known import Decoded, SourceFormat
 from fracbit.checkpoint.source import Source, TensorInfo, read_rows
@@ -341,7 +341,8 @@ def _scaled(
     scale = layer.info(".weight_scale")
     block = _block(layer, shape, scale, group)
     rows = block[0] if block[0] < shape[0] else 0
-    parts = {"codes": codes, "scale": Part(f"{layer.module}.weight_scale", rows=rows)}
+    kinds = (*NUMBERS, *POWERS, "F8_E4M3")
+    parts = {"codes": codes, "scale": Part(f"{layer.module}.weight_scale", rows=rows, kinds=kinds)}
     zero_of: Callable[[Tensor, int], Tensor] = lambda zero, rows: zero.float()  # noqa: E731
     if layer.holds(".weight_zero_point"):
         zero, zero_of = _zero_part(
@@ -351,9 +352,9 @@ def _scaled(
     elif layer.args.get("symmetric", True) is False:
         layer.info(".weight_zero_point")
     if layer.holds(".weight_global_scale"):
-        parts["global"] = Part(f"{layer.module}.weight_global_scale")
+        parts["global"] = Part(f"{layer.module}.weight_global_scale", kinds=NUMBERS)
     if layer.holds(".weight_g_idx"):
-        parts["order"] = Part(f"{layer.module}.weight_g_idx")
+        parts["order"] = Part(f"{layer.module}.weight_g_idx", kinds=INDICES)
 
     def decoded(tensors: Mapping[str, Tensor]) -> Tensor:
         found = values(tensors["codes"])  # [rows, in]

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from fracbit.checkpoint.formats.integers import StoredIntegers
     from fracbit.checkpoint.source import TensorInfo
 
+WORDS = ("I32", "U32")
+NUMBERS = ("F16", "BF16", "F32", "F64")
+POWERS = ("U8", "F8_E8M0")
+INDICES = ("I32", "I64")
 PIECE = 1 << 20  # weights that are decoded at a time
 
 
@@ -30,12 +34,16 @@ Decode = Callable[[Mapping[str, Tensor]], Tensor]
 
 @dataclass(frozen=True)
 class Part:
-    """A stored tensor by `name`. `rows` rows of the result are in `units` indices along `axis`; `rows` 0: in all of it."""
+    """A stored tensor by `name`. `rows` rows of the result are in `units` indices along `axis`; `rows` 0: in all of it.
+
+    `kinds`: the types that it may have; empty: the format has checked it.
+    """
 
     name: str
     rows: int = 0
     units: int = 1
     axis: int = 0
+    kinds: tuple[str, ...] = ()
 
     def indices(self, rows: slice, size: int) -> slice:
         """The indices, of `size`, that hold these rows of the result, which begin at a whole step."""

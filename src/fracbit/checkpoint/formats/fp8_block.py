@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from fracbit.checkpoint.formats.codes import block_of, decoded_type, spread
-from fracbit.checkpoint.formats.decoding import Decoding, Part
+from fracbit.checkpoint.formats.decoding import NUMBERS, POWERS, Decoding, Part
 from fracbit.checkpoint.formats.known import Decoded, SourceFormat
 from fracbit.checkpoint.source import Source, TensorInfo
 from fracbit.errors import SourceError
@@ -83,7 +83,11 @@ def _decoding(source: Source, name: str, settings: Mapping[str, Any]) -> Decodin
         return codes * spread(scale_values(parts["scale"]), codes.shape, block)
 
     whole = grid.shape[0] == 1 if grid.shape else True
-    parts = {"codes": Part(name, rows=1), "scale": Part(beside, rows=0 if whole else rows)}
+    kinds = (*NUMBERS, *POWERS)
+    parts = {
+        "codes": Part(name, rows=1, kinds=CODES),
+        "scale": Part(beside, rows=0 if whole else rows, kinds=kinds),
+    }
     scheme = f"fp8, {block[0]} x {block[1]}"
     found = TensorInfo(info.file, decoded_type(source, grid), info.shape)
     return Decoding(found, parts, values, scheme=scheme)

@@ -38,7 +38,7 @@ from fracbit.checkpoint.formats.gguf_rows import (
 from fracbit.checkpoint.formats.known import Decoded, SourceFormat
 from fracbit.checkpoint.place import GGUF
 from fracbit.checkpoint.source import Source, TensorInfo
-from fracbit.errors import SourceError
+from fracbit.errors import SourceError, blamed_on
 from fracbit.models.classes import auto_class
 from fracbit.models.skeleton import skeleton
 from fracbit.records.extras import check_extra
@@ -87,11 +87,9 @@ def _gguf() -> Any:
 
 def header(path: Path) -> Header:
     """The header of a file. Raises `SourceError` for a file that is cut or no GGUF, or one of several."""
-    try:
+    with blamed_on(f"{path} is no GGUF file, or cut; fetch it again", SourceError, parsing=True):
         state = path.stat()
         return _header(path, state.st_mtime_ns, state.st_size)
-    except (ValueError, OSError, IndexError, KeyError) as error:
-        raise SourceError(f"{path} is no GGUF file, or cut ({error}); fetch it again") from error
 
 
 @lru_cache(maxsize=8)
@@ -162,11 +160,13 @@ _MADE: dict[Path, Path] = {}
 
 @cache
 def _unpacked(path: Path, changed: int, size: int) -> Path:
-    config = _config(path, header(path))
+    head = header(path)
+    with blamed_on(f"{path} has a header that cannot be read; fetch it again", SourceError, parsing=True):
+        config = _config(path, head)
     folder = Path(tempfile.mkdtemp(prefix="fracbit-gguf-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
-    with suppress(ValueError, KeyError, OSError, NotImplementedError, AttributeError, ImportError, TypeError):
+    with suppress(SourceError), blamed_on(f"{path} has no tokenizer that transformers can read", SourceError):
         # Without one, `decode` adds a note.
         AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
         template = header(path).metadata.get("tokenizer.chat_template")
@@ -183,12 +183,9 @@ def _config(path: Path, head: Header) -> dict[str, Any]:
             f"{path} holds a {head.architecture}, whose tensors cannot be read one by one from GGUF; use the release in "
             "safetensors"
         )
-    try:
+    what = head.architecture or "model of no name"
+    with blamed_on(f"{path} holds a {what}, which transformers does not read from GGUF", SourceError):
         made = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError, NotImplementedError) as error:
-        raise SourceError(
-            f"{path} holds a {head.architecture or 'model of no name'}, which transformers does not read from GGUF ({error})"
-        ) from error
     made = _with_experts(made, head)
     config: dict[str, Any] = json.loads(made.to_json_string())
     config.pop("_model_name_or_path", None)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fracbit.checkpoint.place import GGUF
 from fracbit.errors import FormatError
+from fracbit.records.files import parse_json
 
 if TYPE_CHECKING:
     from fracbit.checkpoint.source import Source
@@ -64,13 +65,7 @@ def record_of(path: Path) -> dict[str, Any] | None:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             start, size = _room(data, RECORD)
             text = data[start : start + size]
-    try:
-        found: dict[str, Any] | None = json.loads(text) if text else None
-    except ValueError as error:
-        raise FormatError(
-            f"{path} has a record that cannot be read: {error}; copy or fetch it again"
-        ) from error
-    return found
+    return parse_json(text, f"the record in {path}") if text else None
 
 
 def lone_file(source: Source) -> Path | None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fracbit.checkpoint.formats.codes import decoded_type, spelled, unpack_words, words_for
-from fracbit.checkpoint.formats.decoding import Decoding, Part
+from fracbit.checkpoint.formats.decoding import INDICES, NUMBERS, WORDS, Decoding, Part
 from fracbit.checkpoint.formats.integers import StoredIntegers
 from fracbit.checkpoint.formats.known import Decoded, SourceFormat
 from fracbit.checkpoint.formats.marlin import MARLIN
@@ -119,11 +119,11 @@ def _decoding(source: Source, settings: Mapping[str, Any], layer: str, version: 
 
     rows = 32 // math.gcd(32, bits)  # a stream of codes ends a word after so many
     parts = {
-        "words": Part(f"{layer}.qweight", rows=1, axis=1),
-        "zeros": Part(f"{layer}.qzeros", rows=rows, units=rows * bits // 32, axis=1),
-        "scales": Part(f"{layer}.scales", rows=1, axis=1),
+        "words": Part(f"{layer}.qweight", rows=1, axis=1, kinds=WORDS),
+        "zeros": Part(f"{layer}.qzeros", rows=rows, units=rows * bits // 32, axis=1, kinds=WORDS),
+        "scales": Part(f"{layer}.scales", rows=1, axis=1, kinds=NUMBERS),
     }
-    parts |= {"order": Part(f"{layer}.g_idx")} if order is not None else {}
+    parts |= {"order": Part(f"{layer}.g_idx", kinds=INDICES)} if order is not None else {}
     info = TensorInfo(words.file, decoded_type(source, scales), (out, width))
     even = width // groups  # of a width that groups divide, whatever their order
     offset: Offset = "none" if _symmetric(settings, layer) else "zero"

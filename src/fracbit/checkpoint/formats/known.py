@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fracbit.checkpoint.formats.decoding import Decoding
-from fracbit.checkpoint.source import FLOATS, Source, TensorInfo, read_json
-from fracbit.errors import SourceError
+from fracbit.checkpoint.source import FLOATS, Source, TensorInfo, read_model_file
+from fracbit.errors import SourceError, blamed_on
 from fracbit.records.tables import Table
 
 OURS = "fracbit"
@@ -102,7 +102,7 @@ def decoded(source: Source) -> Source:
     if not method and SOURCE_FORMATS["mlx"].seen(source.tensors):
         name = "mlx"  # whose config names no method
     if name in SOURCE_FORMATS:
-        found = SOURCE_FORMATS[name].decode(source, settings)
+        found = _planned(name, source, settings)
         if found.tensors:
             return _applied(source, settings, found)
     seen = [name for name, known in SOURCE_FORMATS.items() if known.seen(source.tensors)]
@@ -111,11 +111,26 @@ def decoded(source: Source) -> Source:
         return _stale(source, settings, method) if stale else source
     if not seen:
         return source
-    applied = _applied(source, settings, SOURCE_FORMATS[seen[0]].decode(source, settings))
+    applied = _applied(source, settings, _planned(seen[0], source, settings))
     if any(info.start is not None for info in source.tensors.values()):
         return applied  # a file whose ending says what it is
     lost = f"its config says nothing of a quantization; the format {seen[0]} was seen in its tensors"
     return replace(applied, notes=(*applied.notes, lost))
+
+
+def _planned(name: str, source: Source, settings: Mapping[str, Any]) -> Decoded:
+    """What a format finds in a source, its parts of types that they can have. Raises `SourceError`."""
+    what = f"{source.name} cannot be read as {name}; compare its quantization_config with the released one, or fetch it again"
+    with blamed_on(what, SourceError, parsing=True):
+        found = SOURCE_FORMATS[name].decode(source, settings)
+    types = {place: info.dtype for place, info in {**source.on_disk, **found.views}.items()}
+    for part in (part for decoding in found.tensors.values() for part in decoding.parts.values()):
+        if part.kinds and types[part.name] not in part.kinds:
+            raise SourceError(
+                f"{source.name}: {part.name} is {types[part.name]}, and {name} has {' or '.join(part.kinds)} there; "
+                "fetch it again"
+            )
+    return found
 
 
 def coded(source: Source) -> dict[str, str]:
@@ -150,7 +165,7 @@ def _older_settings(source: Source) -> Mapping[str, Any]:
         if (source.folder / file).is_file() and any(name.endswith(ending) for name in source.tensors):
             return {
                 "quant_method": method,
-                **read_json(source.folder / file, "it says how weights are quantized"),
+                **read_model_file(source.folder / file, "it says how weights are quantized"),
             }
     return {}
 

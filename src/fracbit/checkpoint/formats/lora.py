@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from fracbit.checkpoint.formats.decoding import Decoding, Part
-from fracbit.checkpoint.source import FLOATS, Source, TensorInfo, find_folder, read_headers, read_json
+from fracbit.checkpoint.source import FLOATS, Source, TensorInfo, find_folder, read_headers, read_model_file
 from fracbit.errors import SourceError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -67,7 +67,7 @@ def base_of(folder: Path) -> str | None:
     """The base model of a folder that holds an adapter alone; None for any other folder. Raises `SourceError`."""
     if not (folder / CONFIG).is_file() or (folder / "config.json").is_file():
         return None
-    config = read_json(folder / CONFIG, "it names the base model of an adapter")
+    config = read_model_file(folder / CONFIG, "it names the base model of an adapter")
     base = config.get("base_model_name_or_path")
     if not base:
         raise SourceError(f"{folder} holds an adapter, and its {CONFIG} names no base model; {REMEDY}")
@@ -171,7 +171,7 @@ def with_adapter(source: Source) -> Source:
 
 def _read(source: Source, folder: Path) -> Adapter:
     """The adapter of a folder, or the one within the source's own tensors. Raises `SourceError`."""
-    config = read_json(folder / CONFIG, "it holds the scale of an adapter")
+    config = read_model_file(folder / CONFIG, "it holds the scale of an adapter")
     kind = str(config.get("peft_type", "LORA"))
     start = config.get("init_lora_weights")
     odd = [name for name, value in config.items() if name not in HARMLESS and value]

@@ -23,7 +23,7 @@ from fracbit.checkpoint.formats.codes import (
     spread,
     unpack_words,
 )
-from fracbit.checkpoint.formats.decoding import Decoding, Part
+from fracbit.checkpoint.formats.decoding import NUMBERS, WORDS, Decoding, Part
 from fracbit.checkpoint.formats.known import Decoded, SourceFormat
 from fracbit.checkpoint.source import Source, TensorInfo
 from fracbit.errors import SourceError
@@ -125,8 +125,12 @@ def _decoding(source: Source, layer: str, how: Mapping[str, Any]) -> tuple[int, 
         return codes * scale + bias  # [rows, in]
 
     parts = {
-        name: Part(layer + ending, rows=1)
-        for name, ending in (("words", WEIGHT), ("scales", SCALES), ("biases", BIASES))
+        name: Part(layer + ending, rows=1, kinds=kinds)
+        for name, ending, kinds in (
+            ("words", WEIGHT, WORDS),
+            ("scales", SCALES, NUMBERS),
+            ("biases", BIASES, NUMBERS),
+        )
     }
     scheme = spelled(bits, group, width, offset="float", scale=scales)
     info = TensorInfo(words.file, decoded_type(source, scales), (out, width))

@@ -73,7 +73,7 @@ def _decoding(source: Source, name: str) -> Decoding:
         return scaled.flatten(2).transpose(1, 2)  # [some, in, out]
 
     info = TensorInfo(blocks.file, config_type(source.config), (experts, groups * 2 * BYTES, out))
-    parts = {"blocks": Part(name, rows=1), "scales": Part(beside, rows=1)}
+    parts = {"blocks": Part(name, rows=1, kinds=("U8",)), "scales": Part(beside, rows=1)}
     return Decoding(info, parts, values, upright=False, scheme="mxfp4/32")
 
 

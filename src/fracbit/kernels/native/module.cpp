@@ -25,7 +25,7 @@ std::vector<std::string> names_of_instruction_sets() {
 bool is_avx512() { return std::string("avx512") == chosen_isa().name; }
 
 uint64_t read_checked(const Array& bytes, int threads) {
-    if (bytes.ndim() != 1) refuse("bytes must be one-dimensional");
+    if (!has_dimensions(bytes, 1)) refuse("bytes must be one-dimensional");
     const uint8_t* data = checked_bytes(bytes, "bytes", shape_of(bytes));
     nb::gil_scoped_release release;
     return read(isa_named(""), data, size_at(bytes, 0), threads);
@@ -33,7 +33,7 @@ uint64_t read_checked(const Array& bytes, int threads) {
 
 void add_gram_checked(const Array& x, const Output& gram, int threads) {
     if (!has_gram()) refuse("this machine, or the compiler that built this module, has no bfloat16 products");
-    if (x.ndim() != 2 || !is_type(x, nb::dlpack::dtype_code::Bfloat, 16)) refuse("x must be bfloat16 [tokens, width]");
+    if (!has_dimensions(x, 2) || !is_type(x, nb::dlpack::dtype_code::Bfloat, 16)) refuse("x must be bfloat16 [tokens, width]");
     const int64_t tokens = size_at(x, 0), width = size_at(x, 1);
     float* sums = checked_floats(gram, "gram", {width, width});
     const Matrix from = matrix_of(x, "x", width);
@@ -45,6 +45,7 @@ void add_gram_checked(const Array& x, const Output& gram, int threads) {
 Strides strides_of(const Output& array, const char* name, const Shape& shape) {
     if (!is_type(array, nb::dlpack::dtype_code::Float, 32)) refuse(std::string(name) + " must be float32");
     check_shape(array, name, shape);
+    check_alignment(array, name);
     if (shape[3] > 1 && array.stride(3) != 1) refuse(std::string(name) + " must have contiguous heads");
     return {array.stride(0), array.stride(1), array.stride(2)};
 }
@@ -52,7 +53,7 @@ Strides strides_of(const Output& array, const char* name, const Shape& shape) {
 void attend_causal_checked(const Output& queries, const Output& keys, const Output& values, const Output& out, float scale,
                            int threads) {
     if (!has_causal()) refuse("this machine, or the compiler that built this module, has no AVX-512");
-    if (queries.ndim() != 4 || keys.ndim() != 4) refuse("queries and keys must be [sequences, heads, tokens, head]");
+    if (!has_dimensions(queries, 4) || !has_dimensions(keys, 4)) refuse("queries and keys must be [sequences, heads, tokens, head]");
     const Shape shape = shape_of(queries);
     const int64_t shared = size_at(keys, 1);
     if (shared < 1 || shape[1] % shared) refuse("the heads of the queries must be a multiple of those of the keys");

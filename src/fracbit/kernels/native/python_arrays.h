@@ -6,6 +6,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -20,6 +21,18 @@ namespace nb = nanobind;
 using Array = nb::ndarray<nb::ro, nb::device::cpu>;
 using Output = nb::ndarray<nb::device::cpu>;
 using Shape = std::vector<int64_t>;
+
+template <class A>
+bool has_dimensions(const A& array, size_t count) {
+    return array.is_valid() && array.ndim() == count;
+}
+
+// Vectors and sums read whole numbers: one that begins between two places is not one.
+template <class A>
+void check_alignment(const A& array, const char* name) {
+    const size_t bytes = array.dtype().bits / 8;
+    if (bytes > 1 && reinterpret_cast<uintptr_t>(array.data()) % bytes != 0) refuse(std::string(name) + " must be aligned");
+}
 
 inline std::string shape_text(const Shape& shape) {
     std::string text = "[";
@@ -45,9 +58,10 @@ void check_shape(const A& array, const char* name, const Shape& shape) {
         refuse(std::string(name) + " should have shape " + shape_text(shape) + ", got " + shape_text(shape_of(array)));
 }
 
+// False for None too, which nanobind takes for an array inside a list or a pair.
 template <class A>
 bool is_type(const A& array, nb::dlpack::dtype_code code, int bits) {
-    return array.dtype().code == static_cast<uint8_t>(code) && array.dtype().bits == bits && array.dtype().lanes == 1;
+    return array.is_valid() && array.dtype().code == static_cast<uint8_t>(code) && array.dtype().bits == bits && array.dtype().lanes == 1;
 }
 
 template <class A>
@@ -62,6 +76,7 @@ Float float_type(const A& array, const char* name) {
 template <class A>
 void check_layout(const A& array, const char* name, const Shape& shape) {
     check_shape(array, name, shape);
+    check_alignment(array, name);
     int64_t expected = 1;
     for (size_t i = array.ndim(); i-- > 0;) {
         if (array.shape(i) != 1 && array.size() != 0 && array.stride(i) != expected) refuse(std::string(name) + " must be contiguous");
@@ -99,6 +114,7 @@ inline float* checked_floats(const Output& array, const char* name, const Shape&
 template <class A>
 Matrix matrix_of(const A& array, const char* name, int64_t columns) {
     const Float type = float_type(array, name);
+    check_alignment(array, name);
     if (array.ndim() != 2 || size_at(array, 1) != columns)
         refuse(std::string(name) + " should have shape [n, " + std::to_string(columns) + "], got " + shape_text(shape_of(array)));
     const bool one_row = array.shape(0) <= 1;

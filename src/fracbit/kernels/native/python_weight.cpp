@@ -13,7 +13,7 @@ namespace {
 std::vector<int32_t> outlier_columns_of(const std::optional<Array>& columns, const std::optional<Array>& outliers) {
     if (columns.has_value() != outliers.has_value()) refuse("outlier columns and their weights come together");
     if (!columns) return {};
-    if (columns->ndim() != 1) refuse("outlier columns must be one-dimensional");
+    if (!has_dimensions(*columns, 1)) refuse("outlier columns must be one-dimensional");
     if (!is_type(*columns, nb::dlpack::dtype_code::Int, 32)) refuse("outlier columns must be int32");
     check_layout(*columns, "outlier columns", shape_of(*columns));
     const auto* data = static_cast<const int32_t*>(columns->data());
@@ -23,6 +23,8 @@ std::vector<int32_t> outlier_columns_of(const std::optional<Array>& columns, con
 // y [batch, rows] of several weights that read the same x.
 void multiply_together(const std::vector<const PackedWeight*>& weights, const Array& x, const std::vector<Output>& y, bool int8, int threads) {
     if (weights.empty() || weights.size() != y.size()) refuse("weights and results must be as many, and at least one");
+    for (const PackedWeight* weight : weights)
+        if (weight == nullptr) refuse("weights must be packed weights, got None");
     const int64_t columns = weights[0]->weight().columns;
     const Matrix from = matrix_of(x, "x", columns);
     std::vector<Projection> layers;
@@ -31,7 +33,7 @@ void multiply_together(const std::vector<const PackedWeight*>& weights, const Ar
     for (size_t i = 0; i < y.size(); ++i) {
         const Weight& weight = weights[i]->weight();
         if (weight.columns != columns) refuse("weights that share x must have as many columns");
-        if (y[i].ndim() != 2 || y[i].shape(0) != x.shape(0)) refuse("x and y must have the same number of rows");
+        if (!has_dimensions(y[i], 2) || y[i].shape(0) != x.shape(0)) refuse("x and y must have the same number of rows");
         products.push_back({&layers[i], from, matrix_of(y[i], "y", weight.rows), {}});
     }
     const int64_t batch = size_at(x, 0);
@@ -50,7 +52,7 @@ PackedWeight::PackedWeight(int64_t rows, int64_t columns, int bits, const std::s
     weight_.codes = checked_bytes(codes, "codes", {rows, weight_.stride()});
     const Shape stored = set_blocks(weight_, blocks, block);
     take_scales(scales, offsets, stored);
-    if (table.ndim() != 2) refuse("table must have shape [1 or rows, levels]");
+    if (!has_dimensions(table, 2)) refuse("table must have shape [1 or rows, levels]");
     const int64_t table_rows = size_at(table, 0), levels = size_at(table, 1);
     set_table(weight_, checked_floats(table, "table", {table_rows, levels}), table_rows, levels);
     if (offsets && zeros) refuse("a weight has offsets or zeros, not both");

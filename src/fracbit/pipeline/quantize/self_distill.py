@@ -7,7 +7,6 @@ continues to replace them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -30,6 +29,7 @@ from fracbit.pipeline.quantize.record import records_of, stored_layers
 from fracbit.pipeline.quantize.rotate import fed_through
 from fracbit.pipeline.quantize.schedule import LayerItem
 from fracbit.pipeline.quantize.work import Work
+from fracbit.records.files import read_json
 from fracbit.records.run import DistillRecord, ShardRecord
 from fracbit.transforms.rotation import turn_inputs
 
@@ -51,7 +51,7 @@ def distill_shards(work: Work, target: Shards) -> None:
         for shard, tensors in tuned.items():
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / shard)
         write_json(marker, asdict(result))
-    result = DistillRecord(**json.loads(marker.read_text()))
+    result = DistillRecord(**read_json(marker))
     for shard in work.schedule.shards:
         path = folder / shard
         if path.is_file():

@@ -22,9 +22,9 @@ def calibration_sources(model: str | Path) -> tuple[dict[str, Any], ...]:
     place = Path(model).expanduser()
     try:
         texts = read_manifest(place).get("texts", ())
-        return tuple(source for text in texts for source in text.get("sources", ()))
-    except (FormatError, AttributeError) as error:
-        raise DataError(f"the manifest of {model} cannot be read: {error}") from error
+        return tuple(dict(source) for text in texts for source in text.get("sources", ()))
+    except (FormatError, ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"the record of {model} lists texts that cannot be read: {error}") from error
 
 
 def overlap_notes(

@@ -22,7 +22,8 @@ from fracbit.checkpoint.export.gguf.package import package
 from fracbit.checkpoint.export.gguf.placed import Placed
 from fracbit.checkpoint.export.gguf.size_keys import besides
 from fracbit.checkpoint.export.gguf.special_tokens import added_tokens, letters
-from fracbit.checkpoint.export.gguf.vocabulary import Vocabulary, read_json
+from fracbit.checkpoint.export.gguf.vocabulary import Vocabulary, settings_in
+from fracbit.checkpoint.output import manifest_of
 from fracbit.checkpoint.read_manifest import manifest_of
 
 FLOAT_FILES = {"F32": 0, "F16": 1, "BF16": 32}
@@ -94,7 +95,7 @@ def _add_general(writer: Any, stored: StoredModel) -> None:
     found.size_label = found.size_label or gguf.size_label(*counts)
     writer.add_type(gguf.GGUFType.MODEL)
     found.set_gguf_meta_model(writer)
-    generation = read_json(stored.source.folder / "generation_config.json")
+    generation = settings_in(stored.source.folder / "generation_config.json")
     for own, kind in SAMPLING.items():
         value = next(
             (generation[each] for each in OTHER_NAMES.get(own, (own,)) if generation.get(each) is not None),

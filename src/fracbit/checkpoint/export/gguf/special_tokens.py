@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fracbit.checkpoint.export.gguf.vocabulary import read_json
+from fracbit.checkpoint.export.gguf.vocabulary import settings_in
 
 
 def added_tokens(folder: Path) -> dict[str, bool]:
     """Whether `bos` and `eos` are put around a text, as far as the post-processor of tokenizer.json says."""
-    settings = read_json(folder / "tokenizer_config.json")
-    processor = read_json(folder / "tokenizer.json").get("post_processor") or {}
+    settings = settings_in(folder / "tokenizer_config.json")
+    processor = settings_in(folder / "tokenizer.json").get("post_processor") or {}
     starts = [settings[name] for name in ("bos_token", "cls_token") if settings.get(name)]
     found: dict[str, bool] = {}
     for step in processor.get("processors", [processor]):
@@ -30,7 +30,7 @@ def added_tokens(folder: Path) -> dict[str, bool]:
 
 def letters(folder: Path) -> dict[str, bool]:
     """What the normalizer of tokenizer.json does to letters, by the name that a file has for it."""
-    return dict(_changes(read_json(folder / "tokenizer.json").get("normalizer") or {}))
+    return dict(_changes(settings_in(folder / "tokenizer.json").get("normalizer") or {}))
 
 
 def _changes(normalizer: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:

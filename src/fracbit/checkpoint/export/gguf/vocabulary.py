@@ -9,7 +9,6 @@ Ref: convert_hf_to_gguf.py of llama.cpp, build 11434.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from fracbit.checkpoint.export.gguf.package import package
 from fracbit.checkpoint.export.gguf.pretokenizers import pretokenizer
 from fracbit.checkpoint.export.gguf.sentencepiece_model import NORMAL, USER_DEFINED, read_pieces
 from fracbit.errors import FormatError
+from fracbit.records.files import read_json
 
 UNKNOWN, CONTROL, UNUSED = 2, 3, 5
 SPACE = "\u2581"  # what sentencepiece writes for a space
@@ -77,22 +77,16 @@ def vocabulary_of(folder: Path, architecture: Architecture, size: int, name: str
     return Vocabulary("llama", "default", tokens=texts, kinds=kinds, scores=scores, rules=rules)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def settings_in(path: Path) -> dict[str, Any]:
     """The object in a file; an empty one where there is none. Raises `FormatError` for a file that cannot be read."""
-    if not path.is_file():
-        return {}
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(f"{path} cannot be read: {error}; fetch it again") from error
-    return found
+    return read_json(path) if path.is_file() else {}
 
 
 def _has(folder: Path, spelling: VocabularyKind) -> bool:
     """Whether a folder has a vocabulary of this spelling."""
     if spelling == "sentencepiece":
         return (folder / "tokenizer.model").is_file()
-    tokenizer = read_json(folder / "tokenizer.json")
+    tokenizer = settings_in(folder / "tokenizer.json")
     if spelling == "bytes":
         return bool(tokenizer) or (folder / "vocab.json").is_file()
     model = tokenizer.get("model", {})
@@ -106,7 +100,7 @@ def _rules(folder: Path, architecture: Architecture, spelling: VocabularyKind, s
     pieces = architecture.rules if spelling == "sentencepiece" else TokenRules()
     sized = architecture.by_vocabulary.get(size, TokenRules())
     own = (
-        read_json(folder / "tokenizer_config.json").get("add_prefix_space")
+        settings_in(folder / "tokenizer_config.json").get("add_prefix_space")
         if architecture.own_space
         else None
     )
@@ -171,13 +165,14 @@ def _pieces(folder: Path, size: int, *, plain: bool) -> list[TokenPiece]:
     found: list[TokenPiece] = [(f"[PAD{number}]".encode(), ABSENT, UNUSED) for number in range(size)]
     for number, piece in enumerate(read_pieces(folder / "tokenizer.model")[:size]):
         found[number] = (piece.text, piece.score, NORMAL if piece.kind == USER_DEFINED else piece.kind)
-    for text, number in read_json(folder / "added_tokens.json").items():
+    for text, number in settings_in(folder / "added_tokens.json").items():
         if number < size:
             found[number] = (text.encode(), ADDED, USER_DEFINED)
-    added = dict(read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {}))
+    added = dict(settings_in(folder / "tokenizer_config.json").get("added_tokens_decoder", {}))
     if plain:
         added |= {
-            str(token["id"]): token for token in read_json(folder / "tokenizer.json").get("added_tokens", [])
+            str(token["id"]): token
+            for token in settings_in(folder / "tokenizer.json").get("added_tokens", [])
         }
     for number, token in added.items():
         if int(number) < size:

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 DEEP = 100_000
 HOSTILE: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 3, 7, 2**15, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x", "0",
-    "../up", "/etc/passwd", "x" * 5000, "\u0000", "\ud800", "<!--<script>", "%s{0}$", "cpu", "float32", [], [None], [[]], {}, {"x": 1},
-    [1, 2, 3], ["x"] * 40, {"": None}, "auto", "default", [-1, -1], [0, 0], [2**40, 2**40],
+    None, True, False, 0, 1, -1, 2, 3, 7, 2**15, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x",
+    "0", "../up", "/etc/passwd", "x" * 5000, "\u0000", "\ud800", "<!--<script>", "%s{0}$", "cpu", "float32", [], [None], [[]],
+    {}, {"x": 1}, [1, 2, 3], ["x"] * 40, {"": None}, "auto", "default", [-1, -1], [0, 0], [2**40, 2**40],
 )  # fmt: skip
 """Values that some field somewhere cannot have."""
 
@@ -127,61 +127,36 @@ def tensors(chance: random.Random, path: Path) -> str:
         return raw(chance, path)
     if not held:
         return raw(chance, path)
-    name = chance.choice(sorted(held))
+    name, other = chance.choice(sorted(held)), chance.choice(sorted(held))
     tensor = held[name]
-    how = chance.choice(
-        (
-            "remove",
-            "rename",
-            "cut",
-            "turn",
-            "cast",
-            "numbers",
-            "numbers",
-            "empty",
-            "scalar",
-            "stretch",
-            "swap",
-            "foreign",
-        )
-    )
+    how = chance.choice(("remove", "rename", "foreign", "swap", "numbers", *SHAPES))
     if how in ("remove", "rename"):
         del held[name]
     if how == "rename":
         held[name + chance.choice(("x", ".weight", "_", "\u00e9", "/.."))] = tensor
-    elif how == "cut":
-        held[name] = tensor[:-1] if tensor.dim() and len(tensor) else tensor
-    elif how == "turn":
-        held[name] = tensor.T if tensor.dim() == 2 else tensor[None]
-    elif how == "cast":
-        kinds = (
-            torch.float64,
-            torch.int8,
-            torch.bool,
-            torch.int64,
-            torch.float8_e4m3fn,
-            torch.float16,
-            torch.uint8,
-            torch.complex64,
-        )
-        held[name] = tensor.float().to(chance.choice(kinds))
-    elif how == "numbers":
-        held[name] = _numbers(chance, tensor)
-    elif how == "empty":
-        held[name] = tensor.new_empty(chance.choice(((0,), (0, 0), (0, *tensor.shape[1:]))))
-    elif how == "scalar":
-        held[name] = tensor.flatten()[0].clone() if tensor.numel() else tensor
-    elif how == "stretch":
-        held[name] = torch.cat([tensor, tensor]) if tensor.dim() else tensor[None]
-    elif how == "swap":
-        other = chance.choice(sorted(held))
-        held[name], held[other] = held[other], tensor
     elif how == "foreign":
         held[chance.choice(("x", "model.layers.9.x.weight", f"{name}_scale_inv", f"{name}_absmax"))] = (
             torch.ones(3)
         )
+    elif how == "swap":
+        held[name], held[other] = held[other], tensor
+    elif how != "remove":
+        held[name] = _numbers(chance, tensor) if how == "numbers" else SHAPES[how](chance, tensor)
     save_file({key: each.contiguous().clone() for key, each in held.items()}, path, metadata={"format": "pt"})
     return f"{name}: {how}"
+
+
+CASTS = (
+    torch.float64, torch.int8, torch.bool, torch.int64, torch.float8_e4m3fn, torch.float16, torch.uint8, torch.complex64,
+)  # fmt: skip
+SHAPES: dict[str, Callable[[random.Random, torch.Tensor], torch.Tensor]] = {
+    "cut": lambda chance, tensor: tensor[:-1] if tensor.dim() and len(tensor) else tensor,
+    "turn": lambda chance, tensor: tensor.T if tensor.dim() == 2 else tensor[None],
+    "cast": lambda chance, tensor: tensor.float().to(chance.choice(CASTS)),
+    "empty": lambda chance, tensor: tensor.new_empty(chance.choice(((0,), (0, 0), (0, *tensor.shape[1:])))),
+    "scalar": lambda chance, tensor: tensor.flatten()[0].clone() if tensor.numel() else tensor,
+    "stretch": lambda chance, tensor: torch.cat([tensor, tensor]) if tensor.dim() else tensor[None],
+}
 
 
 def _numbers(chance: random.Random, tensor: torch.Tensor) -> torch.Tensor:

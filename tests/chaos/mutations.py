@@ -18,6 +18,7 @@ from torch import Tensor
 
 import fracbit
 from chaos import changes
+from chaos.boundary import hostile_call
 from chaos.trials import Broken, Change, command
 from families import tiny_llama
 from fracbit.checkpoint.export.gguf.pretokenizers import HASHES, sample_hash
@@ -325,9 +326,11 @@ def _other_rows(chance: random.Random, place: Path) -> str:
                 each
                 for each in changes.HOSTILE
                 if each is None
-                or (isinstance(each, str | int | float)
-                and each != "\ud800"
-                and abs(each if isinstance(each, int | float) else 0) < 2**63)
+                or (
+                    isinstance(each, str | int | float)
+                    and each != "\ud800"
+                    and abs(each if isinstance(each, int | float) else 0) < 2**63
+                )
             ]
         )
         if chance.random() < 0.1:
@@ -361,13 +364,16 @@ def mutated_text(grounds: Grounds) -> Change:
         file.write_bytes(data)
         said = changes.raw(chance, file) if chance.random() < 0.6 else _other_record(chance, file)
         options = _text_options(chance)
-        words = ("eval", str(grounds.packed), "--text", f"{file}{options}", "--window", "32")
+        words = ["eval", str(grounds.packed), "--text", f"{file}{options}", "--window", "32"]
         if chance.random() < 0.5:
-            words = ("quantize", str(grounds.float), "-o", str(folder / "out"), "--quantizer", "gptq", "--calibration", f"{file}{options}",
-                     "--set", "calibration.samples=2", "--set", "calibration.length=16")  # fmt: skip
+            words = ["quantize", str(grounds.float), "-o", str(folder / "out"), "--quantizer", "gptq", *SHORT]
+            words += ["--calibration", f"{file}{options}"]
         return f"{name}{options}: {said}", lambda: _output(folder / "out", _run(*words))
 
     return change
+
+
+SHORT = ("--set", "calibration.samples=2", "--set", "calibration.length=16")
 
 
 def _texts(grounds: Grounds) -> dict[str, bytes]:
@@ -390,7 +396,8 @@ def _texts(grounds: Grounds) -> dict[str, bytes]:
     np.save(held, ids.astype(np.int64))
     pq.write_table(pa.table({"text": [SENTENCE * 3] * 8}), table)
     return {
-        "a.txt": grounds.text.read_bytes(), "b.u16": grounds.ids.read_bytes(), "c.npy": held.getvalue(), "d.parquet": table.getvalue(),
+        "a.txt": grounds.text.read_bytes(), "b.u16": grounds.ids.read_bytes(), "c.npy": held.getvalue(),
+        "d.parquet": table.getvalue(),
         "e.jsonl": "\n".join(json.dumps(each) for each in chats).encode(),
         "f.json": json.dumps([{"text": SENTENCE * 2}] * 8).encode(), "g.u32": ids.astype("<u4").tobytes(),
         "h.jsonl": "\n".join(json.dumps({"text": SENTENCE * 2}) for _ in range(8)).encode(),
@@ -441,10 +448,11 @@ def hostile_command(grounds: Grounds) -> Change:
 
 
 WORDS = (
-    "nf4/64", "int9/64", "int4/0", "int4/-1", "kmeans:x4/64", "a" * 300, "/" + "a/" * 3000, "/proc/self/mem", "/dev/null", "/sys/x", "nan", "1e400",
-    "-1e9", "999999999999999999999", "postgresql://u@h:notaport/d", "sqlite://", "http://x", "?", "x?length=", "x?length=-1&first=x", "*", "[", "\u202e",
-    "ids.u16?first=99999999999999999999", "1.2GBB", "-5GB", "infGB", "0", "cost:nan", "gptq:damping=nan", "train:epochs=-1", "int8/x", "block", "help",
-    "scheme.bits=nan", "calibration.samples=1e99", "run.device=tpu", "run.shard_mb=-1", "a=b=c", "=", "scheme={}", "scheme=[[", "scheme.axis=out",
+    "nf4/64", "int9/64", "int4/0", "int4/-1", "kmeans:x4/64", "a" * 300, "/" + "a/" * 3000, "/proc/self/mem", "/dev/null",
+    "/sys/x", "nan", "1e400", "-1e9", "999999999999999999999", "postgresql://u@h:notaport/d", "sqlite://", "http://x", "?",
+    "x?length=", "x?length=-1&first=x", "*", "[", "\u202e", "\udcff", "ids.u16?first=99999999999999999999", "1.2GBB", "-5GB",
+    "infGB", "0", "cost:nan", "gptq:damping=nan", "train:epochs=-1", "int8/x", "block", "help", "scheme.bits=nan",
+    "calibration.samples=1e99", "run.device=tpu", "run.shard_mb=-1", "a=b=c", "=", "scheme={}", "scheme=[[", "scheme.axis=out",
 )  # fmt: skip
 
 
@@ -452,34 +460,13 @@ def _commands(grounds: Grounds) -> dict[str, list[str]]:
     """A command line of each command that works; OUT is a place that does not exist."""
     model, packed, text = str(grounds.float), str(grounds.packed), f"{grounds.ids}?length=32&first=4"
     ctensors = str(grounds.foreign["gptq"])
+    read = ["--calibration", str(grounds.text), "--samples", "2", "--length", "16"]
     return {
         "quantize": [model, "-o", "OUT", "--scheme", "int4/16"],
         "eval": [packed, "--text", text, "--window", "32"],
         "export": [packed, "--to", "float", "-o", "OUT"],
-        "tweak": [
-            ctensors,
-            "--calibration",
-            str(grounds.text),
-            "-o",
-            "OUT",
-            "--samples",
-            "2",
-            "--length",
-            "16",
-        ],
-        "refine": [
-            ctensors,
-            "--against",
-            model,
-            "--calibration",
-            str(grounds.text),
-            "-o",
-            "OUT",
-            "--samples",
-            "2",
-            "--length",
-            "16",
-        ],
+        "tweak": [ctensors, *read, "-o", "OUT"],
+        "refine": [ctensors, "--against", model, *read, "-o", "OUT"],
         "inspect": [packed],
         "verify": [packed],
         "generate": [packed, "Once", "--max-new-tokens", "3"],
@@ -530,8 +517,7 @@ def _outcome(code: int) -> str:
 def _quantize(source: Path, out: Path, calibrated: Grounds | None = None) -> str:
     words = ["quantize", str(source), "-o", str(out), "--scheme", "int4/16"]
     if calibrated is not None:
-        words += ["--quantizer", "gptq", "--calibration", f"{calibrated.ids}?length=32"]
-        words += ["--set", "calibration.samples=4", "--set", "calibration.length=16"]
+        words += ["--quantizer", "gptq", "--calibration", f"{calibrated.ids}?length=32", *SHORT]
     return _output(out, _run(*words))
 
 
@@ -590,4 +576,5 @@ KINDS: dict[str, Callable[[Grounds], Change]] = {
     "store": mutated_store,
     "text": mutated_text,
     "command": hostile_command,
+    "native": hostile_call,
 }

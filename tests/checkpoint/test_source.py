@@ -78,7 +78,7 @@ def test_a_folder_without_parts(folder: Path) -> None:
     (folder / "config.json").unlink()
     refuses(folder, "no config.json")
     (folder / "config.json").write_text("[1]")
-    refuses(folder, "should hold a JSON object")
+    refuses(folder, "expected a JSON object")
     (folder / "config.json").write_text("{")
     refuses(folder, "cannot be read")
     (folder / "config.json").write_text(config)

@@ -94,7 +94,7 @@ def test_conversations_are_written_by_the_template(
     ("line", "complaint"),
     [
         ('{"text": "two"', r"line 2, is not JSON: .*column"),
-        ('["two"]', "line 2: got list, expected an object"),
+        ('["two"]', "line 2, holds a list, expected a JSON object"),
         (
             '{"body": "two"}',
             "line 2: there is no field text or messages or conversations; the fields are body",

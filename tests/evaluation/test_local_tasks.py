@@ -70,7 +70,7 @@ def test_lambada(tmp_path: Path) -> None:
     assert str(source) in task.path.read_text()
     for line, complaint in (
         ('{"text": "one"}', "line 3: a passage"),
-        ("{", "line 3: broken JSON"),
+        ("{", "line 3 is not JSON"),
         ("[]", "line 3"),
     ):
         (tmp_path / "bad.jsonl").write_text(source.read_text() + line)

@@ -1,13 +1,17 @@
 """Fuzz of the native boundary: buffers of wrong size, type or layout are a Python exception, never a crash or a stray read."""
 
 import contextlib
+import random
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chaos.boundary import LEFT_ALONE, arguments_of, entry_points, function, hostile_call
 from fracbit.kernels.cpu import NATIVE
 
 pytestmark = pytest.mark.skipif(NATIVE is None, reason="the native module is not built")
@@ -133,3 +137,37 @@ def test_weights_that_share_activations() -> None:
 def test_unknown_instruction_set() -> None:
     with pytest.raises(ValueError, match="not available here"):
         NATIVE.PackedWeight(**good(5, 32, 4, "in", 8), isa="mmx")
+
+
+def test_the_fuzz_covers_every_entry_point() -> None:
+    """All that Python can call, but the decoder of the native step, which tests/models/test_step.py has."""
+    assert arguments_of().keys() == entry_points()
+    assert set(LEFT_ALONE) <= set(dir(NATIVE))
+    for name, arguments in arguments_of().items():
+        if name not in ("add_gram", "attend_causal") or (NATIVE.has_gram() and NATIVE.has_causal()):
+            function(name)(*arguments)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 2**63))
+def test_hostile_arguments_are_refused_or_run(seed: int) -> None:
+    """Each of the calls gives an exception or a result, whatever Python hands over."""
+    _, run = hostile_call(None)(random.Random(seed), Path())
+    assert run().startswith(("refused", "unharmed"))
+
+
+def test_none_and_numbers_between_two_places_are_refused() -> None:
+    weight = NATIVE.PackedWeight(**good(5, 32, 4, "in", 8))
+    x, y = torch.randn(3, 32), torch.empty(3, 5)
+    for weights, results in (
+        ([weight, None], [y, y]),
+        ([None], [y]),
+        ([weight], [None]),
+        (None, [y]),
+        ([weight], None),
+    ):
+        with pytest.raises((ValueError, TypeError)):
+            NATIVE.multiply_together(weights, x, results, False, 1)
+    between = np.frombuffer(bytes(4 * x.numel() + 1), np.uint8)[1:].view(np.float32).reshape(3, 32)
+    with pytest.raises(ValueError, match="aligned"):
+        weight.multiply(between, y, False, 1)

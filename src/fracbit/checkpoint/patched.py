@@ -26,7 +26,6 @@ from fracbit.checkpoint.output import (
     copy_file,
     copy_rest,
     file_hash,
-    manifest_of,
     write_json,
 )
 from fracbit.checkpoint.place import GGUF

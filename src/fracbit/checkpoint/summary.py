@@ -11,7 +11,6 @@ import torch
 from fracbit.checkpoint.folder import MANIFEST
 from fracbit.checkpoint.format import QUANT_METHOD, StoredLayer, read_layers, tensor_name
 from fracbit.checkpoint.opened import open_checkpoint
-from fracbit.checkpoint.output import manifest_of
 from fracbit.checkpoint.read_manifest import manifest_of
 from fracbit.checkpoint.source import FLOATS, Source, TensorInfo
 from fracbit.errors import FormatError

@@ -204,10 +204,10 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} is not TOML: {error}") from error
     except RecursionError as error:
         raise RecipeError(f"{path} is not TOML: it is nested too deeply") from error
-    if "\\u0000" in json.dumps(found, default=str):
-        raise RecipeError(f"{path} holds a NUL character in a value, which no name and no path has")
     if is_deep(found):
         raise RecipeError(f"{path} is nested in more than {DEEPEST} levels, which no file of settings is")
+    if "\\u0000" in json.dumps(found, default=str):
+        raise RecipeError(f"{path} holds a NUL character in a value, which no name and no path has")
     if found.pop(TRUST, False):
         raise RecipeError(
             f"{path}{_line_of((TRUST,), path)}: {TRUST} is not taken from a file, which may be another's: if you trust the "

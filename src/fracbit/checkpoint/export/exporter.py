@@ -33,7 +33,7 @@ from fracbit.checkpoint.export.one_file import (
 from fracbit.checkpoint.folder import check_output
 from fracbit.checkpoint.format import QUANT_METHOD, StoredLayer, packed_layer, read_layers, tensor_name
 from fracbit.checkpoint.opened import model_config, open_checkpoint
-from fracbit.checkpoint.output import Output, copy_rest, manifest_of, open_output
+from fracbit.checkpoint.output import Output, copy_rest, open_output
 from fracbit.checkpoint.read_manifest import manifest_of
 from fracbit.checkpoint.shards import check_apart
 from fracbit.checkpoint.source import Source, read_tensor

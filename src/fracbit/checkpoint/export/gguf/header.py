@@ -23,7 +23,6 @@ from fracbit.checkpoint.export.gguf.placed import Placed
 from fracbit.checkpoint.export.gguf.size_keys import besides
 from fracbit.checkpoint.export.gguf.special_tokens import added_tokens, letters
 from fracbit.checkpoint.export.gguf.vocabulary import Vocabulary, settings_in
-from fracbit.checkpoint.output import manifest_of
 from fracbit.checkpoint.read_manifest import manifest_of
 
 FLOAT_FILES = {"F32": 0, "F16": 1, "BF16": 32}

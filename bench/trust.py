@@ -66,6 +66,7 @@ def main() -> None:
     parser = arguments(__doc__, work=None, minutes=10.0, json=None)
     parser.add_argument("--kinds", nargs="+", default=list(TURN), choices=list(TURN))
     parser.add_argument("--first", type=int, default=0, help="number of the first trial of each kind")
+    parser.add_argument("--turn", type=int, help="trials of each kind in a turn, instead of those of TURN")
     parser.add_argument(
         "--one", action="store_true", help="run the first trial of each kind alone, and say what it saw"
     )

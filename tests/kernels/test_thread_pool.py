@@ -92,3 +92,37 @@ def test_an_unknown_pool_is_refused() -> None:
     assert "fracbit.errors.KernelError: FRACBIT_THREAD_POOL is '4'" in message
     assert "torch or own" in message
     assert "OMP_NUM_THREADS" in message
+
+
+FORKED = """
+import os, time
+import torch
+from fracbit.kernels import PackedLinear
+from fracbit.numerics import quantize_tensor
+from fracbit.records.scheme import Scheme
+
+torch.set_num_threads(2)
+linear = PackedLinear(quantize_tensor(torch.randn(1024, 1024), Scheme("int", 4, 64)))
+x = torch.randn(4, 1024)
+y = linear(x)
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(linear(x), y) else 1)
+until = time.monotonic() + 60
+while time.monotonic() < until:
+    done, status = os.waitpid(child, os.WNOHANG)
+    if done:
+        raise SystemExit(os.waitstatus_to_exitcode(status))
+    time.sleep(0.02)
+os.kill(child, 9)
+raise SystemExit("the child hangs")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_packed_products_go_on_in_a_forked_child() -> None:
+    """At two threads, after they ran in the parent. Products of torch hang there, whatever fracbit does (docs/serving.md)."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKED], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

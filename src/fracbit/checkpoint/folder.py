@@ -37,15 +37,20 @@ def check_output(folder: Path, key: str, overwrite: bool, resume: bool) -> None:
     if not folder.exists() or not any(folder.iterdir()):
         return
     if resume and not is_unfinished(folder) and (folder / MANIFEST).is_file() and not overwrite:
+        found = finished_run(folder)
+        if found is not None and found[0] == key:
+            raise OutputError(
+                f"{folder} is finished: there is nothing to resume; replace it with --overwrite, or name another folder"
+            )
         raise OutputError(
             f"{folder} holds the finished output of another recipe or source; "
             "name another folder, or replace it with --overwrite"
         )
     if resume and is_unfinished(folder):
-        found = key_of(folder)
-        if found not in (None, key) and not overwrite:
+        begun_with = key_of(folder)
+        if begun_with not in (None, key) and not overwrite:
             raise OutputError(
-                f"{folder} was begun with another recipe or source (key {found}, now {key}); "
+                f"{folder} was begun with another recipe or source (key {begun_with}, now {key}); "
                 "resume with the same ones, or start again with --overwrite"
             )
         return

@@ -105,6 +105,12 @@ def quantization_config(layers: Mapping[str, StoredLayer]) -> dict[str, Any]:
     }
 
 
+def own_quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The `quantization_config` of a fracbit checkpoint in its config.json; None for any other model."""
+    found = config.get("quantization_config")
+    return found if isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD else None
+
+
 def read_layers(config: Mapping[str, Any]) -> dict[str, StoredLayer]:
     """The layers of a `quantization_config`. Raises `FormatError` for another version or a broken entry."""
     version = config.get("format_version")

@@ -42,7 +42,7 @@ def load(
 
     Tensors that are missing, foreign or of another shape are errors, and so are packed values that no quantizer makes. `verify`
     also compares every tensor with its hash in the manifest, which reads the files twice.
-    `deterministic`: packed products give a row the same bits in any batch, which takes longer for many rows (docs/serving.md).
+    `deterministic`: products give a row the same bits in any batch, which takes longer for many rows (docs/serving.md).
     `device` "auto" spreads the blocks over all GPUs of this process (accelerate: the extra `fracbit[device-map]`).
     Raises `SourceError` when it cannot be read, `FormatError` when it is unfinished or of another format version, `KernelError`
     when no kernel here is deterministic.

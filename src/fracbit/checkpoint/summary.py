@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fracbit.checkpoint.folder import MANIFEST
-from fracbit.checkpoint.format import QUANT_METHOD, StoredLayer, read_layers, tensor_name
+from fracbit.checkpoint.format import StoredLayer, own_quantization, read_layers, tensor_name
 from fracbit.checkpoint.opened import open_checkpoint
 from fracbit.checkpoint.read_manifest import manifest_of
 from fracbit.checkpoint.source import FLOATS, Source, TensorInfo
@@ -29,8 +29,8 @@ def summarize(model: str) -> dict[str, Any]:
     """
     # The quantized layers, then what is left of the files.
     source = open_checkpoint(model)
-    quantization = source.config.get("quantization_config") or {}
-    stored = read_layers(quantization) if quantization.get("quant_method") == QUANT_METHOD else {}
+    quantization = own_quantization(source.config)
+    stored = {} if quantization is None else read_layers(quantization)
     errors = _errors(source)
     if source.decodings:
         return _of_codes(model, source, errors)

@@ -18,7 +18,7 @@ import torch
 
 from fracbit.checkpoint.complete import check_headers, check_listed, listed_tensors
 from fracbit.checkpoint.folder import MANIFEST
-from fracbit.checkpoint.format import QUANT_METHOD, StoredLayer, packed_layer, read_layers
+from fracbit.checkpoint.format import StoredLayer, own_quantization, packed_layer, read_layers
 from fracbit.checkpoint.formats.gguf_record import lone_file, unchanged
 from fracbit.checkpoint.opened import open_checkpoint
 from fracbit.checkpoint.output import file_hash
@@ -110,10 +110,8 @@ def _contents(source: Source, listed: Mapping[str, StoredTensor], progress: Show
 
 def _layers(source: Source) -> Mapping[str, StoredLayer]:
     """The quantized layers; none in a float model. Raises `FormatError`."""
-    config = source.config.get("quantization_config")
-    if not isinstance(config, dict) or config.get("quant_method") != QUANT_METHOD:
-        return {}
-    return read_layers(config)
+    quantization = own_quantization(source.config)
+    return {} if quantization is None else read_layers(quantization)
 
 
 def _structure(source: Source) -> Iterator[str]:

@@ -7,13 +7,14 @@ tensors and `release` takes them away again.
 """
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import nn
 
 from fracbit.errors import SourceError, WeightError
 from fracbit.kernels import choose
-from fracbit.models.blocks import is_transposed, weight_of
+from fracbit.models.blocks import is_linear, is_transposed, weight_of
 from fracbit.models.family import Family
 from fracbit.models.quant_linear import QuantEmbedding, QuantLinear
 
@@ -57,12 +58,27 @@ def replace(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
 
 
 def make_deterministic(model: nn.Module, wanted: bool = True) -> None:
-    """Let every packed product give a row the same bits in any batch, or no longer. Raises `KernelError` where none can."""
+    """Let every product with a weight give a row the same bits in any batch, or no longer.
+
+    Packed products then go by rows of codes alone, and those with float weights row by row: torch's sums depend on how many
+    rows there are. Raises `KernelError` where no kernel of a packed weight can.
+    """
     packed = [module for module in model.modules() if isinstance(module, QuantLinear | QuantEmbedding)]
     for module in packed:
         choose(module.scheme, module.get_buffer("weight").device, module.shape).runner(wanted)
     for module in packed:
         module.make_deterministic(wanted)
+    for linear in (module for module in model.modules() if is_linear(module)):
+        linear.__dict__.pop("forward", None)
+        if wanted:
+            linear.forward = partial(_row_by_row, linear)
+
+
+def _row_by_row(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What a float `linear` gives for `x` [..., in], each row multiplied alone: [..., out]."""
+    forward = type(linear).forward
+    rows = [forward(linear, row[None]) for row in x.reshape(-1, x.shape[-1])]  # each [1, out]
+    return torch.cat(rows).view(*x.shape[:-1], -1) if rows else forward(linear, x)
 
 
 def untie_head(model: nn.Module, family: Family) -> None:

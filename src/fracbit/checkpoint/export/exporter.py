@@ -31,7 +31,13 @@ from fracbit.checkpoint.export.one_file import (
     partial_of,
 )
 from fracbit.checkpoint.folder import check_output
-from fracbit.checkpoint.format import QUANT_METHOD, StoredLayer, packed_layer, read_layers, tensor_name
+from fracbit.checkpoint.format import (
+    StoredLayer,
+    own_quantization,
+    packed_layer,
+    read_layers,
+    tensor_name,
+)
 from fracbit.checkpoint.opened import model_config, open_checkpoint
 from fracbit.checkpoint.output import Output, copy_rest, open_output
 from fracbit.checkpoint.read_manifest import manifest_of
@@ -246,10 +252,12 @@ def export(
     stored = fitted(stored, exporter, format, requantize=requantize)
     place = (work or partial_of(output)) if one else output
     task = ExportTask(exporter, format, stored, output=output, place=place, passing=work is not None)
-    if one and resume and (before := made_record(output) or {}).get("run") == task.key:
-        shutil.rmtree(place, ignore_errors=True)  # the run was killed between its last two steps
+    if resume and (before := made_record(output) or {}).get("run") == task.key:
+        if one:
+            shutil.rmtree(place, ignore_errors=True)  # the run was killed between its last two steps
         again = {name: LayerRecord.from_json(layer) for name, layer in before["requantized"].items()}
-        return _exported(task, [output], again, divergence=before.get("divergence"))
+        held = [output] if one else [output / name for name in sorted(_weight_files(before))]
+        return _exported(task, held, again, divergence=before.get("divergence"))
     check_output(place, task.key, overwrite, resume)
     divergence = None if measure is None else measure(stored)
     with (
@@ -284,6 +292,10 @@ def _finish_folder(
     target.finish(config, manifest)
 
 
+def _weight_files(manifest: Mapping[str, Any]) -> set[str]:
+    return {str(tensor["file"]) for tensor in manifest["tensors"].values()}
+
+
 def _exported(
     task: ExportTask,
     files: Sequence[Path],
@@ -307,8 +319,8 @@ def exporter_of(asked: str) -> Exporter:
 def open_stored(checkpoint: str | Path, trust_remote_code: bool = False) -> StoredModel:
     """Open a finished fracbit checkpoint; no tensor is read. Raises `FormatError` for any other model."""
     source = open_checkpoint(checkpoint, trust_remote_code)
-    quantization = source.config.get("quantization_config") or {}
-    if quantization.get("quant_method") != QUANT_METHOD:
+    quantization = own_quantization(source.config)
+    if quantization is None:
         raise FormatError(
             f"{source.name} is not a fracbit checkpoint; quantize it first with `fracbit quantize`"
         )

@@ -12,7 +12,7 @@ INPUTS  := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/fracbit/
 INSTALL := $(BIN)/python -m pip install --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test lint format types contracts check coverage engines bench examples docs links clean distclean
+.PHONY: help venv install demo test chaos lint format types contracts check coverage engines bench examples docs links clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -42,6 +42,12 @@ demo: $(VENV)/.installed ## quantize and evaluate the bundled model
 
 test: $(VENV)/.installed-dev ## run the whole test suite
 	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST)
+
+MINUTES ?= 10
+
+chaos: $(VENV)/.installed-dev ## try at random what must never happen; MINUTES=600 for a night
+	@mkdir -p build/chaos
+	$(BIN)/python bench/trust.py --work build/chaos --minutes $(MINUTES) --json build/chaos/trust.json
 
 lint: $(VENV)/.installed-dev ## ruff: rules and format
 	$(BIN)/ruff check

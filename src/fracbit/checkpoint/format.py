@@ -135,7 +135,7 @@ def _read(where: str, make: Callable[[Any], T], value: Any) -> T:
     try:
         with blamed_on(what, FormatError, parsing=True):
             return make(value)
-    except SchemeError as error:
+    except (SchemeError, FormatError) as error:
         raise FormatError(f"{what}: {error}") from error
 
 

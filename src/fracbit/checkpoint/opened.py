@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -95,7 +95,9 @@ def opened_source(
     source: Source, config: PreTrainedConfig, trust_remote_code: bool = False, untied: bool = False
 ) -> Opened:
     """A source with the skeleton of its model. Raises `SourceError` where a tensor does not fit the model."""
-    shell, family = _shell(source, config, trust_remote_code)
+    with _naming_the_field(source):
+        shell = skeleton(config, trust_remote_code=trust_remote_code)
+        family = family_of(shell)
     opened = Opened(source, shell, family=family, trust_remote_code=trust_remote_code, untied=untied)
     opened = _with_turned(opened)
     _check_fit(opened)
@@ -107,7 +109,8 @@ def model_config(source: Source, trust_remote_code: bool = False) -> PreTrainedC
     if not trust_remote_code and "auto_map" in source.config and _unknown(source):
         raise SourceError(f"{source.name} runs code of its own; if you trust it, pass --trust-remote-code")
     _check_depth(source)
-    with blamed_on(f"{source.name}: transformers cannot read its config.json", SourceError):
+    what = f"{source.name}: transformers cannot read its config.json"
+    with _naming_the_field(source), blamed_on(what, SourceError):
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     assert isinstance(config, PreTrainedConfig)
     if source.quantization or source.decoded:
@@ -127,13 +130,11 @@ def _check_depth(source: Source) -> None:
                 )
 
 
-def _shell(
-    source: Source, config: PreTrainedConfig, trust_remote_code: bool
-) -> tuple[PreTrainedModel, Family]:
-    """The skeleton of a source and its family. Raises `SourceError` naming the field that is wrong."""
+@contextmanager
+def _naming_the_field(source: Source) -> Iterator[None]:
+    """Let an error of a config name the field without which its model could be built, where it is one alone."""
     try:
-        shell = skeleton(config, trust_remote_code=trust_remote_code)
-        return shell, family_of(shell)
+        yield
     except SourceError as error:
         field = _culprit(source)
         if field is None:
@@ -145,17 +146,19 @@ def _shell(
 
 
 def _culprit(source: Source) -> str | None:
-    """The field of config.json without which the model can be built; None where it is not one alone."""
+    """The field of config.json without which, or with 1 for it, the model can be built; None where it is not one alone."""
     if _unknown(source):
         return None
     until = time.monotonic() + SEEKING
-    for field in source.config:
-        rest = {name: value for name, value in source.config.items() if name not in (field, *KEYS)}
-        if field == "model_type" or time.monotonic() > until:
-            continue
-        with suppress(SourceError), blamed_on("", SourceError):
-            family_of(skeleton(AutoConfig.for_model(**rest)))
-            return field
+    plain = {name: value for name, value in source.config.items() if name not in KEYS}
+    for field, value in plain.items():
+        rest = {name: each for name, each in plain.items() if name != field}
+        for other in [rest, {**rest, field: 1}] if isinstance(value, int) else [rest]:
+            if field == "model_type" or time.monotonic() > until:
+                continue
+            with suppress(SourceError), blamed_on("", SourceError):
+                family_of(skeleton(AutoConfig.for_model(**other)))
+                return field
     return None
 
 

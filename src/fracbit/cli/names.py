@@ -11,6 +11,7 @@ from fracbit.checkpoint.place import check_model
 from fracbit.errors import DataError, FormatError, RecipeError, SchemeError, check_choice, near_matches
 from fracbit.records.allocation import read_level
 from fracbit.records.extras import check_extra
+from fracbit.records.files import output_path
 from fracbit.records.recipe import Recipe
 from fracbit.records.scheme import Scheme
 from fracbit.records.spending import Spending, check_terms
@@ -60,7 +61,7 @@ def check_better(output: Path, calibration: Sequence[str], *, overwrite: bool, r
     """Raises as `tweak` and `refine` for texts that are not there and a folder that may not be written."""
     check_texts(read=calibration)
     if not resume:
-        check_output(output.expanduser(), "", overwrite, resume)
+        check_output(output_path(output), "", overwrite, resume)
 
 
 def check_format(format_: str) -> None:

@@ -75,6 +75,11 @@ def _layer() -> type[nn.Module]:
             layer: Any = self
             layer.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
 
+        def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+            """The sizes of a packed linear, which peft cannot know."""
+            held: Any = module
+            return held.in_features, held.out_features
+
         def forward(self, x: Tensor) -> Tensor:
             """`x` [..., in] -> [..., out] in the type of `x`."""
             layer: Any = self

@@ -37,6 +37,7 @@ from fracbit.pipeline.quantize.run import FINISHED, open_for, write_checkpoint
 from fracbit.pipeline.quantize.served import served
 from fracbit.pipeline.quantize.work import check_words
 from fracbit.pipeline.study.overlap import calibration_sources, overlap_notes
+from fracbit.records.files import output_path
 from fracbit.records.progress import Shown, showing
 from fracbit.records.recipe import Recipe
 from fracbit.records.run import ALLOWED, Result
@@ -83,7 +84,7 @@ def quantize(
     spending = spending or Spending()
     check_terms(recipe, spending)
     check_words(recipe)
-    folder = Path(output).expanduser()
+    folder = output_path(output)
     place = made_in(folder, spending.engine, resume=resume, overwrite=overwrite)
     opened = open_for(recipe)
     said: tuple[str, ...] = ()

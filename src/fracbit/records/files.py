@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fracbit.errors import FormatError, FracbitError, OutputError
 
 DEEPEST = 100
+SHOWN = 60  # letters of a name in a message
 JSON_TYPES: dict[type, str] = {dict: "an object", list: "an array", str: "a string"}
+
+
+def output_path(path: str | Path) -> Path:
+    """A place to write, as the user names it. Raises `OutputError` for a name that no file system can hold."""
+    try:
+        found = Path(path).expanduser()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            found.lstat()
+        return found
+    except (OSError, ValueError, RuntimeError) as error:
+        shown = str(path) if len(str(path)) <= SHOWN else f"{str(path)[:SHOWN]}..."
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise OutputError(f"{shown!r} cannot be written ({reason}); name another place") from error
 
 
 def check_file(path: Path) -> None:
     """Refuse, before any work, a file that could not be written. Raises `OutputError`."""
+    path = output_path(path)
     if path.is_dir():
         raise OutputError(f"{path} is a folder; name a file")
     if not path.absolute().parent.is_dir():

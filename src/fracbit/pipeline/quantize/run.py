@@ -26,6 +26,7 @@ from fracbit.pipeline.quantize.share import share_of
 from fracbit.pipeline.quantize.stream import stream_shards
 from fracbit.pipeline.quantize.tried import try_blocks
 from fracbit.pipeline.quantize.work import Work, prepare
+from fracbit.records.files import output_path
 from fracbit.records.progress import Progress
 from fracbit.records.recipe import Recipe
 from fracbit.records.resources import peak_rss
@@ -58,7 +59,7 @@ def write_checkpoint(
     if not 0 <= allow_float <= 1:
         raise RecipeError(f"allow_float is a share of the blocks' matrices, 0 to 1; got {allow_float}")
     started = time.perf_counter()
-    folder = Path(output).expanduser()
+    folder = output_path(output)
     opened = opened or open_for(recipe)
     check_apart(folder, opened.source.folder)
     work = prepare(recipe, opened, shard_bytes=shard_bytes, device=device, samples=samples, progress=progress)

@@ -22,6 +22,7 @@ from fracbit.errors import RecipeError, SourceError, near_matches
 from fracbit.models.blocks import blocks
 from fracbit.models.origin import origins
 from fracbit.models.skeleton import skeleton
+from fracbit.records.files import output_path
 from fracbit.records.run import ShardRecord
 from fracbit.records.scores import Scores, check_scores
 
@@ -81,7 +82,7 @@ def prune(
     One shard is in memory at a time; tokenizer, generation config and licenses are copied. Raises `RecipeError` for
     names that are not blocks or for all blocks, `SourceError` when the config has no count of blocks, `OutputError`.
     """
-    folder, opened = Path(output), model if isinstance(model, Opened) else open_float(model)
+    folder, opened = output_path(output), model if isinstance(model, Opened) else open_float(model)
     check_apart(folder, opened.source.folder)
     kept = _kept([name for name, _ in blocks(opened.model, opened.family)], dropped)
     config = _smaller_config(opened, kept)

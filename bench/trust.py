@@ -2,8 +2,9 @@
 
     python bench/trust.py --work FOLDER --minutes 10 [--kinds checkpoint "full disk"] [--json bench/results/trust.json]
 
-Makes the table of docs/trust.md. Kinds take turns until the minutes are over; it ends with 1 where a trial broke a law. A trial is
-a kind and a number, which make the same change each time: `--kinds source --first 17 --one` repeats one. tests/chaos has the laws.
+Makes the table of docs/trust.md. Kinds take turns until the minutes are over; it ends with 1 where a trial broke a law. A trial
+is a kind and a number, which make the same change each time: `--kinds source --first 17 --one` repeats one. The laws stand in
+tests/chaos.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def test_fingerprints_tell_models_apart() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("[]", "expected an object"),
+        ("[]", "expected a JSON object"),
         ("{", "not JSON"),
         ('{"scores": 9}', "version"),
         ('{"scores": 1}', "lacks the keys"),
@@ -138,7 +138,10 @@ def test_fingerprints_tell_models_apart() -> None:
             '{"scores": 1, "method": "m", "model": "", "kind": "order", "values": {"a": "x"}}',
             "expected a number",
         ),
-        ('{"scores": 1, "method": "m", "model": "", "kind": "order", "values": [1]}', "expected an object"),
+        (
+            '{"scores": 1, "method": "m", "model": "", "kind": "order", "values": [1]}',
+            "expected a JSON object",
+        ),
         (
             '{"scores": 1, "method": "m", "model": "", "kind": "order", "values": {"a": 1}, "protocol": [1]}',
             "protocol of scores",
@@ -171,7 +174,7 @@ def test_a_file_that_cannot_be_written_is_one_of_our_errors(tmp_path: Path) -> N
     [
         ({"allocation": 2}, "version"),
         ({"allocation": 1, "schemes": []}, "lacks the keys"),
-        ({"allocation": 1, "schemes": [3], "layers": {}}, "expected an object"),
+        ({"allocation": 1, "schemes": [3], "layers": {}}, "expected a JSON object"),
         ({"allocation": 1, "schemes": [], "layers": [0]}, "layers of allocation"),
         ({"allocation": 1, "schemes": [], "layers": {"a": 0}}, "has scheme number 0"),
     ],

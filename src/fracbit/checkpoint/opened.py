@@ -28,6 +28,7 @@ from fracbit.models.family import Family
 from fracbit.models.find import family_of
 from fracbit.models.origin import Origins, origins
 from fracbit.models.skeleton import Layer, quantizable, skeleton, towers
+from fracbit.records.files import named_path
 
 MOST_LAYERS = 1024
 """A config may count as many, even if its files hold fewer tensors: models that share weights between layers do."""
@@ -272,7 +273,7 @@ def open_checkpoint(
 
 def check_finished(model: str | Path) -> None:
     """Raises `FormatError` for the output of a run that did not end."""
-    if is_unfinished(Path(model).expanduser()):
+    if is_unfinished(named_path(model, SourceError)):
         raise FormatError(
             f"{model} is the unfinished output of `fracbit quantize`; continue it with --resume"
         )

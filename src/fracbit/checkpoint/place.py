@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fracbit.bundled import BUNDLED, bundled_model
 from fracbit.errors import SourceError, near_matches
+from fracbit.records.files import named_path
 
 GGUF = ".gguf"
 CONFIGS = ("config.json", "adapter_config.json")
@@ -38,7 +39,7 @@ def check_model(model: str, revision: str | None = None) -> None:
 
 def _local(model: str) -> Path | None:
     """The folder or file of a name here; None for a hub id. Raises `SourceError` for anything else."""
-    path = Path(model).expanduser()
+    path = named_path(model, SourceError)
     if path.is_dir() or (path.is_file() and path.suffix == GGUF):
         return path
     if model == BUNDLED:

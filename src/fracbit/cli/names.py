@@ -8,10 +8,18 @@ from pathlib import Path
 from fracbit.checkpoint.export.one_file import FORMATS_OF, check_ending, check_file, is_one_file
 from fracbit.checkpoint.folder import check_output
 from fracbit.checkpoint.place import check_model
-from fracbit.errors import DataError, FormatError, RecipeError, SchemeError, check_choice, near_matches
+from fracbit.errors import (
+    DataError,
+    FormatError,
+    OutputError,
+    RecipeError,
+    SchemeError,
+    check_choice,
+    near_matches,
+)
 from fracbit.records.allocation import read_level
 from fracbit.records.extras import check_extra
-from fracbit.records.files import output_path
+from fracbit.records.files import named_path
 from fracbit.records.recipe import Recipe
 from fracbit.records.scheme import Scheme
 from fracbit.records.spending import Spending, check_terms
@@ -61,7 +69,7 @@ def check_better(output: Path, calibration: Sequence[str], *, overwrite: bool, r
     """Raises as `tweak` and `refine` for texts that are not there and a folder that may not be written."""
     check_texts(read=calibration)
     if not resume:
-        check_output(output_path(output), "", overwrite, resume)
+        check_output(named_path(output, OutputError), "", overwrite, resume)
 
 
 def check_format(format_: str) -> None:

@@ -13,9 +13,9 @@ from fracbit.checkpoint.folder import check_output
 from fracbit.cli import options
 from fracbit.cli.names import check_dtype, check_models, check_score, check_texts
 from fracbit.cli.show import bytes_text, print_json, print_notes, print_table, progress
-from fracbit.errors import RecipeError
+from fracbit.errors import OutputError, RecipeError
 from fracbit.records.allocation import read_level
-from fracbit.records.files import output_path
+from fracbit.records.files import named_path
 from fracbit.records.spending import LENGTH, SAMPLES
 from fracbit.report.pictures import check_picture, draw_lines
 
@@ -74,7 +74,7 @@ def prune(
     for level in (high, low):
         check_dtype(read_level(level))
     if output is not None:
-        check_output(output_path(output), "", overwrite, resume=False)
+        check_output(named_path(output, OutputError), "", overwrite, resume=False)
     check_texts(read=[text], judged=[held_out])
     check_models(model)
     from fracbit.pipeline.plan.pruning import prune_by_score

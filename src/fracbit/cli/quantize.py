@@ -25,8 +25,8 @@ from fracbit.cli.show import (
     print_table,
     progress,
 )
-from fracbit.errors import RecipeError
-from fracbit.records.files import output_path
+from fracbit.errors import OutputError, RecipeError
+from fracbit.records.files import named_path
 from fracbit.records.tables import SERVING
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def quantize(
         raise RecipeError(f"run.shard_mb must be at least 1 (MB), got {made.run.shard_mb}")
     check_model(made.recipe.model, made.recipe.revision)
     engine = made.spending.engine
-    made_in(output_path(output), engine, resume=resume, overwrite=overwrite)
+    made_in(named_path(output, OutputError), engine, resume=resume, overwrite=overwrite)
     check_format(SERVING.get(engine, "") if engine else "")
     long = made.recipe.calibration is not None or made.spending.preset is not None
     with progress(json or quiet) as show:

@@ -11,6 +11,7 @@ from fracbit.cli import options
 from fracbit.cli.names import check_models, check_texts
 from fracbit.cli.show import print_json
 from fracbit.errors import DataError
+from fracbit.records.files import named_path
 
 KINDS = ("continuation", "lambada")
 
@@ -62,7 +63,7 @@ def task(
     from fracbit.evaluation import write_continuation, write_lambada
 
     if kind == "lambada" or model is None:
-        written = write_lambada(Path(source), output)
+        written = write_lambada(named_path(source, DataError), output)
     else:
         texts = _texts(source, model)
         written = write_continuation(

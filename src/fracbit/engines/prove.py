@@ -30,6 +30,7 @@ from fracbit.engines.compared_with import ComparedWith, compared_with
 from fracbit.engines.engine import ENGINES, RUNNERS, ServingEngine
 from fracbit.engines.environments import ENVIRONMENTS, environment
 from fracbit.errors import EngineError, FormatError, near_matches
+from fracbit.records.files import named_path
 
 PROOF = "proof.json"
 TEXT = "bundled:held-out"
@@ -112,7 +113,7 @@ def prove(
     The engine's environment is made below `environments` when it is missing, which needs a package index; `announce` is told.
     Raises `EngineError`, `RecipeError` for an unknown engine, `FormatError`, `SourceError`, `DataError`.
     """
-    path = Path(folder).expanduser()
+    path = named_path(folder, EngineError)
     manifest = _manifest(path)
     asked = str(manifest["exported"])
     name, runs = _engine(engine, asked)

@@ -17,7 +17,7 @@ from fracbit.checkpoint.export.one_file import made_in
 from fracbit.checkpoint.load import load, load_tokenizer, tokenizer_or_none
 from fracbit.checkpoint.output import SHARD_BYTES
 from fracbit.data import ID_FORMATS, Tokens, read_documents
-from fracbit.errors import DataError, RecipeError
+from fracbit.errors import DataError, OutputError, RecipeError
 from fracbit.evaluation import (
     Divergence,
     Ids,
@@ -37,7 +37,7 @@ from fracbit.pipeline.quantize.run import FINISHED, open_for, write_checkpoint
 from fracbit.pipeline.quantize.served import served
 from fracbit.pipeline.quantize.work import check_words
 from fracbit.pipeline.study.overlap import calibration_sources, overlap_notes
-from fracbit.records.files import output_path
+from fracbit.records.files import named_path
 from fracbit.records.progress import Shown, showing
 from fracbit.records.recipe import Recipe
 from fracbit.records.run import ALLOWED, Result
@@ -84,7 +84,7 @@ def quantize(
     spending = spending or Spending()
     check_terms(recipe, spending)
     check_words(recipe)
-    folder = output_path(output)
+    folder = named_path(output, OutputError)
     place = made_in(folder, spending.engine, resume=resume, overwrite=overwrite)
     opened = open_for(recipe)
     said: tuple[str, ...] = ()

@@ -15,22 +15,22 @@ SHOWN = 60  # letters of a name in a message
 JSON_TYPES: dict[type, str] = {dict: "an object", list: "an array", str: "a string"}
 
 
-def output_path(path: str | Path) -> Path:
-    """A place to write, as the user names it. Raises `OutputError` for a name that no file system can hold."""
+def named_path(path: str | Path, error: type[FracbitError]) -> Path:
+    """A place as the user names it. Raises `error` for a name that no file system can hold."""
     try:
         found = Path(path).expanduser()
         with suppress(FileNotFoundError, NotADirectoryError):
             found.lstat()
         return found
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as found_out:
         shown = str(path) if len(str(path)) <= SHOWN else f"{str(path)[:SHOWN]}..."
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise OutputError(f"{shown!r} cannot be written ({reason}); name another place") from error
+        reason = found_out.strerror if isinstance(found_out, OSError) else found_out
+        raise error(f"{shown!r} is no name of a file or folder ({reason}); name another one") from found_out
 
 
 def check_file(path: Path) -> None:
     """Refuse, before any work, a file that could not be written. Raises `OutputError`."""
-    path = output_path(path)
+    path = named_path(path, OutputError)
     if path.is_dir():
         raise OutputError(f"{path} is a folder; name a file")
     if not path.absolute().parent.is_dir():

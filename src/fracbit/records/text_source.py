@@ -32,12 +32,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from fracbit.errors import DataError, near_matches
 from fracbit.records.extras import check_extra
+from fracbit.records.files import named_path
 
 TextKind = Literal["file", "datasets", "bundled", "builtin", "generated"]
 Format = Literal[
@@ -125,6 +127,13 @@ class TextSource:
         return self.text
 
 
+def _is_file(text: str) -> bool:
+    """Whether the whole text names a file; with its options it may be longer than a name can be."""
+    with suppress(DataError):
+        return named_path(text, DataError).is_file()
+    return False
+
+
 def parse_source(text: str) -> TextSource:
     """Parse one source string; files are not opened, but the exact name of a file wins over the grammar.
 
@@ -132,7 +141,7 @@ def parse_source(text: str) -> TextSource:
     """
     if not text.strip():
         raise DataError("an empty source: write a path, datasets:NAME, bundled, builtin or generated.")
-    if Path(text).is_file():
+    if _is_file(text):
         return _source(text, text, {}, 1.0)
     rest, weight = _split_weight(text)
     location, _, options = rest.partition("?")
@@ -169,7 +178,7 @@ def divided(source: TextSource) -> tuple[TextSource, ...]:
 
 def find_file(source: TextSource) -> Path:
     """The file of a source. Raises: DataError when there is none."""
-    path = Path(source.location)
+    path = named_path(source.location, DataError)
     if not path.exists():
         raise DataError(f"{source.location}: no such file (in the folder {Path.cwd()}).")
     if not path.is_file():

@@ -17,7 +17,7 @@ from typing import Any
 
 from fracbit.errors import DataError, OutputError
 from fracbit.records.extras import check_extra
-from fracbit.records.files import output_path
+from fracbit.records.files import named_path
 from fracbit.records.row import Row, label
 from fracbit.report import fit
 from fracbit.report.command import command_of, recipe_of
@@ -30,7 +30,7 @@ SLICES_WITH_OFFSETS = 60
 def write_page(rows: Sequence[Row], path: Path, title: str = "Bits and loss") -> None:
     """Write the page. Raises `DataError` when there is nothing to show, `OutputError` when it cannot be written."""
     text = page(rows, title)
-    path = output_path(path)
+    path = named_path(path, OutputError)
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")

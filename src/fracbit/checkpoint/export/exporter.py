@@ -43,11 +43,11 @@ from fracbit.checkpoint.output import Output, copy_rest, open_output
 from fracbit.checkpoint.read_manifest import manifest_of
 from fracbit.checkpoint.shards import check_apart
 from fracbit.checkpoint.source import Source, read_tensor
-from fracbit.errors import FormatError
+from fracbit.errors import FormatError, OutputError
 from fracbit.models.skeleton import skeleton
 from fracbit.numerics.packed import PackedTensor, part_shapes
 from fracbit.records import tables
-from fracbit.records.files import output_path
+from fracbit.records.files import named_path
 from fracbit.records.grouped import some_of
 from fracbit.records.progress import Progress, Shown, showing
 from fracbit.records.run import LayerRecord, ShardRecord
@@ -241,7 +241,7 @@ def export(
     before anything is written.
     Raises `RecipeError` for an unknown format, `FormatError` for a layer that it cannot hold, `SourceError`, `OutputError`.
     """
-    exporter, output = exporter_of(format), output_path(output)
+    exporter, output = exporter_of(format), named_path(output, OutputError)
     check_ending(output, format, f"export {FORMATS_OF.get(output.suffix)}")
     stored = open_stored(checkpoint, trust_remote_code)
     stored = stored if like is None else replace(stored, layers=like)

@@ -38,7 +38,7 @@ from fracbit.pipeline.quantize.block import HELD_OUT
 from fracbit.pipeline.quantize.work import batch_of
 from fracbit.pipeline.study.texts import calibration_samples, writer_of
 from fracbit.records.calibration import Calibration
-from fracbit.records.files import output_path
+from fracbit.records.files import named_path
 from fracbit.records.grouped import grouped
 from fracbit.records.norm_methods import ON_PREDICTIONS, ON_TEXT, check_norm_method
 from fracbit.records.progress import Progress, Shown, showing
@@ -200,7 +200,7 @@ def _fault(source: Source, plain: str) -> str:
 
 def _improved(asked: Task, work: Moving, check: Callable[[Twins], object]) -> Improved:
     """Open, check, draw samples, do the `work` on a copy and finish it."""
-    started, output = time.perf_counter(), output_path(asked.output)
+    started, output = time.perf_counter(), named_path(asked.output, OutputError)
     check_device(asked.device)
     _check_output(asked, output)
     twins = open_twins(asked.checkpoint, asked.against, asked.trust_remote_code)

@@ -15,6 +15,7 @@ from fracbit.checkpoint.source import Source, fingerprint, open_source, read_ten
 from fracbit.errors import FormatError, SourceError
 from fracbit.models.blocks import blocks
 from fracbit.models.origin import Origin
+from fracbit.records.files import named_path
 from fracbit.records.version import __version__
 
 ALIKE = 0.3  # cosine between a weight and what it was rounded to; even 2 bits keep 0.8, and those of two models have 0
@@ -51,7 +52,7 @@ def open_twins(
     """Open both and refuse what does not belong together, from headers and two weights. Raises `SourceError`, `FormatError`."""
     check_finished(checkpoint)
     _check_foreign(
-        open_source(str(checkpoint), trust_remote_code=trust_remote_code), Path(checkpoint).expanduser()
+        open_source(str(checkpoint), trust_remote_code=trust_remote_code), named_path(checkpoint, SourceError)
     )
     coded = open_float(checkpoint, trust_remote_code=trust_remote_code)
     if against is None:

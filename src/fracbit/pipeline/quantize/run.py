@@ -17,7 +17,7 @@ from fracbit.checkpoint.opened import Opened, open_float
 from fracbit.checkpoint.output import SHARD_BYTES, Shards, open_output
 from fracbit.checkpoint.shards import check_apart
 from fracbit.data import Samples
-from fracbit.errors import FormatError, RecipeError
+from fracbit.errors import FormatError, OutputError, RecipeError
 from fracbit.models.attention import native_attention
 from fracbit.pipeline.quantize.calibrated import SPILL_BYTES, calibrate_shards
 from fracbit.pipeline.quantize.manifest import finish
@@ -26,7 +26,7 @@ from fracbit.pipeline.quantize.share import share_of
 from fracbit.pipeline.quantize.stream import stream_shards
 from fracbit.pipeline.quantize.tried import try_blocks
 from fracbit.pipeline.quantize.work import Work, prepare
-from fracbit.records.files import output_path
+from fracbit.records.files import named_path
 from fracbit.records.progress import Progress
 from fracbit.records.recipe import Recipe
 from fracbit.records.resources import peak_rss
@@ -59,7 +59,7 @@ def write_checkpoint(
     if not 0 <= allow_float <= 1:
         raise RecipeError(f"allow_float is a share of the blocks' matrices, 0 to 1; got {allow_float}")
     started = time.perf_counter()
-    folder = output_path(output)
+    folder = named_path(output, OutputError)
     opened = opened or open_for(recipe)
     check_apart(folder, opened.source.folder)
     work = prepare(recipe, opened, shard_bytes=shard_bytes, device=device, samples=samples, progress=progress)

@@ -15,11 +15,12 @@ from transformers import PreTrainedTokenizerBase
 from fracbit.checkpoint.read_manifest import read_manifest
 from fracbit.data import Tokens, parse_source, read_documents, shared_documents
 from fracbit.errors import DataError, FormatError
+from fracbit.records.files import named_path
 
 
 def calibration_sources(model: str | Path) -> tuple[dict[str, Any], ...]:
     """The calibration texts in a model's manifest: `source`, `sha256`, ...; empty for a model without a manifest."""
-    place = Path(model).expanduser()
+    place = named_path(model, DataError)
     try:
         texts = read_manifest(place).get("texts", ())
         return tuple(dict(source) for text in texts for source in text.get("sources", ()))

@@ -18,11 +18,11 @@ from fracbit.checkpoint.opened import Opened, open_float
 from fracbit.checkpoint.output import SHARD_BYTES, copy_rest, open_output
 from fracbit.checkpoint.shards import check_apart, cut_shards, write_index
 from fracbit.checkpoint.source import Source, read_tensor
-from fracbit.errors import RecipeError, SourceError, near_matches
+from fracbit.errors import OutputError, RecipeError, SourceError, near_matches
 from fracbit.models.blocks import blocks
 from fracbit.models.origin import origins
 from fracbit.models.skeleton import skeleton
-from fracbit.records.files import output_path
+from fracbit.records.files import named_path
 from fracbit.records.run import ShardRecord
 from fracbit.records.scores import Scores, check_scores
 
@@ -82,7 +82,10 @@ def prune(
     One shard is in memory at a time; tokenizer, generation config and licenses are copied. Raises `RecipeError` for
     names that are not blocks or for all blocks, `SourceError` when the config has no count of blocks, `OutputError`.
     """
-    folder, opened = output_path(output), model if isinstance(model, Opened) else open_float(model)
+    folder, opened = (
+        named_path(output, OutputError),
+        model if isinstance(model, Opened) else open_float(model),
+    )
     check_apart(folder, opened.source.folder)
     kept = _kept([name for name, _ in blocks(opened.model, opened.family)], dropped)
     config = _smaller_config(opened, kept)

@@ -76,7 +76,7 @@ def meant(word: str) -> str:
 
 
 def scheme_hint(word: str) -> str:
-    """For a word that is no scheme, what it means elsewhere or the nearest scheme, `...; `; "" where nothing is near."""
+    """For a word that is no scheme, what it means elsewhere or the nearest scheme; empty where nothing is near."""
     if meant(word):
         return f"write {meant(word)}; "
     said, mark, _ = near_matches(word.strip().lower(), USUAL).partition("? ")
@@ -84,6 +84,6 @@ def scheme_hint(word: str) -> str:
 
 
 def method_hint(name: str) -> str:
-    """How to have what a method of another program does, `...; `; "" for a name that is none."""
+    """How to have what a method of another program does; empty for a name that is none."""
     found = METHODS.get(name.lower().partition(":")[0])
     return f"{found}; " if found else ""

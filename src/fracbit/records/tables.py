@@ -72,7 +72,7 @@ class Table(Generic[T]):
 
 
 def elsewhere(name: str) -> str:
-    """Where a name belongs that another table has, `...; `; "" where none does."""
+    """Where a name belongs that another table has; empty where none does."""
     for table in globals().values():
         if isinstance(table, Table) and name in table:
             return f"it is {'an' if table.kind[0] in 'aeiou' else 'a'} {table.kind}: {table.written.format(name)}; "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fracbit.checkpoint.folder import MANIFEST
 from fracbit.checkpoint.formats.gguf_record import lone_file, record_of
-from fracbit.checkpoint.source import Source
 from fracbit.records.files import read_json
+
+if TYPE_CHECKING:
+    from fracbit.checkpoint.source import Source
 
 
 def beside(file: Path) -> Path:

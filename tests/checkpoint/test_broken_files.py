@@ -41,6 +41,7 @@ JSON_READERS = {
     "kernels/op.py": "a string that fracbit made",
     "checkpoint/source.py": "the header of a file that safetensors has read",
     "checkpoint/lock.py": "a record that may be half-written counts as none",
+    "checkpoint/formats/torchao.py": "metadata in the header of a safetensors file, whose errors name their tensor",
     "checkpoint/formats/gguf.py": "the text of a config that transformers made",
     "sweeps/parquet.py": "cells of a table, whose errors name their row",
     "engines/prove.py": "what a runner of ours wrote",

@@ -601,7 +601,7 @@ def test_files_of_a_tokenizer_that_llama_cpp_does_not_read_are_named(tmp_path: P
     ):
         export(done, tmp_path / "made", "gguf")
     (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(FormatError, match=r"tokenizer\.json cannot be read"):
+    with pytest.raises(FormatError, match=r"tokenizer\.json is not JSON"):
         vocabulary.read_json(folder / "tokenizer.json")
 
 

@@ -147,7 +147,7 @@ def test_what_is_broken_is_refused_by_name(tmp_path: Path) -> None:
     )
     refuses(rf"{UP} has 12288 bytes and \[383\] magnitudes, and 192 x 128 codes of 4 bits", coded)
     change_tensors(coded, lambda tensors: tensors.update({state: torch.tensor([123, 34], dtype=torch.uint8)}))
-    refuses(f"{state} cannot be read", coded)
+    refuses(f"{state} is not JSON", coded)
     change_tensors(coded, lambda tensors: tensors.pop(state))
     refuses(rf"holds {UP}[.\w]* in \w+, and what belongs to it is not there", coded)
     coded, _ = made(tmp_path / "eight", eight)

@@ -80,7 +80,7 @@ def test_a_folder_without_parts(folder: Path) -> None:
     (folder / "config.json").write_text("[1]")
     refuses(folder, "expected a JSON object")
     (folder / "config.json").write_text("{")
-    refuses(folder, "cannot be read")
+    refuses(folder, "is not JSON")
     (folder / "config.json").write_text(config)
     shards = sorted(folder.glob("*.safetensors"))
     shards[0].unlink()

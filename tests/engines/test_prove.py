@@ -206,7 +206,7 @@ def test_wrong_inputs_are_answered(exported: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(EngineError, match="no engine runs the format exl9"):
         fracbit.prove(exported, **how)
     (exported / MANIFEST).write_text("{")
-    with pytest.raises(FormatError, match=r"fracbit\.json cannot be read"):
+    with pytest.raises(FormatError, match=r"fracbit\.json is not JSON"):
         fracbit.prove(exported, **how)
     (exported / MANIFEST).write_text(json.dumps(manifest))
     broken = replace(ENGINES["transformers"], runner="run_mlx.py")

@@ -78,7 +78,7 @@ def test_labels_tell_schemes_apart(a: Scheme, b: Scheme) -> None:
         ("bits", 9, "from 1 to 8"),
         ("bits", 3.5, "from 1 to 8"),
         ("bits", True, "from 1 to 8"),
-        ("block", 0, "known: row, tensor, a number above 0, or flat:N"),
+        ("block", 0, "known: row, tensor, a number above 0, flat:N"),
         ("block", "rows", "row, tensor"),
         ("block", "flat:0", "flat:N"),
         ("block", "0x16", "ROWSxCOLUMNS"),

@@ -140,7 +140,7 @@ def test_fingerprints_tell_models_apart() -> None:
         ),
         (
             '{"scores": 1, "method": "m", "model": "", "kind": "order", "values": [1]}',
-            "expected a JSON object",
+            "expected an object",
         ),
         (
             '{"scores": 1, "method": "m", "model": "", "kind": "order", "values": {"a": 1}, "protocol": [1]}',
@@ -174,7 +174,7 @@ def test_a_file_that_cannot_be_written_is_one_of_our_errors(tmp_path: Path) -> N
     [
         ({"allocation": 2}, "version"),
         ({"allocation": 1, "schemes": []}, "lacks the keys"),
-        ({"allocation": 1, "schemes": [3], "layers": {}}, "expected a JSON object"),
+        ({"allocation": 1, "schemes": [3], "layers": {}}, "expected an object"),
         ({"allocation": 1, "schemes": [], "layers": [0]}, "layers of allocation"),
         ({"allocation": 1, "schemes": [], "layers": {"a": 0}}, "has scheme number 0"),
     ],

@@ -107,8 +107,15 @@ def opened_source(
 
 def model_config(source: Source, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Transformers' config of a source. Raises `SourceError` for an unknown model, or code that is not trusted."""
-    if not trust_remote_code and "auto_map" in source.config and _unknown(source):
-        raise SourceError(f"{source.name} runs code of its own; if you trust it, pass --trust-remote-code")
+    if _unknown(source) and not (trust_remote_code and "auto_map" in source.config):
+        if "auto_map" in source.config:
+            raise SourceError(
+                f"{source.name} runs code of its own; if you trust it, pass --trust-remote-code"
+            )
+        raise SourceError(
+            f"{source.name} is not a model that transformers knows: config.json says model_type = "
+            f"{source.config['model_type']}; install a newer transformers if it is a newer model"
+        )
     _check_depth(source)
     what = f"{source.name}: transformers cannot read its config.json"
     with _naming_the_field(source), blamed_on(what, SourceError):
@@ -176,7 +183,8 @@ def _forget_quantization(config: PreTrainedConfig) -> None:
 def _unknown(source: Source) -> bool:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    return source.config.get("model_type") not in CONFIG_MAPPING
+    named = source.config.get("model_type")
+    return isinstance(named, str) and named not in CONFIG_MAPPING
 
 
 def _check_float(source: Source) -> None:

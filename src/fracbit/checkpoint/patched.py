@@ -9,7 +9,6 @@ size stay. A step is done when its record stands in the journal; one that was cu
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -39,6 +38,7 @@ from fracbit.checkpoint.source import (
     tensor_pieces,
 )
 from fracbit.errors import FormatError
+from fracbit.records.files import read_json
 from fracbit.records.run import ShardRecord, StoredTensor
 
 FORGOTTEN = ("checkpoint", "files", "tensors", "requantized", "divergence")
@@ -69,7 +69,7 @@ class PatchedCopy:
         if not path.is_file():
             return None
         try:
-            return ShardRecord.from_json(json.loads(path.read_text()))
+            return ShardRecord.from_json(read_json(path))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FormatError(f"{path} cannot be read ({error}); start again with --overwrite") from error
 

@@ -252,8 +252,9 @@ def _locate(text: str, location: str) -> tuple[TextKind, str, str | None, str | 
         return "builtin", "builtin", None, tail or None
     if location == "generated":
         return "generated", location, None, None
-    if Path(location).is_dir():
-        return "datasets", location, None, None
+    folder = named_path(location, DataError)
+    if folder.is_dir():
+        return "datasets", str(folder), None, None
     return "file", location, None, None
 
 

@@ -13,7 +13,7 @@ for the inputs are folded into the weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,10 +55,12 @@ class AwqLayer:
             )
         return self.source.tensors[self.name + ending]
 
-    def part(self, ending: str, rows: int, axis: int = 0, units: int = 1) -> Part:
+    def part(
+        self, ending: str, rows: int, axis: int = 0, kinds: Sequence[str] = ("I32", "U32", "I16")
+    ) -> Part:
         """One of its tensors as a part."""
-        kinds = NUMBERS if ending in (SCALES, SCALED_ZEROS) else ("I32", "U32", "I16")
-        return Part(self.name + ending, rows=rows, axis=axis, units=units, kinds=kinds)
+        kinds = NUMBERS if ending == SCALES else kinds
+        return Part(self.name + ending, rows=rows, axis=axis, kinds=tuple(kinds))
 
     def group(self, width: int) -> int:
         """Inputs that share a scale."""
@@ -174,7 +176,7 @@ def _gemv_fast(layer: AwqLayer) -> Decoding:
 
     parts = {
         "words": layer.part(WORDS, rows=_OUTPUTS),
-        "zeros": layer.part(second, rows=1, axis=1),
+        "zeros": layer.part(second, rows=1, axis=1, kinds=NUMBERS),
         "scales": layer.part(SCALES, rows=1, axis=1),
     }
     info = TensorInfo(words.file, decoded_type(layer.source, scales), (out, width))

@@ -15,6 +15,7 @@ namespace fracbit {
 namespace {
 
 constexpr int64_t kMostWidth = 1 << 24;  // products of two widths fit into 64 bits with room to spare
+constexpr int64_t kMostTables = 1024;    // rotations or biases of a step
 
 const std::map<std::string, Function> kFunctions{
     {"identity", Function::identity}, {"silu", Function::silu}, {"gelu", Function::gelu}, {"gelu_tanh", Function::gelu_tanh},
@@ -83,7 +84,7 @@ class PyProgram {
     void rotate(const HeadsAt& all, int64_t rotation, int64_t count) {
         Rotate op;
         op.heads = heads(all);
-        op.rotation = in_range(rotation + 1, "rotation", kMostWidth) - 1;
+        op.rotation = table_at(rotation, 0, "rotation");
         if (count < 2 || count % 2 || count > op.heads.size) refuse("a rotation turns an even number of numbers of a head");
         if (rotations_.size() <= static_cast<size_t>(rotation)) rotations_.resize(static_cast<size_t>(rotation) + 1);
         rotations_[static_cast<size_t>(rotation)] = count;
@@ -106,7 +107,7 @@ class PyProgram {
         op.scale = static_cast<float>(scale);
         op.cap = static_cast<float>(cap);
         op.window = window < 0 ? 0 : window;
-        op.biases = biases < 0 ? -1 : biases;
+        op.biases = table_at(biases, -1, "biases");
         if (biases >= 0) {
             if (biases_.size() <= static_cast<size_t>(biases)) biases_.resize(static_cast<size_t>(biases) + 1);
             biases_[static_cast<size_t>(biases)] = op.queries.count;
@@ -197,7 +198,7 @@ class PyProgram {
 
     void advance(const Output& store, int64_t held, const Array& tokens, const Array& pads, const std::vector<std::pair<Array, Array>>& rotations,
                  const std::vector<Array>& biases, const Output& logits, int threads) {
-        if (store.ndim() != 6) refuse("the store must have shape [attentions, 2, batch, kv_heads, room, head]");
+        if (!has_dimensions(store, 6)) refuse("the store must have shape [attentions, 2, batch, kv_heads, room, head]");
         Store s{};
         s.batch = size_at(store, 2);
         s.room = size_at(store, 4);
@@ -231,6 +232,11 @@ class PyProgram {
     template <class Op>
     void add(Op op) {
         program_.add(std::make_unique<const Op>(std::move(op)));
+    }
+
+    static int64_t table_at(int64_t index, int64_t least, const char* name) {
+        if (index < least || index >= kMostTables) refuse(std::string(name) + " must be in " + std::to_string(least) + ".." + std::to_string(kMostTables - 1));
+        return index;
     }
 
     [[noreturn]] static int64_t refuse_offset() { refuse("positions begin inside their table"); }
@@ -280,7 +286,7 @@ class PyProgram {
             p = projection_of(nb::cast<const PackedWeight&>(given.first).weight());
         } else {
             const auto array = nb::cast<Array>(given.first);
-            if (array.ndim() != 2) refuse(std::string(name) + " must be a packed weight or an array [rows, columns]");
+            if (!has_dimensions(array, 2)) refuse(std::string(name) + " must be a packed weight or an array [rows, columns]");
             arrays_.push_back(array);
             p.rows = size_at(array, 0);
             p.columns = size_at(array, 1);

@@ -182,7 +182,9 @@ def hostile_call(grounds: object) -> Change:
             calls.append((name, arguments))
 
         def judge() -> str:
+            before = NATIVE.instruction_set()
             refused = sum(_is_refused(name, arguments) for name, arguments in calls)
+            NATIVE.choose_instruction_set(before)
             return f"refused: {refused} of {CALLS}" if refused else "unharmed: "
 
         return ", ".join(name for name, _ in calls), judge

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import fracbit
 from families import tiny_llama
 from fracbit.checkpoint.format import read_layers
+from fracbit.checkpoint.summary import summarize
 from fracbit.data import encode, read_documents
 from fracbit.data.encode import render_chat
 from fracbit.errors import (
@@ -171,6 +174,21 @@ def test_files_of_json_have_one_reader() -> None:
     assert found == JSON_READERS.keys()
 
 
+ASKED = re.compile(r"\.(exists|is_file|is_dir)\(\)$")
+
+
+def test_names_of_users_are_asked_for_in_one_way() -> None:
+    """`Path(text).exists()` raises OSError for a name that is too long; `named_path` says so in a sentence."""
+    found = [
+        f"{relative(path)}: {ast.unparse(node)}"
+        for path in MODULES
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Call) and ASKED.search(ast.unparse(node))
+        if isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value).startswith("Path(")
+    ]
+    assert found == []
+
+
 def test_others_errors_are_told_and_bugs_of_fracbit_keep_their_traceback() -> None:
     with pytest.raises(SourceError, match=r"^the file: TypeError"):  # noqa: SIM117
         with blamed_on("the file", SourceError):
@@ -229,3 +247,23 @@ def test_an_output_that_no_disk_can_hold_is_refused(source: Path, name: str) -> 
         fracbit.load(name)
     with pytest.raises(DataError):
         read_documents(f"{name}?length=4", None, 96)
+
+
+def test_a_broken_manifest_and_parquet_file_are_named(source: Path, tmp_path: Path) -> None:
+    fracbit.quantize(source, tmp_path / "q", Scheme("int", 4, 16), progress=None)
+    manifest = json.loads((tmp_path / "q" / "fracbit.json").read_text())
+    for layer in manifest["layers"].values():
+        layer["loss"] = "x"
+    (tmp_path / "q" / "fracbit.json").write_text(json.dumps(manifest))
+    with pytest.raises(FormatError, match=r"fracbit\.json of .* cannot be read"):
+        summarize(str(tmp_path / "q"))
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pytest.importorskip("pyarrow").table({"text": ["once", "more"]})
+    parquet.write_table(table, tmp_path / "d.parquet")
+    whole = bytearray((tmp_path / "d.parquet").read_bytes())
+    for place in range(4, len(whole), 7):
+        broken = whole.copy()
+        broken[place] ^= 0xFF
+        (tmp_path / "d.parquet").write_bytes(broken)
+        with contextlib.suppress(DataError):
+            read_documents(str(tmp_path / "d.parquet"), None, 96)

@@ -71,6 +71,7 @@ def _fetch(model: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -81,7 +82,7 @@ def _fetch(model: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
         return Path(
             snapshot_download(model, revision=revision, allow_patterns=[*patterns], ignore_patterns="*/*")
         )
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise SourceError(
             f"no such model: {model} is neither a folder here nor on the hub; {_beside(Path(model))}look up its id there"
         ) from error

@@ -13,7 +13,7 @@ from fracbit.checkpoint.format import StoredLayer, own_quantization, read_layers
 from fracbit.checkpoint.opened import open_checkpoint
 from fracbit.checkpoint.read_manifest import manifest_of
 from fracbit.checkpoint.source import FLOATS, Source, TensorInfo
-from fracbit.errors import FormatError
+from fracbit.errors import FormatError, blamed_on
 from fracbit.numerics.packed import part_shapes
 
 _BLOCK = re.compile(r"(.*?\.\d+)\.")
@@ -130,6 +130,11 @@ def loss_table(model: str) -> tuple[list[str], list[list[str]]]:
     `out` after a loss: blocks run along the output. There are no rows without a manifest.
     """
     manifest = {"layers": {}, **manifest_of(open_checkpoint(model))}
+    with blamed_on(f"the {MANIFEST} of {model} cannot be read", FormatError, parsing=True):
+        return _loss_rows(manifest)
+
+
+def _loss_rows(manifest: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     losses: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for name, facts in manifest["layers"].items():
         found = _BLOCK.match(name)
@@ -197,10 +202,10 @@ def _errors(source: Source) -> dict[str, float]:
     """The relative errors of layers; none of layers that an export rounded again, whose error nobody measured."""
     manifest = manifest_of(source)
     again = manifest.get("requantized", {})
-    try:
+    with blamed_on(f"the {MANIFEST} of {source.name} cannot be read", FormatError, parsing=True):
         layers = manifest["layers"] if manifest else {}
         return {
-            name: layer["loss"] for name, layer in layers.items() if "loss" in layer and name not in again
+            name: float(layer["loss"])
+            for name, layer in layers.items()
+            if "loss" in layer and name not in again
         }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise FormatError(f"the {MANIFEST} of {source.name} cannot be read: {error}") from error

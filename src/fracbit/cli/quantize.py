@@ -25,7 +25,7 @@ from fracbit.cli.show import (
     print_table,
     progress,
 )
-from fracbit.errors import OutputError, RecipeError
+from fracbit.errors import OutputError, RecipeError, SourceError
 from fracbit.records.files import named_path
 from fracbit.records.tables import SERVING
 
@@ -125,7 +125,12 @@ def quantize(
     if asks_for_help(settings):
         print_settings(known_settings(Running))
         return
-    if recipe is None and model is not None and model.endswith(".toml") and not Path(model).is_dir():
+    if (
+        recipe is None
+        and model is not None
+        and model.endswith(".toml")
+        and not named_path(model, SourceError).is_dir()
+    ):
         recipe, model = Path(model), None
     allocation = recipe if recipe is not None and recipe.suffix == ".json" else None
     flags = {

@@ -10,6 +10,7 @@ import typer
 from fracbit.cli import options
 from fracbit.cli.show import print_json
 from fracbit.errors import OutputError
+from fracbit.records.files import is_store, named_path
 
 if TYPE_CHECKING:
     from fracbit.records.row import Row
@@ -58,9 +59,9 @@ def _rows(store: str) -> list[Row]:
     from fracbit.sweeps.parquet import import_parquet
     from fracbit.sweeps.store import open_store
 
-    if "://" not in store and not Path(store).exists():
+    if not is_store(store):
         raise OutputError(f"no store {store}; `fracbit sweep SWEEP --store {store}` makes one")
-    if store.endswith(".parquet") or Path(store).is_dir():
+    if store.endswith(".parquet") or named_path(store, OutputError).is_dir():
         return import_parquet(Path(store))
     with open_store(store) as opened:
         return opened.rows()

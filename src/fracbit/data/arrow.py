@@ -26,13 +26,11 @@ def read_parquet(source: TextSource) -> RawTexts:
     Raises: DataError without pyarrow, for a file that is not Parquet, and for a missing column.
     """
     path = find_file(source)
-    arrow, parquet = _library("pyarrow"), _library("pyarrow.parquet")
-    try:
+    parquet = _library("pyarrow.parquet")
+    with blamed_on(f"{source.location} cannot be read as a Parquet file", DataError):
         table = parquet.ParquetFile(path)
         field = pick_field(table.schema_arrow.names, source, source.location)
         return collect_records(source, _parquet_rows(table, field), lambda: hash_file(path))
-    except arrow.ArrowException as error:
-        raise DataError(f"{source.location} cannot be read as a Parquet file: {error}") from error
 
 
 def read_dataset(source: TextSource) -> RawTexts:

@@ -22,6 +22,7 @@ from fracbit.checkpoint.read_manifest import read_manifest
 from fracbit.checkpoint.source import read_tensor
 from fracbit.errors import EngineError
 from fracbit.numerics.packed import decode
+from fracbit.records.files import named_path
 
 PLAIN = "float"
 """The format of plain weights."""
@@ -47,8 +48,9 @@ def compared_with(path: Path, manifest: Mapping[str, Any], against: str | Path |
     Raises `EngineError` where `against` is not there.
     """
     named = against or manifest.get("checkpoint")
-    if named is not None and (Path(named) / "config.json").is_file():
-        return _checkpoint(Path(named), manifest)
+    folder = None if named is None else named_path(named, EngineError)
+    if folder is not None and (folder / "config.json").is_file():
+        return _checkpoint(folder, manifest)
     if against is not None:
         raise EngineError(
             f"{against} is not there; name the checkpoint that {path} was made from, or leave --against out"

@@ -28,6 +28,11 @@ def named_path(path: str | Path, error: type[FracbitError]) -> Path:
         raise error(f"{shown!r} is no name of a file or folder ({reason}); name another one") from found_out
 
 
+def is_store(where: str) -> bool:
+    """Whether there may be a store: a URL, or a file that is there. Raises `OutputError` for a name that cannot be."""
+    return "://" in where or named_path(where, OutputError).exists()
+
+
 def check_file(path: Path) -> None:
     """Refuse, before any work, a file that could not be written. Raises `OutputError`."""
     path = named_path(path, OutputError)

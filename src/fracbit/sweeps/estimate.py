@@ -16,6 +16,7 @@ from statistics import median
 from safetensors import SafetensorError, safe_open
 
 from fracbit.bundled import BUNDLED, bundled_model
+from fracbit.records.files import is_store
 from fracbit.records.row import Row, Run
 from fracbit.sweeps.queue import workload_of
 from fracbit.sweeps.spec import Expansion
@@ -84,7 +85,7 @@ def estimate_sweep(
 
 def _stored(store: str) -> list[Row]:
     """The rows of a store; none when it does not exist."""
-    if "://" not in store and not Path(store).exists():
+    if not is_store(store):
         return []
     from fracbit.sweeps.store import open_store
 

@@ -50,6 +50,7 @@ from fracbit.pipeline.quantize.schedule import FloatItem, LayerItem
 from fracbit.pipeline.quantize.share import share_of
 from fracbit.pipeline.quantize.work import Memory, Work, prepare
 from fracbit.pipeline.study.float_model import load_float
+from fracbit.records.files import named_path
 from fracbit.records.recipe import Recipe
 from fracbit.records.row import Evaluation, Row, Run, failed_row, run_key
 from fracbit.records.run import ALLOWED
@@ -235,7 +236,8 @@ class Workbench:
 
     def _beside(self, text: str) -> str:
         """A text source; a path is looked for below the root of the sweep first."""
-        return str(self.root / text) if (self.root / text.partition("?")[0]).exists() else text
+        below = self.root / text.partition("?")[0]
+        return str(self.root / text) if named_path(below, DataError).exists() else text
 
     def _read(self, text: str) -> Tokens:
         """An evaluation text. Raises `DataError`."""
@@ -243,7 +245,8 @@ class Workbench:
         try:
             return read_documents(self._beside(text), self.tokenizer, vocabulary)
         except DataError as error:
-            if ":" in location or (self.root / location).exists() or Path(location).exists():
+            places = (self.root / location, Path(location))
+            if ":" in location or any(named_path(place, DataError).exists() for place in places):
                 raise
             raise DataError(f"{error} It is not below the root of the sweep either: {self.root}.") from error
 
@@ -328,7 +331,8 @@ def versions() -> dict[str, str]:
 
 def _place(model: str, root: Path) -> str:
     """The location of a sweep's model: a folder below the root, or the name itself."""
-    return str(root / model) if (root / model).exists() else model
+    below = named_path(root / model, SourceError)
+    return str(below) if below.exists() else model
 
 
 def _windows(model: PreTrainedModel, tokens: Tokens, evaluation: Evaluation) -> Windowing:

@@ -26,7 +26,7 @@ from fracbit.checkpoint.repacked import movable_layer
 from fracbit.checkpoint.shards import check_apart
 from fracbit.checkpoint.source import Source
 from fracbit.data import Samples
-from fracbit.errors import FormatError, OutputError, RecipeError
+from fracbit.errors import FormatError, OutputError, RecipeError, SourceError
 from fracbit.models.attention import native_attention
 from fracbit.models.correction import correction
 from fracbit.models.distill import Distillation, distill
@@ -248,7 +248,7 @@ def _improved(asked: Task, work: Moving, check: Callable[[Twins], object]) -> Im
 def _check_output(asked: Task, output: Path) -> None:
     """Refuse an output that cannot be written, before anything that takes long. Raises `OutputError`, `RecipeError`."""
     file = is_one_file(output)
-    if file != Path(asked.checkpoint).expanduser().is_file():
+    if file != named_path(asked.checkpoint, SourceError).is_file():
         what = "a file" if file else "a folder"
         other = f"a folder for that of {asked.checkpoint}" if file else f"a file, such as {output}.gguf"
         raise OutputError(f"{output} is {what}, and {asked.checkpoint} is none; name {other}")

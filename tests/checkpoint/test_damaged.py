@@ -4,6 +4,7 @@ values that no quantizer makes. Bits that still make sense are found by their ha
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -204,6 +205,19 @@ def test_every_changed_bit_is_found_by_its_hash(stored: Path, tmp_path: Path) ->
         )
         with pytest.raises(FracbitError, match=name):
             fracbit.load(folder, verify=True)
+
+
+def test_a_changed_header_is_found(stored: Path, tmp_path: Path) -> None:
+    shutil.copytree(stored, tmp_path / "q")
+    file = tmp_path / "q" / "model.safetensors"
+    whole = file.read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")
+    for place in (*range(8, 48), *range(48, end, 29)):
+        if whole[place] == ord(" "):
+            continue  # filling behind the header
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with contextlib.suppress(FracbitError):
+            assert fracbit.verify(tmp_path / "q", progress=None).faults, place
 
 
 def test_the_other_files_are_hashed_too(stored: Path, tmp_path: Path) -> None:

@@ -202,3 +202,13 @@ def test_calibrated_recipes_search_unless_they_say_otherwise() -> None:
     copied = Recipe(model="m").model_copy(update={"calibration": texts})
     assert Run(recipe=copied, evaluation=Evaluation(text="t")).recipe == copied
     assert not copied.search
+
+
+@pytest.mark.parametrize(
+    "words",
+    [{"seed": 10**30}, {"seed": -(2**63)}, {"calibration": {"texts": ["a.txt"], "samples": 2**62}}],
+    ids=str,
+)
+def test_numbers_are_of_64_bits(words: dict[str, object]) -> None:
+    with pytest.raises(RecipeError, match=r"it should be less than 2\^62"):
+        Recipe(model="m", **words)  # type: ignore[arg-type]

@@ -52,7 +52,7 @@ def check_headers(name: str, layers: Mapping[str, StoredLayer], tensors: Mapping
 
 
 def check_listed(name: str, listed: Mapping[str, StoredTensor], tensors: Mapping[str, TensorInfo]) -> None:
-    """Raises `FormatError` where the files hold other tensors than the manifest lists."""
+    """Raises `FormatError` where the files hold other tensors than the manifest lists, or of another type or shape."""
     if not listed:
         return  # fracbit 0.1 listed none
     check_missing(name, listed.keys() - tensors.keys(), FormatError)
@@ -63,10 +63,11 @@ def check_listed(name: str, listed: Mapping[str, StoredTensor], tensors: Mapping
             "checkpoint again"
         )
     for tensor, stored in listed.items():
-        if tensors[tensor].shape != stored.shape:
+        found = tensors[tensor]
+        if (found.dtype, found.shape) != (stored.dtype, stored.shape):
             raise FormatError(
-                f"{name}: {tensor} has shape {list(tensors[tensor].shape)}, and its {MANIFEST} says {list(stored.shape)}; "
-                "copy or fetch the checkpoint again"
+                f"{name}: {tensor} is {found.dtype} {list(found.shape)}, and its {MANIFEST} says {stored.dtype} "
+                f"{list(stored.shape)}; copy or fetch the checkpoint again"
             )
 
 

@@ -34,6 +34,8 @@ WeightRecord: TypeAlias = Callable[[Mapping[str, LayerRecord]], Mapping[str, Any
 """What a weight file that stands by itself says of its making, given the layers that were rounded again."""
 TEMPORARY = ".tmp"
 """Ends the name of a file that is being written; a run that was killed may leave one."""
+WRITTEN = {"format": "pt"}
+"""What the header of a weight file says beside its tensors; transformers asks for it."""
 WRITER = "writer.json"
 """Names the process that is writing, or was when it was killed."""
 NOT_COPIED = (
@@ -101,7 +103,7 @@ class Output:
         """Write a shard and then its record: a shard without a record is made again."""
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         record = replace(record, stored={name: _stored(tensor) for name, tensor in contiguous.items()})
-        _replace(self.folder / shard, lambda path: save_file(contiguous, path, metadata={"format": "pt"}))
+        _replace(self.folder / shard, lambda path: save_file(contiguous, path, metadata=WRITTEN))
         write_json(self.folder / JOURNAL / f"{shard}.json", record.to_json())
 
     def write_file(self, name: str, write: Callable[[Path], ShardRecord]) -> None:

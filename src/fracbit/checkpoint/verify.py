@@ -21,13 +21,14 @@ from fracbit.checkpoint.folder import MANIFEST
 from fracbit.checkpoint.format import StoredLayer, own_quantization, packed_layer, read_layers
 from fracbit.checkpoint.formats.gguf_record import lone_file, unchanged
 from fracbit.checkpoint.opened import open_checkpoint
-from fracbit.checkpoint.output import file_hash
+from fracbit.checkpoint.output import WRITTEN, file_hash
 from fracbit.checkpoint.read_manifest import read_manifest
 from fracbit.checkpoint.source import (
     FLOATS,
     INDEX,
     SINGLE,
     Source,
+    read_metadata,
     read_model_file,
     read_tensor,
     tensor_pieces,
@@ -119,6 +120,8 @@ def _structure(source: Source) -> Iterator[str]:
     name = str(source.folder)
     yield from _fault(partial(check_listed, name, listed_tensors(source.folder), source.tensors))
     yield from _fault(partial(check_headers, name, _layers(source), source.tensors))
+    if listed_tensors(source.folder) and own_quantization(source.config) and read_metadata(source) != WRITTEN:
+        yield f"headers of the weight files say {read_metadata(source)}, and fracbit writes {WRITTEN}"
     path = source.folder / INDEX
     if not path.is_file() or any(info.file == SINGLE for info in source.tensors.values()):
         return

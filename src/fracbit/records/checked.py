@@ -10,13 +10,15 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from fracbit.errors import RecipeError, near_matches
 
 Keys = tuple[int | str, ...]
 """The keys and positions that lead to a value: `("overrides", 0, "scheme")`."""
 LONGEST = 60  # characters of a value in a message
+LARGEST = 2**62
 
 
 class Checked(BaseModel):
@@ -29,6 +31,14 @@ class Checked(BaseModel):
 
     called: ClassVar[str] = "a record"
     remedies: ClassVar[Mapping[str, str]] = {}
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _in_bounds(cls, value: Any) -> Any:
+        """Torch and numpy take numbers of 64 bits; a sum of two must be one too."""
+        if isinstance(value, int) and abs(value) >= LARGEST:
+            raise PydanticCustomError("too_large", "Input should be less than 2^62")
+        return value
 
     def __init__(self, /, **data: Any) -> None:
         """Raises `RecipeError` for a field that is missing, unknown or of another kind."""

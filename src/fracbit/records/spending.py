@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from fracbit.errors import BudgetError, RecipeError, check_choice
 from fracbit.records.allocation import read_levels
+from fracbit.records.checked import LARGEST
 from fracbit.records.recipe import Recipe, check_data
 from fracbit.records.scheme import Scheme
 from fracbit.records.scores import Losses, Scores, load_scores
@@ -173,8 +174,10 @@ def _check_number(what: str, value: object) -> None:
 
 
 def _check_count(what: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise RecipeError(f"spending.{what} is {value!r}; it must be a whole number of at least {least}")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < LARGEST:
+        raise RecipeError(
+            f"spending.{what} is {value!r}; it must be a whole number of at least {least}, below 2^62"
+        )
 
 
 def _check_budgets(given: dict[str, Any]) -> None:

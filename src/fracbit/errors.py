@@ -53,6 +53,10 @@ class KernelError(FracbitError):
     """A packed buffer does not fit the scheme it claims, or no kernel can run it."""
 
 
+class RankError(FracbitError):
+    """Ranks of one run do not belong together, or one of them ended."""
+
+
 class EngineError(FracbitError):
     """A program that should run an export is not installed, cannot be, or failed."""
 

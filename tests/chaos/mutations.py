@@ -436,10 +436,11 @@ def hostile_command(grounds: Grounds) -> Change:
             chance.choice([*(each for each in changes.HOSTILE if each not in ("\u0000", "\ud800")), *WORDS])
         )
         flag = chance.choice(["", *options[name]])
-        if flag in words:
+        takes = bool(flag) and options[name][flag]
+        if takes and flag in words:
             words[words.index(flag) + 1] = other
         elif flag:
-            words += [flag, other] if options[name][flag] else [flag]
+            words += [flag, other] if takes else [flag]
         else:
             words[chance.randrange(len(words))] = other
         return f"{name} {flag} {other!r:.60}", lambda: _output(folder / "out", _run(name, *words, cwd=folder))

@@ -63,6 +63,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 CONFIGS: dict[str, tuple[Change, str]] = {
     "a wrong type": (lambda c: c.update(attention_bias="yes"), "config.json.*attention_bias"),
     "heads that do not divide": (lambda c: c.update(num_attention_heads=7), "num_attention_heads"),
+    "no model type": (
+        lambda c: c.pop("model_type"),
+        "not a model that transformers knows.*model_type = None",
+    ),
     "no heads": (lambda c: c.update(num_attention_heads=0), "num_attention_heads = 0"),
     "an unknown function": (lambda c: c.update(hidden_act="jump"), "hidden_act = jump"),
     "a kind of positions that is a list": (
@@ -267,3 +271,12 @@ def test_a_broken_manifest_and_parquet_file_are_named(source: Path, tmp_path: Pa
         (tmp_path / "d.parquet").write_bytes(broken)
         with contextlib.suppress(DataError):
             read_documents(str(tmp_path / "d.parquet"), None, 96)
+
+
+def test_half_of_a_pair_of_code_points_is_kept(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "float")
+    config = json.loads((source / "config.json").read_text())
+    (tmp_path / "float" / "config.json").write_text(json.dumps({**config, "said": "\ud800é"}))
+    fracbit.quantize(tmp_path / "float", tmp_path / "q", Scheme("int", 4, 16), progress=None)
+    assert json.loads((tmp_path / "q" / "config.json").read_text())["said"] == "\ud800é"
+    assert fracbit.verify(tmp_path / "q", progress=None).faults == ()

@@ -114,7 +114,7 @@ def model_config(source: Source, trust_remote_code: bool = False) -> PreTrainedC
             )
         raise SourceError(
             f"{source.name} is not a model that transformers knows: config.json says model_type = "
-            f"{source.config['model_type']}; install a newer transformers if it is a newer model"
+            f"{source.config.get('model_type')}; install a newer transformers if it is a newer model"
         )
     _check_depth(source)
     what = f"{source.name}: transformers cannot read its config.json"
@@ -184,7 +184,7 @@ def _unknown(source: Source) -> bool:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     named = source.config.get("model_type")
-    return isinstance(named, str) and named not in CONFIG_MAPPING
+    return not isinstance(named, str) or named not in CONFIG_MAPPING
 
 
 def _check_float(source: Source) -> None:

@@ -216,8 +216,13 @@ def file_hash(path: Path) -> str:
 
 
 def json_text(value: Mapping[str, Any]) -> str:
-    """A JSON object as fracbit writes it."""
-    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    """A JSON object as fracbit writes it; in ASCII where a text in it, half of a pair of code points, has no other form."""
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=1) + "\n"
+    return text
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

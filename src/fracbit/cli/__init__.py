@@ -30,7 +30,8 @@ from fracbit.cli import (
     verify,
 )
 from fracbit.cli.renamed import RenamedOptions
-from fracbit.errors import FracbitError
+from fracbit.errors import FracbitError, RankError
+from fracbit.records.progress import rank
 from fracbit.records.version import __version__
 
 app = typer.Typer(
@@ -89,7 +90,10 @@ def main() -> None:
     try:
         app()
     except FracbitError as error:
-        print(f"fracbit: error: {error}", file=sys.stderr)
+        if not rank():
+            print(f"fracbit: error: {error}", file=sys.stderr)
+        elif not isinstance(error, RankError):  # which rank 0 says too
+            print(f"fracbit: error: rank {rank()}: {error}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as end:
         if end.code == INTERRUPTED:

@@ -27,6 +27,7 @@ from fracbit.cli.show import (
 )
 from fracbit.errors import OutputError, RecipeError, SourceError
 from fracbit.records.files import named_path
+from fracbit.records.progress import rank
 from fracbit.records.tables import SERVING
 
 if TYPE_CHECKING:
@@ -171,6 +172,8 @@ def quantize(
             progress=show,
             announce=print_said if long and not (json or quiet or resume) else None,
         )
+    if rank():
+        return
     if json:
         print_json(asdict(result))
         return

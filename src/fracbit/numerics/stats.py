@@ -1,9 +1,9 @@
-"""`Stats`: statistics of the inputs of a linear layer. A commutative sum: the order of batches does not matter."""
+"""`Stats`: statistics of the inputs of a linear layer, and `TreeSum`: their sum, to the same bits whoever makes which part."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -55,4 +55,44 @@ def add_inputs(
 def merge(a: Stats, b: Stats) -> Stats:
     """The statistics of both sets of tokens."""
     gram = None if a.gram is None or b.gram is None else a.gram + b.gram  # [in, in]
+    return Stats(a.tokens + b.tokens, gram, torch.maximum(a.absmax, b.absmax), a.energy + b.energy)
+
+
+@dataclass(eq=False)
+class TreeSum:
+    """The sum of statistics over `pieces` numbered sets of tokens, by the name of a linear.
+
+    Floats are added in the order of a binary tree over the numbers of the pieces: the sum has the same bits whoever adds up
+    which pieces, and in which order they come. `nodes`: sums that wait for their neighbour, by level (0: one piece) and place.
+    """
+
+    pieces: int
+    nodes: dict[tuple[int, int], dict[str, Stats]] = field(default_factory=dict)
+
+    def add(self, place: int, found: dict[str, Stats], level: int = 0) -> None:
+        """Add what was `found` in a piece, or below another node of the tree. It must not be used again."""
+        while (width := -(-self.pieces >> level)) > 1:
+            beside = place ^ 1
+            if beside < width:
+                if (level, beside) not in self.nodes:
+                    break
+                other = self.nodes.pop((level, beside))
+                found = _both(found, other) if place < beside else _both(other, found)
+            level, place = level + 1, place // 2
+        self.nodes[level, place] = found
+
+    def whole(self) -> dict[str, Stats]:
+        """The sum, once every piece was added."""
+        ((_, found),) = self.nodes.items()
+        return found
+
+
+def _both(a: dict[str, Stats], b: dict[str, Stats]) -> dict[str, Stats]:
+    """The sums of two nodes; the matrices of `a` are written over."""
+    return {**a, **{name: _merge_(a[name], other) if name in a else other for name, other in b.items()}}
+
+
+def _merge_(a: Stats, b: Stats) -> Stats:
+    """`merge`, into the matrix of `a`: a new one for every sum would cost its memory again."""
+    gram = None if a.gram is None or b.gram is None else a.gram.add_(b.gram)  # [in, in]
     return Stats(a.tokens + b.tokens, gram, torch.maximum(a.absmax, b.absmax), a.energy + b.energy)

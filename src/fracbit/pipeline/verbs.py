@@ -33,9 +33,10 @@ from fracbit.evaluation import (
 from fracbit.pipeline.improve.bought import bought
 from fracbit.pipeline.plan.budget import budgeted, planned
 from fracbit.pipeline.plan.needs import needs_or_why
+from fracbit.pipeline.quantize.ranks import joined
 from fracbit.pipeline.quantize.run import FINISHED, open_for, write_checkpoint
 from fracbit.pipeline.quantize.served import served
-from fracbit.pipeline.quantize.work import check_words
+from fracbit.pipeline.quantize.work import check_shared, check_words
 from fracbit.pipeline.study.overlap import calibration_sources, overlap_notes
 from fracbit.records.files import named_path
 from fracbit.records.progress import Shown, showing
@@ -77,8 +78,10 @@ def quantize(
     Where `spending` names an engine, `output` is what the engine reads, one file if it ends in .gguf (llama.cpp); the
     checkpoint that it is exported from lies beside it while the run lasts, in `output`.partial.
 
+    Of processes that torchrun started each takes a share, and all of them return the same: what one process gives.
+
     Raises a `FracbitError`: `SourceError`, `RecipeError`, `SchemeError`, `BudgetError`, `DataError`, `WeightError` (layer
-    named), `OutputError`.
+    named), `OutputError`, `RankError`.
     """
     recipe = _recipe_of(model, scheme)
     spending = spending or Spending()
@@ -86,14 +89,15 @@ def quantize(
     check_words(recipe)
     folder = named_path(output, OutputError)
     place = made_in(folder, spending.engine, resume=resume, overwrite=overwrite)
-    opened = open_for(recipe)
-    said: tuple[str, ...] = ()
-    with showing(progress) as show:
+    with joined() as ranks, showing(progress if ranks.leads else None) as show:
+        opened = open_for(recipe)
+        check_shared(recipe, ranks)
+        said: tuple[str, ...] = ()
         if allocation is not None:
             recipe, said = planned(recipe, Path(allocation), opened)
-        asked = announce is not None
+        asked = announce is not None and ranks.leads
         divided = budgeted(recipe, spending, opened=opened, device=device, measured=asked, progress=show)
-        if announce is not None:
+        if announce is not None and asked:
             announce(f"the run: {divided.needs or needs_or_why(divided.recipe, opened, device)}")
         result = write_checkpoint(
             divided.recipe,
@@ -106,14 +110,15 @@ def quantize(
             opened=opened,
             samples=divided.samples,
             allow_float=allow_float,
+            ranks=ranks,
         )
-        if compare and FINISHED not in result.notes:
+        if ranks.leads and compare and FINISHED not in result.notes:
             found = bought(divided.recipe, place, result.seconds, text=spending.held_out, show=show)
             said = (*said, *((found,) if isinstance(found, str) else found.warning()))
             result = replace(result, bought=None if isinstance(found, str) else found)
-        if spending.engine is not None:
+        if ranks.leads and spending.engine is not None:
             result = served(result, folder, spending.engine, overwrite=overwrite, progress=show)
-    return replace(result, notes=(*said, *divided.notes, *result.notes))
+        return ranks.tell(replace(result, notes=(*said, *divided.notes, *result.notes)))
 
 
 run = quantize

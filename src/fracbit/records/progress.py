@@ -5,6 +5,7 @@ A verb takes `progress: Shown = "auto"` and hands `with showing(progress) as ste
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -32,6 +33,11 @@ def showing(progress: Shown) -> Iterator[Progress | None]:
     }
     with bars[place()]() as step:
         yield step
+
+
+def rank() -> int:
+    """The number of this process among those that torchrun started for one run; 0 where it is alone. Rank 0 alone prints."""
+    return int(os.environ.get("RANK", "0")) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 
 def place() -> Literal["terminal", "notebook", "elsewhere"]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from fracbit.checkpoint.repacked import movable_layer
@@ -11,6 +13,7 @@ from fracbit.models.install import release
 from fracbit.numerics.stats import Stats
 from fracbit.pipeline.improve.alongside import Place, Walk
 from fracbit.pipeline.quantize.observe import Observer, borrow, observe_some
+from fracbit.pipeline.quantize.sample_pieces import pieces_in
 from fracbit.quantizers import refined
 from fracbit.records.run import RefineRecord, ShardRecord
 
@@ -31,8 +34,10 @@ def refine_step(walk: Walk, place: Place) -> tuple[dict[str, Tensor], ShardRecor
     }
     release(module)
     walk.load_coded(place)
-    observer = Observer(place.path, gram=True, length=place.hidden.states.shape[1])
-    seen, said = borrow(observe_some(module, place.hidden, observer, order), order)
+    hidden = place.hidden
+    observer = partial(Observer, place.path, True, hidden.states.shape[1], {})
+    total = observe_some(module, hidden, order, pieces=pieces_in(hidden), observer=observer)
+    seen, said = borrow(total.whole(), order)
     release(module)
     # Layer by layer.
     changed: dict[str, Tensor] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from fracbit.pipeline.improve.alongside import Place, Walk
 from fracbit.pipeline.improve.twins import Twins
 from fracbit.pipeline.quantize.block import split_batches
 from fracbit.pipeline.quantize.observe import Observer, observe_all
+from fracbit.pipeline.quantize.sample_pieces import pieces_in
 from fracbit.records.run import ShardRecord, TweakRecord
 
 
@@ -32,9 +34,11 @@ class NormStep:
         # What the float block gives from these states, and the inputs of its linears.
         walk.load_float(place)
         order = groups(module, family)
-        observer = Observer(place.path, gram=True, length=hidden.states.shape[1])
+        observer = partial(Observer, place.path, True, hidden.states.shape[1], {})
         out = torch.empty_like(hidden.states)  # [samples, tokens, width]
-        stats, floats = observe_all(module, hidden, observer, order, out=out)
+        seen, floats = observe_all(
+            module, hidden, order, pieces=pieces_in(hidden), observer=observer, out=out
+        )
         weights = {name: weight_of(module.get_submodule(name)).clone() for group in order for name in group}
         release(module)
         # The quantized block, corrected.
@@ -47,7 +51,7 @@ class NormStep:
             judge=judge,
             weights=weights,
             packed={},
-            stats=stats,
+            stats=seen.whole(),
             depth=place.number / len(blocks(walk.twins.coded.model, family)),
             seed=walk.samples.seed,
             kind=self.kind,

@@ -6,7 +6,7 @@ back, so a resumed run sees the same states as an uninterrupted one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,10 +23,18 @@ from fracbit.models.install import materialize, release, set_tensor, set_weight
 from fracbit.models.walk import Hidden, advance
 from fracbit.numerics.activations import round_through
 from fracbit.numerics.packed import decode
-from fracbit.numerics.stats import Stats
+from fracbit.numerics.stats import Stats, TreeSum
 from fracbit.pipeline.quantize.axis import choose_axes
 from fracbit.pipeline.quantize.layer import quantize_layers
-from fracbit.pipeline.quantize.observe import Observer, borrow, is_expert, observe_all, observe_some
+from fracbit.pipeline.quantize.observe import (
+    FEW_TOKENS,
+    Observer,
+    borrow,
+    is_expert,
+    observe_all,
+    observe_some,
+)
+from fracbit.pipeline.quantize.ranks import cost
 from fracbit.pipeline.quantize.reader import read_items
 from fracbit.pipeline.quantize.record import layer_record, stored_as
 from fracbit.pipeline.quantize.rewrite import rewrite_block
@@ -72,7 +80,8 @@ def do_block(
             inside = item.name.removeprefix(f"{path}.")
             if inside.removesuffix(".weight") not in filled.made:
                 set_tensor(module, inside, tensors[item.name])  # as it will be read back
-        target.write_shard(shard, tensors, shard_record(items, block, filled, hashes))
+        if work.ranks.writes(entrance.hidden.index):
+            target.write_shard(shard, tensors, shard_record(items, block, filled, hashes))
         if work.calibration.chain == "float":
             assert filled.floats is not None
             release(module)
@@ -198,27 +207,45 @@ def fill_block(work: Work, block: Block, stats: dict[str, Stats]) -> dict[str, Q
     """Quantize the groups of a block in order of use, each linear along the axis that the recipe chooses.
 
     `stats`: by the first linear of each group. A sequential run observes a group after the groups before it are
-    quantized.
+    quantized. Ranks take some of the groups each; all of them get what was made.
     """
-    calibration, made = work.calibration, {}
+    sequential, ranks = work.calibration.sequential, work.ranks
+    owners, made = owners_of(work, block), dict[str, Quantized]()
     for number, group in enumerate(block.order):
-        if calibration.sequential and number:
-            stats |= observe_some(block.module, block.hidden, observer_of(work, block), [group])
-        own, notes = borrow(stats, [group])
-        seen = own[group[0]]
-        weights = {f"{block.path}.{name}": weight_of(block.module.get_submodule(name)) for name in group}
-        chosen = choose_axes(work, block, group, seen)
-        schemes = {f"{block.path}.{name}": chosen[name] for name in group}
-        said = [notes[group[0]]] if group[0] in notes else []
-        if work.token_weights and seen is not None and is_expert(group[0]):
-            said.append(UNWEIGHED)
-        for full, found in quantize_layers(work.method, weights, schemes, seen).items():
-            name = full.removeprefix(f"{block.path}.")
-            made[name] = replace(found, notes=(*found.notes, *said))
-            work.show(f"{full} {found.loss:.2e}", len(made), len(block.schemes))
-            if calibration.sequential:
-                set_weight(block.module.get_submodule(name), decode(found.packed))
+        if sequential and number:
+            stats |= observe_group(work, block, group)
+        if owners[group[0]] == ranks.number:
+            made |= fill_group(work, block, group, stats=stats, done=len(made))
+        if sequential:
+            made = ranks.unite(made, block.schemes)
+            for name in group:
+                set_weight(block.module.get_submodule(name), decode(made[name].packed))
+    return ranks.unite(made, [name for group in block.order for name in group])
+
+
+def fill_group(
+    work: Work, block: Block, group: tuple[str, ...], *, stats: dict[str, Stats], done: int
+) -> dict[str, Quantized]:
+    """Quantize the linears of a group, by name; `done` linears of the block were quantized before."""
+    own, notes = borrow(stats, [group])
+    seen = own[group[0]]
+    weights = {f"{block.path}.{name}": weight_of(block.module.get_submodule(name)) for name in group}
+    chosen = choose_axes(work, block, group, seen)
+    schemes = {f"{block.path}.{name}": chosen[name] for name in group}
+    said = [notes[group[0]]] if group[0] in notes else []
+    if work.token_weights and seen is not None and is_expert(group[0]):
+        said.append(UNWEIGHED)
+    made: dict[str, Quantized] = {}
+    for full, found in quantize_layers(work.method, weights, schemes, seen).items():
+        made[full.removeprefix(f"{block.path}.")] = replace(found, notes=(*found.notes, *said))
+        work.show(f"{full} {found.loss:.2e}", done + len(made), len(block.schemes))
     return made
+
+
+def owners_of(work: Work, block: Block) -> dict[str, int]:
+    """The rank that quantizes each group, by its first linear."""
+    weights = {name: weight_of(block.module.get_submodule(name)) for name in block.schemes}  # [out, in] each
+    return work.ranks.owners({group[0]: cost([weights[name] for name in group]) for group in block.order})
 
 
 def correct(work: Work, block: Block, evidence: Evidence) -> Corrected:
@@ -269,16 +296,21 @@ def observe_block(work: Work, block: Block) -> tuple[dict[str, Stats], Hidden | 
 
     In the float chain they do not depend on quantized blocks, so runs that share a memory observe a block once.
     """
-    observer, module = observer_of(work, block), block.module
+    module, pieces, observer = block.module, work.pieces, observers(work, block)
     if block.exact is not None:
-        stats = observe_some(module, block.hidden, observer, block.order)
-        return stats, advance(module, block.exact, block.exact.states)
+        seen = observe_some(module, block.hidden, block.order, pieces=pieces, observer=observer)
+        return total(work, block, seen), advance(module, block.exact, block.exact.states)
     if work.calibration.tweak == "none" and work.calibration.chain == "quantized":
-        return observe_some(module, block.hidden, observer, block.order), None
+        return total(
+            work, block, observe_some(module, block.hidden, block.order, pieces=pieces, observer=observer)
+        ), None
 
     def observe() -> Seen:
         place = torch.empty_like(block.hidden.states)  # [samples, tokens, width]
-        return observe_all(module, block.hidden, observer, block.order, out=place)
+        seen, exits = observe_all(
+            module, block.hidden, block.order, pieces=pieces, observer=observer, out=place
+        )
+        return total(work, block, seen), exits
 
     shared = (
         work.memory is not None
@@ -288,22 +320,42 @@ def observe_block(work: Work, block: Block) -> tuple[dict[str, Stats], Hidden | 
     if not shared:
         return observe()
     assert work.memory is not None
-    key = (*walk_key(work), block.hidden.index, tuple(block.order), observer.gram, work.calibration.weigh)
+    key = (*walk_key(work), block.hidden.index, tuple(block.order), reads_gram(work), work.calibration.weigh)
     if key not in work.memory.observed:
         work.memory.observed[key] = observe()
     stats, floats = work.memory.observed[key]
     return dict(stats), floats  # rewrites change the dictionary
 
 
-def observer_of(work: Work, block: Block) -> Observer:
-    """Sums up what a run needs of a block's inputs."""
+def observe_group(work: Work, block: Block, group: tuple[str, ...]) -> dict[str, Stats]:
+    """Statistics of one group, as the block is now."""
+    seen = observe_some(
+        block.module, block.hidden, [group], pieces=work.pieces, observer=observers(work, block)
+    )
+    return total(work, block, seen)
+
+
+def total(work: Work, block: Block, seen: TreeSum) -> dict[str, Stats]:
+    """What all ranks have seen of a block's inputs."""
+
+    def needed(tokens: Mapping[str, int]) -> bool:
+        """Factors of transforms are found by every rank, and experts with few tokens read the sums of all experts."""
+        few = [name for name, count in tokens.items() if is_expert(name) and count < FEW_TOKENS]
+        unseen = [group[0] for group in block.order if is_expert(group[0]) and group[0] not in tokens]
+        return bool(work.calibration.transforms or few or unseen)
+
+    return work.ranks.total(seen, owners_of(work, block), needed, device=work.device)
+
+
+def observers(work: Work, block: Block) -> Callable[[int], Observer]:
+    """Makes what sums up a run's needs of a block's inputs, from a sample on."""
     weights = {
         name: work.token_weights[f"{block.path}.{name}"]
         for group in block.order
         for name in group
         if f"{block.path}.{name}" in work.token_weights
     }
-    return Observer(block.path, reads_gram(work), block.hidden.states.shape[1], weights)
+    return partial(Observer, block.path, reads_gram(work), block.hidden.states.shape[1], weights)
 
 
 def shard_tensors(

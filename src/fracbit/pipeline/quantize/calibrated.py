@@ -88,7 +88,7 @@ def write_rest(
             found = quantize_item(work.method, item, tensors[item.name])
             packed[item.name] = found.packed
             layers[item.layer.name] = layer_record(found, item.stored.kind)
-    if target.record(shard) is None:
+    if work.ranks.leads and target.record(shard) is None:
         stored = {name: tensor for name, tensor in tensors.items() if name not in packed}
         for name, tensor in packed.items():
             stored |= tensor_names(name.removesuffix(".weight"), tensor)
@@ -99,9 +99,19 @@ def write_rest(
 
 
 def embed_all(work: Work, outside: Mapping[str, Tensor], target: Shards, spill_bytes: int) -> Hidden:
-    """The hidden states at the first block, in memory or, when they pass `spill_bytes`, in a file of the journal."""
-    model, samples = work.opened.model, work.samples
-    assert samples is not None
+    """The hidden states of this rank's samples at the first block."""
+    assert work.samples is not None
+    pieces = work.pieces
+    return embed_ids(
+        work, work.samples.ids[pieces.start : pieces.stop], outside, target, spill_bytes=spill_bytes
+    )
+
+
+def embed_ids(
+    work: Work, ids: Tensor, outside: Mapping[str, Tensor], target: Shards, *, spill_bytes: int
+) -> Hidden:
+    """The states of `ids` at the first block, in memory or, when they pass `spill_bytes`, in a file of the journal."""
+    model = work.opened.model
     known = model.state_dict()
     materialize(
         model,
@@ -114,14 +124,15 @@ def embed_all(work: Work, outside: Mapping[str, Tensor], target: Shards, spill_b
         spills = torch.Size(shape).numel() * dtype.itemsize > spill_bytes
         return storage(shape, dtype, target.journal if spills else None)
 
-    batch = batch_of(work.calibration, samples.ids.shape[1], work.device)
-    return embed(model, work.opened.family, samples.ids, batch, room=room)
+    batch = batch_of(work.calibration, ids.shape[1], work.device)
+    return embed(model, work.opened.family, ids, batch, room=room)
 
 
 def embed_source(work: Work, target: Shards, spill_bytes: int = SPILL_BYTES) -> Hidden:
-    """The states of the model as it is in the source, neither rotated nor quantized."""
-    first = next(iter(work.schedule.shards.values()))
-    return embed_all(work, read_items(work.reader, first)[0], target, spill_bytes)
+    """The states of all samples in the model as it is in the source, neither rotated nor quantized."""
+    assert work.samples is not None
+    outside = read_items(work.reader, next(iter(work.schedule.shards.values())))[0]
+    return embed_ids(work, work.samples.ids, outside, target, spill_bytes=spill_bytes)
 
 
 def rewrite_notes(work: Work) -> tuple[str, ...]:

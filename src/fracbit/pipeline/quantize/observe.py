@@ -7,8 +7,8 @@ the sum over all experts of the block. If that is empty too, it is quantized wit
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import reduce
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from fracbit.errors import WeightError
 from fracbit.kernels.gram import add_gram_
 from fracbit.models.walk import Hidden, observe, peek
-from fracbit.numerics.stats import Stats, empty, merge
+from fracbit.numerics.stats import Stats, TreeSum, empty, merge
 from fracbit.numerics.stats import add_inputs as add
+from fracbit.pipeline.quantize.sample_pieces import Pieces
 
 FEW_TOKENS = 128  # a Gram matrix of fewer tokens is mostly noise
 _EXPERT = re.compile(r"\.\d+\.")
@@ -33,13 +34,15 @@ def is_expert(name: str) -> bool:
 class Observer:
     """Sums up the inputs of linears during a walk; lives as long as its block.
 
-    `weights` [samples * tokens] by linear: how much each token counts there; alike where a linear has none.
+    `weights` [samples * tokens] by linear: how much each token counts there; alike where a linear has none. `first`: the number
+    of the first sample that it sees.
     """
 
     label: str
     gram: bool
     length: int
     weights: Mapping[str, Tensor] = field(default_factory=dict)
+    first: int = 0
     stats: dict[str, Stats] = field(default_factory=dict)
 
     def __call__(self, name: str, x: Tensor) -> None:
@@ -47,7 +50,8 @@ class Observer:
         held = self.stats.get(name) or empty(x.shape[1], self.gram, x.device)
         try:
             weights = self.weights.get(name)
-            part = None if weights is None else weights[held.tokens : held.tokens + len(x)]  # [tokens]
+            before = self.first * self.length + held.tokens
+            part = None if weights is None else weights[before : before + len(x)]  # [tokens]
             self.stats[name] = add(held, x, add_gram_, part)
         except WeightError as error:
             raise WeightError(
@@ -59,27 +63,45 @@ class Observer:
         if is_expert(name):
             return ""
         first = int((~torch.isfinite(x)).any(1).nonzero()[0])
-        return f", sample {(held.tokens + first) // self.length}"
+        return f", sample {self.first + (held.tokens + first) // self.length}"
 
 
 def observe_all(
     block: nn.Module,
     hidden: Hidden,
-    observer: Observer,
     groups: Sequence[tuple[str, ...]],
+    *,
+    pieces: Pieces,
+    observer: Callable[[int], Observer],
     out: Tensor | None,
-) -> tuple[dict[str, Stats], Hidden]:
-    """Statistics by the first name of each group, and the block's output states."""
-    exits = observe(block, hidden, names=[group[0] for group in groups], visit=observer, out=out)
-    return observer.stats, exits
+) -> tuple[TreeSum, Hidden]:
+    """Statistics by the first name of each group, summed over the `pieces`, and the block's output states.
+
+    `observer` makes one for the samples from a number on.
+    """
+    total, exits = TreeSum(pieces.of), list[Hidden]()
+    for number, part in pieces.cut(hidden):
+        seeing = observer(pieces.start + part.batches[0].start)
+        exits.append(observe(block, part, names=[group[0] for group in groups], visit=seeing, out=out))
+        total.add(number, seeing.stats)
+    return total, replace(exits[0], batches=tuple(batch for part in exits for batch in part.batches))
 
 
 def observe_some(
-    block: nn.Module, hidden: Hidden, observer: Observer, groups: Sequence[tuple[str, ...]]
-) -> dict[str, Stats]:
+    block: nn.Module,
+    hidden: Hidden,
+    groups: Sequence[tuple[str, ...]],
+    *,
+    pieces: Pieces,
+    observer: Callable[[int], Observer],
+) -> TreeSum:
     """Statistics of some groups only; each batch stops once they are reached."""
-    peek(block, hidden, [group[0] for group in groups], observer)
-    return observer.stats
+    total = TreeSum(pieces.of)
+    for number, part in pieces.cut(hidden):
+        seeing = observer(pieces.start + part.batches[0].start)
+        peek(block, part, [group[0] for group in groups], seeing)
+        total.add(number, seeing.stats)
+    return total
 
 
 def borrow(

@@ -8,19 +8,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 
-from fracbit.checkpoint.folder import finished_run
+from fracbit.checkpoint.folder import JOURNAL, finished_run
 from fracbit.checkpoint.opened import Opened, open_float
-from fracbit.checkpoint.output import SHARD_BYTES, Shards, open_output
+from fracbit.checkpoint.output import SHARD_BYTES, WRITER, Output, Shards, open_output
 from fracbit.checkpoint.shards import check_apart
 from fracbit.data import Samples
 from fracbit.errors import FormatError, OutputError, RecipeError
 from fracbit.models.attention import native_attention
 from fracbit.pipeline.quantize.calibrated import SPILL_BYTES, calibrate_shards
 from fracbit.pipeline.quantize.manifest import finish
+from fracbit.pipeline.quantize.ranks import ALONE, Ranks
 from fracbit.pipeline.quantize.rotate import needs_untied_head
 from fracbit.pipeline.quantize.share import share_of
 from fracbit.pipeline.quantize.stream import stream_shards
@@ -31,6 +34,7 @@ from fracbit.records.progress import Progress
 from fracbit.records.recipe import Recipe
 from fracbit.records.resources import peak_rss
 from fracbit.records.run import ALLOWED, Result, Totals
+from fracbit.records.version import __version__
 
 FINISHED = "already finished: nothing to do"
 
@@ -48,11 +52,12 @@ def write_checkpoint(
     opened: Opened | None = None,
     samples: Samples | None = None,
     allow_float: float = ALLOWED,
+    ranks: Ranks = ALONE,
 ) -> Result:
     """Quantize a model as `recipe` says into the folder `output`; `opened`: its source, if it is already open.
 
     `samples`: those of its calibration, if they have been drawn already. `allow_float`: which share of the blocks' matrices may
-    stay float without a warning.
+    stay float without a warning. `ranks`: the processes that share the run, all of which call this.
     Blocks of a calibrated run are moved to `device` one at a time; everything else stays in memory. With `resume`, a
     finished output of the same run is left as it is. Raises a `FracbitError`.
     """
@@ -62,16 +67,27 @@ def write_checkpoint(
     folder = named_path(output, OutputError)
     opened = opened or open_for(recipe)
     check_apart(folder, opened.source.folder)
-    work = prepare(recipe, opened, shard_bytes=shard_bytes, device=device, samples=samples, progress=progress)
+    work = prepare(
+        recipe,
+        opened,
+        shard_bytes=shard_bytes,
+        device=device,
+        samples=samples,
+        progress=progress,
+        ranks=ranks,
+    )
+    ranks.agree({"fracbit": __version__, "the run": work.schedule.key, "the output": str(folder.absolute())})
     notes: tuple[str, ...] = (FINISHED,)
-    totals = _finished(folder, work) if resume and not overwrite else None
+    totals = ranks.tell(_finished(folder, work) if resume and not overwrite else None)
     if totals is None:
         untried = try_blocks(opened, work.schedule)
-        with open_output(
-            folder, work.schedule.key, expected_bytes=work.schedule.bytes, overwrite=overwrite, resume=resume
-        ) as target:
+        with open_shared(work, folder, overwrite=overwrite, resume=resume) as target:
             fill_shards(work, target, spill_bytes)
-            totals, notes = finish(work, target)
+            ranks.gather(None)  # every shard is written
+            made = finish(work, target) if ranks.leads else None
+            made = ranks.tell(made)
+            assert made is not None
+            totals, notes = made
             notes += (*target.notes, *untried)
     share = share_of(opened, work.schedule)
     return Result(
@@ -82,6 +98,33 @@ def write_checkpoint(
         share=share,
         notes=(*notes, *share.warning(allow_float)),
     )
+
+
+@contextmanager
+def open_shared(work: Work, folder: Path, *, overwrite: bool, resume: bool) -> Iterator[Output]:
+    """The output that all ranks fill, whose lock rank 0 holds. Raises `OutputError`, also where they do not see one folder."""
+    ranks, key = work.ranks, work.schedule.key
+    with ExitStack() as stack:
+        if ranks.leads:
+            opening = open_output(
+                folder, key, expected_bytes=work.schedule.bytes, overwrite=overwrite, resume=resume
+            )
+            target = stack.enter_context(opening)
+        ranks.gather(None)  # rank 0 has opened it
+        if not ranks.leads:
+            target = Output(folder)
+        held = ranks.gather(_writer(folder))
+        if any(each != held[0] for each in held):
+            blind = [number for number, each in enumerate(held) if each != held[0]]
+            raise OutputError(
+                f"{folder} is another folder for rank {blind[0]} than for rank 0; name one that all machines share"
+            )
+        yield target
+
+
+def _writer(folder: Path) -> bytes:
+    record = folder / JOURNAL / WRITER
+    return record.read_bytes() if record.is_file() else b""
 
 
 def fill_shards(work: Work, target: Shards, spill_bytes: int = SPILL_BYTES) -> None:

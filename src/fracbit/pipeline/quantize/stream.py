@@ -26,8 +26,8 @@ from fracbit.records.run import LayerRecord, ShardRecord
 def stream_shards(work: Work, target: Shards) -> None:
     """Fill every shard that `target` lacks. Raises `WeightError` (layer named), `OutputError`."""
     total, done = work.opened.source.bytes, 0
-    for shard, items in work.schedule.shards.items():
-        if target.record(shard) is None:
+    for number, (shard, items) in enumerate(work.schedule.shards.items()):
+        if work.ranks.writes(number) and target.record(shard) is None:
             write_shard(work, target, shard=shard, items=items, done=done)
         done += sum(source_bytes(work, item) for item in items)
         work.show(shard, done, total)

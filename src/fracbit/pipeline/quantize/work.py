@@ -19,8 +19,10 @@ from fracbit.models.walk import Hidden
 from fracbit.numerics.stats import Stats
 from fracbit.pipeline.quantize.columns import choose_columns
 from fracbit.pipeline.quantize.layer import Method
+from fracbit.pipeline.quantize.ranks import ALONE, Ranks
 from fracbit.pipeline.quantize.reader import Reader
 from fracbit.pipeline.quantize.rotate import rotates, stream_rotation
+from fracbit.pipeline.quantize.sample_pieces import Pieces
 from fracbit.pipeline.quantize.schedule import LayerItem, Schedule, by_block, make_schedule
 from fracbit.pipeline.study.texts import calibration_samples, writer_of
 from fracbit.quantizers import nearest, quantizer
@@ -57,6 +59,7 @@ class Work:
     - `signs` [width] of the rotation of the residual stream; None where it is not rotated.
     - `memory`: what this run shares with others on the same model.
     - `token_weights` [samples * tokens] by linear: how much each token counts there; empty where all count the same.
+    - `ranks`: the processes that share the run.
     """
 
     recipe: Recipe
@@ -72,6 +75,14 @@ class Work:
     signs: Tensor | None = None
     memory: Memory | None = None
     token_weights: Mapping[str, Tensor] = field(default_factory=dict)
+    ranks: Ranks = ALONE
+
+    @property
+    def pieces(self) -> Pieces:
+        """Which samples this rank calibrates on."""
+        assert self.samples is not None
+        samples, length = self.samples.ids.shape
+        return self.ranks.pieces(samples, batch_of(self.calibration, length, self.device))
 
     @property
     def calibration(self) -> Calibration:
@@ -147,6 +158,7 @@ def prepare(
     memory: Memory | None = None,
     samples: Samples | None = None,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Work:
     """Check a recipe against its model and read its samples; nothing is quantized yet.
 
@@ -154,6 +166,7 @@ def prepare(
     Raises `RecipeError` for settings that exclude each other, `SourceError`, `DataError`.
     """
     _check(recipe, device)
+    check_shared(recipe, ranks)
     show = progress or (lambda what, done, total: None)
     reader = Reader(opened.source, None if memory is None else memory.tensors)
     schedule = make_schedule(recipe, opened, shard_bytes)
@@ -175,7 +188,25 @@ def prepare(
         samples=samples,
         signs=signs,
         memory=memory,
+        ranks=ranks,
     )
+
+
+def check_shared(recipe: Recipe, ranks: Ranks) -> None:
+    """Refuse what ranks do not share out yet: passes that train on all samples at once. Raises `RecipeError`."""
+    calibration = recipe.calibration
+    if ranks.count == 1 or calibration is None:
+        return
+    whole = {
+        f"calibration.tweak = {calibration.tweak}": calibration.tweak != "none",
+        f"calibration.distill = {calibration.distill}": calibration.distill > 0,
+        f"calibration.axis = {calibration.axis}": calibration.axis not in ("scheme", "predicted"),
+    }
+    for setting, asked in whole.items():
+        if asked:
+            raise RecipeError(
+                f"{ranks.count} ranks cannot share {setting}; start one process, or leave it out"
+            )
 
 
 def check_words(recipe: Recipe) -> None:

@@ -44,10 +44,7 @@ def arguments_of() -> dict[str, tuple[Any, ...]]:
 
 
 def a_program() -> tuple[Any, dict[str, tuple[Any, ...]]]:
-    """A decode step of every operation, and their arguments.
-
-    A vocabulary of 20, 4 heads of 8 numbers on 2 key heads, 4 experts.
-    """
+    """A decode step of every operation, and their arguments: vocabulary 20, 4 heads of 8 numbers on 2 key heads, 4 experts."""
     made = NATIVE.Program(20, False)
     x, k, wide = ((made.register(width), 0) for width in (32, 16, 64))
     whole, queries, keys = (*x, 1, 32, 1, 32, 0), (*x, 4, 8, 4, 8, 0), (*k, 2, 8, 2, 8, 0)

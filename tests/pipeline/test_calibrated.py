@@ -59,7 +59,9 @@ def recipe(source: Path, ids: Path, quantizer: str = "gptq", scheme: Scheme = SC
 def test_first_block_is_what_the_quantizer_gives(source: Path, ids: Path, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     write_checkpoint(recipe(source, ids), tmp_path / "q", progress=lambda *step: seen.append(step))
-    assert [what for what, _, _ in seen if what.startswith("block")] == [f"block {n} of 3" for n in (1, 2, 3)]
+    assert [what for what, _, _ in seen if what.endswith("done")] == [
+        f"quantizing: block {n} of 3: done" for n in (1, 2, 3)
+    ]
     assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
     assert seen[-1][1:] == (24, 24), "a step for every linear and one for every block"
     facts = manifest(tmp_path / "q")
@@ -86,7 +88,7 @@ def test_first_block_is_what_the_quantizer_gives(source: Path, ids: Path, tmp_pa
         assert torch.equal(decode(layer.packed), decode(found.packed))
         loss = facts["layers"][f"model.layers.0.self_attn.{name}"]["loss"]
         assert loss == pytest.approx(found.loss)
-        assert f"model.layers.0.self_attn.{name} {loss:.2e}" in [what for what, _, _ in seen]
+        assert f"quantizing: block 1 of 3: self_attn.{name} {loss:.2e}" in [what for what, _, _ in seen]
 
 
 @pytest.mark.parametrize("chain", ["quantized", "float"])
@@ -95,7 +97,7 @@ def test_resume_is_bit_identical(source: Path, ids: Path, tmp_path: Path, chain:
     write_checkpoint(asked, tmp_path / "whole")
 
     def die(what: str, done: int, total: int) -> None:
-        if what.startswith("block 2"):
+        if what == "quantizing: block 2 of 3: done":
             raise Killed
 
     with pytest.raises(Killed):

@@ -53,10 +53,10 @@ for wanted, delay in points:
     print(json.dumps([wanted, ended, whole]), flush=True)
 """
 POINTS = [
-    ("model.layers.0.self_attn.o_proj", 0.0),  # before there is any shard of a block
-    ("block 1", 0.005),
-    ("model.layers.1.mlp.up_proj", 0.002),
-    ("block 2", 0.02),
+    ("block 1 of 2: self_attn.o_proj", 0.0),  # before there is any shard of a block
+    ("block 1 of 2: done", 0.005),
+    ("block 2 of 2: mlp.up_proj", 0.002),
+    ("block 2 of 2: done", 0.02),
     ("distilling", 0.01),
     ("distilling", 0.15),
 ]

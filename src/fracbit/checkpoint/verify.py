@@ -104,7 +104,7 @@ def _contents(source: Source, listed: Mapping[str, StoredTensor], progress: Show
         for (name, info), fault in zip(source.tensors.items(), found, strict=True):
             done += info.bytes
             if show is not None:
-                show(name, done, source.bytes)
+                show(f"verifying: {name}", done, source.bytes)
             if fault:
                 yield fault
 

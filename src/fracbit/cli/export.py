@@ -12,6 +12,7 @@ import fracbit
 from fracbit.cli import options
 from fracbit.cli.names import check_export, check_models, check_texts
 from fracbit.cli.show import bytes_text, print_json, print_notes, progress
+from fracbit.cli.stopped import keeping
 from fracbit.records.tables import FORMATS
 
 
@@ -63,7 +64,7 @@ def export(
     check_export(output, to, overwrite=overwrite, resume=resume)
     check_texts(judged=[held_out])
     check_models(checkpoint)
-    with progress(json or quiet) as show:
+    with keeping(output), progress(json or quiet) as show:
         made = fracbit.export(
             checkpoint, output, to, requantize=requantize, held_out=held_out, overwrite=overwrite, resume=resume,
             trust_remote_code=trust_remote_code, progress=show,

@@ -25,6 +25,7 @@ from fracbit.cli.show import (
     print_table,
     progress,
 )
+from fracbit.cli.stopped import keeping
 from fracbit.errors import OutputError, RecipeError, SourceError
 from fracbit.records.files import named_path
 from fracbit.records.progress import rank
@@ -157,7 +158,7 @@ def quantize(
     made_in(named_path(output, OutputError), engine, resume=resume, overwrite=overwrite)
     check_format(SERVING.get(engine, "") if engine else "")
     long = made.recipe.calibration is not None or made.spending.preset is not None
-    with progress(json or quiet) as show:
+    with keeping(output, beside=engine is not None), progress(json or quiet) as show:
         result = fracbit.quantize(
             made.recipe,
             output,

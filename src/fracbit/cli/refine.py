@@ -10,6 +10,7 @@ import fracbit
 from fracbit.cli import options
 from fracbit.cli.names import check_better, check_models
 from fracbit.cli.show import print_improved, progress
+from fracbit.cli.stopped import keeping
 
 
 def refine(
@@ -36,7 +37,7 @@ def refine(
     """Move codes and scales of CHECKPOINT (GPTQ, AWQ, compressed-tensors, GGUF) towards the float model, in its own format."""
     check_better(output, calibration, overwrite=overwrite, resume=resume)
     check_models(checkpoint, against)
-    with progress(json or quiet) as show:
+    with keeping(output), progress(json or quiet) as show:
         made = fracbit.refine(
             checkpoint, output, calibration, against, samples=samples, length=length, seed=seed, overwrite=overwrite,
             resume=resume, device=device, trust_remote_code=trust_remote_code, progress=show,

@@ -14,13 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from fracbit.cli.settings import Setting, listing
-from fracbit.records.progress import Progress, terminal_bar
+from fracbit.records.progress import Progress, showing
 from fracbit.records.run import Improved
 
 
 def progress(quiet: bool = False) -> AbstractContextManager[Progress | None]:
-    """A progress bar on stderr; none when `quiet`."""
-    return nullcontext() if quiet else terminal_bar()
+    """A progress line on stderr; none when `quiet`."""
+    return nullcontext() if quiet else showing("auto")
 
 
 def print_json(value: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ import fracbit
 from fracbit.cli import options
 from fracbit.cli.names import check_better, check_models
 from fracbit.cli.show import print_improved, progress
+from fracbit.cli.stopped import keeping
 from fracbit.records.norm_methods import check_norm_method
 
 
@@ -46,7 +47,7 @@ def tweak(
     check_norm_method(method, against)
     check_better(output, calibration, overwrite=overwrite, resume=resume)
     check_models(checkpoint, against)
-    with progress(json or quiet) as show:
+    with keeping(output), progress(json or quiet) as show:
         made = fracbit.tweak(
             checkpoint, output, calibration, against=against, method=method, samples=samples, length=length, seed=seed,
             overwrite=overwrite, resume=resume, device=device, trust_remote_code=trust_remote_code, progress=show,

@@ -39,8 +39,9 @@ from fracbit.pipeline.quantize.served import served
 from fracbit.pipeline.quantize.work import check_shared, check_words
 from fracbit.pipeline.study.overlap import calibration_sources, overlap_notes
 from fracbit.records.files import named_path
-from fracbit.records.progress import Shown, showing
+from fracbit.records.progress import Shown, showing, whole_run
 from fracbit.records.recipe import Recipe
+from fracbit.records.resources import Needs
 from fracbit.records.run import ALLOWED, Result
 from fracbit.records.scheme import Scheme
 from fracbit.records.spending import Spending, check_terms
@@ -98,7 +99,9 @@ def quantize(
         asked = announce is not None and ranks.leads
         divided = budgeted(recipe, spending, opened=opened, device=device, measured=asked, progress=show)
         if announce is not None and asked:
-            announce(f"the run: {divided.needs or needs_or_why(divided.recipe, opened, device)}")
+            needs = divided.needs or needs_or_why(divided.recipe, opened, device)
+            announce(f"the run: {needs}")
+            show = whole_run(show, needs.phases) if show is not None and isinstance(needs, Needs) else show
         result = write_checkpoint(
             divided.recipe,
             place,

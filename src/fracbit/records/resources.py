@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import resource
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from fracbit.records.sizes import print_size
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run will take: resident memory, disk and time. Reading texts and writing to disk take time that is not counted."""
+    """What a run will take: resident memory, disk and time. Reading texts and writing to disk take time that is not counted.
+
+    `phases`: the seconds of each phase, in order, where there are several.
+    """
 
     memory_bytes: int
     disk_bytes: int
     seconds: float
+    phases: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """Such as `about 4 min, 0.9 GB of memory, 58 MB on disk`."""

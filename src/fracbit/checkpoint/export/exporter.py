@@ -49,7 +49,7 @@ from fracbit.numerics.packed import PackedTensor, part_shapes
 from fracbit.records import tables
 from fracbit.records.files import named_path
 from fracbit.records.grouped import some_of
-from fracbit.records.progress import Progress, Shown, showing
+from fracbit.records.progress import Progress, Shown, phase, showing, silent
 from fracbit.records.run import LayerRecord, ShardRecord
 from fracbit.records.scheme import Scheme
 from fracbit.records.tables import Table
@@ -269,7 +269,7 @@ def export(
     ):
         said = partial(_manifest, task, divergence=divergence)
         target = replace(target, inside=said) if one else target
-        written = exporter.write(stored, target, show or (lambda what, done, total: None))
+        written = exporter.write(stored, target, phase(show or silent, "exporting"))
         records = [target.record(name) or ShardRecord() for name in written.files]
         again = {name: layer for record in records for name, layer in record.layers.items()}
         if one:

@@ -8,7 +8,7 @@ The states are those of the checkpoint as it is improved, so that each block is 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -25,7 +25,7 @@ from fracbit.models.spill import storage
 from fracbit.models.walk import Hidden, advance, embed
 from fracbit.pipeline.improve.twins import Twins, block_tensors, outer_tensors
 from fracbit.pipeline.quantize.calibrated import SPILL_BYTES
-from fracbit.records.progress import Progress
+from fracbit.records.progress import Progress, phase
 from fracbit.records.run import ShardRecord
 
 SAME = 0.02  # relative: gains that differ by less were only stored in another type
@@ -91,15 +91,21 @@ def walk_alongside(walk: Walk, step: BlockStep, copy: PatchedCopy) -> list[Shard
         place, name = Place(number, path, module, hidden), f"block-{number:05}"
         record = copy.record(name)
         if record is None:
-            changed, record = step(walk, place)
+            changed, record = step(_within(walk, number, len(stack)), place)
             copy.write(name, changed, record)
         records.append(record)
         if number + 1 < len(stack):
             walk.load_coded(place, copy.now)
             hidden = advance(module, hidden, hidden.states)
             release(module)
-        walk.show(f"block {number + 1} of {len(stack)}", number + 1, len(stack))
+        walk.show(f"block {number + 1} of {len(stack)}: done", number + 1, len(stack))
     return records
+
+
+def _within(walk: Walk, number: int, count: int) -> Walk:
+    """The walk inside of block `number` of `count`, which shows what is done there, and the blocks that are done."""
+    said = phase(walk.show, f"block {number + 1} of {count}")
+    return replace(walk, show=lambda what, done, total: said(what, number, count))
 
 
 def rescale(block: nn.Module, family: Family, config: object, coded: Mapping[str, Tensor]) -> None:

@@ -41,7 +41,7 @@ from fracbit.records.calibration import Calibration
 from fracbit.records.files import named_path
 from fracbit.records.grouped import grouped
 from fracbit.records.norm_methods import ON_PREDICTIONS, ON_TEXT, check_norm_method
-from fracbit.records.progress import Progress, Shown, showing
+from fracbit.records.progress import Progress, Shown, phase, showing, silent
 from fracbit.records.recipe import Recipe
 from fracbit.records.resources import peak_rss
 from fracbit.records.run import DistillRecord, Improved, ShardRecord
@@ -209,11 +209,11 @@ def _improved(asked: Task, work: Moving, check: Callable[[Twins], object]) -> Im
             check_apart(output, lone_file(opened.source) or opened.source.folder)
     check(twins)
     with showing(asked.progress) as shown:
-        show = shown or (lambda what, done, total: None)
+        show = shown or silent
         seen = _samples(twins, asked, show)
         device = torch.device(asked.device)
         batch = batch_of(asked.calibration, seen.ids.shape[1], device)
-        walk = Walk(twins, seen, batch, device=device, show=show)
+        walk = Walk(twins, seen, batch, device=device, show=phase(show, asked.verb))
         key = twins.key(asked.verb, asked.method, seen.sha256, asked.device)
         one = is_one_file(output)
         with (
@@ -293,7 +293,7 @@ def _all_at_once(walk: Walk, copy: PatchedCopy) -> ShardRecord:
     )
 
     def show(epoch: int, loss: float) -> None:
-        walk.show(f"norms, {loss:.4f} nats", epoch, plan.epochs)
+        walk.show(f"norms of all blocks, {loss:.4f} nats", epoch, plan.epochs)
 
     ids = walk.samples.ids.to(walk.device)  # [samples, tokens]
     found = distill(teacher, model, soft={}, norms=gains, ids=ids, how=plan, show=show)

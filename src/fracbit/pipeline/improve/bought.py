@@ -31,7 +31,7 @@ from fracbit.pipeline.improve.twins import block_tensors, outer_tensors
 from fracbit.pipeline.quantize.block import rounded_inputs
 from fracbit.pipeline.quantize.rotate import turned_inputs
 from fracbit.pipeline.study.texts import reader_of
-from fracbit.records.progress import Progress
+from fracbit.records.progress import Progress, silent
 from fracbit.records.recipe import Recipe
 from fracbit.records.run import Bought
 
@@ -54,7 +54,7 @@ def bought(
             open_stored(folder),
         )
         samples = _samples(opened, text or TEXT)
-        return _walked(opened, _Stored(stored), samples, took, show=show or _silent)
+        return _walked(opened, _Stored(stored), samples, took, show=show or silent)
     except FracbitError as error:
         return f"not compared with the float model: {error}"
 
@@ -97,10 +97,6 @@ def _samples(opened: Opened, text: str) -> Samples:
     held = reader.documents(text)
     length = min(LENGTH, limit, held.count)
     return reader.samples(text, samples=max(1, min(TOKENS, held.count) // length), length=length)
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    """Tells nobody."""
 
 
 def _walked(opened: Opened, coded: _Stored, samples: Samples, took: float, *, show: Progress) -> Bought | str:

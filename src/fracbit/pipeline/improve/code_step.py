@@ -53,7 +53,7 @@ def refine_step(walk: Walk, place: Place) -> tuple[dict[str, Tensor], ShardRecor
                 continue
             changed |= found
             records[full] = record
-            walk.show(full, place.number, place.number + 1)
+            walk.show(name, len(records), sum(map(len, order)))
     return changed, ShardRecord(refined=records, notes=notes)
 
 

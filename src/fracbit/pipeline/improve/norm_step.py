@@ -58,7 +58,7 @@ class NormStep:
         )
 
         def show(what: str, done: int, total: int) -> None:
-            walk.show(f"{place.path} {what}", place.number, place.number + 1)
+            walk.show(f"{what}, {done} of {total}", done, total)
 
         found = self.correction(module, family, evidence, show)
         places = norm_places(walk.twins)

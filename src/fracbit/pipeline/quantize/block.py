@@ -237,8 +237,9 @@ def fill_group(
         said.append(UNWEIGHED)
     made: dict[str, Quantized] = {}
     for full, found in quantize_layers(work.method, weights, schemes, seen).items():
-        made[full.removeprefix(f"{block.path}.")] = replace(found, notes=(*found.notes, *said))
-        work.show(f"{full} {found.loss:.2e}", done + len(made), len(block.schemes))
+        name = full.removeprefix(f"{block.path}.")
+        made[name] = replace(found, notes=(*found.notes, *said))
+        work.show(f"{name} {found.loss:.2e}", done + len(made), len(block.schemes))
     return made
 
 
@@ -252,7 +253,7 @@ def correct(work: Work, block: Block, evidence: Evidence) -> Corrected:
     """Correct a quantized block as the recipe says."""
 
     def show(what: str, done: int, total: int) -> None:
-        work.show(f"{block.path} {what}, {done} of {total}", len(block.schemes), len(block.schemes))
+        work.show(f"{what}, {done} of {total}", len(block.schemes), len(block.schemes))
 
     return correction(work.calibration.tweak)(block.module, work.opened.family, evidence, show)
 

@@ -33,7 +33,7 @@ from fracbit.pipeline.quantize.self_distill import distill_shards
 from fracbit.pipeline.quantize.stream import quantize_item
 from fracbit.pipeline.quantize.token_weights import token_weights
 from fracbit.pipeline.quantize.work import Entrance, Work, batch_of, follows_model
-from fracbit.records.progress import Progress
+from fracbit.records.progress import QUANTIZING, Progress, phase
 from fracbit.records.run import LayerRecord, ShardRecord
 from fracbit.transforms import TRANSFORMS
 
@@ -56,12 +56,14 @@ def calibrate_shards(work: Work, target: Shards, spill_bytes: int = SPILL_BYTES)
         hidden=embed_all(work, floats if exact else stored, target, spill_bytes),
     )
     steps = [1 + sum(isinstance(item, LayerItem) for item in items) for _, items in shards]
+    show = phase(work.show, QUANTIZING)
     for number, (shard, items) in enumerate(shards):
         path, block = blocks(work.opened.model, work.opened.family)[number]
         do = do_block if target.record(shard) is None else redo_block
-        part = replace(work, show=partial(show_part, work.show, sum(steps[:number]), sum(steps)))
+        said = phase(show, f"block {number + 1} of {len(steps)}")
+        part = replace(work, show=partial(show_part, said, sum(steps[:number]), sum(steps)))
         entrance = do(part, target, shard, items=items, path=path, module=block, entrance=entrance)
-        work.show(f"block {number + 1} of {len(steps)}", sum(steps[: number + 1]), sum(steps))
+        said("done", sum(steps[: number + 1]), sum(steps))
     if work.calibration.distill:
         distill_shards(work, target)
 

@@ -30,6 +30,7 @@ from fracbit.pipeline.quantize.rotate import fed_through
 from fracbit.pipeline.quantize.schedule import LayerItem
 from fracbit.pipeline.quantize.work import Work
 from fracbit.records.files import read_json
+from fracbit.records.progress import DISTILLING
 from fracbit.records.run import DistillRecord, ShardRecord
 from fracbit.transforms.rotation import turn_inputs
 
@@ -90,7 +91,7 @@ def train(
     plan = Distillation(epochs=work.calibration.distill, rate=work.calibration.rate, seed=work.recipe.seed)
 
     def show(epoch: int, loss: float) -> None:
-        work.show(f"distilling, {loss:.4f} nats from the float model", epoch, plan.epochs)
+        work.show(f"{DISTILLING}: {loss:.4f} nats from the float model", epoch, plan.epochs)
 
     assert work.samples is not None
     with fed_through(student, {name: partial(_as_fed, layer=layers[name]) for name in soft}):

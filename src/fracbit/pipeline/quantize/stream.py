@@ -20,6 +20,7 @@ from fracbit.pipeline.quantize.record import layer_record
 from fracbit.pipeline.quantize.schedule import Item, LayerItem
 from fracbit.pipeline.quantize.work import Work
 from fracbit.quantizers import Quantized
+from fracbit.records.progress import QUANTIZING, phase
 from fracbit.records.run import LayerRecord, ShardRecord
 
 
@@ -30,7 +31,7 @@ def stream_shards(work: Work, target: Shards) -> None:
         if work.ranks.writes(number) and target.record(shard) is None:
             write_shard(work, target, shard=shard, items=items, done=done)
         done += sum(source_bytes(work, item) for item in items)
-        work.show(shard, done, total)
+        phase(work.show, QUANTIZING)(shard, done, total)
 
 
 def write_shard(work: Work, target: Shards, shard: str, items: Iterable[Item], done: int) -> None:
@@ -48,7 +49,7 @@ def write_shard(work: Work, target: Shards, shard: str, items: Iterable[Item], d
             check_finite(item, tensor)
             tensors[item.name] = tensor
         done += source_bytes(work, item)
-        work.show(item.name, done, work.opened.source.bytes)
+        phase(work.show, QUANTIZING)(item.name, done, work.opened.source.bytes)
     target.write_shard(shard, tensors, ShardRecord(hashes, layers))
 
 

@@ -28,6 +28,7 @@ from fracbit.pipeline.quantize.observe import is_expert
 from fracbit.pipeline.quantize.reader import read_items
 from fracbit.pipeline.quantize.schedule import Item
 from fracbit.pipeline.quantize.work import Work, walk_key
+from fracbit.records.progress import WEIGHING, phase
 
 FILE = "token-weights.safetensors"
 
@@ -54,7 +55,7 @@ def token_weights(work: Work, target: Shards, embed: Callable[[], Hidden]) -> Ma
 
 def _measured(work: Work, hidden: Hidden) -> dict[str, Tensor]:
     assert work.samples is not None
-    squares = gradient_squares(stack_of(work), hidden, work.samples.ids, work.show)
+    squares = gradient_squares(stack_of(work), hidden, work.samples.ids, phase(work.show, WEIGHING))
     sizes = {name: each.sqrt() for name, each in squares.items() if not is_expert(_inside(work, name))}
     return {name: each / each.mean().clamp(min=torch.finfo(each.dtype).tiny) for name, each in sizes.items()}
 

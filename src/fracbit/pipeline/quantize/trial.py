@@ -37,6 +37,7 @@ from fracbit.pipeline.quantize.self_distill import distill_shards
 from fracbit.pipeline.quantize.token_weights import stack_of
 from fracbit.pipeline.quantize.work import Entrance, Work, batch_of, follows_model, prepare
 from fracbit.pipeline.study.texts import sample_length
+from fracbit.records.progress import DISTILLING, QUANTIZING, WEIGHING
 from fracbit.records.recipe import Recipe
 from fracbit.records.resources import Needs, peak_rss
 
@@ -80,13 +81,14 @@ def _measured(recipe: Recipe, opened: Opened, device: str | torch.device) -> Nee
     short = trial(few)
     long = trial(more) if more > few else short
     slope = max(long - short, 0.0) / max(more - few, 1)  # seconds per sample and block
-    seconds = start + len(shards) * (short + slope * (wanted - few))
+    phases = {QUANTIZING: start + len(shards) * (short + slope * (wanted - few))}
     if calibration.weigh == "loss":
-        seconds += wanted * _weighing(_with(work, ids[:few]), target)
+        phases = {WEIGHING: wanted * _weighing(_with(work, ids[:few]), target)} | phases
     if calibration.distill:
-        seconds += _distilling(recipe, opened, device, samples=_with(work, ids[:few]).samples, wanted=wanted)
+        part = _with(work, ids[:few]).samples
+        phases[DISTILLING] = _distilling(recipe, opened, device, samples=part, wanted=wanted)
     memory = peak_rss() + _states(work, wanted - more, len(shards))
-    return Needs(memory, work.schedule.bytes, seconds)
+    return Needs(memory, work.schedule.bytes, sum(phases.values()), phases)
 
 
 def _random_ids(opened: Opened, samples: int, length: int) -> Tensor:

@@ -27,7 +27,7 @@ from fracbit.pipeline.quantize.schedule import LayerItem, Schedule, by_block, ma
 from fracbit.pipeline.study.texts import calibration_samples, writer_of
 from fracbit.quantizers import nearest, quantizer
 from fracbit.records.calibration import Calibration
-from fracbit.records.progress import Progress
+from fracbit.records.progress import Progress, silent
 from fracbit.records.recipe import Recipe, check_data
 from fracbit.records.scheme import Scheme
 from fracbit.records.tables import COLUMN_RULES
@@ -167,7 +167,7 @@ def prepare(
     """
     _check(recipe, device)
     check_shared(recipe, ranks)
-    show = progress or (lambda what, done, total: None)
+    show = progress or silent
     reader = Reader(opened.source, None if memory is None else memory.tensors)
     schedule = make_schedule(recipe, opened, shard_bytes)
     calibration, signs = recipe.calibration, None

@@ -30,6 +30,7 @@ SIBLINGS = {
     "quantize": "the command and the subpackage that it calls",
     "report": "the command and the package that it calls",
     "run": "the record of a run and what makes it",
+    "serve": "the command and the subpackage that it calls",
     "study": "the subpackage and the record that its files share",
     "tweak": "the command and the method that it runs",
     "verify": "the command and the function that it calls",

@@ -24,12 +24,14 @@ from fracbit.cli import (
     refine,
     report,
     score,
+    serve,
     sweep,
     task,
     tweak,
     verify,
 )
 from fracbit.cli.renamed import RenamedOptions
+from fracbit.cli.stopped import INTERRUPTED, Stopped
 from fracbit.errors import FracbitError, RankError
 from fracbit.records.progress import rank
 from fracbit.records.version import __version__
@@ -67,6 +69,7 @@ app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)
 app.command("score")(score.score)
@@ -77,9 +80,6 @@ app.command("sweep")(sweep.sweep)
 app.command("report")(report.report)
 app.command("task")(task.task)
 app.command("env")(env.env)
-
-
-INTERRUPTED = 130  # typer's exit code after Ctrl-C
 
 
 def main() -> None:
@@ -95,10 +95,12 @@ def main() -> None:
         elif not isinstance(error, RankError):  # which rank 0 says too
             print(f"fracbit: error: rank {rank()}: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stop:
+        print(f"fracbit: stopped; {stop}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except SystemExit as end:
-        if end.code == INTERRUPTED:
-            onwards = "continue quantize with --resume, sweep with the same command"
-            print(f"fracbit: stopped; finished work is kept ({onwards})", file=sys.stderr)
+        if end.code == INTERRUPTED:  # typer's code after Ctrl-C in a command that keeps nothing
+            print("fracbit: stopped; this command keeps nothing that is unfinished", file=sys.stderr)
         raise
 
 

@@ -6,6 +6,7 @@ native decode step (step.py) reads all layers from one tensor.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -118,6 +119,14 @@ class StoreCache(Cache):
             assert isinstance(layer, StoreLayer)
             layer.held += tokens
 
+    def release(self) -> Tensor | None:
+        """Give the memory up, and return it; the cache is of no use afterwards.
+
+        Cache and layers refer to each other: without this, the memory would wait for Python's collector of cycles.
+        """
+        data, self.data = self.data, None
+        return data
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the batch for beam search."""
         self._select(beam_idx)
@@ -134,6 +143,19 @@ class StoreCache(Cache):
     def _select(self, sequences: Tensor) -> None:
         if self.data is not None:
             self.data = self.data.index_select(2, sequences.to(self.data.device))
+
+
+def stacked(config: PreTrainedConfig, sequences: Sequence[Tensor]) -> StoreCache:
+    """A cache of several sequences, each [layers, 2, 1, heads, its tokens, head], shorter ones after zeros."""
+    longest = max(each.shape[-2] for each in sequences)
+    cache = StoreCache(config, longest + LEAST_ROOM)
+    first = sequences[0]
+    layers, two, _, heads, _, head = first.shape
+    cache.data = first.new_zeros((layers, two, len(sequences), heads, cache.room, head))
+    for row, each in enumerate(sequences):
+        cache.data[:, :, row : row + 1, :, longest - each.shape[-2] : longest] = each
+    cache.added(longest)
+    return cache
 
 
 def store_bytes(cache: StoreCache) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -31,6 +32,7 @@ from fracbit.records.checked import Checked
 from fracbit.records.progress import Progress
 from fracbit.records.run import ShardRecord
 from fracbit.records.scheme import Scheme
+from fracbit.sweeps.trackers import Track
 from fracbit.transforms.transform import Transform
 
 NOTE = "made by an extension"
@@ -125,6 +127,16 @@ class Halves:
             "halves.safetensors", {n: stored.tensor(n).half() for n in stored.rest}, ShardRecord()
         )
         return Written(("halves.safetensors",), {"format": "halves"})
+
+
+LEDGER: list[tuple[str, str]] = []
+"""What the tracker of the same file was given: experiments and keys of rows."""
+
+
+@contextmanager
+def ledger(experiment: str) -> Iterator[Track]:
+    """A tracker: a list."""
+    yield lambda row: LEDGER.append((experiment, row.key))
 
 
 MIRROR = ServingEngine(

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import fracbit
-from extensions import ALTERNATING, NOTE
+from extensions import ALTERNATING, LEDGER, NOTE
 from families import tiny_llama
 from fracbit.cli import app
 from fracbit.numerics import decode
@@ -31,6 +31,7 @@ LINES = {
     "PERTURBATIONS": {"alternating": "extensions:ALTERNATING"},
     "FORMATS": {"halves": "extensions:Halves"},
     "ENGINES": {"mirror": "extensions:MIRROR"},
+    "TRACKERS": {"ledger": "extensions:ledger"},
 }
 
 
@@ -111,6 +112,16 @@ def test_new_names_on_the_command_line_and_in_a_grid(source: Path, tmp_path: Pat
     )
     runs = expand(read_sweep(tmp_path / "grid.toml")).runs.values()
     assert sum(run.recipe.quantizer == "noted" for run in runs) == 1
+
+
+def test_rows_in_a_new_tracker(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "grid.toml").write_text(
+        f'models = "{source}"\n[evaluation]\ntext = "ids.u16?length=16"\n[[arm]]\ndtypes = "int"\nbits = 4\nblocks = 16\n'
+    )
+    LEDGER.clear()
+    found = fracbit.sweep(tmp_path / "grid.toml", tmp_path / "s.db", track="ledger:mine", progress=None)
+    assert [name for name, _ in LEDGER] == ["mine"] * found.measured
+    assert found.measured > 0
 
 
 def test_a_run_for_a_new_engine(source: Path, tmp_path: Path) -> None:

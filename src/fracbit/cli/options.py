@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fracbit.cli.names import FLOAT_TYPES
-from fracbit.records.tables import SERVING
+from fracbit.records.tables import SERVING, TRACKERS
 
 WRITE = "What to write"
 MEASURE = "What to measure"
@@ -53,7 +53,18 @@ Resume = Annotated[
 ]
 ExportRows = Annotated[
     Path | None,
-    typer.Option("--export", help="Also write all rows of the store as Parquet.", rich_help_panel=WRITE),
+    typer.Option(
+        "--export", help="Also write all rows of the store: a .parquet or .csv file.", rich_help_panel=WRITE
+    ),
+]
+
+Track = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TRACKER[:EXPERIMENT]",
+        help=f"Also add rows to an experiment tracker: {', '.join(TRACKERS)}.",
+        rich_help_panel=WRITE,
+    ),
 ]
 
 # What to measure
@@ -168,4 +179,4 @@ Settings = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=RUN)]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar and no notes.", rich_help_panel=RUN)]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no notes.", rich_help_panel=RUN)]

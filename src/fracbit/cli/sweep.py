@@ -9,6 +9,7 @@ import typer
 
 from fracbit.cli import options
 from fracbit.cli.show import bytes_text, print_json
+from fracbit.cli.stopped import keeping_rows
 from fracbit.errors import OutputError, RecipeError
 from fracbit.records.extras import check_extra
 
@@ -29,6 +30,7 @@ def sweep(
         typer.Option(help="SQLite file, or postgresql://USER@HOST/NAME.", rich_help_panel=options.WRITE),
     ] = "sweep.db",
     export: options.ExportRows = None,
+    track: options.Track = None,
     imported: Annotated[
         Path | None,
         typer.Option(
@@ -97,10 +99,13 @@ def sweep(
     if ray or address is not None:
         _check_ray(device, workers, min(cpus, gpus, retries))
         check_extra("--ray", "ray", "ray", OutputError)
-    from fracbit.sweeps.parquet import export_parquet, import_parquet
+    from fracbit.sweeps.exported import check_ending, export_rows
+    from fracbit.sweeps.parquet import import_parquet
     from fracbit.sweeps.spec import expand, read_sweep
     from fracbit.sweeps.store import open_store, shown
 
+    if export is not None:
+        check_ending(export)
     read = read_sweep(file).model_copy(update={"trust_remote_code": trust_remote_code})
     root = (file.parent / read.root).resolve()
     known = [] if imported is None else import_parquet(imported)
@@ -125,20 +130,22 @@ def sweep(
             retries=retries,
             keep_going=keep_going,
         )
-    outcome = measure(
-        read,
-        store,
-        root=root,
-        engine=engine,
-        device=device,
-        retry_failed=retry_failed,
-        keep_going=keep_going and engine is None,
-        known=known,
-        progress=None if json or quiet else _show,
-    )
+    with keeping_rows(shown(store)):
+        outcome = measure(
+            read,
+            store,
+            root=root,
+            engine=engine,
+            device=device,
+            retry_failed=retry_failed,
+            keep_going=keep_going and engine is None,
+            known=known,
+            track=track,
+            progress=None if json or quiet else _show,
+        )
     if export is not None:
         with open_store(store) as opened:
-            export_parquet(opened.rows(), export)
+            export_rows(opened.rows(), export)
     failed = [{"key": row.key, "label": str(row.run), "error": row.error} for row in outcome.failed]
     if json:
         figures = {

@@ -193,6 +193,15 @@ FORMATS: Table[Any] = Table(
     written="fracbit export --to {}",
 )
 
+TRACKERS: Table[Any] = Table(
+    "tracker",
+    {
+        "mlflow": "fracbit.sweeps.trackers:mlflow",
+        "wandb": "fracbit.sweeps.trackers:wandb",
+    },
+    written="--track {}",
+)
+
 ENGINES: Table[Any] = Table(
     "engine",
     {

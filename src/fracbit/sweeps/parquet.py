@@ -30,7 +30,7 @@ def export_parquet(rows: Sequence[Row], path: Path) -> None:
     pyarrow, parquet = _library("pyarrow"), _library("pyarrow.parquet")
     temporary = path.with_name(path.name + ".tmp")
     try:
-        table = pyarrow.Table.from_pylist([_flat(row) for row in rows])
+        table = pyarrow.Table.from_pylist([flat(row) for row in rows])
         parquet.write_table(table, temporary, compression="zstd", compression_level=19)
         os.replace(temporary, path)
     except OSError as error:
@@ -53,7 +53,8 @@ def import_parquet(path: Path) -> list[Row]:
     return [_row(line, path) for line in lines]
 
 
-def _flat(row: Row) -> dict[str, Any]:
+def flat(row: Row) -> dict[str, Any]:
+    """A row as columns: those of the store, the run as JSON, and lists."""
     columns = {name: value for name, value in columns_of(row).items() if name != "record"}
     run = row.run.model_dump_json(exclude_defaults=True)
     return columns | {"run": run} | {name: getattr(row, name) for name in (*ALSO, *LISTS)}
@@ -63,7 +64,7 @@ def _row(line: Mapping[str, Any], path: Path) -> Row:
     missing = {"key", "run", "status", "text_sha256", *NESTED, *LISTS, *ALSO} - line.keys()
     if missing:
         raise FormatError(
-            f"{path} lacks the columns {sorted(missing)}: write it with `fracbit sweep --export`"
+            f"{path} lacks the columns {sorted(missing)}: write it with `fracbit sweep --export FILE.parquet`"
         )
     fields = {name: line[name] for name in Row.model_fields if name in line and name not in ("run", *NESTED)}
     try:

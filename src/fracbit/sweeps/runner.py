@@ -20,6 +20,7 @@ from fracbit.sweeps.in_process import InProcess
 from fracbit.sweeps.queue import Queue, Workload, workload_of
 from fracbit.sweeps.spec import Sweep, expand, read_sweep
 from fracbit.sweeps.store import Store, open_store
+from fracbit.sweeps.trackers import Track, tracking
 
 POLL = 1.0
 OnRow = Callable[[Row, int, int], None]
@@ -61,6 +62,7 @@ def sweep(
     keep_going: bool = False,
     known: Iterable[Row] = (),
     trust_remote_code: bool = False,
+    track: str | None = None,
     progress: OnRow | Literal["auto"] | None = "auto",
 ) -> Outcome:
     """Measure every run of a sweep (a TOML file or a `Sweep`) that the store lacks. Call it again to continue.
@@ -71,8 +73,9 @@ def sweep(
       run (cpu, cuda, auto for all GPUs), and with `keep_going` a bug of fracbit becomes a failed row instead of ending the
       sweep; an engine has its own settings for both.
     - `retry_failed` tries failed runs again. `known`: rows that the store takes over first, such as those of another store
-      (sweeps/parquet.py). `trust_remote_code`: run the models' own code, which a file cannot ask for. `progress` is called
-      after every row; "auto" is a bar where the sweep runs.
+      (sweeps/parquet.py). `trust_remote_code`: run the models' own code, which a file cannot ask for. `track`: an experiment
+      tracker that gets every new row, such as "mlflow:NAME" (sweeps/trackers.py). `progress` is called after every row; "auto"
+      is a bar where the sweep runs.
 
     Raises `RecipeError` for a file that is not a sweep and for a device beside an engine, `SourceError` for a device that
     cannot be used here, `OutputError` when the store cannot be written.
@@ -87,12 +90,25 @@ def sweep(
         raise RecipeError(
             "an engine has its own device and keep_going: give them to the engine, not to the sweep"
         )
-    with open_store(str(store)) as opened, showing("auto" if progress == "auto" else None) as show:
+    bar = showing("auto" if progress == "auto" else None)
+    with tracking(track) as add, open_store(str(store)) as opened, bar as show:
         opened.add(known)
         on_row = None if show is None else lambda row, done, total: show(str(row.run), done, total)
         called = on_row if progress == "auto" else progress
-        outcome = run_sweep(opened, expansion.runs, engine=used, progress=called, retry_failed=retry_failed)
+        told = called if add is None else _both(add, called)
+        outcome = run_sweep(opened, expansion.runs, engine=used, progress=told, retry_failed=retry_failed)
     return replace(outcome, skipped=expansion.skipped)
+
+
+def _both(add: Track, called: OnRow | None) -> OnRow:
+    """Add a row to a tracker, and call what is called after every row."""
+
+    def tell(row: Row, done: int, total: int) -> None:
+        add(row)
+        if called is not None:
+            called(row, done, total)
+
+    return tell
 
 
 def _here(root: Path, device: str, keep_going: bool) -> InProcess:

@@ -53,3 +53,13 @@ def test_a_bad_activation_names_its_sample() -> None:
     bad[7, 1] = float("nan")
     with pytest.raises(WeightError, match=r"model\.layers\.3\.mlp\.up_proj, sample 3: 1 of 10 input rows"):
         observer("mlp.up_proj", bad)
+
+
+def test_an_activation_whose_square_is_not_finite_names_its_sample() -> None:
+    observer = Observer("model.layers.3", gram=True, length=5)
+    large = torch.zeros(10, 4)
+    large[7, 1] = 1e30
+    with pytest.raises(
+        WeightError, match=r"up_proj, sample 1: squares of inputs of up to 1e\+30 pass the range"
+    ):
+        observer("mlp.up_proj", large)

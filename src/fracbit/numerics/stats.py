@@ -48,7 +48,11 @@ def add_inputs(
     gram = None if stats.gram is None else add(stats.gram, x)  # [in, in]
     energy = stats.energy + x.float().square().sum(0) if gram is None else gram.diagonal().clone()  # [in]
     if not bool(torch.isfinite(energy).all()):
-        raise WeightError(f"{int((~torch.isfinite(x)).any(1).sum())} of {len(x)} input rows hold NaN or Inf")
+        bad = int((~torch.isfinite(x)).any(1).sum())
+        what = f"{bad} of {len(x)} input rows hold NaN or Inf"
+        raise WeightError(
+            what if bad else f"squares of inputs of up to {float(absmax.max()):.3g} pass the range of fp32"
+        )
     return Stats(stats.tokens + len(x), gram, absmax, energy)
 
 

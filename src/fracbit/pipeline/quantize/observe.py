@@ -62,7 +62,9 @@ class Observer:
         """The number of the bad sample; "" for experts, which see tokens of all samples."""
         if is_expert(name):
             return ""
-        first = int((~torch.isfinite(x)).any(1).nonzero()[0])
+        first = int(
+            torch.nan_to_num(x.abs().float(), nan=torch.inf).amax(1).argmax()
+        )  # the first of the largest
         return f", sample {self.first + (held.tokens + first) // self.length}"
 
 

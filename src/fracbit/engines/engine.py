@@ -14,6 +14,7 @@ from typing import Protocol
 from fracbit.checkpoint.export.exporter import Nearest
 from fracbit.checkpoint.format import StoredLayer
 from fracbit.records import tables
+from fracbit.records.generating import Load, Speed
 from fracbit.records.scheme import Scheme
 from fracbit.records.tables import Table
 
@@ -55,6 +56,7 @@ class ServingEngine:
       "" where it only decodes weights.
     - `variables`: environment variables that it needs; `build`: builds into its environment what pip does not install.
     - `serves`: what `--for` may quantize to; None: nothing is quantized for it. `usual`: near what, unless one asks.
+    - `speed`: measures an export, (environment, export, what is run, threads) -> tokens per second.
     - `fused`: linears that read one input must have one scheme; `head`: the output head may be quantized; `casts_scales`:
       scales are cast to the type of the model.
     """
@@ -69,6 +71,7 @@ class ServingEngine:
     build: Callable[[Path], None] | None = None
     serves: Forms | None = None
     usual: Scheme = USUAL
+    speed: Callable[[Path, Path, Load, int], Speed] | None = None
     fused: bool = False
     head: bool = False
     casts_scales: bool = False

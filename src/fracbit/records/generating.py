@@ -53,6 +53,14 @@ class Load:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """Tokens per second: `prefill` of the prompt, `decode` of new tokens."""
+
+    prefill: float
+    decode: float
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How one request is continued: at most `new_tokens`, up to the first of the texts in `stop`, which is left out.
 

@@ -31,7 +31,7 @@ from fracbit.models.cache import cache_bytes
 from fracbit.models.quant_linear import QuantEmbedding, TiedHead
 from fracbit.models.store_cache import StoreCache
 from fracbit.pipeline.serve.generation import Step, check_room, choose_activations, new_cache, step_of
-from fracbit.records.generating import PREFILL_CHUNK, Load
+from fracbit.records.generating import PREFILL_CHUNK, Load, Speed
 
 READS = 7
 PROMPTS = 3  # readings of the prompt that count
@@ -72,15 +72,13 @@ def measure(
 
     Raises `DataError` when the model has fewer positions than `load_` has tokens.
     """
-    path = _activations(activations)
+    path = activations_of(activations)
     gc.collect()
     before = resident()
     loaded = load(model, dtype, device, trust)
     check_room(loaded, load_.prompt_tokens, load_.new_tokens)
     choose_activations(loaded, path)
-    ids = torch.randint(
-        0, loaded.config.get_text_config().vocab_size, (load_.prompt_tokens,), generator=_seeded()
-    )
+    ids = prompt_of(loaded, load_.prompt_tokens)
     speed, cache, step = speed_of(loaded, ids.to(device), load_.new_tokens, load_.kv_bits)
     gc.collect()
     after, kept = resident(), cache_bytes(cache)
@@ -100,14 +98,6 @@ def measure(
         threads=torch.get_num_threads(),
         step=step,
     )
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Tokens per second: `prefill` of the prompt, `decode` of new tokens."""
-
-    prefill: float
-    decode: float
 
 
 @torch.inference_mode()
@@ -184,7 +174,8 @@ def resident() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:")), None)
 
 
-def _activations(name: str) -> Activations:
+def activations_of(name: str) -> Activations:
+    """The type of activations by its name. Raises `DataError`."""
     if name == "int8":
         return "int8"
     if name == "float":
@@ -192,5 +183,7 @@ def _activations(name: str) -> Activations:
     raise DataError(f"--activations is float or int8, got {name!r}")
 
 
-def _seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+def prompt_of(model: PreTrainedModel, tokens: int) -> torch.Tensor:
+    """Random ids [tokens], the same for every model of a vocabulary."""
+    vocabulary = model.config.get_text_config().vocab_size
+    return torch.randint(0, vocabulary, (tokens,), generator=torch.Generator().manual_seed(0))

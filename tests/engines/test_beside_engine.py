@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,9 +115,10 @@ def test_a_tool_that_fails_is_an_error(said: str, tmp_path: Path, monkeypatch: p
     tool = tmp_path / "llama.cpp" / "build" / "bin" / "llama-bench"
     tool.parent.mkdir(parents=True)
     tool.touch()
-    run: Callable[..., object] = lambda *_, **__: SimpleNamespace(
-        stdout=said, stderr="a\nno such file", returncode=1
-    )  # noqa: E731
+
+    def run(*_: object, **__: object) -> SimpleNamespace:
+        return SimpleNamespace(stdout=said, stderr="a\nno such file", returncode=1)
+
     monkeypatch.setattr("fracbit.engines.llama_cpp.subprocess.run", run)
     with pytest.raises(EngineError, match="no such file"):
         measure_speed(tmp_path, tmp_path / "model.gguf", Load(8, 4), 1)

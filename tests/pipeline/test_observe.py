@@ -5,7 +5,7 @@ import torch
 
 from fracbit.errors import WeightError
 from fracbit.numerics.stats import Stats, add_inputs, empty
-from fracbit.pipeline.quantize.observe import FEW_TOKENS, Observer, borrow
+from fracbit.pipeline.quantize.observe import FEW_TOKENS, UNREACHED, Observer, borrow
 
 UP, DOWN = "mlp.experts.{}.up_proj", "mlp.experts.{}.down_proj"
 
@@ -43,7 +43,7 @@ def test_a_dense_layer_never_borrows() -> None:
     found, notes = borrow({"mlp.up_proj": seen(2)}, [("mlp.up_proj",), ("mlp.down_proj",)])
     assert found["mlp.up_proj"].tokens == 2
     assert found["mlp.down_proj"] is None
-    assert not notes
+    assert notes == {"mlp.down_proj": UNREACHED}
 
 
 def test_a_bad_activation_names_its_sample() -> None:

@@ -69,12 +69,13 @@ def page(rows: Iterable[Row], version: str, scheme: str, tolerance: float) -> st
 
 
 def _counts(rows: list[Row], able: list[Row]) -> str:
-    of_text = [row for row in able if not row.get("needs")]
-    rounded, tuned = _right("rtn", able), _right("gptq", of_text)
+    beside = [row for row in able if row.get("needs") and row.get("gptq", {}).get("verdict") == "ok"]
+    rounded, tuned = _right("rtn", able), _right("gptq", able)
     return textwrap.fill(
         f"Of {len(rows)} types, transformers builds, saves, loads and runs {len(able)}. Rounding is right for {rounded} "
-        f"of them ({_percent(rounded, able)}). {len(of_text)} run on text alone; GPTQ is right for {tuned} of these "
-        f"({_percent(tuned, of_text)}).",
+        f"of them ({_percent(rounded, able)}), GPTQ for {tuned} ({_percent(tuned, able)}). {len(beside)} of these cannot be "
+        "run on text alone: the text goes through the language model within them, and what it does not reach is rounded to "
+        "nearest.",
         width=125,
     )
 

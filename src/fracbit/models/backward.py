@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from fracbit.models.blocks import blocks, linears
 from fracbit.models.calls import device_of
 from fracbit.models.family import Family
+from fracbit.models.text_way import held_on
 from fracbit.models.walk import Hidden, advance, forward, logits_of
 from fracbit.records.progress import Progress
 
@@ -115,7 +116,7 @@ def loss_gradients(model: PreTrainedModel, family: Family, hidden: Hidden, ids: 
     """
     grads = torch.empty_like(hidden.states)
     for sample, row in enumerate(ids):
-        states = hidden.states[sample : sample + 1].to(device_of(model.get_input_embeddings()))
+        states = hidden.states[sample : sample + 1].to(held_on(model))
         states = states.detach().requires_grad_()  # [1, tokens, width]
         with torch.enable_grad():
             logits = logits_of(model, family, states, row[None], hidden=hidden)  # [1, tokens, vocabulary]

@@ -101,6 +101,17 @@ def blocks(model: nn.Module, family: Family) -> list[tuple[str, nn.Module]]:
     return [(f"{family.blocks}.{index}", block) for index, block in enumerate(stack)]
 
 
+def borrowed(model: Any, path: str) -> dict[str, str]:
+    """Names inside the block at `path` of tensors that are another block's too, with the full names that those have there."""
+    within = f"{path}."
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    return {
+        name.removeprefix(within): owner
+        for name, owner in ties.items()
+        if name.startswith(within) and not owner.startswith(within)
+    }
+
+
 def _expand(block: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     """The names that the block holds; names with `*` once per expert, those of one expert together."""
     prefix = next((name.split(".*", 1)[0] for name in names if ".*" in name), None)

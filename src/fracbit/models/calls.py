@@ -14,11 +14,13 @@ class Call:
     """What a module is called with. For a block the hidden states are left out; they come first.
 
     `axis` says where the samples are in the states that the module takes (1: Gemma 3n has several states a sample in front).
+    `left_out`: the model does not call the block for text; the states pass by it.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     axis: int = 0
+    left_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Returned:
 def run(block: nn.Module, states: torch.Tensor, call: Call, device: torch.device | None = None) -> Returned:
     """Call a block with states [samples, tokens, width], on `device`, by default where the block is."""
     device = device or device_of(block)
+    if call.left_out:
+        return Returned(states.to(device), None)
     args, kwargs = move(call.args, device), move(dict(call.kwargs), device)
     result = block(states.to(device).movedim(0, call.axis), *args, **kwargs)
     rest = tuple(result[1:]) if isinstance(result, (tuple, list)) else None

@@ -12,6 +12,7 @@ Ref: transformers 5, integrations/moe.py (the reference loop over experts).
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -266,7 +267,32 @@ def split_experts(model: nn.Module) -> list[str]:
     paths = [path for path, module in model.named_modules() if layout_of(module) is not None]
     for path in paths:  # by path: no more than one mixture may be in memory twice
         put(model, path, _split(model.get_submodule(path)))
+    _tie(model)
     return paths
+
+
+def parts_of(model: nn.Module) -> dict[str, dict[str, Cut]]:
+    """For every fused tensor of a mixture that was split: the model's tensors that it holds, and where."""
+    found: dict[str, dict[str, Cut]] = defaultdict(dict)
+    for path, module in model.named_modules():
+        if isinstance(module, SplitExperts):
+            for name, fused, cut in module.layout.cuts(len(module)):
+                found[f"{path}.{fused}"][f"{path}.{name}"] = cut
+    return dict(found)
+
+
+def _tie(model: Any) -> None:
+    """Tie the parts of fused tensors that were tied (DiffusionGemma's encoder has the experts of its decoder)."""
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    parts = parts_of(model)
+    for name, owner in list(ties.items()):
+        if not {name, owner} <= parts.keys():
+            continue
+        del ties[name]
+        for part, its in zip(parts[name], parts[owner], strict=True):
+            path, _, leaf = part.rpartition(".")
+            setattr(model.get_submodule(path), leaf, model.get_parameter(its))
+            ties[part] = its
 
 
 def _split(module: Any) -> SplitExperts:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -27,8 +27,8 @@ from transformers.core_model_loading import (
 )
 
 from fracbit.errors import SourceError
-from fracbit.models.blocks import find
-from fracbit.models.experts import Cut, Half, SplitExperts
+from fracbit.models.blocks import borrowed, find
+from fracbit.models.experts import Cut, Half, SplitExperts, parts_of
 
 HALVES: tuple[Half | None, ...] = ("first", "second", "even", "odd", None)
 
@@ -121,7 +121,7 @@ def origins(model: PreTrainedModel, disk_names: Iterable[str]) -> Origins:
     """
     disk_names = list(disk_names)
     state = model.state_dict(keep_vars=True)
-    parts = _parts(model)
+    parts = parts_of(model)
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -160,12 +160,27 @@ def origins(model: PreTrainedModel, disk_names: Iterable[str]) -> Origins:
     return Origins(tensors, tuple(sorted(unused, key=order.__getitem__)), missing)
 
 
+def block_places(model: PreTrainedModel, places: Origins, path: str) -> dict[str, Origin]:
+    """Where the tensors of the block at `path` lie, by their names inside it; those that it shares with others among them."""
+    within = f"{path}."
+    found = {
+        name.removeprefix(within): place for name, place in places.tensors.items() if name.startswith(within)
+    }
+    ties = model.all_tied_weights_keys
+    for inside, owner in borrowed(model, path).items():
+        alike = (owner, *(name for name, its in ties.items() if its == owner))
+        held = next((places.tensors[name] for name in alike if name in places.tensors), None)
+        if inside not in found and held is not None:
+            found[inside] = held
+    return found
+
+
 def released_names(model: PreTrainedModel) -> dict[str, str]:
     """What released checkpoints call the tensors of a skeleton, by its own names: those that each hold one tensor as it is.
 
     The rules with which transformers saves this architecture, followed backwards from its names to ours.
     """
-    parts = _parts(model)
+    parts = parts_of(model)
     whole = {name: tensor for name, tensor in model.state_dict().items() if name not in _names_of(parts)}
     split = {path: module for path, module in model.named_modules() if isinstance(module, SplitExperts)}
     for fused in parts:
@@ -175,16 +190,6 @@ def released_names(model: PreTrainedModel) -> dict[str, str]:
         disk = revert_weight_conversion(model, whole)
     found = origins(model, disk).tensors
     return {name: place.plain for name, place in found.items() if place.plain is not None}
-
-
-def _parts(model: nn.Module) -> dict[str, dict[str, Cut]]:
-    """For every fused tensor of a mixture that was split: the model's tensors that it holds, and where."""
-    found: dict[str, dict[str, Cut]] = defaultdict(dict)
-    for path, module in model.named_modules():
-        if isinstance(module, SplitExperts):
-            for name, fused, cut in module.layout.cuts(len(module)):
-                found[f"{path}.{fused}"][f"{path}.{name}"] = cut
-    return dict(found)
 
 
 def _names_of(parts: Mapping[str, Mapping[str, Cut]]) -> set[str]:

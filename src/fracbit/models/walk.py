@@ -4,14 +4,14 @@ The whole forward of every architecture is reproduced without knowing it: `embed
 with blocks that only note what they are called with (rotary tables, ALiBi, masks: one per block where sliding
 and full attention alternate) and stop it before the last one returns; `head` runs it again with blocks that
 return the walked states. So only the embeddings, the head and the block at hand need to be in memory.
-Law: walk = whole forward.
+Law: walk = whole forward. A block that the model leaves out for text (Mllama's, which read images) hands on what it gets.
 
 Patched forwards and hooks are taken off on the way out, also when something raises.
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,13 +20,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fracbit.errors import DataError, SourceError, WeightError
+from fracbit.errors import DataError, SourceError, WeightError, blamed_on
 from fracbit.models.blocks import blocks
 from fracbit.models.calls import (
     Call,
     HandedOn,
+    Returned,
     Stop,
-    device_of,
     equal,
     first_of,
     handed,
@@ -37,6 +37,7 @@ from fracbit.models.calls import (
 )
 from fracbit.models.family import Family
 from fracbit.models.spill import storage
+from fracbit.models.text_way import WHOLE, TextWay, held_on, ways_through
 
 Room = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 """Makes the tensor of a shape and type that hidden states are kept in."""
@@ -64,12 +65,23 @@ class Hidden:
       that have several states a token.
     - `index`: number of the block that they enter; `batches`: how the samples are cut, with the arguments of every block.
     - `beside`: how many values the last block returned beside the states, which is how the model expects them; None: no tuple.
+    - `way`: how the ids went in, and how the head is reached.
     """
 
     states: torch.Tensor
     index: int
     batches: tuple[Batch, ...]
     beside: int | None = None
+    way: TextWay = WHOLE
+
+
+@dataclass(frozen=True)
+class Entered:
+    """What a model does with a batch before its first block: that one's `states`, every block's `calls`, the `way` in."""
+
+    states: torch.Tensor
+    calls: tuple[Call, ...]
+    way: TextWay
 
 
 def embed(
@@ -90,24 +102,27 @@ def embed(
     _check_present(model, family)
     batches: list[Batch] = []
     states: torch.Tensor | None = None
+    way: TextWay | None = None
     for start in range(0, len(tokens), batch):
-        stop = min(start + batch, len(tokens))
-        first, calls = entrance(model, stack, tokens[start:stop])  # [batch, tokens, width]
-        axis = _axis_of(first.shape, stop - start, tokens.shape[1])
-        if axis is None:
-            raise SourceError(
-                f"the blocks of {type(model).__name__} take states of shape {tuple(first.shape)} instead of "
-                "[samples, tokens, width]; calibrate another model, or quantize this one without data."
-            )
+        ids = tokens[start : start + batch]  # [batch, tokens]
+        entered = entrance(model, stack, ids, way)
+        first, calls, way = entered.states, entered.calls, entered.way  # [batch, tokens, width]
+        axis = _samples_axis(model, stack, ids, entered)
         if axis:
-            first, calls = first.movedim(axis, 0), [replace(call, axis=axis) for call in calls]
+            first, calls = first.movedim(axis, 0), tuple(replace(call, axis=axis) for call in calls)
         if states is None:
             states = room((len(tokens), *first.shape[1:]), first.dtype)  # [samples, tokens, width]
-        states[start:stop].copy_(first)
-        batches.append(Batch(start, stop, _shared(calls, batches), tokens[start:stop]))
-    if states is None:
+        states[start : start + len(ids)].copy_(first)
+        batches.append(Batch(start, start + len(ids), _shared(calls, batches), ids))
+    if states is None or way is None:
         raise DataError("there are no samples to embed: pass at least one row of token ids.")
-    return Hidden(states, 0, tuple(batches))
+    return Hidden(states, 0, tuple(batches), way=way)
+
+
+def left_out(hidden: Hidden) -> tuple[int, ...]:
+    """The numbers of the blocks, from the one that is entered, that the model leaves out for text."""
+    calls = hidden.batches[0].calls
+    return tuple(number for number in range(hidden.index, len(calls)) if calls[number].left_out)
 
 
 def advance(block: nn.Module, hidden: Hidden, out: torch.Tensor | None = None) -> Hidden:
@@ -120,16 +135,25 @@ def advance(block: nn.Module, hidden: Hidden, out: torch.Tensor | None = None) -
     beside: int | None = None
     batches: list[Batch] = []
     for batch in hidden.batches:
-        rows = hidden.states[batch.start : batch.stop]  # [batch, tokens, width]
         with torch.no_grad():
-            result = run(block, rows, batch.calls[hidden.index])
+            result = _ran(block, hidden, batch)
         if not bool(torch.isfinite(result.states).all()):
             _blame(block, hidden, batch)
         states[batch.start : batch.stop].copy_(result.states)
         beside = None if result.rest is None else len(result.rest)
+        if batch.calls[hidden.index].left_out:
+            beside = hidden.beside
         # Kept where the states are, as they are needed for all batches at once.
         batches.append(_behind(batch, hidden.index, move(result.rest, states.device)))
     return replace(hidden, states=states, index=hidden.index + 1, batches=tuple(batches), beside=beside)
+
+
+def _ran(block: nn.Module, hidden: Hidden, batch: Batch) -> Returned:
+    """What a block gives for a batch. Raises SourceError where its code does not run on text alone."""
+    rows = hidden.states[batch.start : batch.stop]  # [batch, tokens, width]
+    what = f"block {hidden.index} ({type(block).__name__}) does not run on text alone, so quantize without calibration text"
+    with blamed_on(what, SourceError):
+        return run(block, rows, batch.calls[hidden.index])
 
 
 def _behind(batch: Batch, index: int, rest: tuple[Any, ...] | None) -> Batch:
@@ -179,7 +203,7 @@ def peek(block: nn.Module, hidden: Hidden, names: Sequence[str], visit: Visit) -
                 raise Stop
 
         with _watching(block, names, seen), torch.no_grad(), until_stopped():
-            run(block, hidden.states[batch.start : batch.stop], batch.calls[hidden.index])
+            _ran(block, hidden, batch)
 
 
 def record(block: nn.Module, hidden: Hidden, sublayer: Sequence[str]) -> list[Call]:
@@ -194,7 +218,7 @@ def record(block: nn.Module, hidden: Hidden, sublayer: Sequence[str]) -> list[Ca
     try:
         for batch in hidden.batches:
             with torch.no_grad(), until_stopped():
-                run(block, hidden.states[batch.start : batch.stop], batch.calls[hidden.index])
+                _ran(block, hidden, batch)
     finally:
         handle.remove()
     return calls
@@ -217,7 +241,7 @@ def head_batches(model: PreTrainedModel, family: Family, hidden: Hidden) -> Iter
     """
     for batch in hidden.batches:
         states = hidden.states[batch.start : batch.stop]  # [batch, tokens, width]
-        states = states.to(device_of(model.get_input_embeddings()))
+        states = states.to(held_on(model))
         with torch.no_grad():
             logits = logits_of(model, family, states, batch.ids, hidden=hidden)
         yield logits  # [batch, tokens, vocabulary]
@@ -236,8 +260,7 @@ def logits_of(
     exits = states.movedim(0, hidden.batches[0].calls[-1].axis)
     result = exits if hidden.beside is None else (exits, *[None] * hidden.beside)
     with _patched(stack, [partial(_hand, result)] * len(stack)):
-        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits
+        return hidden.way.logits(model, ids)
 
 
 def head(model: PreTrainedModel, family: Family, hidden: Hidden) -> torch.Tensor:
@@ -250,42 +273,82 @@ def _hand(result: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def entrance(
-    model: PreTrainedModel, stack: list[nn.Module], tokens: torch.Tensor
-) -> tuple[torch.Tensor, list[Call]]:
-    """The first block's states and every block's arguments for one batch. Raises SourceError when it cannot be walked."""
+    model: PreTrainedModel, stack: list[nn.Module], tokens: torch.Tensor, way: TextWay | None = None
+) -> Entered:
+    """What the blocks are called with for one batch of ids [samples, tokens]; `way`: how they go in, if that is known.
+
+    Raises SourceError when the model cannot be walked.
+    """
+    failed: list[SourceError] = []
+    for each in (way,) if way is not None else ways_through(model, stack):
+        found = _enter(model, stack, tokens, each)
+        if isinstance(found, Entered):
+            return found
+        failed.append(found)
+    raise failed[0]  # of the whole model
+
+
+def _enter(
+    model: PreTrainedModel, stack: list[nn.Module], tokens: torch.Tensor, way: TextWay
+) -> Entered | SourceError:
+    """What the blocks are called with on one way, or why it leads nowhere."""
     entered: list[torch.Tensor] = []
-    calls: list[Call] = []
+    calls: dict[int, Call] = {}
     beside = 0
 
-    def note(*args: Any, **kwargs: Any) -> Any:
+    def note(number: int, *args: Any, **kwargs: Any) -> Any:
+        if number in calls:
+            raise _no_walk(model, f"it calls block {number} more than once")
         states, call = without_states(args, kwargs)
         entered.append(states)
-        calls.append(call)
-        if len(calls) == len(stack):
+        calls[number] = call
+        if number == len(stack) - 1:
             raise Stop
         # Models take either the result or its first element; with one more dimension in front both are a
         # tensor that the next block can be called with, and that block looks at its other arguments only.
         if not beside:
             return entered[0].unsqueeze(0)  # [1, batch, tokens, width]
-        return entered[0], *(HandedOn(len(calls) - 1, number) for number in range(beside))
+        return entered[0], *(HandedOn(number, place) for place in range(beside))
 
-    ids = tokens.to(device_of(model.get_input_embeddings()))  # [batch, tokens]
+    forwards = [partial(note, number) for number in range(len(stack))]
     for attempt in range(2):
         try:
-            with torch.no_grad(), _patched(stack, [note] * len(stack)), until_stopped():
-                model(input_ids=ids, use_cache=False)
+            with torch.no_grad(), _patched(stack, forwards), until_stopped():
+                way.run(model, tokens)
             break
-        except Exception as error:  # code of any model
+        except Exception as error:  # noqa: BLE001, code of any model
             # A model that takes several values from a block says so.
             wanted = re.search(r"not enough values to unpack \(expected (\d+)", str(error))
+            if isinstance(error, SourceError):
+                return error
             if attempt or not wanted or not calls:
-                raise _no_walk(model, str(error)) from error
+                return _no_walk(model, str(error))
             beside = int(wanted[1]) - 1
             entered.clear()
             calls.clear()
-    if len(calls) != len(stack):
-        raise _no_walk(model, f"it called {len(calls)} of its {len(stack)} blocks")
-    return entered[0], calls
+    if not calls or list(calls) != sorted(calls):
+        order = ", ".join(map(str, calls)) or "none"
+        return _no_walk(model, f"of its {len(stack)} blocks it called {order}")
+    found = tuple(calls.get(number, Call((), {}, left_out=True)) for number in range(len(stack)))
+    return Entered(entered[0], found, way)
+
+
+def repeats(model: PreTrainedModel, stack: list[nn.Module], ids: torch.Tensor, entered: Entered) -> bool:
+    """Whether the model passes through its blocks more than once for `ids`; a walk sees the first pass alone."""
+    called: list[int] = []
+
+    def note(number: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+        called.append(number)
+        return without_states(args, kwargs)[0]  # [samples, tokens, width]
+
+    forwards = [partial(note, number) for number in range(len(stack))]
+    with (
+        torch.no_grad(),
+        _patched(stack, forwards),
+        suppress(Exception),
+    ):  # what comes behind may have no values
+        entered.way.run(model, ids)
+    return len(called) > len(set(called))
 
 
 def _no_walk(model: PreTrainedModel, reason: str) -> SourceError:
@@ -293,6 +356,21 @@ def _no_walk(model: PreTrainedModel, reason: str) -> SourceError:
     return SourceError(
         f"{type(model).__name__} cannot be calibrated block by block ({reason}); quantize it without calibration text"
     )
+
+
+def _samples_axis(model: PreTrainedModel, stack: list[nn.Module], ids: torch.Tensor, entered: Entered) -> int:
+    """Which axis of a batch's states holds the samples. Raises SourceError when none does."""
+    samples, length = ids.shape
+    shape = entered.states.shape
+    if samples == length > 1:  # the shape does not tell: that of one sample does
+        samples, shape = 1, entrance(model, stack, ids[:1], entered.way).states.shape
+    axis = _axis_of(shape, samples, length)
+    if axis is None:
+        raise SourceError(
+            f"the blocks of {type(model).__name__} take states of shape {tuple(shape)} instead of "
+            "[samples, tokens, width]; calibrate another model, or quantize this one without data."
+        )
+    return axis
 
 
 def _axis_of(shape: torch.Size, samples: int, length: int) -> int | None:
@@ -332,10 +410,14 @@ def _watching(block: nn.Module, names: Iterable[str], visit: Visit) -> Iterator[
 
 def _show(name: str, visit: Visit, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     x = args[0] if args else next(iter(kwargs.values()))
+    if not isinstance(x, torch.Tensor):
+        raise SourceError(
+            f"linear {name} got {x!r} instead of states: the model cannot be calibrated on text alone"
+        )
     visit(name, x.detach().reshape(-1, x.shape[-1]))  # [batch * tokens, in]
 
 
-def _shared(calls: list[Call], batches: list[Batch]) -> tuple[Call, ...]:
+def _shared(calls: tuple[Call, ...], batches: list[Batch]) -> tuple[Call, ...]:
     """The calls of an earlier batch if they are equal, so that tables are kept once; with batches of one size
     they nearly always are.
     """
@@ -344,7 +426,7 @@ def _shared(calls: list[Call], batches: list[Batch]) -> tuple[Call, ...]:
             [(call.args, call.kwargs) for call in calls], [(call.args, call.kwargs) for call in batch.calls]
         ):
             return batch.calls
-    return tuple(calls)
+    return calls
 
 
 def _check_tokens(model: PreTrainedModel, tokens: torch.Tensor) -> None:
@@ -367,6 +449,9 @@ def _check_present(model: PreTrainedModel, family: Family) -> None:
     inside = f"{family.blocks}."
     both = [*model.named_parameters(), *model.named_buffers()]
     absent = [name for name, tensor in both if tensor.is_meta and not name.startswith(inside)]
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    if any(ties.get(name, "").startswith(inside) or name in ties.values() for name in absent):
+        raise _no_walk(model, f"{absent[0]} outside its blocks is a weight of theirs")
     if absent:
         raise SourceError(
             f"{', '.join(absent[:5])} hold no values (meta device); "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from fracbit.evaluation.loss import target_nll
 from fracbit.models.blocks import blocks, is_transposed
 from fracbit.models.family import Family
 from fracbit.models.install import materialize, release
-from fracbit.models.origin import Origins, origins
+from fracbit.models.origin import Origin, block_places, origins
 from fracbit.models.walk import Hidden, advance, embed, head_batches
 from fracbit.pipeline.improve.twins import block_tensors, outer_tensors
 from fracbit.pipeline.quantize.block import rounded_inputs
@@ -69,13 +69,11 @@ class _Stored:
     def model(self) -> PreTrainedModel:
         return self.stored.model
 
-    def tensors(
-        self, places: Origins, inside: tuple[str, ...], outside: tuple[str, ...] = ()
-    ) -> Iterator[tuple[str, Tensor]]:
-        """The tensors whose names start with one of `inside`, if any is given, and with none of `outside`."""
-        for name, place in places.tensors.items():
-            if (not inside or name.startswith(inside)) and not (outside and name.startswith(outside)):
-                yield name, place.read([self._read(part) for part in place.names])
+    def tensors(self, places: Mapping[str, Origin]) -> dict[str, Tensor]:
+        """The tensors at some places."""
+        return {
+            name: place.read([self._read(part) for part in place.names]) for name, place in places.items()
+        }
 
     def _read(self, name: str) -> Tensor:
         layer = name.removesuffix(".weight")
@@ -105,15 +103,14 @@ def _walked(opened: Opened, coded: _Stored, samples: Samples, took: float, *, sh
     places = origins(coded.model, coded.names())
     paths = tuple(f"{path}." for path, _ in stack)
     materialize(opened.model, outer_tensors(opened), torch.float32, partial=True)
-    materialize(coded.model, dict(coded.tensors(places, (), paths)), torch.float32, partial=True)
+    outside = {name: place for name, place in places.tensors.items() if not name.startswith(paths)}
+    materialize(coded.model, coded.tensors(outside), torch.float32, partial=True)
     exact, hidden = (
         embed(model, family, samples.ids, batch=len(samples.ids)) for model in (opened.model, coded.model)
     )
     for number, ((path, block), (_, twin)) in enumerate(zip(floats, stack, strict=True)):
         exact = _through(block, block_tensors(opened, path), exact)
-        inside = {
-            name.removeprefix(f"{path}."): tensor for name, tensor in coded.tensors(places, (f"{path}.",))
-        }
+        inside = coded.tensors(block_places(coded.model, places, path))
         layers = {name: layer for name, layer in coded.stored.disk.items() if name.startswith(f"{path}.")}
         rounding = {
             name[len(path) + 1 :]: layer.inputs for name, layer in layers.items() if layer.inputs is not None

@@ -14,7 +14,7 @@ from fracbit.checkpoint.opened import Opened, check_finished, open_float
 from fracbit.checkpoint.source import Source, fingerprint, open_source, read_tensor
 from fracbit.errors import FormatError, SourceError
 from fracbit.models.blocks import blocks
-from fracbit.models.origin import Origin
+from fracbit.models.origin import Origin, block_places
 from fracbit.records.files import named_path
 from fracbit.records.version import __version__
 
@@ -142,11 +142,8 @@ def _read(source: Source, name: str) -> Tensor:
 
 def block_tensors(opened: Opened, path: str, source: Source | None = None) -> dict[str, Tensor]:
     """The tensors of a block by their names inside it; `source`: where they are read, with other values perhaps."""
-    return {
-        name.removeprefix(f"{path}."): read_at(source or opened.source, place)
-        for name, place in opened.origins.tensors.items()
-        if name.startswith(f"{path}.")
-    }
+    places = block_places(opened.model, opened.origins, path)
+    return {name: read_at(source or opened.source, place) for name, place in places.items()}
 
 
 def outer_tensors(opened: Opened) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fracbit.checkpoint.format import packed_layer, tensor_names
 from fracbit.checkpoint.output import Shards
 from fracbit.errors import WeightError
-from fracbit.models.blocks import blocks, groups, weight_of
+from fracbit.models.blocks import blocks, borrowed, groups, weight_of
 from fracbit.models.correction import Corrected, Evidence, correction
 from fracbit.models.install import materialize, release, set_tensor, set_weight
 from fracbit.models.walk import Hidden, advance
@@ -40,7 +40,8 @@ from fracbit.pipeline.quantize.record import layer_record, stored_as
 from fracbit.pipeline.quantize.rewrite import rewrite_block
 from fracbit.pipeline.quantize.rotate import fed_through, rotates, turn_block, turned_inputs
 from fracbit.pipeline.quantize.schedule import Item, LayerItem
-from fracbit.pipeline.quantize.work import Block, Entrance, Groups, Seen, Work, walk_key
+from fracbit.pipeline.quantize.shared import borrowed_floats, install_borrowed
+from fracbit.pipeline.quantize.work import Block, Entrance, Groups, Seen, Work, reads_gram, walk_key
 from fracbit.quantizers import Quantized
 from fracbit.records.inputs import Inputs, parse_inputs
 from fracbit.records.run import ShardRecord, TweakRecord
@@ -74,7 +75,7 @@ def do_block(
     """Load, observe, quantize, install, correct, write; returns the states that enter the next block."""
     hashes, block = load_block(work, items, path=path, module=module, entrance=entrance)
     with turned_inputs(module, block.turned):
-        filled = quantize_block(work, block)
+        filled = quantize_block(work, block, partial(install_borrowed, work, target, path, module))
         tensors = shard_tensors(work, items, block, filled.made)
         for item in items:
             inside = item.name.removeprefix(f"{path}.")
@@ -107,6 +108,7 @@ def redo_block(
         with turned_inputs(module, block.turned):
             exact = advance(module, exact, exact.states)
     if work.calibration.chain == "quantized":
+        install_borrowed(work, target, path, module)
         record, tensors = target.record(shard), target.tensors(shard)
         assert record is not None
         for item in items:
@@ -128,6 +130,7 @@ def load_block(
     """Load the float block to the device, rotated if the recipe says so. Also returns the hashes of its tensors."""
     tensors, hashes = read_items(work.reader, items)
     inside = {name.removeprefix(f"{path}."): tensor for name, tensor in tensors.items()}
+    inside |= borrowed_floats(work, path)
     if work.memory is not None:  # other runs read these tensors too, and this one writes into its block
         inside = {name: tensor.clone() for name, tensor in inside.items()}
     materialize(module, inside, work.dtype, work.device)
@@ -162,11 +165,13 @@ def leave_block(work: Work, module: nn.Module, hidden: Hidden, rounding: Mapping
     return hidden
 
 
-def quantize_block(work: Work, block: Block) -> Filled:
-    """Observe, rewrite, quantize, install and correct a block."""
+def quantize_block(work: Work, block: Block, borrow: Callable[[], None]) -> Filled:
+    """Observe, rewrite, quantize, install and correct a block; `borrow` installs what other blocks stored for it."""
     calibration, module = work.calibration, block.module
     # Observe the inputs of its linears.
     stats, floats = observe_block(work, block)
+    stats |= shared_in(work, block)
+    borrow()
     # Rewrite: fold the factors of the transforms, and choose how inputs are rounded.
     rewrite_block(work, block, stats)
     rounding = roundings(calibration.inputs, block.order, stats)
@@ -213,7 +218,7 @@ def fill_block(work: Work, block: Block, stats: dict[str, Stats]) -> dict[str, Q
     owners, made = owners_of(work, block), dict[str, Quantized]()
     for number, group in enumerate(block.order):
         if sequential and number:
-            stats |= observe_group(work, block, group)
+            stats |= observe_group(work, block, group) | shared_in(work, block)
         if owners[group[0]] == ranks.number:
             made |= fill_group(work, block, group, stats=stats, done=len(made))
         if sequential:
@@ -249,13 +254,22 @@ def owners_of(work: Work, block: Block) -> dict[str, int]:
     return work.ranks.owners({group[0]: cost([weights[name] for name in group]) for group in block.order})
 
 
+def shared_in(work: Work, block: Block) -> dict[str, Stats]:
+    """Statistics of the block's linears that others use too, by the first of each group."""
+    firsts = (group[0] for group in block.order)
+    return {name: work.shared[full] for name in firsts if (full := f"{block.path}.{name}") in work.shared}
+
+
 def correct(work: Work, block: Block, evidence: Evidence) -> Corrected:
     """Correct a quantized block as the recipe says."""
 
     def show(what: str, done: int, total: int) -> None:
         work.show(f"{what}, {done} of {total}", len(block.schemes), len(block.schemes))
 
-    return correction(work.calibration.tweak)(block.module, work.opened.family, evidence, show)
+    # A norm of another block is that block's to move.
+    others, family = borrowed(work.opened.model, block.path), work.opened.family
+    own = tuple(norm for norm in family.norms if f"{norm.name}.weight" not in others)
+    return correction(work.calibration.tweak)(block.module, replace(family, norms=own), evidence, show)
 
 
 def roundings(asked: str | None, order: Groups, stats: Mapping[str, Stats]) -> dict[str, Inputs]:
@@ -278,17 +292,6 @@ def rounded_inputs(module: nn.Module, rounding: Mapping[str, Inputs]) -> Abstrac
     """A context in which the named linears are fed rounded inputs."""
     return fed_through(
         module, {name: partial(round_through, inputs=inputs) for name, inputs in rounding.items()}
-    )
-
-
-def reads_gram(work: Work) -> bool:
-    """Whether anything in the run reads the Gram matrices of the inputs."""
-    calibration = work.calibration
-    return (
-        "gram" in work.method.fill.reads
-        or calibration.axis != "scheme"
-        or calibration.tweak != "none"
-        or bool(calibration.transforms)
     )
 
 

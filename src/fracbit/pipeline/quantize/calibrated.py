@@ -22,7 +22,7 @@ from fracbit.models.blocks import blocks
 from fracbit.models.fold import scaling_sites
 from fracbit.models.install import materialize
 from fracbit.models.spill import storage
-from fracbit.models.walk import Hidden, embed
+from fracbit.models.walk import Hidden, embed, left_out
 from fracbit.numerics.packed import PackedTensor, decode
 from fracbit.pipeline.quantize.block import do_block, redo_block
 from fracbit.pipeline.quantize.reader import read_items
@@ -30,8 +30,9 @@ from fracbit.pipeline.quantize.record import layer_record
 from fracbit.pipeline.quantize.rotate import turned_rest
 from fracbit.pipeline.quantize.schedule import Item, LayerItem
 from fracbit.pipeline.quantize.self_distill import distill_shards
+from fracbit.pipeline.quantize.shared import shared_stats, shares
 from fracbit.pipeline.quantize.stream import quantize_item
-from fracbit.pipeline.quantize.token_weights import token_weights
+from fracbit.pipeline.quantize.token_weights import stack_of, token_weights
 from fracbit.pipeline.quantize.work import Entrance, Work, batch_of, follows_model
 from fracbit.records.progress import QUANTIZING, Progress, phase
 from fracbit.records.run import LayerRecord, ShardRecord
@@ -40,10 +41,10 @@ from fracbit.transforms import TRANSFORMS
 SPILL_BYTES = 4 << 30
 
 
-def calibrate_shards(work: Work, target: Shards, spill_bytes: int = SPILL_BYTES) -> None:
+def calibrate_shards(work: Work, target: Shards, spill_bytes: int = SPILL_BYTES) -> tuple[str, ...]:
     """Fill every shard that `target` lacks: first the tensors outside the blocks, then one shard for each block.
 
-    Raises `WeightError` (layer named), `OutputError`.
+    Returns notes on what the texts did not go through. Raises `WeightError` (layer named), `OutputError`.
     """
     (first, outside), *shards = work.schedule.shards.items()
     floats, stored = write_rest(target, first, outside, work)
@@ -51,10 +52,15 @@ def calibrate_shards(work: Work, target: Shards, spill_bytes: int = SPILL_BYTES)
     if work.calibration.weigh == "loss":
         weights = token_weights(work, target, lambda: embed_source(work, target, spill_bytes))
         work = replace(work, token_weights=weights)
+    if shares(work):
+        work = replace(
+            work, shared=shared_stats(work, stack_of(work), embed_source(work, target, spill_bytes))
+        )
     entrance = Entrance(
         exact=embed_all(work, floats, target, spill_bytes) if follows else None,
         hidden=embed_all(work, floats if exact else stored, target, spill_bytes),
     )
+    notes = text_notes(work, entrance.hidden)
     steps = [1 + sum(isinstance(item, LayerItem) for item in items) for _, items in shards]
     show = phase(work.show, QUANTIZING)
     for number, (shard, items) in enumerate(shards):
@@ -66,6 +72,21 @@ def calibrate_shards(work: Work, target: Shards, spill_bytes: int = SPILL_BYTES)
         said("done", sum(steps[: number + 1]), sum(steps))
     if work.calibration.distill:
         distill_shards(work, target)
+    return notes
+
+
+def text_notes(work: Work, hidden: Hidden) -> tuple[str, ...]:
+    """Notes: which part of the model the texts went through, and which blocks it leaves out for them."""
+    model, part, notes = type(work.opened.model).__name__, hidden.way.part, []
+    if part:
+        notes.append(f"{model} does not run on text alone: the texts went through its {part}")
+    missed = left_out(hidden)
+    if missed:
+        shown = ", ".join(map(str, missed))
+        notes.append(
+            f"{model} leaves {len(missed)} blocks out for text ({shown}): they were rounded to nearest"
+        )
+    return tuple(notes)
 
 
 def show_part(show: Progress, before: int, total: int, what: str, done: int, _: int) -> None:

@@ -1,7 +1,8 @@
 """Statistics of the inputs of a block's linears: one `Stats` per group of linears that read the same input.
 
 In a mixture of experts, each expert sees the tokens routed to it. An expert with fewer than `FEW_TOKENS` tokens uses
-the sum over all experts of the block. If that is empty too, it is quantized without data. Both cases give a note.
+the sum over all experts of the block. If that is empty too, it is quantized without data, and so is a linear that no text
+reaches (attention to images). Each case gives a note.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from fracbit.numerics.stats import Stats, TreeSum, empty, merge
 from fracbit.numerics.stats import add_inputs as add
 from fracbit.pipeline.quantize.sample_pieces import Pieces
 
+UNREACHED = "no calibration token reached it: rounded to nearest"
 FEW_TOKENS = 128  # a Gram matrix of fewer tokens is mostly noise
 _EXPERT = re.compile(r"\.\d+\.")
 
@@ -118,6 +120,8 @@ def borrow(
         seen = 0 if own is None else own.tokens
         if seen >= FEW_TOKENS or not is_expert(name):
             result[name] = own
+            if own is None:
+                notes[name] = UNREACHED
             continue
         shape = _EXPERT.sub(".*.", name)
         alike = [other for key, other in stats.items() if _EXPERT.sub(".*.", key) == shape]

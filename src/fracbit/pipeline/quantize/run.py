@@ -80,15 +80,15 @@ def write_checkpoint(
     notes: tuple[str, ...] = (FINISHED,)
     totals = ranks.tell(_finished(folder, work) if resume and not overwrite else None)
     if totals is None:
-        untried = try_blocks(opened, work.schedule)
+        untried = try_blocks(opened, work.schedule, calibrated=recipe.calibration is not None)
         with open_shared(work, folder, overwrite=overwrite, resume=resume) as target:
-            fill_shards(work, target, spill_bytes)
+            missed = fill_shards(work, target, spill_bytes)
             ranks.gather(None)  # every shard is written
             made = finish(work, target) if ranks.leads else None
             made = ranks.tell(made)
             assert made is not None
             totals, notes = made
-            notes += (*target.notes, *untried)
+            notes += (*target.notes, *missed, *untried)
     share = share_of(opened, work.schedule)
     return Result(
         **totals.to_json(),
@@ -127,13 +127,13 @@ def _writer(folder: Path) -> bytes:
     return record.read_bytes() if record.is_file() else b""
 
 
-def fill_shards(work: Work, target: Shards, spill_bytes: int = SPILL_BYTES) -> None:
-    """Quantize everything that `target` lacks. Raises `WeightError` (layer named), `OutputError`."""
+def fill_shards(work: Work, target: Shards, spill_bytes: int = SPILL_BYTES) -> tuple[str, ...]:
+    """Quantize everything that `target` lacks; returns notes. Raises `WeightError` (layer named), `OutputError`."""
     if work.recipe.calibration is None:
         stream_shards(work, target)
-        return
+        return ()
     with native_attention(work.opened.model):
-        calibrate_shards(work, target, spill_bytes)
+        return calibrate_shards(work, target, spill_bytes)
 
 
 def open_for(recipe: Recipe) -> Opened:

@@ -27,6 +27,7 @@ from fracbit.models.walk import Hidden
 from fracbit.pipeline.quantize.observe import is_expert
 from fracbit.pipeline.quantize.reader import read_items
 from fracbit.pipeline.quantize.schedule import Item
+from fracbit.pipeline.quantize.shared import borrowed_floats
 from fracbit.pipeline.quantize.work import Work, walk_key
 from fracbit.records.progress import WEIGHING, phase
 
@@ -74,6 +75,7 @@ def stack_of(work: Work) -> Stack:
         path, module = blocks(work.opened.model, work.opened.family)[number]
         tensors = read_items(work.reader, shards[number])[0]
         inside = {name.removeprefix(f"{path}."): tensor for name, tensor in tensors.items()}
+        inside |= borrowed_floats(work, path)
         materialize(module, inside, work.dtype, work.device)
         try:
             yield module

@@ -26,23 +26,25 @@ from fracbit.models.calls import Call, handed, run
 from fracbit.models.code import decode_for_code
 from fracbit.models.install import replace, set_weight
 from fracbit.models.stand_in import fill, runnable
-from fracbit.models.walk import entrance
+from fracbit.models.walk import entrance, repeats
 from fracbit.numerics.packed import decode
 from fracbit.numerics.ranges import quantize_tensor
 from fracbit.pipeline.quantize.schedule import LayerItem, Schedule
 
 _NUMBER = re.compile(r".*?\.\d+(?=\.)")  # the first block in a path
+REPEATS = "the model passes through its blocks several times: they were calibrated on the first pass alone"
 TOKENS = 6
 LARGEST = 1 << 30  # weights of a block that is tried
 APART = 1e-2  # most that packed and float outputs may differ, relative to the float's
 
 
-def try_blocks(opened: Opened, schedule: Schedule) -> tuple[str, ...]:
+def try_blocks(opened: Opened, schedule: Schedule, calibrated: bool = False) -> tuple[str, ...]:
     """Run one block of each kind. Raises `SourceError` naming one whose packed form fails, or gives other numbers.
 
-    Returns a note where blocks cannot be run alone, not even as floats.
+    Returns notes where blocks cannot be run alone, not even as floats, and where a `calibrated` run sees a model only in part.
     """
-    return (*_try_text(opened, _stored(schedule, "linear")), *_try_towers(opened, _stored(schedule, "tower")))
+    text = _try_text(opened, _stored(schedule, "linear"), calibrated)
+    return (*text, *_try_towers(opened, _stored(schedule, "tower")))
 
 
 def _stored(schedule: Schedule, kind: str) -> dict[str, StoredLayer]:
@@ -86,16 +88,17 @@ def _try_towers(opened: Opened, stored: Mapping[str, StoredLayer]) -> tuple[str,
     return tuple(notes)
 
 
-def _try_text(opened: Opened, stored: Mapping[str, StoredLayer]) -> tuple[str, ...]:
+def _try_text(opened: Opened, stored: Mapping[str, StoredLayer], calibrated: bool) -> tuple[str, ...]:
     if not stored:
         return ()
     try:
         model = runnable(opened.model, opened.family.blocks)
         stack = blocks(model, opened.family)
-        states, calls = entrance(model, [block for _, block in stack], _ids(opened.model))
+        ids = _ids(opened.model)
+        entered = entrance(model, [block for _, block in stack], ids)
     except Exception as error:  # noqa: BLE001, code of any model
         return (_untried("the blocks", error),)
-    notes: list[str] = []
+    notes = [REPEATS] if calibrated and repeats(model, [block for _, block in stack], ids, entered) else []
     kinds, rests = set[tuple[object, ...]](), dict[int, tuple[Any, ...] | None]()
     for number, (path, block) in enumerate(stack):
         mine = {
@@ -106,10 +109,10 @@ def _try_text(opened: Opened, stored: Mapping[str, StoredLayer]) -> tuple[str, .
             continue
         kinds.add(kind)
         try:
-            call = calls[number]
+            call = entered.calls[number]
             for before in range(number):
                 call = handed(call, before, rests.get(before))
-            rests[number] = _try(path, block, mine, states, call=call)
+            rests[number] = _try(path, block, mine, entered.states, call=call)
         except SourceError:
             raise
         except Exception as error:  # noqa: BLE001, a block that needs what another one leaves behind

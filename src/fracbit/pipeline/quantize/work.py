@@ -14,6 +14,7 @@ from fracbit.checkpoint.output import SHARD_BYTES
 from fracbit.checkpoint.source import Source
 from fracbit.data import Samples
 from fracbit.errors import RecipeError
+from fracbit.models.blocks import blocks, borrowed
 from fracbit.models.correction import correction
 from fracbit.models.walk import Hidden
 from fracbit.numerics.stats import Stats
@@ -60,6 +61,7 @@ class Work:
     - `memory`: what this run shares with others on the same model.
     - `token_weights` [samples * tokens] by linear: how much each token counts there; empty where all count the same.
     - `ranks`: the processes that share the run.
+    - `shared`: statistics of linears that several blocks use, by full name.
     """
 
     recipe: Recipe
@@ -75,6 +77,7 @@ class Work:
     signs: Tensor | None = None
     memory: Memory | None = None
     token_weights: Mapping[str, Tensor] = field(default_factory=dict)
+    shared: Mapping[str, Stats] = field(default_factory=dict)
     ranks: Ranks = ALONE
 
     @property
@@ -125,6 +128,17 @@ def walk_key(work: Work) -> tuple[object, ...]:
     return (work.samples.sha256, work.dtype, str(work.device), batch)
 
 
+def reads_gram(work: Work) -> bool:
+    """Whether anything in the run reads the Gram matrices of the inputs."""
+    calibration = work.calibration
+    return (
+        "gram" in work.method.fill.reads
+        or calibration.axis != "scheme"
+        or calibration.tweak != "none"
+        or bool(calibration.transforms)
+    )
+
+
 def follows_model(calibration: Calibration) -> bool:
     """Whether the float model's states are carried beside those of the quantized chain, for a correction that follows them."""
     tweak = calibration.tweak
@@ -172,6 +186,7 @@ def prepare(
     schedule = make_schedule(recipe, opened, shard_bytes)
     calibration, signs = recipe.calibration, None
     if calibration is not None:
+        _check_distilled(calibration, opened)
         samples = samples or _samples(recipe, opened, device=device, memory=memory, show=show)
         schedule = by_block(schedule, opened, f"{samples.sha256}{_place(device)}")
         signs = stream_rotation(opened.model, opened.family, calibration.transforms, recipe.seed)
@@ -237,6 +252,16 @@ def _check(recipe: Recipe, device: str | torch.device) -> None:
             f"outliers by {asked} are chosen before the rotation and do not fit it; use cost, or leave the rotation out"
         )
     check_device(device)
+
+
+def _check_distilled(calibration: Calibration, opened: Opened) -> None:
+    """Refuse to distill a model whose blocks share weights: each of its linears is trained alone."""
+    if calibration.distill and any(
+        borrowed(opened.model, path) for path, _ in blocks(opened.model, opened.family)
+    ):
+        raise RecipeError(
+            f"blocks of {type(opened.model).__name__} share weights, which cannot be distilled; set calibration.distill to 0"
+        )
 
 
 def _method(recipe: Recipe, opened: Opened, schedule: Schedule, reader: Reader) -> Method:

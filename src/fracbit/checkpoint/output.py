@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypeVar
@@ -299,13 +299,21 @@ def _disk_errors(folder: Path) -> Iterator[None]:
 
 def _check_space(folder: Path, expected: int) -> None:
     existing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
-    held = [path for place in (folder, folder / JOURNAL) if place.is_dir() for path in place.iterdir()]
-    written = sum(path.stat().st_size for path in held if path.is_file())
-    free = shutil.disk_usage(existing).free + written
+    free = shutil.disk_usage(existing).free + _written(folder) + _written(folder / JOURNAL)
     if free < expected + SPARE_BYTES:
         raise OutputError(
             f"{folder} needs {expected:,} bytes but its disk has {free:,} free; free some space or name another disk"
         )
+
+
+def _written(folder: Path) -> int:
+    """Bytes of the files in a folder, which another run may be filling or emptying meanwhile."""
+    total = 0
+    with suppress(FileNotFoundError, NotADirectoryError):
+        for path in folder.iterdir():
+            with suppress(FileNotFoundError):
+                total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def _clear(folder: Path) -> None:

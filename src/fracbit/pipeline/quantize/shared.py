@@ -74,7 +74,7 @@ def shared_stats(work: Work, stack: Stack, hidden: Hidden) -> Mapping[str, Stats
                 full = owners[number].get(f"{name}.weight", f"{path}.{name}.weight").removesuffix(".weight")
                 if full in shared:
                     uses[name] = full
-            hidden = observe(block, hidden, uses, partial(_seen, observer, uses), hidden.states)
+            hidden = observe(block, hidden, uses, partial(_seen, observer, uses), out=hidden.states)
         work.show("blocks that share weights", number + 1, len(stack.paths))
     return observer.stats
 

@@ -83,6 +83,8 @@ def load_source(
     check_device("cpu" if spread else device)
     if source.decodings or source.quantization:
         return load_decoded(source, dtype, device, trust_remote_code)
+    if source.remote is not None:
+        source.remote.fetch_whole()  # transformers reads the files itself
     register()
     auto = auto_class(model_config(source, trust_remote_code))
     shown = logging.is_progress_bar_enabled()

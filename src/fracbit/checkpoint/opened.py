@@ -76,14 +76,19 @@ class Opened:
 
 
 def open_float(
-    model: str | Path, revision: str | None = None, trust_remote_code: bool = False, untied: bool = False
+    model: str | Path,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    *,
+    untied: bool = False,
+    afar: bool = False,
 ) -> Opened:
-    """Open the float checkpoint in a folder or of a hub id. No weight is read.
+    """Open the float checkpoint in a folder or of a hub id. No weight is read; `afar`: none is fetched before it is read.
 
     `untied` gives the head a matrix of its own where the config ties it to the embedding table.
     Raises `SourceError` when it cannot be read, is quantized in a way that is not known, or is not a causal language model.
     """
-    source = open_source(str(model), revision, trust_remote_code)
+    source = open_source(str(model), revision, trust_remote_code, afar)
     _check_float(source)
     config = model_config(source, trust_remote_code)
     untied = untied and bool(config.tie_word_embeddings)
@@ -272,11 +277,11 @@ def _check_fit(opened: Opened) -> None:
 
 
 def open_checkpoint(
-    model: str | Path, trust_remote_code: bool = False, revision: str | None = None
+    model: str | Path, trust_remote_code: bool = False, revision: str | None = None, afar: bool = False
 ) -> Source:
     """The files of a finished checkpoint. Raises `FormatError` for an unfinished one, `SourceError`."""
     check_finished(model)
-    return open_source(str(model), revision, trust_remote_code)
+    return open_source(str(model), revision, trust_remote_code, afar)
 
 
 def check_finished(model: str | Path) -> None:

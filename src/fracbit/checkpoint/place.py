@@ -24,6 +24,17 @@ def find_place(model: str, revision: str | None = None, trust_remote_code: bool 
     return _local(model) or _fetch(model, revision, (*_FETCHED, "*.py") if trust_remote_code else _FETCHED)
 
 
+def is_local(model: str) -> bool:
+    """Whether a name stands for something on this machine, and is no hub id. Raises `SourceError` for neither."""
+    return _local(model) is not None
+
+
+def fetch_small(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Path:
+    """The folder of a hub id in the cache with everything but weights, fetched first. Raises `SourceError`."""
+    small = tuple(pattern for pattern in _FETCHED if pattern != "*.safetensors")
+    return _fetch(model, revision, (*small, "*.py") if trust_remote_code else small)
+
+
 def check_model(model: str, revision: str | None = None) -> None:
     """Refuse a model that is not there; of a hub id only the config is fetched. Raises `SourceError`."""
     place = _local(model) or _fetch(model, revision, CONFIGS)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fracbit.checkpoint.formats.decoding import Decoding, Part, cut, filled
 from fracbit.checkpoint.place import find_place
+from fracbit.checkpoint.remote import Remote, stand_in
 from fracbit.errors import SourceError, blamed_on
 from fracbit.records.files import read_json
 
@@ -74,6 +75,8 @@ class Source:
     - `decodings`: how these floats are made; `stored`: all tensors by the names and types that they have on the disk.
     - `decoded`: what it was, such as "block fp8, 8 bits"; "" for a float model.
     - `quantization`: what its config said; `notes`: what the user should know.
+
+    `remote`: where the weights are, if they are fetched as they are read.
     """
 
     name: str
@@ -85,6 +88,7 @@ class Source:
     decoded: str = ""
     quantization: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    remote: Remote | None = field(default=None, compare=False)
 
     @property
     def bytes(self) -> int:
@@ -97,13 +101,22 @@ class Source:
         return self.stored or self.tensors
 
 
-def open_source(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Source:
-    """Open a folder or a hub id. Raises `SourceError` for what is missing, pickled, truncated or corrupt."""
+def open_source(
+    model: str, revision: str | None = None, trust_remote_code: bool = False, afar: bool = False
+) -> Source:
+    """Open a folder or a hub id; `afar`: weights that are not here stay where they are, and are fetched as they are read.
+
+    Raises `SourceError` for what is missing, pickled, truncated or corrupt.
+    """
     from fracbit.checkpoint.formats.known import decoded
     from fracbit.checkpoint.formats.lora import adapted, base_of, with_adapter
     from fracbit.checkpoint.formats.places import check_names, folder_of, weights_of
 
-    place = find_place(model, revision, trust_remote_code)
+    remote = None
+    if afar:
+        place, remote = stand_in(model, revision, trust_remote_code)
+    else:
+        place = find_place(model, revision, trust_remote_code)
     folder = folder_of(place, revision, trust_remote_code)
     base = base_of(place)
     if base is not None:
@@ -112,7 +125,7 @@ def open_source(model: str, revision: str | None = None, trust_remote_code: bool
     config = read_config(folder)
     _check_links(folder)
     files = weights_of(folder) or [folder / file for file in _weight_files(folder)]
-    return with_adapter(decoded(Source(model, folder, config, read_headers(files))))
+    return with_adapter(decoded(Source(model, folder, config, read_headers(files), remote=remote)))
 
 
 def find_folder(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Path:
@@ -180,9 +193,23 @@ def _read_part(source: Source, part: Part, rows: slice) -> Tensor:
     return _stored_rows(source, part.name, [part.indices(rows, info.shape[part.axis])], part.axis)
 
 
+def _bring(source: Source, name: str, rows: Sequence[slice] | None = None) -> None:
+    """Fetch a stored tensor, or rows of it, where the weights are elsewhere. Raises `SourceError`."""
+    if source.remote is None:
+        return
+    info = source.on_disk[name]
+    start, end = stored_span(source, name)
+    spans = [(start, end)]
+    if rows is not None:
+        width = (end - start) // max(info.shape[0], 1)  # bytes of a row
+        spans = [(start + some.start * width, start + some.stop * width) for some in rows]
+    source.remote.fetch(info.file, spans)
+
+
 def read_stored(source: Source, name: str) -> Tensor:
     """One tensor as it lies on the disk. Raises `SourceError`."""
     info = source.on_disk[name]
+    _bring(source, name)
     try:
         if info.start is not None:
             return _rows_at(source.folder / info.file, info.start, info, [slice(0, info.shape[0])])
@@ -196,6 +223,7 @@ def read_several(source: Source, names: Iterable[str]) -> dict[str, Tensor]:
     """Small tensors as they lie on the disk; each file is opened once. Raises `SourceError`."""
     files: dict[str, list[str]] = {}
     for name in names:
+        _bring(source, name)
         files.setdefault(source.on_disk[name].file, []).append(name)
     found: dict[str, Tensor] = {}
     for file, some in files.items():
@@ -234,6 +262,7 @@ def _stored_rows(source: Source, name: str, rows: Sequence[slice], axis: int) ->
     """
     info = source.on_disk[name]
     path = source.folder / info.file
+    _bring(source, name, rows if axis == 0 else None)
     try:
         if axis == 0 and (info.start is not None or info.dtype in _DTYPES):
             start = _span(path, name, info)[0]
@@ -273,6 +302,7 @@ def tensor_pieces(source: Source, name: str) -> Iterator[bytearray]:
         return
     info = source.on_disk[name]
     path = source.folder / info.file
+    _bring(source, name)
     try:
         start, end = _span(path, name, info)
         with path.open("rb", buffering=0) as file:

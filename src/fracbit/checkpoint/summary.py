@@ -28,7 +28,7 @@ def summarize(model: str) -> dict[str, Any]:
     Raises `SourceError` or `FormatError`, the latter also when a tensor does not have the size that its scheme needs.
     """
     # The quantized layers, then what is left of the files.
-    source = open_checkpoint(model)
+    source = open_checkpoint(model, afar=True)
     quantization = own_quantization(source.config)
     stored = {} if quantization is None else read_layers(quantization)
     errors = _errors(source)

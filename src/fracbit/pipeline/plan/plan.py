@@ -172,7 +172,14 @@ def plan(
     spending = spending if text is None else replace(spending, text=text)
     check_terms(recipe, spending)
     with showing(progress) as show:
-        return make_plan(recipe, spending, open_for(recipe), whole=whole, curve=curve, progress=show)
+        opened = open_for(recipe, afar=_reads_weights_alone(spending))
+        return make_plan(recipe, spending, opened, whole=whole, curve=curve, progress=show)
+
+
+def _reads_weights_alone(spending: Spending) -> bool:
+    """Whether no part of a plan runs the model, so that samples of its weights are enough."""
+    score = spending.named_score()
+    return spending.held_out is None and isinstance(score, str) and score_method(score).data_free
 
 
 def make_plan(

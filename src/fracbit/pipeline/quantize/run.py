@@ -136,11 +136,15 @@ def fill_shards(work: Work, target: Shards, spill_bytes: int = SPILL_BYTES) -> t
         return calibrate_shards(work, target, spill_bytes)
 
 
-def open_for(recipe: Recipe) -> Opened:
-    """The source of a recipe, opened as the recipe needs it. Raises `SourceError`."""
+def open_for(recipe: Recipe, afar: bool = False) -> Opened:
+    """The source of a recipe, opened as the recipe needs it; `afar` as for `open_float`. Raises `SourceError`."""
     transforms = () if recipe.calibration is None else recipe.calibration.transforms
     return open_float(
-        recipe.model, recipe.revision, recipe.trust_remote_code, untied=needs_untied_head(transforms)
+        recipe.model,
+        recipe.revision,
+        recipe.trust_remote_code,
+        untied=needs_untied_head(transforms),
+        afar=afar,
     )
 
 

@@ -19,6 +19,7 @@ from fracbit.records.version import __version__
 def test_it_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("HF_TOKEN", "secret-token")
+    monkeypatch.setenv("FRACBIT_API_KEY", "secret-token")
     shown = CliRunner().invoke(app, ["env"])
     assert shown.exit_code == 0
     for part in (

@@ -29,6 +29,8 @@ VARIABLES = (
     "TRANSFORMERS_",
 )
 """Beginnings of the environment variables that change what runs; no other is shown."""
+SECRET = "KEY"
+"""In the names of variables whose values nobody is shown."""
 DEVELOPERS = {"dev", "docs", "test"}
 """Extras for those who change fracbit."""
 
@@ -90,7 +92,11 @@ def machine() -> Machine:
         gpus=_gpus(),
         kernels=tuple(kernel_report().splitlines()),
         packages=_packages(),
-        variables={name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
+        variables={
+            name: "(set)" if SECRET in name else value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(VARIABLES)
+        },
     )
 
 

@@ -29,7 +29,7 @@ AT_ONCE = 8  # requests
 LARGEST_HEADER = 100 << 20  # bytes, as safetensors bounds them
 WEIGHTS = ".safetensors"
 
-Span = tuple[int, int]
+ByteRange = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +42,10 @@ class Remote:
     files: Any
     root: str
     folder: Path
-    held: dict[str, list[Span]] = field(default_factory=dict)
+    held: dict[str, list[ByteRange]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def fetch(self, file: str, spans: Iterable[Span]) -> None:
+    def fetch(self, file: str, spans: Iterable[ByteRange]) -> None:
         """Bring bytes of a weight file into its stand-in. Raises `SourceError`."""
         with self.lock:
             missing = without(joined(spans, GAP), self.held.get(file, []))
@@ -80,7 +80,7 @@ class Remote:
             )
         self.fetch(file, [(0, end)])
 
-    def _read(self, file: str, span: Span) -> bytes:
+    def _read(self, file: str, span: ByteRange) -> bytes:
         start, end = span
         try:
             data: bytes = self.files.cat_file(f"{self.root}/{file}", start, end, cache_type="none")
@@ -93,9 +93,9 @@ class Remote:
         return data
 
 
-def joined(spans: Iterable[Span], gap: int) -> list[Span]:
+def joined(spans: Iterable[ByteRange], gap: int) -> list[ByteRange]:
     """Spans in order; those less than `gap` bytes apart, or overlapping, as one."""
-    found: list[Span] = []
+    found: list[ByteRange] = []
     for start, end in sorted(spans):
         if found and start <= found[-1][1] + gap:
             found[-1] = (found[-1][0], max(found[-1][1], end))
@@ -104,9 +104,9 @@ def joined(spans: Iterable[Span], gap: int) -> list[Span]:
     return found
 
 
-def without(spans: Sequence[Span], held: Sequence[Span]) -> list[Span]:
+def without(spans: Sequence[ByteRange], held: Sequence[ByteRange]) -> list[ByteRange]:
     """The parts of `spans` that are not in `held`, both in order and apart."""
-    left: list[Span] = []
+    left: list[ByteRange] = []
     for start, end in spans:
         for begin, stop in held:
             if stop <= start or begin >= end:

@@ -44,7 +44,7 @@ class StreamOptions(Checked):
     include_usage: bool = False
 
 
-class Question(Checked):
+class ClientRequest(Checked):
     """What both kinds of requests share. Unknown keys are hints and ignored, those of `UNSERVED` refused."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
@@ -68,7 +68,7 @@ class Question(Checked):
         return Sampling(new, self.temperature, self.top_p, seed=seed, stop=stop)
 
 
-class TextQuestion(Question):
+class TextRequest(ClientRequest):
     """`prompt`: a text, several, ids, or several lists of ids."""
 
     prompt: str | tuple[str, ...] | tuple[int, ...] | tuple[tuple[int, ...], ...]
@@ -93,7 +93,7 @@ class ChatTurn(Checked):
         return "".join(str(part.get("text", "")) for part in self.content)
 
 
-class ChatQuestion(Question):
+class ChatRequest(ClientRequest):
     """`messages`: the conversation so far."""
 
     messages: tuple[ChatTurn, ...] = Field(min_length=1)
@@ -168,7 +168,7 @@ def application(server: Server) -> Starlette:
         return JSONResponse(entry)
 
     async def chat(request: Request) -> Response:
-        asked = await _read(server, request, ChatQuestion)
+        asked = await _read(server, request, ChatRequest)
         text = _conversation(server, asked)
         ids = list(server.tokenizer(text, add_special_tokens=False)["input_ids"])
         if asked.max_tokens is None:
@@ -176,7 +176,7 @@ def application(server: Server) -> Starlette:
         return await _answer(server, request, CHAT, asked, [ids], server.scheduler.length)
 
     async def completions(request: Request) -> Response:
-        asked = await _read(server, request, TextQuestion)
+        asked = await _read(server, request, TextRequest)
         return await _answer(server, request, TEXT, asked, _prompts(server, asked), LEGACY_NEW)
 
     begun = int(time.time())
@@ -263,7 +263,7 @@ async def _body(request: Request) -> bytes:
     return b"".join(parts)
 
 
-def _conversation(server: Server, asked: ChatQuestion) -> str:
+def _conversation(server: Server, asked: ChatRequest) -> str:
     """The messages as the model was trained to read them. Raises `DataError`."""
     if not server.tokenizer.chat_template:
         raise DataError(
@@ -279,7 +279,7 @@ def _conversation(server: Server, asked: ChatQuestion) -> str:
     return str(made)
 
 
-def _prompts(server: Server, asked: TextQuestion) -> list[Sequence[int]]:
+def _prompts(server: Server, asked: TextRequest) -> list[Sequence[int]]:
     """The ids of every prompt."""
     prompt = asked.prompt
     if isinstance(prompt, str) or not prompt or isinstance(prompt[0], int):
@@ -291,7 +291,12 @@ def _prompts(server: Server, asked: TextQuestion) -> list[Sequence[int]]:
 
 
 async def _answer(
-    server: Server, request: Request, kind: Kind, asked: Question, prompts: Sequence[Sequence[int]], room: int
+    server: Server,
+    request: Request,
+    kind: Kind,
+    asked: ClientRequest,
+    prompts: Sequence[Sequence[int]],
+    room: int,
 ) -> Response:
     """Submit a job for every choice; the whole answer, or a stream of it. `room`: tokens of prompt and answer, or new ones."""
     pieces: asyncio.Queue[tuple[int, Told]] = asyncio.Queue()

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fracbit.errors import DataError, FracbitError
-from fracbit.pipeline.serve.decoding import Decoding, decoding_of
+from fracbit.pipeline.serve.answering import Answering, answering_of
 from fracbit.pipeline.serve.unfolding import Unfolding
 from fracbit.records.generating import LONG, Limits, Sampling
 
@@ -96,7 +96,7 @@ class Scheduler:
         self.length = length_of(model, limits)
         self.vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
         self.ends = _ends(model, tokenizer)
-        self.together: Decoding = decoding_of(model, kv_bits)
+        self.together: Answering = answering_of(model, kv_bits)
         self.waiting: deque[Job] = deque()
         self.rows: list[_Row] = []
         self.changed = threading.Condition()

@@ -19,7 +19,7 @@ from fracbit.pipeline.serve.generation import new_cache, read_prompt, step_of
 from fracbit.records.generating import PREFILL_CHUNK
 
 
-class Decoding(Protocol):
+class Answering(Protocol):
     """The sequences at work. Use one from one thread, in inference mode. `name`: how a token is made."""
 
     name: str
@@ -37,15 +37,15 @@ class Decoding(Protocol):
         ...
 
 
-def decoding_of(model: PreTrainedModel, kv_bits: int = 16) -> Decoding:
+def answering_of(model: PreTrainedModel, kv_bits: int = 16) -> Answering:
     """The fastest kind that the model and a KV cache of `kv_bits` allow. Choose activations first."""
     step = step_of(model, kv_bits)
     if step.decoder is not None:
-        return TogetherDecoding(model, step.decoder, step.name)
-    return SingleDecoding(model, kv_bits, step.name)
+        return TogetherAnswering(model, step.decoder, step.name)
+    return SingleAnswering(model, kv_bits, step.name)
 
 
-class TogetherDecoding:
+class TogetherAnswering:
     """One batch of the native step. State: the cache, and how many positions are masked before each row."""
 
     def __init__(self, model: PreTrainedModel, decoder: Decoder, name: str) -> None:
@@ -54,7 +54,7 @@ class TogetherDecoding:
         self.pads: list[int] = []
 
     def read(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """See `Decoding`; the row is its keys and values, [layers, 2, 1, heads, tokens, head]."""
+        """See `Answering`; the row is its keys and values, [layers, 2, 1, heads, tokens, head]."""
         cache = StoreCache(self.model.config, len(ids))
         row = torch.tensor([list(ids)])  # [1, tokens]
         logits = read_prompt(self.model, row, mask=torch.ones_like(row), cache=cache, chunk=PREFILL_CHUNK)[0]
@@ -63,7 +63,7 @@ class TogetherDecoding:
         return data[..., : len(ids), :], logits
 
     def arrange(self, stay: Sequence[int], join: Sequence[Tensor]) -> None:
-        """See `Decoding`. The cache is copied once, however many come and go."""
+        """See `Answering`. The cache is copied once, however many come and go."""
         sequences = [self._sequence(row) for row in stay] + list(join)
         lengths = [each.shape[-2] for each in sequences]
         old, self.cache = self.cache, stacked(self.model.config, sequences) if sequences else None
@@ -77,12 +77,12 @@ class TogetherDecoding:
         return self.cache.data[:, :, row : row + 1, :, self.pads[row] : self.cache.held]
 
     def advance(self, tokens: Sequence[int]) -> Tensor:
-        """See `Decoding`."""
+        """See `Answering`."""
         assert self.cache is not None
         return self.decoder.advance(torch.tensor(list(tokens)), torch.tensor(self.pads), self.cache)
 
 
-class SingleDecoding:
+class SingleAnswering:
     """Sequences that take turns, layer by layer, each with its ids and its cache."""
 
     def __init__(self, model: PreTrainedModel, kv_bits: int, name: str) -> None:
@@ -90,16 +90,16 @@ class SingleDecoding:
         self.held: list[tuple[list[int], Any]] = []
 
     def read(self, ids: Sequence[int]) -> tuple[tuple[list[int], Any], Tensor]:
-        """See `Decoding`."""
+        """See `Answering`."""
         row = (list(ids), new_cache(self.model, self.kv_bits))
         return row, self._next(row)
 
     def arrange(self, stay: Sequence[int], join: Sequence[tuple[list[int], Any]]) -> None:
-        """See `Decoding`."""
+        """See `Answering`."""
         self.held = [self.held[row] for row in stay] + list(join)
 
     def advance(self, tokens: Sequence[int]) -> Tensor:
-        """See `Decoding`."""
+        """See `Answering`."""
         for (ids, _), token in zip(self.held, tokens, strict=True):
             ids.append(token)
         return torch.stack([self._next(row) for row in self.held])

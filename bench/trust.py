@@ -35,7 +35,7 @@ from chaos.trials import Trial, Verdict, preload, tried  # noqa: E402
 
 TURN = {
     "checkpoint": 20, "source": 12, "foreign": 20, "recipe": 6, "sweep": 2, "store": 6, "text": 12, "command": 16, "native": 20,
-    "killed": 6, "full disk": 2, "writers": 2, "killed sweep": 1, "threads": 1, "prompts": 1,
+    "killed": 6, "killed ranks": 2, "full disk": 2, "writers": 2, "killed sweep": 1, "threads": 1, "prompts": 1,
     "server": 1,
 }  # fmt: skip
 """Trials of each kind in a turn."""

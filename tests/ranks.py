@@ -9,15 +9,13 @@ import json
 import os
 import signal
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 import fracbit
 from fracbit.checkpoint.output import Output
 from fracbit.errors import FracbitError
+from fracbit.pipeline.quantize.ranks import joined
 from fracbit.records.recipe import Recipe
 from fracbit.records.spending import Spending
 
@@ -33,17 +31,16 @@ def quantize(case: dict[str, Any], output: Path, resume: bool = False) -> None:
 def main() -> None:
     """All cases with one group of ranks. `dies`: rank 1 is killed at its first shard; `differs`: it has another seed."""
     cases, folder, *fault = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), *sys.argv[3:]
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    if "dies" in fault and dist.get_rank() == 1:
-        Output.write_shard = _die  # type: ignore[method-assign]
     try:
-        for name, case in cases.items():
-            other = {"seed": 1} if "differs" in fault and dist.get_rank() == 1 else {}
-            quantize({**case, **other}, folder / name)
+        with joined() as ranks:
+            if "dies" in fault and ranks.number == 1:
+                Output.write_shard = _die  # type: ignore[method-assign]
+            for name, case in cases.items():
+                other = {"seed": 1} if "differs" in fault and ranks.number == 1 else {}
+                quantize({**case, **other}, folder / name)
     except FracbitError as error:
-        sys.stderr.write(f"rank {dist.get_rank()}: {error}\n")
+        sys.stderr.write(f"{error}\n")
         sys.exit(2)
-    dist.destroy_process_group()
 
 
 def _die(*_: Any) -> None:

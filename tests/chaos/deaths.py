@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from outputs import contents
 Words = list[str]
 FORK = multiprocessing.get_context("fork")
 UNHINDERED = 300.0  # seconds of a command
+BOUNDED = 90.0  # seconds in which a rank ends after another one died
 DISK = 1 << 20  # bytes of the small disk
 SLACK = 4 << 10
 
@@ -34,7 +36,9 @@ SLACK = 4 << 10
 def pipelines(grounds: Grounds) -> dict[str, Words]:
     """The command line of every pipeline that writes an output, without the output's name."""
     model, ids = str(grounds.float), f"{grounds.ids}?length=32"
-    read = ["--calibration", ids, "--set", "calibration.samples=4", "--set", "calibration.length=16"]
+    read = ["--calibration", ids]
+    for setting in ("samples=4", "length=16", "batch=1"):
+        read += ["--set", f"calibration.{setting}"]
     scheme = ["--scheme", "int3z/16", "--quiet"]
     return {
         "rounding": ["quantize", model, *scheme, "--set", "embeddings=int8/16"],
@@ -144,6 +148,57 @@ def killed(grounds: Grounds) -> Change:
         return f"{name} killed after {', '.join(f'{moment:.2f}' for moment in moments)} of its time", judge
 
     return change
+
+
+def killed_ranks(grounds: Grounds) -> Change:
+    """SIGKILL of one of two ranks: the other ends too, with exit code 2, and one process or two end the run with its bytes."""
+    lines, expected = pipelines(grounds), unhindered(grounds)
+    names = ["rounding", "gptq", "budget"]
+
+    def change(chance: random.Random, folder: Path) -> tuple[str, Callable[[], str]]:
+        name, victim, resuming = chance.choice(names), chance.randrange(2), chance.choice((1, 2))
+        wanted, seconds = expected[name]
+        moment = chance.uniform(0, 2.2)
+
+        def judge() -> str:
+            out = folder / "out"
+            ranks = run_ranks(lines[name], out)
+            ranks[victim].join(moment * seconds)
+            ended = ranks[victim].exitcode is None
+            ranks[victim].kill()
+            ranks[1 - victim].join(BOUNDED)
+            code = ranks[1 - victim].exitcode
+            whole = (out / "config.json").exists()
+            if code not in ((2, 0) if ended and whole else (2,) if ended else (0,)):
+                ranks[1 - victim].kill()
+                raise Broken(f"the other rank ended with {code}")
+            there = out.exists() and any(out.iterdir())
+            if resuming == 2 and not whole:
+                for rank in run_ranks(lines[name], out, resume=there):
+                    _must(rank)
+            again(lines[name], out, wanted)
+            return f"unharmed: {int(ended)} kills"
+
+        return f"{name}, rank {victim} killed after {moment:.2f} of its time, resumed by {resuming}", judge
+
+    return change
+
+
+def run_ranks(words: Words, out: Path, resume: bool = False) -> list[FORK.Process]:  # type: ignore[name-defined]
+    """Two ranks that run a command together, as torchrun starts them."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    line = [*words, "-o", str(out), *(["--resume"] if resume else [])]
+    ranks = [FORK.Process(target=_run_rank, args=(line, number, port)) for number in range(2)]
+    for rank in ranks:
+        rank.start()
+    return ranks
+
+
+def _run_rank(words: Words, number: int, port: int) -> None:
+    os.environ |= {"RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                   "TORCHELASTIC_RUN_ID": "chaos", "FRACBIT_RANK_PATIENCE": "15"}  # fmt: skip
+    _run(words)
 
 
 @contextmanager
@@ -267,6 +322,7 @@ def _rows(store: Path) -> dict[str, object]:
 
 DEATHS: dict[str, Callable[[Grounds], Change]] = {
     "killed": killed,
+    "killed ranks": killed_ranks,
     "full disk": full_disk,
     "writers": writers,
     "killed sweep": stopped_store,

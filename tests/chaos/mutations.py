@@ -489,7 +489,7 @@ def _options_of(name: str) -> dict[str, bool]:
     from fracbit.cli import app
 
     found = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
-    skipped = ("--help", "--ray", "--address", "--trust-remote-code")
+    skipped = ("--help", "--ray", "--address", "--trust-remote-code", "--watch")
     return {
         max(each.opts, key=len): not getattr(each, "is_flag", False)
         for each in found.params

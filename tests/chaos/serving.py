@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import http.client
 import json
 import random
@@ -192,9 +191,7 @@ def _served(model: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
         "--timeout",
         "20",
     ]
-    # A process in the background hands down an ignored SIGINT, which Python would keep ignoring.
-    hears = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, preexec_fn=hears)
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, preexec_fn=_as_started_by_hand)
     try:
         assert process.stderr is not None
         said = ""
@@ -209,6 +206,12 @@ def _served(model: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
         process.wait(60)
     finally:
         process.kill()
+
+
+def _as_started_by_hand() -> None:
+    """Without the bound of a trial's memory, and with SIGINT, which processes in the background ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 def _resident(process: int | str = "self") -> int:

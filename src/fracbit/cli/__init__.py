@@ -32,7 +32,7 @@ from fracbit.cli import (
 )
 from fracbit.cli.renamed import RenamedOptions
 from fracbit.cli.stopped import INTERRUPTED, Stopped
-from fracbit.errors import FracbitError, RankError
+from fracbit.errors import FracbitError
 from fracbit.records.progress import rank
 from fracbit.records.version import __version__
 
@@ -90,10 +90,7 @@ def main() -> None:
     try:
         app()
     except FracbitError as error:
-        if not rank():
-            print(f"fracbit: error: {error}", file=sys.stderr)
-        elif not isinstance(error, RankError):  # which rank 0 says too
-            print(f"fracbit: error: rank {rank()}: {error}", file=sys.stderr)
+        print(f"fracbit: error: {f'rank {rank()}: ' if rank() else ''}{error}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stop:
         print(f"fracbit: stopped; {stop}", file=sys.stderr)

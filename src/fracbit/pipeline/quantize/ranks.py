@@ -27,11 +27,12 @@ from fracbit.numerics.stats import Stats, TreeSum
 from fracbit.pipeline.quantize.sample_pieces import Pieces, pieces_of
 
 T = TypeVar("T")
-PATIENCE = timedelta(minutes=30)
-"""How long a rank waits for the others at an exchange: their longest work between two of them."""
-LAST_WORDS = timedelta(seconds=10)
-"""How long a rank that failed waits until rank 0 has heard why: torchrun ends all ranks once one has ended."""
-STOPPED, HEARD = "fracbit/stopped", "fracbit/heard"
+PATIENCE = "FRACBIT_RANK_PATIENCE"
+"""Names the variable with the seconds that a rank waits for the others at an exchange: for their longest work between two."""
+PATIENT = 1800.0
+LAST_WORDS = 10.0
+"""Seconds that a rank that failed waits until rank 0 has heard why: torchrun ends all ranks once one has ended."""
+STOPPED, HEARD, DONE, LEFT = "fracbit/stopped", "fracbit/heard", "fracbit/done", "fracbit/left"
 COLUMN_ROWS = (
     512  # rows whose work a column of a matrix costs besides its own: the loop of GPTQ goes column by column
 )
@@ -150,7 +151,7 @@ def cost(weights: Sequence[Tensor]) -> int:
 
 
 @contextmanager
-def joined(patience: timedelta = PATIENCE) -> Iterator[Ranks]:
+def joined() -> Iterator[Ranks]:
     """The ranks that torchrun started, this process among them; alone where it did not.
 
     A `FracbitError` of one rank ends all of them. Raises `RankError` where the others cannot be reached.
@@ -158,27 +159,58 @@ def joined(patience: timedelta = PATIENCE) -> Iterator[Ranks]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
         yield ALONE
         return
-    if dist.is_initialized():  # by the caller, whose it stays
+    if dist.is_initialized():  # by a caller that does several things with them
         yield Ranks(dist.get_rank(), dist.get_world_size())
         return
     try:
-        dist.init_process_group("gloo", timeout=patience)
+        dist.init_process_group("gloo", timeout=timedelta(seconds=_patience()))
     except (RuntimeError, ValueError) as error:
+        said = str(error).splitlines()[0]
         raise RankError(
-            f"the ranks do not find each other: {error}; look at MASTER_ADDR and MASTER_PORT"
+            f"the ranks do not find each other: {said}; look at MASTER_ADDR and MASTER_PORT"
         ) from error
     ranks = Ranks(dist.get_rank(), dist.get_world_size())
     try:
         yield ranks
+        _part(ranks)
     except RankError:
-        _heard(ranks)
+        if ranks.leads:
+            _leave_word(HEARD, "1")
         raise
     except FracbitError as error:
-        _stop(ranks, str(error))
+        _leave_word(STOPPED, f"rank {ranks.number} stopped: {error}")
+        dist.destroy_process_group()  # which breaks off what the others wait for
+        if not ranks.leads and _word(HEARD, LAST_WORDS):
+            time.sleep(0.5)
         raise
     finally:
         with suppress(RuntimeError, ValueError):
             dist.destroy_process_group()
+
+
+def _patience() -> float:
+    """Seconds to wait for other ranks. Raises `RankError` for a variable that is no such number."""
+    given = os.environ.get(PATIENCE, str(PATIENT))
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise RankError(
+            f"{PATIENCE} is {given!r}; it should be the seconds that a rank waits for the others, such as 1800"
+        )
+    return seconds
+
+
+def _part(ranks: Ranks) -> None:
+    """Leave together: what one rank closes early would break the last exchange of the others."""
+    _leave_word(f"{DONE}/{ranks.number}", "1")
+    for number in range(ranks.count):
+        _word(f"{DONE}/{number}", _patience())
+    # Rank 0 may hold the store.
+    _leave_word(f"{LEFT}/{ranks.number}", "1")
+    for number in range(ranks.count if ranks.leads else 0):
+        _word(f"{LEFT}/{number}", LAST_WORDS)
 
 
 def _light(stats: Stats) -> tuple[Stats, int | None]:
@@ -207,28 +239,27 @@ def _exchange(run: Callable[[], object]) -> None:
 
 def _reason(said: str) -> str:
     """Why an exchange broke off, from the store if a rank left word there."""
-    store: Any = dist.distributed_c10d._get_default_store()
-    with suppress(RuntimeError, ValueError):
-        store.wait([STOPPED], timedelta(seconds=3))
-        return str(store.get(STOPPED).decode())
+    why = _word(STOPPED, 3.0)
     return (
-        f"another rank ended or did not answer in time ({said.splitlines()[0]}); see what torchrun says of it"
+        why
+        or f"another rank ended or did not answer in time ({said.splitlines()[0]}); see what torchrun says of it"
     )
 
 
-def _stop(ranks: Ranks, why: str) -> None:
-    """Leave word for the other ranks, and break off what they wait for."""
+def _leave_word(name: str, word: str) -> None:
+    """Put a word into the store, if that is still there."""
     store: Any = dist.distributed_c10d._get_default_store()
     with suppress(RuntimeError, ValueError):
-        store.set(STOPPED, f"rank {ranks.number} stopped: {why}")
-        dist.destroy_process_group()
-        if not ranks.leads:
-            store.wait([HEARD], LAST_WORDS)
-            time.sleep(0.5)
+        store.set(name, word)
 
 
-def _heard(ranks: Ranks) -> None:
+def _word(name: str, patience: float) -> str:
+    """The word of that name, once a rank left it; "" where none does in so many seconds, or the store is gone."""
     store: Any = dist.distributed_c10d._get_default_store()
-    if ranks.leads:
-        with suppress(RuntimeError, ValueError):
-            store.set(HEARD, "1")
+    until = time.monotonic() + patience
+    with suppress(RuntimeError, ValueError):
+        while time.monotonic() < until:
+            if store.check([name]):
+                return str(store.get(name).decode())
+            time.sleep(0.05)
+    return ""

@@ -12,7 +12,7 @@ INPUTS  := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/fracbit/
 INSTALL := $(BIN)/python -m pip install --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test chaos lint format types contracts check coverage engines bench examples docs links clean distclean
+.PHONY: help venv install demo test chaos lint format types contracts check coverage engines bench examples docs links wheels release clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -87,6 +87,12 @@ docs: $(VENV)/.installed-docs ## build the documentation in build/site; a broken
 
 links: $(VENV)/.installed-docs ## also follow the links to other sites
 	$(SITE) build/links -b linkcheck
+
+wheels: ## sdist and manylinux wheel in dist/, checked and tried without a compiler
+	.ci/wheels $(PYTHON)
+
+release: wheels ## also whether version and changelog are those of a release; uploads nothing
+	$(PYTHON) .ci/release
 
 clean: ## remove what builds and tests leave behind
 	rm -rf build dist demo-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

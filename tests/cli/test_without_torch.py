@@ -124,10 +124,31 @@ ERRORS: dict[str, str] = {
     "task lambada none.txt -o new": "none.txt: no such file",
     "sweep none.toml": "none.toml cannot be read",
     "sweep sweep.toml": "dtypes has no 'itn'",
+    "sweep sweep.toml --export rows.xlsx": ".parquet or .csv",
+    "sweep sweep.toml --track mlfow": "did you mean 'mlflow'",
     "report none.db": "no store none.db",
+    "report none.db --watch": "no store none.db",
+    "report none.db --export rows.xlsx": ".parquet or .csv",
+    "report none.db --track mlfow": "did you mean 'mlflow'",
+    "serve bundled --batch 0": "--batch and --timeout must be above 0",
+    "serve bundled --kv-bits 5": "8 or 4, got 5",
+    "serve bundled --activations int9": "did you mean 'int8'",
+    "bench bundled --for llama": "did you mean 'llama.cpp'",
+    "bench bundled --for llama.cpp --device cuda": "leave --device cuda out",
 }
 # Without the packages of all extras.
-EXTRAS = ("gguf", "matplotlib", "plotly", "sqlalchemy", "pyarrow", "datasets", "ray", "lm_eval")
+EXTRAS = (
+    "gguf",
+    "matplotlib",
+    "plotly",
+    "sqlalchemy",
+    "pyarrow",
+    "datasets",
+    "ray",
+    "lm_eval",
+    "starlette",
+    "wandb",
+)
 WITHOUT: dict[str, str] = {
     "quantize bundled -o new --for llama.cpp": "[gguf]",
     "quantize bundled -o new --quantizer gptq --calibration datasets:some": "[datasets]",
@@ -138,6 +159,7 @@ WITHOUT: dict[str, str] = {
     "sweep sweep.toml": "[store]",
     "sweep sweep.toml --ray": "[ray]",
     "report rows.parquet": "[store]",
+    "serve bundled": "[serve]",
 }
 # What a command needs besides a model, for it to look for the model.
 NEEDED = {

@@ -47,11 +47,11 @@ def report(
     json: options.Json = False,
 ) -> None:
     """Write scaling curves, offsets, the Pareto front and all rows of STORE as one self-contained page."""
-    check_extra("a report", "plotly", "report", OutputError)
     from fracbit.report.page import write_page
     from fracbit.sweeps.exported import check_ending, export_rows, read_rows
     from fracbit.sweeps.trackers import tracking
 
+    check_extra("a report", "plotly", "report", OutputError)
     if export is not None:
         check_ending(export)
     if watch:

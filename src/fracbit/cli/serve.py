@@ -87,9 +87,9 @@ def serve(
     limits = Limits(batch, queue, max_length, timeout)
     if (api_key is not None and not api_key.isascii()) or api_key == "":
         raise DataError("the key must be of ASCII characters, at least one")
+    check_models(model)
     for module in ("starlette", "uvicorn"):
         check_extra("fracbit serve", module, "serve")
-    check_models(model)
     listening = _bound(host, port)
     with listening:
         from fracbit.checkpoint.load import load, load_tokenizer

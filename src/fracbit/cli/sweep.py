@@ -103,9 +103,12 @@ def sweep(
     from fracbit.sweeps.parquet import import_parquet
     from fracbit.sweeps.spec import expand, read_sweep
     from fracbit.sweeps.store import open_store, shown
+    from fracbit.sweeps.trackers import check_tracker
 
     if export is not None:
         check_ending(export)
+    if track is not None:
+        check_tracker(track)
     read = read_sweep(file).model_copy(update={"trust_remote_code": trust_remote_code})
     root = (file.parent / read.root).resolve()
     known = [] if imported is None else import_parquet(imported)

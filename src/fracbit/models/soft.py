@@ -3,7 +3,8 @@
     W = scale * T[nearest(u)] + shift         u: latent weights in units of the scale; a scale keeps its sign
 
 Scale, shift and a fitted table are learned; scales that are quantized count as they are stored, on the grid that they came
-with, and so do powers of 2; other float ones are rounded when it is packed. The gradient of rounding is taken to be 1, for
+with, and so do powers of 2; other float ones are rounded when it is packed. Quantized scales and shifts are kept within their
+grid: beyond its ends they would move without effect, and come back late. The gradient of rounding is taken to be 1, for
 weights outside the table's range 0 (straight-through, Bengio et al. 2013, arXiv:1308.3432; learned step sizes: Esser et al.
 2019, arXiv:1902.08153). It lives only while a correction runs: `packed` turns it back into bytes.
 """
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fracbit.numerics.datatypes import is_fitted, nearest_type
-from fracbit.numerics.grid import Grid, codes_in, grid_of, moved, pack, with_table
+from fracbit.numerics.grid import Grid, codes_in, grid_of, least, moved, pack, span, with_table
 from fracbit.numerics.layout import spread
 from fracbit.numerics.packed import PackedTensor, quantized_columns
 
@@ -35,11 +36,35 @@ class SoftLinear(nn.Module):
         shift = self.base.shift
         self.free_shift = self.base.scheme.offset in ("float", "mean")
         self.shift = nn.Parameter(torch.zeros(0) if shift is None or not self.free_shift else shift.clone())
+        self.scale_span, self.shift_span = self._spans()
         fitted = is_fitted(self.base.scheme)
         self.table = nn.Parameter(self.base.table.values.clone(), requires_grad=fitted)  # [1 or out, levels]
         self.latent = nn.Parameter(self._start(packed, weight))  # [out, quantized]
         self.bias = None if bias is None else nn.Parameter(bias.float().clone(), requires_grad=False)
         self.outliers = None if packed.outliers is None else nn.Parameter(packed.outliers.float())  # [out, p]
+
+    def _spans(self) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
+        """Between which numbers log scale and shift [per block] have an effect, where they are stored quantized."""
+        scales, offsets, shape = self.base.scales, self.base.offsets, self.base.scale.shape
+        scale_span = shift_span = None
+        if isinstance(scales, PackedTensor):
+            lowest, highest = span(scales, shape)  # [per block] each
+            below, above = least(scales, shape)
+            turned = self.sign < 0
+            low, high = torch.where(turned, -below, above), torch.where(turned, -lowest, highest)
+            now = self.log_scale.detach()  # a block of zeros may lie below
+            low, high = (each.clamp(min=1e-12).log() for each in (low, high))
+            scale_span = torch.minimum(low, now), torch.maximum(high, now)
+        if isinstance(offsets, PackedTensor) and self.free_shift:
+            shift_span = span(offsets, shape)
+        return scale_span, shift_span
+
+    def _stay(self) -> None:
+        """Bring scale and shift back to where they have an effect."""
+        with torch.no_grad():
+            for parameter, limits in ((self.log_scale, self.scale_span), (self.shift, self.shift_span)):
+                if limits is not None:
+                    parameter.copy_(torch.clamp(parameter, *limits))
 
     def _start(self, packed: PackedTensor, weight: Tensor | None) -> Tensor:
         """Latent weights: the float ones where they round to the chosen code, else the nearest edge of its cell."""
@@ -80,6 +105,7 @@ class SoftLinear(nn.Module):
 
     def _as_stored(self) -> tuple[Tensor, Tensor]:
         """Scale and free shift [per block], differentiable; with the values of what is stored where that is quantized."""
+        self._stay()
         scale, free = self._scale(), self.free_shift  # [per block]
         if isinstance(self.base.scheme.scale, str) and self.base.scheme.scale != "e8m0":
             return scale, self.shift

@@ -128,6 +128,32 @@ def moved(
     return replace(grid, scale=scale, scales=scales, offsets=offsets, shift=_dense(offsets, shift))
 
 
+def span(stored: PackedTensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """The lowest and the highest number that quantized scales or offsets can have on the grid that they lie on, in `shape`."""
+    levels = _levels(stored)  # [blocks of numbers, levels]
+    return _by_number(stored, levels.amin(-1), shape), _by_number(stored, levels.amax(-1), shape)
+
+
+def least(stored: PackedTensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """The numbers nearest to 0 from below and from above, 0 left out, in `shape`; infinite where there are none."""
+    levels = _levels(stored)  # [blocks of numbers, levels]
+    below = torch.where(levels < 0, levels, -math.inf).amax(-1)  # [blocks of numbers]
+    above = torch.where(levels > 0, levels, math.inf).amin(-1)
+    return _by_number(stored, below, shape), _by_number(stored, above, shape)
+
+
+def _levels(stored: PackedTensor) -> Tensor:
+    """The numbers that every block of quantized scales or offsets can take, [..., levels]."""
+    grid = grid_of(stored)
+    levels = grid.scale[..., None] * grid.table.values[0]  # [blocks of numbers, levels]
+    return levels if grid.shift is None else levels + grid.shift[..., None]
+
+
+def _by_number(stored: PackedTensor, values: Tensor, shape: torch.Size) -> Tensor:
+    """Values of blocks of numbers, for each number: `shape`."""
+    return spread(values, stored.shape, stored.scheme).expand(stored.shape).reshape(shape)
+
+
 def scales_by_row(grid: Grid) -> bool:
     """Whether no two rows of a weight share a scale, nor the scales of scales."""
     if grid.scheme.axis == "out" or grid.scale.ndim != 2 or grid.scale.shape[0] != grid.shape[0]:

@@ -234,6 +234,25 @@ def test_every_type_of_blocks(tmp_path: Path, kind: str) -> None:
     assert any("rounded before" in note for note in found.notes) == (kind in BYTES)
 
 
+def test_the_header_of_a_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its vocabulary takes the reader seconds, and transformers would read it again for the config and for the tokenizer."""
+    import gguf
+
+    built: list[object] = []
+    whole = gguf.GGUFReader.__init__
+
+    def count(self: object, *args: object, **kwargs: object) -> None:
+        built.append(self)
+        whole(self, *args, **kwargs)
+
+    file, _ = written(tmp_path, llama(), blocks_of("F16"))
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", count)
+    opened = open_float(file)
+    assert len(built) == 1
+    assert opened.source.tensors
+    assert gguf.GGUFReader is type(built[0]).__mro__[1]
+
+
 def test_a_file_and_a_folder_that_holds_one_are_quantized_as_the_floats_are(tmp_path: Path) -> None:
     file, plain = written(tmp_path / "m", llama(tie_word_embeddings=True), blocks_of("Q4_K"))
     check_quantized(file, plain, tmp_path)

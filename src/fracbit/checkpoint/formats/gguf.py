@@ -15,11 +15,12 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -95,8 +96,7 @@ def header(path: Path) -> Header:
 @lru_cache(maxsize=8)
 def _header(path: Path, changed: int, size: int) -> Header:
     """The header of a file as it was at the time `changed`."""
-    gguf = _gguf()
-    reader = gguf.GGUFReader(path)
+    reader = _reader(path, changed, size)
     metadata = {
         name: field.contents()
         for name, field in reader.fields.items()
@@ -119,6 +119,38 @@ def _header(path: Path, changed: int, size: int) -> Header:
             "the one file"
         )
     return Header(metadata, tensors)
+
+
+@lru_cache(maxsize=1)
+def _reader(path: Path, changed: int, size: int) -> Any:
+    """The reader of the package `gguf` for a file as it was at the time `changed`. It takes seconds for a large vocabulary."""
+
+    class Reader(_gguf().GGUFReader):  # type: ignore[misc]
+        data: np.ndarray
+
+        def _get(self, offset: int, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(self.data, np.memmap):  # whose slices take three times as long as those of an array
+                self.data = self.data.view(np.ndarray)
+            return super()._get(offset, *args, **kwargs)
+
+    return Reader(path)
+
+
+@contextmanager
+def _read_once(path: Path) -> Iterator[None]:
+    """A context in which transformers reads the header of this file with the reader that has read it."""
+    state, gguf = path.stat(), _gguf()
+    usual = gguf.GGUFReader
+    known = _reader(path, state.st_mtime_ns, state.st_size)
+
+    def reader(asked: Any, *args: Any, **kwargs: Any) -> Any:
+        return known if Path(asked).resolve() == path else usual(asked, *args, **kwargs)
+
+    try:
+        with patch.object(gguf, "GGUFReader", reader):
+            yield
+    finally:
+        _reader.cache_clear()  # an array for every token
 
 
 def stored_tensors(path: Path) -> dict[str, TensorInfo]:
@@ -161,6 +193,11 @@ _MADE: dict[Path, Path] = {}
 @cache
 def _unpacked(path: Path, changed: int, size: int) -> Path:
     head = header(path)
+    with _read_once(path):
+        return _folder(path, head)
+
+
+def _folder(path: Path, head: Header) -> Path:
     with blamed_on(f"{path} has a header that cannot be read; fetch it again", SourceError, parsing=True):
         config = _config(path, head)
     folder = Path(tempfile.mkdtemp(prefix="fracbit-gguf-"))
@@ -169,7 +206,7 @@ def _unpacked(path: Path, changed: int, size: int) -> Path:
     with suppress(SourceError), blamed_on(f"{path} has no tokenizer that transformers can read", SourceError):
         # Without one, `decode` adds a note.
         AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
-        template = header(path).metadata.get("tokenizer.chat_template")
+        template = head.metadata.get("tokenizer.chat_template")
         if isinstance(template, str):  # which transformers leaves in the file
             (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     _MADE[folder] = path

@@ -73,7 +73,26 @@ def test_floats_that_a_model_rounds_while_it_runs_are_refused(tmp_path: Path) ->
         open_float(folder)
 
 
-@pytest.mark.parametrize("method", ["aqlm", "quip"])
+@pytest.mark.parametrize(
+    ("method", "ending"), [("quip", "Qidxs"), ("exl3", "trellis"), ("vptq", "centroids.weight")]
+)
+@pytest.mark.parametrize("named", [True, False])
+def test_a_method_that_is_known_and_not_decoded_is_refused_by_name(
+    tmp_path: Path, method: str, ending: str, named: bool
+) -> None:
+    """By its config, or by its tensors where the config says nothing (QuIP#)."""
+    folder = plain_model(
+        tmp_path / "m", **({"quantization_config": {"quant_method": method}} if named else {})
+    )
+    name = f"model.layers.0.mlp.up_proj.{ending}"
+    change_tensors(folder, lambda tensors: tensors.update({name: torch.zeros(4, 4, dtype=torch.int16)}))
+    with pytest.raises(
+        SourceError, match=rf"already quantized \({method}: .*start from the float model, or from"
+    ):
+        open_float(folder)
+
+
+@pytest.mark.parametrize("method", ["spqr", "higgs"])
 def test_a_method_that_is_not_known_is_refused(tmp_path: Path, method: str) -> None:
     folder = plain_model(tmp_path / "m", quantization_config={"quant_method": method})
     name = "model.layers.0.mlp.up_proj.weight"

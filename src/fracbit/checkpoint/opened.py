@@ -21,7 +21,15 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from fracbit.checkpoint.folder import is_unfinished
 from fracbit.checkpoint.formats.decoding import Decoding, turned
-from fracbit.checkpoint.formats.known import AT_RUN_TIME, KEYS, OURS, SOURCE_FORMATS, coded, known_methods
+from fracbit.checkpoint.formats.known import (
+    AT_RUN_TIME,
+    KEYS,
+    OURS,
+    SOURCE_FORMATS,
+    coded,
+    known_methods,
+    unread,
+)
 from fracbit.checkpoint.source import FLOATS, Source, open_source
 from fracbit.errors import FormatError, SourceError, blamed_on
 from fracbit.models.family import Family
@@ -195,12 +203,17 @@ def _unknown(source: Source) -> bool:
 def _check_float(source: Source) -> None:
     """Raise `SourceError` where the weights are quantized in a way that is not decoded."""
     quantization = source.config.get("quantization_config") or source.config.get("compression_config")
+    asked = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    method = asked or "unknown method"
+    known = unread(source, str(asked or ""))
+    if known is not None:
+        raise SourceError(
+            f"{source.name} is already quantized ({known[0]}: {known[1]}), and its codes mean nothing without the program that "
+            f"made them; fracbit decodes {known_methods()}: start from the float model, or from its release in one of these"
+        )
     if not quantization:
         check_weight_types(source)
         return
-    method = (
-        quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else quantization
-    )
     if method == OURS:
         raise SourceError(
             f"{source.name} is already quantized (fracbit); start from the float model: a second rounding loses more"

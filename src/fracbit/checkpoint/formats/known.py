@@ -23,6 +23,12 @@ SETTINGS = {
     "modelopt": ("hf_quant_config.json", "weight_scale"),
 }
 """Files beside config.json in which older programs wrote what now stands in it, and endings of their tensors."""
+UNREAD = {
+    "vptq": (".centroids.weight", "VPTQ, vectors over inputs in another order"),
+    "quip": (".Qidxs", "QuIP#, points of a lattice for rotated weights"),
+    "exl3": (".trellis", "EXL3, paths through a trellis for rotated weights"),
+}
+"""Methods that are known and not decoded: an ending of their tensors, and what they store."""
 AT_RUN_TIME = ("bitnet",)
 """Methods that also round weights which are stored as floats, while the model runs."""
 
@@ -70,6 +76,7 @@ SOURCE_FORMATS: Table[SourceFormat] = Table(
         "bitnet": "fracbit.checkpoint.formats.bitnet:BITNET",
         "hqq": "fracbit.checkpoint.formats.hqq:HQQ",
         "exl2": "fracbit.checkpoint.formats.exl2:EXL2",
+        "aqlm": "fracbit.checkpoint.formats.aqlm:AQLM",
         "torchao": "fracbit.checkpoint.formats.torchao:TORCHAO",
         "mlx": "fracbit.checkpoint.formats.mlx:MLX_FORMAT",
     },
@@ -140,6 +147,14 @@ def coded(source: Source) -> dict[str, str]:
         for name, info in source.tensors.items()
         if info.dtype not in FLOATS and (info.dtype.startswith("F") or "weight" in name.rpartition(".")[2])
     }
+
+
+def unread(source: Source, method: str) -> tuple[str, str] | None:
+    """The method of a checkpoint and what it stores, where that is known and not decoded; older ones have no `method`."""
+    for name, (ending, stores) in UNREAD.items():
+        if method.lower() == name or any(tensor.endswith(ending) for tensor in source.tensors):
+            return name, stores
+    return None
 
 
 def known_methods() -> str:

@@ -28,6 +28,7 @@ def arguments_of() -> dict[str, tuple[Any, ...]]:
         "PackedWeight.multiply": (weight, x, y, False, 1),
         "PackedWeight.decode": (weight, 0, torch.empty(5, 32), 1),
         "multiply_together": ([weight, weight], x, [y, y.clone()], True, 1),
+        "multiply_each": ([weight, weight], x, y, [2, 1], False, 1),
         "read": (torch.zeros(100, dtype=torch.uint8), 1),
         "add_gram": (torch.randn(4, 8).bfloat16(), torch.zeros(8, 8), 1),
         "attend_causal": (heads, heads.clone(), heads.clone(), torch.empty(1, 2, 5, 16), 0.25, 1),

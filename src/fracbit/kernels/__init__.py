@@ -1,7 +1,7 @@
 """Kernels: y = x W^T for packed weights. The torch reference is the definition; native CPU code and Triton are faster."""
 
 from fracbit.kernels.kernel import Activations, Kernel
-from fracbit.kernels.linear import PackedLinear
+from fracbit.kernels.linear import PackedLinear, multiply_each
 from fracbit.kernels.op import linear_op, spec_of
 from fracbit.kernels.program import Elementwise, HeadSpans, NativeProgram, Span, Tables
 from fracbit.kernels.table import KERNELS, choose, kernel_report
@@ -19,5 +19,6 @@ __all__ = [
     "choose",
     "kernel_report",
     "linear_op",
+    "multiply_each",
     "spec_of",
 ]

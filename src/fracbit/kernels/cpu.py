@@ -23,6 +23,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,7 @@ from fracbit.records.scheme import Scheme, flat_block, patch_block
 if TYPE_CHECKING:
     from types import ModuleType
 
-ABI = 9
+ABI = 10
 TILE_BYTES = 1 << 20
 """Of decoded weights: about a core's second-level cache."""
 TILE_ROWS = 128
@@ -180,6 +181,32 @@ def run_alike(prepared: CpuWeight, x: Tensor) -> Tensor:
     return y
 
 
+def run_each(prepared: Sequence[CpuWeight], x: Tensor, sizes: Sequence[int], alike: bool) -> Tensor:
+    """`run` or `run_alike` of weights of one shape, each on the next of `sizes` rows of `x` [n, in]: [n, out].
+
+    All that take the row kernel are one call, so that the threads share the rows of all of them.
+    """
+    first = prepared[0]
+    y = x.new_empty((x.shape[0], first.rows))  # [n, out]
+    most = math.inf if alike else tiles_from(first.int8, x.dtype)
+    start, ready = 0, list[int]()  # rows before `start` are done, but for those of the weights that wait
+    for number, size in enumerate((*sizes, None)):
+        if size is not None and size < most:
+            ready.append(number)
+            continue
+        if ready:
+            stop = start + sum(sizes[each] for each in ready)
+            weights = [prepared[each].weight for each in ready]
+            counts = [sizes[each] for each in ready]
+            part, to = to_dlpack(x[start:stop].detach()), to_dlpack(y[start:stop])
+            NATIVE.multiply_each(weights, part, to, counts, first.int8, torch.get_num_threads())  # type: ignore[union-attr]
+            start, ready = stop, []
+        if size is not None:
+            _by_tiles(prepared[number], x[start : start + size], y[start : start + size])
+            start += size
+    return y
+
+
 def tiles_from(int8: bool, dtype: torch.dtype) -> float:
     """Rows of activations from which on tiles are faster than the row kernel: measured by bench/kernels/prefill.py."""
     if not AVX512:
@@ -241,6 +268,7 @@ CPU = Kernel(
     prepare=prepare,
     run=run,
     run_alike=run_alike,
+    run_each=run_each,
     explain=lambda: NOTE,
     paths=("float", "int8"),
 )

@@ -6,7 +6,7 @@ needs from the stored layout when a weight is loaded; the bytes on disk stay as 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -31,6 +31,8 @@ class Kernel:
     - `paths`: those that it computes as asked; activations of another path are multiplied exactly.
     - `explain()`: one sentence for people: what it is, and why it does not run here if it does not.
     - `run_alike`: `run`, where a row of the result is the same to the bit in any batch; None: not offered.
+    - `run_each(prepared, x, sizes, alike)`: weights of one shape, each times the next of `sizes` rows of `x`, in one call: what
+      `run` gives for each, or `run_alike`. None: not offered.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Kernel:
     explain: Callable[[], str]
     paths: tuple[Activations, ...] = ("float",)
     run_alike: Callable[[Any, Tensor], Tensor] | None = None
+    run_each: Callable[[Sequence[Any], Tensor, Sequence[int], bool], Tensor] | None = None
 
     def runner(self, deterministic: bool) -> Callable[[Any, Tensor], Tensor]:
         """`run`, or `run_alike`. Raises `KernelError` where that is not offered."""

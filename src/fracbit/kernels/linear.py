@@ -6,6 +6,7 @@ and autograd it goes through the operator (op.py), which computes the same.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,8 +49,35 @@ class PackedLinear:
         if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
             product: Tensor = linear_op(x, self._parts, self._spec, self.activations)
             return product
+        return self._run(self.prepared, self._rows_of(x)).view(*x.shape[:-1], self._rows)  # [..., out]
+
+    def _rows_of(self, x: Tensor) -> Tensor:
+        """`x` [..., in] as [tokens, in] with contiguous rows."""
         check_input(x, self._columns, self._device)
         flat = x.reshape(-1, self._columns)  # [tokens, in]
-        if flat.stride(1) != 1 or flat.stride(0) < self._columns:
-            flat = flat.contiguous()
-        return self._run(self.prepared, flat).view(*x.shape[:-1], self._rows)  # [..., out]
+        return flat if flat.stride(1) == 1 and flat.stride(0) >= self._columns else flat.contiguous()
+
+    def goes_with(self, other: PackedLinear) -> bool:
+        """Whether one call of a kernel can multiply both."""
+        return (
+            self.kernel is other.kernel
+            and self.kernel.run_each is not None
+            and self.packed.shape == other.packed.shape
+            and self.activations == other.activations
+            and self._run is other._run
+        )
+
+
+def multiply_each(linears: Sequence[PackedLinear], x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The next of `sizes` rows of `x` [n, in] times each of the weights, all of one shape: [n, out].
+
+    It is what each gives alone, to the bit for a few rows of each; one call of the kernel where it can. Raises `KernelError`
+    when `x` does not fit.
+    """
+    first = linears[0]
+    plain = not torch.compiler.is_compiling() and not (x.requires_grad and torch.is_grad_enabled())
+    if plain and first.kernel.run_each is not None and all(map(first.goes_with, linears)):
+        alike = first.kernel.run_alike is not None and first._run is first.kernel.run_alike
+        prepared = [linear.prepared for linear in linears]
+        return first.kernel.run_each(prepared, first._rows_of(x), sizes, alike)  # [n, out]
+    return torch.cat([linear(part) for linear, part in zip(linears, x.split(list(sizes)), strict=True)])

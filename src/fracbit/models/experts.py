@@ -21,7 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from fracbit.models.install import replace as put
+from fracbit.models.quant_linear import QuantLinear, is_plain, through_each
 
+TOGETHER = 2048
+"""Rows that several experts are given at once: more take memory, and no time is saved."""
 Half: TypeAlias = Literal["first", "second", "even", "odd"]
 """Rows of a matrix that holds two: the first or last half, or every second row from 0 or 1."""
 
@@ -226,24 +229,46 @@ class SplitExperts(nn.Module):
         """The mixed output [..., width] for x [..., width]; chosen experts by number and their shares [tokens, top]."""
         flat = x.reshape(-1, x.shape[-1])  # [tokens, width]
         total = torch.zeros_like(flat)  # [tokens, width]
-        for index in torch.unique(chosen).tolist():
-            token, slot = torch.where(chosen == index)  # [routed]
-            if index < self.count:
-                part = self[int(index)](flat[token])  # [routed, width]
-            elif hasattr(self.fused, "identity_expert"):  # LongCat's tokens that need no expert
-                part = flat[token]  # [routed, width]
-            else:  # a place that routes nowhere
-                continue
-            if getattr(self.fused, "has_post_expert_norm", False):
-                part = self.post_expert_norm(part)
-            part = part * shares[token, slot, None]  # [routed, width]
-            total.index_add_(0, token, part.to(total.dtype))
+        order = chosen.flatten().argsort(stable=True)  # [tokens * top], places by expert
+        numbers, counts = torch.unique(chosen, return_counts=True)
+        places = iter(order.split(counts.tolist()))
+        for run in _in_runs(numbers.tolist(), counts.tolist(), TOGETHER):
+            place, sizes = torch.cat([next(places) for _ in run]), [size for _, size in run]  # [routed]
+            token = place // chosen.shape[1]  # [routed]
+            part = self._mixed([number for number, _ in run], flat[token], sizes)
+            part = (part * shares.flatten()[place, None]).to(total.dtype)  # [routed, width]
+            # Expert by expert: in one sum a token would come several times, in an order that is not fixed.
+            for tokens, own in zip(token.split(sizes), part.split(sizes), strict=True):
+                total.index_add_(0, tokens, own)
         return total.view(x.shape)
+
+    def _mixed(self, numbers: Sequence[int], rows: Tensor, sizes: Sequence[int]) -> Tensor:
+        """What stands for each of `numbers` gives for the next of `sizes` rows [routed, width]: experts, and places beyond."""
+        experts = sum(number < self.count for number in numbers)
+        own = sum(sizes[:experts])
+        part = self._through(numbers[:experts], rows[:own], sizes[:experts]) if experts else rows[:0]
+        if own < len(rows):  # LongCat's tokens that need no expert, and places that route nowhere
+            idle = rows[own:] if hasattr(self.fused, "identity_expert") else torch.zeros_like(rows[own:])
+            part = torch.cat([part, idle])  # [routed, width]
+        return self.post_expert_norm(part) if getattr(self.fused, "has_post_expert_norm", False) else part
+
+    def _through(self, numbers: Sequence[int], rows: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Output [n, out] of experts for the next of `sizes` rows [n, in] each; packed ones of one shape in a call for all."""
+        experts = [self[number] for number in numbers]
+        linears = [_plain_linears(expert) for expert in experts]
+        if len(experts) == 1 or not all(linears):
+            parts = rows.split(list(sizes))
+            return torch.cat([expert(part) for expert, part in zip(experts, parts, strict=True)])
+        each = {name: [found[name] for found in linears] for name in linears[0]}
+        if "" in each:
+            return through_each(each[""], rows, sizes)
+        gate = through_each(each["gate_proj"], rows, sizes) if "gate_proj" in each else None  # [n, inner]
+        inner = experts[0].__dict__["between"](through_each(each["up_proj"], rows, sizes), gate)  # [n, inner]
+        return through_each(each["down_proj"], inner, sizes)
 
     def _every(self, x: Tensor) -> Tensor:
         """Output [experts x tokens, width] for the states of every expert in order, x of the same shape."""
-        parts = x.view(self.count, -1, x.shape[-1])  # [experts, tokens, width]
-        return torch.cat([self[number](part) for number, part in enumerate(parts)])
+        return self._through(range(self.count), x, [len(x) // self.count] * self.count)
 
     def _summed(self, x: Tensor, shares: Tensor) -> Tensor:
         """Sum of all experts on x [..., width], their inner states times `shares` [..., experts]."""
@@ -256,7 +281,28 @@ class SplitExperts(nn.Module):
 
     def _sorted(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """Output [tokens, out] for x [tokens, in], sorted by expert, `sizes` of them for each."""
-        return torch.cat([self[number](part) for number, part in enumerate(x.split(sizes, dim=0))])
+        return self._through(range(self.count), x, sizes)
+
+
+def _in_runs(numbers: Sequence[int], sizes: Sequence[int], most: int) -> Iterator[list[tuple[int, int]]]:
+    """Runs of experts, each with its number and how many rows it has: `most` rows in all, or one expert."""
+    run: list[tuple[int, int]] = []
+    for number, size in zip(numbers, sizes, strict=True):
+        if run and sum(each for _, each in run) + size > most:
+            yield run
+            run = []
+        run.append((number, size))
+    if run:
+        yield run
+
+
+def _plain_linears(expert: nn.Module) -> dict[str, QuantLinear]:
+    """The packed linears of an expert by name ("" where it is one), if it does nothing but call them; empty otherwise."""
+    linears = {"": expert} if isinstance(expert, QuantLinear) else dict(expert.named_children())
+    watched = expert._forward_pre_hooks or expert._forward_hooks or "forward" in vars(expert)
+    if watched or not all(is_plain(module) for module in linears.values()):
+        return {}
+    return {name: module for name, module in linears.items() if isinstance(module, QuantLinear)}
 
 
 def split_experts(model: nn.Module) -> list[str]:

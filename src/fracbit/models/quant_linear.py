@@ -7,13 +7,13 @@ wrong shape and stops, instead of leaving the layer at random values.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fracbit.kernels import Activations, PackedLinear
+from fracbit.kernels import Activations, PackedLinear, multiply_each
 from fracbit.kernels.op import linear_op, rows_op, spec_of
 from fracbit.numerics.activations import int8_pays, int8_product, is_int8, round_inputs
 from fracbit.numerics.packed import (
@@ -183,6 +183,22 @@ class QuantLinear(_PackedBuffers):
         if not self.deterministic and is_int8(packed, inputs) and int8_pays(packed, x.numel() // x.shape[-1]):
             return int8_product(x, packed, inputs)
         return self.multiply(round_inputs(x, inputs))
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a packed linear does nothing but multiply and add a bias: no hook sees it, and its inputs are as they come."""
+    if not isinstance(module, QuantLinear) or module.inputs is not None or module.rotated:
+        return False
+    return not (module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module))
+
+
+def through_each(linears: Sequence[QuantLinear], x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The next of `sizes` rows of `x` [n, in] through each of the linears, which are plain and of one shape: [n, out]."""
+    y = multiply_each([linear.ready() for linear in linears], x, sizes)  # [n, out]
+    if all(linear.bias is None for linear in linears):
+        return y
+    parts = zip(linears, y.split(list(sizes)), strict=True)
+    return torch.cat([part if linear.bias is None else part + linear.bias for linear, part in parts])
 
 
 class QuantEmbedding(_PackedBuffers):

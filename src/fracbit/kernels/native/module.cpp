@@ -13,7 +13,7 @@ namespace fracbit {
 namespace {
 
 // Raised whenever a signature changes, so that Python refuses an extension left over from another version.
-constexpr int kAbi = 9;
+constexpr int kAbi = 10;
 
 std::vector<std::string> names_of_instruction_sets() {
     std::vector<std::string> names;

@@ -179,14 +179,15 @@ int64_t Products::prepare(const Product* products, size_t count, const Isa& isa,
         call.tasks = tasks_of(*products[i].layer, bytes, threads);
         tasks += call.tasks.count;
         const Matrix &x = products[i].x, &y = products[i].y;
+        const int64_t rows = products[i].batch > 0 ? products[i].batch : batch;
         call.y = y.type == Float::f32 ? Results{static_cast<float*>(y.data), y.stride}
-                                      : Results{scratch.floats(batch * products[i].layer->rows), products[i].layer->rows};
-        call.x.batch = batch;
+                                      : Results{scratch.floats(rows * products[i].layer->rows), products[i].layer->rows};
+        call.x.batch = rows;
         if (products[i].layer->packed == nullptr) continue;
         const Weight& w = call.weight();
         const ProductCall* before = i == 0 || calls_[i - 1].product.layer->packed == nullptr ? nullptr : &calls_[i - 1];
-        const bool shared = before != nullptr && before->product.x.data == x.data && same_form(before->weight(), w);
-        call.x = shared ? before->x : load(w, isa, x, batch, int8, scratch);
+        const bool shared = before != nullptr && before->product.x.data == x.data && before->x.batch == rows && same_form(before->weight(), w);
+        call.x = shared ? before->x : load(w, isa, x, rows, int8, scratch);
         call.scratch_floats = aligned(call.x.width + w.outliers.count()) + (w.blocks.along_out ? GroupScratch::floats(w, call.x) : 0);
         call.scratch = scratch.floats(call.scratch_floats * threads);
     }
@@ -233,19 +234,45 @@ Upcoming first_read(const Projection* const* layers, size_t count, int threads, 
     return {nullptr, 0};
 }
 
-void multiply(std::vector<Product> products, const Isa& isa, int64_t batch, bool int8, int threads) {
+namespace {
+
+// One job: products of at most kBatchRows rows.
+void multiply_job(const Product* products, size_t count, const Isa& isa, int64_t batch, bool int8, int threads) {
     static thread_local Scratch scratch;
     static thread_local Products some;
     threads = std::clamp(threads, 1, kMaxThreads);
+    scratch.reset();
+    const int64_t tasks = some.prepare(products, count, isa, batch, int8, threads, scratch);
+    run_tasks(threads, tasks, [](void* all, int64_t index, int worker) { static_cast<const Products*>(all)->run(index, worker); }, &some);
+    some.finish();
+}
+
+}  // namespace
+
+void multiply(std::vector<Product> products, const Isa& isa, int64_t batch, bool int8, int threads) {
     for (int64_t n = 0; n < batch; n += kBatchRows) {
-        scratch.reset();
-        const int64_t tasks = some.prepare(products.data(), products.size(), isa, std::min(kBatchRows, batch - n), int8, threads, scratch);
-        run_tasks(threads, tasks, [](void* all, int64_t index, int worker) { static_cast<const Products*>(all)->run(index, worker); }, &some);
-        some.finish();
+        multiply_job(products.data(), products.size(), isa, std::min(kBatchRows, batch - n), int8, threads);
         for (Product& product : products) {
             product.x = product.x.from_row(kBatchRows);
             product.y = product.y.from_row(kBatchRows);
         }
+    }
+}
+
+void multiply_each(const std::vector<Product>& products, const Isa& isa, bool int8, int threads) {
+    std::vector<Product> pieces;
+    for (Product product : products) {
+        for (int64_t left = product.batch; left > 0; left -= kBatchRows) {
+            product.batch = std::min(kBatchRows, left);
+            pieces.push_back(product);
+            product.x = product.x.from_row(kBatchRows);
+            product.y = product.y.from_row(kBatchRows);
+        }
+    }
+    for (size_t first = 0, last; first < pieces.size(); first = last) {
+        int64_t rows = 0;
+        for (last = first; last < pieces.size() && rows < kJobRows; ++last) rows += pieces[last].batch;
+        multiply_job(pieces.data() + first, last - first, isa, 0, int8, threads);
     }
 }
 

@@ -38,6 +38,7 @@ struct Product {
     Matrix x;     // [batch, columns]
     Matrix y;     // [batch, rows]
     Curve after;  // what the results go through, once the bias is added
+    int64_t batch = 0;  // rows of x and y; 0: as many as all the others
 };
 
 // How the rows of a layer are cut into tasks. Along out a task lies inside one group of rows.
@@ -62,11 +63,13 @@ struct ProductCall {
 };
 
 constexpr int64_t kBatchRows = 32;  // rows of activations at a time: what is derived from them stays small
+constexpr int64_t kJobRows = 8 * kBatchRows;  // of all products of a job that have batches of their own
 
 // Products whose tasks any thread may take. Those of the same x and the same form, one after another, share what is derived from it.
 class Products {
   public:
-    // Makes ready what the tasks read, in memory of `scratch`; returns how many tasks there are. `batch` is at most kBatchRows.
+    // Makes ready what the tasks read, in memory of `scratch`; returns how many tasks there are. A product has at most kBatchRows rows,
+    // `batch` where it does not say.
     int64_t prepare(const Product* products, size_t count, const Isa& isa, int64_t batch, bool int8, int threads, Scratch& scratch);
     void run(int64_t index, int worker) const;
     // Results of other types than fp32 to where they belong, when all tasks are done.
@@ -81,6 +84,9 @@ Upcoming first_read(const Projection* const* layers, size_t count, int threads, 
 
 // All products at once, of any number of rows.
 void multiply(std::vector<Product> products, const Isa& isa, int64_t batch, bool int8, int threads);
+
+// Products with batches of their own, of any number of rows: as few jobs as their activations allow.
+void multiply_each(const std::vector<Product>& products, const Isa& isa, bool int8, int threads);
 
 // Where the share of worker `worker` in `count` tasks begins: neighbours, so that a worker reads one stream of memory.
 static inline int64_t share_begin(int64_t count, int threads, int worker) { return count * worker / threads; }

@@ -41,6 +41,37 @@ void multiply_together(const std::vector<const PackedWeight*>& weights, const Ar
     multiply(std::move(products), weights[0]->isa(), batch, int8, threads);
 }
 
+// y [batch, rows] of weights of one shape: the first sizes[0] rows of x [batch, columns] times the first weight, and so on.
+void multiply_each_checked(const std::vector<const PackedWeight*>& weights, const Array& x, const Output& y, const std::vector<int64_t>& sizes,
+                           bool int8, int threads) {
+    if (weights.empty() || weights.size() != sizes.size()) refuse("weights and sizes must be as many, and at least one");
+    for (const PackedWeight* weight : weights)
+        if (weight == nullptr) refuse("weights must be packed weights, got None");
+    const int64_t columns = weights[0]->weight().columns, rows = weights[0]->weight().rows;
+    Matrix from = matrix_of(x, "x", columns), to = matrix_of(y, "y", rows);
+    const int64_t batch = size_at(x, 0);
+    if (size_at(y, 0) != batch) refuse("x and y must have the same number of rows");
+    int64_t left = batch;
+    for (int64_t size : sizes) {
+        if (size < 0 || size > left) refuse("sizes must add up to the rows of x");
+        left -= size;
+    }
+    if (left != 0) refuse("sizes must add up to the rows of x");
+    std::vector<Projection> layers;
+    for (const PackedWeight* weight : weights) {
+        if (weight->weight().columns != columns || weight->weight().rows != rows) refuse("weights must have one shape");
+        layers.push_back(projection_of(weight->weight()));
+    }
+    std::vector<Product> products;
+    for (size_t i = 0; i < layers.size(); ++i) {
+        if (sizes[i] > 0) products.push_back({&layers[i], from, to, {}, sizes[i]});
+        from = from.from_row(sizes[i]);
+        to = to.from_row(sizes[i]);
+    }
+    nb::gil_scoped_release release;
+    multiply_each(products, weights[0]->isa(), int8, threads);
+}
+
 }  // namespace
 
 PackedWeight::PackedWeight(int64_t rows, int64_t columns, int bits, const std::string& blocks, int64_t block, Array codes, Array scales,
@@ -116,6 +147,8 @@ void bind_weight(nb::module_& m) {
         .def_prop_ro("isa", &PackedWeight::isa_name);
     m.def("multiply_together", &multiply_together, nb::arg("weights"), nb::arg("x"), nb::arg("y"), nb::arg("int8"), nb::arg("threads"),
           "y [batch, rows] of several weights that read the same x [batch, columns]; its rounding is done once.");
+    m.def("multiply_each", &multiply_each_checked, nb::arg("weights"), nb::arg("x"), nb::arg("y"), nb::arg("sizes"), nb::arg("int8"), nb::arg("threads"),
+          "y [batch, rows] of weights of one shape, each of which has the next of `sizes` rows of x [batch, columns]: experts of a mixture.");
 }
 
 }  // namespace fracbit

@@ -45,7 +45,7 @@ def arguments_of() -> dict[str, tuple[Any, ...]]:
 
 
 def a_program() -> tuple[Any, dict[str, tuple[Any, ...]]]:
-    """A decode step of every operation, and their arguments: vocabulary 20, 4 heads of 8 numbers on 2 key heads, 4 experts."""
+    """A decode step of every operation, and their arguments: a vocabulary of 20, 4 heads on 2 key heads, 4 experts."""
     made = NATIVE.Program(20, False)
     x, k, wide = ((made.register(width), 0) for width in (32, 16, 64))
     whole, queries, keys = (*x, 1, 32, 1, 32, 0), (*x, 4, 8, 4, 8, 0), (*k, 2, 8, 2, 8, 0)
@@ -58,6 +58,8 @@ def a_program() -> tuple[Any, dict[str, tuple[Any, ...]]]:
         "norm": (whole, whole, torch.ones(32), None, 1e-5, False),
         "linear": ([key_layer, packed], x, [k, wide], plain),
         "rotate": (keys, 0, 8),
+        "spread": (x, x, [torch.ones(8, 8), torch.ones(4, 4)]),
+        "round": (x, x, 32, 16, torch.arange(5.0), torch.arange(4.0) + 0.5, 0.0, 4.0, 0.0),
         "attend": (queries, keys, keys, x, 1.0, 0.0, 4, 0, torch.zeros(4)),
         "activate": (x, 32, silu),
         "gate": (x, wide, 32, silu),

@@ -3,7 +3,7 @@
 from fracbit.kernels.kernel import Activations, Kernel
 from fracbit.kernels.linear import PackedLinear, multiply_each
 from fracbit.kernels.op import linear_op, spec_of
-from fracbit.kernels.program import Elementwise, HeadSpans, NativeProgram, Span, Tables
+from fracbit.kernels.program import Elementwise, HeadSpans, NativeProgram, Rounding, Span, Tables
 from fracbit.kernels.table import KERNELS, choose, kernel_report
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Kernel",
     "NativeProgram",
     "PackedLinear",
+    "Rounding",
     "Span",
     "Tables",
     "choose",

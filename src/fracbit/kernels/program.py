@@ -88,6 +88,21 @@ PLAIN = Elementwise()
 
 
 @dataclass(frozen=True, eq=False)
+class Rounding:
+    """How numbers are rounded: to `values` [levels], `step` apart or, where that is 0, cut at `boundaries` [levels - 1].
+
+    `scale`: of the values, or 0 where the largest magnitude of `group` numbers (0: all) comes to lie at `end`.
+    """
+
+    values: Tensor
+    boundaries: Tensor
+    step: float
+    end: float
+    group: int
+    scale: float
+
+
+@dataclass(frozen=True, eq=False)
 class Tables:
     """What depends on positions [room]: cosines and sines [room, turned] of every rotation, and what is added to the scores of
     the heads [heads, room].
@@ -137,6 +152,19 @@ class NativeProgram:
         self._checked(
             self._native.linear, layers=[*map(self._layer, layers)], source=source.at, to=[part.at for part in to],
             after=after.native,
+        )  # fmt: skip
+
+    def spread(self, source: Span, to: Span, factors: Sequence[Tensor]) -> None:
+        """`to` = `source` times the matrix with these Kronecker factors [size, size] each."""
+        _same(source, to)
+        self._checked(self._native.spread, source.at, to.at, [self._floats(factor) for factor in factors])
+
+    def round(self, source: Span, to: Span, table: Rounding) -> None:
+        """`to` = `source` rounded to a table."""
+        self._checked(
+            self._native.round, source.at, to.at, width=_same(source, to), group=table.group or source.width,
+            values=self._floats(table.values), boundaries=self._floats(table.boundaries), step=table.step,
+            end=table.end, scale=table.scale,
         )  # fmt: skip
 
     def turn(self, heads: HeadSpans, rotation: int, count: int) -> None:

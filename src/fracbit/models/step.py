@@ -41,6 +41,7 @@ class Decoder:
         self._tables: tuple[int, Tables] = (0, Tables())
         self._watched = [tensor for tensor in made.watched if not tensor.is_inference()]
         self._versions = self._seen()
+        self._layers = made.packed
 
     def advance(self, tokens: Tensor, pads: Tensor, cache: StoreCache) -> Tensor:
         """Read `tokens` [batch] after what `cache` holds, which is at least one token; fp32 logits [batch, vocabulary].
@@ -51,7 +52,7 @@ class Decoder:
         held = cache.held
         if cache.data is None:
             raise KernelError("the cache is empty; let the model read the prompt first")
-        if self._seen() != self._versions:
+        if self._seen() != self._versions or any(layer.ready() is not held for layer, held in self._layers):
             raise KernelError("the model was changed after its decode step was made; make the step again")
         cache.make_room(cache.part(0, 0), held + 1)
         tables = self._at(cache.data.shape[-2])
@@ -67,4 +68,4 @@ class Decoder:
         return self._tables[1]
 
     def _seen(self) -> list[int]:
-        return [tensor._version for tensor in self._watched]
+        return [number for tensor in self._watched for number in (tensor._version, tensor.data_ptr())]

@@ -5,14 +5,23 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fracbit.kernels import Activations, Elementwise, HeadSpans, NativeProgram, PackedLinear, Span, Tables
+from fracbit.kernels import (
+    Activations,
+    Elementwise,
+    HeadSpans,
+    NativeProgram,
+    PackedLinear,
+    Rounding,
+    Span,
+    Tables,
+)
 from fracbit.kernels.cpu import NATIVE, NOTE
 from fracbit.kernels.kernel import FLOAT_TYPES
 from fracbit.kernels.program import in_a_row
@@ -22,6 +31,9 @@ from fracbit.models.blueprints import blueprint_of, covered_types
 from fracbit.models.experts import Expert, SplitExperts, layout_of
 from fracbit.models.find import family_of
 from fracbit.models.quant_linear import QuantEmbedding, QuantLinear, TiedCopy, TiedHead
+from fracbit.numerics.activations import input_type
+from fracbit.records.inputs import Inputs
+from fracbit.transforms.rotation import turn_factors
 
 FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
 """Those that do not depend on the length of the text."""
@@ -39,6 +51,28 @@ PARAMETERLESS_EPSILON = 1e-5
 
 class Obstacle(Exception):
     """Why a model has no native step."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What happens to numbers before a layer multiplies them."""
+
+    rotated: bool = False
+    inputs: Inputs | None = None
+
+
+PLAINLY = Reading()
+
+
+def _rounding(inputs: Inputs) -> Rounding:
+    table = input_type(inputs)
+    if not inputs.group and inputs.scope != "token" and inputs.scale is None:
+        raise Obstacle("its activations have no scale yet")
+    end = abs(table.far)
+    return Rounding(
+        table.values[0], table.boundaries[0], float(table.step or 0.0), end, inputs.group,
+        scale=float(inputs.scale or 0.0) / end if inputs.scope == "tensor" else 0.0,
+    )  # fmt: skip
 
 
 def check(model: PreTrainedModel) -> None:
@@ -81,6 +115,7 @@ class StepCompiler:
         self.model, self.config, self.blueprint = model, model.config, blueprint
         self.gain_offset = family_of(model).gain_offset
         self.watched: list[Tensor] = []
+        self.packed: list[tuple[QuantLinear | QuantEmbedding, PackedLinear]] = []
         self._activations: set[Activations] = set()
         self._registers: dict[tuple[str, int], Span] = {}
         self._spans: dict[str, Span] = {}
@@ -105,10 +140,6 @@ class StepCompiler:
         for block in stack:
             for module in block.modules():
                 if isinstance(module, QuantLinear):
-                    if module.rotated:
-                        raise Obstacle("its recipe rotates activations")
-                    if module.inputs is not None:
-                        raise Obstacle("its recipe rounds activations")
                     self._activations.add(module.activations)
         if len(self._activations) > 1:
             raise Obstacle("its layers differ in how they take activations")
@@ -150,6 +181,7 @@ class StepCompiler:
             module = module._shared[0]
         if isinstance(module, QuantLinear | QuantEmbedding):
             self.watched += module._buffers.values()  # type: ignore[arg-type]
+            self.packed.append((module, module.ready()))
             return module.ready()
         if module is not None and (is_linear(module) or isinstance(module, nn.Embedding)):
             self.watched += module.parameters()
@@ -257,14 +289,33 @@ class StepCompiler:
     def _multiply(self, operation: of.Multiply) -> None:
         modules = [self._module(path) for path in operation.modules]
         weights = [self._weight(*pair) for pair in zip(modules, operation.modules, strict=True)]
-        layers = [(weight, bias_of(module)) for weight, module in zip(weights, modules, strict=True)]
+        read = [self._read_by(module) for module in modules]
         source = self._span(operation.source)
         to = [
             self._register(name, self._rows(weight))
             for name, weight in zip(operation.to, weights, strict=True)
         ]
         after = self._curve(operation.after) if operation.after else Elementwise()
-        self.program.multiply(layers, source, to, after)
+        for how in dict.fromkeys(read):
+            mine = [index for index, other in enumerate(read) if other == how]
+            layers = [(weights[index], bias_of(modules[index])) for index in mine]
+            self.program.multiply(layers, self._prepared(source, how), [to[index] for index in mine], after)
+
+    @staticmethod
+    def _read_by(module: nn.Module) -> Reading:
+        """What the recipe does to the numbers that a layer reads."""
+        return Reading(module.rotated, module.inputs) if isinstance(module, QuantLinear) else PLAINLY
+
+    def _prepared(self, source: Span, how: Reading) -> Span:
+        """A register that holds what layers read of `source`."""
+        if how == PLAINLY:
+            return source
+        to = self._register("prepared", source.width)
+        if how.rotated:
+            self.program.spread(source, to, turn_factors(source.width))
+        if how.inputs is not None:
+            self.program.round(to if how.rotated else source, to, _rounding(how.inputs))
+        return to
 
     def _split(self, operation: of.Split) -> None:
         whole = self._span(operation.source)
@@ -389,6 +440,8 @@ class StepCompiler:
             ):
                 _unknown(experts)
             parts = [[getattr(one, name) for one in experts.children()] for name in names]
+            if any(self._read_by(module) != PLAINLY for modules in parts for module in modules):
+                raise Obstacle("its recipe rotates or rounds what experts read")
             gate, up, down = (
                 [(self._weight(module, name), bias_of(module)) for module in modules]
                 for name, modules in zip(names, parts, strict=True)
@@ -425,9 +478,8 @@ class StepCompiler:
         )
         cap, divisor = getattr(self.config, operation.cap or "_", None), self._factor(operation.divisor)
         curve = Elementwise("cap", float(cap)) if cap else Elementwise()
-        self.program.multiply(
-            [layer], self._span(operation.source), [logits], curve if divisor == 1 else Elementwise()
-        )
+        source = self._prepared(self._span(operation.source), self._read_by(module))
+        self.program.multiply([layer], source, [logits], curve if divisor == 1 else Elementwise())
         if divisor != 1:
             self.program.add(logits, logits, 1 / divisor, keep=0.0)
             if cap:

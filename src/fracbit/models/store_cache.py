@@ -6,12 +6,15 @@ native decode step (step.py) reads all layers from one tensor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
+
+from fracbit.errors import KernelError
 
 LEAST_ROOM = 64  # tokens
 
@@ -98,7 +101,15 @@ class StoreCache(Cache):
         while self.room < tokens:
             self.room *= 2
         batch, heads, _, head = like.shape
-        self.data = like.new_zeros((self.count, 2, batch, heads, self.room, head))
+        shape = (self.count, 2, batch, heads, self.room, head)
+        try:
+            self.data = like.new_zeros(shape)
+        except RuntimeError:  # out of memory, or more bytes than 64 bits count
+            size = math.prod(shape) * like.element_size() / 1e9
+            raise KernelError(
+                f"a KV cache for {self.room} tokens takes {size:.4g} GB, which is more memory than there is; "
+                "ask for fewer tokens, or begin a new conversation"
+            ) from None
         if old is not None:
             self.data[..., : old.shape[-2], :] = old  # [layers, 2, batch, heads, old room, head]
 

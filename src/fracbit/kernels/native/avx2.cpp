@@ -24,7 +24,7 @@ struct Avx2 {
         __m256i half[2];
     };
     static constexpr int kOverread = 16;  // words are read as whole registers
-    static constexpr int kRowsTogether = 1;
+    static constexpr bool kFours = false;
     static void copy_part(uint8_t* to, const uint8_t* from, int64_t count) { std::memcpy(to, from, static_cast<size_t>(count)); }
 
     static Floats zero_floats() { return {{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }

@@ -60,7 +60,7 @@ struct Avx512 {
     using Ints = __m512i;
     using Bytes = __m512i;
     static constexpr int kOverread = 0;
-    static constexpr int kRowsTogether = 4;
+    static constexpr bool kFours = true;
 
     static Floats zero_floats() { return _mm512_setzero_ps(); }
     static Ints zero_ints() { return _mm512_setzero_si512(); }
@@ -89,12 +89,12 @@ struct Avx512 {
         const __m512 half = _mm512_add_ps(v, _mm512_permute_ps(v, 0x4e)), quarter = _mm512_add_ps(half, _mm512_permute_ps(half, 0xb1));
         return _mm_cvtss_f32(over_lanes(quarter));
     }
-    static void totals(const Floats (&v)[kRowsTogether][1], float (&out)[kRowsTogether][1]) {
-        const __m512 first = _mm512_add_ps(_mm512_unpacklo_ps(v[0][0], v[1][0]), _mm512_unpackhi_ps(v[0][0], v[1][0]));
-        const __m512 second = _mm512_add_ps(_mm512_unpacklo_ps(v[2][0], v[3][0]), _mm512_unpackhi_ps(v[2][0], v[3][0]));
+    static void totals(Floats v0, Floats v1, Floats v2, Floats v3, float* out) {
+        const __m512 first = _mm512_add_ps(_mm512_unpacklo_ps(v0, v1), _mm512_unpackhi_ps(v0, v1));
+        const __m512 second = _mm512_add_ps(_mm512_unpacklo_ps(v2, v3), _mm512_unpackhi_ps(v2, v3));
         const __m512d a = _mm512_castps_pd(first), b = _mm512_castps_pd(second);
         const __m512 quarter = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-        _mm_storeu_ps(out[0], over_lanes(quarter));
+        _mm_storeu_ps(out, over_lanes(quarter));
     }
     static __m128 over_lanes(__m512 v) {
         const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));

@@ -43,7 +43,8 @@ struct Isa {
     void (*apply)(const Curve& curve, float* x, int64_t count);
     void (*gate)(const Curve& curve, float* gate, const float* up, int64_t count);  // gate = curve(gate) * up
     void (*rotate)(float* head, const float* cosines, const float* sines, int64_t count);
-    void (*attend)(const Attention& job, int64_t n, int64_t head, float* scores);  // scores: room for `tokens` floats
+    // `heads` heads of sequence n that share keys and values; scores: room for kHeadsTogether times `job.scores` floats.
+    void (*attend)(const Attention& job, int64_t n, int64_t head, int64_t heads, float* scores);
 };
 
 // Null where this build or this processor lacks the instruction set.

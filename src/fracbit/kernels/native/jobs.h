@@ -162,6 +162,8 @@ struct Heads {
     }
 };
 
+constexpr int64_t kHeadsTogether = 4;  // heads whose scores are held at a time
+
 // Attention of one new token per sequence to those that are held. Heads in groups share keys and values.
 struct Attention {
     Heads queries;
@@ -181,6 +183,7 @@ struct Attention {
     const float* sinks;    // [heads]: a score that takes part in the softmax and has no value, or null
     float* out;            // [batch, heads x head]
     int64_t out_stride;    // from one sequence to the next
+    int64_t scores;        // from the scores of one head to those of the next, at least `tokens`
 };
 
 }  // namespace fracbit

@@ -22,7 +22,7 @@ struct Neon {
         uint8x16_t q[4];
     };
     static constexpr int kOverread = 32;  // words are read as two whole registers
-    static constexpr int kRowsTogether = 1;
+    static constexpr bool kFours = false;
     static void copy_part(uint8_t* to, const uint8_t* from, int64_t count) { std::memcpy(to, from, static_cast<size_t>(count)); }
 
     template <class F>

@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "decode.h"
+#include "tasks.h"
 
 namespace fracbit {
 namespace {
@@ -53,6 +54,55 @@ int64_t Linear::begin(Run& run) const {
     return run.products.prepare(products.data(), products.size(), run.isa, run.batch(), run.int8, run.threads, run.scratch);
 }
 
+// One factor after another, the last first: the last axis is turned, and the next one moves to its place.
+int64_t Spread::begin(Run& run) const {
+    float *now = run.scratch.floats(width), *next = run.scratch.floats(width), *row = run.scratch.floats(width);
+    for (int64_t n = 0; n < run.batch(); ++n) {
+        std::copy_n(run.at(from, n), width, now);
+        for (auto factor = factors.rbegin(); factor != factors.rend(); ++factor) {
+            const int64_t size = factor->size, count = width / size;
+            for (int64_t i = 0; i < count; ++i) {
+                std::fill_n(row, size, 0.0f);
+                for (int64_t k = 0; k < size; ++k) {
+                    const float x = now[i * size + k];
+                    const float* weights = factor->data + k * size;
+                    for (int64_t j = 0; j < size; ++j) row[j] += x * weights[j];
+                }
+                for (int64_t j = 0; j < size; ++j) next[j * count + i] = row[j];
+            }
+            std::swap(now, next);
+        }
+        std::copy_n(now, width, run.at(to, n));
+    }
+    return 0;
+}
+
+float Round::nearest(float x) const {
+    if (x != x) return x;
+    if (step == 0.0f) return values[std::lower_bound(boundaries, boundaries + levels - 1, x) - boundaries];
+    const float code = std::nearbyint((x - values[0]) / step);
+    return values[static_cast<int64_t>(std::clamp(code, 0.0f, static_cast<float>(levels - 1)))];
+}
+
+int64_t Round::begin(Run& run) const {
+    for (int64_t n = 0; n < run.batch(); ++n) {
+        const float* x = run.at(from, n);
+        float* y = run.at(to, n);
+        for (int64_t first = 0; first < width; first += group) {
+            const int64_t last = std::min(first + group, width);
+            float most = scale * end;
+            if (scale == 0.0f)
+                for (int64_t i = first; i < last; ++i) most = std::abs(x[i]) > most || x[i] != x[i] ? std::abs(x[i]) : most;
+            const float unit = most / end, inverse = unit > 0.0f ? 1.0f / unit : 0.0f;
+            for (int64_t i = first; i < last; ++i) {
+                const float inside = x[i] * inverse;
+                y[i] = nearest(inside > 1.0f ? 1.0f : inside < -1.0f ? -1.0f : inside) * unit;
+            }
+        }
+    }
+    return 0;
+}
+
 int64_t Rotate::begin(Run& run) const {
     const Rotation& by = run.store.rotations[rotation];
     const Heads all = heads_at(run, heads);
@@ -74,8 +124,14 @@ int64_t Attend::begin(Run& run) const {
                 run.isa.from_float(from.at(n, h), store.type, store.head, number_at(store.data, store.type, row * store.head));
             }
     }
-    run.scores = run.scratch.floats(aligned(store.held + 1) * run.threads);
-    return run.batch() * queries.count;
+    run.scores = run.scratch.floats(kHeadsTogether * aligned(store.held + 1) * run.threads);
+    return run.batch() * queries.count / heads_of_task(run);
+}
+
+// Heads that share keys and values are a task, unless that makes too few of them to go round.
+int64_t Attend::heads_of_task(const Run& run) const {
+    const int64_t shared = run.batch() * run.store.kv_heads;
+    return shared >= kTasksPerThread * run.threads ? queries.count / run.store.kv_heads : 1;
 }
 
 void Attend::task(Run& run, int64_t task, int worker) const {
@@ -83,8 +139,9 @@ void Attend::task(Run& run, int64_t task, int worker) const {
     const int64_t plane = run.batch() * store.kv_heads * store.room * store.head, tokens = store.held + 1;
     const Attention job{heads_at(run, queries), number_at(store.data, store.type, 2 * index * plane), number_at(store.data, store.type, (2 * index + 1) * plane),
                         store.type, store.kv_heads, queries.count / store.kv_heads, store.head, store.room, tokens, store.pads, window, scale, cap,
-                        biases < 0 ? nullptr : store.biases[biases], sinks, run.at(to, 0), run.width(to)};
-    run.isa.attend(job, task / queries.count, task % queries.count, run.scores + worker * aligned(tokens));
+                        biases < 0 ? nullptr : store.biases[biases], sinks, run.at(to, 0), run.width(to), aligned(tokens)};
+    const int64_t heads = heads_of_task(run), head = task * heads;
+    run.isa.attend(job, head / queries.count, head % queries.count, heads, run.scores + worker * kHeadsTogether * aligned(tokens));
 }
 
 int64_t Activate::begin(Run& run) const {
@@ -102,7 +159,7 @@ int64_t Add::begin(Run& run) const {
     for (int64_t n = 0; n < run.batch(); ++n) {
         const float* x = run.at(from, n);
         float* y = run.at(to, n);
-        for (int64_t i = 0; i < width; ++i) y[i] = keep * y[i] + factor * x[i];
+        for (int64_t i = 0; i < width; ++i) y[i] = keep == 0.0f ? factor * x[i] : keep * y[i] + factor * x[i];  // NaN times 0 is NaN
     }
     return 0;
 }

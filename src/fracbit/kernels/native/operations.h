@@ -102,6 +102,34 @@ struct Linear : Operation {
     std::vector<const Projection*> reads() const override;
 };
 
+// Numbers times a matrix that is the Kronecker product of small ones.
+struct Spread : Operation {
+    struct Factor {
+        const float* data;  // [size, size]
+        int64_t size;
+    };
+    Place from, to;
+    int64_t width;
+    std::vector<Factor> factors;
+
+    int64_t begin(Run& run) const override;
+};
+
+// Numbers to the nearest values of a table, times a scale: of all `scale`, or (0) of each group so that its largest magnitude lies at
+// the end of the table.
+struct Round : Operation {
+    Place from, to;
+    int64_t width, group;
+    const float* values;      // [levels], ascending
+    const float* boundaries;  // [levels - 1]
+    int64_t levels;
+    float step;  // between values that are evenly spaced, or 0
+    float end, scale;
+
+    int64_t begin(Run& run) const override;
+    float nearest(float x) const;
+};
+
 struct Rotate : Operation {
     HeadPlaces heads;
     int64_t rotation;  // which of the store's
@@ -119,6 +147,7 @@ struct Attend : Operation {
     int64_t biases;      // which of the store's, or -1
     const float* sinks;  // [heads], or null
 
+    int64_t heads_of_task(const Run& run) const;
     int64_t begin(Run& run) const override;
     void task(Run& run, int64_t index, int worker) const override;
     bool has_tasks() const override { return true; }
@@ -134,7 +163,7 @@ struct Activate : Operation {
     int64_t begin(Run& run) const override;
 };
 
-// to = keep * to + factor * from.
+// to = keep * to + factor * from; where `keep` is 0, whatever `to` held.
 struct Add : Operation {
     Place from, to;
     int64_t width;

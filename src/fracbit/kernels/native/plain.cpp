@@ -15,7 +15,7 @@ struct Plain {
         uint8_t v[64];
     };
     static constexpr int kOverread = 0;
-    static constexpr int kRowsTogether = 1;
+    static constexpr bool kFours = false;
     static void copy_part(uint8_t* to, const uint8_t* from, int64_t count) { std::memcpy(to, from, static_cast<size_t>(count)); }
 
     static Floats zero_floats() { return Floats{}; }

@@ -81,6 +81,38 @@ class PyProgram {
         add(std::move(op));
     }
 
+    void spread(const At& from, const At& to, const std::vector<Array>& factors) {
+        Spread op;
+        op.width = 1;
+        for (const Array& factor : factors) {
+            if (!has_dimensions(factor, 2)) refuse("factors must be matrices");
+            const int64_t size = in_range(size_at(factor, 0), "factor", kMostWidth);
+            arrays_.push_back(factor);
+            op.factors.push_back({checked_floats(factor, "factor", {size, size}), size});
+            op.width = in_range(op.width * size, "width", kMostWidth);
+        }
+        op.from = place(from, op.width);
+        op.to = place(to, op.width);
+        add(std::move(op));
+    }
+
+    void round(const At& from, const At& to, int64_t width, int64_t group, const Array& values, const Array& boundaries, double step, double end,
+               double scale) {
+        Round op;
+        op.width = in_range(width, "width", kMostWidth);
+        op.group = in_range(group, "group", kMostWidth);
+        op.from = place(from, width);
+        op.to = place(to, width);
+        op.levels = has_dimensions(values, 1) ? in_range(size_at(values, 0), "levels", kMostWidth) : 1;
+        op.values = floats(values, "values", op.levels);
+        op.boundaries = floats(boundaries, "boundaries", op.levels - 1);
+        if (!(step >= 0) || !(end > 0) || !(scale >= 0)) refuse("steps and scales are not negative, and a table ends beyond 0");
+        op.step = static_cast<float>(step);
+        op.end = static_cast<float>(end);
+        op.scale = static_cast<float>(scale);
+        add(std::move(op));
+    }
+
     void rotate(const HeadsAt& all, int64_t rotation, int64_t count) {
         Rotate op;
         op.heads = heads(all);
@@ -318,6 +350,9 @@ void bind_step(nb::module_& m) {
         .def("positions", &PyProgram::positions, nb::arg("table"), nb::arg("to"), nb::arg("offset"))
         .def("norm", &PyProgram::norm, nb::arg("source"), nb::arg("to"), nb::arg("gain").none(), nb::arg("bias").none(), nb::arg("epsilon"), nb::arg("centered"))
         .def("linear", &PyProgram::linear, nb::arg("layers"), nb::arg("source"), nb::arg("to"), nb::arg("after"))
+        .def("spread", &PyProgram::spread, nb::arg("source"), nb::arg("to"), nb::arg("factors"))
+        .def("round", &PyProgram::round, nb::arg("source"), nb::arg("to"), nb::arg("width"), nb::arg("group"), nb::arg("values"), nb::arg("boundaries"),
+             nb::arg("step"), nb::arg("end"), nb::arg("scale"))
         .def("rotate", &PyProgram::rotate, nb::arg("heads"), nb::arg("rotation"), nb::arg("count"))
         .def("attend", &PyProgram::attend, nb::arg("queries"), nb::arg("keys"), nb::arg("values"), nb::arg("to"), nb::arg("scale"), nb::arg("cap"),
              nb::arg("window"), nb::arg("biases"), nb::arg("sinks").none())

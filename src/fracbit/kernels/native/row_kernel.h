@@ -12,7 +12,8 @@
 //   dot(sum, u, a)            sum += u * a over the four bytes of a lane; u as the kernel's `high` (see Isa::biased)
 //   dot_small(sum, u, a)      the same for u < 128
 //   pick(scales, lane)        scales of the lanes, from 16 of them
-//   total(v)                  the sum of the lanes; totals(v, out) of kRowsTogether vectors, in the same order of additions
+//   total(v)                  the sum of the lanes; where `kFours`, totals(a, b, c, d, out) of four, in the same order of additions,
+//                             and registers for as many sums
 //   copy_part(to, from, count)  fewer than 128 bytes
 //   load_as<type>(p)          16 numbers as floats; load_part<type>(p, count) fewer, then zeros
 //   FloatWords<bits>          codes of a chunk: load(p), and number<j>() the j-th code of every lane as a float
@@ -53,13 +54,19 @@ struct Chunks {
 template <class S, bool single, int rows, int batch>
 FRACBIT_INLINE void write_rows(const RowJob& job, int64_t row, int64_t n0, float step, float per_step, const float* block_sums,
                                const typename S::Floats (&sum)[rows][batch]) {
+    constexpr int all = rows * batch, fours = S::kFours ? all / 4 * 4 : 0;
     float total[rows][batch];
-    if constexpr (rows == 1) {
-        for (int n = 0; n < batch; ++n) total[0][n] = S::total(sum[0][n]);
-    } else {
-        static_assert(batch == 1 && rows == S::kRowsTogether, "several rows are taken together for one row of activations");
-        S::totals(sum, total);
+    if constexpr (fours > 0) {
+#pragma GCC unroll 16
+        for (int i = 0; i < fours; i += 4) {
+            const auto at = [&sum](int which) -> const typename S::Floats& { return sum[which / batch][which % batch]; };
+            float four[4];
+            S::totals(at(i), at(i + 1), at(i + 2), at(i + 3), four);
+            for (int j = 0; j < 4; ++j) total[(i + j) / batch][(i + j) % batch] = four[j];
+        }
     }
+#pragma GCC unroll 16
+    for (int i = fours; i < all; ++i) total[i / batch][i % batch] = S::total(sum[i / batch][i % batch]);
     for (int r = 0; r < rows; ++r) {
         const RowScale of_row = single ? row_scale(job, row + r, per_step) : RowScale{};
         for (int n = 0; n < batch; ++n) {
@@ -70,7 +77,7 @@ FRACBIT_INLINE void write_rows(const RowJob& job, int64_t row, int64_t n0, float
     }
 }
 
-// The `rows` rows from `row` on times `batch` rows of activations from n0 on. add(chunk, codes, scales of its lanes, sums) adds a chunk.
+// The `rows` rows from `row` on times `batch` rows of activations from n0 on. add(chunk, codes, stride, scales of its lanes, sums) adds a chunk.
 // `single`: a row has one scale; `steps`: results are in steps.
 template <class S, int bits, bool single, bool steps, int rows, int batch, class Add>
 FRACBIT_INLINE void add_rows(const RowJob& job, int64_t row, int64_t n0, Chunks<S, bits, rows>& chunks, const Add& add) {
@@ -100,28 +107,39 @@ FRACBIT_INLINE void add_rows(const RowJob& job, int64_t row, int64_t n0, Chunks<
             }
             const int64_t stop = c + left < chunks.end[half] ? c + left : chunks.end[half];
             left -= stop - c;
-            for (; c < stop; ++c, p += chunk_bytes(bits), lane += kLanes)
+            for (; c < stop; ++c, p += chunk_bytes(bits), lane += kLanes) {
+                Floats scales[rows];
                 for (int r = 0; r < rows; ++r) {
-                    const uint8_t* here = p + r * stride;
                     for (int64_t i = 0; i < chunk_bytes(bits); i += kCacheLine) FRACBIT_PREFETCH(p + r * job.codes.stride + ahead + i, 2);
-                    add(c, here, single ? sixteen[r] : S::pick(sixteen[r], lane), sum[r]);
+                    scales[r] = single ? sixteen[r] : S::pick(sixteen[r], lane);
                 }
+                add(c, p, stride, scales, sum);
+            }
         }
     }
     write_rows<S, single, rows, batch>(job, row, n0, step, per_step, block_sums, sum);
 }
 
-// Rows [first, last). begin(row) makes ready what belongs to a row. Where all rows share it, some are taken together for one row of
-// activations: what a row costs besides its chunks counts in narrow layers (docs/LOG.md).
-template <class S, int bits, bool single, bool steps, int batch, class Begin, class Add>
+// Rows taken together where all share a table. With one row of activations: what a row costs besides its chunks counts in narrow layers
+// (docs/LOG.md). With more, exact ones: a load of activations then serves two rows.
+template <class S>
+constexpr int int8_together(int batch) {
+    return S::kFours && batch == 1 ? 4 : 1;
+}
+template <class S>
+constexpr int float_together(int batch) {
+    return !S::kFours ? 1 : batch == 1 ? 4 : 2;
+}
+
+// Rows [first, last). begin(row) makes ready what belongs to a row.
+template <class S, int bits, bool single, bool steps, int together, int batch, class Begin, class Add>
 FRACBIT_INLINE void each_row(const RowJob& job, int64_t first, int64_t last, int64_t n0, const Begin& begin, const Add& add) {
     int64_t row = first;
-    if constexpr (S::kRowsTogether > 1 && batch == 1) {
-        if (job.table.stride == 0 && first + S::kRowsTogether <= last) {
-            Chunks<S, bits, S::kRowsTogether> chunks(job.codes);
+    if constexpr (together > 1) {
+        if (job.table.stride == 0 && first + together <= last) {
+            Chunks<S, bits, together> chunks(job.codes);
             begin(first);
-            for (; row + S::kRowsTogether <= last; row += S::kRowsTogether)
-                add_rows<S, bits, single, steps, S::kRowsTogether, 1>(job, row, n0, chunks, add);
+            for (; row + together <= last; row += together) add_rows<S, bits, single, steps, together, batch>(job, row, n0, chunks, add);
         }
     }
     Chunks<S, bits, 1> chunks(job.codes);
@@ -156,40 +174,49 @@ void int8_rows(const Int8Job& job, int64_t first, int64_t last, int64_t n0) {
     const int64_t chunks = rows.codes.chunks;
     const int8_t* a = job.a + n0 * chunks * kChunk;
     const float* a_scale = job.a_scale + n0 * chunks * kLanes;
-    each_row<S, bits, single, true, batch>(rows, first, last, n0, begin, [&](int64_t c, const uint8_t* p, const Floats& scales, Floats (&sum)[batch]) {
-        typename S::Bytes u0, u1, h0, h1, l0, l1;
-        S::template unpack<bits>(p, u0, u1);
-        if (affine) {
-            h0 = S::template clean<bits>(u0);
-            h1 = S::template clean<bits>(u1);
-        } else {
-            h0 = high.look_up(u0);
-            h1 = high.look_up(u1);
-            l0 = low.look_up(u0);
-            l1 = low.look_up(u1);
-        }
-        for (int n = 0; n < batch; ++n) {
-            const typename S::Ints dot = dot_chunk<S, bits, affine>(h0, h1, l0, l1, a + (n * chunks + c) * kChunk);
-            Floats both = S::load(a_scale + (n * chunks + c) * kLanes);
-            if (!single) both = S::multiply(scales, both);
-            sum[n] = S::fma(S::to_floats(dot), both, sum[n]);
+    each_row<S, bits, single, true, int8_together<S>(batch), batch>(rows, first, last, n0, begin, [&](int64_t c, const uint8_t* p, int64_t stride, const auto& scales, auto& sum) {
+        constexpr int together = sizeof scales / sizeof(Floats);
+#pragma GCC unroll 4
+        for (int r = 0; r < together; ++r) {
+            typename S::Bytes u0, u1, h0, h1, l0, l1;
+            S::template unpack<bits>(p + r * stride, u0, u1);
+            if (affine) {
+                h0 = S::template clean<bits>(u0);
+                h1 = S::template clean<bits>(u1);
+            } else {
+                h0 = high.look_up(u0);
+                h1 = high.look_up(u1);
+                l0 = low.look_up(u0);
+                l1 = low.look_up(u1);
+            }
+            for (int n = 0; n < batch; ++n) {
+                const typename S::Ints dot = dot_chunk<S, bits, affine>(h0, h1, l0, l1, a + (n * chunks + c) * kChunk);
+                Floats both = S::load(a_scale + (n * chunks + c) * kLanes);
+                if (!single) both = S::multiply(scales[r], both);
+                sum[r][n] = S::fma(S::to_floats(dot), both, sum[r][n]);
+            }
         }
     });
 }
 
 // The j-th input of every lane and those after it.
-template <class S, int bits, bool number, int j, int batch>
-FRACBIT_INLINE void float_step(const typename S::template FloatWords<bits>& words, const typename S::template FloatTable<bits>& table,
-                               const float* const (&x)[batch], typename S::Floats (&part)[batch]) {
+template <class S, int bits, bool number, int j, int together, int batch>
+FRACBIT_INLINE void float_step(const typename S::template FloatWords<bits> (&words)[together], const typename S::template FloatTable<bits>& table,
+                               const float* const (&x)[batch], typename S::Floats (&part)[together][batch]) {
     if constexpr (j < kLaneInputs) {
-        typename S::Floats w;
-        if constexpr (number) {
-            w = words.template number<j>();
-        } else {
-            w = table.template pick<j>(words);
+        typename S::Floats w[together];
+        for (int r = 0; r < together; ++r) {
+            if constexpr (number) {
+                w[r] = words[r].template number<j>();
+            } else {
+                w[r] = table.template pick<j>(words[r]);
+            }
         }
-        for (int n = 0; n < batch; ++n) part[n] = S::fma(w, S::load(x[n] + j * kLanes), part[n]);
-        float_step<S, bits, number, j + 1, batch>(words, table, x, part);
+        for (int n = 0; n < batch; ++n) {
+            const typename S::Floats own = S::load(x[n] + j * kLanes);
+            for (int r = 0; r < together; ++r) part[r][n] = S::fma(w[r], own, part[r][n]);
+        }
+        float_step<S, bits, number, j + 1, together, batch>(words, table, x, part);
     }
 }
 
@@ -202,17 +229,19 @@ void float_rows(const FloatJob& job, int64_t first, int64_t last, int64_t n0) {
     const auto begin = [&](int64_t row) {
         if (!number && (row == first || rows.table.stride != 0)) table.load(rows.table.row(row));
     };
-    each_row<S, bits, single, number, batch>(rows, first, last, n0, begin, [&](int64_t c, const uint8_t* p, const Floats& scales, Floats (&sum)[batch]) {
-        typename S::template FloatWords<bits> words;
-        words.load(p);
-        Floats part[batch];
+    each_row<S, bits, single, number, float_together<S>(batch), batch>(rows, first, last, n0, begin, [&](int64_t c, const uint8_t* p, int64_t stride, const auto& scales, auto& sum) {
+        constexpr int together = sizeof scales / sizeof(Floats);
+        typename S::template FloatWords<bits> words[together];
+        Floats part[together][batch];
         const float* x[batch];
-        for (int n = 0; n < batch; ++n) {
-            part[n] = S::zero_floats();
-            x[n] = job.x + ((n0 + n) * rows.codes.chunks + c) * kChunk;
+        for (int n = 0; n < batch; ++n) x[n] = job.x + ((n0 + n) * rows.codes.chunks + c) * kChunk;
+        for (int r = 0; r < together; ++r) {
+            words[r].load(p + r * stride);
+            for (int n = 0; n < batch; ++n) part[r][n] = S::zero_floats();
         }
-        float_step<S, bits, number, 0, batch>(words, table, x, part);
-        for (int n = 0; n < batch; ++n) sum[n] = S::fma(part[n], scales, sum[n]);
+        float_step<S, bits, number, 0, together, batch>(words, table, x, part);
+        for (int r = 0; r < together; ++r)
+            for (int n = 0; n < batch; ++n) sum[r][n] = S::fma(part[r][n], scales[r], sum[r][n]);
     });
 }
 

@@ -167,13 +167,31 @@ void multiply_dense(const DenseJob& job, int64_t first, int64_t last) {
     FRACBIT_BY_TYPE(job.type, dense_of, job, first, last)
 }
 
-template <class S, Float type>
-inline float dot_with(const float* query, const char* key, int64_t size) {
-    typename S::Floats sum = S::zero_floats();
+// Products of `heads` queries with `keys` neighbouring keys: a key that is loaded serves all queries. The sums of one do not depend on
+// how many there are.
+template <class S, Float type, int heads, int keys>
+FRACBIT_INLINE void score(const float* const (&query)[heads], const char* key, int64_t size, float scale, float* scores, int64_t stride) {
+    typename S::Floats sum[heads][keys];
+    for (int h = 0; h < heads; ++h)
+        for (int k = 0; k < keys; ++k) sum[h][k] = S::zero_floats();
     int64_t i = 0;
-    for (; i + kLanes <= size; i += kLanes) sum = S::fma(S::load(query + i), S::template load_as<type>(number_at(key, type, i)), sum);
-    if (i < size) sum = S::fma(load_rest<S, Float::f32>(query, i, size), load_rest<S, type>(key, i, size), sum);
-    return S::total(sum);
+    for (; i + kLanes <= size; i += kLanes)
+        for (int k = 0; k < keys; ++k) {
+            const typename S::Floats numbers = S::template load_as<type>(number_at(key, type, k * size + i));
+            for (int h = 0; h < heads; ++h) sum[h][k] = S::fma(S::load(query[h] + i), numbers, sum[h][k]);
+        }
+    for (int k = 0; k < keys && i < size; ++k)
+        for (int h = 0; h < heads; ++h)
+            sum[h][k] = S::fma(load_rest<S, Float::f32>(query[h], i, size), load_rest<S, type>(number_at(key, type, k * size), i, size), sum[h][k]);
+    for (int h = 0; h < heads; ++h) {
+        float found[keys];
+        if constexpr (S::kFours && keys == 4) {
+            S::totals(sum[h][0], sum[h][1], sum[h][2], sum[h][3], found);
+        } else {
+            for (int k = 0; k < keys; ++k) found[k] = S::total(sum[h][k]);
+        }
+        for (int k = 0; k < keys; ++k) scores[h * stride + k] = scale * found[k];
+    }
 }
 
 // scores [count] become weights that add up to one; with a sink, to less.
@@ -191,51 +209,78 @@ inline void soften(float* scores, int64_t count, const float* sink) {
     for (t = 0; t < count; ++t) scores[t] *= 1.0f / sum;
 }
 
-// out [size] = sum of weight[t] * value[t]; four vectors of a head at a time stay in registers.
-template <class S, Float type>
-inline void mix(const float* weights, const char* values, int64_t count, int64_t size, float* out) {
+// out[h] [size] = sum of weights[h][t] * value[t]; four vectors of a head at a time stay in registers.
+template <class S, Float type, int heads>
+inline void mix(const float* weights, int64_t stride, const char* values, int64_t count, int64_t size, float* const (&out)[heads]) {
     int64_t i = 0;
     for (; i + 4 * kLanes <= size; i += 4 * kLanes) {
-        typename S::Floats sum[4] = {S::zero_floats(), S::zero_floats(), S::zero_floats(), S::zero_floats()};
+        typename S::Floats sum[heads][4];
+        for (int h = 0; h < heads; ++h)
+            for (int j = 0; j < 4; ++j) sum[h][j] = S::zero_floats();
         for (int64_t t = 0; t < count; ++t)
-            for (int j = 0; j < 4; ++j)
-                sum[j] = S::fma(S::all(weights[t]), S::template load_as<type>(number_at(values, type, t * size + i + j * kLanes)), sum[j]);
-        for (int j = 0; j < 4; ++j) S::store(sum[j], out + i + j * kLanes);
+            for (int j = 0; j < 4; ++j) {
+                const typename S::Floats numbers = S::template load_as<type>(number_at(values, type, t * size + i + j * kLanes));
+                for (int h = 0; h < heads; ++h) sum[h][j] = S::fma(S::all(weights[h * stride + t]), numbers, sum[h][j]);
+            }
+        for (int h = 0; h < heads; ++h)
+            for (int j = 0; j < 4; ++j) S::store(sum[h][j], out[h] + i + j * kLanes);
     }
     for (; i < size; i += kLanes) {
-        typename S::Floats sum = S::zero_floats();
+        typename S::Floats sum[heads];
+        for (int h = 0; h < heads; ++h) sum[h] = S::zero_floats();
         for (int64_t t = 0; t < count; ++t) {
             const bool whole = i + kLanes <= size;
             const char* value = number_at(values, type, t * size);
             const typename S::Floats v = whole ? S::template load_as<type>(number_at(value, type, i)) : load_rest<S, type>(value, i, size);
-            sum = S::fma(S::all(weights[t]), v, sum);
+            for (int h = 0; h < heads; ++h) sum[h] = S::fma(S::all(weights[h * stride + t]), v, sum[h]);
         }
-        float rest[kLanes];
-        S::store(sum, rest);
-        for (int64_t d = 0; d < kLanes && i + d < size; ++d) out[i + d] = rest[d];
+        for (int h = 0; h < heads; ++h) {
+            float rest[kLanes];
+            S::store(sum[h], rest);
+            for (int64_t d = 0; d < kLanes && i + d < size; ++d) out[h][i + d] = rest[d];
+        }
     }
 }
 
-template <class S, Float type>
-void attend_as(const Attention& job, int64_t n, int64_t head, float* scores) {
+// `heads` heads of sequence n from `head` on, which share keys and values.
+template <class S, Float type, int heads>
+void attend_with(const Attention& job, int64_t n, int64_t head, float* scores) {
     const int64_t kv = head / job.group, pad = job.pads[n], oldest = job.window > 0 ? job.tokens - job.window : 0;
     const int64_t first = oldest > pad ? oldest : pad, count = job.tokens - first, plane = ((n * job.kv_heads + kv) * job.room + first) * job.head;
     const char *keys = number_at(job.keys, type, plane), *values = number_at(job.values, type, plane);
-    const float* query = job.queries.at(n, head);
-    for (int64_t t = 0; t < count; ++t) scores[t] = job.scale * dot_with<S, type>(query, number_at(keys, type, t * job.head), job.head);
-    if (job.cap > 0.0f) apply({Function::cap, job.cap}, scores, count);
-    if (job.biases != nullptr) {
-        const float* bias = job.biases + head * job.room + first - pad;
-        for (int64_t t = 0; t < count; ++t) scores[t] += bias[t];
+    const float* query[heads];
+    float* out[heads];
+    for (int h = 0; h < heads; ++h) {
+        query[h] = job.queries.at(n, head + h);
+        out[h] = job.out + n * job.out_stride + (head + h) * job.head;
     }
-    soften(scores, count, job.sinks == nullptr ? nullptr : job.sinks + head);
-    mix<S, type>(scores, values, count, job.head, job.out + n * job.out_stride + head * job.head);
+    int64_t t = 0;
+    for (; t + 4 <= count; t += 4) score<S, type, heads, 4>(query, number_at(keys, type, t * job.head), job.head, job.scale, scores + t, job.scores);
+    for (; t < count; ++t) score<S, type, heads, 1>(query, number_at(keys, type, t * job.head), job.head, job.scale, scores + t, job.scores);
+    for (int h = 0; h < heads; ++h) {
+        float* own = scores + h * job.scores;
+        if (job.cap > 0.0f) apply({Function::cap, job.cap}, own, count);
+        if (job.biases != nullptr) {
+            const float* bias = job.biases + (head + h) * job.room + first - pad;
+            for (t = 0; t < count; ++t) own[t] += bias[t];
+        }
+        soften(own, count, job.sinks == nullptr ? nullptr : job.sinks + head + h);
+    }
+    mix<S, type, heads>(scores, job.scores, values, count, job.head, out);
 }
 
-// One head of sequence n.
+template <class S, Float type>
+void attend_as(const Attention& job, int64_t n, int64_t head, int64_t heads, float* scores) {
+    if constexpr (S::kFours) {
+        for (; heads >= 4; head += 4, heads -= 4) attend_with<S, type, 4>(job, n, head, scores);
+        for (; heads >= 2; head += 2, heads -= 2) attend_with<S, type, 2>(job, n, head, scores);
+    }
+    for (; heads > 0; ++head, --heads) attend_with<S, type, 1>(job, n, head, scores);
+}
+
 template <class S>
-void attend(const Attention& job, int64_t n, int64_t head, float* scores) {
-    FRACBIT_BY_TYPE(job.type, attend_as, job, n, head, scores)
+void attend(const Attention& job, int64_t n, int64_t head, int64_t heads, float* scores) {
+    FRACBIT_BY_TYPE(job.type, attend_as, job, n, head, heads, scores)
 }
 
 }  // namespace

@@ -79,9 +79,11 @@ def arguments_of_a_program() -> dict[str, tuple[Any, ...]]:
     """As `arguments_of`, of a decode step."""
     (made, arguments), (whole, _) = a_program(), a_program()
     turns = (torch.ones(16, 8), torch.zeros(16, 8))
+    codes, keys = torch.zeros(1, 3, 2, 5, 2, 8, dtype=torch.uint8), torch.ones(1, 3, 2, 5, 1, 8)
+    values = torch.ones(1, 3, 2, 5, 2, 1)
     step = (
-        torch.zeros(1, 2, 3, 2, 16, 8), 4, torch.tensor([0, 19, 5]), torch.zeros(3).long(), [turns], [torch.zeros(4, 16)],
-        torch.zeros(3, 20), 1,
+        torch.zeros(1, 2, 3, 2, 16, 8), 4, [codes, keys, keys, codes, values, values], 8, torch.tensor([0, 19, 5]),
+        torch.zeros(3).long(), [turns], [torch.zeros(4, 16)], torch.zeros(3, 20), 1,
     )  # fmt: skip
     return {
         "Program": (20, False),

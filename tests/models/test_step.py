@@ -14,15 +14,16 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from families import CONFIGS, LLAMA_LIKE, UNKNOWN, Sizes, build, config_of
-from fracbit.errors import KernelError
-from fracbit.kernels import Elementwise, HeadSpans, NativeProgram, Rounding, Span, Tables
+from fracbit.errors import KernelError, SchemeError
+from fracbit.kernels import Elementwise, HeadSpans, NativeProgram, Older, Rounding, Span, Tables
 from fracbit.kernels.cpu import NATIVE
 from fracbit.models.blocks import bias_of, blocks, linears, weight_of
 from fracbit.models.blueprints import BLUEPRINTS, blueprint_of, covered_types
-from fracbit.models.cache import cache_bytes
+from fracbit.models.cache import PackedCache, cache_bytes
 from fracbit.models.experts import split_experts
 from fracbit.models.find import family_of
 from fracbit.models.install import replace as put
+from fracbit.models.packed_store import PackedStore
 from fracbit.models.quant_linear import QuantEmbedding, QuantLinear, TiedHead
 from fracbit.models.step import Decoder, obstacle
 from fracbit.models.store_cache import StoreCache
@@ -345,6 +346,56 @@ def test_a_text_longer_than_the_positions_is_refused() -> None:
         decoder.advance(token, pads, cache)
 
 
+@native
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", COVERED)
+def test_a_packed_cache_takes_the_step(name: str, bits: int) -> None:
+    """A step finds in the codes what the model itself finds there; the window moves while it runs."""
+    model = small(name)
+    ids = torch.randint(3, 60, (2, 60), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    caches = [PackedStore(model.config, bits, 8, 8) for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches:
+            whole(model, ids[:, :30], mask[:, :30], past_key_values=cache)
+        decoder = Decoder(model)
+        for i in range(30, 60):
+            found = decoder.advance(ids[:, i], (mask == 0).sum(1), caches[0])
+            expected = whole(model, ids[:, i : i + 1], mask[:, : i + 1], past_key_values=caches[1])[:, -1]
+            assert distance(found, expected) < 1e-3, i  # a code near a tie
+    assert caches[0].get_seq_length() == caches[1].get_seq_length() == 60
+    assert caches[0].held < 16
+    assert cache_bytes(caches[0]) == cache_bytes(caches[1])
+
+
+def test_a_packed_store_is_a_packed_cache(tiny_llama: Callable[..., hf.LlamaForCausalLM]) -> None:
+    model = tiny_llama()
+    ids = torch.randint(3, 90, (2, 90), generator=torch.Generator().manual_seed(0))
+    plain, store = PackedCache(model.config, 8, 0, 16), PackedStore(model.config, 8, 0, 16)
+    with torch.no_grad():
+        for part in ids.split([50, 1, 13, 18, 8], 1):
+            expected = model(part, past_key_values=plain).logits
+            assert torch.allclose(model(part, past_key_values=store).logits, expected, atol=1e-5)
+    assert store.get_seq_length() == plain.get_seq_length() == 90
+    assert cache_bytes(store) == cache_bytes(plain)
+    for name, argument in (
+        ("crop", -3), ("batch_repeat_interleave", 2), ("batch_select_indices", torch.tensor([3, 1, 0])),
+        ("reorder_cache", torch.tensor([2, 0, 1])),
+    ):  # fmt: skip
+        for cache in (plain, store):
+            getattr(cache, name)(argument)
+        for mine, theirs in zip(store.layers, plain.layers, strict=True):
+            assert torch.equal(mine.keys, theirs.keys), name
+            assert torch.equal(mine.rounded[1].codes, theirs.rounded[1].codes), name
+    with pytest.raises(SchemeError, match="cannot be removed from a packed cache"):
+        store.crop(-20)
+    store.reset()
+    assert store.get_seq_length() == 0
+    with pytest.raises(SchemeError, match="8 or 4 bits"):
+        PackedStore(model.config, 3)
+
+
 def test_the_store_is_a_cache(tiny_llama: Callable[..., hf.LlamaForCausalLM]) -> None:
     model = tiny_llama()
     ids = torch.randint(3, 90, (2, 90), generator=torch.Generator().manual_seed(0))
@@ -434,13 +485,20 @@ def test_a_step_refuses_what_does_not_fit() -> None:
         "store": torch.zeros(1, 2, 3, 2, 16, 8), "held": 4, "tokens": torch.tensor([0, 19, 5]), "pads": torch.zeros(3).long(),
         "tables": Tables([turns]),
     }  # fmt: skip
+    keys, values = torch.ones(1, 3, 2, 5, 1, 8), torch.ones(1, 3, 2, 5, 2, 1)
+    numbers = torch.zeros(1, 3, 2, 5, 2, 8, dtype=torch.uint8)
+    codes = [numbers, keys, keys, numbers, values, values]
     assert made.advance(**good).shape == (3, 20)
+    assert made.advance(**good | {"older": Older(8, codes)}).shape == (3, 20)
     wrongs: list[tuple[str, Any]] = [
         ("store", torch.zeros(2, 2, 3, 2, 16, 8)), ("store", torch.zeros(1, 2, 3, 2, 16, 9)), ("store", torch.zeros(1, 2)),
         ("held", 16), ("held", -1), ("held", 2**62), ("tokens", torch.tensor([0, 20, 5])), ("tokens", torch.tensor([0, -1, 5])),
         ("tokens", torch.tensor([1, 2])), ("tokens", torch.tensor([1, 2, 3]).int()), ("pads", torch.tensor([0, 5, 0])),
         ("pads", torch.zeros(3)), ("tables", Tables()), ("tables", Tables([turns], [torch.zeros(4, 16)])),
-        ("tables", Tables([(turns[0][1:], turns[1])])), ("tables", Tables([(turns[0], turns[1].half())])),
+        ("tables", Tables([(turns[0][1:], turns[1])])), ("tables", Tables([(turns[0][:4], turns[1][:4])])),
+        ("older", Older(8, codes[:5])), ("older", Older(5, codes)), ("older", Older(4, codes)),
+        ("older", Older(8, [codes[0].int(), *codes[1:]])), ("older", Older(8, [*codes[:2], codes[2].half(), *codes[3:]])),
+        ("older", Older(8, [*codes[3:], *codes[:3]])), ("tables", Tables([(turns[0], turns[1].half())])),
     ]  # fmt: skip
     for field, value in wrongs:
         with pytest.raises(KernelError):

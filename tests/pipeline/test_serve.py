@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from fracbit.checkpoint.load import load, load_tokenizer
 from fracbit.errors import DataError, SchemeError
 from fracbit.kernels import cpu
-from fracbit.kernels.cpu import NATIVE
+from fracbit.kernels.cpu import NATIVE, NOTE
 from fracbit.models import step_compiler
 from fracbit.models.cache import CHANNEL, TOKEN, PackedCache, cache_bytes, restore_states, round_states
 from fracbit.models.quant_linear import QuantLinear
@@ -188,7 +188,6 @@ def test_the_native_step_writes_what_the_layers_write(
         half = len(shown) // 2
         assert len(chosen) > 1 or "".join(shown[:half]) == "".join(shown[half:]) == found.whole[0]
     assert step_of(model).name == NATIVE_STEP
-    assert step_of(model, 8).name == "layer by layer: the KV cache has 8 bits"
 
 
 @pytest.mark.skipif(NATIVE is None, reason="the native module is not built")
@@ -258,7 +257,7 @@ def test_bench_counts_what_a_step_reads(tiny_llama: Callable[..., LlamaForCausal
     )  # two, layers, heads, head size, tokens, bytes
     assert found.bytes_per_token == found.weight_bytes_per_token + found.cache_bytes_per_token
     assert found.decode_tokens_per_second > 0 and found.bandwidth > 0
-    assert found.step == "layer by layer: the KV cache has 8 bits"
+    assert found.step == (NATIVE_STEP if NATIVE is not None else f"layer by layer: {NOTE}")
     assert new_cache(model, 16).get_seq_length() == 0
 
 

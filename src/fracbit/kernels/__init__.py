@@ -3,16 +3,27 @@
 from fracbit.kernels.kernel import Activations, Kernel
 from fracbit.kernels.linear import PackedLinear, multiply_each
 from fracbit.kernels.op import linear_op, spec_of
-from fracbit.kernels.program import Elementwise, HeadSpans, NativeProgram, Rounding, Span, Tables
+from fracbit.kernels.program import (
+    NOTHING,
+    Elementwise,
+    HeadSpans,
+    NativeProgram,
+    Older,
+    Rounding,
+    Span,
+    Tables,
+)
 from fracbit.kernels.table import KERNELS, choose, kernel_report
 
 __all__ = [
     "KERNELS",
+    "NOTHING",
     "Activations",
     "Elementwise",
     "HeadSpans",
     "Kernel",
     "NativeProgram",
+    "Older",
     "PackedLinear",
     "Rounding",
     "Span",

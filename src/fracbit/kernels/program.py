@@ -112,6 +112,21 @@ class Tables:
     biases: Sequence[Tensor] = ()
 
 
+@dataclass(frozen=True, eq=False)
+class Older:
+    """Tokens before those of a store, as codes of 8 or 4 bits: `parts` are codes, lows and steps of keys, then of values.
+
+    Codes uint8 [attentions, batch, kv_heads, groups, group, head * bits / 8]; ranges with 1 instead of `group` for keys, of
+    `head` for values.
+    """
+
+    bits: int = 8
+    parts: Sequence[Tensor] = ()
+
+
+NOTHING = Older()
+
+
 class NativeProgram:
     """Operations that are run one token at a time. Weights are shared with the caller, who must not write to them afterwards.
 
@@ -218,16 +233,18 @@ class NativeProgram:
         """`to` = what the chosen experts found in `source`, each by its share."""
         self._checked(self._native.mix, source.at, to.at, to.width)
 
-    def advance(self, store: Tensor, held: int, tokens: Tensor, pads: Tensor, *, tables: Tables) -> Tensor:
-        """Read `tokens` [batch] after the `held` ones of `store`; fp32 logits [batch, vocabulary].
+    def advance(
+        self, store: Tensor, held: int, tokens: Tensor, pads: Tensor, *, tables: Tables, older: Older = NOTHING
+    ) -> Tensor:  # fmt: skip
+        """Read `tokens` [batch] after `older` ones and the `held` ones of `store`; fp32 logits [batch, vocabulary].
 
         `store` [attentions, 2, batch, kv_heads, room, head] takes the new keys and values; the first `pads[n]` positions of
         sequence n are padding. Raises `KernelError` when something does not fit, or a weight was written to since.
         """
         logits = torch.empty(len(tokens), self.vocabulary)  # [batch, vocabulary]
         self._checked(
-            self._native.advance, store, held, tokens=tokens, pads=pads, rotations=tables.rotations, biases=tables.biases,
-            logits=logits, threads=torch.get_num_threads(),
+            self._native.advance, store, held, older=list(older.parts), bits=older.bits, tokens=tokens, pads=pads,
+            rotations=tables.rotations, biases=tables.biases, logits=logits, threads=torch.get_num_threads(),
         )  # fmt: skip
         return logits
 

@@ -66,37 +66,28 @@ def restore_states(rounded: RoundedStates, bits: int, dtype: torch.dtype) -> Ten
     return exact.to(dtype).flatten(2, 3)  # [batch, heads, groups * group, head]
 
 
-class PackedLayer(DynamicLayer):
-    """One layer's cache: `keys` and `values` are the window in full precision, older tokens are codes."""
+def check_rounding(config: PreTrainedConfig, bits: int, window: int, group: int) -> None:
+    """Raises `SchemeError` for other bits, sizes below 1, or an odd head size at 4 bits."""
+    text = config.get_text_config(decoder=True)
+    if bits not in KV_BITS or window < 0 or group < 1:
+        raise SchemeError(
+            f"a packed cache has 8 or 4 bits, window >= 0 and group >= 1, got {bits}, {window}, {group}"
+        )
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if bits == 4 and head % 2:
+        raise SchemeError(f"a 4-bit cache needs an even head size, this model has {head}; use 8 bits")
 
-    is_croppable = False
-    keys: Tensor  # set by lazy_initialization, before anything reads them
-    values: Tensor
 
-    def __init__(self, bits: int, window: int, group: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+class RoundedWindow:
+    """What layers with a window in full precision, `keys` and `values`, have in common: older tokens are codes."""
+
+    keys: Any
+    values: Any
+
+    def begin_rounding(self, bits: int, window: int, group: int) -> None:
+        """Begin with nothing."""
         self.bits, self.window, self.group = bits, window, group
         self.rounded: tuple[RoundedStates, RoundedStates] | None = None
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Add new tokens; returns keys and values [batch, heads, all tokens, head] for attention."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.keys = torch.cat([self.keys, key_states], -2)  # [batch, heads, window, head]
-        self.values = torch.cat([self.values, value_states], -2)  # [batch, heads, window, head]
-        keys, values = self.keys, self.values
-        if self.rounded is not None:
-            old = [restore_states(part, self.bits, key_states.dtype) for part in self.rounded]
-            keys = torch.cat([old[0], keys], -2)  # [batch, heads, tokens, head]
-            values = torch.cat([old[1], values], -2)  # [batch, heads, tokens, head]
-        self._round_oldest()
-        return keys, values
-
-    def get_seq_length(self) -> int:
-        """Tokens held."""
-        return self.older + int(super().get_seq_length())
 
     @property
     def older(self) -> int:
@@ -104,13 +95,23 @@ class PackedLayer(DynamicLayer):
         return 0 if self.rounded is None else self.rounded[0].codes.shape[2] * self.group
 
     @property
-    def bytes(self) -> int:
-        """Bytes held, codes and window."""
-        exact = (self.keys, self.values) if self.is_initialized else ()
-        window = sum(part.numel() * part.element_size() for part in exact)
-        return window + sum(part.bytes for part in self.rounded or ())
+    def full(self) -> bool:
+        """Whether a group of tokens is to leave the window."""
+        return bool(self.keys.shape[-2] - self.window >= self.group)
 
-    def _round_oldest(self) -> None:
+    @property
+    def older_bytes(self) -> int:
+        """Bytes of the codes and their ranges."""
+        return sum(part.bytes for part in self.rounded or ())
+
+    def with_older(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Older tokens as floats before `keys` and `values` [batch, heads, window, head]."""
+        if self.rounded is None:
+            return keys, values
+        old = [restore_states(part, self.bits, keys.dtype) for part in self.rounded]
+        return torch.cat([old[0], keys], -2), torch.cat([old[1], values], -2)  # [batch, heads, tokens, head]
+
+    def round_oldest(self) -> None:
         """Turn what has left the window into codes, in whole groups of tokens."""
         groups = (self.keys.shape[-2] - self.window) // self.group
         if groups < 1:
@@ -122,13 +123,61 @@ class PackedLayer(DynamicLayer):
         held = self.rounded
         self.rounded = fresh if held is None else (_joined(held[0], fresh[0]), _joined(held[1], fresh[1]))
         # Clones: a view would keep the floats of the whole prompt alive.
-        self.keys, self.values = self.keys[..., count:, :].clone(), self.values[..., count:, :].clone()
+        rest = self.keys[..., count:, :].clone(), self.values[..., count:, :].clone()
+        self.keys, self.values = rest
+
+    def change_older(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Every part of the codes changed."""
+        if self.rounded is not None:
+            self.rounded = self.rounded[0].each(change), self.rounded[1].each(change)
+
+    def check_crop(self, count: int) -> None:
+        """Raises `SchemeError` when `count` tokens are more than the window."""
+        if count > self.keys.shape[-2]:
+            raise SchemeError(
+                f"{count} tokens cannot be removed from a packed cache that holds "
+                f"{self.keys.shape[-2]} in full precision; make it with a larger window"
+            )
+
+
+class PackedLayer(RoundedWindow, DynamicLayer):
+    """One layer's cache: `keys` and `values` are the window in full precision, older tokens are codes."""
+
+    is_croppable = False
+    keys: Tensor  # set by lazy_initialization, before anything reads them
+    values: Tensor
+
+    def __init__(self, bits: int, window: int, group: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.begin_rounding(bits, window, group)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add new tokens; returns keys and values [batch, heads, all tokens, head] for attention."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = torch.cat([self.keys, key_states], -2)  # [batch, heads, window, head]
+        self.values = torch.cat([self.values, value_states], -2)  # [batch, heads, window, head]
+        keys, values = self.with_older(self.keys, self.values)
+        self.round_oldest()
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return self.older + int(super().get_seq_length())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes held, codes and window."""
+        exact = (self.keys, self.values) if self.is_initialized else ()
+        window = sum(part.numel() * part.element_size() for part in exact)
+        return window + self.older_bytes
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:
             self.keys, self.values = change(self.keys), change(self.values)
-        if self.rounded is not None:
-            self.rounded = self.rounded[0].each(change), self.rounded[1].each(change)
+        self.change_older(change)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the batch for beam search."""
@@ -157,11 +206,7 @@ class PackedLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens (a number below 0). Raises `SchemeError` beyond the window: codes cannot be cut."""
-        if -tokens_to_remove > self.get_seq_length() - self.older:
-            raise SchemeError(
-                f"{-tokens_to_remove} tokens cannot be removed from a packed cache that holds "
-                f"{self.get_seq_length() - self.older} in full precision; make it with a larger window"
-            )
+        self.check_crop(-tokens_to_remove)
         super().crop(tokens_to_remove)
 
 
@@ -173,14 +218,8 @@ class PackedCache(Cache):
     """
 
     def __init__(self, config: PreTrainedConfig, bits: int = 8, window: int = 64, group: int = 64) -> None:
+        check_rounding(config, bits, window, group)
         text = config.get_text_config(decoder=True)
-        if bits not in KV_BITS or window < 0 or group < 1:
-            raise SchemeError(
-                f"a packed cache has 8 or 4 bits, window >= 0 and group >= 1, got {bits}, {window}, {group}"
-            )
-        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        if bits == 4 and head % 2:
-            raise SchemeError(f"a 4-bit cache needs an even head size, this model has {head}; use 8 bits")
         plain = DynamicCache(config=config).layers or [DynamicLayer() for _ in range(text.num_hidden_layers)]
         grown = [
             PackedLayer(bits, window, group) if type(layer) is DynamicLayer else layer for layer in plain
@@ -191,7 +230,7 @@ class PackedCache(Cache):
 def cache_bytes(cache: Cache) -> int:
     """Bytes of keys and values that `cache` holds now."""
     if isinstance(cache, StoreCache):
-        return store_bytes(cache)
+        return store_bytes(cache) + sum(getattr(layer, "older_bytes", 0) for layer in cache.layers)
     return sum(_layer_bytes(layer) for layer in cache.layers)
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from fracbit.errors import KernelError
 from fracbit.kernels import Tables
 from fracbit.models.step_compiler import Obstacle, StepCompiler, check
-from fracbit.models.store_cache import StoreCache
+from fracbit.models.store_cache import LEAST_ROOM, StoreCache
 
 
 def obstacle(model: PreTrainedModel) -> str | None:
@@ -55,15 +55,16 @@ class Decoder:
         if self._seen() != self._versions or any(layer.ready() is not held for layer, held in self._layers):
             raise KernelError("the model was changed after its decode step was made; make the step again")
         cache.make_room(cache.part(0, 0), held + 1)
-        tables = self._at(cache.data.shape[-2])
         logits = self._program.advance(
-            cache.data, held, tokens.contiguous(), pads, tables=tables
-        )  # [batch, vocabulary]
+            cache.data, held, tokens.contiguous(), pads, tables=self._at(int(cache.get_seq_length()) + 1), older=cache.older
+        )  # fmt: skip  # [batch, vocabulary]
         cache.added(1)
         return logits
 
-    def _at(self, room: int) -> Tables:
-        if self._tables[0] != room:
+    def _at(self, positions: int) -> Tables:
+        """Tables of at least so many positions."""
+        if self._tables[0] < positions:
+            room = max(LEAST_ROOM, 1 << (positions - 1).bit_length())
             self._tables = room, self._made.tables(room)
         return self._tables[1]
 

@@ -70,7 +70,7 @@ def _rounding(inputs: Inputs) -> Rounding:
         raise Obstacle("its activations have no scale yet")
     end = abs(table.far)
     return Rounding(
-        table.values[0], table.boundaries[0], float(table.step or 0.0), end, inputs.group,
+        values=table.values[0], boundaries=table.boundaries[0], step=float(table.step or 0.0), end=end, group=inputs.group,
         scale=float(inputs.scale or 0.0) / end if inputs.scope == "tensor" else 0.0,
     )  # fmt: skip
 

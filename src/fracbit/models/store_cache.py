@@ -15,6 +15,7 @@ from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from fracbit.errors import KernelError
+from fracbit.kernels import NOTHING, Older
 
 LEAST_ROOM = 64  # tokens
 
@@ -45,7 +46,7 @@ class StoreLayer(DynamicLayer):
         self._take(1, value)
 
     def _take(self, which: int, value: Tensor | None) -> None:
-        if value is None or value.numel() == 0:
+        if value is None or value.dim() < 4:  # an empty one, before there is a shape
             return
         self.held = value.shape[-2]
         self.store.make_room(value, self.held)
@@ -92,6 +93,11 @@ class StoreCache(Cache):
     def held(self) -> int:
         """Tokens held."""
         return int(self.get_seq_length())
+
+    @property
+    def older(self) -> Older:
+        """Tokens before those of `data`."""
+        return NOTHING
 
     def make_room(self, like: Tensor, tokens: int) -> None:
         """Make room for `tokens` tokens of states like `like` [batch, heads, tokens, head]; what is held stays."""

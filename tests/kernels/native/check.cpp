@@ -417,8 +417,19 @@ bool step(int64_t head, Float type) {
         const int64_t tokens[] = {1, 10, 0}, pads[] = {0, 1, 0};
         const Rotation rotation{turns.data, turns.data, head};
         const float* biases[] = {slopes.data};
-        for (int64_t held_tokens = 1; held_tokens < room; ++held_tokens)
-            program.advance({store.data, type, batch, kv, room, head, held_tokens, tokens, pads, &rotation, biases, results.data}, 2);
+        Store step{store.data, type, batch, kv, room, head, 1, 0, 0, 8, {}, room, tokens, pads, &rotation, biases, results.data};
+        for (; step.held < room; ++step.held) program.advance(step, 2);
+        // The first tokens as codes, of as few bits as heads allow.
+        step.groups = 1, step.group = 2, step.held = room - 3, step.bits = head % 2 ? 8 : 4;
+        const int64_t planes = 2 * batch * kv;
+        Exact<uint8_t> codes(planes * step.group * code_bytes(head, step.bits));
+        std::memset(codes.data, 0x5a, static_cast<size_t>(codes.size));
+        Exact<float> of_keys(planes * head), of_values(planes * step.group);
+        for (Exact<float>* part : {&of_keys, &of_values})
+            for (int64_t i = 0; i < part->size; ++i) part->data[i] = 0.01f * static_cast<float>(i % 7);
+        step.older[0] = {codes.data, of_keys.data, of_keys.data, Float::f32};
+        step.older[1] = {codes.data, of_values.data, of_values.data, Float::f32};
+        program.advance(step, 2);
         if (first.empty()) first.assign(results.data, results.data + results.size);
         for (int64_t i = 0; i < results.size; ++i)
             good = good && std::fabs(results.data[i] - first[static_cast<size_t>(i)]) < (type == Float::f32 ? 1e-3f : 5e-2f);

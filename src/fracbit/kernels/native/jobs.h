@@ -167,13 +167,13 @@ constexpr int64_t kHeadsTogether = 4;  // heads whose scores are held at a time
 // Attention of one new token per sequence to those that are held. Heads in groups share keys and values.
 struct Attention {
     Heads queries;
-    const void* keys;    // [batch, kv_heads, room, head]
+    const void* keys;    // tokens [head] of every head of every sequence
     const void* values;
     Float type;
-    int64_t kv_heads;
+    int64_t sequence, kv;  // numbers from one sequence, and one key head, to the next
     int64_t group;
     int64_t head;
-    int64_t room;
+    int64_t room;          // of `biases`
     int64_t tokens;        // held, the new one included
     const int64_t* pads;   // [batch]: positions at the start that count for nothing
     int64_t window;        // the newest tokens that are seen; 0: all

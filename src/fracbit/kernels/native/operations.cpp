@@ -124,24 +124,63 @@ int64_t Attend::begin(Run& run) const {
                 run.isa.from_float(from.at(n, h), store.type, store.head, number_at(store.data, store.type, row * store.head));
             }
     }
-    run.scores = run.scratch.floats(kHeadsTogether * aligned(store.held + 1) * run.threads);
+    run.scores = run.scratch.floats(kHeadsTogether * aligned(store.seen() + 1) * run.threads);
+    run.restored = run.scratch.floats(store.groups == 0 ? 0 : restored_floats(run) * run.threads);
     return run.batch() * queries.count / heads_of_task(run);
 }
 
-// Heads that share keys and values are a task, unless that makes too few of them to go round.
+// Heads that share keys and values are a task, unless that makes too few of them to go round. Codes are decoded once for all.
 int64_t Attend::heads_of_task(const Run& run) const {
     const int64_t shared = run.batch() * run.store.kv_heads;
-    return shared >= kTasksPerThread * run.threads ? queries.count / run.store.kv_heads : 1;
+    return run.store.groups > 0 || shared >= kTasksPerThread * run.threads ? queries.count / run.store.kv_heads : 1;
+}
+
+// Of a worker: keys, values, and two rows of ranges.
+int64_t Attend::restored_floats(const Run& run) const {
+    const Store& store = run.store;
+    return 2 * aligned((store.seen() + 1) * store.head) + 2 * aligned(std::max(store.head, store.group));
+}
+
+// Keys (0) or values (1) of a head of sequence n as floats [tokens, head]: those that are codes, then the others.
+void Attend::restore(const Run& run, int64_t which, int64_t n, int64_t kv, float* out) const {
+    const Store& store = run.store;
+    const Older& from = store.older[which];
+    const int64_t ranges = which == 0 ? store.head : store.group, bytes = code_bytes(store.head, store.bits);
+    float *low = out + (2 - which) * aligned((store.seen() + 1) * store.head), *step = low + aligned(std::max(store.head, store.group));
+    for (int64_t g = 0; g < store.groups; ++g) {
+        const int64_t at = ((index * run.batch() + n) * store.kv_heads + kv) * store.groups + g;
+        run.isa.to_float(number_at(from.low, from.type, at * ranges), from.type, ranges, low);
+        run.isa.to_float(number_at(from.step, from.type, at * ranges), from.type, ranges, step);
+        for (int64_t t = 0; t < store.group; ++t, out += store.head) {
+            const uint8_t* codes = from.codes + (at * store.group + t) * bytes;
+            for (int64_t d = 0; d < store.head; ++d) {
+                const int code = store.bits == 8 ? codes[d] : codes[d / 2] >> (d % 2 * 4) & 15;
+                const int64_t range = which == 0 ? d : t;
+                out[d] = low[range] + static_cast<float>(code) * step[range];
+            }
+        }
+    }
+    const int64_t row = (((2 * index + which) * run.batch() + n) * store.kv_heads + kv) * store.room;
+    run.isa.to_float(number_at(store.data, store.type, row * store.head), store.type, (store.held + 1) * store.head, out);
 }
 
 void Attend::task(Run& run, int64_t task, int worker) const {
     const Store& store = run.store;
-    const int64_t plane = run.batch() * store.kv_heads * store.room * store.head, tokens = store.held + 1;
-    const Attention job{heads_at(run, queries), number_at(store.data, store.type, 2 * index * plane), number_at(store.data, store.type, (2 * index + 1) * plane),
-                        store.type, store.kv_heads, queries.count / store.kv_heads, store.head, store.room, tokens, store.pads, window, scale, cap,
-                        biases < 0 ? nullptr : store.biases[biases], sinks, run.at(to, 0), run.width(to), aligned(tokens)};
-    const int64_t heads = heads_of_task(run), head = task * heads;
-    run.isa.attend(job, head / queries.count, head % queries.count, heads, run.scores + worker * kHeadsTogether * aligned(tokens));
+    const int64_t heads = heads_of_task(run), n = task * heads / queries.count, head = task * heads % queries.count, tokens = store.seen() + 1;
+    const int64_t kv = store.room * store.head, sequence = store.kv_heads * kv, plane = run.batch() * sequence, group = queries.count / store.kv_heads;
+    Attention job{heads_at(run, queries), number_at(store.data, store.type, 2 * index * plane), number_at(store.data, store.type, (2 * index + 1) * plane),
+                  store.type, sequence, kv, group, store.head, store.positions, tokens, store.pads, window, scale, cap,
+                  biases < 0 ? nullptr : store.biases[biases], sinks, run.at(to, 0), run.width(to), aligned(tokens)};
+    if (store.groups > 0) {
+        float *keys = run.restored + worker * restored_floats(run), *values = keys + aligned(tokens * store.head);
+        restore(run, 0, n, head / group, keys);
+        restore(run, 1, n, head / group, values);
+        job.keys = keys;
+        job.values = values;
+        job.type = Float::f32;
+        job.sequence = job.kv = 0;
+    }
+    run.isa.attend(job, n, head, heads, run.scores + worker * kHeadsTogether * aligned(tokens));
 }
 
 int64_t Activate::begin(Run& run) const {

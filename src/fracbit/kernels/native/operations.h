@@ -30,7 +30,8 @@ struct Run {
     Scratch scratch;
     std::vector<Product> list;
     Products products;
-    float* scores = nullptr;  // of attention, a piece for each worker
+    float* scores = nullptr;    // of attention, a piece for each worker
+    float* restored = nullptr;  // keys and values of a head, the same
 
     // Of the last choice of experts, [batch, top] each: their numbers, and what each counts.
     std::vector<int64_t> chosen;
@@ -148,6 +149,8 @@ struct Attend : Operation {
     const float* sinks;  // [heads], or null
 
     int64_t heads_of_task(const Run& run) const;
+    int64_t restored_floats(const Run& run) const;
+    void restore(const Run& run, int64_t which, int64_t n, int64_t kv, float* out) const;
     int64_t begin(Run& run) const override;
     void task(Run& run, int64_t index, int worker) const override;
     bool has_tasks() const override { return true; }

@@ -228,7 +228,8 @@ class PyProgram {
         add(std::move(op));
     }
 
-    void advance(const Output& store, int64_t held, const Array& tokens, const Array& pads, const std::vector<std::pair<Array, Array>>& rotations,
+    // `older`: codes, lows and steps of keys, then of values; or nothing.
+    void advance(const Output& store, int64_t held, const std::vector<Array>& older, int bits, const Array& tokens, const Array& pads, const std::vector<std::pair<Array, Array>>& rotations,
                  const std::vector<Array>& biases, const Output& logits, int threads) {
         if (!has_dimensions(store, 6)) refuse("the store must have shape [attentions, 2, batch, kv_heads, room, head]");
         Store s{};
@@ -239,19 +240,25 @@ class PyProgram {
         s.type = check_floats(store, "the store", {attentions_, 2, s.batch, kv_heads_, s.room, head_});
         s.data = store.data();
         if (held < 0 || held >= s.room) refuse("the store has no room for a token at " + std::to_string(held));
-        if (most_positions_ >= 0 && held >= most_positions_) refuse("the model has no position " + std::to_string(held) + ", only " + std::to_string(most_positions_));
         s.held = held;
+        if (!older.empty()) take_older(older, bits, s);
+        const int64_t seen = s.seen();
+        if (most_positions_ >= 0 && seen >= most_positions_) refuse("the model has no position " + std::to_string(seen) + ", only " + std::to_string(most_positions_));
         if (words_ < 0) refuse("nothing was embedded");
         s.tokens = integers(tokens, "tokens", s.batch, words_ - 1);
-        s.pads = integers(pads, "pads", s.batch, held);
+        s.pads = integers(pads, "pads", s.batch, seen);
         if (rotations.size() != rotations_.size() || biases.size() != biases_.size()) refuse("there must be as many rotations and biases as the operations name");
+        s.positions = seen + 1;
+        if (!rotations.empty() && has_dimensions(rotations[0].first, 2)) s.positions = size_at(rotations[0].first, 0);
+        if (rotations.empty() && !biases.empty() && has_dimensions(biases[0], 2)) s.positions = size_at(biases[0], 1);
+        if (s.positions <= seen) refuse("the tables end at position " + std::to_string(s.positions) + ", and the token is at " + std::to_string(seen));
         std::vector<Rotation> turns;
         for (size_t i = 0; i < rotations.size(); ++i) {
-            const Shape shape{s.room, rotations_[i]};
+            const Shape shape{s.positions, rotations_[i]};
             turns.push_back({checked_floats(rotations[i].first, "cosines", shape), checked_floats(rotations[i].second, "sines", shape), rotations_[i]});
         }
         std::vector<const float*> added;
-        for (size_t i = 0; i < biases.size(); ++i) added.push_back(checked_floats(biases[i], "biases", {biases_[i], s.room}));
+        for (size_t i = 0; i < biases.size(); ++i) added.push_back(checked_floats(biases[i], "biases", {biases_[i], s.positions}));
         s.rotations = turns.data();
         s.biases = added.data();
         s.logits = checked_floats(logits, "logits", {s.batch, program_.width(0)});
@@ -261,6 +268,22 @@ class PyProgram {
     }
 
   private:
+    void take_older(const std::vector<Array>& older, int bits, Store& s) const {
+        if (older.size() != 6 || !has_dimensions(older[0], 6)) refuse("older tokens are codes, lows and steps of keys, then of values");
+        if (bits != 8 && (bits != 4 || head_ % 2 != 0)) refuse("codes of older tokens have 8 bits, or 4 where heads are even");
+        s.groups = size_at(older[0], 3);
+        s.group = size_at(older[0], 4);
+        s.bits = bits;
+        for (size_t which = 0; which < 2; ++which) {
+            const Array *codes = &older[3 * which], *low = codes + 1, *step = codes + 2;
+            if (!is_type(*codes, nb::dlpack::dtype_code::UInt, 8)) refuse("codes must be uint8");
+            check_layout(*codes, "codes", {attentions_, s.batch, kv_heads_, s.groups, s.group, code_bytes(head_, bits)});
+            const Shape ranges{attentions_, s.batch, kv_heads_, s.groups, which == 0 ? 1 : s.group, which == 0 ? head_ : 1};
+            s.older[which] = {static_cast<const uint8_t*>(codes->data()), low->data(), step->data(), check_floats(*low, "lows", ranges)};
+            if (check_floats(*step, "steps", ranges) != s.older[which].type) refuse("lows and steps must be of one type");
+        }
+    }
+
     template <class Op>
     void add(Op op) {
         program_.add(std::make_unique<const Op>(std::move(op)));
@@ -363,7 +386,7 @@ void bind_step(nb::module_& m) {
         .def("route", &PyProgram::route, nb::arg("logits"), nb::arg("experts"), nb::arg("top"), nb::arg("among"))
         .def("experts", &PyProgram::experts, nb::arg("layers"), nb::arg("source"), nb::arg("to"), nb::arg("apart"))
         .def("mix", &PyProgram::mix, nb::arg("source"), nb::arg("to"), nb::arg("width"))
-        .def("advance", &PyProgram::advance, nb::arg("store"), nb::arg("held"), nb::arg("tokens"), nb::arg("pads"), nb::arg("rotations"),
+        .def("advance", &PyProgram::advance, nb::arg("store"), nb::arg("held"), nb::arg("older"), nb::arg("bits"), nb::arg("tokens"), nb::arg("pads"), nb::arg("rotations"),
              nb::arg("biases"), nb::arg("logits"), nb::arg("threads"),
              "Read tokens [batch] after `held` others; fills logits [batch, vocabulary] and the store.");
 }

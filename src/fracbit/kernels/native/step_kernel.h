@@ -246,7 +246,7 @@ inline void mix(const float* weights, int64_t stride, const char* values, int64_
 template <class S, Float type, int heads>
 void attend_with(const Attention& job, int64_t n, int64_t head, float* scores) {
     const int64_t kv = head / job.group, pad = job.pads[n], oldest = job.window > 0 ? job.tokens - job.window : 0;
-    const int64_t first = oldest > pad ? oldest : pad, count = job.tokens - first, plane = ((n * job.kv_heads + kv) * job.room + first) * job.head;
+    const int64_t first = oldest > pad ? oldest : pad, count = job.tokens - first, plane = n * job.sequence + kv * job.kv + first * job.head;
     const char *keys = number_at(job.keys, type, plane), *values = number_at(job.values, type, plane);
     const float* query[heads];
     float* out[heads];

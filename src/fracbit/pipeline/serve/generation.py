@@ -29,6 +29,7 @@ from transformers.generation.streamers import BaseStreamer
 from fracbit.errors import DataError
 from fracbit.kernels import Activations, choose
 from fracbit.models.cache import PackedCache, cache_bytes
+from fracbit.models.packed_store import PackedStore
 from fracbit.models.quant_linear import QuantEmbedding, QuantLinear
 from fracbit.models.step import Decoder, obstacle
 from fracbit.models.store_cache import StoreCache
@@ -101,9 +102,9 @@ class Step:
 NATIVE_STEP = "native step"
 
 
-def step_of(model: PreTrainedModel, kv_bits: int = 16) -> Step:
-    """The fastest way for this model and a KV cache of `kv_bits`. Choose activations first."""
-    reason = obstacle(model) if kv_bits == 16 else f"the KV cache has {kv_bits} bits"
+def step_of(model: PreTrainedModel) -> Step:
+    """The fastest way for this model. Choose activations first."""
+    reason = obstacle(model)
     if reason is None:
         return Step(Decoder(model), NATIVE_STEP)
     exact = "; activations stay exact: no kernel here rounds them" if _stays_exact(model) else ""
@@ -123,13 +124,9 @@ def new_cache(model: PreTrainedModel, kv_bits: int, step: Step | None = None, ro
 
     A native step needs a cache in one piece, with space for `room` tokens at first.
     """
-    if kv_bits != 16:
-        return PackedCache(model.config, kv_bits)
-    return (
-        StoreCache(model.config, room)
-        if step is not None and step.decoder
-        else DynamicCache(config=model.config)
-    )
+    if step is not None and step.decoder:
+        return StoreCache(model.config, room) if kv_bits == 16 else PackedStore(model.config, kv_bits)
+    return DynamicCache(config=model.config) if kv_bits == 16 else PackedCache(model.config, kv_bits)
 
 
 def encode_batch(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -168,7 +165,7 @@ def generate(
     Raises `DataError` for an empty prompt or one that is too long for the model's positions.
     """
     ids, mask = encode_batch(tokenizer, prompts)  # [prompts, tokens] each
-    step = step_of(model, settings.kv_bits)
+    step = step_of(model)
     cache = new_cache(model, settings.kv_bits, step, ids.shape[1] + settings.max_new_tokens)
     return continue_ids(
         model,
@@ -306,7 +303,7 @@ class Chat:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.messages: list[dict[str, str]] = []
         self.read: list[int] = []
-        self.step = step_of(model, settings.kv_bits)
+        self.step = step_of(model)
         self.cache = new_cache(model, settings.kv_bits, self.step)
 
     def say(self, text: str, show: Show | None = None) -> Generation:

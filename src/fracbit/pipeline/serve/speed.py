@@ -105,7 +105,7 @@ def speed_of(
     model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, kv_bits: int = 16
 ) -> tuple[Speed, Cache, str]:
     """Speed of reading `ids` [tokens] and of making `new_tokens` after them, the cache, and the name of the step."""
-    step, readings, steps = step_of(model, kv_bits), [], []
+    step, readings, steps = step_of(model), [], []
     for _ in range(PROMPTS + 1):
         cache = new_cache(model, kv_bits, step, len(ids) + new_tokens)
         started = time.perf_counter()

@@ -39,10 +39,14 @@ class Answering(Protocol):
 
 def answering_of(model: PreTrainedModel, kv_bits: int = 16) -> Answering:
     """The fastest kind that the model and a KV cache of `kv_bits` allow. Choose activations first."""
-    step = step_of(model, kv_bits)
-    if step.decoder is not None:
-        return TogetherAnswering(model, step.decoder, step.name)
-    return SingleAnswering(model, kv_bits, step.name)
+    step = step_of(model)
+    if step.decoder is None:
+        return SingleAnswering(model, kv_bits, step.name)
+    if kv_bits != 16:
+        return SingleAnswering(
+            model, kv_bits, f"layer by layer: requests do not share a KV cache of {kv_bits} bits"
+        )
+    return TogetherAnswering(model, step.decoder, step.name)
 
 
 class TogetherAnswering:

@@ -1,4 +1,5 @@
-"""Packed experts of a mixture together, one call of the kernel for each of their matrices, beside one expert after the other.
+"""Packed experts of a mixture together, one call of the kernel for each of their matrices, beside one expert after the other
+(bench/results/experts.json, docs/serving.md).
 
     python bench/kernels/experts.py [--threads 1] [--json bench/results/experts.json]
 

@@ -47,6 +47,8 @@ JSON_READERS = {
     "checkpoint/formats/torchao.py": "metadata in the header of a safetensors file, whose errors name their tensor",
     "checkpoint/formats/gguf.py": "the text of a config that transformers made",
     "sweeps/parquet.py": "cells of a table, whose errors name their row",
+    "engines/llama_cpp.py": "what llama-bench printed",
+    "pipeline/serve/openai.py": "the body of a request, which is answered with status 400",
     "engines/prove.py": "what a runner of ours wrote",
     "engines/runners/run_compressed_tensors.py": "runs where fracbit is not installed",
     "engines/vllm_plugin/ops.py": "a string that fracbit made",

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from families import CONFIGS, LLAMA_LIKE, UNKNOWN, Sizes, build, config_of
 from fracbit.errors import KernelError, SchemeError
-from fracbit.kernels import Elementwise, HeadSpans, NativeProgram, Older, Rounding, Span, Tables
+from fracbit.kernels import Elementwise, HeadSpans, InputRounding, NativeProgram, Older, Span, Tables
 from fracbit.kernels.cpu import NATIVE
 from fracbit.models.blocks import bias_of, blocks, linears, weight_of
 from fracbit.models.blueprints import BLUEPRINTS, blueprint_of, covered_types
@@ -198,7 +198,7 @@ def test_a_number_that_is_none_stays_one() -> None:
     x = made.register(4)
     made.embed(torch.tensor([[1.0, float("nan"), 2.0, 0.0], [4.0, 3.0, -2.0, float("inf")]]), x, 1.0)
     values = torch.linspace(-1, 1, 15)
-    made.round(x, x, Rounding(values, (values[1:] + values[:-1]) / 2, 0.0, 1.0, group=2, scale=0.0))
+    made.round(x, x, InputRounding(values, (values[1:] + values[:-1]) / 2, 0.0, 1.0, group=2, scale=0.0))
     made.add(x, Span(0, 0, 4), keep=0.0)
     store, pads = torch.zeros(0, 2, 2, 0, 4, 0), torch.zeros(2).long()
     logits = made.advance(store, 1, torch.tensor([0, 1]), pads, tables=Tables())
@@ -464,10 +464,10 @@ def test_a_program_refuses_operations_that_do_not_fit() -> None:
         lambda: made.attend((heads(x, 4), heads(k, 2), heads(k, 2)), k, 1.0),
         lambda: made.spread(x, x, [torch.ones(64, 64)]), lambda: made.spread(x, x, [torch.ones(4, 8)]),
         lambda: made.spread(x, k, []), lambda: made.spread(x, x, [torch.ones(2**13, 1), torch.ones(2**13, 2**13)]),
-        lambda: made.round(x, x, Rounding(row, row, 0.0, 1.0, 0, 0.0)),
-        lambda: made.round(x, x, Rounding(row, row[1:], 0.0, 0.0, 0, 0.0)),
-        lambda: made.round(x, x, Rounding(row, row[1:], -1.0, 1.0, 0, 0.0)),
-        lambda: made.round(x, x, Rounding(row, row[1:], 1.0, 1.0, -1, 0.0)),
+        lambda: made.round(x, x, InputRounding(row, row, 0.0, 1.0, 0, 0.0)),
+        lambda: made.round(x, x, InputRounding(row, row[1:], 0.0, 0.0, 0, 0.0)),
+        lambda: made.round(x, x, InputRounding(row, row[1:], -1.0, 1.0, 0, 0.0)),
+        lambda: made.round(x, x, InputRounding(row, row[1:], 1.0, 1.0, -1, 0.0)),
         lambda: made.activate(x, Elementwise("tan")),  # type: ignore[arg-type]
         lambda: made.gate(x, k, Elementwise("silu")), lambda: made.add(k, x), lambda: made.route(k, 17, True),
         lambda: made.run_experts([[square]], x, [x], False), lambda: made.mix(x, k),

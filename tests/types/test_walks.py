@@ -110,7 +110,7 @@ def test_shared_blocks_are_resumed_to_the_same_bytes(tmp_path: Path) -> None:
     write_checkpoint(recipe, tmp_path / "whole")
 
     def stop(what: str, done: int, total: int) -> None:
-        if what.startswith("block 3"):
+        if "block 3 of" in what:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -88,7 +88,7 @@ PLAIN = Elementwise()
 
 
 @dataclass(frozen=True, eq=False)
-class Rounding:
+class InputRounding:
     """How numbers are rounded: to `values` [levels], `step` apart or, where that is 0, cut at `boundaries` [levels - 1].
 
     `scale`: of the values, or 0 where the largest magnitude of `group` numbers (0: all) comes to lie at `end`.
@@ -174,7 +174,7 @@ class NativeProgram:
         _same(source, to)
         self._checked(self._native.spread, source.at, to.at, [self._floats(factor) for factor in factors])
 
-    def round(self, source: Span, to: Span, table: Rounding) -> None:
+    def round(self, source: Span, to: Span, table: InputRounding) -> None:
         """`to` = `source` rounded to a table."""
         self._checked(
             self._native.round, source.at, to.at, width=_same(source, to), group=table.group or source.width,

@@ -16,9 +16,9 @@ from fracbit.kernels import (
     Activations,
     Elementwise,
     HeadSpans,
+    InputRounding,
     NativeProgram,
     PackedLinear,
-    Rounding,
     Span,
     Tables,
 )
@@ -54,22 +54,22 @@ class Obstacle(Exception):
 
 
 @dataclass(frozen=True)
-class Reading:
+class InputReading:
     """What happens to numbers before a layer multiplies them."""
 
     rotated: bool = False
     inputs: Inputs | None = None
 
 
-PLAINLY = Reading()
+PLAINLY = InputReading()
 
 
-def _rounding(inputs: Inputs) -> Rounding:
+def _rounding(inputs: Inputs) -> InputRounding:
     table = input_type(inputs)
     if not inputs.group and inputs.scope != "token" and inputs.scale is None:
         raise Obstacle("its activations have no scale yet")
     end = abs(table.far)
-    return Rounding(
+    return InputRounding(
         values=table.values[0], boundaries=table.boundaries[0], step=float(table.step or 0.0), end=end, group=inputs.group,
         scale=float(inputs.scale or 0.0) / end if inputs.scope == "tensor" else 0.0,
     )  # fmt: skip
@@ -302,11 +302,11 @@ class StepCompiler:
             self.program.multiply(layers, self._prepared(source, how), [to[index] for index in mine], after)
 
     @staticmethod
-    def _read_by(module: nn.Module) -> Reading:
+    def _read_by(module: nn.Module) -> InputReading:
         """What the recipe does to the numbers that a layer reads."""
-        return Reading(module.rotated, module.inputs) if isinstance(module, QuantLinear) else PLAINLY
+        return InputReading(module.rotated, module.inputs) if isinstance(module, QuantLinear) else PLAINLY
 
-    def _prepared(self, source: Span, how: Reading) -> Span:
+    def _prepared(self, source: Span, how: InputReading) -> Span:
         """A register that holds what layers read of `source`."""
         if how == PLAINLY:
             return source

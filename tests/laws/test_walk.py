@@ -7,7 +7,6 @@ import torch
 from transformers import PreTrainedModel
 
 from families import walked
-from fracbit.errors import WeightError
 from fracbit.models.blocks import blocks, groups, linears
 from fracbit.models.experts import split_experts
 from fracbit.models.find import family_of
@@ -57,10 +56,10 @@ def test_nothing_stays_behind(model: PreTrainedModel, tokens: torch.Tensor) -> N
     names = list(linears(block, family))
 
     def fail(name: str, x: torch.Tensor) -> None:
-        raise WeightError("a number that cannot be")
+        raise ArithmeticError
 
     for watch in (observe, peek):
-        with pytest.raises(WeightError, match="cannot be"):
+        with pytest.raises(ArithmeticError):
             watch(block, hidden, names, fail)
     assert before == {name: (type(module), set(vars(module))) for name, module in model.named_modules()}
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())

@@ -399,22 +399,40 @@ def _restore(block: nn.Module, own: Any) -> None:
 
 @contextmanager
 def _watching(block: nn.Module, names: Iterable[str], visit: Visit) -> Iterator[None]:
+    """Show the inputs of linears to `visit`. What it raises passes as it is: the block's code is not to blame for it."""
+    raised: list[Exception] = []
     with ExitStack() as remove:
         for name in names:
-            hook = partial(_show, name, visit)
+            hook = partial(_show, name, visit, raised)
             remove.callback(
                 block.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True).remove
             )
-        yield
+        try:
+            yield
+        except SourceError as error:
+            if raised and error.__cause__ is raised[-1]:
+                raise raised[-1] from None
+            raise
 
 
-def _show(name: str, visit: Visit, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _show(
+    name: str,
+    visit: Visit,
+    raised: list[Exception],
+    _: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
     x = args[0] if args else next(iter(kwargs.values()))
     if not isinstance(x, torch.Tensor):
         raise SourceError(
             f"linear {name} got {x!r} instead of states: the model cannot be calibrated on text alone"
         )
-    visit(name, x.detach().reshape(-1, x.shape[-1]))  # [batch * tokens, in]
+    try:
+        visit(name, x.detach().reshape(-1, x.shape[-1]))  # [batch * tokens, in]
+    except Exception as error:
+        raised.append(error)
+        raise
 
 
 def _shared(calls: tuple[Call, ...], batches: list[Batch]) -> tuple[Call, ...]:

@@ -281,6 +281,28 @@ def test_a_disk_that_cannot_hold_it_is_refused_first(
     assert not (tmp_path / "q").exists()
 
 
+def test_an_output_that_another_run_empties_meanwhile_is_measured(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files and its journal go between the look at the folder and the look at them."""
+    recipe, measure = Recipe(model=str(source)), Path.is_file
+    write_checkpoint(recipe, tmp_path / "whole")
+    write_checkpoint(recipe, tmp_path / "q")
+
+    def vanish(path: Path) -> bool:
+        found = measure(path)
+        if path.parent == tmp_path / "q" and path.name == "README.md":
+            path.unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(Path, "is_file", vanish)
+    assert output_module._written(tmp_path / "q") > 0
+    assert output_module._written(tmp_path / "q" / "gone") == 0
+    monkeypatch.undo()
+    write_checkpoint(recipe, tmp_path / "q", overwrite=True)
+    assert contents(tmp_path / "q") == contents(tmp_path / "whole")
+
+
 def test_what_is_in_the_way(source: Path, tmp_path: Path) -> None:
     recipe, folder = Recipe(model=str(source)), tmp_path / "q"
     folder.mkdir()

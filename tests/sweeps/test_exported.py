@@ -50,6 +50,12 @@ def test_every_way_holds_every_row(rows: list[Row], tmp_path: Path) -> None:
     assert (tmp_path / "none.csv").read_text().strip() == "key"
 
 
+@pytest.mark.parametrize("ending", [".csv", ".parquet"])
+def test_a_name_that_no_disk_can_hold_is_refused(rows: list[Row], ending: str) -> None:
+    with pytest.raises(OutputError, match="no name of a file"):
+        export_rows(rows, Path("x" * 5000 + ending))
+
+
 def test_an_ending_that_names_no_format_is_refused_before_work(study: Path) -> None:
     words = [
         "sweep",

@@ -81,6 +81,8 @@ def near_matches(name: str, known: Iterable[str]) -> str:
 
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What code raises that takes a value apart which is not what it should be."""
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "out of memory")
+"""What a `RuntimeError` of torch says when an allocator failed: a failure of the machine."""
 LONGEST_REASON = 300
 """Characters of another library's message: some go on to list all that they know."""
 
@@ -100,6 +102,12 @@ def blamed_on(what: str, error: type[FracbitError], *, parsing: bool = False) ->
         if _is_ours(found) and not (parsing and isinstance(found, MALFORMED)):
             raise
         raise error(f"{what}: {reason_of(found)}") from found
+
+
+def lacks_memory(error: BaseException | None) -> bool:
+    """Whether an error says that memory ran out, on the CPU or a GPU."""
+    said = isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    return said or isinstance(error, MemoryError)
 
 
 def reason_of(error: BaseException) -> str:

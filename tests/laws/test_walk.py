@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from families import walked
+from families import tiny_llama, walked
+from fracbit.errors import KernelError, SourceError
 from fracbit.models.blocks import blocks, groups, linears
 from fracbit.models.experts import split_experts
 from fracbit.models.find import family_of
@@ -86,3 +89,34 @@ def test_equal_arguments_are_kept_once(model: PreTrainedModel, tokens: torch.Ten
     hidden = embed(model, family_of(model), tokens, batch=2)
     assert [(batch.start, batch.stop) for batch in hidden.batches] == [(0, 2), (2, 4), (4, 5)]
     assert hidden.batches[0].calls is hidden.batches[1].calls
+
+
+def test_memory_that_ran_out_does_not_read_as_a_fault_of_the_model(tokens: torch.Tensor) -> None:
+    model = tiny_llama()
+    family = family_of(model)
+    hidden = embed(model, family, tokens)
+    _, block = blocks(model, family)[0]
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    block.forward = full
+    with pytest.raises(
+        SourceError, match=r"block 0 \(LlamaDecoderLayer\): memory ran out; take fewer samples"
+    ):
+        advance(block, hidden)
+    model.model.embed_tokens.forward = full
+    with pytest.raises(SourceError, match="memory ran out") as found:
+        embed(model, family, tokens)
+    assert isinstance(found.value.__cause__, torch.OutOfMemoryError)
+
+
+def test_an_error_of_a_kernel_outside_the_blocks_is_told_as_it_is(tokens: torch.Tensor) -> None:
+    model = tiny_llama()
+
+    def wrong(*_: Any, **__: Any) -> None:
+        raise KernelError("a buffer does not fit")
+
+    model.model.embed_tokens.forward = wrong
+    with pytest.raises(KernelError, match="does not fit"):
+        embed(model, family_of(model), tokens)

@@ -285,6 +285,8 @@ def test_layers_that_stand_in_the_way() -> None:
     first.mlp.up_proj.choose("float")
     first.mlp.up_proj.inputs = Inputs("int", 8, "tensor")
     assert "no scale yet" in str(obstacle(model))
+    first.mlp.up_proj.inputs = Inputs("int", 8, "tensor", scale=0.0)
+    assert "static scale 0" in str(obstacle(model))
     first.mlp.up_proj.inputs = None
     mixture = small("mixtral")
     assert obstacle(mixture) is None
@@ -313,7 +315,9 @@ def test_a_model_that_was_changed_is_refused() -> None:
 @native
 @pytest.mark.parametrize(
     "change",
-    [choose_int8, lambda model: model.to(torch.bfloat16), lambda model: model.model.layers[1].mlp.down_proj.choose("int8")],
+    [choose_int8, lambda model: model.to(torch.bfloat16), lambda model: model.model.layers[1].mlp.down_proj.choose("int8"),
+     lambda model: setattr(model.model.layers[1].mlp.down_proj, "inputs", Inputs("int", 2, "token")),
+     lambda model: setattr(model.model.layers[1].mlp.down_proj, "rotated", True)],
 )  # fmt: skip
 def test_other_changes_are_refused_too(change: Callable[[PreTrainedModel], Any]) -> None:
     model = small("llama")

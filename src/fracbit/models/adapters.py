@@ -36,7 +36,7 @@ def packed_lora(config: Any) -> Any:
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise FormatError(f"adapters need peft: {install('peft')}") from error
+        raise FormatError(f"adapters need peft: {install('peft')} ({error})") from error
     made = LoraConfig.from_pretrained(str(config)) if from_folder else deepcopy(config)
     made._register_custom_module(
         {QuantLinear: _layer(), **dict.fromkeys((QuantEmbedding, TiedHead, TiedCopy), _refuse)}

@@ -133,10 +133,11 @@ class RoundedWindow:
 
     def check_crop(self, count: int) -> None:
         """Raises `SchemeError` when `count` tokens are more than the window."""
-        if count > self.keys.shape[-2]:
+        held = 0 if getattr(self, "keys", None) is None else self.keys.shape[-2]
+        if count > held:
             raise SchemeError(
-                f"{count} tokens cannot be removed from a packed cache that holds "
-                f"{self.keys.shape[-2]} in full precision; make it with a larger window"
+                f"{count} tokens cannot be removed from a packed cache that holds {held} in full precision; make it with a "
+                "larger window"
             )
 
 

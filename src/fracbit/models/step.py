@@ -6,11 +6,14 @@ why a model cannot be run this way; it then runs layer by layer, as transformers
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from fracbit.errors import KernelError
 from fracbit.kernels import Tables
+from fracbit.models.quant_linear import QuantLinear
 from fracbit.models.step_compiler import Obstacle, StepCompiler, check
 from fracbit.models.store_cache import LEAST_ROOM, StoreCache
 
@@ -42,6 +45,7 @@ class Decoder:
         self._watched = [tensor for tensor in made.watched if not tensor.is_inference()]
         self._versions = self._seen()
         self._layers = made.packed
+        self._read = self._reading()
 
     def advance(self, tokens: Tensor, pads: Tensor, cache: StoreCache) -> Tensor:
         """Read `tokens` [batch] after what `cache` holds, which is at least one token; fp32 logits [batch, vocabulary].
@@ -52,7 +56,8 @@ class Decoder:
         held = cache.held
         if cache.data is None:
             raise KernelError("the cache is empty; let the model read the prompt first")
-        if self._seen() != self._versions or any(layer.ready() is not held for layer, held in self._layers):
+        changed = self._seen() != self._versions or self._reading() != self._read
+        if changed or any(layer.ready() is not held for layer, held in self._layers):
             raise KernelError("the model was changed after its decode step was made; make the step again")
         cache.make_room(cache.part(0, 0), held + 1)
         logits = self._program.advance(
@@ -67,6 +72,10 @@ class Decoder:
             room = max(LEAST_ROOM, 1 << (positions - 1).bit_length())
             self._tables = room, self._made.tables(room)
         return self._tables[1]
+
+    def _reading(self) -> list[tuple[Any, ...]]:
+        """How each packed layer reads its inputs."""
+        return [(layer.inputs, layer.rotated) for layer, _ in self._layers if isinstance(layer, QuantLinear)]
 
     def _seen(self) -> list[int]:
         return [number for tensor in self._watched for number in (tensor._version, tensor.data_ptr())]

@@ -68,6 +68,8 @@ def _rounding(inputs: Inputs) -> InputRounding:
     table = input_type(inputs)
     if not inputs.group and inputs.scope != "token" and inputs.scale is None:
         raise Obstacle("its activations have no scale yet")
+    if inputs.scope == "tensor" and inputs.scale == 0:
+        raise Obstacle("some of its activations have the static scale 0: every calibration token was 0 there")
     end = abs(table.far)
     return InputRounding(
         values=table.values[0], boundaries=table.boundaries[0], step=float(table.step or 0.0), end=end, group=inputs.group,

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fracbit.errors import DataError, SourceError, WeightError, blamed_on
+from fracbit.errors import DataError, FracbitError, SourceError, WeightError, blamed_on, lacks_memory
 from fracbit.models.blocks import blocks
 from fracbit.models.calls import (
     Call,
@@ -148,12 +148,22 @@ def advance(block: nn.Module, hidden: Hidden, out: torch.Tensor | None = None) -
     return replace(hidden, states=states, index=hidden.index + 1, batches=tuple(batches), beside=beside)
 
 
+_TOO_LARGE = (
+    "memory ran out; take fewer samples at once (calibration.batch), or shorter ones (calibration.length)"
+)
+
+
 def _ran(block: nn.Module, hidden: Hidden, batch: Batch) -> Returned:
-    """What a block gives for a batch. Raises SourceError where its code does not run on text alone."""
+    """What a block gives for a batch. Raises SourceError where its code does not run on text alone, or memory runs out."""
     rows = hidden.states[batch.start : batch.stop]  # [batch, tokens, width]
     what = f"block {hidden.index} ({type(block).__name__}) does not run on text alone, so quantize without calibration text"
-    with blamed_on(what, SourceError):
-        return run(block, rows, batch.calls[hidden.index])
+    try:
+        with blamed_on(what, SourceError):
+            return run(block, rows, batch.calls[hidden.index])
+    except SourceError as error:
+        if not lacks_memory(error.__cause__):
+            raise
+        raise SourceError(f"block {hidden.index} ({type(block).__name__}): {_TOO_LARGE}") from error.__cause__
 
 
 def _behind(batch: Batch, index: int, rest: tuple[Any, ...] | None) -> Batch:
@@ -319,10 +329,8 @@ def _enter(
         except Exception as error:  # noqa: BLE001, code of any model
             # A model that takes several values from a block says so.
             wanted = re.search(r"not enough values to unpack \(expected (\d+)", str(error))
-            if isinstance(error, SourceError):
-                return error
             if attempt or not wanted or not calls:
-                return _no_walk(model, str(error))
+                return _why_not(model, error)
             beside = int(wanted[1]) - 1
             entered.clear()
             calls.clear()
@@ -331,6 +339,17 @@ def _enter(
         return _no_walk(model, f"of its {len(stack)} blocks it called {order}")
     found = tuple(calls.get(number, Call((), {}, left_out=True)) for number in range(len(stack)))
     return Entered(entered[0], found, way)
+
+
+def _why_not(model: PreTrainedModel, error: Exception) -> SourceError:
+    """Why a way leads nowhere, by what its forward raised. Raises errors of fracbit's own that do not speak of the source."""
+    if isinstance(error, SourceError):
+        return error
+    if isinstance(error, FracbitError):
+        raise error
+    found = _no_walk(model, _TOO_LARGE if lacks_memory(error) else str(error))
+    found.__cause__ = error
+    return found
 
 
 def repeats(model: PreTrainedModel, stack: list[nn.Module], ids: torch.Tensor, entered: Entered) -> bool:

@@ -30,7 +30,7 @@ from fracbit.checkpoint.load import tokenizer_or_none
 from fracbit.checkpoint.opened import Opened, open_float
 from fracbit.checkpoint.output import InMemory
 from fracbit.data import Tokens, read_documents
-from fracbit.errors import DataError, FracbitError, SourceError
+from fracbit.errors import DataError, FracbitError, SourceError, lacks_memory
 from fracbit.evaluation import (
     Expected,
     Judgement,
@@ -69,8 +69,6 @@ RUN_FAILURES: Final = (
     torch.linalg.LinAlgError,  # type: ignore[attr-defined]  # public, but not exported in so many words
 )
 """Failures of models, data and machines, which become failed rows. Other exceptions are bugs and stop the sweep."""
-OUT_OF_MEMORY: Final = ("DefaultCPUAllocator", "not enough memory", "out of memory")
-"""What a `RuntimeError` of torch says when an allocator failed: a failure of the machine."""
 BUGS: Final = (
     ArithmeticError,
     AssertionError,
@@ -103,7 +101,7 @@ def attempt(work: Callable[[], T], keep_going: bool) -> T | Failure:
     except RUN_FAILURES as error:
         return Failure(explain(error))
     except BUGS as error:
-        if isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY):
+        if lacks_memory(error):
             return Failure(explain(error))
         if not keep_going:
             raise

@@ -107,6 +107,9 @@ def _try_text(opened: Opened, stored: Mapping[str, StoredLayer], calibrated: boo
         kind = (type(block), *sorted(mine))  # names alone: kernels of every scheme are tested by themselves
         if kind in kinds or not mine:
             continue
+        if entered.calls[number].left_out:
+            notes.append(_untried(path, SourceError("the model leaves it out for text")))
+            continue
         kinds.add(kind)
         try:
             call = entered.calls[number]
